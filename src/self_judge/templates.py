@@ -1,0 +1,203 @@
+"""Judge templates: checked once, rendered in one place for training and for judging.
+
+Turns a `Comparison` into chat messages whose last one is the unfinished assistant turn. It does not
+know tokens: `encoding.py` turns the messages into ids.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from self_judge.comparison import Comparison, Message
+
+_COMPARISON_FIELDS = ("context", "response_a", "response_b")
+_RATIONALE_FIELDS = ("rationale_a", "rationale_b")
+_ROLE_LABELS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+_TURN_START = re.compile(r"\n\n(?=(?:Human|Assistant): )")
+
+
+class TemplateError(ValueError):
+    """A judge template that cannot work; the message names the principle and what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeTemplate:
+    """One principle's template.
+
+    Args:
+        user: the judge's question, with `{context}`, `{response_a}` and `{response_b}`.
+        assistant: the fixed lead-in of the answer, after which the next token is the letter.
+        system: an optional system message.
+    """
+
+    user: str
+    assistant: str
+    system: str | None = None
+
+
+def substitute(template: str, values: Mapping[str, str]) -> str:
+    """Replaces `{name}` for every name in `values` in one pass.
+
+    One pass, so that a value which itself contains a placeholder is just text, and so are all other
+    braces of the template.
+    """
+    names = "|".join(map(re.escape, values))
+    return re.sub(r"\{(" + names + r")\}", lambda match: values[match.group(1)], template)
+
+
+class JudgeTemplates(Mapping[str, JudgeTemplate]):
+    """The judge templates of all principles, in order, as `{principle: {system, user, assistant}}`.
+
+    Args:
+        templates: one mapping (or `JudgeTemplate`) per principle; at least one.
+        decision_rationale: the text that follows the letter when judging is learned with
+            rationales, with `{rationale_a}` and `{rationale_b}`; one text for all principles or one
+            per principle. `None`: the letter alone is learned.
+
+    Raises:
+        TemplateError: a template lacks a placeholder or a part, or has an unknown part.
+    """
+
+    def __init__(
+        self,
+        templates: Mapping[str, Any],
+        decision_rationale: str | Mapping[str, str] | None = None,
+    ) -> None:
+        if not isinstance(templates, Mapping) or not templates:
+            raise TemplateError(
+                "judge templates must be a mapping {principle: {system, user, assistant}} with at "
+                f"least one principle, got {type(templates).__name__}: {templates!r:.80}"
+            )
+        self._templates = {name: _checked(str(name), parts) for name, parts in templates.items()}
+        self._rationales = _checked_rationales(decision_rationale, tuple(self._templates))
+
+    def __getitem__(self, principle: str) -> JudgeTemplate:
+        return self._templates[principle]
+
+    def __iter__(self) -> Any:
+        return iter(self._templates)
+
+    def __len__(self) -> int:
+        return len(self._templates)
+
+    def __repr__(self) -> str:
+        return f"JudgeTemplates({', '.join(self._templates)})"
+
+    @property
+    def principles(self) -> tuple[str, ...]:
+        """The principles, in the order in which their probabilities stand in a `Verdict`."""
+        return tuple(self._templates)
+
+    @property
+    def has_rationales(self) -> bool:
+        return bool(self._rationales)
+
+    def render(self, principle: str, comparison: Comparison) -> list[Message]:
+        """The chat for one comparison under one principle, response a shown first.
+
+        Its last message is the assistant's fixed lead-in: the next token is the letter.
+        """
+        template = self._templates[principle]
+        values = {
+            "context": comparison.context,
+            "response_a": comparison.response_a,
+            "response_b": comparison.response_b,
+        }
+        messages: list[Message] = []
+        if template.system:
+            messages.append({"role": "system", "content": template.system})
+        messages.append({"role": "user", "content": substitute(template.user, values)})
+        messages.append({"role": "assistant", "content": template.assistant})
+        return messages
+
+    def render_rationale(self, principle: str, rationale_a: str, rationale_b: str) -> str:
+        """The text after the letter: the rationale for A, then for B (paper, section on JSFT)."""
+        values = {"rationale_a": rationale_a, "rationale_b": rationale_b}
+        return substitute(self._rationales[principle], values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary, as saved beside a checkpoint; `from_dict` reads it back."""
+        judge = {
+            name: {"system": t.system, "user": t.user, "assistant": t.assistant}
+            for name, t in self._templates.items()
+        }
+        return {"judge": judge, "decision_rationale": dict(self._rationales) or None}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> JudgeTemplates:
+        return cls(saved["judge"], saved.get("decision_rationale"))
+
+
+def _checked(principle: str, parts: Any) -> JudgeTemplate:
+    if isinstance(parts, JudgeTemplate):
+        parts = {"system": parts.system, "user": parts.user, "assistant": parts.assistant}
+    where = f"judge template {principle!r}"
+    if not isinstance(parts, Mapping):
+        raise TemplateError(
+            f"{where} must be a mapping of system, user, assistant, got {type(parts).__name__}"
+        )
+    unknown = set(parts) - {"system", "user", "assistant"}
+    if unknown:
+        raise TemplateError(
+            f"{where} has unknown parts {sorted(map(str, unknown))}; "
+            "it takes system, user, assistant"
+        )
+    for part in ("user", "assistant"):
+        if not isinstance(parts.get(part), str) or not parts[part].strip():
+            raise TemplateError(f"{where} needs a non-empty text as {part!r}")
+    if parts.get("system") is not None and not isinstance(parts["system"], str):
+        raise TemplateError(f"{where} needs a text (or nothing) as 'system'")
+    missing = [f"{{{f}}}" for f in _COMPARISON_FIELDS if f"{{{f}}}" not in parts["user"]]
+    if missing:
+        raise TemplateError(f"{where} lacks {', '.join(missing)} in 'user'")
+    system = parts.get("system")
+    # A lead-in that ends in whitespace would leave " A" with two spaces; the letter brings its own.
+    assistant = parts["assistant"].rstrip()
+    return JudgeTemplate(user=parts["user"], assistant=assistant, system=system or None)
+
+
+def _checked_rationales(
+    given: str | Mapping[str, str] | None, principles: Sequence[str]
+) -> dict[str, str]:
+    if given is None:
+        return {}
+    if isinstance(given, str):
+        given = dict.fromkeys(principles, given)
+    if set(given) != set(principles):
+        raise TemplateError(
+            f"decision_rationale is given for {sorted(given)}, the judge templates for "
+            f"{sorted(principles)}: give one text for all, or one per principle"
+        )
+    for principle, text in given.items():
+        missing = [f"{{{f}}}" for f in _RATIONALE_FIELDS if f"{{{f}}}" not in str(text)]
+        if missing:
+            raise TemplateError(f"decision_rationale of {principle!r} lacks {', '.join(missing)}")
+    return {principle: given[principle] for principle in principles}
+
+
+def dialogue_text(messages: Sequence[Message]) -> str:
+    """The text that a judge is shown for a dialogue.
+
+    A single user message stands alone; a longer dialogue gets role labels, so that the judge can
+    tell the turns apart: `"Human: …\\n\\nAssistant: …\\n\\nHuman: …"`.
+    """
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return messages[0]["content"].strip()
+    return "\n\n".join(
+        f"{_ROLE_LABELS.get(m['role'], m['role'].capitalize())}: {m['content'].strip()}"
+        for m in messages
+    )
+
+
+def without_oldest_turn(context: str) -> str | None:
+    """The context less its oldest turn, or `None` when only the question is left.
+
+    Used to make an over-long judge prompt fit: the question (the last turn) is never cut.
+    """
+    turns = _TURN_START.split(context)
+    if len(turns) < 2:
+        return None
+    return "\n\n".join(turns[1:])
