@@ -1,0 +1,469 @@
+"""ChatEncoder: the only place where text becomes token ids, with the loss mask built alongside.
+
+It knows one tokenizer and one chat template. It does not know models, datasets or principles.
+
+A chat template is rendered once per sequence of roles, with placeholders for the contents; the
+structure around them is tokenized once, and every content is tokenized by itself. Hence the ids of
+the structure stand where the template put them whatever the contents say, a prompt is a prefix of
+prompt + answer, masks need no searching, and no text from data can become a control token.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from jinja2.exceptions import TemplateError as JinjaError
+
+from self_judge.comparison import Comparison, Message
+from self_judge.templates import JudgeTemplates, without_oldest_turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ending = Literal["closed", "prompt", "open"]
+
+# Non-special added tokens that look like markup (<think>, [TOOL_CALLS], <|...|>) steer a chat model
+# as much as special ones; added words and runs of spaces do not.
+_MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_PAD = "\t\t"  # tells whether a template trims a content; no template writes two tabs
+# "\n" first: it merges with nothing in the SentencePiece vocabularies that need an anchor.
+_ANCHORS = ("\n", ":", "|", "。")
+_ANCHOR_PROBES = ("a", " a", "A b", "1", "(", "é", "\n", ".\n\n")
+
+
+class EncodingError(ValueError):
+    """A tokenizer or chat template that cannot serve; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChat:
+    """Token ids with their loss mask.
+
+    Attributes:
+        ids: token ids, length T.
+        mask: 1 where the loss falls on the token, else 0; length T.
+    """
+
+    ids: list[int]
+    mask: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Structure:
+    ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where a message's content goes, and how the template treats it there."""
+
+    message: int
+    anchor: str  # text in front of the content while it is tokenized; its ids are dropped again
+    lead: str  # spaces of the structure that tokenizers attach to the word that follows
+    strip_left: bool
+    strip_right: bool
+
+
+class ChatEncoder:
+    """Turns chats into token ids under one tokenizer and one chat template.
+
+    Args:
+        tokenizer: a Transformers tokenizer.
+        chat_template: a Jinja chat template that overrides the tokenizer's own.
+        user_marker, assistant_marker: plain-text turn markers such as `"\\n\\nHuman:"`; used only
+            when neither `chat_template` nor the tokenizer brings a template.
+        chat_template_kwargs: passed to the template; `enable_thinking` is off unless set here.
+
+    Raises:
+        EncodingError: there is no template, or it drops or repeats contents.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        user_marker: str | None = None,
+        assistant_marker: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template or _own_template(tokenizer)
+        if self.chat_template is None and user_marker and assistant_marker:
+            self.chat_template = marker_template(
+                user_marker, assistant_marker, with_bos=_adds_bos(tokenizer)
+            )
+        if self.chat_template is None:
+            raise EncodingError(
+                f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat "
+                "template: set templates.chat, or the turn markers templates.user and "
+                "templates.assistant"
+            )
+        self._template_kwargs = {"enable_thinking": False, **(chat_template_kwargs or {})}
+        self._control = _control_tokens(tokenizer)
+        # Longest first, so that "<|a|>" is found before "<|" where both are tokens.
+        controls = sorted(self._control.values(), key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
+        self._anchor = self._find_anchor()
+        self._layout = functools.lru_cache(maxsize=512)(self._make_layout)
+        self._takes_system = self._check_system_role()
+
+    # -- chats ---------------------------------------------------------------------------------
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids from which the model answers: the dialogue, then the assistant's turn opened."""
+        return self._encode(messages, "prompt").ids
+
+    def encode_open(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat whose last message is not finished: the next token continues it."""
+        return self._encode(messages, "open").ids
+
+    def encode_dialogue(self, messages: Sequence[Message]) -> EncodedChat:
+        """A whole dialogue; the loss falls on every assistant turn and the token that ends it."""
+        return self._encode(messages, "closed")
+
+    def encode_query(self, query: str) -> list[int]:
+        """Ids of a rendered text from which the model continues, with at most one BOS.
+
+        Control tokens in `query` are honoured, since it is a rendered prompt: text from strangers
+        belongs into messages (`encode_prompt`), not here.
+        """
+        ids = list(self.tokenizer(query)["input_ids"])
+        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        if len(ids) > 1 and ids[-1] == eos and not query.endswith(self.tokenizer.eos_token or "\0"):
+            ids.pop()  # some tokenizers close every text; the model is to continue this one
+        if bos is not None and ids[:2] == [bos, bos]:
+            ids.pop(0)
+        return ids
+
+    def encode_content(self, text: str, anchor: str | None = None) -> list[int]:
+        """Ids of a text as it stands inside another text: no BOS, no control tokens.
+
+        Args:
+            text: any text, hostile text included.
+            anchor: what stands in front of it; only for tokenizers that treat the start of a text
+                differently (a dummy space). The ids of the anchor are not returned.
+        """
+        anchor = self._anchor if anchor is None else anchor
+        ids = self._encode_after(anchor, text)
+        if self._control.keys().isdisjoint(ids):
+            return ids
+        # Break every control string after its first character and tokenize the parts apart.
+        cuts = [match.start() + 1 for match in self._control_pattern.finditer(text)]
+        parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        ids = [i for part in parts for i in self._encode_after(anchor, part)]
+        if not self._control.keys().isdisjoint(ids):  # e.g. a look-alike that is normalized to one
+            ids = [i for char in text for i in self._encode_after(anchor, char)]
+        return [i for i in ids if i not in self._control]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text for the judge and for people: no special tokens, no surrounding whitespace."""
+        text = self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text).strip()
+
+    @functools.cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens at which an answer ends: the tokenizer's EOS and the template's end of turn."""
+        messages: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ]
+        encoded = self.encode_dialogue(messages)
+        trained = [i for i, m in zip(encoded.ids, encoded.mask, strict=True) if m]
+        ends = [i for i in trained[-1:] if i in self._control]
+        eos = self.tokenizer.eos_token_id
+        return tuple(dict.fromkeys([*ends, *([] if eos is None else [eos])]))
+
+    # -- judging -------------------------------------------------------------------------------
+
+    def letter_ids(
+        self,
+        templates: JudgeTemplates,
+        token_id_a: int | None = None,
+        token_id_b: int | None = None,
+    ) -> tuple[int, int]:
+        """The ids of " A" and " B" right after the lead-in of every judge template.
+
+        Args:
+            token_id_a, token_id_b: ids to check against the derived ones.
+
+        Raises:
+            EncodingError: a letter is not exactly one token there, principles disagree, or a given
+                id is not the derived one; both readings are shown.
+        """
+        found: dict[str, tuple[int, str]] = {}
+        for principle in templates:
+            lead_in = templates[principle].assistant
+            before = self.encode_content(lead_in)
+            for letter in "AB":
+                after = self.encode_content(f"{lead_in} {letter}")
+                added = after[len(before) :]
+                if after[: len(before)] != before or len(added) != 1:
+                    raise EncodingError(
+                        f"the letter {letter!r} is not exactly one token after the lead-in of "
+                        f"judge template {principle!r}: {self._show(before[-3:])} becomes "
+                        f"{self._show(after[max(0, len(before) - 3) :])}; change the lead-in's end "
+                        "or use a tokenizer with single-token letters"
+                    )
+                known = found.setdefault(letter, (added[0], principle))
+                if known[0] != added[0]:
+                    raise EncodingError(
+                        f"the letter {letter!r} is token {self._show(added)} after the lead-in of "
+                        f"{principle!r} but {self._show([known[0]])} after that of {known[1]!r}: "
+                        "let all lead-ins end in the same word"
+                    )
+        for name, letter, given in (
+            ("token_id_a", "A", token_id_a),
+            ("token_id_b", "B", token_id_b),
+        ):
+            derived = found[letter][0]
+            if given is not None and given != derived:
+                raise EncodingError(
+                    f"{name}={given} is {self._show([given])}, but after the judge's lead-in the "
+                    f"letter {letter!r} is {self._show([derived])}: correct it or leave it out"
+                )
+        if found["A"][0] == found["B"][0]:
+            raise EncodingError(
+                f"the letters A and B are the same token {self._show([found['A'][0]])}: this "
+                "tokenizer cannot tell them apart"
+            )
+        return found["A"][0], found["B"][0]
+
+    def encode_orders(
+        self,
+        templates: JudgeTemplates,
+        principle: str,
+        comparison: Comparison,
+        max_length: int | None = None,
+    ) -> tuple[list[int], list[int]] | None:
+        """Judge prompts of a comparison in both orders: a first, then b first.
+
+        A prompt longer than `max_length` tokens loses the oldest turns of its context, the same in
+        both orders; never the question, a response or the lead-in.
+
+        Returns:
+            The two lists of ids, or `None` when the pair does not fit even so.
+        """
+        context: str | None = comparison.context
+        while context is not None:
+            given = Comparison(context, comparison.response_a, comparison.response_b)
+            orders = (
+                self.encode_open(templates.render(principle, given)),
+                self.encode_open(templates.render(principle, given.swapped())),
+            )
+            if max_length is None or max(map(len, orders)) <= max_length:
+                return orders
+            context = without_oldest_turn(context)
+        return None
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _encode(self, messages: Sequence[Message], ending: Ending) -> EncodedChat:
+        messages = list(messages)
+        if not self._takes_system and messages and messages[0]["role"] == "system":
+            messages = _system_into_user(messages)
+        layout = self._layout(tuple(m["role"] for m in messages), ending)
+        ids: list[int] = []
+        mask: list[int] = []
+        ends_turn = False
+        for part in layout:
+            if isinstance(part, _Structure):
+                new = part.ids
+                trained = self._end_of_turn(part.ids) if ends_turn else 0
+                mask += [1] * trained + [0] * (len(new) - trained)
+                ends_turn = False
+            else:
+                message = messages[part.message]
+                content = message["content"]
+                content = content.lstrip() if part.strip_left else content
+                content = content.rstrip() if part.strip_right else content
+                new = tuple(self.encode_content(part.lead + content, part.anchor))
+                ends_turn = message["role"] == "assistant"
+                mask += [int(ends_turn)] * len(new)
+            ids += new
+        return EncodedChat(ids, mask)
+
+    def _end_of_turn(self, structure: tuple[int, ...]) -> int:
+        """How many ids after an answer end its turn: through the first control token."""
+        for position, token_id in enumerate(structure):
+            if token_id in self._control:
+                return position + 1
+        return 0
+
+    def _make_layout(
+        self, roles: tuple[str, ...], ending: Ending
+    ) -> tuple[_Structure | _Slot, ...]:
+        names = [f"zqcontent{i}qz" for i in range(len(roles))]
+        rendered = self._render(
+            [{"role": r, "content": _PAD + n + _PAD} for r, n in zip(roles, names, strict=True)],
+            add_generation_prompt=ending == "prompt",
+        )
+        places = sorted((rendered.find(name), i) for i, name in enumerate(names))
+        for name, role in zip(names, roles, strict=True):
+            if rendered.count(name) != 1:
+                raise EncodingError(
+                    f"the chat template writes the content of a {role!r} message "
+                    f"{rendered.count(name)} times for the roles {'/'.join(roles)}: it must be "
+                    "written exactly once"
+                )
+        parts: list[_Structure | _Slot] = []
+        cursor = 0
+        for place, i in places:
+            before = rendered[cursor:place]
+            strip_left = not before.endswith(_PAD)
+            before = before if strip_left else before[: -len(_PAD)]
+            lead = before[len(before.rstrip(" ")) :]
+            before = before[: len(before) - len(lead)]
+            if before:
+                parts.append(self._structure(before, at_start=cursor == 0))
+            cursor = place + len(names[i])
+            strip_right = not rendered.startswith(_PAD, cursor)
+            cursor += 0 if strip_right else len(_PAD)
+            anchor = self._anchor_after(rendered, before, at_start=not parts)
+            parts.append(_Slot(i, anchor, lead, strip_left, strip_right))
+        tail = "" if ending == "open" else rendered[cursor:]
+        if ending == "prompt":
+            # The space before an answer belongs to the answer's first word, as in `_Slot.lead`.
+            tail = tail.rstrip(" ")
+        if tail:
+            parts.append(self._structure(tail, at_start=cursor == 0))
+        return tuple(parts)
+
+    def _structure(self, text: str, at_start: bool) -> _Structure:
+        return _Structure(tuple(self._encode_after("" if at_start else self._anchor, text)), text)
+
+    def _anchor_after(self, rendered: str, before: str, at_start: bool) -> str:
+        if at_start and not before:
+            return ""
+        for token in self._control.values():
+            if before.endswith(token):
+                return token if self._anchor else ""
+        return self._anchor
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        rendered = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **self._template_kwargs,
+        )
+        return str(rendered)
+
+    def _check_system_role(self) -> bool:
+        try:
+            self._layout(("user",), "prompt")
+        except JinjaError as error:
+            raise EncodingError(
+                f"the chat template cannot render a user message: {error}"
+            ) from error
+        try:
+            self._layout(("system", "user"), "prompt")
+        except (JinjaError, EncodingError):  # Gemma, for one, refuses it; others drop it
+            return False
+        return True
+
+    def _encode_after(self, anchor: str, text: str) -> list[int]:
+        if not text:
+            return []
+        text = _SURROGATE.sub("\ufffd", text)
+        ids = self._ids(anchor + text)
+        if not anchor:
+            return ids
+        head = self._ids(anchor)
+        # An anchor that merges with the text would take a token of it along.
+        return ids[len(head) :] if ids[: len(head)] == head else self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _find_anchor(self) -> str:
+        """A text to put in front where the tokenizer treats the start of a text differently."""
+        if self._ids(" a") != self._ids("a"):
+            mid = self._ids("b\na")
+            if mid[-len(self._ids("a")) :] == self._ids("a") and len(mid) > len(self._ids("a")):
+                return ""
+        for anchor in _ANCHORS:
+            head = self._ids(anchor)
+            tails = {probe: self._ids(anchor + probe) for probe in _ANCHOR_PROBES}
+            if all(ids[: len(head)] == head for ids in tails.values()) and (
+                tails["a"] != tails[" a"]
+            ):
+                return anchor
+        return ""
+
+    def _show(self, ids: Sequence[int]) -> str:
+        shown = []
+        for i in ids:
+            try:
+                shown.append(f"{i} {self.tokenizer.convert_ids_to_tokens(int(i))!r}")
+            except (IndexError, OverflowError, TypeError, ValueError):
+                shown.append(f"{i} (out of range)")
+        return "[" + ", ".join(shown) + "]"
+
+
+def marker_template(user_marker: str, assistant_marker: str, with_bos: bool) -> str:
+    """A chat template of plain-text turn markers; every answer ends in the tokenizer's EOS."""
+
+    def turn(marker: str) -> str:
+        spaced = marker if marker[-1:].isspace() else marker + " "
+        return "{{ " + json.dumps(spaced) + " + message['content'] }}"
+
+    opening = "{{ " + json.dumps(assistant_marker.rstrip(" ")) + " }}"
+    return (
+        ("{{ bos_token }}" if with_bos else "")
+        + "{% for message in messages %}"
+        + "{% if message['role'] == 'system' %}{{ message['content'] }}"
+        + "{% elif message['role'] == 'user' %}"
+        + turn(user_marker)
+        + "{% else %}"
+        + turn(assistant_marker)
+        + "{{ eos_token }}{% endif %}{% endfor %}"
+        + "{% if add_generation_prompt %}"
+        + opening
+        + "{% endif %}"
+    )
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several named templates: Transformers' own choice
+        return template.get("default")
+    return template
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    control = {
+        token_id: token.content
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special or _MARKUP.match(token.content)
+    }
+    unk = tokenizer.unk_token_id
+    for token_id in tokenizer.all_special_ids:
+        control.setdefault(token_id, str(tokenizer.convert_ids_to_tokens(token_id)))
+    if unk is not None and unk not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        control.pop(unk, None)  # what an unknown character becomes; it steers nothing
+    return {token_id: text for token_id, text in control.items() if text}
+
+
+def _system_into_user(messages: Sequence[Message]) -> list[Message]:
+    """Puts the system text in front of the first user turn, for templates without a system role."""
+    system, *rest = messages
+    first = next((i for i, m in enumerate(rest) if m["role"] == "user"), None)
+    if first is not None:
+        content = f"{system['content']}\n\n{rest[first]['content']}"
+        rest[first] = {"role": "user", "content": content}
+    return rest

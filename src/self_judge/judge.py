@@ -1,0 +1,259 @@
+"""Judge: comparisons in, verdicts out, by the next-token probabilities of two letters.
+
+It knows one model and its judge templates. It does not know where responses come from or what a
+verdict is used for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from self_judge.comparison import Comparison, Side, Verdict
+from self_judge.encoding import ChatEncoder
+from self_judge.models import (
+    load_judge_settings,
+    load_model,
+    load_tokenizer,
+    vocabulary_fits,
+)
+from self_judge.templates import JudgeTemplates
+
+# One principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)
+Orders = tuple[tuple[float, float], tuple[float, float]]
+
+
+class Judge:
+    """Judges pairs of responses in both orders under every principle template.
+
+    Args:
+        model: a causal language model (or `PeftModel`); used as it is, in evaluation mode.
+        encoder: a `ChatEncoder`, or a tokenizer whose own chat template is used.
+        templates: the judge templates, or a mapping `{principle: {system, user, assistant}}`.
+        token_id_a, token_id_b: checked against the ids derived from the tokenizer, if given.
+        batch_size: judge prompts per forward pass.
+        max_length: tokens of a judge prompt at most; the default is the model's context length.
+
+    Raises:
+        ValueError: a template or letter cannot work (see `JudgeTemplates`, `ChatEncoder`).
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        encoder: ChatEncoder | PreTrainedTokenizerBase,
+        templates: JudgeTemplates | dict[str, Any],
+        *,
+        token_id_a: int | None = None,
+        token_id_b: int | None = None,
+        batch_size: int = 8,
+        max_length: int | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"judge batch size must be at least 1, got {batch_size}")
+        self.model = model
+        self.encoder = encoder if isinstance(encoder, ChatEncoder) else ChatEncoder(encoder)
+        self.templates = (
+            templates if isinstance(templates, JudgeTemplates) else JudgeTemplates(templates)
+        )
+        self.letter_ids = self.encoder.letter_ids(self.templates, token_id_a, token_id_b)
+        self.batch_size = batch_size
+        config: Any = model.config
+        self.max_length = max_length or getattr(config, "max_position_embeddings", None)
+        vocabulary_fits(model, self.encoder.tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        templates: JudgeTemplates | dict[str, Any] | None = None,
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        device: str | torch.device | None = None,
+        **model_kwargs: Any,
+    ) -> Judge:
+        """Loads a model that was taught to judge, with the templates saved beside it.
+
+        Args:
+            templates: other templates than the saved ones; needed where none are saved.
+            device: defaults to the GPU if there is one.
+            model_kwargs: passed to `models.load_model`.
+        """
+        saved = load_judge_settings(name_or_path)
+        if templates is None:
+            if saved is None:
+                raise ValueError(
+                    f"{name_or_path} has no judge.json beside the model (JSFT writes it): pass "
+                    "the judge templates"
+                )
+            templates = saved.templates
+        tokenizer = load_tokenizer(name_or_path)
+        model = load_model(name_or_path, **model_kwargs)
+        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
+        encoder = ChatEncoder(tokenizer, saved.chat_template if saved else None)
+        return cls(model, encoder, templates, batch_size=batch_size, max_length=max_length)
+
+    def compare(
+        self, comparisons: Iterable[Comparison], *, progress: bool = False
+    ) -> list[Verdict]:
+        """Judges every comparison; verdicts come back in the order of the comparisons.
+
+        A pair whose judge prompt does not fit into `max_length` is undecidable, and says so.
+        """
+        comparisons = list(comparisons)
+        prompts: list[list[int]] = []
+        fits: list[bool] = []
+        for comparison in comparisons:
+            encoded = [
+                self.encoder.encode_orders(self.templates, p, comparison, self.max_length)
+                for p in self.templates
+            ]
+            whole = [orders for orders in encoded if orders is not None]
+            fits.append(len(whole) == len(encoded))
+            if fits[-1]:
+                prompts += [ids for orders in whole for ids in orders]
+        letters = self.letter_probabilities(prompts, progress=progress).tolist()
+        per_verdict = 2 * len(self.templates)
+        verdicts, start = [], 0
+        for fit in fits:
+            if not fit:
+                verdicts.append(_undecidable((), "the pair does not fit into max_length"))
+                continue
+            rows = letters[start : start + per_verdict]
+            start += per_verdict
+            verdicts.append(aggregate([((f[0], f[1]), (s[0], s[1])) for f, s in _in_twos(rows)]))
+        return verdicts
+
+    @torch.no_grad()
+    def letter_probabilities(
+        self, prompts: Sequence[Sequence[int]], *, progress: bool = False
+    ) -> torch.Tensor:
+        """p(A) and p(B) as the next token of each prompt, softmax over the whole vocabulary.
+
+        Returns:
+            float32 tensor on the CPU, shape `(len(prompts), 2)`.
+        """
+        probabilities_N2 = torch.empty(len(prompts), 2)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            # Longest first: batches of like lengths, and memory trouble shows at the start.
+            order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+            with tqdm(
+                total=len(prompts), desc="judging", unit="prompt", disable=not progress
+            ) as bar:
+                for start in range(0, len(order), self.batch_size):
+                    batch = order[start : start + self.batch_size]
+                    logits_BV = next_token_logits(self.model, [prompts[i] for i in batch])
+                    letters_B2 = logits_BV.float().softmax(-1)[:, list(self.letter_ids)]
+                    probabilities_N2[batch] = letters_B2.cpu()
+                    bar.update(len(batch))
+        finally:
+            self.model.train(was_training)
+        return probabilities_N2
+
+
+def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits of the token after each prompt, shape `(B, V)`.
+
+    Rows are padded on the right: under a causal mask padding can then reach no prompt, whatever
+    the model's kind of position. Only the last positions reach the LM head.
+    """
+    device = next(model.parameters()).device
+    lengths = [len(p) for p in prompts]
+    ids_BT = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, : lengths[row]] = torch.tensor(prompt)
+        mask_BT[row, : lengths[row]] = 1
+    inputs = {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
+    last_B = torch.tensor([n - 1 for n in lengths], device=device)
+    rows_B = torch.arange(len(prompts), device=device)
+    if _takes_logits_to_keep(model):
+        kept, place_B = last_B.unique(return_inverse=True)
+        logits_BUV = model(**inputs, use_cache=False, logits_to_keep=kept).logits
+        return logits_BUV[rows_B, place_B]
+    return model(**inputs).logits[rows_B, last_B]
+
+
+def _takes_logits_to_keep(model: torch.nn.Module) -> bool:
+    """Whether the model under all wrappers (DDP, PEFT) can leave positions out of its LM head."""
+    inner: Any = model
+    while True:
+        if isinstance(getattr(inner, "module", None), torch.nn.Module):  # DDP, DeepSpeed
+            inner = inner.module
+        elif isinstance(getattr(inner, "base_model", None), torch.nn.Module) and hasattr(
+            inner, "peft_config"
+        ):
+            inner = inner.get_base_model()
+        else:
+            break
+    return "logits_to_keep" in inspect.signature(type(inner).forward).parameters
+
+
+class Scores(NamedTuple):
+    """Swap-averaged likelihoods of one principle."""
+
+    a: float
+    b: float
+
+
+def swap_averaged(orders: Orders) -> Scores:
+    """s(a) = ½[p(A | a first) + p(B | b first)] and s(b) alike (paper, judgment)."""
+    (a_first_A, a_first_B), (b_first_A, b_first_B) = orders  # noqa: N806  the letter's name
+    return Scores(0.5 * (a_first_A + b_first_B), 0.5 * (a_first_B + b_first_A))
+
+
+def aggregate(probabilities: Sequence[Orders]) -> Verdict:
+    """The verdict over principles: majority of wins, an even split to the larger mean score.
+
+    Args:
+        probabilities: `[principle][order][letter]`, at least one principle; see `Verdict`.
+
+    Returns:
+        An undecidable verdict on an exact tie of the means after an even split, or when a
+        probability is not finite.
+    """
+    kept = tuple(probabilities)
+    if not kept:
+        raise ValueError("aggregate needs the probabilities of at least one principle")
+    if not all(math.isfinite(p) for orders in kept for letters in orders for p in letters):
+        return _undecidable(kept, "a score is not finite")
+    scores = [swap_averaged(orders) for orders in kept]
+    wins_a = sum(s.a > s.b for s in scores)
+    wins_b = sum(s.b > s.a for s in scores)
+    mean_a = math.fsum(s.a for s in scores) / len(scores)
+    mean_b = math.fsum(s.b for s in scores) / len(scores)
+    ahead = (wins_a, mean_a) if wins_a == wins_b else (wins_a, 0.0)
+    behind = (wins_b, mean_b) if wins_a == wins_b else (wins_b, 0.0)
+    preferred: Side | None = "a" if ahead > behind else "b" if behind > ahead else None
+    # Each order alone: a minus b, summed over principles.
+    first = math.fsum(orders[0][0] - orders[0][1] for orders in kept)
+    second = math.fsum(orders[1][1] - orders[1][0] for orders in kept)
+    return Verdict(
+        preferred=preferred,
+        score_a=mean_a,
+        score_b=mean_b,
+        win_rate=(wins_a + 0.5 * (len(scores) - wins_a - wins_b)) / len(scores),
+        margin=mean_a - mean_b,
+        orders_agree=first * second > 0,
+        probabilities=kept,
+        undecidable_because=None if preferred else "an exact tie",
+    )
+
+
+def _undecidable(probabilities: tuple[Orders, ...], because: str) -> Verdict:
+    nan = math.nan
+    return Verdict(None, nan, nan, 0.5, nan, False, probabilities, because)
+
+
+def _in_twos(rows: list[list[float]]) -> Iterable[tuple[list[float], list[float]]]:
+    return zip(rows[::2], rows[1::2], strict=True)

@@ -1,0 +1,196 @@
+"""Models in and out: load, merge, save; the frozen reference; the judge's settings beside it.
+
+It knows files and weights. It does not know data, prompts or training.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from self_judge.encoding import ChatEncoder
+from self_judge.templates import JudgeTemplates
+
+logger = logging.getLogger(__name__)
+
+JUDGE_FILE = "judge.json"
+
+ModelT = TypeVar("ModelT", bound=torch.nn.Module)
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be used; the message says which, why and what to do."""
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer; one without a padding token pads with its EOS.
+
+    Padding with EOS is harmless here: loss masks come from how the ids were built, never from
+    looking for a token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(name_or_path), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a tokenizer from {name_or_path}: {_line(error)}") from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"the tokenizer of {name_or_path} has neither a padding nor an end-of-sequence "
+                "token: set tokenizer.eos_token and save it again"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    merge: bool = True,
+    **kwargs: Any,
+) -> PreTrainedModel | PeftModel:
+    """Loads a causal language model, or an adapter together with the base it names.
+
+    Args:
+        name_or_path: a Hub name or a folder; a folder with `adapter_config.json` is an adapter.
+        dtype: `"auto"`, `"float32"`, `"bfloat16"`, … or a `torch.dtype`.
+        merge: put an adapter's weights into the base and return a plain model; `False` returns a
+            trainable `PeftModel` to continue from.
+        kwargs: passed on to `from_pretrained`.
+
+    Raises:
+        ModelError: there is no model at that name or path.
+    """
+    common: dict[str, Any] = {
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+        **kwargs,
+    }
+    path = Path(name_or_path)
+    if not (path / "adapter_config.json").is_file():
+        try:
+            return AutoModelForCausalLM.from_pretrained(str(name_or_path), **common)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot load a model from {name_or_path}: {_line(error)}") from error
+    base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not base_name:
+        raise ModelError(f"the adapter {path} does not name its base model in adapter_config.json")
+    base = load_model(
+        base_name,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        **kwargs,
+    )
+    model = PeftModel.from_pretrained(base, str(path), is_trainable=not merge)
+    return merged(model) if merge else model
+
+
+def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The plain model with the active adapter's weights added to its own; plain models as is."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def frozen_reference(model: ModelT) -> ModelT:
+    """A copy of the model as it is now, in evaluation mode and without gradients.
+
+    A copy of what is in memory, not of what its name leads to on disk: a merged adapter or an
+    edited weight stays in it.
+    """
+    reference = copy.deepcopy(model)
+    reference.requires_grad_(False)
+    return reference.eval()
+
+
+def vocabulary_fits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ModelError` when the tokenizer has ids that the model has no embedding for."""
+    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= size:
+        raise ModelError(
+            f"the tokenizer has token ids up to {largest}, the model has embeddings for "
+            f"{size}: they do not belong together (or call model.resize_token_embeddings)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeSettings:
+    """What a model was taught to judge with; saved beside its checkpoint as `judge.json`."""
+
+    templates: JudgeTemplates
+    token_id_a: int
+    token_id_b: int
+    chat_template: str | None = None
+
+
+def save_judge_settings(
+    directory: str | os.PathLike[str],
+    encoder: ChatEncoder,
+    templates: JudgeTemplates,
+    letter_ids: Sequence[int],
+) -> Path:
+    """Writes the judge's templates, chat template and letter ids into `directory/judge.json`.
+
+    The lead-in of each template is its decision prefix. The file is written whole or not at all.
+    """
+    content = {
+        **templates.to_dict(),
+        "token_id_a": int(letter_ids[0]),
+        "token_id_b": int(letter_ids[1]),
+        "chat_template": encoder.chat_template,
+    }
+    path = Path(directory) / JUDGE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".json.part")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+    return path
+
+
+def load_judge_settings(directory: str | os.PathLike[str]) -> JudgeSettings | None:
+    """Reads what `save_judge_settings` wrote; `None` when the folder has no such file."""
+    path = Path(directory) / JUDGE_FILE
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return JudgeSettings(
+            JudgeTemplates.from_dict(saved),
+            int(saved["token_id_a"]),
+            int(saved["token_id_b"]),
+            saved.get("chat_template"),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} is not a judge file written by JSFT: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

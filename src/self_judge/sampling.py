@@ -1,0 +1,259 @@
+"""Samplers: prompts in, responses out, exactly as sampled. Here the one on Transformers.
+
+It knows token ids and a model. It does not know what a prompt means or who judges the answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from self_judge.comparison import Response
+from self_judge.encoding import ChatEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """How responses are drawn. What is not set here is off: no model's own settings mix in.
+
+    Attributes:
+        max_new_tokens: tokens of a response at most.
+        temperature: 0 takes the most likely token.
+        top_p, top_k, min_p: 1.0, 0 and 0.0 switch them off.
+        repetition_penalty: 1.0 switches it off.
+    """
+
+    max_new_tokens: int = 768
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p must be in [0, 1), got {self.min_p}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed from anything printable; the same in every process and on every machine."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class TransformersSampler:
+    """Samples with a Transformers model: left-padded batches of like lengths, with a KV cache.
+
+    Every response has a seed of its own, from which its tokens are drawn; so it does not depend on
+    which other prompts share the batch, on the number of processes or on what was sampled before
+    (up to rounding in the model itself).
+
+    Args:
+        model: a model with `generate`; its own generation settings are not used.
+        encoder: gives the tokens at which an answer ends, and decodes.
+        settings: how to draw.
+        batch_size: responses per `generate` call.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encoder: ChatEncoder,
+        settings: SamplingSettings,
+        batch_size: int = 64,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"sampling batch size must be at least 1, got {batch_size}")
+        self.model = model
+        self.encoder = encoder
+        self.settings = settings
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int = 1,
+        seeds: Sequence[int] | int = 0,
+        *,
+        progress: bool = False,
+    ) -> list[list[Response]]:
+        """Draws `n` responses to every prompt.
+
+        Args:
+            prompts: token ids that end where the answer begins; none may be empty.
+            n: responses per prompt.
+            seeds: one seed per prompt, or one for all (then prompts differ by their place).
+            progress: show a bar.
+
+        Returns:
+            One list of `n` responses per prompt.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        empty = next((i for i, p in enumerate(prompts) if not len(p)), None)
+        if empty is not None:
+            raise ValueError(f"prompt {empty} has no tokens: there is nothing to continue from")
+        if isinstance(seeds, int):
+            seeds = [stable_seed(seeds, i) for i in range(len(prompts))]
+        rows = [(i, stable_seed(seeds[i], k)) for i in range(len(prompts)) for k in range(n)]
+        rows.sort(
+            key=lambda row: -len(prompts[row[0]])
+        )  # stable: samples of a prompt stay in order
+        responses: list[list[Response]] = [[] for _ in prompts]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with tqdm(total=len(rows), desc="sampling", unit="resp", disable=not progress) as bar:
+                for start in range(0, len(rows), self.batch_size):
+                    batch = rows[start : start + self.batch_size]
+                    sampled = self._generate([prompts[i] for i, _ in batch], [s for _, s in batch])
+                    for (i, _), response in zip(batch, sampled, strict=True):
+                        responses[i].append(response)
+                    bar.update(len(batch))
+        finally:
+            self.model.train(was_training)
+        return responses
+
+    def _generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Response]:
+        device = next(self.model.parameters()).device
+        stop = self.encoder.stop_token_ids
+        pad = self.encoder.tokenizer.pad_token_id
+        pad = stop[0] if pad is None else pad
+        longest = max(map(len, prompts))
+        ids_BT = torch.full((len(prompts), longest), pad)
+        mask_BT = torch.zeros_like(ids_BT)
+        for row, prompt in enumerate(prompts):
+            ids_BT[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+            mask_BT[row, longest - len(prompt) :] = 1
+        config = GenerationConfig(
+            max_new_tokens=self.settings.max_new_tokens,
+            do_sample=False,  # sampling is the argmax over `_SeededGumbel`
+            use_cache=True,
+            eos_token_id=list(stop),
+            pad_token_id=pad,
+        )
+        with _without_own_generation_settings(self.model):
+            output_BT = self.model.generate(  # type: ignore[operator]
+                input_ids=ids_BT.to(device),
+                attention_mask=mask_BT.to(device),
+                generation_config=config,
+                logits_processor=self._processors(torch.tensor(list(seeds), device=device)),
+            )
+        return [self._response(row) for row in output_BT[:, longest:].tolist()]
+
+    def _response(self, sampled: list[int]) -> Response:
+        stop = set(self.encoder.stop_token_ids)
+        end = next((t + 1 for t, token in enumerate(sampled) if token in stop), None)
+        ids = tuple(sampled[:end])
+        return Response(ids, self.encoder.decode(ids), finished=end is not None)
+
+    def _processors(self, seeds_B: torch.Tensor) -> LogitsProcessorList:
+        s = self.settings
+        processors = LogitsProcessorList()
+        if s.repetition_penalty != 1.0:
+            processors.append(RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
+        if s.temperature == 0:
+            return processors
+        if s.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(s.temperature))
+        if s.top_k:
+            processors.append(TopKLogitsWarper(s.top_k))
+        if s.top_p < 1.0:
+            processors.append(TopPLogitsWarper(s.top_p))
+        if s.min_p > 0.0:
+            processors.append(MinPLogitsWarper(s.min_p))
+        processors.append(_SeededGumbel(seeds_B))
+        return processors
+
+
+class _SeededGumbel(LogitsProcessor):
+    """Adds Gumbel noise drawn from each row's own seed: the argmax is then an exact sample.
+
+    The noise is a function of (seed, step, token), so it needs no generator state per row.
+    """
+
+    def __init__(self, seeds_B: torch.Tensor) -> None:
+        self.seeds_B = seeds_B
+        self.step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise_BV = seeded_gumbel(self.seeds_B, self.step, scores.size(-1))
+        self.step += 1
+        return scores.float() + noise_BV
+
+
+def seeded_gumbel(seeds_B: torch.Tensor, step: int, size: int) -> torch.Tensor:
+    """Standard Gumbel noise by a counter-based generator (splitmix64), shape `(B, size)`, float32.
+
+    Args:
+        seeds_B: int64 seeds.
+        step: the step; every step of a seed has noise of its own.
+        size: numbers per row.
+    """
+    rows_B1 = _mix(seeds_B[:, None] + _mix(torch.tensor(step, device=seeds_B.device)))
+    index_V = torch.arange(size, device=seeds_B.device)
+    bits_BV = _mix(rows_B1 + index_V * -7046029254386353131)  # 2^64 / golden ratio, as int64
+    # 32 random bits, centred in their cell: never 0, so no infinite noise; where float32 rounds the
+    # largest to 1, the exponential is clamped.
+    uniform_BV = (((bits_BV >> 32) & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
+    exponential_BV = -torch.log1p(-uniform_BV.clamp(max=1 - 2.0**-24))
+    return -torch.log(exponential_BV)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The finalizer of splitmix64 on int64, whose products wrap as unsigned ones do."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@contextmanager
+def _without_own_generation_settings(model: torch.nn.Module) -> Iterator[None]:
+    """Hides the model's generation settings, from which `generate` fills what a call leaves unset.
+
+    A PEFT wrapper hands its own view of them down to the base model, so both are put back.
+    """
+    holders: list[Any] = [model.get_base_model()] if isinstance(model, PeftModel) else []
+    holders.append(model)
+    kept = [vars(holder).get("generation_config") for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, config in zip(holders, kept, strict=True):
+            if config is None:
+                del holder.generation_config
+            else:
+                holder.generation_config = config
