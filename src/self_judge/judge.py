@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -187,15 +189,8 @@ def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) 
 def _takes_logits_to_keep(model: torch.nn.Module) -> bool:
     """Whether the model under all wrappers (DDP, PEFT) can leave positions out of its LM head."""
     inner: Any = model
-    while True:
-        if isinstance(getattr(inner, "module", None), torch.nn.Module):  # DDP, DeepSpeed
-            inner = inner.module
-        elif isinstance(getattr(inner, "base_model", None), torch.nn.Module) and hasattr(
-            inner, "peft_config"
-        ):
-            inner = inner.get_base_model()
-        else:
-            break
+    while isinstance(inner, PeftModel) or isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner.module
     return "logits_to_keep" in inspect.signature(type(inner).forward).parameters
 
 

@@ -1,0 +1,157 @@
+"""Prompts for self-training: dataset rows to ids and judge contexts, and batches of them.
+
+It knows the row formats of the method and of TRL. It does not sample, judge or train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from self_judge.comparison import Message
+from self_judge.encoding import ChatEncoder
+from self_judge.templates import dialogue_text
+
+COLUMNS = ("record", "prompt_ids", "context", "chosen_ids", "rejected_ids")
+
+
+class SelfJudgeCollator:
+    """Passes prepared records through: what becomes of them is decided once they are sampled."""
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        missing = {"record", "prompt_ids", "context"} - set(examples[0])
+        if missing:
+            raise ValueError(
+                f"SelfJudgeCollator got records without {sorted(missing)}: it collates what "
+                "SelfJudgeTrainer prepared from query/context or prompt"
+            )
+        batch: dict[str, Any] = {
+            name: [example.get(name) for example in examples] for name in COLUMNS[1:]
+        }
+        # A tensor, so that Accelerate and the Trainer can tell the batch size.
+        batch["record"] = torch.tensor([example["record"] for example in examples])
+        return batch
+
+
+class PromptPreparer:
+    """Turns a dataset row into what a step needs; picklable, for `datasets.map(num_proc=…)`.
+
+    Args:
+        encoder: turns the prompt into ids.
+        max_length, max_new_tokens: a prompt may have `max_length - max_new_tokens` ids; a dialogue
+            loses its oldest exchanges until it fits, and has no ids when it cannot.
+        dataset_name: for messages.
+        with_responses: also encode the given `chosen` and `rejected`, for evaluation.
+
+    Raises:
+        ValueError: a row that has no usable `query` or `prompt`; the message names the record.
+    """
+
+    def __init__(
+        self,
+        encoder: ChatEncoder,
+        max_length: int | None,
+        max_new_tokens: int,
+        dataset_name: str,
+        with_responses: bool,
+    ) -> None:
+        self.encoder = encoder
+        self.budget = None if max_length is None else max_length - max_new_tokens
+        self.dataset_name = dataset_name
+        self.with_responses = with_responses
+
+    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        prompt, query = row.get("prompt"), row.get("query")
+        if isinstance(prompt, str) and query is None:
+            query, prompt = prompt, None
+        if query is None and prompt is None:
+            raise ValueError(
+                f"record {index} of the {self.dataset_name} dataset has neither 'query' nor "
+                f"'prompt'; it has {sorted(row)}"
+            )
+        if query is not None:
+            if not isinstance(query, str) or not query.strip():
+                raise ValueError(
+                    f"record {index} of the {self.dataset_name} dataset: 'query' is empty or not "
+                    "a text"
+                )
+            ids, messages = self.encoder.encode_query(query), None
+            context = row.get("context") or query
+        else:
+            messages = _messages(prompt, index, self.dataset_name)
+            context = row.get("context") or dialogue_text(messages)
+            ids = self.encoder.encode_prompt(messages)
+            while self.budget is not None and len(ids) > self.budget:
+                shorter = _without_oldest_exchange(messages)
+                if shorter is None:
+                    break
+                messages = shorter
+                ids = self.encoder.encode_prompt(messages)
+        fits = self.budget is None or len(ids) <= self.budget
+        prepared: dict[str, Any] = {
+            "record": index,
+            "prompt_ids": ids if fits else [],
+            "context": context,
+            "chosen_ids": None,
+            "rejected_ids": None,
+        }
+        if self.with_responses:
+            for side in ("chosen", "rejected"):
+                prepared[f"{side}_ids"] = self._response_ids(row.get(side), query, messages)
+        return prepared
+
+    def _response_ids(
+        self, response: Any, query: str | None, messages: list[Message] | None
+    ) -> list[int] | None:
+        """Ids of a given response as the policy would have sampled it, with its end of turn."""
+        if response is None:
+            return None
+        if not isinstance(response, str):
+            response = response[-1]["content"]
+        elif query is not None:
+            response = response.removeprefix(query)
+        end = list(self.encoder.stop_token_ids[:1])
+        eos = self.encoder.tokenizer.eos_token
+        if query is not None and eos:
+            response = response.removesuffix(eos)
+        if messages is not None:
+            # As the chat template writes it: what is trained on in the last turn.
+            answered = [*messages, Message(role="assistant", content=response)]
+            encoded = self.encoder.encode_dialogue(answered)
+            last = len(encoded.mask) - 1
+            while last >= 0 and not encoded.mask[last]:
+                last -= 1
+            first = last
+            while first > 0 and encoded.mask[first - 1]:
+                first -= 1
+            return encoded.ids[first : last + 1]
+        return [*self.encoder.encode_content(response), *end]
+
+
+def fits(row: Mapping[str, Any]) -> bool:
+    """Whether a prepared prompt left room for a response."""
+    return len(row["prompt_ids"]) > 0
+
+
+def _messages(prompt: Any, index: int, dataset_name: str) -> list[Message]:
+    where = f"record {index} of the {dataset_name} dataset: 'prompt'"
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(f"{where} must be a text or a non-empty list of messages")
+    for message in prompt:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise ValueError(f"{where} has a message without role and content: {message!r:.80}")
+    if prompt[-1]["role"] != "user":
+        raise ValueError(
+            f"{where} ends with a {prompt[-1]['role']!r} message; the model answers a 'user' one"
+        )
+    return [Message(role=m["role"], content=m["content"]) for m in prompt]
+
+
+def _without_oldest_exchange(messages: list[Message]) -> list[Message] | None:
+    """The dialogue less its first user turn and the answers to it; the system message stays."""
+    head = messages[:1] if messages[0]["role"] == "system" else []
+    rest = messages[len(head) :]
+    nexts = [i for i, m in enumerate(rest) if m["role"] == "user" and i > 0]
+    return [*head, *rest[nexts[0] :]] if nexts else None

@@ -1,0 +1,228 @@
+"""Rollouts: prompts to judged pairs of own responses, and judged pairs to TRL's preference batch.
+
+Three verbs: sample, judge, collate. It does not know the trainer, the loss or the step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from self_judge.comparison import Comparison, Response, Verdict
+from self_judge.sampling import stable_seed
+from self_judge.tournament import Compare, knockouts
+
+PairSelection = Literal["best_worst", "best_random"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One prompt with the pair of its own responses that the policy is to learn from.
+
+    Attributes:
+        record: the record's place in the dataset.
+        prompt_ids, context: what the policy continued, and what the judge was shown.
+        chosen, rejected: the preferred response and the other, exactly as sampled.
+        verdict: the judge's verdict with `chosen` as response a; `None` for two equal texts.
+        decided: whether the pair may be trained on.
+    """
+
+    record: int
+    prompt_ids: tuple[int, ...]
+    context: str
+    chosen: Response
+    rejected: Response
+    verdict: Verdict | None
+    decided: bool
+
+
+def select_pairs(
+    compare: Compare,
+    contexts: Sequence[str],
+    responses: Sequence[Sequence[Response]],
+    seeds: Sequence[int],
+    selection: PairSelection = "best_worst",
+) -> list[tuple[int, int, Verdict | None]]:
+    """Which two of each prompt's responses to learn from: the best, and the worst or a random one.
+
+    Two responses are judged once. Of more, the best is the winner of a knockout, the worst the one
+    that goes on in its mirror, where losers go on; matches that both would play are judged once.
+    The pair is then judged directly, and is decided only if that verdict agrees.
+
+    Returns:
+        Per prompt the places of the better and the worse response, and the verdict on them with
+        the better as a (`None`: equal texts).
+    """
+    texts = [[r.text for r in own] for own in responses]
+    known: dict[tuple[int, int, int], Verdict] = {}
+    best = [
+        bracket.winner for bracket in knockouts(compare, contexts, texts, seeds=seeds, known=known)
+    ]
+    others = [[k for k in range(len(own)) if k != b] for own, b in zip(texts, best, strict=True)]
+    if selection == "best_worst":
+        mirrored = knockouts(
+            compare, contexts, texts, seeds=seeds, entrants=others, seek="worst", known=known
+        )
+        worst = [bracket.winner for bracket in mirrored]
+    else:
+        worst = [
+            random.Random(stable_seed(s, "other")).choice(o)
+            for s, o in zip(seeds, others, strict=True)
+        ]
+    pairs = list(enumerate(zip(best, worst, strict=True)))
+    asked = [
+        (i, b, w)
+        for i, (b, w) in pairs
+        if (i, b, w) not in known and (i, w, b) not in known and texts[i][b] != texts[i][w]
+    ]
+    direct = compare([Comparison(contexts[i], texts[i][b], texts[i][w]) for i, b, w in asked])
+    known.update(zip(asked, direct, strict=True))
+    known.update({(i, w, b): verdict.swapped() for (i, b, w), verdict in list(known.items())})
+    return [(b, w, known.get((i, b, w))) for i, (b, w) in pairs]
+
+
+def judged_rollouts(
+    compare: Compare,
+    records: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    contexts: Sequence[str],
+    responses: Sequence[Sequence[Response]],
+    seeds: Sequence[int],
+    selection: PairSelection = "best_worst",
+) -> list[Rollout]:
+    """Judges the responses to every prompt and keeps one pair of each; see `select_pairs`."""
+    pairs = select_pairs(compare, contexts, responses, seeds, selection)
+    return [
+        Rollout(
+            record=records[i],
+            prompt_ids=tuple(prompts[i]),
+            context=contexts[i],
+            chosen=responses[i][better],
+            rejected=responses[i][worse],
+            verdict=verdict,
+            decided=verdict is not None and verdict.preferred == "a",
+        )
+        for i, (better, worse, verdict) in enumerate(pairs)
+    ]
+
+
+def preference_batch(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int], bool]],
+    pad_token_id: int,
+    max_length: int | None = None,
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """TRL's preference batch: `input_ids`, `attention_mask`, `completion_mask`, each `(2B, T)`.
+
+    Args:
+        pairs: (prompt ids, chosen ids, rejected ids, decided). An undecided pair keeps its two rows
+            with an empty completion mask: it takes part in the batch and carries no gradient.
+        pad_token_id: fills rows on the right.
+        max_length: rows are cut to so many tokens.
+        pad_to_multiple_of: T is rounded up to a multiple of it.
+
+    Chosen rows come first. Ids are put together, never tokenized again.
+    """
+    rows: list[tuple[list[int], list[int]]] = []
+    for side in ("chosen", "rejected"):
+        for prompt, chosen, rejected, decided in pairs:
+            completion = chosen if side == "chosen" else rejected
+            ids = [*prompt, *completion][:max_length]
+            rows.append((ids, ([0] * len(prompt) + [int(decided)] * len(completion))[:max_length]))
+    longest = max(len(ids) for ids, _ in rows)
+    if pad_to_multiple_of:
+        longest = math.ceil(longest / pad_to_multiple_of) * pad_to_multiple_of
+    ids_BT = torch.full((len(rows), longest), pad_token_id)
+    attention_BT = torch.zeros_like(ids_BT)
+    completion_BT = torch.zeros_like(ids_BT)
+    for i, (ids, mask) in enumerate(rows):
+        ids_BT[i, : len(ids)] = torch.tensor(ids)
+        attention_BT[i, : len(ids)] = 1
+        completion_BT[i, : len(ids)] = torch.tensor(mask)
+    return {
+        "input_ids": ids_BT,
+        "attention_mask": attention_BT,
+        "completion_mask": completion_BT,
+    }
+
+
+def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> dict[str, float]:
+    """Sums over rollouts, so that processes can add theirs up; `rollout_metrics` divides them."""
+    judged = [r.verdict for r in rollouts if r.decided and r.verdict is not None]
+    lengths = [len(x.ids) for r in rollouts for x in (r.chosen, r.rejected)]
+    totals = {
+        "pairs": float(len(rollouts)),
+        "decided": float(len(judged)),
+        "margin": math.fsum(v.margin for v in judged),
+        "orders_agree": float(sum(v.orders_agree for v in judged)),
+        "responses": float(len(lengths)),
+        "tokens": float(sum(lengths)),
+        "finished": float(sum(x.finished for r in rollouts for x in (r.chosen, r.rejected))),
+        "chosen_tokens": float(sum(len(r.chosen.ids) for r in rollouts)),
+        "rejected_tokens": float(sum(len(r.rejected.ids) for r in rollouts)),
+    }
+    for p, principle in enumerate(principles):
+        wins = 0.0
+        for verdict in judged:
+            (aa, ab), (ba, bb) = verdict.probabilities[p]
+            difference = (aa + bb) - (ab + ba)
+            wins += 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
+        totals[f"wins/{principle}"] = wins
+    return totals
+
+
+def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """The logged means, from (summed) `rollout_totals`.
+
+    Margin, order agreement and the principles' win rates are over decided pairs; a principle's win
+    rate is the share of pairs in which it sides with the verdict.
+    """
+    decided, responses = max(totals["decided"], 1.0), max(totals["responses"], 1.0)
+    pairs = max(totals["pairs"], 1.0)
+    metrics = {
+        "judge/margin": totals["margin"] / decided,
+        "judge/order_agreement": totals["orders_agree"] / decided,
+        "judge/undecidable": 1.0 - totals["decided"] / pairs,
+        "completions/mean_length": totals["tokens"] / responses,
+        "completions/finished": totals["finished"] / responses,
+        "completions/chosen_length": totals["chosen_tokens"] / pairs,
+        "completions/rejected_length": totals["rejected_tokens"] / pairs,
+    }
+    for name, value in totals.items():
+        if name.startswith("wins/"):
+            metrics[f"judge/win_rate/{name.removeprefix('wins/')}"] = value / decided
+    return metrics
+
+
+def write_rollouts(path: Path, rollouts: Sequence[Rollout], step: int) -> None:
+    """Writes one JSON line per rollout; the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    with aside.open("w", encoding="utf-8") as file:
+        for rollout in rollouts:
+            file.write(json.dumps(_as_json(rollout, step), ensure_ascii=False) + "\n")
+    aside.replace(path)
+
+
+def _as_json(rollout: Rollout, step: int) -> dict[str, Any]:
+    verdict = rollout.verdict
+    return {
+        "step": step,
+        "record": rollout.record,
+        "context": rollout.context,
+        "chosen": rollout.chosen.text,
+        "rejected": rollout.rejected.text,
+        "chosen_finished": rollout.chosen.finished,
+        "rejected_finished": rollout.rejected.finished,
+        "decided": rollout.decided,
+        "margin": verdict.margin if rollout.decided and verdict else None,
+        "orders_agree": verdict.orders_agree if verdict else None,
+        "probabilities": verdict.probabilities if verdict else None,
+    }

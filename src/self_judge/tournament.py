@@ -1,0 +1,258 @@
+"""Tournaments: brackets (pure) and self-rejection, the best of N own responses by knockout.
+
+It knows who meets whom and asks a judge who wins. It does not know how judging works.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from self_judge.comparison import Comparison, Verdict
+from self_judge.encoding import ChatEncoder
+from self_judge.judge import Judge
+from self_judge.sampling import stable_seed
+from self_judge.templates import JudgeTemplates
+
+Compare = Callable[[list[Comparison]], list[Verdict]]
+Seek = Literal["best", "worst"]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One match between two entrants (indices into the context's responses).
+
+    Attributes:
+        a, b: who met; `b` is `None` for a bye.
+        winner: who goes on.
+        verdict: the judge's verdict with a as response a; `None` for a bye or equal texts.
+        by_lot: whether the judge could not decide, and the seed did.
+    """
+
+    a: int
+    b: int | None
+    winner: int
+    verdict: Verdict | None = None
+    by_lot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """A whole knockout: the rounds in order, each a tuple of matches, and who won."""
+
+    rounds: tuple[tuple[Match, ...], ...]
+    winner: int
+
+
+def pairings(entrants: Sequence[int]) -> list[tuple[int, int | None]]:
+    """Neighbours meet; the last of an odd number has a bye. N entrants play N − 1 matches."""
+    paired: list[tuple[int, int | None]] = [
+        (entrants[i], entrants[i + 1]) for i in range(0, len(entrants) - 1, 2)
+    ]
+    if len(entrants) % 2:
+        paired.append((entrants[-1], None))
+    return paired
+
+
+def knockouts(
+    compare: Compare,
+    contexts: Sequence[str],
+    responses: Sequence[Sequence[str]],
+    *,
+    seeds: Sequence[int],
+    entrants: Sequence[Sequence[int]] | None = None,
+    seek: Seek = "best",
+    known: dict[tuple[int, int, int], Verdict] | None = None,
+) -> list[Bracket]:
+    """Plays one knockout per context; all matches of a round, over all contexts, judged together.
+
+    Args:
+        compare: judges a list of comparisons, e.g. `Judge.compare`.
+        contexts: what the judge is shown; N of them.
+        responses: the responses to each context; never changed.
+        seeds: one per context; fixes the draw and the lots.
+        entrants: who takes part, per context (default: all).
+        seek: `"worst"` lets the loser of each match go on.
+        known: verdicts by (context, a, b) to look up first and to add to.
+
+    Raises:
+        ValueError: a context without responses, or lists of different lengths.
+    """
+    if not len(contexts) == len(responses) == len(seeds):
+        raise ValueError(
+            f"{len(contexts)} contexts, {len(responses)} lists of responses, {len(seeds)} seeds: "
+            "there must be as many of each"
+        )
+    known = {} if known is None else known
+    generators = [random.Random(seed) for seed in seeds]
+    standing: list[list[int]] = []
+    for i, own in enumerate(responses):
+        if isinstance(own, str):
+            raise TypeError(f"responses[{i}] is one text, not a list of responses")
+        drawn = list(range(len(own)) if entrants is None else entrants[i])
+        if not drawn:
+            raise ValueError(f"context {i} has no responses to choose from: {contexts[i]!r:.80}")
+        generators[i].shuffle(drawn)
+        standing.append(drawn)
+    rounds: list[list[tuple[Match, ...]]] = [[] for _ in contexts]
+    while any(len(entered) > 1 for entered in standing):
+        paired = [pairings(e) if len(e) > 1 else [] for e in standing]
+        _judge_unknown(compare, contexts, responses, paired, known)
+        for i, pairs in enumerate(paired):
+            if not pairs:
+                continue
+            played = tuple(
+                _match(i, a, b, responses[i], known, generators[i], seek) for a, b in pairs
+            )
+            rounds[i].append(played)
+            standing[i] = [match.winner for match in played]
+    return [Bracket(tuple(r), s[0]) for r, s in zip(rounds, standing, strict=True)]
+
+
+def _judge_unknown(
+    compare: Compare,
+    contexts: Sequence[str],
+    responses: Sequence[Sequence[str]],
+    paired: Sequence[Sequence[tuple[int, int | None]]],
+    known: dict[tuple[int, int, int], Verdict],
+) -> None:
+    asked = [
+        (i, a, b)
+        for i, pairs in enumerate(paired)
+        for a, b in pairs
+        if b is not None
+        and (i, a, b) not in known
+        and (i, b, a) not in known
+        and responses[i][a] != responses[i][b]  # equal texts need no judge
+    ]
+    verdicts = compare(
+        [Comparison(contexts[i], responses[i][a], responses[i][b]) for i, a, b in asked]
+    )
+    known.update(zip(asked, verdicts, strict=True))
+
+
+def _match(
+    context: int,
+    a: int,
+    b: int | None,
+    texts: Sequence[str],
+    known: Mapping[tuple[int, int, int], Verdict],
+    lots: random.Random,
+    seek: Seek,
+) -> Match:
+    if b is None:
+        return Match(a, None, a)
+    verdict = None
+    if texts[a] != texts[b]:
+        given = known.get((context, a, b))
+        verdict = given if given is not None else known[context, b, a].swapped()
+    if verdict is None or verdict.preferred is None:
+        # Neither place in the draw may profit from an undecided match.
+        return Match(a, b, lots.choice((a, b)), verdict, by_lot=True)
+    goes_on = (verdict.preferred == "a") == (seek == "best")
+    return Match(a, b, a if goes_on else b, verdict)
+
+
+@overload
+def tournament_rejection_sampling(
+    *, return_brackets: Literal[False] = False, **arguments: Any
+) -> list[str]: ...
+
+
+@overload
+def tournament_rejection_sampling(
+    *, return_brackets: Literal[True], **arguments: Any
+) -> tuple[list[str], list[Bracket]]: ...
+
+
+def tournament_rejection_sampling(  # type: ignore[misc]
+    *,
+    model: torch.nn.Module | str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | ChatEncoder | None = None,
+    judge_templates: JudgeTemplates | Mapping[str, Any] | None = None,
+    token_id_a: int | None = None,
+    token_id_b: int | None = None,
+    contexts: Sequence[str],
+    responses: Sequence[Sequence[str]],
+    max_length: int | None = None,
+    judge_batch_size: int = 8,
+    seed: int = 0,
+    judge: Judge | None = None,
+    return_brackets: bool = False,
+    progress: bool = False,
+) -> list[str] | tuple[list[str], list[Bracket]]:
+    """Self-rejection: the winner of a knockout among the responses to each context.
+
+    Args:
+        model: the judging model, or the folder of one with its `judge.json`.
+        tokenizer: its tokenizer (or a `ChatEncoder`); not needed with a folder.
+        judge_templates: `{principle: {system, user, assistant}}`; not needed with a folder.
+        token_id_a, token_id_b: checked against the derived ids, if given.
+        contexts: what the judge is shown as the dialogue (see `templates.dialogue_text`).
+        responses: the responses to each context; their numbers may differ. A single one wins.
+        max_length: tokens of a judge prompt at most.
+        judge_batch_size: judge prompts per forward pass.
+        seed: fixes the draw, and the lots where the judge cannot decide.
+        judge: a ready `Judge`, in place of model, tokenizer and templates.
+        return_brackets: also return one `Bracket` per context.
+        progress: show a bar per round.
+
+    Returns:
+        One response per context; with `return_brackets`, also the brackets.
+
+    Raises:
+        ValueError: a context without responses (named), or lists of different lengths.
+    """
+    if judge is None:
+        judge = _judge_from(
+            model, tokenizer, judge_templates, token_id_a, token_id_b, judge_batch_size, max_length
+        )
+    ready = judge
+    brackets = knockouts(
+        lambda comparisons: ready.compare(comparisons, progress=progress),
+        contexts,
+        responses,
+        seeds=[stable_seed(seed, i) for i in range(len(contexts))],
+    )
+    winners = [own[b.winner] for own, b in zip(responses, brackets, strict=True)]
+    return (winners, brackets) if return_brackets else winners
+
+
+def _judge_from(
+    model: torch.nn.Module | str | os.PathLike[str] | None,
+    tokenizer: PreTrainedTokenizerBase | ChatEncoder | None,
+    judge_templates: JudgeTemplates | Mapping[str, Any] | None,
+    token_id_a: int | None,
+    token_id_b: int | None,
+    judge_batch_size: int,
+    max_length: int | None,
+) -> Judge:
+    if isinstance(model, (str, os.PathLike)):
+        templates = None if judge_templates is None else _templates(judge_templates)
+        return Judge.from_pretrained(
+            model, templates, batch_size=judge_batch_size, max_length=max_length
+        )
+    if model is None or tokenizer is None or judge_templates is None:
+        raise ValueError(
+            "tournament_rejection_sampling needs model, tokenizer and judge_templates, or the "
+            "folder of a model with its judge.json as model, or a ready judge"
+        )
+    return Judge(
+        model,
+        tokenizer,
+        _templates(judge_templates),
+        token_id_a=token_id_a,
+        token_id_b=token_id_b,
+        batch_size=judge_batch_size,
+        max_length=max_length,
+    )
+
+
+def _templates(given: JudgeTemplates | Mapping[str, Any]) -> JudgeTemplates:
+    return given if isinstance(given, JudgeTemplates) else JudgeTemplates(given)

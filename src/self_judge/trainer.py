@@ -1,0 +1,446 @@
+"""SelfJudgeTrainer: TRL's DPOTrainer whose batches are the policy's own judged responses.
+
+It replaces where the batch comes from, and nothing else: losses, metrics, PEFT, distributed
+preparation and checkpoints are inherited. How pairs are sampled and judged stands in `rollouts.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import DPOTrainer
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import use_adapter
+
+from self_judge.encoding import ChatEncoder
+from self_judge.judge import Judge
+from self_judge.models import frozen_reference, load_judge_settings, save_judge_settings
+from self_judge.prompts import COLUMNS, PromptPreparer, SelfJudgeCollator, fits
+from self_judge.rollouts import (
+    Rollout,
+    judged_rollouts,
+    preference_batch,
+    rollout_metrics,
+    rollout_totals,
+    write_rollouts,
+)
+from self_judge.sampling import TransformersSampler, stable_seed
+from self_judge.templates import JudgeTemplates
+from self_judge.trainer_config import SelfJudgeConfig, as_self_judge_config, with_values
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class SelfJudgeTrainer(DPOTrainer):
+    """On-policy self-training: sample, judge with the frozen initial model, update by DPO.
+
+    Takes what `DPOTrainer` takes, and the method's own arguments (which win over `args`):
+
+    Args:
+        model: a name or folder, a model, or a `PeftModel` with the adapter to go on training.
+        args: a `SelfJudgeConfig`, or a plain `TrainingArguments`.
+        processing_class, tokenizer: the tokenizer, under either name.
+        train_dataset: rows with `query` (text from which the model continues) and `context` (what
+            the judge is shown; default: the query), or with a conversational `prompt`.
+        eval_dataset: the same with `chosen` and `rejected`: the response alone, or query +
+            response, or messages.
+        judge_templates: `{principle: {system, user, assistant}}`; default: the `judge.json` that
+            JSFT saved beside the model.
+        token_id_a, token_id_b: checked against the ids derived from the tokenizer, if given.
+        ref_model: the judge and reference; default: a frozen copy of the model as given, or the
+            model with its new adapter off.
+        encoder: a `ChatEncoder`, for a chat template other than the tokenizer's or the saved one.
+
+    Raises:
+        ValueError: settings, templates or data that cannot work; the message says which and why.
+    """
+
+    args: SelfJudgeConfig
+    model: Any
+
+    _tag_names = ["trl", "dpo", "self-judge"]  # noqa: RUF012  TRL declares it so
+    _name = "SELF-JUDGE"
+    _paper = {  # noqa: RUF012
+        "title": "Aligning Large Language Models by On-Policy Self-Judgment",
+        "id": "2402.11253",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: SelfJudgeConfig | TrainingArguments | None = None,
+        data_collator: SelfJudgeCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        encoder: ChatEncoder | None = None,
+        judge_templates: JudgeTemplates | Mapping[str, Any] | None = None,
+        token_id_a: int | None = None,
+        token_id_b: int | None = None,
+        peft_config: PeftConfig | None = None,
+        disable_dropout: bool | None = None,
+        judge_batch_size: int | None = None,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        num_generations: int | None = None,
+        loss_type: str | list[str] | None = None,
+        beta: float | None = None,
+        average_log_prob: bool | None = None,
+        ignore_index: int | None = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        if processing_class is not None and tokenizer is not None:
+            raise ValueError("tokenizer and processing_class are two names of one argument")
+        name = model if isinstance(model, str) else str(model.config.name_or_path)
+        config = as_self_judge_config(args, name)
+        given = {
+            "disable_dropout": disable_dropout,
+            "judge_batch_size": judge_batch_size,
+            "max_length": max_length,
+            "max_new_tokens": max_new_tokens,
+            "top_p": top_p,
+            "temperature": temperature,
+            "num_generations": num_generations,
+            "loss_type": [loss_type] if isinstance(loss_type, str) else loss_type,
+            "beta": beta,
+            "average_log_prob": average_log_prob,
+            "ignore_index": ignore_index,
+        }
+        config = with_values(
+            config, {key: value for key, value in given.items() if value is not None}
+        )
+        processing_class = processing_class or tokenizer or AutoTokenizer.from_pretrained(name)
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+
+        saved = load_judge_settings(name) if name else None
+        if judge_templates is None:
+            if saved is None:
+                raise ValueError(
+                    f"no judge_templates given, and no judge.json beside the model ({name or '?'}):"
+                    " pass judge_templates, or start from a model that JSFT wrote"
+                )
+            judge_templates = saved.templates
+            token_id_a = saved.token_id_a if token_id_a is None else token_id_a
+            token_id_b = saved.token_id_b if token_id_b is None else token_id_b
+        self.judge_templates = (
+            judge_templates
+            if isinstance(judge_templates, JudgeTemplates)
+            else JudgeTemplates(judge_templates)
+        )
+        # All that the dataset's preparation needs must stand before TRL's constructor runs it.
+        self.encoder = encoder or ChatEncoder(
+            processing_class, saved.chat_template if saved else None
+        )
+        self.encoder.letter_ids(self.judge_templates, token_id_a, token_id_b)
+        in_memory = not isinstance(model, (str, PeftModel))
+        if ref_model is None and peft_config is None and in_memory:
+            if is_deepspeed_zero3_enabled():
+                # Sharded parameters cannot be copied: TRL loads the reference by the model's name.
+                logger.warning("ZeRO-3: the judge is loaded from %s, not copied from memory", name)
+            else:
+                ref_model = frozen_reference(model)  # type: ignore[type-var, assignment]
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=config,
+            data_collator=data_collator or SelfJudgeCollator(),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **trainer_arguments,
+        )
+        if self.ref_model is not None:
+            self.ref_model.requires_grad_(False)
+        self.judge = Judge(
+            self.ref_model if self.ref_model is not None else self.model,
+            self.encoder,
+            self.judge_templates,
+            token_id_a=token_id_a,
+            token_id_b=token_id_b,
+            batch_size=config.judge_batch_size,
+            max_length=config.max_length,
+        )
+        self.output_dir = str(config.output_dir)
+        self._step_batches: list[Any] = []
+        self._step_rollouts: list[list[Rollout]] | None = None
+        self._shown: list[Rollout] = []
+        self._log_prob_hooks = _LogProbUnits.attach(self)
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        """Adds the ids of each prompt and the judge's context; leaves a prepared dataset alone."""
+        if {"record", "prompt_ids", "context"} <= set(next(iter(dataset))):
+            return dataset
+        prepare = PromptPreparer(
+            self.encoder,
+            args.max_length,
+            args.max_new_tokens,
+            dataset_name,
+            with_responses=dataset_name != "train",  # the name under which TRL prepares it
+        )
+        with PartialState().main_process_first():
+            if isinstance(dataset, IterableDataset):
+                return dataset.map(
+                    prepare, with_indices=True, remove_columns=dataset.column_names
+                ).filter(fits)
+            described = {"num_proc": args.dataset_num_proc}
+            prepared = dataset.map(
+                prepare,
+                with_indices=True,
+                remove_columns=dataset.column_names,
+                desc=f"Encoding {dataset_name} prompts",
+                **described,
+            )
+            kept = prepared.filter(fits, **described)
+        dropped = len(prepared) - len(kept)
+        if not len(kept):
+            raise ValueError(
+                f"no prompt of the {dataset_name} dataset fits: max_length {args.max_length} less "
+                f"max_new_tokens {args.max_new_tokens} leaves too few tokens"
+            )
+        if dropped:
+            logger.warning(
+                "%s dataset: %d of %d prompts do not fit into max_length - max_new_tokens and are "
+                "left out",
+                dataset_name,
+                dropped,
+                len(prepared),
+            )
+        return kept
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(COLUMNS)  # type: ignore[assignment]
+
+    # -- the step --------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Remembers all micro-batches of the coming optimizer step.
+
+        They are rolled out at the first of them (in `_prepare_inputs`), not here: resuming from a
+        checkpoint restores the random state only after this prefetch.
+        """
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self._step_batches, self._step_rollouts = batches, None
+        return batches, count
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        if not self.model.training:
+            return super()._prepare_inputs(self._evaluation_batch(inputs))
+        place = next((i for i, b in enumerate(self._step_batches) if b is inputs), None)
+        if place is None:  # called from outside the training loop
+            self._step_batches, self._step_rollouts, place = [inputs], None, 0
+        if self._step_rollouts is None:
+            self._step_rollouts = self._roll_out(self._step_batches)
+        rollouts = self._step_rollouts[place]
+        batch = preference_batch(
+            [(r.prompt_ids, r.chosen.ids, r.rejected.ids, r.decided) for r in rollouts],
+            self._tokenizer.pad_token_id,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]
+        )
+        return super()._prepare_inputs(batch)
+
+    def _evaluation_batch(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        for side in ("chosen", "rejected"):
+            missing = next((i for i, ids in enumerate(inputs[f"{side}_ids"]) if not ids), None)
+            if missing is not None:
+                raise ValueError(
+                    f"record {int(inputs['record'][missing])} of the evaluation data has no "
+                    f"{side!r} response: evaluation compares given pairs"
+                )
+        columns = (inputs["prompt_ids"], inputs["chosen_ids"], inputs["rejected_ids"])
+        return preference_batch(
+            [(p, c, r, True) for p, c, r in zip(*columns, strict=True)],
+            self._tokenizer.pad_token_id,
+            max_length=self.args.max_length,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]
+        )
+
+    def _roll_out(self, batches: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
+        """Samples and judges all prompts of the step at once; one list per micro-batch."""
+        records = [int(r) for batch in batches for r in batch["record"]]
+        prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
+        contexts = [context for batch in batches for context in batch["context"]]
+        # A record's samples depend on the seed, the step and the record alone: not on the batch it
+        # is in, the number of processes or a resume in between.
+        seeds = [stable_seed(self.args.seed, self.state.global_step, r) for r in records]
+        started = time.perf_counter()
+        with self._policy() as policy:
+            sampler = TransformersSampler(
+                policy, self.encoder, self.args.sampling(), self.args.generation_batch_size
+            )
+            responses = sampler.sample(prompts, self.args.num_generations, seeds)
+        sampled = time.perf_counter()
+        with self._reference():
+            rollouts = judged_rollouts(
+                self.judge.compare,
+                records,
+                prompts,
+                contexts,
+                responses,
+                seeds,
+                self.args.pair_selection,
+            )
+        judged = time.perf_counter()
+        self._record(rollouts, sampled - started, judged - sampled)
+        sizes = iter(rollouts)
+        return [[next(sizes) for _ in batch["record"]] for batch in batches]
+
+    @contextmanager
+    def _policy(self) -> Iterator[Any]:
+        # Generating in training mode under gradient checkpointing would silently drop the cache.
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=True,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
+        ) as policy:
+            yield policy
+
+    @contextmanager
+    def _reference(self) -> Iterator[None]:
+        """Puts the judge's weights in force: TRL's own rule for the reference of a `PeftModel`."""
+        if self.ref_model is not None:
+            yield
+            return
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
+            yield
+
+    # -- what people see -------------------------------------------------------------------------
+
+    def _record(self, rollouts: list[Rollout], sampling_s: float, judging_s: float) -> None:
+        totals = rollout_totals(rollouts, self.judge_templates.principles)
+        lengths = [float(len(x.ids)) for r in rollouts for x in (r.chosen, r.rejected)]
+        device = self.accelerator.device
+        summed = self.accelerator.reduce(
+            torch.tensor(list(totals.values()), device=device, dtype=torch.float32), "sum"
+        )
+        extremes = self.accelerator.gather(
+            torch.tensor([[min(lengths), max(lengths)]], device=device)
+        )
+        metrics = rollout_metrics(dict(zip(totals, summed.tolist(), strict=True)))
+        metrics["completions/min_length"] = extremes[:, 0].min().item()
+        metrics["completions/max_length"] = extremes[:, 1].max().item()
+        metrics["time/sampling"], metrics["time/judging"] = sampling_s, judging_s
+        for key, value in metrics.items():
+            self._metrics["train"][key].append(value)
+        self._shown = rollouts
+        if self.args.save_rollouts and self.accelerator.is_main_process:
+            step = self.state.global_step + 1
+            path = Path(self.output_dir) / "rollouts" / f"step-{step:06d}.jsonl"
+            write_rollouts(path, rollouts, step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.args.log_completions and self._shown and self.model.training:
+            if self.accelerator.is_main_process:
+                Console().print(_pairs_table(self._shown[:4], self.state.global_step))
+            self._shown = []
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_judge_settings(
+            output_dir or self.output_dir,
+            self.encoder,
+            self.judge_templates,
+            self.judge.letter_ids,
+        )
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        result = super()._compute_loss(model, inputs, return_outputs)
+        if self._log_prob_hooks is not None:
+            self._log_prob_hooks.correct_metrics(self)
+        return result
+
+
+class _LogProbUnits:
+    """Sums or averages per-token log-probabilities otherwise than the inherited loss does.
+
+    TRL's sigmoid and hinge sum over a response's tokens, its ipo averages. The other convention is
+    had without touching the loss: the log-probabilities that the models return are divided
+    (sigmoid, hinge) or multiplied (ipo) by the number of the response's tokens.
+    """
+
+    def __init__(self, average: bool) -> None:
+        self.average = average
+        self.sums: list[torch.Tensor] = []  # policy, then reference: log π(y|x) as it is
+
+    @classmethod
+    def attach(cls, trainer: SelfJudgeTrainer) -> _LogProbUnits | None:
+        average, (loss_type, *_) = trainer.args.average_log_prob, trainer.loss_types
+        if average is None or average == (loss_type == "ipo"):
+            return None
+        units = cls(average)
+        for model in (trainer.model, trainer.ref_model):
+            if model is not None:
+                inner = model.get_base_model() if isinstance(model, PeftModel) else model
+                inner.register_forward_hook(units, with_kwargs=True)
+        return units
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not kwargs.get("fused_lm_head"):
+            return output
+        tokens = (kwargs["labels"][:, 1:] != -100).sum(1, keepdim=True).clamp(min=1)
+        self.sums.append(output.log_probs.detach().sum(1))
+        output.log_probs = output.log_probs / tokens if self.average else output.log_probs * tokens
+        return output
+
+    def correct_metrics(self, trainer: SelfJudgeTrainer) -> None:
+        """Logs rewards of summed log-probabilities for the summed ipo, as for other losses."""
+        sums, self.sums = self.sums, []
+        if self.average or len(sums) != 2:
+            return
+        mode = "train" if trainer.model.training else "eval"
+        (chosen, rejected), (ref_chosen, ref_rejected) = (s.chunk(2) for s in sums)
+        rewards = [trainer.beta * (chosen - ref_chosen), trainer.beta * (rejected - ref_rejected)]
+        for key, value in {
+            "rewards/chosen": rewards[0],
+            "rewards/rejected": rewards[1],
+            "rewards/margins": rewards[0] - rewards[1],
+            "rewards/accuracies": (rewards[0] > rewards[1]).float(),
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+        }.items():
+            trainer._metrics[mode][key][-1] = trainer.accelerator.gather(value).mean().item()
+
+
+def _pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:
+    table = Table(title=f"sampled pairs at step {step}", show_lines=True)
+    for heading in ("context", "chosen", "rejected"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    table.add_column("margin", justify="right", no_wrap=True)
+    for r in rollouts:
+        margin = f"{r.verdict.margin:+.3f}" if r.decided and r.verdict else "undecidable"
+        shown = (r.context[-400:], r.chosen.text[:400], r.rejected.text[:400])
+        # Text, not markup: brackets in a response are just brackets.
+        table.add_row(*(Text(s) for s in shown), margin)
+    return table

@@ -1,0 +1,153 @@
+"""SelfJudgeConfig: TRL's DPOConfig with the settings of sampling and judging.
+
+Values and their invariants only; it loads no model and touches no data.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from trl import DPOConfig
+
+from self_judge.rollouts import PairSelection
+from self_judge.sampling import SamplingSettings
+
+
+@dataclass
+class SelfJudgeConfig(DPOConfig):
+    """TRL's `DPOConfig` with the settings of sampling and judging.
+
+    Raises:
+        ValueError: values that contradict each other or the method.
+    """
+
+    num_generations: int = field(
+        default=2, metadata={"help": "Responses sampled per prompt, at least 2 (K)."}
+    )
+    pair_selection: PairSelection = field(
+        default="best_worst",
+        metadata={
+            "help": "Which two of K > 2 responses to learn from.",
+            "choices": ["best_worst", "best_random"],
+        },
+    )
+    max_new_tokens: int = field(default=768, metadata={"help": "Tokens of a response at most."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, above 0."})
+    top_p: float = field(default=0.9, metadata={"help": "Nucleus sampling; 1.0 is off."})
+    top_k: int = field(default=0, metadata={"help": "Top-k sampling; 0 is off."})
+    generation_batch_size: int = field(
+        default=64, metadata={"help": "Responses sampled together on one device."}
+    )
+    judge_batch_size: int = field(
+        default=8, metadata={"help": "Judge prompts per forward pass on one device."}
+    )
+    max_length: int | None = field(
+        default=2048,
+        metadata={"help": "Tokens of prompt + response, and of a judge prompt, at most."},
+    )
+    average_log_prob: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Average log-probabilities over a response's tokens (True) or sum them "
+            "(False). Unset: as TRL's loss has it (sigmoid and hinge sum, ipo averages; the ipo "
+            "of the original method sums)."
+        },
+    )
+    ignore_index: int = field(
+        default=-100, metadata={"help": "Label of positions without loss; only -100 is possible."}
+    )
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print sampled pairs with their verdicts when logging."}
+    )
+    save_rollouts: bool = field(
+        default=True,
+        metadata={"help": "Write every step's pairs and verdicts under output_dir/rollouts."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:  # TRL asks for it everywhere, also where it cannot be had
+            cuda = torch.cuda.is_available()
+            self.bf16 = not self.fp16 and cuda and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Raises `ValueError` on values that contradict each other or the method."""
+        self.sampling()  # checks the sampling settings
+        if self.temperature == 0:
+            raise ValueError(
+                "temperature must be above 0: without chance all samples of a prompt are the same"
+            )
+        if self.num_generations < 2:
+            raise ValueError(f"num_generations must be at least 2, got {self.num_generations}")
+        if self.pair_selection not in ("best_worst", "best_random"):
+            raise ValueError(
+                f"pair_selection must be best_worst or best_random, got {self.pair_selection!r}"
+            )
+        if self.judge_batch_size < 1:
+            raise ValueError(f"judge_batch_size must be at least 1, got {self.judge_batch_size}")
+        if self.max_length is not None and self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"max_new_tokens ({self.max_new_tokens}) must be below max_length "
+                f"({self.max_length}): otherwise no token is left for the prompt"
+            )
+        if self.ignore_index != -100:
+            raise ValueError(
+                f"ignore_index={self.ignore_index}: TRL's losses mark positions without loss with "
+                "-100; leave it out"
+            )
+        if self.precompute_ref_log_probs:
+            raise ValueError(
+                "precompute_ref_log_probs=True is impossible: the responses do not exist yet"
+            )
+        if self.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model=True contradicts the method: the judge is the frozen reference"
+            )
+        if self.average_log_prob is not None:
+            unknown = set(self.loss_type) - {"sigmoid", "hinge", "ipo"}
+            if unknown or len(self.loss_type) != 1:
+                raise ValueError(
+                    "average_log_prob is defined for a single loss of sigmoid, hinge and ipo, "
+                    f"not for {self.loss_type}: leave it unset"
+                )
+
+    def sampling(self) -> SamplingSettings:
+        """The sampler's part of the settings."""
+        return SamplingSettings(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )
+
+
+def as_self_judge_config(
+    args: SelfJudgeConfig | TrainingArguments | None, model_name: str
+) -> SelfJudgeConfig:
+    """The settings as they are, or a plain `TrainingArguments` with the method's defaults."""
+    if isinstance(args, SelfJudgeConfig):
+        return args
+    if args is None:
+        return SelfJudgeConfig(f"{model_name.rstrip('/').split('/')[-1] or 'model'}-self-judge")
+    values = args.to_dict()
+    values["hub_token"] = args.hub_token  # hidden by to_dict
+    names = {f.name for f in dataclasses.fields(SelfJudgeConfig) if f.init}
+    return SelfJudgeConfig(**{key: value for key, value in values.items() if key in names})
+
+
+def with_values(args: SelfJudgeConfig, values: Mapping[str, Any]) -> SelfJudgeConfig:
+    """A copy with some values set otherwise, checked again."""
+    if not values:
+        return args
+    changed = copy.copy(args)
+    for key, value in values.items():
+        setattr(changed, key, value)
+    changed.check()
+    return changed

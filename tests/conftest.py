@@ -1,0 +1,167 @@
+"""Tiny tokenizers and models, built here: nothing is downloaded, nothing takes a second."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from self_judge import ChatEncoder, JudgeTemplates
+
+torch.set_num_threads(1)  # tiny models: threads cost more than they give
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "Response A: yes\n\nResponse B: no\n\nWhich one is better? The better one is Response A",
+    "Human: what is the capital of France?\n\nAssistant: Paris, I think. Response B",
+    "system user assistant context helpful honest the a of and to in is you that it he was for",
+    "[INST] <<SYS>> {braces} (round) 0123456789 ABCDEFGHIJKLMNOPQRSTUVWXYZ abcdefghijklmnopqrstuvwxyz",
+] * 4
+SPECIALS = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
+
+TEMPLATES = {
+    "helpful": {
+        "user": "{context}\n\nResponse A: {response_a}\n\nResponse B: {response_b}\n\n"
+        "Which one is better?",
+        "assistant": "The better one is Response",
+    },
+    "honest": {
+        "system": "you judge",
+        "user": "Q: {context}\n\nA: {response_a}\n\nB: {response_b}\n\nWhich one is honest?",
+        "assistant": "The honest one is Response",
+    },
+}
+
+
+def byte_bpe() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def sentencepiece_bpe() -> Tokenizer:
+    """As Llama 2's: a space in front of the text, spaces as U+2581, bytes for what is unknown."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1, right=0),
+        ]
+    )
+    alphabet = [f"<0x{b:02X}>" for b in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<unk>", *SPECIALS, *alphabet], show_progress=False
+    )
+    lines = [line for text in CORPUS for line in text.split("\n") if line]
+    tokenizer.train_from_iterator(lines, trainer)
+    # Byte tokens are ordinary vocabulary, not added tokens that match their own names in a text.
+    plain = Tokenizer.from_str(_without_added(tokenizer.to_str(), keep=["<unk>", *SPECIALS]))
+    return plain
+
+
+def _without_added(serialized: str, keep: list[str]) -> str:
+    import json
+
+    content = json.loads(serialized)
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] in keep]
+    return json.dumps(content)
+
+
+def unigram() -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=True)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=220, special_tokens=[*SPECIALS, "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator([*CORPUS, *map(chr, range(32, 127))], trainer)
+    return tokenizer
+
+
+def wrap(tokenizer: Tokenizer, chat_template: str | None = CHATML, **kwargs: Any) -> Any:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<|im_end|>" if chat_template == CHATML else "</s>",
+        pad_token="<pad>",
+        chat_template=chat_template,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return wrap(byte_bpe())
+
+
+@pytest.fixture
+def encoder(tokenizer: Any) -> ChatEncoder:
+    return ChatEncoder(tokenizer)
+
+
+@pytest.fixture
+def templates() -> JudgeTemplates:
+    return JudgeTemplates(TEMPLATES)
+
+
+def tiny_llama(vocabulary: int, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,  # far from uniform: mistakes show
+        **changes,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+@pytest.fixture
+def model(tokenizer: Any) -> LlamaForCausalLM:
+    return tiny_llama(len(tokenizer))
+
+
+@pytest.fixture
+def queries() -> list[dict[str, Any]]:
+    """Conversational prompts with a given pair, as a dataset's rows."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"what is {i} and the capital of France?"}],
+            "chosen": [{"role": "assistant", "content": "Paris, I think."}],
+            "rejected": [{"role": "assistant", "content": f"no {i}"}],
+        }
+        for i in range(8)
+    ]
