@@ -30,7 +30,8 @@ CORPUS = [
     "Response A: yes\n\nResponse B: no\n\nWhich one is better? The better one is Response A",
     "Human: what is the capital of France?\n\nAssistant: Paris, I think. Response B",
     "system user assistant context helpful honest the a of and to in is you that it he was for",
-    "[INST] <<SYS>> {braces} (round) 0123456789 ABCDEFGHIJKLMNOPQRSTUVWXYZ abcdefghijklmnopqrstuvwxyz",
+    "[INST] <<SYS>> {braces} (round) 0123456789",
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZ abcdefghijklmnopqrstuvwxyz",
 ] * 4
 SPECIALS = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
 

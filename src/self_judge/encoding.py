@@ -114,6 +114,10 @@ class ChatEncoder:
         self._layout = functools.lru_cache(maxsize=512)(self._make_layout)
         self._takes_system = self._check_system_role()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For `datasets.map(num_proc=…)`: caches are made anew in every process.
+        return _rebuilt, (self.tokenizer, self.chat_template, self._template_kwargs)
+
     # -- chats ---------------------------------------------------------------------------------
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -408,6 +412,12 @@ class ChatEncoder:
             except (IndexError, OverflowError, TypeError, ValueError):
                 shown.append(f"{i} (out of range)")
         return "[" + ", ".join(shown) + "]"
+
+
+def _rebuilt(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str, kwargs: Mapping[str, Any]
+) -> ChatEncoder:
+    return ChatEncoder(tokenizer, chat_template, chat_template_kwargs=kwargs)
 
 
 def marker_template(user_marker: str, assistant_marker: str, with_bos: bool) -> str:

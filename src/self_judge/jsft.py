@@ -1,0 +1,258 @@
+"""JSFT: preference records to training examples, and batches of them.
+
+It knows what the loss falls on. It does not know where records come from or who trains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from self_judge.comparison import Comparison, LabeledPair, Message, PreferenceRecord
+from self_judge.encoding import ChatEncoder
+from self_judge.templates import JudgeTemplates, dialogue_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# Why an example was cut or left out; the counts are printed and saved by the recipe.
+CUT = "cut at max_length"
+NO_ROOM = "no trained token within max_length"
+NO_FIT = "judge prompt does not fit into max_length"
+
+
+@dataclass(frozen=True, slots=True)
+class JSFTExample:
+    """One training example.
+
+    Attributes:
+        kind: `"sft"` or `"judge"`.
+        input_ids: token ids, length T.
+        labels: the ids where the loss falls, else `ignore_index`; length T.
+        note: why it was cut or must be left out (then it has no ids), or `None`.
+    """
+
+    kind: str
+    input_ids: list[int]
+    labels: list[int]
+    note: str | None = None
+
+
+def jsft_examples(
+    record: PreferenceRecord,
+    encoder: ChatEncoder,
+    templates: JudgeTemplates,
+    letter_ids: tuple[int, int],
+    max_length: int | None = None,
+    ignore_index: int = -100,
+) -> list[JSFTExample]:
+    """All training examples of one record: D_SFT and, in both orders, D_Judge (paper, objective).
+
+    The SFT example trains every assistant turn of the dialogue and the token that ends it. A judge
+    example trains the letter alone, or the letter and the rationales where the templates have
+    `decision_rationale` and the pair has rationales; it trains no end of turn. A pair labeled for
+    one principle is judged under that principle's template, another under all.
+
+    Raises:
+        ValueError: a pair is labeled for a principle that has no template.
+    """
+    examples = []
+    if record.demonstration is not None:
+        answer = Message(role="assistant", content=record.demonstration)
+        encoded = encoder.encode_dialogue([*record.prompt, answer])
+        examples.append(_example("sft", encoded.ids, encoded.mask, max_length, ignore_index))
+    context = dialogue_text(record.prompt)
+    for pair in record.pairs:
+        if pair.principle is not None and pair.principle not in templates:
+            raise ValueError(
+                f"{record.source}, record {record.index}: a pair is labeled for principle "
+                f"{pair.principle!r}, but there are judge templates for "
+                f"{', '.join(templates.principles)} only"
+            )
+        principles = templates.principles if pair.principle is None else (pair.principle,)
+        for principle in principles:
+            examples += _judge_examples(
+                pair, principle, context, encoder, templates, letter_ids, max_length, ignore_index
+            )
+    return examples
+
+
+def _judge_examples(
+    pair: LabeledPair,
+    principle: str,
+    context: str,
+    encoder: ChatEncoder,
+    templates: JudgeTemplates,
+    letter_ids: tuple[int, int],
+    max_length: int | None,
+    ignore_index: int,
+) -> list[JSFTExample]:
+    room = None if max_length is None else max_length - 1  # for the letter
+    comparison = Comparison(context, pair.chosen, pair.rejected)
+    orders = encoder.encode_orders(templates, principle, comparison, room)
+    if orders is None:
+        return [JSFTExample("judge", [], [], NO_FIT)] * 2
+    rationales: tuple[list[int], list[int]] = ([], [])
+    if templates.has_rationales and pair.rationale_chosen and pair.rationale_rejected:
+        given = (pair.rationale_chosen, pair.rationale_rejected)
+        rationales = (
+            encoder.encode_content(templates.render_rationale(principle, *given)),
+            encoder.encode_content(templates.render_rationale(principle, *given[::-1])),
+        )
+    examples = []
+    # Chosen first: the answer is A. Rejected first: B.
+    for prompt, letter, rationale in zip(orders, letter_ids, rationales, strict=True):
+        ids = [*prompt, letter, *rationale]
+        mask = [0] * len(prompt) + [1] * (1 + len(rationale))
+        examples.append(_example("judge", ids, mask, max_length, ignore_index))
+    return examples
+
+
+def _example(
+    kind: str, ids: list[int], mask: list[int], max_length: int | None, ignore_index: int
+) -> JSFTExample:
+    note = None
+    if max_length is not None and len(ids) > max_length:
+        ids, mask, note = ids[:max_length], mask[:max_length], CUT
+    # The first token of a sequence is predicted from nothing.
+    if not any(mask[1:]):
+        return JSFTExample(kind, [], [], NO_ROOM)
+    labels = [i if m else ignore_index for i, m in zip(ids, mask, strict=True)]
+    return JSFTExample(kind, ids, labels, note)
+
+
+def jsft_dataset(
+    records: Iterable[PreferenceRecord],
+    encoder: ChatEncoder,
+    templates: JudgeTemplates,
+    letter_ids: tuple[int, int],
+    *,
+    max_length: int | None = None,
+    ignore_index: int = -100,
+    num_proc: int | None = None,
+) -> tuple[Dataset, dict[str, int]]:
+    """The training set of JSFT: SFT and judge examples concatenated, without weights.
+
+    Args:
+        records: what to learn from.
+        num_proc: processes that encode; the result does not depend on it.
+
+    Returns:
+        A dataset with `input_ids`, `labels`, `length` and `kind`, and counts by kind and by why
+        examples were cut or left out.
+
+    Raises:
+        ValueError: no example is left, or a pair is labeled for an unknown principle.
+    """
+    from datasets import Dataset
+
+    raw = Dataset.from_dict({"record": [record_to_json(r) for r in records]})
+    encode = _Encode(encoder, templates, letter_ids, max_length, ignore_index)
+    encoded = raw.map(
+        encode, batched=True, remove_columns=["record"], num_proc=num_proc, desc="Encoding examples"
+    )
+    counts: dict[str, int] = {}
+    for kind, note in zip(encoded["kind"], encoded["note"], strict=True):
+        if note not in (NO_ROOM, NO_FIT):
+            counts[f"{kind} examples"] = counts.get(f"{kind} examples", 0) + 1
+        if note:
+            key = f"{kind} examples: {note}"
+            counts[key] = counts.get(key, 0) + 1
+    kept = encoded.filter(_has_ids, input_columns=["length"], num_proc=num_proc)
+    if not len(kept):
+        raise ValueError(f"no training example is left of {len(raw)} records: {counts}")
+    return kept.remove_columns(["note"]), counts
+
+
+def _has_ids(length: int) -> bool:
+    return length > 0
+
+
+@dataclass(frozen=True)
+class _Encode:
+    """`jsft_examples` over a batch of JSON records; picklable, for `datasets.map(num_proc=…)`."""
+
+    encoder: ChatEncoder
+    templates: JudgeTemplates
+    letter_ids: tuple[int, int]
+    max_length: int | None
+    ignore_index: int
+
+    def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
+        examples = [
+            example
+            for text in batch["record"]
+            for example in jsft_examples(
+                record_from_json(text),
+                self.encoder,
+                self.templates,
+                self.letter_ids,
+                self.max_length,
+                self.ignore_index,
+            )
+        ]
+        return {
+            "input_ids": [e.input_ids for e in examples],
+            "labels": [e.labels for e in examples],
+            "length": [len(e.input_ids) for e in examples],
+            "kind": [e.kind for e in examples],
+            "note": [e.note or "" for e in examples],
+        }
+
+
+def record_to_json(record: PreferenceRecord) -> str:
+    """One line of JSON; `record_from_json` reads it back."""
+    return json.dumps(asdict(record), ensure_ascii=False)
+
+
+def record_from_json(text: str) -> PreferenceRecord:
+    """Reads what `record_to_json` wrote."""
+    saved = json.loads(text)
+    return PreferenceRecord(
+        prompt=tuple(Message(role=m["role"], content=m["content"]) for m in saved["prompt"]),
+        demonstration=saved["demonstration"],
+        pairs=tuple(LabeledPair(**pair) for pair in saved["pairs"]),
+        source=saved["source"],
+        index=saved["index"],
+    )
+
+
+class JudgeAugmentedSFTCollator:
+    """Pads JSFT examples on the right into `input_ids`, `attention_mask` and `labels`, `(B, T)`.
+
+    Args:
+        tokenizer: gives the padding token.
+        ignore_index: the label of padding.
+        pad_to_multiple_of: T is rounded up to a multiple of it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        ignore_index: int = -100,
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
+        pad = tokenizer.pad_token_id
+        self.pad_token_id: int = tokenizer.eos_token_id if pad is None else pad
+        self.ignore_index = ignore_index
+        self.pad_to_multiple_of = pad_to_multiple_of or 1
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        lengths = [len(e["input_ids"]) for e in examples]
+        step = self.pad_to_multiple_of
+        shape = (len(examples), -(-max(lengths) // step) * step)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, self.ignore_index),
+        }
+        for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+            batch["input_ids"][row, :length] = torch.as_tensor(example["input_ids"])
+            batch["labels"][row, :length] = torch.as_tensor(example["labels"])
+            batch["attention_mask"][row, :length] = 1
+        return batch
