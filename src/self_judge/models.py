@@ -114,8 +114,17 @@ def load_model(
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The plain model with the active adapter's weights added to its own; plain models as is."""
-    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+    """The plain model with the active adapter's weights added to its own; plain models as is.
+
+    Its weights take gradients again, which PEFT had switched off.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    plain = model.merge_and_unload()
+    for parameter in plain.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return plain
 
 
 def frozen_reference(model: ModelT) -> ModelT:

@@ -174,6 +174,11 @@ class SelfJudgeTrainer(DPOTrainer):
             peft_config=peft_config,
             **trainer_arguments,
         )
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(
+                "no parameter of the model takes gradients (PEFT leaves a merged model frozen): "
+                "call model.requires_grad_(True), or pass a peft_config"
+            )
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False)
         self.judge = Judge(

@@ -1,0 +1,506 @@
+"""Self-training: what is trained on, against what, and that nothing else moves."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import TrainingArguments
+from trl import DPOConfig, DPOTrainer
+
+from conftest import TEMPLATES, tiny_llama
+from self_judge import SelfJudgeCollator, SelfJudgeConfig, SelfJudgeTrainer
+from self_judge.models import load_judge_settings, load_model, merged
+from self_judge.rollouts import preference_batch
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+Make = Callable[..., SelfJudgeTrainer]
+
+
+@pytest.fixture
+def make(tmp_path: Path, tokenizer: Any, model: Any, queries: list[dict[str, Any]]) -> Make:
+    def build(**changes: Any) -> SelfJudgeTrainer:
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "max_steps": 2,
+            "max_new_tokens": 6,
+            "max_length": 256,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "disable_tqdm": True,
+        }
+        trainer_arguments = {
+            key: changes.pop(key)
+            for key in list(changes)
+            if key not in SelfJudgeConfig.__dataclass_fields__
+        }
+        return SelfJudgeTrainer(
+            **{
+                "model": model,
+                "args": SelfJudgeConfig(**{**settings, **changes}),
+                "processing_class": tokenizer,
+                "train_dataset": Dataset.from_list(queries),
+                "judge_templates": TEMPLATES,
+                **trainer_arguments,
+            }
+        )
+
+    return build
+
+
+def history(trainer: SelfJudgeTrainer, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_loss_and_gradient_on_a_fixed_pair_are_those_of_trl(
+    loss_type: str, make: Make, tokenizer: Any, queries: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    policy, reference = tiny_llama(len(tokenizer), 1), tiny_llama(len(tokenizer), 2)
+    ours = make(
+        model=copy.deepcopy(policy), ref_model=copy.deepcopy(reference), loss_type=loss_type
+    )
+    theirs = DPOTrainer(
+        model=copy.deepcopy(policy),
+        ref_model=copy.deepcopy(reference),
+        args=DPOConfig(
+            str(tmp_path / "dpo"),
+            loss_type=loss_type,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+        ),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(queries),
+    )
+    pair = ([5, 6, 7], [8, 9, 10, 11], [12, 13], True)
+    batch = preference_batch([pair, ([20, 21], [22], [23, 24, 25], True)], tokenizer.pad_token_id)
+    gradients = []
+    for trainer in (ours, theirs):
+        trainer.model.train()
+        loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+        loss.backward()
+        gradients.append({n: p.grad for n, p in trainer.model.named_parameters()})
+        trainer.last_loss = loss.detach()
+    torch.testing.assert_close(ours.last_loss, theirs.last_loss, rtol=0, atol=0)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=0, msg=name)
+
+
+def log_probability(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """log π(response | prompt) in float64, token by token, unpadded."""
+    ids = torch.tensor([prompt + response])
+    logits = copy.deepcopy(model).double()(ids).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(response)), response]
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "average"), [("ipo", False), ("ipo", True), ("sigmoid", True), ("hinge", False)]
+)
+def test_log_probabilities_are_summed_or_averaged_as_asked(
+    loss_type: str, average: bool, make: Make, tokenizer: Any
+) -> None:
+    policy, reference = tiny_llama(len(tokenizer), 1), tiny_llama(len(tokenizer), 2)
+    trainer = make(
+        model=copy.deepcopy(policy), ref_model=reference, loss_type=loss_type,
+        average_log_prob=average, beta=0.3,
+    )  # fmt: skip
+    prompt, chosen, rejected = [5, 6, 7], [8, 9, 10, 11], [12, 13]
+    batch = preference_batch([(prompt, chosen, rejected, True)], tokenizer.pad_token_id)
+    trainer.model.train()
+    loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+    ratios = []
+    for response in (chosen, rejected):
+        ratio = log_probability(policy, prompt, response) - log_probability(
+            reference, prompt, response
+        )
+        ratios.append(ratio.mean() if average else ratio.sum())
+    delta = ratios[0] - ratios[1]
+    expected = {
+        "sigmoid": lambda: -torch.nn.functional.logsigmoid(0.3 * delta),
+        "hinge": lambda: torch.relu(1 - 0.3 * delta),
+        "ipo": lambda: (delta - 1 / (2 * 0.3)) ** 2,
+    }[loss_type]()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+    if not average:
+        logged = trainer._metrics["train"]["rewards/margins"][-1]
+        assert logged == pytest.approx(0.3 * delta.item(), rel=1e-3)
+
+
+def test_exactly_the_sampled_ids_are_trained_on(make: Make, monkeypatch: Any) -> None:
+    trainer = make(max_steps=1)
+    sampled: list[tuple[int, ...]] = []
+    trained: list[tuple[list[int], list[int]]] = []
+    roll_out, compute_loss = trainer._roll_out, trainer._compute_loss
+
+    def spy_on_rollouts(batches: Any) -> Any:
+        rollouts = roll_out(batches)
+        for r in (r for batch in rollouts for r in batch if r.decided):
+            sampled.extend([(*r.prompt_ids, *r.chosen.ids), (*r.prompt_ids, *r.rejected.ids)])
+        return rollouts
+
+    def spy_on_loss(model: Any, inputs: Any, return_outputs: bool) -> Any:
+        for ids, seen, completion in zip(
+            inputs["input_ids"].tolist(),
+            inputs["attention_mask"].tolist(),
+            inputs["completion_mask"].tolist(),
+            strict=True,
+        ):
+            length = sum(seen)
+            assert not any(completion[length:])
+            trained.append((ids[:length], completion[:length]))
+        return compute_loss(model, inputs, return_outputs)
+
+    monkeypatch.setattr(trainer, "_roll_out", spy_on_rollouts)
+    monkeypatch.setattr(trainer, "_compute_loss", spy_on_loss)
+    trainer.train()
+    with_loss = [tuple(ids) for ids, mask in trained if any(mask)]
+    assert len(with_loss) == len(sampled) > 0
+    assert sorted(with_loss) == sorted(sampled)
+    prompts = {tuple(ids) for ids in trainer.train_dataset["prompt_ids"]}
+    for ids, mask in trained:
+        if any(mask):
+            assert tuple(i for i, m in zip(ids, mask, strict=True) if not m) in prompts
+
+
+def test_one_rollout_serves_all_micro_batches_of_an_optimizer_step(
+    make: Make, monkeypatch: Any
+) -> None:
+    trainer = make(per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=2)
+    sizes: list[int] = []
+    roll_out = trainer._roll_out
+    monkeypatch.setattr(
+        trainer, "_roll_out", lambda batches: sizes.append(len(batches)) or roll_out(batches)
+    )
+    trainer.train()
+    assert sizes == [4, 4]
+
+
+def test_accumulation_and_batch_size_can_be_traded(make: Make, model: Any) -> None:
+    losses, ends = [], []
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        trainer = make(
+            model=copy.deepcopy(model),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=3,
+        )
+        trainer.train()
+        losses.append(history(trainer, "loss"))
+        ends.append(weights(trainer.model))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[2], abs=1e-5)
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[2][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_reference_and_judge_do_not_change_while_the_policy_does(
+    lora: bool, make: Make, model: Any, encoder: Any
+) -> None:
+    start = weights(model)
+    trainer = make(peft_config=LoraConfig(**LORA) if lora else None, max_steps=3)
+    from self_judge import Comparison
+
+    pair = [Comparison("what is honest?", "the capital of France", "no")]
+    with trainer._reference():
+        before = trainer.judge.compare(pair)
+    policy_before = weights(trainer.model)
+    trainer.train()
+    with trainer._reference():
+        after = trainer.judge.compare(pair)
+    assert before == after
+    assert not same(policy_before, weights(trainer.model))
+    if lora:
+        base = {
+            name.replace(".base_layer", "").removeprefix("base_model.model."): value
+            for name, value in weights(trainer.model).items()
+            if "lora_" not in name
+        }
+        assert same(base, start)
+    else:
+        assert same(weights(trainer.ref_model), start)
+        assert not any(p.requires_grad for p in trainer.ref_model.parameters())
+
+
+def test_a_merged_adapter_in_memory_is_its_own_reference(
+    make: Make, model: Any, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "base")
+    loaded = load_model(tmp_path / "base")
+    adapted = get_peft_model(loaded, LoraConfig(**LORA, init_lora_weights=False))
+    changed = merged(adapted)
+    expected = weights(changed)
+    assert not same(expected, weights(load_model(tmp_path / "base")))
+    trainer = make(model=changed)
+    trainer.train()
+    assert same(weights(trainer.ref_model), expected)
+
+
+def test_a_model_that_cannot_learn_is_refused(make: Make, model: Any) -> None:
+    with pytest.raises(ValueError, match="no parameter of the model takes gradients"):
+        make(model=model.requires_grad_(False))
+
+
+def test_training_goes_on_from_an_adapter_against_a_frozen_copy_of_it(
+    make: Make, model: Any
+) -> None:
+    adapted = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
+    start = {n: v for n, v in weights(adapted).items() if "lora_" in n}
+    trainer = make(model=adapted, max_steps=2)
+    assert isinstance(trainer.model, PeftModel)
+    trainer.train()
+    end = weights(trainer.model)
+    assert all(torch.equal(end[n.replace(".default.", ".ref.")], v) for n, v in start.items())
+    assert not all(torch.equal(end[n], v) for n, v in start.items())
+    assert history(trainer, "rewards/margins")[0] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_resumed_run_reproduces_the_losses_and_pairs_of_an_undisturbed_one(
+    lora: bool, make: Make, model: Any, tmp_path: Path
+) -> None:
+    def build(name: str) -> SelfJudgeTrainer:
+        return make(
+            model=copy.deepcopy(model),
+            peft_config=LoraConfig(**LORA, lora_dropout=0.1) if lora else None,
+            output_dir=str(tmp_path / name),
+            per_device_train_batch_size=2,
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+        )
+
+    whole = build("whole")
+    whole.train()
+    resumed = build("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for key in ("loss", "grad_norm"):
+        assert history(resumed, key)[-2:] == history(whole, key)[-2:]
+    for step in (3, 4):
+        name = f"rollouts/step-{step:06d}.jsonl"
+        assert (tmp_path / "resumed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert same(weights(whole.model), weights(resumed.model))
+
+
+def test_gradient_checkpointing_changes_nothing(make: Make, model: Any) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        trainer = make(model=copy.deepcopy(model), gradient_checkpointing=checkpointing)
+        trainer.train()
+        losses.append(history(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_undecidable_pairs_keep_their_row_without_gradient(make: Make, monkeypatch: Any) -> None:
+    trainer = make(max_steps=1)
+    start = weights(trainer.model)
+    nan = torch.full((2,), float("nan"))
+    monkeypatch.setattr(
+        trainer.judge, "letter_probabilities", lambda prompts, **_: nan.expand(len(prompts), 2)
+    )
+    trainer.train()
+    assert history(trainer, "judge/undecidable") == [1.0]
+    assert history(trainer, "grad_norm") == [0.0]
+    assert same(start, weights(trainer.model))
+
+
+def test_more_than_two_samples_give_the_best_and_the_worst(make: Make) -> None:
+    trainer = make(num_generations=4, max_steps=1, per_device_train_batch_size=2)
+    trainer.train()
+    (path,) = (Path(trainer.args.output_dir) / "rollouts").iterdir()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 2
+    assert all(line["chosen"] != line["rejected"] for line in lines)
+
+
+def test_it_logs_what_a_person_watches(make: Make) -> None:
+    trainer = make(max_steps=1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    for key in (
+        "judge/margin", "judge/order_agreement", "judge/undecidable", "judge/win_rate/helpful",
+        "judge/win_rate/honest", "completions/mean_length", "completions/min_length",
+        "completions/max_length", "completions/finished", "rewards/margins", "time/sampling",
+    ):  # fmt: skip
+        assert key in logged, key
+    assert 1 <= logged["completions/min_length"] <= logged["completions/max_length"] <= 6
+
+
+def test_evaluation_compares_the_given_pairs(make: Make, queries: list[dict[str, Any]]) -> None:
+    trainer = make(eval_dataset=Dataset.from_list(queries))
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(0.6931, abs=1e-3)  # policy equals reference
+    again = trainer.evaluate(Dataset.from_list(queries[:3]))  # prepared on the way
+    assert again["eval_loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert "eval_rewards/margins" in metrics
+
+
+def test_evaluation_data_without_a_pair_is_an_error_that_names_the_record(
+    make: Make, queries: list[dict[str, Any]]
+) -> None:
+    rows = [{"prompt": q["prompt"]} for q in queries]
+    trainer = make(eval_dataset=Dataset.from_list(rows))
+    with pytest.raises(ValueError, match=r"record 0 of the evaluation data has no 'chosen'"):
+        trainer.evaluate()
+
+
+def test_the_methods_own_way_of_calling_works(tokenizer: Any, model: Any, tmp_path: Path) -> None:
+    rows = []
+    for i in range(4):
+        query = f"<|im_start|>user\nwhat is {i}?<|im_end|>\n<|im_start|>assistant\n"
+        rows.append(
+            {
+                "query": query,
+                "context": f"what is {i}?",
+                "chosen": query + "Paris<|im_end|>",  # query + response
+                "rejected": "no",  # the response alone
+            }
+        )
+    data = Dataset.from_list(rows)
+    training_args = TrainingArguments(
+        str(tmp_path), max_steps=1, report_to="none", per_device_train_batch_size=2
+    )
+    self_judge_args: dict[str, Any] = {
+        "judge_templates": TEMPLATES,
+        "token_id_a": None,
+        "token_id_b": None,
+        "ref_model": None,
+        "peft_config": LoraConfig(**LORA),
+        "disable_dropout": True,
+        "judge_batch_size": 4,
+        "max_length": 200,
+        "max_new_tokens": 5,
+        "top_p": 0.8,
+        "temperature": 1.3,
+        "loss_type": "hinge",
+        "beta": 0.2,
+        "average_log_prob": False,
+        "ignore_index": -100,
+    }
+    trainer = SelfJudgeTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        data_collator=SelfJudgeCollator(),
+        args=training_args,
+        train_dataset=data,
+        eval_dataset=data,
+        **self_judge_args,
+    )
+    assert (trainer.args.top_p, trainer.args.temperature, trainer.beta) == (0.8, 1.3, 0.2)
+    assert trainer.loss_types == ["hinge"]
+    prepared = trainer.eval_dataset[0]
+    assert tokenizer.decode(prepared["prompt_ids"]) == rows[0]["query"]
+    assert tokenizer.decode(prepared["chosen_ids"]) == "Paris<|im_end|>"
+    assert tokenizer.decode(prepared["rejected_ids"]) == "no<|im_end|>"
+    assert prepared["context"] == "what is 0?"
+    trainer.train()
+    assert "eval_loss" in trainer.evaluate()
+
+
+def test_a_model_by_name_brings_its_tokenizer_and_judge_templates(
+    make: Make, model: Any, tokenizer: Any, queries: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    first = make(max_steps=1)
+    first.train()
+    first.save_model(str(tmp_path / "saved"))
+    settings = load_judge_settings(tmp_path / "saved")
+    assert settings is not None
+    assert settings.templates.to_dict() == first.judge_templates.to_dict()
+    second = SelfJudgeTrainer(
+        model=str(tmp_path / "saved"),
+        args=SelfJudgeConfig(
+            str(tmp_path / "second"), max_steps=1, max_new_tokens=4, max_length=200,
+            report_to="none", save_strategy="no", per_device_train_batch_size=2,
+        ),
+        train_dataset=Dataset.from_list(queries),
+    )  # fmt: skip
+    assert second.judge.letter_ids == first.judge.letter_ids
+    second.train()
+
+
+def test_long_dialogues_lose_their_oldest_exchanges_and_hopeless_prompts_are_left_out(
+    make: Make, encoder: Any, caplog: Any
+) -> None:
+    dialogue = [
+        {"role": "user", "content": "the capital " * 60},
+        {"role": "assistant", "content": "Paris"},
+        {"role": "user", "content": "and you?"},
+    ]
+    hopeless = [{"role": "user", "content": "the capital " * 60}]
+    trainer = make(
+        train_dataset=Dataset.from_list([{"prompt": dialogue}, {"prompt": hopeless}]),
+        max_length=100,
+    )
+    assert trainer.train_dataset["prompt_ids"][:] == [encoder.encode_prompt(dialogue[2:])]
+    assert "1 of 2 prompts do not fit" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 300}, r"max_new_tokens \(300\) must be below max_length \(256\)"),
+        ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"top_p": 1.5}, "top_p must be in"),
+        ({"sync_ref_model": True}, "the judge is the frozen reference"),
+        ({"precompute_ref_log_probs": True}, "the responses do not exist yet"),
+        ({"ignore_index": 0}, "leave it out"),
+        ({"judge_batch_size": 0}, "judge_batch_size must be at least 1"),
+        ({"pair_selection": "first"}, "best_worst or best_random"),
+        ({"loss_type": "nonsense", "max_steps": 1}, "Unknown loss type"),
+        ({"loss_type": "robust", "average_log_prob": True}, "sigmoid, hinge and ipo"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    changes: dict[str, Any], message: str, make: Make
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**changes).train()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, "record 0 of the train dataset has neither 'query' nor 'prompt'"),
+        ({"query": " "}, "'query' is empty"),
+        ({"prompt": [{"role": "assistant", "content": "x"}]}, "ends with a 'assistant' message"),
+        ({"prompt": [{"content": "x"}]}, "without role and content"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_errors_that_name_the_record(
+    row: dict[str, Any], message: str, make: Make
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(train_dataset=Dataset.from_list([row]))
+
+
+def test_without_templates_anywhere_it_says_what_to_pass(make: Make) -> None:
+    with pytest.raises(ValueError, match="pass judge_templates"):
+        make(judge_templates=None)
+
+
+def test_letters_given_wrongly_are_refused_with_both_readings(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"token_id_a=5 is \[5 .*but after the judge's lead-in"):
+        make(token_id_a=5)
