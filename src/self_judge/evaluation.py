@@ -1,0 +1,139 @@
+"""How good a judge is and how good a policy is, with intervals.
+
+Pure statistics over verdicts and scores. It neither samples nor judges.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest, bootstrap
+
+from self_judge.comparison import Verdict
+from self_judge.judge import aggregate
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its 95 % interval.
+
+    Attributes:
+        value: the mean.
+        low, high: ends of the interval.
+        n: how many values it is over.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def proportion(successes: float, n: int) -> Estimate:
+    """A share with Wilson's interval; halves (ties) are rounded for the interval only.
+
+    Raises:
+        ValueError: n is 0.
+    """
+    if n < 1:
+        raise ValueError("a proportion needs at least one case")
+    interval = binomtest(round(successes), n).proportion_ci(0.95, method="wilson")
+    return Estimate(successes / n, float(interval.low), float(interval.high), n)
+
+
+def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
+    """A mean with its percentile bootstrap interval (9,999 resamples of the values).
+
+    Args:
+        values: one per independent unit, e.g. one per prompt.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not len(values):
+        raise ValueError("a mean needs at least one value")
+    mean = float(np.mean(values))
+    if len(set(values)) == 1:  # nothing varies: the interval is the point
+        return Estimate(mean, mean, mean, len(values))
+    interval = bootstrap(
+        (np.asarray(values, dtype=float),),
+        np.mean,
+        method="percentile",
+        vectorized=True,
+        batch=500,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(mean, float(interval.low), float(interval.high), len(values))
+
+
+def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Estimate:
+    """Share of prompts on which our score is higher; a tie counts half a win."""
+    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
+    return bootstrap_mean(wins, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeQuality:
+    """How a judge did on labeled pairs.
+
+    Attributes:
+        accuracy: share decided for the better response; an undecided pair counts half.
+        single_order: the same for each order alone, averaged over the two orders.
+        order_agreement: share of pairs that both orders decide alike.
+        undecidable: share left undecided.
+    """
+
+    accuracy: Estimate
+    single_order: float
+    order_agreement: float
+    undecidable: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "accuracy": self.accuracy.value,
+            "ci95": [self.accuracy.low, self.accuracy.high],
+            "single_order_accuracy": self.single_order,
+            "order_agreement": self.order_agreement,
+            "undecidable": self.undecidable,
+            "n": self.accuracy.n,
+        }
+
+
+def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
+    """Accuracy of verdicts on pairs whose better response was given as a.
+
+    Judging is symmetric in the two orders, so the place of the better response cannot help.
+
+    Raises:
+        ValueError: there are no verdicts.
+    """
+    correct = sum(
+        1.0 if v.preferred == "a" else 0.5 if v.preferred is None else 0.0 for v in verdicts
+    )
+    judged = [v for v in verdicts if v.probabilities]
+    return JudgeQuality(
+        accuracy=proportion(correct, len(verdicts)),
+        single_order=statistics.fmean(map(_single_order, judged)) if judged else float("nan"),
+        order_agreement=sum(v.orders_agree for v in verdicts) / len(verdicts),
+        undecidable=sum(v.preferred is None for v in verdicts) / len(verdicts),
+    )
+
+
+def _single_order(verdict: Verdict) -> float:
+    """How many of the two orders, each alone and averaged over principles, prefer a; halved."""
+    first = sum(orders[0][0] - orders[0][1] for orders in verdict.probabilities)
+    second = sum(orders[1][1] - orders[1][0] for orders in verdict.probabilities)
+    return sum(0.5 if d > 0 else 0.25 if d == 0 else 0.0 for d in (first, second))
+
+
+def under_principle(verdict: Verdict, place: int) -> Verdict:
+    """The verdict under one principle alone (by its place in `JudgeTemplates.principles`)."""
+    return aggregate([verdict.probabilities[place]]) if verdict.probabilities else verdict
