@@ -6,9 +6,7 @@ trainers or the machine: `machine.py` fits a run to the machine, `recipes.py` ca
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from self_judge.templates import JudgeTemplates
+from self_judge.typed_yaml import (
+    ConfigError,
+    apply_override,
+    build,
+    convert,
+    first_line,
+    read_yaml,
+    unknown_key,
+)
 
 SourceKind = Literal["auto", "hh", "ultrafeedback", "preference"]
 RunKind = Literal["jsft", "self_judge"]
@@ -43,22 +49,6 @@ LOSS_TYPES = (
     "sft",
     "sigmoid_norm",
 )
-
-# Names that older versions of Transformers and TRL used, and that people still type.
-_RENAMED = {
-    "warmup_ratio": "warmup_steps (a number below 1 is a share of all steps)",
-    "group_by_length": "jsft_args.group_by_length, or train_sampling_strategy: group_by_length",
-    "evaluation_strategy": "eval_strategy",
-    "max_seq_length": "max_length",
-    "max_prompt_length": "max_length and max_new_tokens",
-    "no_cuda": "use_cpu",
-    "torch_dtype": "dtype",
-    "use_flash_attention_2": "attn_implementation: flash_attention_2",
-}
-
-
-class ConfigError(ValueError):
-    """A run configuration that cannot work; one line: where, what, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +267,7 @@ class SelfJudgeArgs:
         losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         _require(bool(losses), "loss_type is an empty list")
         for loss in losses:
-            _require(loss in LOSS_TYPES, f"loss_type {_unknown(loss, LOSS_TYPES)}")
+            _require(loss in LOSS_TYPES, f"loss_type {unknown_key(loss, LOSS_TYPES)}")
 
 
 @dataclass(frozen=True)
@@ -360,10 +350,10 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
         ConfigError: the file cannot be read, a key is unknown (the nearest one is named), a value
             has the wrong type or cannot work.
     """
-    tree = _read_yaml(Path(path))
+    tree = read_yaml(Path(path))
     where = str(path)
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     try:
         # Template text is literal: "${" there is a dollar and a brace, never an interpolation.
         templates = tree.pop("templates", None)
@@ -374,15 +364,20 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
         if templates is not None:
             tree["templates"] = templates
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {_first_line(error)}") from error
+        raise ConfigError(f"{where}: {first_line(error)}") from error
     for section, command in _STARTED_BY.items():
         if section in tree and not section.startswith(kind):
             raise ConfigError(f"{where}: it has {section}, so it is a file for {command}")
     try:
-        return typing.cast("JSFTRun | SelfJudgeRun", _build(_RUNS[kind], tree, ""))
+        return typing.cast("JSFTRun | SelfJudgeRun", build(_RUNS[kind], tree, ""))
     except ValueError as error:
-        given = f" (with {' '.join(overrides)})" if overrides else ""
+        blamed = [f"{o!r:.80}" for o in overrides if _last_key(o) in str(error)]
+        given = f" (with {', '.join(blamed)})" if blamed else ""
         raise ConfigError(f"{where}{given}: {error}") from error
+
+
+def _last_key(override: str) -> str:
+    return override.partition("=")[0].rpartition(".")[2]
 
 
 def check_training_args(
@@ -401,7 +396,7 @@ def check_training_args(
     valid = list(valid_names)
     for key in keys:
         if key not in valid:
-            raise ConfigError(f"{section}.{_unknown(key, valid)}")
+            raise ConfigError(f"{section}.{unknown_key(key, valid)}")
 
 
 def check_training_values(values: Mapping[str, Any], config_class: type) -> dict[str, Any]:
@@ -413,14 +408,14 @@ def check_training_values(values: Mapping[str, Any], config_class: type) -> dict
     Raises:
         ConfigError: an unknown key, or a value of the wrong type (key, expected, got).
     """
-    hints = {f.name: f.type for f in dataclasses.fields(config_class)}
-    check_training_args(values, hints)
+    check_training_args(values, [f.name for f in dataclasses.fields(config_class)])
+    hints = typing.get_type_hints(config_class)
     simple = {int, float, bool, types.NoneType}
     checked = dict(values)
     for key, value in values.items():
         hint = hints[key]
         if set(typing.get_args(hint) or (hint,)) <= simple:
-            checked[key] = _convert(hint, value, f"training_args.{key}")
+            checked[key] = convert(hint, value, f"training_args.{key}")
     return checked
 
 
@@ -451,181 +446,11 @@ def accumulation_steps(global_batch_size: int, per_device: int, processes: int) 
     return steps
 
 
-def _read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file with everything it extends merged under it, as plain dictionaries and lists."""
-    named_in = f" (named by extends in {opened_by[-1]})" if opened_by else ""
-    if path.resolve() in [p.resolve() for p in opened_by]:
-        raise ConfigError(f"{path}: extends itself, by way of {opened_by[-1]}")
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file{named_in}")
-    try:
-        loaded = OmegaConf.load(path)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        problem = error.problem or error.context
-        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: cannot be read: {_first_line(error)}") from error
-    tree = OmegaConf.to_container(loaded, resolve=False)
-    if not isinstance(tree, dict) or not tree:
-        raise ConfigError(f"{path}: expected sections such as 'model:', found none")
-    bases = tree.pop("extends", None) or []
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: extends names one file, or a list of files, got {bases!r}")
-    merged: dict[str, Any] = {}
-    for base in bases:
-        merged = _merge(merged, _read_yaml(path.parent / base, (*opened_by, path)))
-    return _merge(merged, typing.cast("dict[str, Any]", tree))
-
-
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for key, value in over.items():
-        below = merged.get(key)
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(below, value) if both else copy.deepcopy(value)  # type: ignore[arg-type]
-    return merged
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Sets one `key.path=value` in place; whether the key exists is seen when the run is built."""
-    path, equals, text = override.partition("=")
-    keys = path.strip().lstrip("-").split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"override {override!r}: expected key.path=value")
-    if keys[0] == "extends":
-        raise ConfigError(f"override {override!r}: extends can only stand in a file")
-    try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
-    node: Any = tree
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(node, list):
-            if not key.isdecimal() or int(key) >= len(node):
-                raise ConfigError(
-                    f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(node)}; "
-                    f"{key!r} is not one of its numbers, which start at 0"
-                )
-            position: Any = int(key)
-        elif isinstance(node, dict):
-            position = key
-            if not last and node.get(key) is None:
-                node[key] = {}
-        else:
-            raise ConfigError(
-                f"override {override!r}: {'.'.join(keys[:depth])} is {_shown(node)}, "
-                f"which has no {key!r}"
-            )
-        if last:
-            node[position] = value
-        else:
-            node = node[position]
-
-
-def _build(cls: type, tree: Any, where: str) -> Any:
-    """A dataclass from a plain tree; every message starts with the path of the key."""
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{where or 'the file'}: expected a section with keys, got {tree!r:.60}")
-    hints = typing.get_type_hints(cls)
-    prefix = f"{where}." if where else ""
-    for key in tree:
-        if key not in hints:
-            raise ConfigError(f"{prefix}{_unknown(str(key), list(hints))}")
-    values = {}
-    for f in dataclasses.fields(cls):
-        if f.name in tree and not (tree[f.name] is None and _is_section(hints[f.name])):
-            values[f.name] = _convert(hints[f.name], tree[f.name], f"{prefix}{f.name}")
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{prefix}{f.name}: missing")
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
-    except ValueError as error:  # a template error: it names the principle, not the section
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _is_section(hint: Any) -> bool:
-    """Whether `key:` with nothing behind it means an empty section, not the value null."""
-    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{where}: expected {_name(hint)}, got {_shown(value)}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            container = typing.get_origin(option) or option
-            if container is float and type(value) is int:
-                return float(value)
-            if isinstance(container, type) and type(value) is container:
-                return _convert(option, value, where)
-    elif origin is list and isinstance(value, list):
-        return [_convert(args[0], item, f"{where}.{i}") for i, item in enumerate(value)]
-    elif origin is dict and isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise ConfigError(f"{where}: key {key!r} must be text: put it in quotes")
-        if args[1] is Any:
-            return value
-        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    elif hint is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is hint:
-        return value
-    raise ConfigError(f"{where}: expected {_name(hint)}, got {_shown(value)}")
-
-
-def _name(hint: Any) -> str:
-    """A type in words."""
-    words: dict[Any, str] = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        type(None): "null",
-        list: "a list",
-        dict: "a mapping",
-    }
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_name(option) for option in typing.get_args(hint))
-    return words.get(typing.get_origin(hint) or hint, str(hint))
-
-
-def _shown(value: Any) -> str:
-    kind = {str: "text", type(None): ""}.get(type(value), _name(type(value)))
-    shown = "null" if value is None else repr(value)
-    return f"{kind} {shown:.60}".strip()
-
-
-def _unknown(key: str, valid: Sequence[str]) -> str:
-    """`key: unknown …` with the nearest valid name, or its new name if it was renamed."""
-    if key in _RENAMED:
-        return f"{key}: unknown key; it is now {_RENAMED[key]}"
-    nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    if nearest:
-        return f"{key}: unknown; did you mean {nearest[0]}?"
-    # With nothing near, a short list helps; the 150 fields of a training configuration do not.
-    known = f"known are {', '.join(valid)}" if len(valid) <= 30 else "see the class's documentation"
-    return f"{key}: unknown; {known}"
-
-
 def _check_sections(run: _Run, own: JSFTArgs | SelfJudgeArgs, section: str) -> None:
     """What is said twice would be said differently one day: one key lives in one section."""
     names = {f.name for f in dataclasses.fields(own)}
     for key in run.training_args:
-        _require(key not in names, f"training_args.{key}: this is set in {section}.{key}")
+        _require(key not in names, f"training_args.{key}: set {section}.{key} instead")
     _require(
         own.global_batch_size is None or "gradient_accumulation_steps" not in run.training_args,
         "training_args.gradient_accumulation_steps follows from "
@@ -641,7 +466,3 @@ def _require(holds: bool, message: str) -> None:
 def _require_at_least(args: Any, name: str, least: int) -> None:
     value = getattr(args, name)
     _require(value is None or value >= least, f"{name} must be at least {least}, got {value}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

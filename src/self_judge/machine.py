@@ -173,11 +173,11 @@ def _fit_sharding(
 def _fit_trackers(training: dict[str, Any], trackers: frozenset[str], warnings: list[str]) -> None:
     asked = training.get("report_to") or "none"
     names = [asked] if isinstance(asked, str) else list(asked)
-    kept = [n for n in names if n in trackers or n not in _TRACKER_MODULES]
-    for name in names:
-        if name not in kept:
-            warnings.append(f"the tracker {name} is not installed: nothing is reported to it")
-    training["report_to"] = kept or "none"
+    missing = [name for name in names if name in _TRACKER_MODULES and name not in trackers]
+    for name in missing:
+        warnings.append(f"the tracker {name} is not installed: nothing is reported to it")
+    if missing:
+        training["report_to"] = [name for name in names if name not in missing] or "none"
 
 
 def launch_over_gpus(
