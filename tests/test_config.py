@@ -15,6 +15,7 @@ from self_judge.config import (
     LOSS_TYPES,
     ConfigError,
     JSFTRun,
+    SelfJudgeArgs,
     SelfJudgeRun,
     accumulation_steps,
     check_training_args,
@@ -154,12 +155,26 @@ def test_rationales_come_in_the_order_of_the_letters() -> None:
 def test_every_training_and_adapter_key_is_a_field_of_its_class() -> None:
     trl = pytest.importorskip("trl")
     peft = pytest.importorskip("peft")
+    from self_judge.trainer_config import SelfJudgeConfig
+
     for name in JSFT_FILES + SELF_JUDGE_FILES:
         run = jsft(name) if name in JSFT_FILES else self_judge(name)
-        config_class = trl.SFTConfig if name in JSFT_FILES else trl.DPOConfig
+        config_class = trl.SFTConfig if name in JSFT_FILES else SelfJudgeConfig
         check_training_values(run.training_args, config_class)
         lora_names = [f.name for f in fields(peft.LoraConfig)]
         check_training_args(run.peft_config or {}, lora_names, "peft_config")
+
+
+def test_self_judge_args_mean_what_the_trainers_settings_of_the_same_name_mean() -> None:
+    pytest.importorskip("trl")
+    from self_judge.trainer_config import SelfJudgeConfig
+
+    of_the_trainer = {f.name: f.default for f in fields(SelfJudgeConfig)}
+    of_the_trainer["loss_type"] = "sigmoid"  # a list there, and the same loss
+    of_the_run = {"token_id_a", "token_id_b", "global_batch_size"}
+    for f in fields(SelfJudgeArgs):
+        if f.name not in of_the_run:
+            assert (f.name, f.default) == (f.name, of_the_trainer[f.name])
 
 
 def test_loss_types_are_those_of_the_installed_trl() -> None:
@@ -341,9 +356,11 @@ def test_only_the_overrides_that_the_message_is_about_are_named(minimal: Path) -
         ("judge_batch_size=0", "judge_batch_size must be at least 1, got 0"),
         ("beta=0", "beta must be above 0, got 0.0"),
         ("loss_type=sigmod", "loss_type sigmod: unknown; did you mean sigmoid?"),
+        ("ignore_index=0", "ignore_index must be -100, which TRL's losses go by, got 0"),
+        ("generation_batch_size=0", "generation_batch_size must be at least 1, got 0"),
         ("loss_type=[]", "loss_type is an empty list"),
         ("loss_type=3", "loss_type: expected text or a list, got a whole number 3"),
-        ("pair_selection=random", "pair_selection: expected one of best_worst, got"),
+        ("pair_selection=random", "pair_selection: expected one of best_worst, best_random, got"),
         ("token_id_a=-1", "token_id_a must be at least 0, got -1"),
         ("global_batch_size=0", "global_batch_size must be at least 1, got 0"),
     ],
@@ -357,6 +374,14 @@ def test_the_two_letters_must_be_two_tokens() -> None:
     path = CONFIGS / "hh_self_judge.yaml"
     overrides = ("self_judge_args.token_id_a=7", "self_judge_args.token_id_b=7")
     told = "token_id_a and token_id_b are the same token (7)"
+    assert told in error_of(path, *overrides, kind="self_judge")
+
+
+@pytest.mark.parametrize("loss", ["nca_pair", "[sigmoid, sft]"])
+def test_averaged_log_probabilities_are_for_the_methods_three_losses(loss: str) -> None:
+    path = CONFIGS / "hh_self_judge.yaml"
+    overrides = ("self_judge_args.average_log_prob=true", f"self_judge_args.loss_type={loss}")
+    told = "average_log_prob is for sigmoid, hinge or ipo alone"
     assert told in error_of(path, *overrides, kind="self_judge")
 
 

@@ -204,7 +204,8 @@ class SelfJudgeArgs:
     Args:
         token_id_a, token_id_b: ids of the letters; derived from the tokenizer where left out, and
             checked against it where given.
-        judge_batch_size: comparisons judged in one forward pass.
+        judge_batch_size: judge prompts in one forward pass on one device.
+        generation_batch_size: responses sampled together on one device.
         max_length: tokens of prompt and response together, and of a judge prompt.
         max_new_tokens: tokens of a sampled response.
         temperature, top_p, top_k: of sampling; `top_k` 0 is off.
@@ -214,38 +215,40 @@ class SelfJudgeArgs:
         beta: strength of the pull towards the reference.
         average_log_prob: whether a response's log-probability is averaged over its tokens; `None`:
             as TRL does for the loss.
-        ignore_index: the label of a token that is not trained on.
+        ignore_index: the label of a token that is not trained on; TRL's losses know only -100.
         disable_dropout: whether dropout is switched off in policy and reference.
         global_batch_size: prompts per optimizer step over all processes; the accumulation steps
             follow from it. `None`: as `training_args` says.
-        log_completions: whether sampled pairs are logged with their verdicts.
-        rollouts_dir: where every rollout is kept as JSON lines; `None`: nowhere.
+        log_completions: whether sampled pairs are printed with their verdicts.
+        save_rollouts: whether all pairs and verdicts are kept under `output_dir/rollouts`.
     """
 
     token_id_a: int | None = None
     token_id_b: int | None = None
-    judge_batch_size: int = 16
+    judge_batch_size: int = 8
+    generation_batch_size: int = 64
     max_length: int = 2048
     max_new_tokens: int = 768
     temperature: float = 1.0
     top_p: float = 0.9
     top_k: int = 0
     num_generations: int = 2
-    pair_selection: Literal["best_worst"] = "best_worst"
+    pair_selection: Literal["best_worst", "best_random"] = "best_worst"
     loss_type: str | list[str] = "sigmoid"
     beta: float = 0.1
     average_log_prob: bool | None = None
     ignore_index: int = -100
     disable_dropout: bool = True
     global_batch_size: int | None = 64
-    log_completions: bool = True
-    rollouts_dir: str | None = None
+    log_completions: bool = False
+    save_rollouts: bool = True
 
     def __post_init__(self) -> None:
         for name, least in {
             "token_id_a": 0,
             "token_id_b": 0,
             "judge_batch_size": 1,
+            "generation_batch_size": 1,
             "max_new_tokens": 1,
             "top_k": 0,
             "num_generations": 2,
@@ -264,10 +267,20 @@ class SelfJudgeArgs:
         _require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         _require(self.beta > 0, f"beta must be above 0, got {self.beta}")
+        _require(
+            self.ignore_index == -100,
+            f"ignore_index must be -100, which TRL's losses go by, got {self.ignore_index}",
+        )
         losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         _require(bool(losses), "loss_type is an empty list")
         for loss in losses:
             _require(loss in LOSS_TYPES, f"loss_type {unknown_key(loss, LOSS_TYPES)}")
+        _require(
+            self.average_log_prob is None
+            or (len(losses) == 1 and losses[0] in ("sigmoid", "hinge", "ipo")),
+            f"average_log_prob is for sigmoid, hinge or ipo alone, not for {self.loss_type}: leave "
+            "it null",
+        )
 
 
 @dataclass(frozen=True)
