@@ -1,0 +1,481 @@
+"""Typed run configurations, from a YAML file, the files it extends, and `key.path=value` overrides.
+
+Knows what a run may ask for and says at once what is wrong with it. It does not know torch, the
+trainers or the machine: `machine.py` fits a run to the machine, `recipes.py` carries it out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from self_judge.templates import JudgeTemplates
+from self_judge.typed_yaml import (
+    ConfigError,
+    apply_override,
+    build,
+    convert,
+    first_line,
+    read_yaml,
+    unknown_key,
+)
+
+SourceKind = Literal["auto", "hh", "ultrafeedback", "preference"]
+RunKind = Literal["jsft", "self_judge"]
+
+# The pairwise losses of TRL 1.16's DPOTrainer.
+LOSS_TYPES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Which model to start from and how to load it.
+
+    Args:
+        model_name_or_path: a folder or a Hub name.
+        dtype: of the loaded weights. `"auto"`: as saved.
+        attn_implementation: as Transformers names it; `None` leaves the choice to Transformers.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: whether the model's repository may run its own code here.
+    """
+
+    model_name_or_path: str
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TemplateArgs:
+    """How dialogues and judgments are worded.
+
+    Args:
+        judge: `{principle: {system, user, assistant}}`. `None` in self-training: the templates that
+            were saved beside the checkpoint.
+        decision_rationale: what follows the letter, with `{rationale_a}` and `{rationale_b}`.
+        chat: a Jinja chat template, instead of the tokenizer's own.
+        user, assistant: turn markers such as `"\\n\\nHuman:"`, for a tokenizer that brings no chat
+            template; used only where `chat` is not set either.
+        skip_first_token: accepted and unused; masks come from how the ids were built.
+    """
+
+    judge: dict[str, Any] | None = None
+    decision_rationale: str | dict[str, str] | None = None
+    chat: str | None = None
+    user: str | None = None
+    assistant: str | None = None
+    skip_first_token: bool | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.user is None) == (self.assistant is None),
+            "user and assistant are turn markers that belong together: set both or neither",
+        )
+        _require(
+            self.judge is not None or self.decision_rationale is None,
+            "decision_rationale is set but judge is not: set both, or neither",
+        )
+        self.judge_templates()
+
+    def judge_templates(self) -> JudgeTemplates | None:
+        """The judge templates, or `None` where they are to be read from beside the checkpoint."""
+        if self.judge is None:
+            return None
+        return JudgeTemplates(self.judge, self.decision_rationale)
+
+
+@dataclass(frozen=True)
+class SourceArgs:
+    """One source of preference data.
+
+    Args:
+        path: a Hub name, a local file (.json, .jsonl, .jsonl.gz, .parquet) or a `save_to_disk`
+            folder.
+        data_dir, name, split, revision: as `datasets.load_dataset` takes them.
+        kind: the schema; `"auto"` recognises it from the columns.
+        sft: whether its chosen responses are learned as demonstrations.
+        pairs: whether its pairs are learned as judgments.
+    """
+
+    path: str
+    split: str = "train"
+    data_dir: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    kind: SourceKind = "auto"
+    sft: bool = True
+    pairs: bool = True
+
+    def __post_init__(self) -> None:
+        _require(
+            self.sft or self.pairs,
+            "sft and pairs are both false: nothing would be read from this source; remove it",
+        )
+
+
+@dataclass(frozen=True)
+class DatasetArgs:
+    """What to learn from and what to hold out.
+
+    Args:
+        sources: read in this order.
+        held_out: share of the prompts kept out of training for evaluation, in [0, 1); unused where
+            `eval` names sources of its own.
+        eval: sources to evaluate on.
+        max_records, max_eval_records: keep at most so many records (`None`: all).
+        principles: one pair per principle instead of one general pair (UltraFeedback).
+        rationales: learn the rationales too; `None`: when `templates.decision_rationale` is set.
+        seed: of the held-out split and of the sampling of pairs. The same seed in JSFT and in
+            self-training holds out the same prompts.
+        num_proc: processes that read the data (`None`: this one).
+    """
+
+    sources: list[SourceArgs]
+    held_out: float = 0.1
+    eval: list[SourceArgs] = field(default_factory=list)
+    max_records: int | None = None
+    max_eval_records: int | None = None
+    principles: bool = False
+    rationales: bool | None = None
+    seed: int = 42
+    num_proc: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.sources), "sources is empty: name at least one")
+        _require(0 <= self.held_out < 1, f"held_out is a share in [0, 1), got {self.held_out}")
+        for name in ("max_records", "max_eval_records", "num_proc"):
+            _require_at_least(self, name, 1)
+
+
+@dataclass(frozen=True)
+class JSFTArgs:
+    """Judge-augmented supervised fine-tuning.
+
+    Args:
+        max_length: tokens per training example, at most.
+        ignore_index: the label of a token that is not trained on.
+        global_batch_size: examples per optimizer step over all processes; the accumulation steps
+            follow from it (see `accumulation_steps`). `None`: as `training_args` says.
+        group_by_length: batches of similar length, less padding.
+        merge_adapter: after LoRA training, fold the adapter into the weights and save a plain
+            model; otherwise the adapter alone is saved.
+    """
+
+    max_length: int = 2048
+    ignore_index: int = -100
+    global_batch_size: int | None = 128
+    group_by_length: bool = False
+    merge_adapter: bool = False
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "max_length", 2)
+        _require_at_least(self, "global_batch_size", 1)
+
+
+@dataclass(frozen=True)
+class SelfJudgeArgs:
+    """On-policy self-training by self-judgment; defaults from the paper.
+
+    Args:
+        token_id_a, token_id_b: ids of the letters; derived from the tokenizer where left out, and
+            checked against it where given.
+        judge_batch_size: judge prompts in one forward pass on one device.
+        generation_batch_size: responses sampled together on one device.
+        max_length: tokens of prompt and response together, and of a judge prompt.
+        max_new_tokens: tokens of a sampled response.
+        temperature, top_p, top_k: of sampling; `top_k` 0 is off.
+        num_generations: responses sampled per prompt (K); more than two are ranked by tournament.
+        pair_selection: which two of them are learned from.
+        loss_type: one of TRL's pairwise losses, or a list of them.
+        beta: strength of the pull towards the reference.
+        average_log_prob: whether a response's log-probability is averaged over its tokens; `None`:
+            as TRL does for the loss.
+        ignore_index: the label of a token that is not trained on; TRL's losses know only -100.
+        disable_dropout: whether dropout is switched off in policy and reference.
+        global_batch_size: prompts per optimizer step over all processes; the accumulation steps
+            follow from it. `None`: as `training_args` says.
+        log_completions: whether sampled pairs are printed with their verdicts.
+        save_rollouts: whether all pairs and verdicts are kept under `output_dir/rollouts`.
+    """
+
+    token_id_a: int | None = None
+    token_id_b: int | None = None
+    judge_batch_size: int = 8
+    generation_batch_size: int = 64
+    max_length: int = 2048
+    max_new_tokens: int = 768
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int = 0
+    num_generations: int = 2
+    pair_selection: Literal["best_worst", "best_random"] = "best_worst"
+    loss_type: str | list[str] = "sigmoid"
+    beta: float = 0.1
+    average_log_prob: bool | None = None
+    ignore_index: int = -100
+    disable_dropout: bool = True
+    global_batch_size: int | None = 64
+    log_completions: bool = False
+    save_rollouts: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in {
+            "token_id_a": 0,
+            "token_id_b": 0,
+            "judge_batch_size": 1,
+            "generation_batch_size": 1,
+            "max_new_tokens": 1,
+            "top_k": 0,
+            "num_generations": 2,
+            "global_batch_size": 1,
+        }.items():
+            _require_at_least(self, name, least)
+        _require(
+            self.max_new_tokens < self.max_length,
+            f"max_new_tokens ({self.max_new_tokens}) must be below max_length ({self.max_length}), "
+            "which holds prompt and response together",
+        )
+        _require(
+            self.token_id_a is None or self.token_id_a != self.token_id_b,
+            f"token_id_a and token_id_b are the same token ({self.token_id_a})",
+        )
+        _require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
+        _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        _require(self.beta > 0, f"beta must be above 0, got {self.beta}")
+        _require(
+            self.ignore_index == -100,
+            f"ignore_index must be -100, which TRL's losses go by, got {self.ignore_index}",
+        )
+        losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        _require(bool(losses), "loss_type is an empty list")
+        for loss in losses:
+            _require(loss in LOSS_TYPES, f"loss_type {unknown_key(loss, LOSS_TYPES)}")
+        _require(
+            self.average_log_prob is None
+            or (len(losses) == 1 and losses[0] in ("sigmoid", "hinge", "ipo")),
+            f"average_log_prob is for sigmoid, hinge or ipo alone, not for {self.loss_type}: leave "
+            "it null",
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    model: ModelArgs
+    dataset: DatasetArgs
+    training_args: dict[str, Any] = field(default_factory=dict)
+    peft_config: dict[str, Any] | None = None
+    templates: TemplateArgs = field(default_factory=TemplateArgs)
+
+
+@dataclass(frozen=True)
+class JSFTRun(_Run):
+    """One run of judge-augmented SFT: everything that its YAML file says, checked.
+
+    `training_args` is for `trl.SFTConfig` and `peft_config` for `peft.LoraConfig`; what they may
+    hold is checked by `check_training_args`, where those classes are known.
+    """
+
+    jsft_args: JSFTArgs = field(default_factory=JSFTArgs)
+
+    def __post_init__(self) -> None:
+        _check_sections(self, self.jsft_args, "jsft_args")
+        _require(self.templates.judge is not None, "templates.judge is missing: JSFT needs it")
+        _require(
+            not self.dataset.rationales or self.templates.decision_rationale is not None,
+            "dataset.rationales is true but templates.decision_rationale is not set",
+        )
+        _require(
+            not self.dataset.rationales or self.dataset.principles,
+            "dataset.rationales is true but dataset.principles is false: rationales are given per "
+            "principle",
+        )
+
+    @property
+    def uses_rationales(self) -> bool:
+        """Whether judge examples end in the rationales."""
+        if self.dataset.rationales is None:
+            return self.templates.decision_rationale is not None
+        return self.dataset.rationales
+
+
+@dataclass(frozen=True)
+class SelfJudgeRun(_Run):
+    """One run of self-training: everything that its YAML file says, checked.
+
+    `training_args` is for `SelfJudgeConfig` and `peft_config` for `peft.LoraConfig`.
+    """
+
+    self_judge_args: SelfJudgeArgs = field(default_factory=SelfJudgeArgs)
+
+    def __post_init__(self) -> None:
+        _check_sections(self, self.self_judge_args, "self_judge_args")
+
+
+_RUNS: dict[str, type[_Run]] = {"jsft": JSFTRun, "self_judge": SelfJudgeRun}
+_STARTED_BY = {
+    "jsft_args": "train_jsft.py or `self-judge jsft`",
+    "self_judge_args": "train_self_judge.py or `self-judge train`",
+}
+
+
+@typing.overload
+def load_run(path: str | Path, overrides: Sequence[str], kind: Literal["jsft"]) -> JSFTRun: ...
+@typing.overload
+def load_run(
+    path: str | Path, overrides: Sequence[str], kind: Literal["self_judge"]
+) -> SelfJudgeRun: ...
+def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTRun | SelfJudgeRun:
+    """Reads a run file, what it extends, and the overrides, and checks the whole.
+
+    Args:
+        path: a YAML file. Its key `extends` names one or several YAML files, relative to it, which
+            are read first; what the file says itself wins.
+        overrides: `key.path=value` each, the value as YAML; an item of a list by its number
+            (`dataset.sources.0.path=data.jsonl`).
+        kind: which of the two runs the file describes.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown (the nearest one is named), a value
+            has the wrong type or cannot work.
+    """
+    tree = read_yaml(Path(path))
+    where = str(path)
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        # Template text is literal: "${" there is a dollar and a brace, never an interpolation.
+        templates = tree.pop("templates", None)
+        resolved = OmegaConf.to_container(
+            OmegaConf.create(tree), resolve=True, throw_on_missing=True
+        )
+        tree = typing.cast("dict[str, Any]", resolved)
+        if templates is not None:
+            tree["templates"] = templates
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {first_line(error)}") from error
+    for section, command in _STARTED_BY.items():
+        if section in tree and not section.startswith(kind):
+            raise ConfigError(f"{where}: it has {section}, so it is a file for {command}")
+    try:
+        return typing.cast("JSFTRun | SelfJudgeRun", build(_RUNS[kind], tree, ""))
+    except ValueError as error:
+        blamed = [f"{o!r:.80}" for o in overrides if _last_key(o) in str(error)]
+        given = f" (with {', '.join(blamed)})" if blamed else ""
+        raise ConfigError(f"{where}{given}: {error}") from error
+
+
+def _last_key(override: str) -> str:
+    return override.partition("=")[0].rpartition(".")[2]
+
+
+def check_training_args(
+    keys: Iterable[str], valid_names: Iterable[str], section: str = "training_args"
+) -> None:
+    """Fails on the first key that the class behind a free section does not have.
+
+    Args:
+        keys: the keys given.
+        valid_names: the field names of that class, such as `trl.SFTConfig` or `peft.LoraConfig`.
+        section: for the message.
+
+    Raises:
+        ConfigError: with the nearest valid name, or the new name of a renamed one.
+    """
+    valid = list(valid_names)
+    for key in keys:
+        if key not in valid:
+            raise ConfigError(f"{section}.{unknown_key(key, valid)}")
+
+
+def check_training_values(values: Mapping[str, Any], config_class: type) -> dict[str, Any]:
+    """`check_training_args`, and that every number and switch is one; integers become floats.
+
+    Only fields declared as int, float or bool (or one of these and nothing) are looked at: the
+    class itself checks the rest.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong type (key, expected, got).
+    """
+    check_training_args(values, [f.name for f in dataclasses.fields(config_class)])
+    hints = typing.get_type_hints(config_class)
+    simple = {int, float, bool, types.NoneType}
+    checked = dict(values)
+    for key, value in values.items():
+        hint = hints[key]
+        if set(typing.get_args(hint) or (hint,)) <= simple:
+            checked[key] = convert(hint, value, f"training_args.{key}")
+    return checked
+
+
+def accumulation_steps(global_batch_size: int, per_device: int, processes: int) -> int:
+    """Micro-batches per optimizer step so that all processes together see `global_batch_size`.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of what one micro-batch holds.
+    """
+    if per_device < 1 or processes < 1:
+        raise ConfigError(
+            f"per-device batch size and processes must be at least 1, got {per_device} and "
+            f"{processes}"
+        )
+    at_once = per_device * processes
+    steps, rest = divmod(global_batch_size, at_once)
+    if rest or not steps:
+        fitting = [d for d in range(1, 65) if global_batch_size % (d * processes) == 0]
+        advice = (
+            f"set training_args.per_device_train_batch_size to one of {fitting}"
+            if fitting
+            else f"no per-device batch fits {processes} processes; change the number of processes"
+        )
+        raise ConfigError(
+            f"global_batch_size {global_batch_size} is not a multiple of {per_device} per device "
+            f"× {processes} processes = {at_once}: {advice}, or change global_batch_size"
+        )
+    return steps
+
+
+def _check_sections(run: _Run, own: JSFTArgs | SelfJudgeArgs, section: str) -> None:
+    """What is said twice would be said differently one day: one key lives in one section."""
+    names = {f.name for f in dataclasses.fields(own)}
+    for key in run.training_args:
+        _require(key not in names, f"training_args.{key}: set {section}.{key} instead")
+    _require(
+        own.global_batch_size is None or "gradient_accumulation_steps" not in run.training_args,
+        "training_args.gradient_accumulation_steps follows from "
+        f"{section}.global_batch_size: leave one out ({section}.global_batch_size=null)",
+    )
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _require_at_least(args: Any, name: str, least: int) -> None:
+    value = getattr(args, name)
+    _require(value is None or value >= least, f"{name} must be at least {least}, got {value}")

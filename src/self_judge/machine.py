@@ -1,0 +1,240 @@
+"""Fits a run to the machine it stands on, so that one file works on a laptop and on 8 GPUs.
+
+Pure functions over a small description of the machine. It imports no torch: whoever calls
+`detect_machine` says whether there is a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from self_judge.config import JSFTRun, SelfJudgeRun
+
+Run = TypeVar("Run", JSFTRun, SelfJudgeRun)
+
+# What `report_to` calls a tracker -> the modules of which one must be installed.
+_TRACKER_MODULES = {
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+_FLASH_MODULES = ("flash_attn", "flash_attn_interface", "flash_attn_3")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run can count on.
+
+    Attributes:
+        cuda: there is a CUDA GPU.
+        bf16: the device that computes (the GPU, or the CPU where there is none) is made for bf16.
+        flash_attn, deepspeed: the package is installed.
+        trackers: names, as `report_to` takes them, of the trackers that are installed.
+        cpu_count: CPU cores this process may use.
+        processes: processes of this run, over all machines.
+        sharded_by_launcher: the launcher's own file already asks for FSDP or DeepSpeed.
+    """
+
+    cuda: bool = False
+    bf16: bool = False
+    flash_attn: bool = False
+    deepspeed: bool = False
+    trackers: frozenset[str] = frozenset()
+    cpu_count: int = 1
+    processes: int = 1
+    sharded_by_launcher: bool = False
+
+
+def detect_machine(
+    cuda: bool,
+    bf16: bool | None = None,
+    installed: Callable[[str], bool] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Machine:
+    """Looks at the installed packages and at what the launcher left in the environment.
+
+    Args:
+        cuda: `torch.cuda.is_available()`.
+        bf16: `torch.cuda.is_bf16_supported(including_emulation=False)`; without a GPU the CPU's
+            flags are read instead.
+        installed: whether a top-level module can be imported, by name; a parameter for tests.
+    """
+    # `accelerate launch --cpu` on a machine with a GPU.
+    on_gpu = cuda and not _is_true(environ, "ACCELERATE_USE_CPU")
+    has = installed or (lambda name: importlib.util.find_spec(name) is not None)
+    return Machine(
+        cuda=on_gpu,
+        bf16=bf16 if on_gpu and bf16 is not None else cpu_has_bf16(),
+        flash_attn=any(map(has, _FLASH_MODULES)),
+        deepspeed=has("deepspeed"),
+        trackers=frozenset(
+            name for name, modules in _TRACKER_MODULES.items() if any(map(has, modules))
+        ),
+        cpu_count=_cpu_count(),
+        processes=int(environ.get("WORLD_SIZE", "1")),
+        sharded_by_launcher=_is_true(environ, "ACCELERATE_USE_FSDP")
+        or _is_true(environ, "ACCELERATE_USE_DEEPSPEED"),
+    )
+
+
+def fit_to_machine(run: Run, machine: Machine) -> tuple[Run, list[str]]:
+    """The run as this machine can carry it out, and one line for each thing that is not there.
+
+    What is missing is replaced by the nearest thing that is: flash-attn by SDPA, bf16 by float32
+    (by the CPU's bf16 where it has that), DeepSpeed and FSDP by plain data parallel, a tracker by
+    none. The run that is passed in stays as it is.
+    """
+    training = dict(run.training_args)
+    model = run.model
+    warnings: list[str] = []
+    on_gpu = machine.cuda and not training.get("use_cpu", False)
+    if not on_gpu:
+        training["use_cpu"] = True
+        training.setdefault("dataloader_pin_memory", False)
+
+    attention = model.attn_implementation or ""
+    if attention.startswith("flash_attention") and not (on_gpu and machine.flash_attn):
+        reason = "flash-attn is not installed" if on_gpu else "flash-attn needs a CUDA GPU"
+        warnings.append(f"{reason}: attention runs on SDPA instead")
+        model = dataclasses.replace(model, attn_implementation="sdpa")
+
+    dtype = _fit_precision(training, model.dtype, on_gpu, machine.bf16, warnings)
+    model = dataclasses.replace(model, dtype=dtype)
+    _fit_sharding(training, on_gpu, machine, warnings)
+    _fit_trackers(training, machine.trackers, warnings)
+    return dataclasses.replace(run, model=model, training_args=training), warnings
+
+
+def _fit_precision(
+    training: dict[str, Any], dtype: Any, on_gpu: bool, bf16: bool, warnings: list[str]
+) -> Any:
+    """Settles `bf16`, `fp16` and `tf32` in `training`; returns the dtype for the weights."""
+    if not on_gpu and training.pop("tf32", None):
+        warnings.append("tf32 needs a CUDA GPU: it is switched off")
+    if not on_gpu and (training.get("fp16") or dtype == "float16"):
+        instead = "bf16" if bf16 else "float32"
+        warnings.append(f"fp16 needs a CUDA GPU: this CPU computes in {instead} instead")
+        training.update(fp16=False, bf16=bf16)
+        if dtype == "float16":
+            dtype = "bfloat16" if bf16 else "float32"
+    if bf16:
+        return dtype
+    if training.get("bf16") or training.get("bf16_full_eval") or dtype == "bfloat16":
+        device = "GPU" if on_gpu else "CPU"
+        warnings.append(f"this {device} is not made for bf16: float32 is used instead")
+    # TRL turns bf16 on where it is left out, so it is said, not left out.
+    training["bf16"] = False
+    training.pop("bf16_full_eval", None)
+    # "auto" takes the dtype of the checkpoint, and most are saved in bfloat16.
+    return "float32" if dtype in ("bfloat16", "auto") else dtype
+
+
+def _fit_sharding(
+    training: dict[str, Any], on_gpu: bool, machine: Machine, warnings: list[str]
+) -> None:
+    """Drops DeepSpeed and FSDP from `training` where they cannot work or are not needed."""
+    if training.get("deepspeed") and machine.sharded_by_launcher:
+        del training["deepspeed"]
+        warnings.append("the launcher's file says how to shard: training_args.deepspeed is unused")
+    elif training.get("deepspeed"):
+        reason = (
+            "DeepSpeed needs CUDA GPUs"
+            if not on_gpu
+            else "DeepSpeed is not installed"
+            if not machine.deepspeed
+            else "DeepSpeed shards over several processes and this is one"
+            if machine.processes == 1
+            else None
+        )
+        if reason:
+            del training["deepspeed"]
+            warnings.append(f"{reason}: plain data parallel is used instead")
+    if training.get("fsdp") and not on_gpu:
+        del training["fsdp"]
+        training.pop("fsdp_config", None)
+        warnings.append("FSDP needs CUDA GPUs: plain data parallel is used instead")
+
+
+def _fit_trackers(training: dict[str, Any], trackers: frozenset[str], warnings: list[str]) -> None:
+    asked = training.get("report_to") or "none"
+    names = [asked] if isinstance(asked, str) else list(asked)
+    missing = [name for name in names if name in _TRACKER_MODULES and name not in trackers]
+    for name in missing:
+        warnings.append(f"the tracker {name} is not installed: nothing is reported to it")
+    if missing:
+        training["report_to"] = [name for name in names if name not in missing] or "none"
+
+
+def launch_over_gpus(
+    argv: Sequence[str], gpus: int, environ: Mapping[str, str] = os.environ
+) -> list[str] | None:
+    """The command that starts this program again with one process per GPU, if it should be.
+
+    `accelerate launch` has no file that means "as many processes as there are GPUs, and one without
+    GPUs": `num_processes: auto` starts one per CPU core on a machine without GPUs. So the method's
+    files start one process, and that one spreads itself, with `os.execv(command[0], command)`.
+
+    Args:
+        argv: `sys.argv`.
+        gpus: visible CUDA GPUs.
+
+    Returns:
+        `None` with at most one GPU, or when a launcher already made this a distributed run.
+    """
+    launched = "WORLD_SIZE" in environ or "LOCAL_RANK" in environ
+    if gpus < 2 or launched or _is_true(environ, "ACCELERATE_USE_CPU"):
+        return None
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, f"--nproc_per_node={gpus}", *argv]
+
+
+def threads_for(machine: Machine, environ: Mapping[str, str] = os.environ) -> int | None:
+    """How many CPU threads one process on a machine without GPUs should use; `None`: leave it.
+
+    `accelerate launch` sets `OMP_NUM_THREADS=1` for whatever it starts, where it was not set, which
+    leaves all cores but one idle. A 1 that the user set looks the same; `taskset` holds such a run
+    to one core.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in environ and environ.get("OMP_NUM_THREADS") == "1"
+    if machine.cuda or machine.processes > 1 or not launched:
+        return None
+    return machine.cpu_count
+
+
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU multiplies bf16 in hardware (x86 AVX512-BF16 or AMX, ARM bf16), on Linux.
+
+    Elsewhere, or when it cannot be told: False, and float32 is used.
+    """
+    if not cpuinfo.is_file():
+        return False
+    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(line.split())
+    return False
+
+
+def _is_true(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "").lower() in ("true", "1")
+
+
+def _cpu_count() -> int:
+    # A container or taskset may grant fewer cores than the machine has; only Linux can tell.
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,228 @@
+"""YAML files into typed dataclasses: `extends`, `key.path=value` overrides, and precise messages.
+
+Knows types and keys, and names the nearest key for a wrong one. It does not know what the keys
+mean: the sections of a run stand in `config.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# Names that older versions of Transformers and TRL used, and that people still type.
+_RENAMED = {
+    "warmup_ratio": "warmup_steps (a number below 1 is a share of all steps)",
+    "group_by_length": "jsft_args.group_by_length, or train_sampling_strategy: group_by_length",
+    "evaluation_strategy": "eval_strategy",
+    "max_seq_length": "max_length",
+    "max_prompt_length": "max_length and max_new_tokens",
+    "no_cuda": "use_cpu",
+    "torch_dtype": "dtype",
+    "use_flash_attention_2": "attn_implementation: flash_attention_2",
+}
+
+
+class ConfigError(ValueError):
+    """A run configuration that cannot work; one line: where, what, and what to do."""
+
+
+def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file with everything it extends merged under it, as plain dictionaries and lists.
+
+    Raises:
+        ConfigError: with file and line for what is not YAML.
+    """
+    named_in = f" (named by extends in {opened_by[-1]})" if opened_by else ""
+    if path.resolve() in [p.resolve() for p in opened_by]:
+        raise ConfigError(f"{path}: extends itself, by way of {opened_by[-1]}")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file{named_in}")
+    try:
+        loaded = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        problem = error.problem or error.context
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: cannot be read: {first_line(error)}") from error
+    tree = OmegaConf.to_container(loaded, resolve=False)
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(f"{path}: expected sections such as 'model:', found none")
+    bases = tree.pop("extends", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: extends names one file, or a list of files, got {bases!r}")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = _merge(merged, read_yaml(path.parent / base, (*opened_by, path)))
+    return _merge(merged, typing.cast("dict[str, Any]", tree))
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(below, value) if both else copy.deepcopy(value)  # type: ignore[arg-type]
+    return merged
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one `key.path=value` in place; whether the key exists is seen when the run is built."""
+    said = f"override {override!r:.80}"
+    path, equals, text = override.partition("=")
+    keys = path.strip().lstrip("-").split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{said}: expected key.path=value")
+    if keys[0] == "extends":
+        raise ConfigError(f"{said}: extends can only stand in a file")
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{said}: the value is not valid YAML") from error
+    node: Any = tree
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdecimal() or int(key) >= len(node):
+                raise ConfigError(
+                    f"{said}: {'.'.join(keys[:depth])} is a list of {len(node)}; "
+                    f"{key!r} is not one of its numbers, which start at 0"
+                )
+            position: Any = int(key)
+        elif isinstance(node, dict):
+            position = key
+            if not last and node.get(key) is None:
+                node[key] = {}
+        else:
+            raise ConfigError(
+                f"{said}: {'.'.join(keys[:depth])} is {_shown(node)}, which has no {key!r}"
+            )
+        if last:
+            node[position] = value
+        else:
+            node = node[position]
+
+
+def build(cls: type, tree: Any, where: str) -> Any:
+    """A dataclass from plain dictionaries and lists, its sections built likewise.
+
+    Args:
+        where: the path of `tree`, with which every message starts; empty at the top.
+
+    Raises:
+        ConfigError: an unknown or missing key, a value of the wrong type, or what the class's own
+            `__post_init__` says.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where or 'the file'}: expected a section with keys, got {tree!r:.60}")
+    hints = typing.get_type_hints(cls)
+    prefix = f"{where}." if where else ""
+    for key in tree:
+        if key not in hints:
+            raise ConfigError(f"{prefix}{unknown_key(str(key), list(hints))}")
+    values = {}
+    for f in dataclasses.fields(cls):
+        if f.name in tree and not (tree[f.name] is None and _is_section(hints[f.name])):
+            values[f.name] = convert(hints[f.name], tree[f.name], f"{prefix}{f.name}")
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{prefix}{f.name}: missing")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+    except ValueError as error:  # a template error: it names the principle, not the section
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _is_section(hint: Any) -> bool:
+    """Whether `key:` with nothing behind it means an empty section, not the value null."""
+    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`; only integers become something else (floats, where wanted).
+
+    Raises:
+        ConfigError: key, expected, got.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: expected {_name(hint)}, got {_shown(value)}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            container = typing.get_origin(option) or option
+            if container is float and type(value) is int:
+                return float(value)
+            if isinstance(container, type) and type(value) is container:
+                return convert(option, value, where)
+    elif origin is list and isinstance(value, list):
+        return [convert(args[0], item, f"{where}.{i}") for i, item in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise ConfigError(f"{where}: key {key!r} must be text: put it in quotes")
+        if args[1] is Any:
+            return value
+        return {key: convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise ConfigError(f"{where}: expected {_name(hint)}, got {_shown(value)}")
+
+
+def _name(hint: Any) -> str:
+    """A type in words."""
+    words: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+        list: "a list",
+        dict: "a mapping",
+    }
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_name(option) for option in typing.get_args(hint))
+    return words.get(typing.get_origin(hint) or hint, str(hint))
+
+
+def _shown(value: Any) -> str:
+    kind = {str: "text", type(None): ""}.get(type(value), _name(type(value)))
+    shown = "null" if value is None else repr(value)
+    return f"{kind} {shown:.60}".strip()
+
+
+def unknown_key(key: str, valid: Sequence[str]) -> str:
+    """`key: unknown …` with the nearest valid name, or its new name if it was renamed."""
+    if key in _RENAMED:
+        return f"{key}: unknown key; it is now {_RENAMED[key]}"
+    nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    if nearest:
+        return f"{key}: unknown; did you mean {nearest[0]}?"
+    # With nothing near, a short list helps; the 150 fields of a training configuration do not.
+    known = f"known are {', '.join(valid)}" if len(valid) <= 30 else "see the class's documentation"
+    return f"{key}: unknown; {known}"
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without its details."""
+    return str(error).strip().partition("\n")[0]
