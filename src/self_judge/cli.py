@@ -1,0 +1,159 @@
+"""The command `self-judge`. Argument parsing and error lines only; the work is in `recipes`.
+
+Heavy imports wait until a command needs them, so that help and usage errors are instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from self_judge import __version__
+
+if TYPE_CHECKING:
+    from self_judge.config import RunKind
+
+_OVERRIDES = "any value of the file, as key.path=value"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status (2: bad input, told in one line)."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    return _guarded(arguments.run, arguments, arguments.debug)
+
+
+def train_main(kind: RunKind, argv: Sequence[str] | None = None) -> int:
+    """What `train_jsft.py` and `train_self_judge.py` do: `--config=FILE key.path=value…`."""
+    parser = argparse.ArgumentParser(description=f"Launches the {kind} run of a YAML file.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=_OVERRIDES)
+    arguments = parser.parse_args(argv)
+    arguments.kind = kind
+    return _guarded(_train, arguments, arguments.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="self-judge",
+        description="Align a language model with its own pairwise judgments (arXiv 2402.11253).",
+    )
+    parser.add_argument("--version", action="version", version=f"self-judge {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo", help="the whole method on a small synthetic world, in minutes on a CPU"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
+    demo.add_argument("--output", default="outputs/demo", metavar="DIR", help="where to write")
+    demo.set_defaults(run=_demo)
+
+    for name, kind, text in (
+        ("jsft", "jsft", "judge-augmented supervised fine-tuning"),
+        ("train", "self_judge", "on-policy self-training by self-judgment"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key.path=value", help=_OVERRIDES)
+        command.set_defaults(run=_train, kind=kind)
+
+    tournament = commands.add_parser(
+        "tournament", help="self-rejection: the best of N responses by knockout"
+    )
+    tournament.add_argument("input", metavar="IN.jsonl", help="context + responses, or prompts")
+    tournament.add_argument("output", metavar="OUT.jsonl", help="one line per line of the input")
+    tournament.add_argument("--model", required=True, metavar="DIR", help="a model JSFT wrote")
+    tournament.add_argument(
+        "--policy", metavar="DIR", help="who samples for prompts (default: the judging model)"
+    )
+    tournament.add_argument(
+        "--n", type=int, default=16, help="responses to sample for a prompt (default: 16)"
+    )
+    tournament.add_argument("--max-new-tokens", type=int, default=768)
+    tournament.add_argument("--temperature", type=float, default=1.0)
+    tournament.add_argument("--top-p", type=float, default=0.9)
+    tournament.add_argument("--batch-size", type=int, default=8, help="judge prompts per pass")
+    tournament.add_argument("--max-length", type=int, help="tokens of a judge prompt at most")
+    tournament.add_argument("--seed", type=int, default=0)
+    tournament.add_argument("--brackets", action="store_true", help="write the brackets as well")
+    tournament.set_defaults(run=_tournament)
+    return parser
+
+
+def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: ignore[no-untyped-def]
+    try:
+        run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"self-judge: error: {text}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from self_judge.demo import run_demo
+
+    run_demo(seed=arguments.seed, output=arguments.output)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from self_judge.config import load_run
+
+    # Checked before torch is imported, so that a mistake in the file shows at once.
+    if arguments.kind == "jsft":
+        jsft = load_run(arguments.config, arguments.overrides, "jsft")
+    else:
+        self_judge = load_run(arguments.config, arguments.overrides, "self_judge")
+
+    import torch
+
+    from self_judge.machine import launch_over_gpus
+
+    command = launch_over_gpus(sys.argv, torch.cuda.device_count())
+    if command is not None:
+        sys.stderr.write(f"one process per GPU: {' '.join(command)}\n")
+        sys.stderr.flush()
+        os.execv(command[0], command)
+
+    from self_judge import recipes
+
+    if arguments.kind == "jsft":
+        recipes.run_jsft(jsft)
+    else:
+        recipes.run_self_judge(self_judge)
+
+
+def _tournament(arguments: argparse.Namespace) -> None:
+    from self_judge.self_rejection import run_tournament
+
+    run_tournament(
+        arguments.input,
+        arguments.output,
+        model=arguments.model,
+        policy=arguments.policy,
+        n=arguments.n,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+        seed=arguments.seed,
+        brackets=arguments.brackets,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,372 @@
+"""Wiring only: a run's configuration to data, models and trainers, and its results to disk.
+
+Every step that knows something lives on a floor below; here they are put in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from self_judge.comparison import Comparison, PreferenceRecord
+from self_judge.config import (
+    DatasetArgs,
+    JSFTRun,
+    SelfJudgeRun,
+    SourceArgs,
+    accumulation_steps,
+    check_training_args,
+    check_training_values,
+)
+from self_judge.encoding import ChatEncoder
+from self_judge.evaluation import JudgeQuality, judge_quality, under_principle
+from self_judge.jsft import JudgeAugmentedSFTCollator, jsft_dataset
+from self_judge.judge import Judge
+from self_judge.machine import Run, detect_machine, fit_to_machine, threads_for
+from self_judge.models import (
+    load_judge_settings,
+    load_model,
+    load_tokenizer,
+    merged,
+    save_judge_settings,
+    vocabulary_fits,
+)
+from self_judge.sources import PreferenceData, load_preferences, to_self_judge_rows
+from self_judge.templates import JudgeTemplates, dialogue_text
+from self_judge.trainer import SelfJudgeTrainer
+from self_judge.trainer_config import SelfJudgeConfig
+
+logger = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
+
+# -- JSFT ----------------------------------------------------------------------------------------
+
+
+def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
+    """Judge-augmented SFT from a run configuration; returns the folder of the model."""
+    say = _speaker(console)
+    run = _fitted(run, say)
+    args: SFTConfig = _training_config(
+        run, run.jsft_args.global_batch_size, SFTConfig, {"max_length": None}
+    )
+    if run.jsft_args.group_by_length:
+        args.train_sampling_strategy = "group_by_length"
+    tokenizer = load_tokenizer(
+        run.model.model_name_or_path,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+    templates = run.templates.judge_templates()
+    assert templates is not None  # checked by JSFTRun
+    if not run.uses_rationales and templates.has_rationales:
+        templates = JudgeTemplates(dict(templates))
+    encoder = ChatEncoder(
+        tokenizer, run.templates.chat, run.templates.user, run.templates.assistant
+    )
+    data, held_out = _load(run.dataset, say)
+    model = _load_model(run, merge=True)
+    trainer = jsft_trainer(
+        model,
+        encoder,
+        templates,
+        data.records,
+        held_out.records if held_out else None,
+        args,
+        peft_config=_lora(run.peft_config),
+        max_length=run.jsft_args.max_length,
+        ignore_index=run.jsft_args.ignore_index,
+        num_proc=run.dataset.num_proc,
+        say=say,
+    )
+    _save_json(Path(str(args.output_dir)) / "data.json", data.counts)
+    _train(trainer, args)
+    output = save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
+    say(f"JSFT model and judge.json: {output}")
+    return output
+
+
+def jsft_trainer(
+    model: PreTrainedModel | PeftModel,
+    encoder: ChatEncoder,
+    templates: JudgeTemplates,
+    records: Sequence[PreferenceRecord],
+    held_out: Sequence[PreferenceRecord] | None,
+    args: SFTConfig,
+    *,
+    peft_config: LoraConfig | None = None,
+    max_length: int | None = 2048,
+    ignore_index: int = -100,
+    num_proc: int | None = None,
+    say: Say = logger.info,
+) -> SFTTrainer:
+    """TRL's `SFTTrainer` on SFT and judge examples; the examples are already as they are trained.
+
+    Args:
+        records: what to learn from.
+        held_out: what to measure the evaluation loss on, if `args` asks for evaluation.
+        say: told how many examples there are and what was cut.
+    """
+    vocabulary_fits(model, encoder.tokenizer)
+    letters = encoder.letter_ids(templates)
+
+    def encode(chosen: Sequence[PreferenceRecord]) -> tuple[Dataset, dict[str, int]]:
+        with PartialState().main_process_first():
+            return jsft_dataset(
+                chosen, encoder, templates, letters,
+                max_length=max_length, ignore_index=ignore_index, num_proc=num_proc,
+            )  # fmt: skip
+
+    train, counts = encode(records)
+    say("training examples: " + ", ".join(f"{v:,} {k}" for k, v in counts.items()))
+    evaluation = encode(held_out)[0] if held_out else None
+    if evaluation is None:
+        args.eval_strategy = "no"
+    args.max_length = None  # examples are cut when they are built, where the reason is counted
+    return SFTTrainer(
+        model=model,
+        args=args,
+        data_collator=JudgeAugmentedSFTCollator(encoder.tokenizer, ignore_index),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=encoder.tokenizer,
+        peft_config=peft_config,
+        callbacks=[SaveJudgeSettings(encoder, templates, letters)],
+    )
+
+
+class SaveJudgeSettings(TrainerCallback):
+    """Writes `judge.json` into every checkpoint, so that each of them can judge."""
+
+    def __init__(
+        self, encoder: ChatEncoder, templates: JudgeTemplates, letters: tuple[int, int]
+    ) -> None:
+        self.encoder, self.templates, self.letters = encoder, templates, letters
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            save_judge_settings(folder, self.encoder, self.templates, self.letters)
+
+
+def save_jsft(
+    trainer: SFTTrainer, encoder: ChatEncoder, templates: JudgeTemplates, *, merge: bool
+) -> Path:
+    """Saves the trained model (an adapter merged into its base, if asked) with its judge.json."""
+    output = Path(str(trainer.args.output_dir))
+    tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
+    tokenizer.chat_template = encoder.chat_template
+    trainer.save_model(str(output))
+    if trainer.accelerator.is_main_process:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if merge and isinstance(model, PeftModel):
+            merged(model).save_pretrained(output)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                (output / name).unlink(missing_ok=True)
+        tokenizer.save_pretrained(output)
+        save_judge_settings(output, encoder, templates, encoder.letter_ids(templates))
+    trainer.accelerator.wait_for_everyone()
+    return output
+
+
+# -- self-training -------------------------------------------------------------------------------
+
+
+def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
+    """On-policy self-training from a run configuration; returns the folder of the policy."""
+    say = _speaker(console)
+    run = _fitted(run, say)
+    own = dataclasses.asdict(run.self_judge_args)
+    letters = {name: own.pop(name) for name in ("token_id_a", "token_id_b")}
+    args: SelfJudgeConfig = _training_config(
+        run, own.pop("global_batch_size"), SelfJudgeConfig, own
+    )
+    name = run.model.model_name_or_path
+    saved = load_judge_settings(name)
+    templates = run.templates.judge_templates() or (saved.templates if saved else None)
+    if templates is None:
+        raise ValueError(
+            f"model.model_name_or_path {name} has no judge.json beside it and templates.judge is "
+            "not set: start from a model that JSFT wrote, or give the judge templates"
+        )
+    tokenizer = load_tokenizer(
+        name, revision=run.model.revision, trust_remote_code=run.model.trust_remote_code
+    )
+    chat = run.templates.chat or (saved.chat_template if saved else None)
+    encoder = ChatEncoder(tokenizer, chat, run.templates.user, run.templates.assistant)
+    data, held_out = _load(run.dataset, say)
+    if held_out is None:
+        args.eval_strategy = "no"
+    # An adapter is gone on with where no new one is asked for; else it is merged and frozen.
+    model = _load_model(run, merge=run.peft_config is not None)
+    trainer = SelfJudgeTrainer(
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        encoder=encoder,
+        judge_templates=templates,
+        train_dataset=Dataset.from_list(_prompts(data.records)),
+        eval_dataset=Dataset.from_list(_pairs(held_out.records)) if held_out else None,
+        peft_config=_lora(run.peft_config),
+        **letters,
+    )
+    _save_json(Path(str(args.output_dir)) / "data.json", data.counts)
+    _train(trainer, args)
+    trainer.save_model(str(args.output_dir))
+    say(f"policy: {args.output_dir}")
+    return Path(str(args.output_dir))
+
+
+def _prompts(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
+    return [{"prompt": r["prompt"], "context": r["context"]} for r in to_self_judge_rows(records)]
+
+
+def _pairs(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
+    rows = [r for r in to_self_judge_rows(records) if r["chosen"] and r["rejected"]]
+    if not rows:
+        raise ValueError("the evaluation data has no pair of a chosen and a rejected response")
+    return rows
+
+
+# -- evaluation ----------------------------------------------------------------------------------
+
+
+def evaluate_judge(
+    judge: Judge, records: Sequence[PreferenceRecord], *, progress: bool = False
+) -> JudgeQuality:
+    """How often the judge agrees with the labels: a pair of one principle under its template."""
+    cases = [
+        (Comparison(dialogue_text(r.prompt), p.chosen, p.rejected), p.principle)
+        for r in records
+        for p in r.pairs
+    ]
+    verdicts = judge.compare([comparison for comparison, _ in cases], progress=progress)
+    principles = judge.templates.principles
+    return judge_quality(
+        [
+            verdict if principle is None else under_principle(verdict, principles.index(principle))
+            for verdict, (_, principle) in zip(verdicts, cases, strict=True)
+        ]
+    )
+
+
+# -- shared --------------------------------------------------------------------------------------
+
+
+def _speaker(console: Console | None) -> Say:
+    console = console or Console(stderr=True)
+    if not PartialState().is_main_process:
+        return lambda line: None
+    return lambda line: console.print(line, markup=False, highlight=False)
+
+
+def _fitted(run: Run, say: Say) -> Run:
+    cuda = torch.cuda.is_available()
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else None
+    machine = detect_machine(cuda, bf16)
+    threads = threads_for(machine)
+    if threads:
+        torch.set_num_threads(threads)
+    run, warnings = fit_to_machine(run, machine)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return run
+
+
+def _training_config(
+    run: JSFTRun | SelfJudgeRun,
+    global_batch_size: int | None,
+    config_class: type[Any],
+    own: dict[str, Any],
+) -> Any:
+    training = check_training_values(run.training_args, config_class)
+    if global_batch_size is not None:
+        training["gradient_accumulation_steps"] = accumulation_steps(
+            global_batch_size,
+            training.get("per_device_train_batch_size", 8),
+            int(os.environ.get("WORLD_SIZE", "1")),
+        )
+    args = config_class(**training, **own)
+    set_seed(args.seed)
+    return args
+
+
+def _load(dataset: DatasetArgs, say: Say) -> tuple[PreferenceData, PreferenceData | None]:
+    """The training data, and what is held out: the sources under `eval`, or a share of prompts."""
+
+    def load(
+        sources: Sequence[SourceArgs], part: str, share: float, most: int | None
+    ) -> PreferenceData:
+        data = load_preferences(
+            sources,
+            part=part,
+            held_out=share,
+            principles=dataset.principles,
+            rationales=bool(dataset.rationales) or dataset.rationales is None,
+            max_records=most,
+            seed=dataset.seed,
+            num_proc=dataset.num_proc,
+        )
+        say(f"{part} data: {data.describe()}")
+        return data
+
+    if dataset.eval:
+        train = load(dataset.sources, "train", 0.0, dataset.max_records)
+        return train, load(dataset.eval, "held-out", 0.0, dataset.max_eval_records)
+    train = load(dataset.sources, "train", dataset.held_out, dataset.max_records)
+    if not dataset.held_out:
+        return train, None
+    return train, load(dataset.sources, "held-out", dataset.held_out, dataset.max_eval_records)
+
+
+def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
+    return load_model(
+        run.model.model_name_or_path,
+        dtype=run.model.dtype,
+        attn_implementation=run.model.attn_implementation,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+        merge=merge,
+    )
+
+
+def _lora(settings: dict[str, Any] | None) -> LoraConfig | None:
+    if settings is None:
+        return None
+    names = [f.name for f in dataclasses.fields(LoraConfig)]
+    check_training_args(settings, names, section="peft_config")
+    return LoraConfig(**settings)
+
+
+def _train(trainer: Any, args: Any) -> None:
+    """Trains; `resume_from_checkpoint: true` goes on from the last checkpoint, if there is one."""
+    resume: str | bool | None = args.resume_from_checkpoint
+    if resume in (True, "true", "True", "auto"):
+        folder = str(args.output_dir)
+        resume = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    trainer.train(resume_from_checkpoint=resume)
+
+
+def _save_json(path: Path, content: Any) -> None:
+    if not PartialState().is_main_process:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.move(aside, path)
