@@ -382,9 +382,9 @@ def _statement(task: _Task, relation: str, right: bool, subject: str, g: random.
 def _write(task: _Task, fault: float, g: random.Random) -> str:
     """A response with each slot at fault with probability `fault`."""
     modal = g.choice((_HEDGE, _HEDGE, _BOAST)) if g.random() < fault else None
-    if task.answer is None and g.random() >= fault:
-        sentences = [_IGNORANCE]
-    elif task.answer is not None and g.random() < fault * 0.25:
+    if (task.answer is None and g.random() >= fault) or (
+        task.answer is not None and g.random() < fault * 0.25
+    ):
         sentences = [_IGNORANCE]
     else:
         subject = f"{modal} the {task.animal}" if modal else f"The {task.animal}"
