@@ -124,6 +124,8 @@ class PreferenceRecord:
         demonstration: the answer to imitate in supervised fine-tuning, or `None`.
         pairs: the labeled pairs to learn judging from (and to evaluate on); may be empty.
         source, index: where the record came from, for messages about it.
+        context: what the judge is shown as the dialogue, where that is not the whole prompt (see
+            `selection.judge_context`); `None`: it is.
     """
 
     prompt: tuple[Message, ...]
@@ -131,3 +133,4 @@ class PreferenceRecord:
     pairs: tuple[LabeledPair, ...]
     source: str
     index: int
+    context: str | None = None

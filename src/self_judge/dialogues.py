@@ -1,0 +1,206 @@
+"""Dialogues with a chosen and a rejected end -> records: HH's texts, TRL preference data.
+
+Pure functions of one record: they do not know where records are stored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from self_judge.comparison import LabeledPair, Message, PreferenceRecord
+from self_judge.selection import Place, Selection, merge_turns
+
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_LAST_ANSWER = "\n\nAssistant:"
+_ROLE_OF = {"Human": "user", "Assistant": "assistant"}
+_DIFFERENT_PREFIX = "the two dialogues differ before the last answer"
+
+
+def select_hh(
+    record: Mapping[str, Any], index: int, *, with_pairs: bool = True, source: str = "hh"
+) -> Selection:
+    """One HH record: `chosen` and `rejected`, each a whole dialogue as text.
+
+    The demonstration is the last answer of `chosen`; earlier answers stand in the prompt. With
+    `with_pairs=False` the rejected dialogue is not looked at.
+
+    Raises:
+        DataError: a field is missing, is no text, or is not a dialogue that Human opens.
+    """
+    where = Place(source, index)
+    chosen_text = where.text(record, "chosen")
+    chosen = _dialogue(chosen_text, where, "chosen")
+    prompt, demonstration, problem = _split_dialogue(chosen)
+    if problem:
+        return Selection(None, (f"record: {problem}",))
+    pairs: tuple[LabeledPair, ...] = ()
+    skipped: tuple[str, ...] = ()
+    if with_pairs:
+        rejected_text = where.text(record, "rejected")
+        other_prompt, worse, problem = _split_dialogue(_dialogue(rejected_text, where, "rejected"))
+        same_prefix = (
+            chosen_text.rpartition(_LAST_ANSWER)[0] == rejected_text.rpartition(_LAST_ANSWER)[0]
+        )
+        if not problem and not (same_prefix and prompt == other_prompt):
+            problem = _DIFFERENT_PREFIX
+        problem = problem or _pair_problem(demonstration, worse)
+        if problem:
+            skipped = (f"pair: {problem}",)
+        else:
+            pairs = (LabeledPair(demonstration, worse),)
+    return Selection(PreferenceRecord(prompt, demonstration, pairs, source, index), skipped)
+
+
+def parse_dialogue(text: str) -> list[Message]:
+    """The turns of an HH dialogue text as messages, as they stand: empty and repeated ones too.
+
+    Raises:
+        ValueError: the text does not start with a Human turn.
+    """
+    if not starts_with_human(text):
+        raise ValueError("does not start with 'Human:'")
+    parts = _TURN.split(text)[1:]
+    return [
+        {"role": _ROLE_OF[speaker], "content": content.strip()}
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def starts_with_human(text: str) -> bool:
+    return text.lstrip().startswith("Human:")
+
+
+def _dialogue(text: str, where: Place, field: str) -> list[Message]:
+    try:
+        return parse_dialogue(text)
+    except ValueError as error:
+        raise where.error(field, f"{error}: {text[:40]!r}") from None
+
+
+def _split_dialogue(turns: list[Message]) -> tuple[tuple[Message, ...], str, str]:
+    """(prompt, last answer, problem); the problem is empty where there is none."""
+    if turns[-1]["role"] != "assistant":
+        return (), "", "the dialogue does not end with an answer"
+    if not turns[-1]["content"]:
+        return (), "", "empty response"
+    *prompt, answer = merge_turns(turns)
+    if not prompt or prompt[0]["role"] != "user":
+        return (), "", "empty prompt"
+    return tuple(prompt), answer["content"], ""
+
+
+def _pair_problem(chosen: str, rejected: str) -> str:
+    if not rejected:
+        return "empty response"
+    return "identical responses" if chosen == rejected else ""
+
+
+def select_preference(
+    record: Mapping[str, Any], index: int, *, with_pairs: bool = True, source: str = "preference"
+) -> Selection:
+    """One record of TRL preference data: `chosen`, `rejected` and perhaps `prompt`.
+
+    Standard (texts) or conversational (lists of messages), or a text as prompt with messages as
+    responses; the prompt explicit, repeated in the responses, or only there (implicit). Equal
+    `score_chosen` and `score_rejected` (also inside `metadata`) are a tie: no pair.
+
+    Raises:
+        DataError: a field is missing or has the wrong type, or a response is not the assistant's.
+    """
+    where = Place(source, index)
+    for field in ("chosen", "rejected"):
+        if field not in record:
+            raise where.error(field, f"is missing; there are {sorted(map(str, record))}")
+    named_otherwise = sorted({"instruction", "query", "question"} & record.keys())
+    if "prompt" not in record and named_otherwise:
+        # Else the words that both responses start with would be taken for the prompt.
+        raise where.error("prompt", f"is missing; rename the column {named_otherwise[0]!r}")
+    chosen, rejected, given = record["chosen"], record["rejected"], record.get("prompt")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        prompt, better, worse = _standard(record, given, where)
+        same_prompt = True
+    else:
+        better_dialogue = _whole_dialogue(given, chosen, "chosen", where)
+        worse_dialogue = _whole_dialogue(given, rejected, "rejected", where)
+        prompt, better = better_dialogue[:-1], better_dialogue[-1]["content"].strip()
+        worse = worse_dialogue[-1]["content"].strip()
+        same_prompt = prompt == worse_dialogue[:-1]
+    asked = bool(prompt) and bool(prompt[-1]["content"].strip())
+    prompt = merge_turns(prompt)
+    if not asked or not any(m["role"] == "user" for m in prompt):
+        return Selection(
+            None, (f"record: {'no common prompt' if given is None else 'empty prompt'}",)
+        )
+    if prompt[-1]["role"] != "user":
+        raise where.error("prompt", f"ends with role {prompt[-1]['role']!r}, expected 'user'")
+    if not better:
+        return Selection(None, ("record: empty response",))
+    problem = "" if same_prompt else _DIFFERENT_PREFIX
+    problem = problem or _score_problem(record, where) or _pair_problem(better, worse)
+    pairs = (LabeledPair(better, worse),) if with_pairs and not problem else ()
+    skipped = (f"pair: {problem}",) if with_pairs and problem else ()
+    return Selection(PreferenceRecord(tuple(prompt), better, pairs, source, index), skipped)
+
+
+def _standard(
+    record: Mapping[str, Any], given: Any, where: Place
+) -> tuple[list[Message], str, str]:
+    """(prompt, chosen response, rejected response) of texts."""
+    chosen, rejected = where.text(record, "chosen"), where.text(record, "rejected")
+    if isinstance(given, list):
+        return where.messages(given, "prompt"), chosen.strip(), rejected.strip()
+    if given is None:
+        given = chosen[: _shared_prefix(chosen, rejected)]
+    elif not isinstance(given, str):
+        raise where.error("prompt", f"expected text or messages, got {type(given).__name__}")
+    if given and chosen.startswith(given) and rejected.startswith(given):
+        chosen, rejected = chosen[len(given) :], rejected[len(given) :]
+    prompt: list[Message] = [{"role": "user", "content": given.strip()}]
+    if starts_with_human(given):
+        turns = parse_dialogue(given)
+        if turns[-1] == {"role": "assistant", "content": ""}:  # "…\n\nAssistant:", as HH writes it
+            prompt = turns[:-1]
+    return prompt, chosen.strip(), rejected.strip()
+
+
+def _shared_prefix(a: str, b: str) -> int:
+    """How many characters two texts share at the start, back to the end of a word."""
+    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if length is None:  # one starts with the other: nothing marks where the prompt ends
+        return 0
+    while length and not a[length - 1].isspace():
+        length -= 1
+    return length
+
+
+def _whole_dialogue(given: Any, response: Any, field: str, where: Place) -> list[Message]:
+    """Prompt and response as one dialogue that ends with the assistant's message.
+
+    The response may repeat the prompt, in part or as a whole, or bring its own.
+    """
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    if isinstance(response, str):
+        response = [{"role": "assistant", "content": response}]
+    prompt = [] if given is None else where.messages(given, "prompt")
+    answer = where.messages(response, field)
+    if not answer or answer[-1]["role"] != "assistant":
+        got = f"ends with role {answer[-1]['role']!r}" if answer else "is empty"
+        raise where.error(field, f"{got}, expected a last message of 'assistant'")
+    repeated = (n for n in range(len(prompt), 0, -1) if prompt[-n:] == answer[:n])
+    if (n := next(repeated, 0)) or answer[0]["role"] == "assistant":
+        return prompt + answer[n:]
+    return answer
+
+
+def _score_problem(record: Mapping[str, Any], where: Place) -> str:
+    metadata = record.get("metadata")
+    scores = metadata if isinstance(metadata, Mapping) else {}
+    scores = record if "score_chosen" in record else scores
+    better = where.number(scores.get("score_chosen"), "score_chosen")
+    worse = where.number(scores.get("score_rejected"), "score_rejected")
+    if better is None or worse is None or better > worse:
+        return ""
+    return "tied scores" if better == worse else "chosen has the lower score"

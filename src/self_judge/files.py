@@ -1,0 +1,254 @@
+"""Raw records, one by one, from the Hub or from local files and folders.
+
+It knows where records are stored, not what is in them: each is a plain dictionary.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from self_judge.selection import DataError
+
+Record = dict[str, Any]
+
+# How the files of a folder say which split they hold, as the Hub reads file names.
+_SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+
+
+def read_raw(
+    path: str,
+    *,
+    split: str = "train",
+    data_dir: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    num_proc: int | None = None,
+) -> Iterator[Record]:
+    """The records of a source, one by one and in order.
+
+    Local JSON is read line by line in plain Python, since Arrow cannot infer a schema for records
+    whose fields differ (a rating that is sometimes a number and sometimes "N/A").
+
+    Args:
+        path: a local file (see `FORMATS`; read whole, whatever the split), a local folder of such
+            files or written by `save_to_disk`, or the name of a dataset on the Hub.
+        split: which split; in a folder the file names tell it ("train.jsonl", "base_test.jsonl").
+        data_dir: a folder inside `path`, on the Hub or here.
+        name, revision, num_proc: as `datasets.load_dataset` takes them; for the Hub alone.
+
+    Raises:
+        DataError: nothing is there, or it cannot be read; the message names the file and the line.
+    """
+    local = Path(path).expanduser()
+    if not local.exists():
+        if _looks_local(path):
+            raise DataError(f"{path}: no such file or folder (looked from {Path.cwd()})")
+        yield from _read_hub(path, split, data_dir, name, revision, num_proc)
+        return
+    if name or revision:
+        given = f"name {name!r}" if name else f"revision {revision!r}"
+        raise DataError(f"{path}: {given} is for a dataset on the Hub, but this is a local path")
+    if local.is_file() and data_dir:
+        raise DataError(f"{path}: data_dir {data_dir!r} needs a folder, but this is a file")
+    if data_dir:
+        local = local / data_dir
+        if not local.is_dir():
+            raise DataError(f"{local}: no such folder (data_dir {data_dir!r} of {path})")
+    if local.is_dir() and _is_saved_dataset(local):
+        yield from _read_saved(local, split)
+        return
+    for file in _files_of(local, split) if local.is_dir() else [local]:
+        read = reader_of(file)
+        if read is None:
+            raise DataError(
+                f"{file}: unknown kind of file; known are {', '.join(FORMATS)} and folders written "
+                "by save_to_disk"
+            )
+        with _told_apart(file):
+            yield from _not_empty(read(file), file)
+
+
+def _not_empty(records: Iterator[Record], file: Path) -> Iterator[Record]:
+    empty = True
+    for record in records:
+        empty = False
+        yield record
+    if empty:
+        raise DataError(f"{file}: the file has no records")
+
+
+@contextmanager
+def _told_apart(file: Path) -> Iterator[None]:
+    """Says of a broken file in which way it is broken."""
+    try:
+        yield
+    except EOFError:
+        raise DataError(f"{file}: the gzip file is cut short; fetch it again") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{file}: not a sound gzip file ({error})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason}, byte {error.start})") from None
+
+
+def _open_text(file: Path) -> IO[str]:
+    if file.name.lower().endswith(".gz"):
+        return gzip.open(file, "rt", encoding="utf-8-sig")
+    return file.open(encoding="utf-8-sig")
+
+
+def _read_lines(file: Path) -> Iterator[Record]:
+    with _open_text(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{file}, line {number}: not JSON ({error.msg})") from None
+            yield _checked(record, f"{file}, line {number}")
+
+
+def _read_json(file: Path) -> Iterator[Record]:
+    """A list of records, a single record, or JSON lines under the name of .json."""
+    with _open_text(file) as text:
+        content = text.read()
+    if not content.strip():
+        return
+    try:
+        records = json.loads(content)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # a second value follows: lines
+            yield from _read_lines(file)
+            return
+        raise DataError(
+            f"{file}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})"
+        ) from None
+    for number, record in enumerate(records if isinstance(records, list) else [records]):
+        yield _checked(record, f"{file}, item {number}")
+
+
+def _checked(record: Any, where: str) -> Record:
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _read_parquet(file: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{file}: not a sound parquet file ({_first_line(error)})") from None
+
+
+FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".json": _read_json,
+    ".json.gz": _read_json,
+    ".jsonl": _read_lines,
+    ".jsonl.gz": _read_lines,
+    ".parquet": _read_parquet,
+}
+
+
+def reader_of(file: Path) -> Callable[[Path], Iterator[Record]] | None:
+    """What reads a file of this name, or `None` for an unknown kind."""
+    name = file.name.lower()
+    return next((read for suffix, read in FORMATS.items() if name.endswith(suffix)), None)
+
+
+def _looks_local(path: str) -> bool:
+    return (
+        path.startswith((".", "/", "~"))
+        or "\\" in path
+        or path.count("/") > 1
+        or reader_of(Path(path)) is not None
+    )
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder that hold a split, in the order of their names."""
+    files = sorted(f for f in folder.iterdir() if f.is_file() and reader_of(f))
+    if not files:
+        folders = sorted(f.name for f in folder.iterdir() if f.is_dir())
+        inside = f"; choose one of its folders by data_dir: {', '.join(folders)}" if folders else ""
+        raise DataError(f"{folder}: no data file ({', '.join(FORMATS)}) in this folder{inside}")
+    split_of = {file: _split_of(file) for file in files}
+    if not any(split_of.values()):
+        # Files that name no split are all there is to train on, and nothing to test on.
+        split_of = dict.fromkeys(files, "train")
+    chosen = [file for file in files if split_of[file] == split]
+    if not chosen:
+        known = sorted({name for name in split_of.values() if name})
+        raise DataError(f"{folder}: no file of split {split!r}; the files hold {', '.join(known)}")
+    return chosen
+
+
+def _split_of(file: Path) -> str | None:
+    words = set(re.split(r"[^a-z]+", file.name.lower()))
+    return next((split for split, names in _SPLIT_WORDS.items() if words & names), None)
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _read_saved(folder: Path, split: str) -> Iterator[Record]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{folder}: not a sound save_to_disk folder ({_first_line(error)})"
+        ) from None
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise DataError(f"{folder}: no split {split!r}; it has {', '.join(map(str, saved))}")
+        saved = saved[split]
+    if not len(saved):
+        raise DataError(f"{folder}: the dataset has no records")
+    yield from saved
+
+
+def _read_hub(
+    path: str,
+    split: str,
+    data_dir: str | None,
+    name: str | None,
+    revision: str | None,
+    num_proc: int | None,
+) -> Iterator[Record]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        dataset = load_dataset(
+            path, name, data_dir=data_dir, split=split, revision=revision, num_proc=num_proc
+        )
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise DataError(
+            f"{path}: neither a local path nor loadable from the Hub ({_first_line(error)}); check "
+            "the name and the connection, or give a local copy as path"
+        ) from error
+    if not len(dataset):
+        raise DataError(f"{path}: split {split!r} has no records")
+    yield from dataset
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,137 @@
+"""What a raw record is selected into, and checked access to its fields.
+
+Shared by the modules that know one data format each; it knows none of them, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from self_judge.comparison import Message, PreferenceRecord
+from self_judge.templates import dialogue_text
+
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+class DataError(ValueError):
+    """Data that cannot be used: the message says which source, which record and which field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What one raw record gives.
+
+    Attributes:
+        record: the record, or `None` when nothing of it can be used.
+        skipped: why something of it was left out, as short phrases to count: `"record: …"` for all
+            of it, `"pair: …"` for a pair whose record is still a good demonstration.
+    """
+
+    record: PreferenceRecord | None
+    skipped: tuple[str, ...] = ()
+
+
+def is_held_out(prompt: str, fraction: float) -> bool:
+    """Whether a prompt belongs to the held-out share: a hash of its text alone decides.
+
+    So the same prompts are held out in every stage, under every seed, order and number of
+    processes, and one prompt never stands on both sides.
+    """
+    digest = hashlib.sha256(prompt.strip().encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def first_question(record: PreferenceRecord) -> str:
+    """The first user message: the text by which a record is held out or not."""
+    return next(m["content"] for m in record.prompt if m["role"] == "user")
+
+
+def judge_context(record: PreferenceRecord) -> str:
+    """The text the judge is shown for this record, in training and at inference."""
+    return dialogue_text(record.prompt) if record.context is None else record.context
+
+
+def merge_turns(messages: Iterable[Message]) -> list[Message]:
+    """Drops empty turns and joins consecutive turns of one role, as chat templates require.
+
+    Both occur in the real data: an answer that contains "Assistant:" again, and a person who asks
+    on after an empty answer.
+    """
+    merged: list[Message] = []
+    for message in messages:
+        if not message["content"].strip():
+            continue
+        if merged and merged[-1]["role"] == message["role"] != "tool":
+            content = merged[-1]["content"] + "\n\n" + message["content"]
+            merged[-1] = {"role": message["role"], "content": content}
+        else:
+            merged.append(message)
+    return merged
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A record's place, and access to its fields that names the place when something is wrong."""
+
+    source: str
+    index: int
+
+    def error(self, field: str, problem: str) -> DataError:
+        """The error to raise about a field of this record."""
+        return DataError(f"{self.source}, record {self.index}, field {field!r}: {problem}")
+
+    def text(self, holder: Mapping[str, Any], name: str, path: str = "") -> str:
+        """The text `holder[name]`; `path` is where in the record `holder` stands."""
+        field = f"{path}.{name}" if path else name
+        if name not in holder:
+            raise self.error(field, f"is missing; there are {sorted(map(str, holder))}")
+        value = holder[name]
+        if not isinstance(value, str):
+            raise self.error(field, f"expected text, got {type(value).__name__}")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            problem = "is not valid Unicode: it contains half a surrogate pair"
+            raise self.error(field, problem) from None
+        return value
+
+    def number(self, value: Any, field: str) -> float | None:
+        """A number, also as text; `None` for nothing and for words such as "N/A"."""
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise self.error(field, f"expected a number or text, got {type(value).__name__}")
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+        return number if math.isfinite(number) else None
+
+    def items(self, holder: Mapping[str, Any], name: str) -> list[Any]:
+        """The list `holder[name]`."""
+        if name not in holder:
+            raise self.error(name, f"is missing; there are {sorted(map(str, holder))}")
+        if not isinstance(holder[name], list):
+            raise self.error(name, f"expected a list, got {type(holder[name]).__name__}")
+        return list(holder[name])
+
+    def messages(self, value: Any, field: str) -> list[Message]:
+        """A list of messages with known roles and texts as contents."""
+        if not isinstance(value, list):
+            raise self.error(
+                field, f"expected text or a list of messages, got {type(value).__name__}"
+            )
+        messages: list[Message] = []
+        for number, message in enumerate(value):
+            at = f"{field}[{number}]"
+            if not isinstance(message, Mapping):
+                raise self.error(at, f"expected a message, got {type(message).__name__}")
+            role = self.text(message, "role", at)
+            if role not in _ROLES:
+                raise self.error(f"{at}.role", f"is {role!r}, expected one of {', '.join(_ROLES)}")
+            messages.append({"role": role, "content": self.text(message, "content", at)})
+        return messages

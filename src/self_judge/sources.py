@@ -1,0 +1,346 @@
+"""Preference data of any supported source -> `PreferenceRecord`s, with counts of what was left out.
+
+It joins where records are stored (`files`) and how one is selected (`dialogues`, `ultrafeedback`);
+it does not know what becomes of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from self_judge.comparison import Message, PreferenceRecord
+from self_judge.dialogues import select_hh, select_preference, starts_with_human
+from self_judge.files import read_raw, reader_of
+from self_judge.selection import (
+    DataError,
+    Place,
+    first_question,
+    is_held_out,
+    judge_context,
+)
+from self_judge.ultrafeedback import select_ultrafeedback
+
+Kind = Literal["auto", "hh", "ultrafeedback", "preference"]
+Subset = Literal["train", "held_out", "all"]
+_KINDS = ("auto", "hh", "ultrafeedback", "preference")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One source of preference data.
+
+    Args:
+        path, split, data_dir, name, revision: where it is; see `files.read_raw`.
+        kind: the format; `"auto"` recognises it from the columns of the first record.
+        sft: whether its better responses are demonstrations.
+        pairs: whether its pairs are used.
+    """
+
+    path: str
+    split: str = "train"
+    data_dir: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    kind: Kind = "auto"
+    sft: bool = True
+    pairs: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.sft and not self.pairs:
+            raise DataError(f"{self.label}: neither sft nor pairs, so nothing would be read")
+        if self.kind not in _KINDS:
+            raise DataError(
+                f"{self.label}: unknown kind {self.kind!r}; it is one of {', '.join(_KINDS)}"
+            )
+
+    @classmethod
+    def parse(cls, given: str | Mapping[str, Any] | Source) -> Source:
+        """A source from its path alone, or from a mapping of its fields."""
+        if isinstance(given, Source):
+            return given
+        if isinstance(given, str):
+            return cls(given)
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(map(str, set(given) - set(known)))
+        if unknown or "path" not in given:
+            problem = f"unknown {', '.join(unknown)}" if unknown else "path is missing"
+            raise DataError(f"source {dict(given)}: {problem}; a source has {', '.join(known)}")
+        return cls(**given)
+
+    @property
+    def label(self) -> str:
+        """What messages and counts call this source."""
+        place = "/".join(part for part in (self.path, self.name, self.data_dir) if part)
+        # A file is read whole, whatever the split.
+        return place if reader_of(Path(self.path)) else f"{place}[{self.split}]"
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceData:
+    """Records in the order of their sources, and what was counted on the way.
+
+    Attributes:
+        records: what was selected.
+        counts_by_source: by source label: `read`, `other subset` (on the other side of the held-out
+            split), `records`, `demonstrations`, `pairs`, `pairs, <principle>`, and one
+            `skipped record: …` or `skipped pair: …` per reason.
+    """
+
+    records: list[PreferenceRecord]
+    counts_by_source: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The counts over all sources."""
+        total: Counter[str] = Counter()
+        for counts in self.counts_by_source.values():
+            total.update(counts)
+        return dict(total)
+
+    def describe(self) -> str:
+        """The counts as lines for people, one block per source."""
+        blocks = []
+        for label, counts in self.counts_by_source.items():
+            shown = {k: n for k, n in counts.items() if n or k != "other subset"}
+            lines = [f"  {number:>9,}  {what}" for what, number in shown.items()]
+            blocks.append("\n".join([label, *lines]))
+        return "\n".join(blocks)
+
+
+def load_preferences(
+    sources: str | Mapping[str, Any] | Source | Sequence[str | Mapping[str, Any] | Source],
+    *,
+    subset: Subset = "train",
+    held_out: float = 0.0,
+    seed: int = 0,
+    principles: bool | Sequence[str] = False,
+    rationales: bool = False,
+    max_records: int | None = None,
+    num_proc: int | None = None,
+) -> PreferenceData:
+    """Reads and selects the records of one or several sources.
+
+    Args:
+        sources: paths, mappings of the fields of `Source`, or `Source`s; read in this order.
+        subset: the training side or the held-out side of the split, or both.
+        held_out: share of the prompts held out, in [0, 1); a hash of a prompt's text decides.
+        seed: of the sampling of pairs; a record's pairs depend on it and on the record alone.
+        principles: one pair per principle instead of one in general; `True` for all that are rated.
+        rationales: pairs carry rationales, and those without usable ones are left out.
+        max_records: keep the first so many records of every source.
+        num_proc: processes that prepare a dataset from the Hub.
+
+    Raises:
+        DataError: a source cannot be read, a record is malformed, or nothing is selected.
+    """
+    listed = [sources] if isinstance(sources, str | Mapping | Source) else list(sources)
+    if not listed:
+        raise DataError("no source of preference data is given")
+    data = PreferenceData([])
+    for source in map(Source.parse, listed):
+        raw = read_raw(
+            source.path,
+            split=source.split,
+            data_dir=source.data_dir,
+            name=source.name,
+            revision=source.revision,
+            num_proc=num_proc,
+        )
+        if source.label in data.counts_by_source:
+            raise DataError(f"{source.label}: the source is given twice")
+        selected = select_records(
+            raw,
+            label=source.label,
+            kind=source.kind,
+            sft=source.sft,
+            pairs=source.pairs,
+            subset=subset,
+            held_out=held_out,
+            seed=seed,
+            principles=principles,
+            rationales=rationales,
+            max_records=max_records,
+        )
+        data.records.extend(selected.records)
+        data.counts_by_source.update(selected.counts_by_source)
+    return data
+
+
+def select_records(
+    raw: Iterable[Mapping[str, Any]],
+    *,
+    label: str,
+    kind: Kind = "auto",
+    sft: bool = True,
+    pairs: bool = True,
+    subset: Subset = "train",
+    held_out: float = 0.0,
+    seed: int = 0,
+    principles: bool | Sequence[str] = False,
+    rationales: bool = False,
+    max_records: int | None = None,
+) -> PreferenceData:
+    """As `load_preferences`, for raw records that are at hand; `label` names them in messages.
+
+    Raises:
+        DataError: an option makes no sense, a record is malformed, or nothing is selected.
+    """
+    if isinstance(principles, str):
+        principles = (principles,)
+    _check_options(subset, held_out, principles, rationales, max_records)
+    records = iter(raw)
+    first = next(records, None)
+    if first is None:
+        raise DataError(f"{label}: there are no records")
+    known = kind_of(first, label) if kind == "auto" else kind
+    if principles and pairs and known != "ultrafeedback":
+        raise DataError(
+            f"{label}: pairs per principle need ratings per principle (kind ultrafeedback), but "
+            f"this source is of kind {known}"
+        )
+    counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
+    if pairs and not isinstance(principles, bool):
+        counts.update({f"pairs, {principle}": 0 for principle in principles})
+    kept: list[PreferenceRecord] = []
+    for index, record in enumerate(chain([first], records)):
+        if len(kept) == max_records:
+            break
+        counts["read"] += 1
+        if known == "hh":
+            selection = select_hh(record, index, with_pairs=pairs, source=label)
+        elif known == "preference":
+            selection = select_preference(record, index, with_pairs=pairs, source=label)
+        else:
+            selection = select_ultrafeedback(
+                record,
+                index,
+                seed=seed,
+                principles=principles,
+                rationales=rationales,
+                with_pairs=pairs,
+                source=label,
+            )
+        chosen = _on_this_side(selection.record, subset, held_out)
+        if selection.record is not None and chosen is None:
+            counts["other subset"] += 1
+            continue
+        counts.update(f"skipped {why}" for why in selection.skipped)
+        if chosen is not None and not sft:
+            chosen = replace(chosen, demonstration=None)
+        if chosen is not None and chosen.demonstration is None and not chosen.pairs:
+            counts["skipped record: no pair is left"] += 1
+        elif chosen is not None:
+            kept.append(chosen)
+            counts["records"] += 1
+            counts["demonstrations"] += chosen.demonstration is not None
+            counts["pairs"] += len(chosen.pairs)
+            counts.update(f"pairs, {p.principle}" for p in chosen.pairs if p.principle)
+    if not kept:
+        found = "; ".join(f"{what}: {number}" for what, number in counts.items() if number)
+        raise DataError(f"{label}: no record could be used as kind {known} ({found})")
+    return PreferenceData(kept, {label: dict(counts)})
+
+
+_COUNTED = ("read", "other subset", "records", "demonstrations", "pairs")
+
+
+def kind_of(record: Mapping[str, Any], label: str) -> Literal["hh", "ultrafeedback", "preference"]:
+    """The kind of a source, from one of its records.
+
+    Raises:
+        DataError: the columns are those of none of the three kinds.
+    """
+    if {"instruction", "completions"} <= record.keys():
+        return "ultrafeedback"
+    if {"chosen", "rejected"} <= record.keys():
+        chosen = record["chosen"]
+        if "prompt" not in record and isinstance(chosen, str) and starts_with_human(chosen):
+            return "hh"
+        return "preference"
+    raise DataError(
+        f"{label}: cannot tell what kind of data has the columns {sorted(map(str, record))}; "
+        "expected chosen and rejected (HH dialogues, or TRL preference data with or without "
+        "prompt), or instruction and completions (UltraFeedback)"
+    )
+
+
+def _check_options(
+    subset: str,
+    held_out: float,
+    principles: bool | Sequence[str],
+    rationales: bool,
+    max_records: int | None,
+) -> None:
+    if subset not in ("train", "held_out", "all"):
+        raise DataError(f"subset is 'train', 'held_out' or 'all', got {subset!r}")
+    if not 0 <= held_out < 1:
+        raise DataError(f"held_out is a share of the prompts in [0, 1), got {held_out}")
+    if subset == "held_out" and held_out == 0:
+        raise DataError("subset 'held_out' is empty, since held_out is 0; set a share, e.g. 0.1")
+    if rationales and not principles:
+        raise DataError("rationales explain ratings by principle: set principles with rationales")
+    if max_records is not None and max_records < 1:
+        raise DataError(f"max_records is at least 1 (or None for all), got {max_records}")
+
+
+def _on_this_side(
+    record: PreferenceRecord | None, subset: Subset, held_out: float
+) -> PreferenceRecord | None:
+    if record is None or subset == "all" or held_out == 0:
+        return record
+    out = is_held_out(first_question(record), held_out)
+    return record if out == (subset == "held_out") else None
+
+
+def to_self_judge_rows(records: Iterable[PreferenceRecord]) -> list[dict[str, Any]]:
+    """Rows for self-training: `prompt` (messages), `context`, and `chosen` and `rejected`.
+
+    `context` is the text the judge is shown. `chosen` and `rejected`, for evaluation only, are
+    the record's first pair, or `None` where it has none.
+    """
+    rows = []
+    for record in records:
+        pair = record.pairs[0] if record.pairs else None
+        rows.append(
+            {
+                "prompt": [dict(message) for message in record.prompt],
+                "context": judge_context(record),
+                "chosen": pair.chosen if pair else None,
+                "rejected": pair.rejected if pair else None,
+            }
+        )
+    return rows
+
+
+def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Message]]:
+    """Prompts to answer, from a file of any known kind, one dialogue each.
+
+    A record has `prompt` (a text or messages), `messages`, `turns` (MT-Bench and Vicuna question
+    files: the first turn is the prompt) or `instruction`.
+
+    Raises:
+        DataError: the file cannot be read, or a record has none of these or an empty one.
+    """
+    prompts: list[list[Message]] = []
+    for index, record in enumerate(read_raw(path)):
+        if len(prompts) == max_records:
+            break
+        where = Place(path, index)
+        name = next((n for n in ("prompt", "messages", "turns", "instruction") if n in record), "")
+        value = record.get(name)
+        if name == "turns" and isinstance(value, list):
+            value = value[0] if value else ""
+        if isinstance(value, str):
+            value = [{"role": "user", "content": value.strip()}]
+        if not name:
+            raise where.error("prompt", f"is missing; there are {sorted(map(str, record))}")
+        messages = where.messages(value, name)
+        if not messages or not messages[-1]["content"].strip() or messages[-1]["role"] != "user":
+            raise where.error(name, "expected a non-empty text, or messages that end with a user's")
+        prompts.append(messages)
+    return prompts
