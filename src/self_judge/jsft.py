@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from self_judge.comparison import Comparison, LabeledPair, Message, PreferenceRecord
 from self_judge.encoding import ChatEncoder
-from self_judge.templates import JudgeTemplates, dialogue_text
+from self_judge.selection import judge_context
+from self_judge.templates import JudgeTemplates
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,7 +65,7 @@ def jsft_examples(
         answer = Message(role="assistant", content=record.demonstration)
         encoded = encoder.encode_dialogue([*record.prompt, answer])
         examples.append(_example("sft", encoded.ids, encoded.mask, max_length, ignore_index))
-    context = dialogue_text(record.prompt)
+    context = judge_context(record)
     for pair in record.pairs:
         if pair.principle is not None and pair.principle not in templates:
             raise ValueError(
@@ -217,6 +218,7 @@ def record_from_json(text: str) -> PreferenceRecord:
         pairs=tuple(LabeledPair(**pair) for pair in saved["pairs"]),
         source=saved["source"],
         index=saved["index"],
+        context=saved["context"],
     )
 
 
