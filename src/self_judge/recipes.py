@@ -47,8 +47,9 @@ from self_judge.models import (
     save_judge_settings,
     vocabulary_fits,
 )
-from self_judge.sources import PreferenceData, load_preferences, to_self_judge_rows
-from self_judge.templates import JudgeTemplates, dialogue_text
+from self_judge.selection import judge_context
+from self_judge.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
+from self_judge.templates import JudgeTemplates
 from self_judge.trainer import SelfJudgeTrainer
 from self_judge.trainer_config import SelfJudgeConfig
 
@@ -80,7 +81,7 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
     encoder = ChatEncoder(
         tokenizer, run.templates.chat, run.templates.user, run.templates.assistant
     )
-    data, held_out = _load(run.dataset, say)
+    data, held_out = _load(run.dataset, say, rationales=run.uses_rationales)
     model = _load_model(run, merge=True)
     trainer = jsft_trainer(
         model,
@@ -95,7 +96,7 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
         num_proc=run.dataset.num_proc,
         say=say,
     )
-    _save_json(Path(str(args.output_dir)) / "data.json", data.counts)
+    _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
     _train(trainer, args)
     output = save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
     say(f"JSFT model and judge.json: {output}")
@@ -210,7 +211,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     )
     chat = run.templates.chat or (saved.chat_template if saved else None)
     encoder = ChatEncoder(tokenizer, chat, run.templates.user, run.templates.assistant)
-    data, held_out = _load(run.dataset, say)
+    data, held_out = _load(run.dataset, say, rationales=False)
     if held_out is None:
         args.eval_strategy = "no"
     # An adapter is gone on with where no new one is asked for; else it is merged and frozen.
@@ -226,7 +227,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
         peft_config=_lora(run.peft_config),
         **letters,
     )
-    _save_json(Path(str(args.output_dir)) / "data.json", data.counts)
+    _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
     _train(trainer, args)
     trainer.save_model(str(args.output_dir))
     say(f"policy: {args.output_dir}")
@@ -252,7 +253,7 @@ def evaluate_judge(
 ) -> JudgeQuality:
     """How often the judge agrees with the labels: a pair of one principle under its template."""
     cases = [
-        (Comparison(dialogue_text(r.prompt), p.chosen, p.rejected), p.principle)
+        (Comparison(judge_context(r), p.chosen, p.rejected), p.principle)
         for r in records
         for p in r.pairs
     ]
@@ -307,32 +308,34 @@ def _training_config(
     return args
 
 
-def _load(dataset: DatasetArgs, say: Say) -> tuple[PreferenceData, PreferenceData | None]:
+def _load(
+    dataset: DatasetArgs, say: Say, *, rationales: bool
+) -> tuple[PreferenceData, PreferenceData | None]:
     """The training data, and what is held out: the sources under `eval`, or a share of prompts."""
 
     def load(
-        sources: Sequence[SourceArgs], part: str, share: float, most: int | None
+        sources: Sequence[SourceArgs], subset: Subset, share: float, most: int | None
     ) -> PreferenceData:
         data = load_preferences(
-            sources,
-            part=part,
+            [dataclasses.asdict(source) for source in sources],
+            subset=subset,
             held_out=share,
             principles=dataset.principles,
-            rationales=bool(dataset.rationales) or dataset.rationales is None,
+            rationales=rationales,
             max_records=most,
             seed=dataset.seed,
             num_proc=dataset.num_proc,
         )
-        say(f"{part} data: {data.describe()}")
+        say(data.describe())
         return data
 
     if dataset.eval:
         train = load(dataset.sources, "train", 0.0, dataset.max_records)
-        return train, load(dataset.eval, "held-out", 0.0, dataset.max_eval_records)
+        return train, load(dataset.eval, "all", 0.0, dataset.max_eval_records)
     train = load(dataset.sources, "train", dataset.held_out, dataset.max_records)
     if not dataset.held_out:
         return train, None
-    return train, load(dataset.sources, "held-out", dataset.held_out, dataset.max_eval_records)
+    return train, load(dataset.sources, "held_out", dataset.held_out, dataset.max_eval_records)
 
 
 def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
