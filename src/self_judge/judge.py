@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from self_judge.comparison import Comparison, Side, Verdict
 from self_judge.encoding import ChatEncoder
 from self_judge.models import (
+    in_evaluation_mode,
     load_judge_settings,
     load_model,
     load_tokenizer,
@@ -30,6 +31,9 @@ from self_judge.templates import JudgeTemplates
 
 # One principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)
 Orders = tuple[tuple[float, float], tuple[float, float]]
+
+# What `from_pretrained` hands to the tokenizer as well as to the model.
+_ALSO_TOKENIZER = ("revision", "trust_remote_code")
 
 
 class Judge:
@@ -41,17 +45,19 @@ class Judge:
         templates: the judge templates, or a mapping `{principle: {system, user, assistant}}`.
         token_id_a, token_id_b: checked against the ids derived from the tokenizer, if given.
         batch_size: judge prompts per forward pass.
-        max_length: tokens of a judge prompt at most; the default is the model's context length.
+        max_length: tokens of a judge prompt at most; never more than the model's context length,
+            which is the default.
 
     Raises:
-        ValueError: a template or letter cannot work (see `JudgeTemplates`, `ChatEncoder`).
+        ValueError: a template or letter cannot work (see `JudgeTemplates`, `ChatEncoder`), or the
+            tokenizer does not belong to the model.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         encoder: ChatEncoder | PreTrainedTokenizerBase,
-        templates: JudgeTemplates | dict[str, Any],
+        templates: JudgeTemplates | Mapping[str, Any],
         *,
         token_id_a: int | None = None,
         token_id_b: int | None = None,
@@ -60,6 +66,8 @@ class Judge:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"judge batch size must be at least 1, got {batch_size}")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"the judge's max_length must be at least 1, got {max_length}")
         self.model = model
         self.encoder = encoder if isinstance(encoder, ChatEncoder) else ChatEncoder(encoder)
         self.templates = (
@@ -68,15 +76,21 @@ class Judge:
         self.letter_ids = self.encoder.letter_ids(self.templates, token_id_a, token_id_b)
         self.batch_size = batch_size
         config: Any = model.config
-        self.max_length = max_length or getattr(config, "max_position_embeddings", None)
+        # Recurrent models have no such limit; a longer prompt would fail in learned positions.
+        context_length = getattr(config.get_text_config(), "max_position_embeddings", None)
+        limits = [n for n in (max_length, context_length) if n is not None]
+        self.max_length: int | None = min(limits, default=None)
         vocabulary_fits(model, self.encoder.tokenizer)
 
     @classmethod
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
-        templates: JudgeTemplates | dict[str, Any] | None = None,
+        templates: JudgeTemplates | Mapping[str, Any] | None = None,
         *,
+        encoder: ChatEncoder | PreTrainedTokenizerBase | None = None,
+        token_id_a: int | None = None,
+        token_id_b: int | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
         device: str | torch.device | None = None,
@@ -86,8 +100,14 @@ class Judge:
 
         Args:
             templates: other templates than the saved ones; needed where none are saved.
+            encoder: another encoder or tokenizer than the saved one.
+            token_id_a, token_id_b: checked against the ids derived from the tokenizer; without
+                templates of your own they default to the saved ids.
             device: defaults to the GPU if there is one.
             model_kwargs: passed to `models.load_model`.
+
+        Raises:
+            ValueError: there is no model, no templates, or a letter is not the saved token.
         """
         saved = load_judge_settings(name_or_path)
         if templates is None:
@@ -97,11 +117,23 @@ class Judge:
                     "the judge templates"
                 )
             templates = saved.templates
-        tokenizer = load_tokenizer(name_or_path)
+            token_id_a = saved.token_id_a if token_id_a is None else token_id_a
+            token_id_b = saved.token_id_b if token_id_b is None else token_id_b
+        if encoder is None:
+            named = {k: model_kwargs[k] for k in _ALSO_TOKENIZER if k in model_kwargs}
+            tokenizer = load_tokenizer(name_or_path, **named)
+            encoder = ChatEncoder(tokenizer, saved.chat_template if saved else None)
         model = load_model(name_or_path, **model_kwargs)
         model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
-        encoder = ChatEncoder(tokenizer, saved.chat_template if saved else None)
-        return cls(model, encoder, templates, batch_size=batch_size, max_length=max_length)
+        return cls(
+            model,
+            encoder,
+            templates,
+            token_id_a=token_id_a,
+            token_id_b=token_id_b,
+            batch_size=batch_size,
+            max_length=max_length,
+        )
 
     def compare(
         self, comparisons: Iterable[Comparison], *, progress: bool = False
@@ -140,27 +172,25 @@ class Judge:
     ) -> torch.Tensor:
         """p(A) and p(B) as the next token of each prompt, softmax over the whole vocabulary.
 
+        Equal prompts are computed once. That saves work, and rounding, which differs with the
+        batch a prompt is in, cannot break the tie of two equal responses.
+
         Returns:
             float32 tensor on the CPU, shape `(len(prompts), 2)`.
         """
-        probabilities_N2 = torch.empty(len(prompts), 2)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            # Longest first: batches of like lengths, and memory trouble shows at the start.
-            order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-            with tqdm(
-                total=len(prompts), desc="judging", unit="prompt", disable=not progress
-            ) as bar:
-                for start in range(0, len(order), self.batch_size):
-                    batch = order[start : start + self.batch_size]
-                    logits_BV = next_token_logits(self.model, [prompts[i] for i in batch])
-                    letters_B2 = logits_BV.float().softmax(-1)[:, list(self.letter_ids)]
-                    probabilities_N2[batch] = letters_B2.cpu()
-                    bar.update(len(batch))
-        finally:
-            self.model.train(was_training)
-        return probabilities_N2
+        # Longest first: batches of like lengths, and memory trouble shows at the start.
+        unique = sorted(set(map(tuple, prompts)), key=lambda p: (-len(p), p))
+        letters_N2 = torch.empty(len(unique), 2)
+        bar = tqdm(total=len(unique), desc="judging", unit="prompt", disable=not progress)
+        with in_evaluation_mode(self.model), bar:
+            for start in range(0, len(unique), self.batch_size):
+                batch = unique[start : start + self.batch_size]
+                logits_BV = next_token_logits(self.model, batch)
+                letters_B2 = logits_BV.float().softmax(-1)[:, list(self.letter_ids)]
+                letters_N2[start : start + len(batch)] = letters_B2.cpu()
+                bar.update(len(batch))
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        return letters_N2[[place[tuple(prompt)] for prompt in prompts]]
 
 
 def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:

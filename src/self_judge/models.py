@@ -9,7 +9,8 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,9 +139,26 @@ def frozen_reference(model: ModelT) -> ModelT:
     return reference.eval()
 
 
+@contextmanager
+def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Puts the model into evaluation mode and every module of it back into the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def vocabulary_fits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises `ModelError` when the tokenizer has ids that the model has no embedding for."""
-    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    # An adapter on the embeddings wraps them.
+    embeddings: torch.nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    tables = [m for m in embeddings.modules() if isinstance(m, torch.nn.Embedding)]
+    if not tables:
+        return  # another kind of embedding, whose size cannot be asked for in one way
+    size = tables[0].num_embeddings
     largest = max(tokenizer.get_vocab().values())
     if largest >= size:
         raise ModelError(

@@ -17,7 +17,7 @@ import torch
 
 from self_judge.comparison import Comparison, Response, Verdict
 from self_judge.sampling import stable_seed
-from self_judge.tournament import Compare, knockouts
+from self_judge.tournament import Bracket, Compare, knockouts
 
 PairSelection = Literal["best_worst", "best_random"]
 
@@ -53,28 +53,36 @@ def select_pairs(
     """Which two of each prompt's responses to learn from: the best, and the worst or a random one.
 
     Two responses are judged once. Of more, the best is the winner of a knockout, the worst the one
-    that goes on in its mirror, where losers go on; matches that both would play are judged once.
-    The pair is then judged directly, and is decided only if that verdict agrees.
+    that goes on in its mirror, where losers go on; the mirror shares the first round and is played
+    by those who lost in it. The pair is then judged directly, unless it has met already, and is
+    decided only if that verdict agrees.
 
     Returns:
         Per prompt the places of the better and the worse response, and the verdict on them with
         the better as a (`None`: equal texts).
+
+    Raises:
+        ValueError: a prompt with fewer than two responses, or lists of different lengths.
     """
+    for i, own in enumerate(responses):
+        if len(own) < 2:
+            raise ValueError(
+                f"prompt {i} has {len(own)} responses: a pair to learn from needs at least 2"
+            )
     texts = [[r.text for r in own] for own in responses]
     known: dict[tuple[int, int, int], Verdict] = {}
-    best = [
-        bracket.winner for bracket in knockouts(compare, contexts, texts, seeds=seeds, known=known)
-    ]
-    others = [[k for k in range(len(own)) if k != b] for own, b in zip(texts, best, strict=True)]
+    brackets = knockouts(compare, contexts, texts, seeds=seeds, known=known)
+    best = [bracket.winner for bracket in brackets]
     if selection == "best_worst":
+        losers = [_first_losers(bracket) for bracket in brackets]
         mirrored = knockouts(
-            compare, contexts, texts, seeds=seeds, entrants=others, seek="worst", known=known
+            compare, contexts, texts, seeds=seeds, entrants=losers, seek="worst", known=known
         )
         worst = [bracket.winner for bracket in mirrored]
     else:
         worst = [
-            random.Random(stable_seed(s, "other")).choice(o)
-            for s, o in zip(seeds, others, strict=True)
+            random.Random(stable_seed(s, "other")).choice([k for k in range(len(own)) if k != b])
+            for s, own, b in zip(seeds, texts, best, strict=True)
         ]
     pairs = list(enumerate(zip(best, worst, strict=True)))
     asked = [
@@ -86,6 +94,16 @@ def select_pairs(
     known.update(zip(asked, direct, strict=True))
     known.update({(i, w, b): verdict.swapped() for (i, b, w), verdict in list(known.items())})
     return [(b, w, known.get((i, b, w))) for i, (b, w) in pairs]
+
+
+def _first_losers(bracket: Bracket) -> list[int]:
+    """Who may be the worst: those who lost in the first round, or had a bye in it and lost later.
+
+    Whoever won in the first round has a worse one behind them, so the winner is never among these.
+    """
+    losers = [m.b if m.winner == m.a else m.a for m in bracket.rounds[0]]
+    byes = [m.a for m in bracket.rounds[0] if m.b is None and m.a != bracket.winner]
+    return [k for k in losers if k is not None] + byes
 
 
 def judged_rollouts(
@@ -205,9 +223,11 @@ def write_rollouts(path: Path, rollouts: Sequence[Rollout], step: int) -> None:
     """Writes one JSON line per rollout; the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
-    with aside.open("w", encoding="utf-8") as file:
+    # A lone surrogate, which data may hold, has no UTF-8: it is written as JSON's own escape.
+    with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for rollout in rollouts:
-            file.write(json.dumps(_as_json(rollout, step), ensure_ascii=False) + "\n")
+            line = json.dumps(_as_json(rollout, step), ensure_ascii=False, allow_nan=False)
+            file.write(line + "\n")
     aside.replace(path)
 
 
@@ -224,5 +244,20 @@ def _as_json(rollout: Rollout, step: int) -> dict[str, Any]:
         "decided": rollout.decided,
         "margin": verdict.margin if rollout.decided and verdict else None,
         "orders_agree": verdict.orders_agree if verdict else None,
-        "probabilities": verdict.probabilities if verdict else None,
+        # JSON knows no NaN: what is not finite is null.
+        "probabilities": [
+            [[p if math.isfinite(p) else None for p in letters] for letters in orders]
+            for orders in verdict.probabilities
+        ]
+        if verdict
+        else None,
+        "undecidable_because": _why_undecided(rollout),
     }
+
+
+def _why_undecided(rollout: Rollout) -> str | None:
+    if rollout.decided:
+        return None
+    if rollout.verdict is None:
+        return "equal texts"
+    return rollout.verdict.undecidable_because or "the verdict contradicts the tournament"

@@ -6,6 +6,7 @@ It knows token ids and a model. It does not know what a prompt means or who judg
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from transformers.generation.logits_process import (
 
 from self_judge.comparison import Response
 from self_judge.encoding import ChatEncoder
+from self_judge.models import in_evaluation_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,15 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if not 0 <= self.min_p < 1:
             raise ValueError(f"min_p must be in [0, 1), got {self.min_p}")
-        if self.repetition_penalty <= 0:
+        if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
 
 
@@ -78,11 +80,17 @@ class TransformersSampler:
     which other prompts share the batch, on the number of processes or on what was sampled before
     (up to rounding in the model itself).
 
+    One thread at a time may sample from a model: its generation settings and its mode are set aside
+    meanwhile, and put back whatever happens.
+
     Args:
         model: a model with `generate`; its own generation settings are not used.
         encoder: gives the tokens at which an answer ends, and decodes.
         settings: how to draw.
         batch_size: responses per `generate` call.
+
+    Raises:
+        ValueError: the batch size is below 1, or no token ends an answer.
     """
 
     def __init__(
@@ -94,6 +102,11 @@ class TransformersSampler:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"sampling batch size must be at least 1, got {batch_size}")
+        if not encoder.stop_token_ids:
+            raise ValueError(
+                "no token ends an answer: the tokenizer has no end-of-sequence token and the chat "
+                "template ends no turn with a control token; set tokenizer.eos_token"
+            )
         self.model = model
         self.encoder = encoder
         self.settings = settings
@@ -118,6 +131,9 @@ class TransformersSampler:
 
         Returns:
             One list of `n` responses per prompt.
+
+        Raises:
+            ValueError: `n` is below 1, a prompt is empty, or there is not one seed per prompt.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
@@ -126,23 +142,19 @@ class TransformersSampler:
             raise ValueError(f"prompt {empty} has no tokens: there is nothing to continue from")
         if isinstance(seeds, int):
             seeds = [stable_seed(seeds, i) for i in range(len(prompts))]
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed each")
         rows = [(i, stable_seed(seeds[i], k)) for i in range(len(prompts)) for k in range(n)]
-        rows.sort(
-            key=lambda row: -len(prompts[row[0]])
-        )  # stable: samples of a prompt stay in order
+        rows.sort(key=lambda row: -len(prompts[row[0]]))  # stable: a prompt's stay in order
         responses: list[list[Response]] = [[] for _ in prompts]
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with tqdm(total=len(rows), desc="sampling", unit="resp", disable=not progress) as bar:
-                for start in range(0, len(rows), self.batch_size):
-                    batch = rows[start : start + self.batch_size]
-                    sampled = self._generate([prompts[i] for i, _ in batch], [s for _, s in batch])
-                    for (i, _), response in zip(batch, sampled, strict=True):
-                        responses[i].append(response)
-                    bar.update(len(batch))
-        finally:
-            self.model.train(was_training)
+        bar = tqdm(total=len(rows), desc="sampling", unit="resp", disable=not progress)
+        with in_evaluation_mode(self.model), bar:
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                sampled = self._generate([prompts[i] for i, _ in batch], [s for _, s in batch])
+                for (i, _), response in zip(batch, sampled, strict=True):
+                    responses[i].append(response)
+                bar.update(len(batch))
         return responses
 
     def _generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Response]:
@@ -168,7 +180,9 @@ class TransformersSampler:
                 input_ids=ids_BT.to(device),
                 attention_mask=mask_BT.to(device),
                 generation_config=config,
-                logits_processor=self._processors(torch.tensor(list(seeds), device=device)),
+                logits_processor=self._processors(
+                    torch.tensor(list(seeds), device=device), (1 - mask_BT).sum(1).to(device)
+                ),
             )
         return [self._response(row) for row in output_BT[:, longest:].tolist()]
 
@@ -178,11 +192,11 @@ class TransformersSampler:
         ids = tuple(sampled[:end])
         return Response(ids, self.encoder.decode(ids), finished=end is not None)
 
-    def _processors(self, seeds_B: torch.Tensor) -> LogitsProcessorList:
+    def _processors(self, seeds_B: torch.Tensor, padding_B: torch.Tensor) -> LogitsProcessorList:
         s = self.settings
         processors = LogitsProcessorList()
         if s.repetition_penalty != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
+            processors.append(_RepetitionPenalty(s.repetition_penalty, padding_B))
         if s.temperature == 0:
             return processors
         if s.temperature != 1.0:
@@ -195,6 +209,22 @@ class TransformersSampler:
             processors.append(MinPLogitsWarper(s.min_p))
         processors.append(_SeededGumbel(seeds_B))
         return processors
+
+
+class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
+    """The penalty on what a row says, not on its padding: that may be EOS, and comes and goes with
+    the length of other prompts in the batch."""
+
+    def __init__(self, penalty: float, padding_B: torch.Tensor) -> None:
+        super().__init__(penalty)
+        self.padding_B = padding_B
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        columns_T = torch.arange(input_ids.size(1), device=input_ids.device)
+        padding_BT = columns_T < self.padding_B[:, None]
+        # A token counts once, however often it occurs: padding may repeat the row's last.
+        own_BT = torch.where(padding_BT, input_ids[:, -1:], input_ids)
+        return super().__call__(own_BT, scores)
 
 
 class _SeededGumbel(LogitsProcessor):
@@ -221,21 +251,22 @@ def seeded_gumbel(seeds_B: torch.Tensor, step: int, size: int) -> torch.Tensor:
         step: the step; every step of a seed has noise of its own.
         size: numbers per row.
     """
-    rows_B1 = _mix(seeds_B[:, None] + _mix(torch.tensor(step, device=seeds_B.device)))
+    rows_B1 = _mix_(seeds_B[:, None] + _mix_(torch.tensor(step, device=seeds_B.device)))
     index_V = torch.arange(size, device=seeds_B.device)
-    bits_BV = _mix(rows_B1 + index_V * -7046029254386353131)  # 2^64 / golden ratio, as int64
+    bits_BV = _mix_(rows_B1 + index_V * -7046029254386353131)  # 2^64 / golden ratio, as int64
     # 32 random bits, centred in their cell: never 0, so no infinite noise; where float32 rounds the
-    # largest to 1, the exponential is clamped.
-    uniform_BV = (((bits_BV >> 32) & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
-    exponential_BV = -torch.log1p(-uniform_BV.clamp(max=1 - 2.0**-24))
-    return -torch.log(exponential_BV)
+    # largest to 1, the exponential is clamped. In place, since every step of sampling pays for it.
+    uniform_BV = bits_BV.bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF).float()
+    uniform_BV.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    exponential_BV = uniform_BV.neg_().log1p_().neg_()
+    return exponential_BV.log_().neg_()
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The finalizer of splitmix64 on int64, whose products wrap as unsigned ones do."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+def _mix_(x: torch.Tensor) -> torch.Tensor:
+    """The finalizer of splitmix64, in place, on int64, whose products wrap as unsigned ones do."""
+    x.bitwise_xor_((x >> 30) & 0x3FFFFFFFF).mul_(-4658895280553007687)
+    x.bitwise_xor_((x >> 27) & 0x1FFFFFFFFF).mul_(-7723592293110705685)
+    return x.bitwise_xor_((x >> 31) & 0x1FFFFFFFF)
 
 
 @contextmanager

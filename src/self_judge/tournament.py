@@ -94,7 +94,7 @@ def knockouts(
     standing: list[list[int]] = []
     for i, own in enumerate(responses):
         if isinstance(own, str):
-            raise TypeError(f"responses[{i}] is one text, not a list of responses")
+            raise ValueError(f"responses[{i}] is one text: it must be a list of responses")
         drawn = list(range(len(own)) if entrants is None else entrants[i])
         if not drawn:
             raise ValueError(f"context {i} has no responses to choose from: {contexts[i]!r:.80}")
@@ -131,6 +131,8 @@ def _judge_unknown(
         and (i, b, a) not in known
         and responses[i][a] != responses[i][b]  # equal texts need no judge
     ]
+    if not asked:
+        return
     verdicts = compare(
         [Comparison(contexts[i], responses[i][a], responses[i][b]) for i, a, b in asked]
     )
@@ -234,9 +236,14 @@ def _judge_from(
     max_length: int | None,
 ) -> Judge:
     if isinstance(model, (str, os.PathLike)):
-        templates = None if judge_templates is None else _templates(judge_templates)
         return Judge.from_pretrained(
-            model, templates, batch_size=judge_batch_size, max_length=max_length
+            model,
+            judge_templates,
+            encoder=tokenizer,
+            token_id_a=token_id_a,
+            token_id_b=token_id_b,
+            batch_size=judge_batch_size,
+            max_length=max_length,
         )
     if model is None or tokenizer is None or judge_templates is None:
         raise ValueError(
@@ -246,13 +253,9 @@ def _judge_from(
     return Judge(
         model,
         tokenizer,
-        _templates(judge_templates),
+        judge_templates,
         token_id_a=token_id_a,
         token_id_b=token_id_b,
         batch_size=judge_batch_size,
         max_length=max_length,
     )
-
-
-def _templates(given: JudgeTemplates | Mapping[str, Any]) -> JudgeTemplates:
-    return given if isinstance(given, JudgeTemplates) else JudgeTemplates(given)

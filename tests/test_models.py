@@ -1,0 +1,262 @@
+"""Models in and out: what is saved comes back, and the reference is what stood in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
+
+from conftest import TEMPLATES, byte_bpe, tiny_llama, wrap
+from self_judge import ChatEncoder, JudgeTemplates
+from self_judge.models import (
+    ModelError,
+    frozen_reference,
+    in_evaluation_mode,
+    load_judge_settings,
+    load_model,
+    load_tokenizer,
+    merged,
+    save_judge_settings,
+    vocabulary_fits,
+)
+
+IDS = torch.tensor([[5, 60, 70, 80, 90]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def adapted(model: Any, **changes: Any) -> Any:
+    torch.manual_seed(1)
+    settings = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **changes}
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **settings)).eval()
+
+
+@pytest.fixture
+def base(tmp_path: Path, tokenizer: Any) -> Path:
+    """A saved base model, as an adapter names it."""
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, base: Path) -> Path:
+    adapted(load_model(base)).save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_comes_back(base: Path, model: Any) -> None:
+    loaded = load_model(base)
+    assert isinstance(loaded, LlamaForCausalLM)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_model_is_loaded_in_the_dtype_asked_for(base: Path, dtype: Any) -> None:
+    assert load_model(base, dtype=dtype).dtype == torch.bfloat16
+
+
+def test_an_adapter_is_loaded_with_its_base_and_merged(adapter: Path, tokenizer: Any) -> None:
+    expected = logits(adapted(tiny_llama(len(tokenizer))))
+    loaded = load_model(adapter)
+    assert isinstance(loaded, LlamaForCausalLM)
+    assert not isinstance(loaded, PeftModel)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(loaded), logits(tiny_llama(len(tokenizer))), atol=1e-2)
+
+
+def test_an_adapter_can_be_continued_from(adapter: Path) -> None:
+    loaded = load_model(adapter, merge=False)
+    assert isinstance(loaded, PeftModel)
+    trainable = [name for name, p in loaded.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    loaded.eval()
+    torch.testing.assert_close(logits(loaded), logits(load_model(adapter)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_adapter_is_a_plain_model_that_can_be_saved(adapter: Path, tmp_path: Path) -> None:
+    plain = load_model(adapter)
+    plain.save_pretrained(tmp_path / "merged")
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    assert torch.equal(logits(load_model(tmp_path / "merged")), logits(plain))
+
+
+def test_merging_a_plain_model_gives_the_model_itself(model: Any) -> None:
+    assert merged(model) is model
+
+
+def test_a_model_that_is_not_there_is_named_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot load a model from .*nowhere") as caught:
+        load_model(tmp_path / "nowhere")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_whose_base_is_gone_names_the_base(adapter: Path, base: Path) -> None:
+    base.rename(base.with_name("moved"))
+    with pytest.raises(ModelError, match=f"cannot load a model from {base}"):
+        load_model(adapter)
+
+
+def test_an_adapter_that_names_no_base_is_refused(adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(ModelError, match="does not name its base"):
+        load_model(adapter)
+
+
+# -- the frozen reference --------------------------------------------------------------------------
+
+
+def test_the_reference_stays_while_the_model_is_trained(model: Any) -> None:
+    model.train()
+    reference = frozen_reference(model)
+    before = logits(model.eval())
+    assert torch.equal(logits(reference), before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(logits(reference), before)
+    assert not reference.training
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_reference_is_the_model_in_memory_not_the_one_its_name_leads_to(
+    adapter: Path, base: Path
+) -> None:
+    in_memory = load_model(adapter)
+    assert in_memory.config.name_or_path == str(base)
+    with torch.no_grad():
+        in_memory.lm_head.weight[3] += 1.0  # an edit that is on no disk
+    reference = frozen_reference(in_memory)
+    assert torch.equal(logits(reference), logits(in_memory))
+    assert not torch.allclose(logits(reference), logits(load_model(base)), atol=1e-2)
+
+
+def test_the_reference_of_an_adapter_has_the_adapter(model: Any) -> None:
+    with_adapter = adapted(model)
+    expected = logits(with_adapter)
+    reference = frozen_reference(with_adapter)
+    with torch.no_grad():
+        for name, parameter in with_adapter.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+    assert torch.equal(logits(reference), expected)
+    assert not torch.allclose(logits(with_adapter), expected, atol=1e-2)
+
+
+def test_tied_weights_stay_tied_in_the_reference(tokenizer: Any) -> None:
+    reference = frozen_reference(tiny_llama(len(tokenizer), tie_word_embeddings=True))
+    assert reference.lm_head.weight is reference.model.embed_tokens.weight
+
+
+def test_evaluation_mode_is_left_as_it_was_entered_module_by_module(model: Any) -> None:
+    model.train()
+    model.lm_head.eval()
+    with in_evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert [name for name, module in model.named_modules() if not module.training] == ["lm_head"]
+
+
+# -- tokenizers ------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_of_sequence(tmp_path: Path) -> None:
+    tokenizer = wrap(byte_bpe())
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_tokenizers_own_padding_stays(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token == "<pad>"
+
+
+def test_a_tokenizer_that_can_neither_pad_nor_end_is_refused(tmp_path: Path) -> None:
+    tokenizer = wrap(byte_bpe())
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="neither a padding nor an end-of-sequence token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_is_not_there_is_named_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot load a tokenizer from .*nowhere") as caught:
+        load_tokenizer(tmp_path / "nowhere")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_fits_when_every_token_has_an_embedding(model: Any, tokenizer: Any) -> None:
+    vocabulary_fits(model, tokenizer)
+    vocabulary_fits(adapted(model), tokenizer)
+    vocabulary_fits(tiny_llama(len(tokenizer) + 5), tokenizer)
+    with pytest.raises(ModelError, match="resize_token_embeddings"):
+        vocabulary_fits(tiny_llama(len(tokenizer) - 1), tokenizer)
+
+
+# -- the judge's settings --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rationale", [None, "\n\nA: {rationale_a}\nB: {rationale_b} {braces} ✓"])
+def test_judge_settings_come_back_as_they_were_saved(
+    tmp_path: Path, encoder: ChatEncoder, rationale: str | None
+) -> None:
+    templates = JudgeTemplates(TEMPLATES, rationale)
+    letters = encoder.letter_ids(templates)
+    path = save_judge_settings(tmp_path / "new" / "folder", encoder, templates, letters)
+    assert [p.name for p in path.parent.iterdir()] == ["judge.json"]
+    saved = load_judge_settings(path.parent)
+    assert saved is not None
+    assert saved.templates.to_dict() == templates.to_dict()
+    assert saved.templates.principles == ("helpful", "honest")
+    assert (saved.token_id_a, saved.token_id_b) == letters
+    assert saved.chat_template == encoder.chat_template
+
+
+def test_a_folder_or_hub_name_without_judge_settings_has_none(tmp_path: Path) -> None:
+    assert load_judge_settings(tmp_path) is None
+    assert load_judge_settings("someone/some-model") is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        '"judge"',
+        "{}",
+        '{"judge": {}, "token_id_a": 1, "token_id_b": 2}',
+        '{"judge": {"p": {"user": "no place for responses", "assistant": "x"}}}',
+    ],
+)
+def test_a_broken_judge_file_is_named_in_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "judge.json").write_text(content)
+    with pytest.raises(ModelError, match=r"judge\.json is not a judge file") as caught:
+        load_judge_settings(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_judge_file_lacking_or_garbling_a_letter_is_refused(
+    tmp_path: Path, encoder: ChatEncoder, templates: JudgeTemplates
+) -> None:
+    path = save_judge_settings(tmp_path, encoder, templates, (1, 2))
+    content = json.loads(path.read_text())
+    for broken in (None, "A", [1]):
+        path.write_text(json.dumps({**content, "token_id_b": broken}))
+        with pytest.raises(ModelError, match="not a judge file"):
+            load_judge_settings(tmp_path)
