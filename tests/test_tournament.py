@@ -165,6 +165,19 @@ def test_an_undecided_match_is_drawn_by_lot_and_says_so() -> None:
     assert 160 < sum(winners) < 240  # four standard deviations
 
 
+def test_the_lot_falls_on_either_place_in_the_draw() -> None:
+    played = [m for s in range(50) for m in matches(play(Undecided(), ["x", "y"], seed=s)[0])]
+    assert {m.winner == m.a for m in played} == {True, False}
+
+
+def test_who_meets_whom_and_who_has_the_bye_is_drawn() -> None:
+    first_rounds = [play(ByValue(), list("12345"), seed=s)[0].rounds[0] for s in range(100)]
+    met = {frozenset((m.a, m.b)) for played in first_rounds for m in played if m.b is not None}
+    byes = {m.a for played in first_rounds for m in played if m.b is None}
+    assert len(met) == 10
+    assert byes == {0, 1, 2, 3, 4}
+
+
 @pytest.mark.parametrize("n", [4, 8])
 def test_where_nothing_is_decided_every_place_wins_about_as_often(n: int) -> None:
     wins = [0] * n
