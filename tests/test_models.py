@@ -87,6 +87,7 @@ def test_an_adapter_can_be_continued_from(adapter: Path) -> None:
 
 def test_a_merged_adapter_is_a_plain_model_that_can_be_saved(adapter: Path, tmp_path: Path) -> None:
     plain = load_model(adapter)
+    assert all(p.requires_grad for p in plain.parameters()), "it can be trained on"
     plain.save_pretrained(tmp_path / "merged")
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     assert torch.equal(logits(load_model(tmp_path / "merged")), logits(plain))
