@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from hypothesis import settings
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_judge import ChatEncoder, JudgeTemplates
 
+settings.register_profile("quick", max_examples=40, deadline=None)
+settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
 ROOT = Path(__file__).parents[1]
@@ -63,9 +69,42 @@ def byte_bpe() -> Tokenizer:
     return tokenizer
 
 
-def sentencepiece_bpe() -> Tokenizer:
-    """As Llama 2's: a space in front of the text, spaces as U+2581, bytes for what is unknown."""
+def sentencepiece_vocabulary(
+    specials: Sequence[str] = ("<unk>", *SPECIALS),
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges as SentencePiece trains them: spaces as U+2581, none inside a token."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        # As SentencePiece does: digits apart, brackets and colons apart from words.
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="always", split=True),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(Regex(r"[^\p{L}\p{N}▁]"), behavior="isolated"),
+        ]
+    )
+    alphabet = [f"<0x{b:02X}>" for b in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=[*specials, *alphabet],
+        initial_alphabet=[chr(c) for c in range(33, 127)],
+        show_progress=False,
+    )
+    lines = [line for text in CORPUS for line in text.split("\n") if line]
+    tokenizer.train_from_iterator(lines, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    # SentencePiece joins runs of spaces, at any place, before anything else.
+    vocabulary = model["vocab"]
+    for run in ("▁▁", "▁▁▁▁"):
+        vocabulary.setdefault(run, len(vocabulary))
+    return vocabulary, [("▁", "▁"), ("▁▁", "▁▁"), *merges]
+
+
+def sentencepiece_bpe() -> Tokenizer:
+    """As Llama 2's file: a space in front of the text, spaces as U+2581, bytes for the unknown."""
+    vocabulary, merges = sentencepiece_vocabulary()
+    model = models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
@@ -77,23 +116,8 @@ def sentencepiece_bpe() -> Tokenizer:
             decoders.Strip(content=" ", left=1, right=0),
         ]
     )
-    alphabet = [f"<0x{b:02X}>" for b in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=["<unk>", *SPECIALS, *alphabet], show_progress=False
-    )
-    lines = [line for text in CORPUS for line in text.split("\n") if line]
-    tokenizer.train_from_iterator(lines, trainer)
-    # Byte tokens are ordinary vocabulary, not added tokens that match their own names in a text.
-    plain = Tokenizer.from_str(_without_added(tokenizer.to_str(), keep=["<unk>", *SPECIALS]))
-    return plain
-
-
-def _without_added(serialized: str, keep: list[str]) -> str:
-    import json
-
-    content = json.loads(serialized)
-    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] in keep]
-    return json.dumps(content)
+    tokenizer.add_special_tokens(["<unk>", *SPECIALS])
+    return tokenizer
 
 
 def unigram() -> Tokenizer:
@@ -108,6 +132,8 @@ def unigram() -> Tokenizer:
 
 
 def wrap(tokenizer: Tokenizer, chat_template: str | None = CHATML, **kwargs: Any) -> Any:
+    if tokenizer.token_to_id("<unk>") is not None:
+        kwargs.setdefault("unk_token", "<unk>")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

@@ -31,10 +31,16 @@ Ending = Literal["closed", "prompt", "open"]
 # as much as special ones; added words and runs of spaces do not.
 _MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_PAD = "\t\t"  # tells whether a template trims a content; no template writes two tabs
+# Around a placeholder, they tell what a template trims off a content: all whitespace, newlines
+# (Qwen 3) or nothing. No template writes two tabs or five newlines.
+_TABS, _NEWLINES = "\t\t", "\n\n\n\n\n"
 # "\n" first: it merges with nothing in the SentencePiece vocabularies that need an anchor.
 _ANCHORS = ("\n", ":", "|", "。")
-_ANCHOR_PROBES = ("a", " a", "A b", "1", "(", "é", "\n", ".\n\n")
+_SYSTEM_SHAPES: tuple[tuple[tuple[str, ...], Ending], ...] = (
+    (("system", "user"), "prompt"),
+    (("system", "user", "assistant"), "closed"),
+    (("system", "user", "assistant", "user"), "prompt"),
+)
 
 
 class EncodingError(ValueError):
@@ -67,8 +73,8 @@ class _Slot:
     message: int
     anchor: str  # text in front of the content while it is tokenized; its ids are dropped again
     lead: str  # spaces of the structure that tokenizers attach to the word that follows
-    strip_left: bool
-    strip_right: bool
+    strip_left: str | None  # as for str.lstrip: None is all whitespace, "" is nothing
+    strip_right: str | None
 
 
 class ChatEncoder:
@@ -108,9 +114,17 @@ class ChatEncoder:
         self._template_kwargs = {"enable_thinking": False, **(chat_template_kwargs or {})}
         self._control = _control_tokens(tokenizer)
         # Longest first, so that "<|a|>" is found before "<|" where both are tokens.
-        controls = sorted(self._control.values(), key=len, reverse=True)
-        self._control_pattern = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
-        self._anchor = self._find_anchor()
+        self._controls_longest_first = sorted(self._control.values(), key=len, reverse=True)
+        self._control_pattern = re.compile(
+            "|".join(map(re.escape, self._controls_longest_first)) or r"(?!)"
+        )
+        # What an unknown character becomes steers nothing; its name, written out, is just text.
+        self._unknown = _unknown_token(tokenizer)
+        if self._unknown is not None:
+            self._control.pop(self._unknown[0], None)
+        self._head = functools.lru_cache(maxsize=64)(self._ids)
+        self._anchors = self._find_anchors()
+        self._anchor = self._anchors[0] if self._anchors else ""
         self._layout = functools.lru_cache(maxsize=512)(self._make_layout)
         self._takes_system = self._check_system_role()
 
@@ -156,14 +170,14 @@ class ChatEncoder:
         """
         anchor = self._anchor if anchor is None else anchor
         ids = self._encode_after(anchor, text)
-        if self._control.keys().isdisjoint(ids):
+        named_unknown = self._unknown is not None and self._unknown[1] in text
+        if self._control.keys().isdisjoint(ids) and not named_unknown:
             return ids
         # Break every control string after its first character and tokenize the parts apart.
         cuts = [match.start() + 1 for match in self._control_pattern.finditer(text)]
-        parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        ids = [i for part in parts for i in self._encode_after(anchor, part)]
+        ids = self._encode_parts(anchor, text, cuts)
         if not self._control.keys().isdisjoint(ids):  # e.g. a look-alike that is normalized to one
-            ids = [i for char in text for i in self._encode_after(anchor, char)]
+            ids = self._encode_parts(anchor, text, range(1, len(text)))
         return [i for i in ids if i not in self._control]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -272,6 +286,14 @@ class ChatEncoder:
 
     def _encode(self, messages: Sequence[Message], ending: Ending) -> EncodedChat:
         messages = list(messages)
+        if not messages:
+            raise EncodingError("a dialogue needs at least one message, got none")
+        for message in messages:
+            if not isinstance(message["content"], str):
+                raise EncodingError(
+                    f"the content of a {message['role']!r} message is a "
+                    f"{type(message['content']).__name__}: only text can be encoded"
+                )
         if not self._takes_system and messages and messages[0]["role"] == "system":
             messages = _system_into_user(messages)
         layout = self._layout(tuple(m["role"] for m in messages), ending)
@@ -287,8 +309,7 @@ class ChatEncoder:
             else:
                 message = messages[part.message]
                 content = message["content"]
-                content = content.lstrip() if part.strip_left else content
-                content = content.rstrip() if part.strip_right else content
+                content = content.lstrip(part.strip_left).rstrip(part.strip_right)
                 new = tuple(self.encode_content(part.lead + content, part.anchor))
                 ends_turn = message["role"] == "assistant"
                 mask += [int(ends_turn)] * len(new)
@@ -306,10 +327,16 @@ class ChatEncoder:
         self, roles: tuple[str, ...], ending: Ending
     ) -> tuple[_Structure | _Slot, ...]:
         names = [f"zqcontent{i}qz" for i in range(len(roles))]
-        rendered = self._render(
-            [{"role": r, "content": _PAD + n + _PAD} for r, n in zip(roles, names, strict=True)],
-            add_generation_prompt=ending == "prompt",
-        )
+        contents = [_NEWLINES + _TABS + name + _TABS + _NEWLINES for name in names]
+        try:
+            rendered = self._render(
+                [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)],
+                add_generation_prompt=ending == "prompt",
+            )
+        except JinjaError as error:
+            raise EncodingError(
+                f"the chat template cannot render the roles {'/'.join(roles)}: {error}"
+            ) from error
         places = sorted((rendered.find(name), i) for i, name in enumerate(names))
         for name, role in zip(names, roles, strict=True):
             if rendered.count(name) != 1:
@@ -321,17 +348,16 @@ class ChatEncoder:
         parts: list[_Structure | _Slot] = []
         cursor = 0
         for place, i in places:
-            before = rendered[cursor:place]
-            strip_left = not before.endswith(_PAD)
-            before = before if strip_left else before[: -len(_PAD)]
+            before, strip_left = _trimmed(rendered[cursor:place])
             lead = before[len(before.rstrip(" ")) :]
             before = before[: len(before) - len(lead)]
             if before:
                 parts.append(self._structure(before, at_start=cursor == 0))
             cursor = place + len(names[i])
-            strip_right = not rendered.startswith(_PAD, cursor)
-            cursor += 0 if strip_right else len(_PAD)
-            anchor = self._anchor_after(rendered, before, at_start=not parts)
+            # The same from the other side: mirrored, so is the padding.
+            following, strip_right = _trimmed(rendered[cursor:][::-1])
+            cursor = len(rendered) - len(following)
+            anchor = self._anchor_after(before, at_start=not parts)
             parts.append(_Slot(i, anchor, lead, strip_left, strip_right))
         tail = "" if ending == "open" else rendered[cursor:]
         if ending == "prompt":
@@ -344,13 +370,13 @@ class ChatEncoder:
     def _structure(self, text: str, at_start: bool) -> _Structure:
         return _Structure(tuple(self._encode_after("" if at_start else self._anchor, text)), text)
 
-    def _anchor_after(self, rendered: str, before: str, at_start: bool) -> str:
-        if at_start and not before:
+    def _anchor_after(self, before: str, at_start: bool) -> str:
+        if not self._anchors or (at_start and not before):
             return ""
-        for token in self._control.values():
-            if before.endswith(token):
-                return token if self._anchor else ""
-        return self._anchor
+        # Some tokenizers start anew after a control token, or let it swallow what is white.
+        bare = before.rstrip()
+        last = next((t for t in self._controls_longest_first if bare.endswith(t)), None)
+        return self._anchor if last is None else before[len(bare) - len(last) :]
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         rendered = self.tokenizer.apply_chat_template(
@@ -363,15 +389,12 @@ class ChatEncoder:
         return str(rendered)
 
     def _check_system_role(self) -> bool:
+        """Whether system messages reach every prompt and dialogue; else they go to the user's."""
+        self._layout(("user",), "prompt")  # a template that cannot do this is of no use
         try:
-            self._layout(("user",), "prompt")
-        except JinjaError as error:
-            raise EncodingError(
-                f"the chat template cannot render a user message: {error}"
-            ) from error
-        try:
-            self._layout(("system", "user"), "prompt")
-        except (JinjaError, EncodingError):  # Gemma, for one, refuses it; others drop it
+            for roles, ending in _SYSTEM_SHAPES:
+                self._layout(roles, ending)
+        except EncodingError:  # Gemma, for one, refuses it; others drop it, or only sometimes
             return False
         return True
 
@@ -379,38 +402,47 @@ class ChatEncoder:
         if not text:
             return []
         text = _SURROGATE.sub("\ufffd", text)
-        ids = self._ids(anchor + text)
         if not anchor:
-            return ids
-        head = self._ids(anchor)
-        # An anchor that merges with the text would take a token of it along.
-        return ids[len(head) :] if ids[: len(head)] == head else self._ids(text)
+            return self._ids(text)
+        for before in dict.fromkeys((anchor, *self._anchors)):
+            head = self._head(before)
+            ids = self._ids(before + text)
+            if ids[: len(head)] == head:  # else it merged, and would take a part of the text along
+                return ids[len(head) :]
+        return self._ids(text)
+
+    def _encode_parts(self, anchor: str, text: str, cuts: Sequence[int]) -> list[int]:
+        """Ids of a text tokenized apart at `cuts`; the later parts stand inside a text."""
+        ids: list[int] = []
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            ids += self._encode_after(self._anchor if start else anchor, text[start:end])
+        return ids
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _find_anchor(self) -> str:
-        """A text to put in front where the tokenizer treats the start of a text differently."""
-        if self._ids(" a") != self._ids("a"):
-            mid = self._ids("b\na")
-            if mid[-len(self._ids("a")) :] == self._ids("a") and len(mid) > len(self._ids("a")):
-                return ""
+    def _find_anchors(self) -> tuple[str, ...]:
+        """Texts to put in front, where the tokenizer treats the start of a text differently."""
+        plain, spaced, inside = self._ids("a"), self._ids(" a"), self._ids("b\na")
+        if spaced != plain and inside[-len(plain) :] == plain and len(inside) > len(plain):
+            return ()
+        anchors = []
         for anchor in _ANCHORS:
-            head = self._ids(anchor)
-            tails = {probe: self._ids(anchor + probe) for probe in _ANCHOR_PROBES}
-            if all(ids[: len(head)] == head for ids in tails.values()) and (
-                tails["a"] != tails[" a"]
-            ):
-                return anchor
-        return ""
+            head, *tails = self._ids(anchor), self._ids(anchor + "a"), self._ids(anchor + " a")
+            # An unknown character would be fused with the next unknown one.
+            known = bool(head) and (self._unknown is None or self._unknown[0] not in head)
+            if known and tails[0] != tails[1] and all(t[: len(head)] == head for t in tails):
+                anchors.append(anchor)
+        return tuple(anchors)
 
     def _show(self, ids: Sequence[int]) -> str:
         shown = []
         for i in ids:
             try:
-                shown.append(f"{i} {self.tokenizer.convert_ids_to_tokens(int(i))!r}")
+                token = self.tokenizer.convert_ids_to_tokens(int(i))
             except (IndexError, OverflowError, TypeError, ValueError):
-                shown.append(f"{i} (out of range)")
+                token = None
+            shown.append(f"{i} (out of range)" if token is None else f"{i} {token!r}")
         return "[" + ", ".join(shown) + "]"
 
 
@@ -423,11 +455,14 @@ def _rebuilt(
 def marker_template(user_marker: str, assistant_marker: str, with_bos: bool) -> str:
     """A chat template of plain-text turn markers; every answer ends in the tokenizer's EOS."""
 
+    def quoted(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)  # Jinja reads no surrogate pairs
+
     def turn(marker: str) -> str:
         spaced = marker if marker[-1:].isspace() else marker + " "
-        return "{{ " + json.dumps(spaced) + " + message['content'] }}"
+        return "{{ " + quoted(spaced) + " + message['content'] }}"
 
-    opening = "{{ " + json.dumps(assistant_marker.rstrip(" ")) + " }}"
+    opening = "{{ " + quoted(assistant_marker.rstrip(" ")) + " }}"
     return (
         ("{{ bos_token }}" if with_bos else "")
         + "{% for message in messages %}"
@@ -461,19 +496,36 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
         for token_id, token in tokenizer.added_tokens_decoder.items()
         if token.special or _MARKUP.match(token.content)
     }
-    unk = tokenizer.unk_token_id
     for token_id in tokenizer.all_special_ids:
         control.setdefault(token_id, str(tokenizer.convert_ids_to_tokens(token_id)))
-    if unk is not None and unk not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        control.pop(unk, None)  # what an unknown character becomes; it steers nothing
     return {token_id: text for token_id, text in control.items() if text}
+
+
+def _unknown_token(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str] | None:
+    unk = tokenizer.unk_token_id
+    if unk is None or unk in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return None
+    return unk, str(tokenizer.unk_token)
+
+
+def _trimmed(before: str) -> tuple[str, str | None]:
+    """What stands in front of a padded placeholder less the padding, and what was trimmed of it."""
+    if not before.endswith(_TABS):
+        return before, None
+    before = before[: -len(_TABS)]
+    if not before.endswith(_NEWLINES):
+        return before, "\n"
+    return before[: -len(_NEWLINES)], ""
 
 
 def _system_into_user(messages: Sequence[Message]) -> list[Message]:
     """Puts the system text in front of the first user turn, for templates without a system role."""
     system, *rest = messages
+    if not system["content"].strip() and rest:
+        return rest
     first = next((i for i, m in enumerate(rest) if m["role"] == "user"), None)
-    if first is not None:
-        content = f"{system['content']}\n\n{rest[first]['content']}"
-        rest[first] = {"role": "user", "content": content}
+    if first is None:
+        return [Message(role="user", content=system["content"]), *rest]
+    content = f"{system['content']}\n\n{rest[first]['content']}"
+    rest[first] = Message(role="user", content=content)
     return rest

@@ -148,12 +148,27 @@ def jsft_dataset(
     Raises:
         ValueError: no example is left, or a pair is labeled for an unknown principle.
     """
-    from datasets import Dataset
+    from datasets import Dataset, Features, List, Value
 
     raw = Dataset.from_dict({"record": [record_to_json(r) for r in records]})
     encode = _Encode(encoder, templates, letter_ids, max_length, ignore_index)
+    if not len(raw):
+        raise ValueError("there are no records to make training examples of")
+    ids = List(Value("int32"))
     encoded = raw.map(
-        encode, batched=True, remove_columns=["record"], num_proc=num_proc, desc="Encoding examples"
+        encode,
+        batched=True,
+        remove_columns=["record"],
+        # Told, not guessed: a batch in which nothing fits would have lists of nothing.
+        features=Features(
+            input_ids=ids,
+            labels=ids,
+            length=Value("int32"),
+            kind=Value("string"),
+            note=Value("string"),
+        ),
+        num_proc=num_proc,
+        desc="Encoding examples",
     )
     counts: dict[str, int] = {}
     for kind, note in zip(encoded["kind"], encoded["note"], strict=True):
@@ -206,7 +221,7 @@ class _Encode:
 
 def record_to_json(record: PreferenceRecord) -> str:
     """One line of JSON; `record_from_json` reads it back."""
-    return json.dumps(asdict(record), ensure_ascii=False)
+    return json.dumps(asdict(record))  # escaped: Arrow refuses lone surrogates
 
 
 def record_from_json(text: str) -> PreferenceRecord:

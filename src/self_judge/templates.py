@@ -7,7 +7,7 @@ know tokens: `encoding.py` turns the messages into ids.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from self_judge.comparison import Comparison, Message
 _COMPARISON_FIELDS = ("context", "response_a", "response_b")
 _RATIONALE_FIELDS = ("rationale_a", "rationale_b")
 _ROLE_LABELS = {"system": "System", "user": "Human", "assistant": "Assistant"}
-_TURN_START = re.compile(r"\n\n(?=(?:Human|Assistant): )")
+# With words after it: a label alone at the end opens the answer, it is no turn.
+_TURN_START = re.compile(r"\n\n(?=(?:Human|Assistant): *\S)")
 
 
 class TemplateError(ValueError):
@@ -77,7 +78,7 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
     def __getitem__(self, principle: str) -> JudgeTemplate:
         return self._templates[principle]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._templates)
 
     def __len__(self) -> int:
@@ -166,13 +167,23 @@ def _checked_rationales(
         return {}
     if isinstance(given, str):
         given = dict.fromkeys(principles, given)
+    if not isinstance(given, Mapping):
+        raise TemplateError(
+            "decision_rationale must be one text for all principles or a mapping "
+            f"{{principle: text}}, got {type(given).__name__}"
+        )
+    given = {str(principle): text for principle, text in given.items()}
     if set(given) != set(principles):
         raise TemplateError(
             f"decision_rationale is given for {sorted(given)}, the judge templates for "
             f"{sorted(principles)}: give one text for all, or one per principle"
         )
     for principle, text in given.items():
-        missing = [f"{{{f}}}" for f in _RATIONALE_FIELDS if f"{{{f}}}" not in str(text)]
+        if not isinstance(text, str):
+            raise TemplateError(
+                f"decision_rationale of {principle!r} must be a text, got {type(text).__name__}"
+            )
+        missing = [f"{{{f}}}" for f in _RATIONALE_FIELDS if f"{{{f}}}" not in text]
         if missing:
             raise TemplateError(f"decision_rationale of {principle!r} lacks {', '.join(missing)}")
     return {principle: given[principle] for principle in principles}
