@@ -80,6 +80,12 @@ class _Slot:
 class ChatEncoder:
     """Turns chats into token ids under one tokenizer and one chat template.
 
+    The ids are those of `tokenizer.apply_chat_template`, except that
+    - control tokens written out in a content, `<think>` too, are tokenized as ordinary text;
+    - content and structure are not joined into one token ("?\\n" in Llama 3's vocabulary);
+    - a system text that the template refuses or loses opens the first user message;
+    - a template's decisions that depend on what a content says are taken as for plain words.
+
     Args:
         tokenizer: a Transformers tokenizer.
         chat_template: a Jinja chat template that overrides the tokenizer's own.
@@ -419,7 +425,8 @@ class ChatEncoder:
         return ids
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # Not verbose: what is too long is dealt with by those who know how long it may be.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _find_anchors(self) -> tuple[str, ...]:
         """Texts to put in front, where the tokenizer treats the start of a text differently."""
