@@ -18,7 +18,7 @@ from self_judge.judge import aggregate
 
 
 def verdict(first: float, second: float):  # type: ignore[no-untyped-def]
-    """A verdict whose p(A) − p(B) is `first` with a first, and p(B) − p(A) `second` with b first."""
+    """p(A) − p(B) is `first` with a first, and p(B) − p(A) is `second` with b first."""
     return aggregate([((0.4 + first / 2, 0.4 - first / 2), (0.4 - second / 2, 0.4 + second / 2))])
 
 

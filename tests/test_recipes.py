@@ -1,0 +1,192 @@
+"""Every shipped run file starts on the synthetic world, and what it saved is used."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from conftest import ROOT, tiny_llama
+from self_judge import Judge, synthetic
+from self_judge.cli import main, train_main
+from self_judge.comparison import Comparison
+from self_judge.config import load_run
+from self_judge.models import load_judge_settings, load_model
+from self_judge.recipes import evaluate_judge, run_jsft, run_self_judge
+
+KIND_OF = {"hh": "hh", "uf": "ultrafeedback", "uf_pr": "ultrafeedback"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: Any) -> Path:
+    """A tiny base model and its tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = synthetic.tiny_tokenizer()
+    tiny_llama(len(tokenizer), max_position_embeddings=4096).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: Any) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        kind: synthetic.write_dataset(kind, folder / f"{kind}.jsonl", 40, seed=3)
+        for kind in ("hh", "ultrafeedback", "preference")
+    }
+
+
+def small(section: str, output: Path, model: Path, source: Path) -> list[str]:
+    """Overrides that make a shipped run file small, and offline."""
+    return [
+        f"training_args.output_dir={output}",
+        "training_args.max_steps=1",
+        "training_args.per_device_train_batch_size=2",
+        "training_args.per_device_eval_batch_size=4",
+        "training_args.eval_strategy=steps",
+        "training_args.eval_steps=1",
+        "training_args.save_strategy=steps",
+        "training_args.save_steps=1",
+        "training_args.disable_tqdm=true",
+        "training_args.bf16=false",
+        f"{section}.global_batch_size=4",
+        f"model.model_name_or_path={model}",
+        "model.dtype=float32",
+        f"dataset.sources=[{{path: {source}}}]",
+        "dataset.eval=[]",
+        "dataset.held_out=0.2",
+        "dataset.max_eval_records=4",
+    ]
+
+
+@pytest.mark.parametrize("name", ["hh", "uf", "uf_pr"])
+def test_the_first_step_of_every_shipped_run_file_runs(
+    name: str, base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    stem, suffix = name.removesuffix("_pr"), "_pr" if name.endswith("_pr") else ""
+    source = data[KIND_OF[name]]
+    jsft = load_run(
+        ROOT / "configs" / f"{stem}_jsft{suffix}.yaml",
+        small("jsft_args", tmp_path / "jsft", base, source),
+        "jsft",
+    )
+    model = run_jsft(jsft)
+    settings = load_judge_settings(model)
+    assert settings is not None
+    assert settings.templates.has_rationales == (name == "uf_pr")
+    assert load_judge_settings(model / "checkpoint-1") is not None
+    assert any(json.loads((model / "data.json").read_text()).values())
+    assert not (model / "adapter_config.json").exists()  # full, or merged
+    # It judges as it was taught: with what lies beside it.
+    (verdict,) = Judge.from_pretrained(model).compare([Comparison("Hello?", "Hi!", "No.")])
+    assert len(verdict.probabilities) == len(settings.templates)
+
+    train = load_run(
+        ROOT / "configs" / f"{stem}_self_judge{suffix}.yaml",
+        [
+            *small("self_judge_args", tmp_path / "policy", model, source),
+            "self_judge_args.max_new_tokens=8",
+        ],
+        "self_judge",
+    )
+    policy = run_self_judge(train)
+    assert (policy / "adapter_model.safetensors").is_file()
+    assert (policy / "judge.json").is_file()
+    assert (policy / "rollouts" / "step-000001.jsonl").is_file()
+    loaded = load_model(policy)
+    assert not isinstance(loaded, PeftModel)
+
+
+def test_the_launch_scripts_and_the_command_do_the_same(
+    base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    config = str(ROOT / "configs" / "hh_jsft.yaml")
+    weights = []
+    for place, start in (
+        ("script", lambda given: train_main("jsft", [f"--config={config}", *given])),
+        ("command", lambda given: main(["jsft", config, *given])),
+    ):
+        output = tmp_path / place
+        assert start(small("jsft_args", output, base, data["hh"])) == 0
+        weights.append(load_model(output).state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_jsft_adapter_can_be_gone_on_with_or_be_frozen_below_a_new_one(
+    base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    config = ROOT / "configs" / "hh_jsft.yaml"
+    given = small("jsft_args", tmp_path / "jsft", base, data["hh"])
+    adapter = run_jsft(load_run(config, [*given, "jsft_args.merge_adapter=false"], "jsft"))
+    assert (adapter / "adapter_config.json").is_file()
+    train = ROOT / "configs" / "hh_self_judge.yaml"
+    for place, peft in (("on", ["peft_config=null"]), ("new", [])):
+        overrides = [
+            *small("self_judge_args", tmp_path / place, adapter, data["hh"]),
+            "self_judge_args.max_new_tokens=4",
+            *peft,
+        ]
+        policy = run_self_judge(load_run(train, overrides, "self_judge"))
+        assert (policy / "adapter_config.json").is_file()
+
+
+def test_any_trl_preference_data_will_do(base: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    zipped = tmp_path / "pairs.jsonl.gz"
+    zipped.write_bytes(gzip.compress(data["preference"].read_bytes()))
+    given = small("jsft_args", tmp_path / "out", base, zipped)
+    run_jsft(load_run(ROOT / "configs" / "hh_jsft.yaml", given, "jsft"))
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(
+    base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    config = ROOT / "configs" / "hh_jsft.yaml"
+    given = [
+        *small("jsft_args", tmp_path / "jsft", base, data["hh"]),
+        "training_args.resume_from_checkpoint=true",
+    ]
+    run_jsft(load_run(config, given, "jsft"))  # nothing to go on from yet
+    run_jsft(load_run(config, [*given, "training_args.max_steps=2"], "jsft"))
+    assert (tmp_path / "jsft" / "checkpoint-2").is_dir()
+
+
+def test_a_judge_is_measured_on_the_labels_of_the_data(base: Path) -> None:
+    judge = Judge(
+        load_model(base), synthetic.tiny_tokenizer(), synthetic.judge_templates(), batch_size=32
+    )
+    records = synthetic.records(20, 5, "test")
+    quality = evaluate_judge(judge, records)
+    assert quality.accuracy.n == sum(len(r.pairs) for r in records)
+    assert quality.accuracy.low < quality.accuracy.value < quality.accuracy.high
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["jsft", "missing.yaml"], "missing.yaml"),
+        (["train", str(ROOT / "configs" / "hh_jsft.yaml")], "it has jsft_args"),
+        (["jsft", str(ROOT / "configs" / "hh_jsft.yaml"), "jsft_args.max_lenght=5"], "max_length"),
+        (
+            [
+                "train",
+                str(ROOT / "configs" / "hh_self_judge.yaml"),
+                "dataset.sources=[{path: x.jsonl}]",
+            ],
+            "outputs/hh_jsft",
+        ),
+        (["tournament", "missing.jsonl", "out.jsonl", "--model", "nowhere"], "missing.jsonl"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_status_2(
+    arguments: list[str], message: str, capsys: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("self-judge: error: ")
+    assert message in error
