@@ -1,0 +1,118 @@
+"""The documents under docs/ say what the code says: every key with its default, every module."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import ROOT
+from self_judge import Verdict, config
+from test_architecture import FLOORS, MODULES
+
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+JUDGING = (ROOT / "docs" / "judging.md").read_text(encoding="utf-8")
+
+TABLES: dict[str, type] = {
+    "### `model`": config.ModelArgs,
+    "### `dataset`": config.DatasetArgs,
+    "#### One source, under `sources` or `eval`": config.SourceArgs,
+    "### `templates`": config.TemplateArgs,
+    "### `jsft_args`": config.JSFTArgs,
+    "### `self_judge_args`": config.SelfJudgeArgs,
+}
+
+
+def section(text: str, heading: str) -> str:
+    """What stands under a heading, up to the next one of any level."""
+    start = text.index(f"{heading}\n") + len(heading)
+    following = re.search(r"^#+ ", text[start:], re.MULTILINE)
+    return text[start : start + following.start()] if following else text[start:]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a table's rows, less its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+@pytest.mark.parametrize("heading", TABLES)
+def test_every_key_of_a_run_file_stands_in_the_tables_with_its_default(heading: str) -> None:
+    fields = {f.name: default_of(f) for f in dataclasses.fields(TABLES[heading])}
+    described = {
+        key.strip("`"): (said, why) for key, said, why in rows(section(CONFIGURATION, heading))
+    }
+    assert list(described) == list(fields) or set(described) == set(fields)
+    for name, default in fields.items():
+        said, meaning = described[name]
+        assert meaning, f"{name} has no meaning"
+        if default is dataclasses.MISSING:
+            assert said == "required", name
+        else:
+            assert yaml.safe_load(said.strip("`")) == default, name
+
+
+def test_every_settings_class_and_section_is_described() -> None:
+    settings = {
+        c
+        for name, c in vars(config).items()
+        if name.endswith("Args") and dataclasses.is_dataclass(c)
+    }
+    assert settings == set(TABLES.values())
+    sections = {
+        f.name for c in (config.JSFTRun, config.SelfJudgeRun) for f in dataclasses.fields(c)
+    }
+    assert {row[0].strip("`") for row in rows(section(CONFIGURATION, "## Sections"))} == sections
+
+
+def test_the_drawing_of_the_house_has_every_module_on_its_floor() -> None:
+    drawing = ARCHITECTURE[ARCHITECTURE.index("```text\n") :].split("```")[1]
+    drawn: list[set[str]] = []
+    for line in drawing.splitlines()[1:]:
+        if line.startswith("floor "):
+            drawn.append(set())
+        elif line.strip():
+            drawn[-1].add(line.split()[0])
+    assert drawn == [floor & set(MODULES) for floor in FLOORS]
+
+
+def test_every_override_of_the_seam_is_in_the_text() -> None:
+    from trl import DPOTrainer
+
+    from self_judge import SelfJudgeTrainer
+
+    replaced = {
+        name
+        for name, value in vars(SelfJudgeTrainer).items()
+        if callable(value) and callable(getattr(DPOTrainer, name, None)) and name != "__init__"
+    }
+    table = rows(section(ARCHITECTURE, "## The seam in TRL"))
+    assert {row[0].strip("`") for row in table} == replaced - {"__annotate__", "__annotate_func__"}
+
+
+def test_every_field_of_a_verdict_is_explained() -> None:
+    explained = {
+        name.strip("`")
+        for row in rows(section(JUDGING, "## Reading a `Verdict`"))
+        for name in row[0].split(", ")
+    }
+    assert explained == {f.name for f in dataclasses.fields(Verdict)}
+
+
+def test_what_the_logs_are_called_is_what_the_text_calls_them() -> None:
+    from self_judge.rollouts import rollout_metrics, rollout_totals
+
+    said = set(re.findall(r"`((?:judge|completions|time)/[^`]+)`", ARCHITECTURE))
+    for name in rollout_metrics(rollout_totals([], ["helpfulness"])):
+        group = name.partition("/")[0] + "/*"
+        assert {name.replace("helpfulness", "<principle>"), group} & said, name

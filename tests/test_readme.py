@@ -1,0 +1,163 @@
+"""The README: its examples run, its commands are understood, its links and its tree are right.
+
+The Python blocks are run as they are written, one after the other in one namespace, in a folder
+that holds what they name: `path/to/model` and `data.jsonl`. The commands of docs/ are checked here
+as well.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+import self_judge
+from conftest import ROOT, tiny_llama
+from self_judge import cli, synthetic
+from self_judge.config import RunKind, load_run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGE = Path(self_judge.__file__).parent
+KIND_OF_SCRIPT: dict[str, RunKind] = {
+    "train_jsft.py": "jsft",
+    "train_self_judge.py": "self_judge",
+}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def shell_commands(text: str) -> Iterator[list[str]]:
+    """The commands of all bash blocks, continued lines joined, comments left out."""
+    for block in blocks(text, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words
+
+
+COMMANDS = [
+    pytest.param(words, id=f"{document.name}: {' '.join(words)}")
+    for document in DOCUMENTS
+    for words in shell_commands(document.read_text(encoding="utf-8"))
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the model and the data that the examples name."""
+    tokenizer = synthetic.tiny_tokenizer()
+    model = tiny_llama(len(tokenizer), max_position_embeddings=2048)
+    model.save_pretrained(tmp_path / "path/to/model")
+    tokenizer.save_pretrained(tmp_path / "path/to/model")
+    synthetic.write_dataset("preference", tmp_path / "data.jsonl", 8, seed=3)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_examples_run_one_after_the_other(folder: Path) -> None:
+    examples = blocks(README, "python")
+    assert len(examples) == 4  # JSFT, self-training in two ways, self-rejection
+    namespace: dict[str, Any] = {}
+    for number, example in enumerate(examples, start=1):
+        exec(compile(example, f"README.md, python block {number}", "exec"), namespace)
+    assert (folder / "outputs/jsft/judge.json").is_file()
+    assert (folder / "outputs/self_judge/adapter_model.safetensors").is_file()
+    assert (folder / "outputs/by_query/rollouts").is_dir()
+    (own,), (best,) = namespace["responses"], namespace["best"]
+    assert len(own) == 16
+    assert best in own
+    (judging,) = blocks((ROOT / "docs/judging.md").read_text(encoding="utf-8"), "python")
+    exec(compile(judging, "docs/judging.md", "exec"), namespace)
+    assert len(namespace["verdict"].probabilities) == 1
+
+
+def run_of(config: str, overrides: list[str], kind: RunKind) -> None:
+    """Reads the run file that a command names; the overrides must be understood as well."""
+    assert load_run(ROOT / config, overrides, kind).training_args["output_dir"]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_is_understood(words: list[str]) -> None:
+    program, *arguments = words
+    if program == "self-judge":
+        parsed = cli._parser().parse_args(arguments)
+        if parsed.command in ("jsft", "train"):
+            run_of(parsed.config, parsed.overrides, parsed.kind)
+    elif program == "accelerate":
+        assert arguments[0] == "launch"
+        launch = launch_command_parser().parse_args(arguments[1:])
+        assert (ROOT / launch.config_file).is_file()
+        assert (ROOT / launch.training_script).is_file()
+        config, *overrides = launch.training_script_args
+        assert config.startswith("--config=")
+        kind = KIND_OF_SCRIPT[launch.training_script]
+        run_of(config.removeprefix("--config="), overrides, kind)
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(arguments) <= set(targets)
+    elif words[:2] == ["pip", "install"]:
+        assert arguments[-2] == "-e"
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        known = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+        extras = re.fullmatch(r"\.(?:\[([a-z,]+)\])?", arguments[-1])
+        assert extras is not None
+        named = set((extras[1] or "").split(",")) - {""}
+        assert named <= set(re.findall(r"^(\w+) = \[", known, re.MULTILINE))
+    else:
+        pytest.fail(f"no test knows how to check {' '.join(words)!r}: add it above")
+
+
+def test_all_six_run_files_are_launched_in_the_readme() -> None:
+    launched = [words for words in shell_commands(README) if words[0] == "accelerate"]
+    configs = {w.removeprefix("--config=") for words in launched for w in words}
+    shipped = {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    assert {c for c in shipped if not c.endswith("accelerate.yaml")} <= configs
+
+
+def test_what_bad_input_is_told_is_what_the_readme_shows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (shown,) = blocks(README, "console")
+    lines = shown.splitlines()
+    assert len(lines) >= 4
+    for command, answer in zip(lines[::2], lines[1::2], strict=True):
+        program, *arguments = shlex.split(command.removeprefix("$ "))
+        assert program == "self-judge"
+        assert cli.main(arguments) == 2
+        assert capsys.readouterr().err.strip() == answer
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_relative_link_leads_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = document.parent / path if path else document
+        assert linked.exists(), f"{document.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+            assert anchor in slugs, f"{document.name} links to {target}"
+
+
+def test_the_tree_lists_exactly_the_modules_with_a_phrase_each() -> None:
+    (tree,) = [block for block in blocks(README, "text") if "src/self_judge/" in block]
+    rows = [re.split(r" {2,}", line.strip()) for line in tree.splitlines()]
+    assert all(len(row) == 2 and row[1] for row in rows[1:]), "each file has a phrase"
+    inside = [line.strip().split()[0] for line in tree.splitlines() if line.startswith("  ")]
+    modules = [path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]
+    assert sorted(inside) == sorted(modules)
+    for beside in (row[0] for row in rows if row[0] not in inside):
+        assert (ROOT / beside).exists(), beside
