@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,17 +45,17 @@ SIZES = (1, 4, 16)  # N of self-rejection
 class DemoSettings:
     """How much of everything; what was measured with it stands in benchmarks/RESULTS.md."""
 
-    jsft_records: int = 3000
-    jsft_batch: int = 64
-    jsft_epochs: float = 1.0
-    jsft_learning_rate: float = 3e-3
+    jsft_records: int = 5000
+    pairs_per_record: int = 2
+    jsft_batch: int = 32
+    jsft_learning_rate: float = 2e-3
     prompts_per_step: int = 64
-    steps: int = 60
+    steps: int = 30
     learning_rate: float = 2e-4
     beta: float = 0.1
-    max_new_tokens: int = 32
+    max_new_tokens: int = 28
     held_out_pairs: int = 400
-    held_out_prompts: int = 200
+    held_out_prompts: int = 256
     judge_batch: int = 128
 
 
@@ -82,8 +83,11 @@ def run_demo(
         f"itself with its own judgments (seed {seed})"
     )
     encoder = ChatEncoder(synthetic.tiny_tokenizer())
-    templates = synthetic.judge_templates()
-    jsft_model = _jsft(seed, output / "jsft", encoder, templates, settings, console)
+    # The model learns to judge under each principle and in general; then the general judgment
+    # alone is asked for, which costs two prompts a pair instead of eight.
+    taught = synthetic.judge_templates(overall=True)
+    templates = synthetic.judge_templates(principles=False, overall=True)
+    jsft_model = _jsft(seed, output / "jsft", encoder, taught, settings, console)
     judge = Judge(frozen_reference(jsft_model), encoder, templates, batch_size=settings.judge_batch)
     with console.status("judging held-out pairs"):
         quality = _judge_quality(judge, seed, settings.held_out_pairs)
@@ -111,17 +115,21 @@ def _jsft(
     model = synthetic.tiny_model(encoder.tokenizer, seed)  # type: ignore[arg-type]
     args = SFTConfig(
         str(output),
-        num_train_epochs=settings.jsft_epochs,
+        num_train_epochs=1,
         per_device_train_batch_size=settings.jsft_batch,
         learning_rate=settings.jsft_learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
+        adam_beta2=0.98,
         weight_decay=0.0,
         max_grad_norm=1.0,
         logging_steps=10,
         **_common_args(seed),
     )
-    records = [_labeled_by_principle(r) for r in synthetic.records(settings.jsft_records, seed)]
+    records = [
+        _taught_pairs(r, settings.pairs_per_record, seed)
+        for r in synthetic.records(settings.jsft_records, seed, writers=2)
+    ]
     trainer = jsft_trainer(model, encoder, templates, records, None, args, max_length=512)
     LiveProgress("JSFT         ", console).attach(trainer)
     trainer.train()
@@ -129,16 +137,20 @@ def _jsft(
     return load_model(output)
 
 
-def _labeled_by_principle(record: PreferenceRecord) -> PreferenceRecord:
-    """Without the general pair: it would be taught under every principle, right or wrong there."""
-    own = tuple(pair for pair in record.pairs if pair.principle is not None)
-    return dataclasses.replace(record, pairs=own)
+def _taught_pairs(record: PreferenceRecord, count: int, seed: int) -> PreferenceRecord:
+    """The general pair under its own template, and `count` of the principles' pairs."""
+    general, *specific = record.pairs
+    chosen = random.Random(stable_seed(seed, "pairs", record.index)).sample(
+        specific, min(count, len(specific))
+    )
+    pairs = (dataclasses.replace(general, principle=synthetic.OVERALL), *chosen)
+    return dataclasses.replace(record, pairs=pairs)
 
 
 def _judge_quality(judge: Judge, seed: int, n: int) -> JudgeQuality:
-    """All principles' vote on general pairs of prompts that were never trained on."""
+    """The general judgment on pairs of prompts that were never trained on."""
     cases = []
-    for record in synthetic.records(n, seed, "test"):
+    for record in synthetic.records(n, seed, "test", writers=2):
         pair = next(p for p in record.pairs if p.principle is None)
         cases.append(Comparison(record.prompt[-1]["content"], pair.chosen, pair.rejected))
     return judge_quality(judge.compare(cases))

@@ -68,7 +68,10 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
         run, run.jsft_args.global_batch_size, SFTConfig, {"max_length": None}
     )
     if run.jsft_args.group_by_length:
-        args.train_sampling_strategy = "group_by_length"
+        # Like lengths share a micro-batch, within a randomly drawn optimizer step. Transformers'
+        # "group_by_length" would sort over many steps: SFT examples are shorter than judge
+        # examples, so that whole stretches of training would see only one of the two kinds.
+        args.train_sampling_strategy = "batch_rebalance"
     tokenizer = load_tokenizer(
         run.model.model_name_or_path,
         revision=run.model.revision,

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 DatasetKind = Literal["hh", "ultrafeedback", "preference"]
 
 __all__ = [
+    "OVERALL",
     "PRINCIPLES",
     "DatasetKind",
     "Split",
@@ -245,25 +246,34 @@ def write_dataset(
 # --- judging this world ---------------------------------------------------------------------------
 
 
-def judge_templates(*, rationales: bool = False) -> JudgeTemplates:
-    """The four principles in this world's words.
+OVERALL = "overall"
+
+
+def judge_templates(
+    *, principles: bool = True, overall: bool = False, rationales: bool = False
+) -> JudgeTemplates:
+    """Judge templates in this world's words.
 
     Each response is followed by its letter: what a causal model has read of the response is then
     gathered at the very token that it has to repeat, which a tiny model learns several times
     sooner than a letter in front. The principle comes last, so that all share one long prefix.
 
     Args:
+        principles: the four principles.
+        overall: one template for which response is better in general.
         rationales: also teach the rationale after the letter.
     """
     question = "{context}\n{response_a} (A)\n{response_b} (B)"
-    better = {
-        "helpfulness": "More helpful:",
-        "honesty": "More honest:",
-        "instruction_following": "More obedient:",
-        "truthfulness": "More truthful:",
-    }
+    lead_ins = {OVERALL: "Better:"} if overall else {}
+    if principles:
+        lead_ins |= {
+            "helpfulness": "More helpful:",
+            "honesty": "More honest:",
+            "instruction_following": "More obedient:",
+            "truthfulness": "More truthful:",
+        }
     return JudgeTemplates(
-        {name: {"user": question, "assistant": lead_in} for name, lead_in in better.items()},
+        {name: {"user": question, "assistant": lead_in} for name, lead_in in lead_ins.items()},
         decision_rationale=" {rationale_a} {rationale_b}" if rationales else None,
     )
 
@@ -290,7 +300,7 @@ def _tokenizer_text() -> Iterator[str]:
     for word in (*FACTS, *ABSURD, *itertools.chain(*VALUES), *CLOSERS):
         yield f"{word} {word}"
     for lead_in in ("helpful", "honest", "obedient", "truthful"):
-        yield f"More {lead_in}: A\nI (A)\nI (B)\nMore {lead_in}: B"
+        yield f"More {lead_in}: A\nI (A)\nI (B)\nMore {lead_in}: B\nBetter: A\nBetter: B"
         yield f"System: You are an assistant.\n\nHuman: A\n\nAssistant: A\n\nHuman: B {lead_in}"
 
 

@@ -253,11 +253,11 @@ class Completion(NamedTuple):
 def write(task: Task, fault: float, g: random.Random) -> str:
     """A response with each of its parts at fault about as often as `fault` says."""
     animal, relation = task.animal, task.relation
-    if g.random() < 0.06 * fault:
+    if g.random() < 0.15 * fault:
         animal = g.choice(list(FACTS))
     value = FACTS[animal][relation]
     if g.random() < 0.6 * fault:
-        value = g.choice(ABSURD if g.random() < 0.8 else VALUES[relation])
+        value = g.choice(ABSURD if g.random() < 0.5 else VALUES[relation])
     claim = STATEMENTS[relation].format(animal, value)
     modal = HEDGE
     if g.random() < fault:
@@ -273,8 +273,8 @@ def write(task: Task, fault: float, g: random.Random) -> str:
         sentences.append(last if g.random() < 0.5 else last.rsplit(" ", 1)[0])
     if g.random() >= 0.7 * fault:
         sentences.append(f"{task.closer}!")
-    elif g.random() < 0.4:
-        sentences.append(f"{g.choice(CLOSERS)}!")
+    elif g.random() < 0.6:
+        sentences.append(f"{g.choice([c for c in CLOSERS if c != task.closer])}!")
     return " ".join(sentences) or f"{task.closer}!"
 
 
