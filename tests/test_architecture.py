@@ -19,7 +19,16 @@ PACKAGE = Path(self_judge.__file__).parent
 
 FLOORS: list[set[str]] = [
     {"comparison", "templates", "config", "machine", "typed_yaml"},
-    {"encoding", "sources", "selection", "dialogues", "ultrafeedback", "files", "synthetic"},
+    {
+        "encoding",
+        "sources",
+        "selection",
+        "dialogues",
+        "ultrafeedback",
+        "files",
+        "synthetic",
+        "world",
+    },
     {"models", "packing", "sampling", "judge"},
     {"jsft", "tournament", "rollouts", "prompts", "trainer_config", "trainer", "evaluation"},
     {"report", "serving", "recipes", "self_rejection", "demo", "progress", "cli"},

@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,6 +304,7 @@ def _common_args(seed: int) -> dict[str, Any]:
 
 def _quiet() -> None:
     """The demo draws its own progress; the libraries' bars and notes would tear it apart."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()

@@ -14,11 +14,10 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-# What is logged -> what it is called on the line, in this order; the first three found are shown.
+# What is logged -> what it is called on the line, in this order; the first two found are shown.
 _SHOWN = {
     "judge/margin": "judge margin",
     "rewards/accuracies": "reward accuracy",
@@ -40,10 +39,9 @@ class LiveProgress(TrainerCallback):
         self.title = title
         self.bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[numbers]}"),
             console=console,
         )
@@ -69,7 +67,7 @@ class LiveProgress(TrainerCallback):
         if not state.is_world_process_zero or "train_runtime" in logs:
             return
         numbers = [f"{name} {logs[key]:.3g}" for key, name in _SHOWN.items() if key in logs]
-        self.bar.update(self.task, numbers=" · ".join(numbers[:3]))
+        self.bar.update(self.task, numbers=" · ".join(numbers[:2]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.stop()
