@@ -150,8 +150,8 @@ class DatasetArgs:
         max_records, max_eval_records: keep at most so many records (`None`: all).
         principles: one pair per principle instead of one general pair (UltraFeedback).
         rationales: learn the rationales too; `None`: when `templates.decision_rationale` is set.
-        seed: of the held-out split and of the sampling of pairs. The same seed in JSFT and in
-            self-training holds out the same prompts.
+        seed: of the sampling of pairs. Which prompts are held out depends on their text alone, so
+            JSFT and self-training hold out the same ones.
         num_proc: processes that read the data (`None`: this one).
     """
 
@@ -181,7 +181,8 @@ class JSFTArgs:
         ignore_index: the label of a token that is not trained on.
         global_batch_size: examples per optimizer step over all processes; the accumulation steps
             follow from it (see `accumulation_steps`). `None`: as `training_args` says.
-        group_by_length: batches of similar length, less padding.
+        group_by_length: micro-batches of like lengths within each randomly drawn optimizer step:
+            less padding.
         merge_adapter: after LoRA training, fold the adapter into the weights and save a plain
             model; otherwise the adapter alone is saved.
     """
