@@ -183,7 +183,7 @@ def _helpfulness(reading: _Reading, answered: bool) -> Rating:
     if not answered:
         return Rating(1, "No answer.")
     if reading.chatter:
-        return Rating(2, "Too chatty.")
+        return Rating(1, "Too chatty.")
     return Rating(5, "Answer and tip.") if reading.tips else Rating(3, "Lacks a tip.")
 
 
