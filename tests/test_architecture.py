@@ -20,6 +20,7 @@ PACKAGE = Path(self_judge.__file__).parent
 FLOORS: list[set[str]] = [
     {"comparison", "templates", "config", "machine", "typed_yaml"},
     {
+        "content_tokens",
         "encoding",
         "sources",
         "selection",

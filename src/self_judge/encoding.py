@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2.exceptions import TemplateError as JinjaError
 
 from self_judge.comparison import Comparison, Message
+from self_judge.content_tokens import ContentTokenizer
 from self_judge.templates import JudgeTemplates, without_oldest_turn
 
 if TYPE_CHECKING:
@@ -27,15 +27,9 @@ if TYPE_CHECKING:
 
 Ending = Literal["closed", "prompt", "open"]
 
-# Non-special added tokens that look like markup (<think>, [TOOL_CALLS], <|...|>) steer a chat model
-# as much as special ones; added words and runs of spaces do not.
-_MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
-_SURROGATE = re.compile("[\ud800-\udfff]")
 # Around a placeholder, they tell what a template trims off a content: all whitespace, newlines
 # (Qwen 3) or nothing. No template writes two tabs or five newlines.
 _TABS, _NEWLINES = "\t\t", "\n\n\n\n\n"
-# "\n" first: it merges with nothing in the SentencePiece vocabularies that need an anchor.
-_ANCHORS = ("\n", ":", "|", "。")
 _SYSTEM_SHAPES: tuple[tuple[tuple[str, ...], Ending], ...] = (
     (("system", "user"), "prompt"),
     (("system", "user", "assistant"), "closed"),
@@ -118,19 +112,7 @@ class ChatEncoder:
                 "templates.assistant"
             )
         self._template_kwargs = {"enable_thinking": False, **(chat_template_kwargs or {})}
-        self._control = _control_tokens(tokenizer)
-        # Longest first, so that "<|a|>" is found before "<|" where both are tokens.
-        self._controls_longest_first = sorted(self._control.values(), key=len, reverse=True)
-        self._control_pattern = re.compile(
-            "|".join(map(re.escape, self._controls_longest_first)) or r"(?!)"
-        )
-        # What an unknown character becomes steers nothing; its name, written out, is just text.
-        self._unknown = _unknown_token(tokenizer)
-        if self._unknown is not None:
-            self._control.pop(self._unknown[0], None)
-        self._head = functools.lru_cache(maxsize=64)(self._ids)
-        self._anchors = self._find_anchors()
-        self._anchor = self._anchors[0] if self._anchors else ""
+        self._text = ContentTokenizer(tokenizer)
         self._layout = functools.lru_cache(maxsize=512)(self._make_layout)
         self._takes_system = self._check_system_role()
 
@@ -166,25 +148,9 @@ class ChatEncoder:
             ids.pop(0)
         return ids
 
-    def encode_content(self, text: str, anchor: str | None = None) -> list[int]:
-        """Ids of a text as it stands inside another text: no BOS, no control tokens.
-
-        Args:
-            text: any text, hostile text included.
-            anchor: what stands in front of it; only for tokenizers that treat the start of a text
-                differently (a dummy space). The ids of the anchor are not returned.
-        """
-        anchor = self._anchor if anchor is None else anchor
-        ids = self._encode_after(anchor, text)
-        named_unknown = self._unknown is not None and self._unknown[1] in text
-        if self._control.keys().isdisjoint(ids) and not named_unknown:
-            return ids
-        # Break every control string after its first character and tokenize the parts apart.
-        cuts = [match.start() + 1 for match in self._control_pattern.finditer(text)]
-        ids = self._encode_parts(anchor, text, cuts)
-        if not self._control.keys().isdisjoint(ids):  # e.g. a look-alike that is normalized to one
-            ids = self._encode_parts(anchor, text, range(1, len(text)))
-        return [i for i in ids if i not in self._control]
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of a text as it stands inside another text: no BOS, no control tokens."""
+        return self._text.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text for the judge and for people: no special tokens, no surrounding whitespace."""
@@ -202,7 +168,7 @@ class ChatEncoder:
         ]
         encoded = self.encode_dialogue(messages)
         trained = [i for i, m in zip(encoded.ids, encoded.mask, strict=True) if m]
-        ends = [i for i in trained[-1:] if i in self._control]
+        ends = [i for i in trained[-1:] if i in self._text.control]
         eos = self.tokenizer.eos_token_id
         return tuple(dict.fromkeys([*ends, *([] if eos is None else [eos])]))
 
@@ -223,6 +189,7 @@ class ChatEncoder:
             EncodingError: a letter is not exactly one token there, principles disagree, or a given
                 id is not the derived one; both readings are shown.
         """
+        show = self._text.show
         found: dict[str, tuple[int, str]] = {}
         for principle in templates:
             lead_in = templates[principle].assistant
@@ -233,15 +200,15 @@ class ChatEncoder:
                 if after[: len(before)] != before or len(added) != 1:
                     raise EncodingError(
                         f"the letter {letter!r} is not exactly one token after the lead-in of "
-                        f"judge template {principle!r}: {self._show(before[-3:])} becomes "
-                        f"{self._show(after[max(0, len(before) - 3) :])}; change the lead-in's end "
+                        f"judge template {principle!r}: {show(before[-3:])} becomes "
+                        f"{show(after[max(0, len(before) - 3) :])}; change the lead-in's end "
                         "or use a tokenizer with single-token letters"
                     )
                 known = found.setdefault(letter, (added[0], principle))
                 if known[0] != added[0]:
                     raise EncodingError(
-                        f"the letter {letter!r} is token {self._show(added)} after the lead-in of "
-                        f"{principle!r} but {self._show([known[0]])} after that of {known[1]!r}: "
+                        f"the letter {letter!r} is token {show(added)} after the lead-in of "
+                        f"{principle!r} but {show([known[0]])} after that of {known[1]!r}: "
                         "let all lead-ins end in the same word"
                     )
         for name, letter, given in (
@@ -251,12 +218,12 @@ class ChatEncoder:
             derived = found[letter][0]
             if given is not None and given != derived:
                 raise EncodingError(
-                    f"{name}={given} is {self._show([given])}, but after the judge's lead-in the "
-                    f"letter {letter!r} is {self._show([derived])}: correct it or leave it out"
+                    f"{name}={given} is {show([given])}, but after the judge's lead-in the "
+                    f"letter {letter!r} is {show([derived])}: correct it or leave it out"
                 )
         if found["A"][0] == found["B"][0]:
             raise EncodingError(
-                f"the letters A and B are the same token {self._show([found['A'][0]])}: this "
+                f"the letters A and B are the same token {show([found['A'][0]])}: this "
                 "tokenizer cannot tell them apart"
             )
         return found["A"][0], found["B"][0]
@@ -316,7 +283,7 @@ class ChatEncoder:
                 message = messages[part.message]
                 content = message["content"]
                 content = content.lstrip(part.strip_left).rstrip(part.strip_right)
-                new = tuple(self.encode_content(part.lead + content, part.anchor))
+                new = tuple(self._text.encode(part.lead + content, part.anchor))
                 ends_turn = message["role"] == "assistant"
                 mask += [int(ends_turn)] * len(new)
             ids += new
@@ -325,7 +292,7 @@ class ChatEncoder:
     def _end_of_turn(self, structure: tuple[int, ...]) -> int:
         """How many ids after an answer end its turn: through the first control token."""
         for position, token_id in enumerate(structure):
-            if token_id in self._control:
+            if token_id in self._text.control:
                 return position + 1
         return 0
 
@@ -363,7 +330,7 @@ class ChatEncoder:
             # The same from the other side: mirrored, so is the padding.
             following, strip_right = _trimmed(rendered[cursor:][::-1])
             cursor = len(rendered) - len(following)
-            anchor = self._anchor_after(before, at_start=not parts)
+            anchor = self._text.anchor_after(before, at_start=not parts)
             parts.append(_Slot(i, anchor, lead, strip_left, strip_right))
         tail = "" if ending == "open" else rendered[cursor:]
         if ending == "prompt":
@@ -374,15 +341,8 @@ class ChatEncoder:
         return tuple(parts)
 
     def _structure(self, text: str, at_start: bool) -> _Structure:
-        return _Structure(tuple(self._encode_after("" if at_start else self._anchor, text)), text)
-
-    def _anchor_after(self, before: str, at_start: bool) -> str:
-        if not self._anchors or (at_start and not before):
-            return ""
-        # Some tokenizers start anew after a control token, or let it swallow what is white.
-        bare = before.rstrip()
-        last = next((t for t in self._controls_longest_first if bare.endswith(t)), None)
-        return self._anchor if last is None else before[len(bare) - len(last) :]
+        anchor = "" if at_start else self._text.anchor
+        return _Structure(tuple(self._text.encode_after(anchor, text)), text)
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         rendered = self.tokenizer.apply_chat_template(
@@ -403,54 +363,6 @@ class ChatEncoder:
         except EncodingError:  # Gemma, for one, refuses it; others drop it, or only sometimes
             return False
         return True
-
-    def _encode_after(self, anchor: str, text: str) -> list[int]:
-        if not text:
-            return []
-        text = _SURROGATE.sub("\ufffd", text)
-        if not anchor:
-            return self._ids(text)
-        for before in dict.fromkeys((anchor, *self._anchors)):
-            head = self._head(before)
-            ids = self._ids(before + text)
-            if ids[: len(head)] == head:  # else it merged, and would take a part of the text along
-                return ids[len(head) :]
-        return self._ids(text)
-
-    def _encode_parts(self, anchor: str, text: str, cuts: Sequence[int]) -> list[int]:
-        """Ids of a text tokenized apart at `cuts`; the later parts stand inside a text."""
-        ids: list[int] = []
-        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            ids += self._encode_after(self._anchor if start else anchor, text[start:end])
-        return ids
-
-    def _ids(self, text: str) -> list[int]:
-        # Not verbose: what is too long is dealt with by those who know how long it may be.
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _find_anchors(self) -> tuple[str, ...]:
-        """Texts to put in front, where the tokenizer treats the start of a text differently."""
-        plain, spaced, inside = self._ids("a"), self._ids(" a"), self._ids("b\na")
-        if spaced != plain and inside[-len(plain) :] == plain and len(inside) > len(plain):
-            return ()
-        anchors = []
-        for anchor in _ANCHORS:
-            head, *tails = self._ids(anchor), self._ids(anchor + "a"), self._ids(anchor + " a")
-            # An unknown character would be fused with the next unknown one.
-            known = bool(head) and (self._unknown is None or self._unknown[0] not in head)
-            if known and tails[0] != tails[1] and all(t[: len(head)] == head for t in tails):
-                anchors.append(anchor)
-        return tuple(anchors)
-
-    def _show(self, ids: Sequence[int]) -> str:
-        shown = []
-        for i in ids:
-            try:
-                token = self.tokenizer.convert_ids_to_tokens(int(i))
-            except (IndexError, OverflowError, TypeError, ValueError):
-                token = None
-            shown.append(f"{i} (out of range)" if token is None else f"{i} {token!r}")
-        return "[" + ", ".join(shown) + "]"
 
 
 def _rebuilt(
@@ -495,24 +407,6 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     bos = tokenizer.bos_token_id
     return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
-
-
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    control = {
-        token_id: token.content
-        for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special or _MARKUP.match(token.content)
-    }
-    for token_id in tokenizer.all_special_ids:
-        control.setdefault(token_id, str(tokenizer.convert_ids_to_tokens(token_id)))
-    return {token_id: text for token_id, text in control.items() if text}
-
-
-def _unknown_token(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str] | None:
-    unk = tokenizer.unk_token_id
-    if unk is None or unk in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        return None
-    return unk, str(tokenizer.unk_token)
 
 
 def _trimmed(before: str) -> tuple[str, str | None]:
