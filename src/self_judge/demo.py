@@ -46,7 +46,7 @@ SIZES = (1, 4, 16)  # N of self-rejection
 class DemoSettings:
     """How much of everything; what was measured with it stands in benchmarks/RESULTS.md."""
 
-    jsft_records: int = 6500
+    jsft_records: int = 5500
     pairs_per_record: int = 2
     jsft_batch: int = 32
     jsft_learning_rate: float = 2e-3
