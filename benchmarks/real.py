@@ -36,6 +36,7 @@ from self_judge.selection import judge_context
 from self_judge.sources import load_preferences
 
 ROOT = Path(__file__).parents[1]
+MAX_LENGTH = 512  # of a judge prompt; a longer one loses its oldest turns, or is undecidable
 
 
 def main() -> None:
@@ -44,9 +45,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/hh-rlhf")
     parser.add_argument("--tools", type=Path, default=ROOT.parent / "shared/tools")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/real")
-    parser.add_argument("--records", type=int, default=300, help="of JSFT")
-    parser.add_argument("--pairs", type=int, default=150, help="held-out pairs to judge")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of self-training")
+    parser.add_argument("--records", type=int, default=60, help="of JSFT")
+    parser.add_argument("--pairs", type=int, default=50, help="held-out pairs to judge")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of self-training")
     parser.add_argument("--prompts", type=int, default=20, help="of the tournament")
     arguments = parser.parse_args()
     console = Console()
@@ -65,6 +66,8 @@ def main() -> None:
         seconds[name] = round(time.perf_counter() - started, 1)
         return result
 
+    # Training in bfloat16 on a CPU took longer than in float32, whatever its matrix products do.
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     source = f"dataset.sources=[{{path: {arguments.data / 'base_train.jsonl.gz'}, kind: hh}}]"
     common = [
         source,
@@ -73,8 +76,8 @@ def main() -> None:
         "training_args.save_strategy=no",
         "training_args.logging_steps=1",
         "training_args.gradient_checkpointing=false",
-        "model.dtype=float32",
-        "training_args.bf16=false",
+        f"model.dtype={dtype}",
+        f"training_args.bf16={dtype == 'bfloat16'}",
     ]
     jsft_run = load_run(
         ROOT / "configs/hh_jsft.yaml",
@@ -85,8 +88,8 @@ def main() -> None:
             f"dataset.max_records={arguments.records}",
             "training_args.per_device_train_batch_size=4",
             "training_args.learning_rate=2e-4",  # LoRA on a small model and little data
-            "jsft_args.global_batch_size=16",
-            "jsft_args.max_length=512",
+            "jsft_args.global_batch_size=8",
+            "jsft_args.max_length=320",
             "peft_config.target_modules=all-linear",
         ],
         "jsft",
@@ -95,11 +98,13 @@ def main() -> None:
     before = timed(
         "judging before",
         lambda: evaluate_judge(
-            Judge.from_pretrained(base, templates, max_length=1024), held_out.records, progress=True
+            Judge.from_pretrained(base, templates, max_length=1024, dtype=dtype),
+            held_out.records,
+            progress=True,
         ),
     )
     model = timed("JSFT", lambda: run_jsft(jsft_run, console))
-    judge = Judge.from_pretrained(model, max_length=1024)
+    judge = Judge.from_pretrained(model, max_length=MAX_LENGTH, dtype=dtype)
     after = timed("judging after", lambda: evaluate_judge(judge, held_out.records, progress=True))
     train_run = load_run(
         ROOT / "configs/hh_self_judge.yaml",
@@ -108,18 +113,20 @@ def main() -> None:
             f"training_args.output_dir={arguments.output / 'self_judge'}",
             f"training_args.max_steps={arguments.steps}",
             f"model.model_name_or_path={model}",
-            f"dataset.max_records={16 * arguments.steps}",
+            f"dataset.max_records={8 * arguments.steps}",
             "training_args.per_device_train_batch_size=4",
-            "self_judge_args.global_batch_size=8",
-            "self_judge_args.max_length=640",
+            "self_judge_args.global_batch_size=4",
+            "self_judge_args.max_length=512",
             "self_judge_args.max_new_tokens=64",
             "self_judge_args.log_completions=true",
         ],
         "self_judge",
     )
     policy = timed("self-training", lambda: run_self_judge(train_run, console))
-    played = timed("tournament", lambda: tournament(policy, judge, held_out, arguments.prompts))
-    report(console, arguments, before, after, seconds, played)
+    played = timed(
+        "tournament", lambda: tournament(policy, judge, held_out, arguments.prompts, dtype)
+    )
+    report(console, arguments, before, after, seconds, played, dtype)
 
 
 def smollm2(tools: Path, folder: Path) -> Path:
@@ -130,12 +137,14 @@ def smollm2(tools: Path, folder: Path) -> Path:
     return folder
 
 
-def tournament(policy: Path, judge: Judge, held_out: Any, prompts: int) -> dict[str, Any]:
+def tournament(
+    policy: Path, judge: Judge, held_out: Any, prompts: int, dtype: str
+) -> dict[str, Any]:
     """Four samples to each of some real prompts, and the best of each by knockout."""
     records = held_out.records[:prompts]
     encoder = ChatEncoder(load_tokenizer(policy))
     sampler = TransformersSampler(
-        load_model(policy, dtype="float32"), encoder, SamplingSettings(max_new_tokens=64, top_p=0.9)
+        load_model(policy, dtype=dtype), encoder, SamplingSettings(max_new_tokens=64, top_p=0.9)
     )
     sampled = sampler.sample(
         [encoder.encode_prompt(r.prompt) for r in records], 4, seeds=0, progress=True
@@ -168,6 +177,7 @@ def report(
     after: JudgeQuality,
     seconds: dict[str, float],
     played: dict[str, Any],
+    dtype: str,
 ) -> None:
     """Prints the table and writes real.json."""
     table = Table(title="SmolLM2-135M-Instruct on HH-helpful")
@@ -184,7 +194,7 @@ def report(
     pairs = [json.loads(line) for path in rollouts for line in path.read_text().splitlines()]
     result = {
         "settings": {k: str(v) for k, v in vars(arguments).items()},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {dtype}",
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, peft, datasets)},
         "seconds": seconds,
         "judge_before": before.to_dict(),

@@ -425,7 +425,11 @@ def check_training_values(values: Mapping[str, Any], config_class: type) -> dict
     check_training_args(values, [f.name for f in dataclasses.fields(config_class)])
     hints = typing.get_type_hints(config_class)
     simple = {int, float, bool, types.NoneType}
-    checked = dict(values)
+    # YAML reads a bare `no` as false.
+    checked = {
+        key: "no" if key.endswith("_strategy") and value is False else value
+        for key, value in values.items()
+    }
     for key, value in values.items():
         hint = hints[key]
         if set(typing.get_args(hint) or (hint,)) <= simple:
