@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import trl
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +49,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+# The last TRL for Python 3.10: no fused LM head yet, and no say in how checkpointing is restored.
+_BEFORE_FUSED_HEAD = Version(trl.__version__) < Version("1.16")
 
 
 class SelfJudgeTrainer(DPOTrainer):
@@ -322,11 +327,11 @@ class SelfJudgeTrainer(DPOTrainer):
     @contextmanager
     def _policy(self) -> Iterator[Any]:
         # Generating in training mode under gradient checkpointing would silently drop the cache.
+        checkpointing: dict[str, Any] = {}
+        if not _BEFORE_FUSED_HEAD:
+            checkpointing["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
         with unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=True,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
+            self.model_wrapped, self.accelerator, gather_deepspeed3_params=True, **checkpointing
         ) as policy:
             yield policy
 
@@ -404,6 +409,11 @@ class _LogProbUnits:
         average, (loss_type, *_) = trainer.args.average_log_prob, trainer.loss_types
         if average is None or average == (loss_type == "ipo"):
             return None
+        if _BEFORE_FUSED_HEAD:
+            raise ValueError(
+                f"average_log_prob={average} with {loss_type} needs TRL 1.16 (Python 3.11), "
+                f"this is {trl.__version__}: leave it unset for TRL's own convention"
+            )
         units = cls(average)
         for model in (trainer.model, trainer.ref_model):
             if model is not None:
