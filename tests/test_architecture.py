@@ -18,7 +18,7 @@ import self_judge
 PACKAGE = Path(self_judge.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"comparison", "templates", "config", "machine", "typed_yaml"},
+    {"comparison", "templates", "config", "machine", "typed_yaml", "whole_file"},
     {
         "content_tokens",
         "encoding",

@@ -38,6 +38,7 @@ from self_judge.templates import JudgeTemplates
 from self_judge.tournament import knockouts
 from self_judge.trainer import SelfJudgeTrainer
 from self_judge.trainer_config import SelfJudgeConfig
+from self_judge.whole_file import written_whole
 
 SIZES = (1, 4, 16)  # N of self-rejection
 
@@ -97,9 +98,8 @@ def run_demo(
     )
     gold = _gold_scores(judge, policy, encoder, seed, settings, console)
     summary = _summary(seed, time.perf_counter() - started, quality, gold)
-    aside = output / "summary.json.part"
-    aside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    aside.replace(output / "summary.json")
+    with written_whole(output / "summary.json") as file:
+        file.write(json.dumps(summary, indent=2) + "\n")
     console.print(_table(summary))
     console.print(f"{summary['seconds']:.0f} s in all; written to {output}/summary.json")
     return summary

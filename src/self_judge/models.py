@@ -26,6 +26,7 @@ from transformers import (
 
 from self_judge.encoding import ChatEncoder
 from self_judge.templates import JudgeTemplates
+from self_judge.whole_file import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -194,10 +195,8 @@ def save_judge_settings(
         "chat_template": encoder.chat_template,
     }
     path = Path(directory) / JUDGE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".json.part")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    with written_whole(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,7 @@ from self_judge.sources import PreferenceData, Subset, load_preferences, to_self
 from self_judge.templates import JudgeTemplates
 from self_judge.trainer import SelfJudgeTrainer
 from self_judge.trainer_config import SelfJudgeConfig
+from self_judge.whole_file import written_whole
 
 logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -372,7 +372,5 @@ def _train(trainer: Any, args: Any) -> None:
 def _save_json(path: Path, content: Any) -> None:
     if not PartialState().is_main_process:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.move(aside, path)
+    with written_whole(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -18,6 +18,7 @@ import torch
 from self_judge.comparison import Comparison, Response, Verdict
 from self_judge.sampling import stable_seed
 from self_judge.tournament import Bracket, Compare, knockouts
+from self_judge.whole_file import written_whole
 
 PairSelection = Literal["best_worst", "best_random"]
 
@@ -221,14 +222,10 @@ def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
 
 def write_rollouts(path: Path, rollouts: Sequence[Rollout], step: int) -> None:
     """Writes one JSON line per rollout; the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    # A lone surrogate, which data may hold, has no UTF-8: it is written as JSON's own escape.
-    with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with written_whole(path) as file:
         for rollout in rollouts:
             line = json.dumps(_as_json(rollout, step), ensure_ascii=False, allow_nan=False)
             file.write(line + "\n")
-    aside.replace(path)
 
 
 def _as_json(rollout: Rollout, step: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from self_judge.models import load_judge_settings, load_model, load_tokenizer
 from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.templates import dialogue_text
 from self_judge.tournament import Bracket, knockouts
+from self_judge.whole_file import written_whole
 
 # Lines in memory at a time: all their matches of a round are judged together.
 CHUNK = 256
@@ -77,8 +78,6 @@ def run_tournament(
         raise ValueError(f"{source}: it has no lines")
     judge = Judge.from_pretrained(model, batch_size=batch_size, max_length=max_length)
     sampler: TransformersSampler | None = None
-    aside = target.with_name(target.name + ".part")
-    target.parent.mkdir(parents=True, exist_ok=True)
     bar = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -87,7 +86,7 @@ def run_tournament(
         TimeElapsedColumn(),
         console=console or Console(stderr=True),
     )
-    with bar, aside.open("w", encoding="utf-8") as out:
+    with bar, written_whole(target) as out:
         task = bar.add_task("tournament", total=total)
         entries = _entries(source)
         while chunk := list(itertools.islice(entries, CHUNK)):
@@ -110,7 +109,6 @@ def run_tournament(
                 }
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
             bar.update(task, advance=len(chunk))
-    aside.replace(target)
     return total
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from self_judge.comparison import LabeledPair, Message, PreferenceRecord
 from self_judge.templates import JudgeTemplates
+from self_judge.whole_file import written_whole
 from self_judge.world import (
     ABSURD,
     CLOSERS,
@@ -230,16 +229,9 @@ def write_dataset(
     path = Path(path)
     if path.suffix != ".jsonl":
         raise ValueError(f"write_dataset writes JSON lines: {path} should end in .jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            for record in _EMITTERS[kind](n, seed, split):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with written_whole(path) as file:
+        for record in _EMITTERS[kind](n, seed, split):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return path
 
 
