@@ -1,0 +1,143 @@
+"""Prefix trees: nothing is lost, shared tokens stand once, a token sees its ancestors only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from self_judge.prefix_trees import (
+    Row,
+    batches,
+    joined,
+    prefix_groups,
+    prefix_rows,
+    shared_length,
+)
+
+TOKENS = st.integers(0, 2)  # few, so that prefixes are shared often
+SEQUENCES = st.lists(st.lists(TOKENS, min_size=1, max_size=12), min_size=1, max_size=14)
+
+
+def read_back(rows: Sequence[Row]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for row in rows:
+        for i, places in row.places.items():
+            assert i not in found
+            found[i] = row.token_ids[places].tolist()
+    return found
+
+
+def slow_mask(row: Row) -> np.ndarray:
+    """Token q sees token k if some sequence has both, and k not after q."""
+    mask = np.zeros((len(row), len(row)), dtype=bool)
+    for places in row.places.values():
+        for n, q in enumerate(places):
+            mask[q, places[: n + 1]] = True
+    return mask
+
+
+def fast_mask(row: Row) -> np.ndarray:
+    q, k = np.arange(len(row))[:, None], np.arange(len(row))
+    return (k <= q) & (q < row.subtree_ends)
+
+
+@given(SEQUENCES, st.integers(1, 40), st.sampled_from([0.0, 0.01, 1.0]))
+def test_every_sequence_comes_back(
+    sequences: list[list[int]], row_tokens: int, cost: float
+) -> None:
+    rows = prefix_rows(sequences, row_tokens, cost)
+    assert read_back(rows) == dict(enumerate(sequences))
+    assert read_back(joined(rows, row_tokens)) == dict(enumerate(sequences))
+
+
+@given(SEQUENCES, st.integers(1, 40), st.sampled_from([0.0, 0.01, 1.0]))
+def test_a_token_stands_at_its_depth_and_sees_its_ancestors_only(
+    sequences: list[list[int]], row_tokens: int, cost: float
+) -> None:
+    rows = prefix_rows(sequences, row_tokens, cost)
+    for row in [*rows, *joined(rows, row_tokens)]:
+        assert (fast_mask(row) == slow_mask(row)).all()
+        for places in row.places.values():
+            assert row.positions[places].tolist() == list(range(len(places)))
+
+
+@given(SEQUENCES)
+def test_every_unique_prefix_stands_once(sequences: list[list[int]]) -> None:
+    rows = prefix_rows(sequences, row_tokens=10_000)
+    prefixes = {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
+    assert sum(len(r) for r in rows) == len(prefixes)
+
+
+@given(SEQUENCES, st.integers(1, 40))
+def test_no_row_is_longer_than_allowed_but_for_a_sequence_that_is(
+    sequences: list[list[int]], row_tokens: int
+) -> None:
+    rows = prefix_rows(sequences, row_tokens)
+    for row in [*rows, *joined(rows, row_tokens)]:
+        assert len(row) <= row_tokens or len({tuple(p) for p in row.places.values()}) == 1
+
+
+@given(SEQUENCES, st.integers(1, 30))
+def test_an_oversized_tree_is_split_so_that_the_fewest_tokens_are_computed(
+    sequences: list[list[int]], row_tokens: int
+) -> None:
+    ordered = sorted(set(map(tuple, sequences)))
+
+    def tokens(run: Sequence[tuple[int, ...]]) -> int:
+        return len({s[: n + 1] for s in run for n in range(len(s))})
+
+    least = [0]
+    for end in range(1, len(ordered) + 1):
+        runs = [(start, tokens(ordered[start:end])) for start in range(end)]
+        fitting = [(s, n) for s, n in runs if n <= row_tokens or s == end - 1]
+        least.append(min(least[s] + n for s, n in fitting))
+    assert sum(len(r) for r in prefix_rows(sequences, row_tokens)) == least[-1]
+
+
+def test_branches_are_kept_apart_where_attention_across_them_costs_more_than_the_prefix() -> None:
+    sequences = [[0, *range(10, 40)], [0, *range(50, 80)]]
+    assert len(prefix_rows(sequences, 1000, attention_cost=0.0)) == 1
+    assert len(prefix_rows(sequences, 1000, attention_cost=0.1)) == 2
+
+
+@given(SEQUENCES)
+def test_prefix_groups_cover_all_and_leave_every_sequence_a_token(
+    sequences: list[list[int]],
+) -> None:
+    groups = prefix_groups(sequences)
+    assert sorted(i for g in groups for i in g.members) == list(range(len(sequences)))
+    for group in groups:
+        heads = {tuple(sequences[i][: group.prefix]) for i in group.members}
+        assert len(heads) == 1
+        assert all(len(sequences[i]) > group.prefix for i in group.members)
+
+
+@given(SEQUENCES, st.integers(1, 60), st.integers(1, 4))
+def test_batches_keep_all_rows_within_their_limits(
+    sequences: list[list[int]], batch_tokens: int, batch_rows: int
+) -> None:
+    rows = prefix_rows(sequences, 10, 1.0)
+    batched = batches(rows, batch_tokens, batch_rows)
+    assert sorted(map(id, rows)) == sorted(id(r) for b in batched for r in b)
+    for batch in batched:
+        assert len(batch) <= batch_rows
+        assert len(batch) == 1 or len(batch) * len(batch[0]) <= batch_tokens
+        assert len(batch[0]) == max(map(len, batch))
+
+
+def test_shared_length_counts_from_the_start() -> None:
+    array = np.array
+    assert shared_length(array([1, 2, 3]), array([1, 2, 4])) == 2
+    assert shared_length(array([1, 2]), array([1, 2, 4])) == 2
+    assert shared_length(array([5]), array([1])) == 0
+
+
+def test_what_cannot_be_laid_out_is_named() -> None:
+    with pytest.raises(ValueError, match="sequence 1 has no tokens"):
+        prefix_rows([[1], []], 8)
+    with pytest.raises(ValueError, match="row_tokens must be at least 1"):
+        prefix_rows([[1]], 0)
