@@ -21,6 +21,7 @@ FLOORS: list[set[str]] = [
     {"comparison", "templates", "config", "machine", "typed_yaml", "whole_file"},
     {
         "content_tokens",
+        "prefix_trees",
         "encoding",
         "sources",
         "selection",
@@ -30,8 +31,17 @@ FLOORS: list[set[str]] = [
         "synthetic",
         "world",
     },
-    {"models", "packing", "sampling", "judge"},
-    {"jsft", "tournament", "rollouts", "prompts", "trainer_config", "trainer", "evaluation"},
+    {"models", "packed_passes", "packing", "packed_head", "sampling", "judge"},
+    {
+        "jsft",
+        "jsft_trainer",
+        "tournament",
+        "rollouts",
+        "prompts",
+        "trainer_config",
+        "trainer",
+        "evaluation",
+    },
     {"report", "serving", "recipes", "self_rejection", "demo", "progress", "cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

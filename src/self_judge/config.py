@@ -182,7 +182,9 @@ class JSFTArgs:
         global_batch_size: examples per optimizer step over all processes; the accumulation steps
             follow from it (see `accumulation_steps`). `None`: as `training_args` says.
         group_by_length: micro-batches of like lengths within each randomly drawn optimizer step:
-            less padding.
+            less padding. Packing sorts by itself; this is for `packing: off`.
+        packing: how sequences share prefixes (see `Packing`): `auto`, `tree`, `cache`, `padding`,
+            or `off`.
         merge_adapter: after LoRA training, fold the adapter into the weights and save a plain
             model; otherwise the adapter alone is saved.
     """
@@ -191,6 +193,7 @@ class JSFTArgs:
     ignore_index: int = -100
     global_batch_size: int | None = 128
     group_by_length: bool = False
+    packing: Literal["auto", "tree", "cache", "padding", "off"] = "auto"
     merge_adapter: bool = False
 
     def __post_init__(self) -> None:
@@ -205,7 +208,9 @@ class SelfJudgeArgs:
     Args:
         token_id_a, token_id_b: ids of the letters; derived from the tokenizer where left out, and
             checked against it where given.
-        judge_batch_size: judge prompts in one forward pass on one device.
+        judge_batch_size: judge prompts, or prefix trees of them, in one forward pass on one device.
+        packing: how sequences share prefixes in judging and in the update (see `Packing`): `auto`,
+            `tree`, `cache`, `padding`, or `off`.
         generation_batch_size: responses sampled together on one device.
         max_length: tokens of prompt and response together, and of a judge prompt.
         max_new_tokens: tokens of a sampled response.
@@ -227,6 +232,7 @@ class SelfJudgeArgs:
     token_id_a: int | None = None
     token_id_b: int | None = None
     judge_batch_size: int = 8
+    packing: Literal["auto", "tree", "cache", "padding", "off"] = "auto"
     generation_batch_size: int = 64
     max_length: int = 2048
     max_new_tokens: int = 768

@@ -34,12 +34,14 @@ class JSFTExample:
         input_ids: token ids, length T.
         labels: the ids where the loss falls, else `ignore_index`; length T.
         note: why it was cut or must be left out (then it has no ids), or `None`.
+        twin: whether it is the example before it with the responses swapped.
     """
 
     kind: str
     input_ids: list[int]
     labels: list[int]
     note: str | None = None
+    twin: bool = False
 
 
 def jsft_examples(
@@ -108,12 +110,18 @@ def _judge_examples(
     for prompt, letter, rationale in zip(orders, letter_ids, rationales, strict=True):
         ids = [*prompt, letter, *rationale]
         mask = [0] * len(prompt) + [1] * (1 + len(rationale))
-        examples.append(_example("judge", ids, mask, max_length, ignore_index))
+        twin = letter == letter_ids[1]
+        examples.append(_example("judge", ids, mask, max_length, ignore_index, twin))
     return examples
 
 
 def _example(
-    kind: str, ids: list[int], mask: list[int], max_length: int | None, ignore_index: int
+    kind: str,
+    ids: list[int],
+    mask: list[int],
+    max_length: int | None,
+    ignore_index: int,
+    twin: bool = False,
 ) -> JSFTExample:
     note = None
     if max_length is not None and len(ids) > max_length:
@@ -122,7 +130,7 @@ def _example(
     if not any(mask[1:]):
         return JSFTExample(kind, [], [], NO_ROOM)
     labels = [i if m else ignore_index for i, m in zip(ids, mask, strict=True)]
-    return JSFTExample(kind, ids, labels, note)
+    return JSFTExample(kind, ids, labels, note, twin)
 
 
 def jsft_dataset(
@@ -142,8 +150,8 @@ def jsft_dataset(
         num_proc: processes that encode; the result does not depend on it.
 
     Returns:
-        A dataset with `input_ids`, `labels`, `length` and `kind`, and counts by kind and by why
-        examples were cut or left out.
+        A dataset with `input_ids`, `labels`, `length`, `kind` and `twin`, and counts by kind
+        and by why examples were cut or left out.
 
     Raises:
         ValueError: no example is left, or a pair is labeled for an unknown principle.
@@ -165,6 +173,7 @@ def jsft_dataset(
             labels=ids,
             length=Value("int32"),
             kind=Value("string"),
+            twin=Value("bool"),
             note=Value("string"),
         ),
         num_proc=num_proc,
@@ -215,6 +224,7 @@ class _Encode:
             "labels": [e.labels for e in examples],
             "length": [len(e.input_ids) for e in examples],
             "kind": [e.kind for e in examples],
+            "twin": [e.twin for e in examples],
             "note": [e.note or "" for e in examples],
         }
 

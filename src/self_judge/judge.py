@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -25,8 +23,10 @@ from self_judge.models import (
     load_judge_settings,
     load_model,
     load_tokenizer,
+    unwrapped,
     vocabulary_fits,
 )
+from self_judge.packing import Packing, PackingChoice
 from self_judge.templates import JudgeTemplates
 
 # One principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)
@@ -44,13 +44,14 @@ class Judge:
         encoder: a `ChatEncoder`, or a tokenizer whose own chat template is used.
         templates: the judge templates, or a mapping `{principle: {system, user, assistant}}`.
         token_id_a, token_id_b: checked against the ids derived from the tokenizer, if given.
-        batch_size: judge prompts per forward pass.
+        batch_size: rows per forward pass: judge prompts, or prefix trees of them when packed.
         max_length: tokens of a judge prompt at most; never more than the model's context length,
             which is the default.
+        packing: how prompts share prefixes (see `Packing`); `auto` takes what is exact.
 
     Raises:
-        ValueError: a template or letter cannot work (see `JudgeTemplates`, `ChatEncoder`), or the
-            tokenizer does not belong to the model.
+        ValueError: a template or letter cannot work (see `JudgeTemplates`, `ChatEncoder`), the
+            tokenizer does not belong to the model, or `packing` is not exact for it.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Judge:
         token_id_b: int | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
+        packing: PackingChoice = "auto",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"judge batch size must be at least 1, got {batch_size}")
@@ -81,6 +83,7 @@ class Judge:
         limits = [n for n in (max_length, context_length) if n is not None]
         self.max_length: int | None = min(limits, default=None)
         vocabulary_fits(model, self.encoder.tokenizer)
+        self.packing = Packing(model, packing, batch_rows=batch_size)
 
     @classmethod
     def from_pretrained(
@@ -93,6 +96,7 @@ class Judge:
         token_id_b: int | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
+        packing: PackingChoice = "auto",
         device: str | torch.device | None = None,
         **model_kwargs: Any,
     ) -> Judge:
@@ -133,6 +137,7 @@ class Judge:
             token_id_b=token_id_b,
             batch_size=batch_size,
             max_length=max_length,
+            packing=packing,
         )
 
     def compare(
@@ -178,19 +183,27 @@ class Judge:
         Returns:
             float32 tensor on the CPU, shape `(len(prompts), 2)`.
         """
-        # Longest first: batches of like lengths, and memory trouble shows at the start.
-        unique = sorted(set(map(tuple, prompts)), key=lambda p: (-len(p), p))
+        unique = list(dict.fromkeys(map(tuple, prompts)))
         letters_N2 = torch.empty(len(unique), 2)
         bar = tqdm(total=len(unique), desc="judging", unit="prompt", disable=not progress)
         with in_evaluation_mode(self.model), bar:
-            for start in range(0, len(unique), self.batch_size):
-                batch = unique[start : start + self.batch_size]
-                logits_BV = next_token_logits(self.model, batch)
-                letters_B2 = logits_BV.float().softmax(-1)[:, list(self.letter_ids)]
-                letters_N2[start : start + len(batch)] = letters_B2.cpu()
-                bar.update(len(batch))
+            packed = self.packing.decision.route != "off"
+            for done, logits_BV in (
+                self.packing.next_token_logits(unique) if packed else self._unpacked(unique)
+            ):
+                letters_N2[done] = logits_BV.float().softmax(-1)[:, list(self.letter_ids)].cpu()
+                bar.update(len(done))
         place = {prompt: i for i, prompt in enumerate(unique)}
         return letters_N2[[place[tuple(prompt)] for prompt in prompts]]
+
+    def _unpacked(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> Iterable[tuple[list[int], torch.Tensor]]:
+        # Longest first: batches of like lengths, and memory trouble shows at the start.
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            yield batch, next_token_logits(self.model, [prompts[i] for i in batch])
 
 
 def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -218,10 +231,7 @@ def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) 
 
 def _takes_logits_to_keep(model: torch.nn.Module) -> bool:
     """Whether the model under all wrappers (DDP, PEFT) can leave positions out of its LM head."""
-    inner: Any = model
-    while isinstance(inner, PeftModel) or isinstance(getattr(inner, "module", None), nn.Module):
-        inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner.module
-    return "logits_to_keep" in inspect.signature(type(inner).forward).parameters
+    return "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters
 
 
 class Scores(NamedTuple):

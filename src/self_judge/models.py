@@ -129,6 +129,16 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return plain
 
 
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The causal language model under all wrappers (DDP, PEFT), with its adapters' layers in it."""
+    inner: Any = model
+    while isinstance(inner, PeftModel) or isinstance(
+        getattr(inner, "module", None), torch.nn.Module
+    ):
+        inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner.module
+    return inner
+
+
 def frozen_reference(model: ModelT) -> ModelT:
     """A copy of the model as it is now, in evaluation mode and without gradients.
 

@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from self_judge.comparison import Comparison, PreferenceRecord
 from self_judge.config import (
@@ -36,6 +36,7 @@ from self_judge.config import (
 from self_judge.encoding import ChatEncoder
 from self_judge.evaluation import JudgeQuality, judge_quality, under_principle
 from self_judge.jsft import JudgeAugmentedSFTCollator, jsft_dataset
+from self_judge.jsft_trainer import JSFTTrainer
 from self_judge.judge import Judge
 from self_judge.machine import Run, detect_machine, fit_to_machine, threads_for
 from self_judge.models import (
@@ -46,6 +47,7 @@ from self_judge.models import (
     save_judge_settings,
     vocabulary_fits,
 )
+from self_judge.packing import PackingChoice
 from self_judge.selection import judge_context
 from self_judge.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
 from self_judge.templates import JudgeTemplates
@@ -97,6 +99,7 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
         max_length=run.jsft_args.max_length,
         ignore_index=run.jsft_args.ignore_index,
         num_proc=run.dataset.num_proc,
+        packing=run.jsft_args.packing,
         say=say,
     )
     _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
@@ -118,13 +121,15 @@ def jsft_trainer(
     max_length: int | None = 2048,
     ignore_index: int = -100,
     num_proc: int | None = None,
+    packing: PackingChoice = "auto",
     say: Say = logger.info,
-) -> SFTTrainer:
-    """TRL's `SFTTrainer` on SFT and judge examples; the examples are already as they are trained.
+) -> JSFTTrainer:
+    """TRL's `SFTTrainer`, packed, on SFT and judge examples, which are as they are trained.
 
     Args:
         records: what to learn from.
         held_out: what to measure the evaluation loss on, if `args` asks for evaluation.
+        packing: see `Packing`.
         say: told how many examples there are and what was cut.
     """
     vocabulary_fits(model, encoder.tokenizer)
@@ -143,7 +148,7 @@ def jsft_trainer(
     if evaluation is None:
         args.eval_strategy = "no"
     args.max_length = None  # examples are cut when they are built, where the reason is counted
-    return SFTTrainer(
+    return JSFTTrainer(
         model=model,
         args=args,
         data_collator=JudgeAugmentedSFTCollator(encoder.tokenizer, ignore_index),
@@ -152,6 +157,7 @@ def jsft_trainer(
         processing_class=encoder.tokenizer,
         peft_config=peft_config,
         callbacks=[SaveJudgeSettings(encoder, templates, letters)],
+        packing=packing,
     )
 
 
@@ -170,7 +176,7 @@ class SaveJudgeSettings(TrainerCallback):
 
 
 def save_jsft(
-    trainer: SFTTrainer, encoder: ChatEncoder, templates: JudgeTemplates, *, merge: bool
+    trainer: JSFTTrainer, encoder: ChatEncoder, templates: JudgeTemplates, *, merge: bool
 ) -> Path:
     """Saves the trained model (an adapter merged into its base, if asked) with its judge.json."""
     output = Path(str(trainer.args.output_dir))

@@ -1,7 +1,8 @@
 """SelfJudgeTrainer: TRL's DPOTrainer whose batches are the policy's own judged responses.
 
 It replaces where the batch comes from, and nothing else: losses, metrics, PEFT, distributed
-preparation and checkpoints are inherited. How pairs are sampled and judged stands in `rollouts.py`.
+preparation and checkpoints are inherited. Its forward passes share prefixes (`packed_head.py`) and
+give the same numbers in the same places. How pairs are sampled and judged: `rollouts.py`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from trl.trainer.utils import use_adapter
 from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
 from self_judge.models import frozen_reference, load_judge_settings, save_judge_settings
+from self_judge.packed_head import pack_fused_head
+from self_judge.packing import needs_one_pass
 from self_judge.prompts import COLUMNS, PromptPreparer, SelfJudgeCollator, fits
 from self_judge.rollouts import (
     Rollout,
@@ -194,7 +197,13 @@ class SelfJudgeTrainer(DPOTrainer):
             token_id_b=token_id_b,
             batch_size=config.judge_batch_size,
             max_length=config.max_length,
+            packing=config.packing,
         )
+        if not _BEFORE_FUSED_HEAD:
+            one_pass = needs_one_pass(self.accelerator.distributed_type)
+            for own in (self.model, self.ref_model):
+                if own is not None:
+                    pack_fused_head(own, config.packing, one_pass=one_pass)
         self.output_dir = str(config.output_dir)
         self._step_batches: list[Any] = []
         self._step_rollouts: list[list[Rollout]] | None = None

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 from trl import DPOConfig
 
+from self_judge.packing import PACKING_CHOICES, PackingChoice
 from self_judge.rollouts import PairSelection
 from self_judge.sampling import SamplingSettings
 
@@ -46,6 +47,15 @@ class SelfJudgeConfig(DPOConfig):
     )
     judge_batch_size: int = field(
         default=8, metadata={"help": "Judge prompts per forward pass on one device."}
+    )
+    packing: PackingChoice = field(
+        default="auto",
+        metadata={
+            "help": "How sequences share prefixes in judging and in the update: auto takes tree "
+            "masks, a KV cache or sorted padding, whichever is exact for the model; off packs "
+            "nothing.",
+            "choices": list(PACKING_CHOICES),
+        },
     )
     max_length: int | None = field(
         default=2048,
@@ -89,6 +99,10 @@ class SelfJudgeConfig(DPOConfig):
         if self.pair_selection not in ("best_worst", "best_random"):
             raise ValueError(
                 f"pair_selection must be best_worst or best_random, got {self.pair_selection!r}"
+            )
+        if self.packing not in PACKING_CHOICES:
+            raise ValueError(
+                f"packing must be one of {', '.join(PACKING_CHOICES)}, got {self.packing!r}"
             )
         if self.judge_batch_size < 1:
             raise ValueError(f"judge_batch_size must be at least 1, got {self.judge_batch_size}")

@@ -1,0 +1,83 @@
+"""JSFTTrainer: TRL's SFTTrainer with twins kept together and every shared token computed once.
+
+It replaces which examples meet in a batch and how their forward pass is laid out, never the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import trl
+from packaging.version import Version
+from torch.utils.data import Sampler
+from trl import SFTTrainer
+
+from self_judge.packed_head import pack_fused_head
+from self_judge.packing import Packing, PackingChoice, needs_one_pass
+
+# The last TRL for Python 3.10 has no fused LM head: its batches stay padded.
+_BEFORE_FUSED_HEAD = Version(trl.__version__) < Version("1.16")
+
+
+class TwinSampler(Sampler[int]):
+    """A random order of examples in which the two orders of a judged pair follow each other.
+
+    Args:
+        twins: for each example, whether it is the swapped twin of the example before it.
+        seed: with the epoch, fixes the order.
+    """
+
+    def __init__(self, twins: Sequence[bool], seed: int) -> None:
+        self.units: list[list[int]] = []
+        for i, twin in enumerate(twins):
+            if twin and self.units:
+                self.units[-1].append(i)
+            else:
+                self.units.append([i])
+        self.length = len(twins)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Accelerate's data loader at the start of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for unit in torch.randperm(len(self.units), generator=generator).tolist():
+            yield from self.units[unit]
+
+
+class JSFTTrainer(SFTTrainer):
+    """Takes what TRL's `SFTTrainer` takes, on the dataset of `jsft_dataset`.
+
+    Args:
+        packing: see `Packing`; `off` leaves batches padded and drawn as `SFTTrainer` does.
+
+    Raises:
+        ValueError: `packing` names a way that is not exact for the model.
+    """
+
+    def __init__(self, *args: Any, packing: PackingChoice = "auto", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.packing: Packing | None = None
+        model: Any = self.model
+        if not _BEFORE_FUSED_HEAD:
+            one_pass = needs_one_pass(self.accelerator.distributed_type)
+            self.packing = pack_fused_head(model, packing, one_pass=one_pass)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        columns = getattr(dataset, "column_names", None) or ()
+        random = self.args.train_sampling_strategy in ("random", "batch_rebalance")
+        if self.packing is None or self.packing.decision.route == "off" or not random:
+            return super()._get_train_sampler(train_dataset)
+        if "twin" not in columns:
+            return super()._get_train_sampler(train_dataset)
+        # Sorting by length is packing's own work.
+        return TwinSampler(dataset["twin"], self.args.data_seed or self.args.seed)

@@ -1,0 +1,357 @@
+"""Packed passes: prefix trees as inputs of forward passes, and the states that are wanted of them.
+
+One generator per way of sharing. It takes the way as given; whether it is exact for a model is
+decided in `packing.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from self_judge.prefix_trees import Ints, Row, batches, joined, prefix_groups, prefix_rows
+
+# Two cores are busy with about this many tokens; a GPU needs more of them.
+_BATCH_TOKENS = {"cpu": 1024}
+_BATCH_TOKENS_ELSEWHERE = 16_384
+_BLOCK = 128  # FlexAttention's
+# A dense mask has attention computed at every pair of tokens, at a lower rate than a matrix
+# product: measured with SmolLM2-135M on two cores (benchmarks/RESULTS.md).
+_DENSE_ATTENTION = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How large a forward pass may be; see `Packing`."""
+
+    row_tokens: int = 1024
+    batch_rows: int = 8
+    batch_tokens: int | None = None
+    one_pass: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass.
+
+    Attributes:
+        inputs: what the model is called with.
+        states: where the W wanted hidden states stand: in the flattened pass, after the flattened
+            prefix if there is one.
+        wanted: which of all wanted positions they are, counted through all sequences.
+        prefix: with a KV cache, what goes first, and the prefix of each branch.
+    """
+
+    inputs: dict[str, Any]
+    states: torch.Tensor
+    wanted: torch.Tensor
+    prefix: dict[str, torch.Tensor] | None = None
+
+
+@contextmanager
+def selecting(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
+    """Makes the backbone return the wanted states alone, shape `(1, W, H)`; gives its inputs.
+
+    The model's own head then scores them, with whatever it does to logits.
+
+    Args:
+        inner: the causal language model under all wrappers.
+    """
+    backbone = inner.base_model
+    before: torch.Tensor | None = None
+    inputs = dict(this.inputs)
+    if this.prefix is not None:
+        before, cache = _prefix_states(backbone, this.prefix)
+        inputs |= cache
+    with _selected(backbone, this.states, before, with_cache=this.prefix is not None):
+        yield inputs
+
+
+# -- ways of sharing -------------------------------------------------------------------------------
+
+
+def _device(inner: nn.Module) -> torch.device:
+    return next(inner.parameters()).device
+
+
+def _batched(inner: Any, shape: Shape, rows: Sequence[Row]) -> list[list[Row]]:
+    if shape.one_pass:
+        return [sorted(rows, key=len, reverse=True)]
+    tokens = shape.batch_tokens or _BATCH_TOKENS.get(_device(inner).type, _BATCH_TOKENS_ELSEWHERE)
+    return batches(rows, tokens, shape.batch_rows)
+
+
+def tree_passes(
+    inner: Any,
+    shape: Shape,
+    sequences: Sequence[Sequence[int]],
+    wanted: Sequence[Ints],
+    offsets: Sequence[int],
+) -> Iterator[Pass]:
+    blocks = attention(inner) == "flex_attention"
+    cost = 0.0 if blocks else _DENSE_ATTENTION * attention_share(inner)
+    rows = prefix_rows(sequences, shape.row_tokens, cost)
+    if blocks:
+        rows = joined(rows, shape.row_tokens)
+    for batch in _batched(inner, shape, rows):
+        ids, positions, ends = _stacked(batch, _BLOCK if blocks else 1)
+        device = _device(inner)
+        mask = (_block_mask if blocks else functools.partial(_dense_mask, inner))(ends.to(device))
+        inputs = {
+            "input_ids": ids.to(device),
+            "position_ids": positions.to(device),
+            "attention_mask": mask,
+        }
+        yield _pass(inputs, batch, wanted, offsets, width=ids.shape[1])
+
+
+def _dense_mask(inner: Any, ends_BL: torch.Tensor) -> torch.Tensor:
+    allowed = tree_mask(ends_BL)
+    if attention(inner) == "sdpa":
+        return allowed
+    # Eager attention adds the mask: a boolean one would be silently wrong.
+    dtype = inner.dtype if inner.dtype.is_floating_point else torch.float32
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def padded_passes(
+    inner: Any,
+    shape: Shape,
+    sequences: Sequence[Sequence[int]],
+    wanted: Sequence[Ints],
+    offsets: Sequence[int],
+) -> Iterator[Pass]:
+    rows = [_single(i, s) for i, s in enumerate(sequences)]
+    for batch in _batched(inner, shape, rows):
+        # Padded on the right: under a causal mask, padding can reach nothing.
+        ids, _, _ = _stacked(batch)
+        lengths = torch.tensor([len(r) for r in batch])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        inputs = {"input_ids": ids.to(_device(inner)), "attention_mask": mask.to(_device(inner))}
+        yield _pass(inputs, batch, wanted, offsets, width=ids.shape[1])
+
+
+def cache_passes(
+    inner: Any,
+    shape: Shape,
+    sequences: Sequence[Sequence[int]],
+    wanted: Sequence[Ints],
+    offsets: Sequence[int],
+) -> Iterator[Pass]:
+    groups = prefix_groups(sequences)
+    alone = [i for g in groups if not g.prefix for i in g.members]
+    if alone:
+        yield from padded_passes(
+            inner,
+            shape,
+            [sequences[i] for i in alone],
+            [wanted[i] for i in alone],
+            [offsets[i] for i in alone],
+        )
+    shared = [g for g in groups if g.prefix]
+    tokens = shape.batch_tokens or _BATCH_TOKENS.get(_device(inner).type, _BATCH_TOKENS_ELSEWHERE)
+    shared.sort(key=lambda g: (g.prefix, len(g.members)), reverse=True)
+    batch: list[Any] = []
+    for group in shared:
+        size = sum(len(sequences[i]) for g in [*batch, group] for i in g.members)
+        rows = sum(len(g.members) for g in [*batch, group])
+        if batch and (size > 2 * tokens or rows > 2 * shape.batch_rows):
+            yield _cached(inner, batch, sequences, wanted, offsets)
+            batch = []
+        batch.append(group)
+    if batch:
+        yield _cached(inner, batch, sequences, wanted, offsets)
+
+
+def _cached(
+    inner: Any,
+    groups: Sequence[Any],
+    sequences: Sequence[Sequence[int]],
+    wanted: Sequence[Ints],
+    offsets: Sequence[int],
+) -> Pass:
+    device = _device(inner)
+    longest = max(g.prefix for g in groups)
+    members = [(g, row, i) for row, g in enumerate(groups) for i in g.members]
+    width = max(len(sequences[i]) - g.prefix for g, _, i in members)
+    prefixes = torch.zeros(len(groups), longest, dtype=torch.long)
+    seen_prefixes = torch.zeros_like(prefixes)
+    for row, group in enumerate(groups):
+        # Padded on the left: the branches follow at once.
+        own = torch.as_tensor(list(sequences[group.members[0]][: group.prefix]))
+        prefixes[row, longest - group.prefix :] = own
+        seen_prefixes[row, longest - group.prefix :] = 1
+    branches = torch.zeros(len(members), width, dtype=torch.long)
+    seen_branches = torch.zeros_like(branches)
+    states, numbers = [], []
+    for place, (group, row, i) in enumerate(members):
+        own = torch.as_tensor(list(sequences[i][group.prefix :]))
+        branches[place, : len(own)] = own
+        seen_branches[place, : len(own)] = 1
+        at = np.asarray(wanted[i])
+        in_prefix = row * longest + (longest - group.prefix) + at
+        in_branch = len(groups) * longest + place * width + (at - group.prefix)
+        states.append(np.where(at < group.prefix, in_prefix, in_branch))
+        numbers.append(offsets[i] + np.arange(len(at)))
+    of_group = torch.tensor([row for _, row, _ in members])
+    starts = torch.tensor([[g.prefix] for g, _, _ in members])
+    positions = (seen_prefixes.cumsum(-1) - 1).clamp(min=0)
+    inputs = {
+        "input_ids": branches.to(device),
+        "attention_mask": torch.cat([seen_prefixes[of_group], seen_branches], 1).to(device),
+        "position_ids": (starts + torch.arange(width)).to(device),
+    }
+    prefix = {
+        "input_ids": prefixes.to(device),
+        "attention_mask": seen_prefixes.to(device),
+        "position_ids": positions.to(device),
+        "branches": of_group.to(device),
+    }
+    if not takes_positions(inner):
+        inputs.pop("position_ids")
+        prefix.pop("position_ids")
+    return Pass(
+        inputs,
+        torch.as_tensor(np.concatenate(states)).to(device),
+        torch.as_tensor(np.concatenate(numbers)),
+        prefix,
+    )
+
+
+def tree_mask(ends_BL: torch.Tensor) -> torch.Tensor:
+    """What each token may see: its ancestors and itself; boolean, shape `(B, 1, L, L)`.
+
+    Args:
+        ends_BL: `Row.subtree_ends` of each row, `(B, L)`.
+    """
+    place_L = torch.arange(ends_BL.shape[1], device=ends_BL.device)
+    before = place_L[None, :] <= place_L[:, None]
+    return (before & (place_L[:, None] < ends_BL[:, None, :]))[:, None]
+
+
+def _block_mask(ends_BL: torch.Tensor) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (k <= q) & (q < ends_BL[b, k])
+
+    rows, length = ends_BL.shape
+    return create_block_mask(sees, rows, None, length, length, device=ends_BL.device)
+
+
+def _single(index: int, sequence: Sequence[int]) -> Row:
+    ids = np.asarray(sequence, dtype=np.int64)
+    places = np.arange(len(ids))
+    return Row(ids, places, np.full(len(ids), len(ids)), {index: places})
+
+
+def _stacked(batch: Sequence[Row], multiple: int = 1) -> tuple[torch.Tensor, ...]:
+    """Ids, positions and subtree ends, each `(B, L)`; padding sees nothing but itself."""
+    longest = -(-max(len(r) for r in batch) // multiple) * multiple
+    ids = np.zeros((len(batch), longest), dtype=np.int64)
+    positions = np.zeros_like(ids)
+    ends = np.tile(np.arange(1, longest + 1), (len(batch), 1))
+    for i, row in enumerate(batch):
+        ids[i, : len(row)] = row.token_ids
+        positions[i, : len(row)] = row.positions
+        ends[i, : len(row)] = row.subtree_ends
+    return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(ends)
+
+
+def _pass(
+    inputs: dict[str, Any],
+    batch: Sequence[Row],
+    wanted: Sequence[Ints],
+    offsets: Sequence[int],
+    width: int,
+) -> Pass:
+    states, numbers = [], []
+    for i, row in enumerate(batch):
+        for s, places in row.places.items():
+            states.append(i * width + places[np.asarray(wanted[s])])
+            numbers.append(offsets[s] + np.arange(len(wanted[s])))
+    device = inputs["input_ids"].device
+    where = torch.as_tensor(np.concatenate(states)).to(device)
+    return Pass(inputs, where, torch.as_tensor(np.concatenate(numbers)))
+
+
+# -- the model -------------------------------------------------------------------------------------
+
+
+def _prefix_states(
+    backbone: nn.Module, prefix: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Hidden states `(G, T, H)` of the prefixes, and a cache with one row per branch."""
+    inputs = {k: v for k, v in prefix.items() if k != "branches"}
+    output = backbone(**inputs, use_cache=True)
+    for name in ("past_key_values", "cache_params"):
+        cache = getattr(output, name, None)
+        if cache is not None:
+            cache.reorder_cache(prefix["branches"])
+            return output.last_hidden_state, {name: cache}
+    raise ValueError("the model gave no cache")
+
+
+@contextmanager
+def _selected(
+    backbone: nn.Module, states: torch.Tensor, before: torch.Tensor | None, *, with_cache: bool
+) -> Iterator[None]:
+    used: list[bool] = []
+
+    def select(module: nn.Module, args: Any, output: Any) -> Any:
+        used.append(True)
+        hidden = output.last_hidden_state
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if before is not None:
+            flat = torch.cat([before.reshape(-1, before.shape[-1]), flat])
+        output.last_hidden_state = flat[states.to(flat.device)][None]
+        return output
+
+    def keep_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "use_cache": True}  # TRL's head forbids it, and would lose it
+
+    hooks = [backbone.register_forward_hook(select)]
+    if with_cache:
+        hooks.append(backbone.register_forward_pre_hook(keep_cache, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not used:
+        raise RuntimeError("the model did not call its own backbone: set packing=off")
+
+
+def attention(inner: Any) -> str:
+    return str(inner.config.get_text_config()._attn_implementation)
+
+
+def takes_positions(inner: Any) -> bool:
+    return "position_ids" in inspect.signature(type(inner.base_model).forward).parameters
+
+
+def attention_share(inner: Any) -> float:
+    """FLOPs of one query meeting one key, over those of a token in all matrices of the layers.
+
+    At a context of L tokens, attention adds L times this to a token's work.
+    """
+    config = inner.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(heads, 1)
+    layers = getattr(config, "num_hidden_layers", 0)
+    embedded = {
+        id(p) for m in inner.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    head = inner.get_output_embeddings()
+    embedded |= {id(p) for p in head.parameters()} if head is not None else set()
+    matrices = sum(p.numel() for p in inner.parameters() if p.dim() > 1 and id(p) not in embedded)
+    return 2 * heads * size * layers / max(matrices, 1)

@@ -1,0 +1,336 @@
+"""Packing: sequences go through a model with every shared token computed once.
+
+It decides once per model how prefixes can be shared (tree masks, a KV cache, or not at all), lays
+the sequences out, and has the model's own head score the wanted positions only. It does not know
+what the sequences are, nor what is done with the scores.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+
+from self_judge.models import in_evaluation_mode, unwrapped
+from self_judge.packed_passes import (
+    Pass,
+    Shape,
+    attention,
+    cache_passes,
+    padded_passes,
+    selecting,
+    takes_positions,
+    tree_passes,
+)
+from self_judge.prefix_trees import Ints
+
+logger = logging.getLogger(__name__)
+
+Route: TypeAlias = Literal["tree", "cache", "padding", "off"]
+PackingChoice: TypeAlias = Literal["auto", "tree", "cache", "padding", "off"]
+PACKING_CHOICES: tuple[str, ...] = get_args(PackingChoice)
+
+# Attention layers whose mask a caller may give; any other kind of layer keeps a state of its own.
+_MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_LAYOUTS: dict[str, Callable[..., Iterator[Pass]]] = {
+    "tree": tree_passes,
+    "cache": cache_passes,
+    "padding": padded_passes,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How a model's prefixes are shared.
+
+    Attributes:
+        route: `tree`, `cache`, `padding`, or `off` (the model is called as without packing).
+        reason: why this one, in words.
+        longest: the longest sequence for which the route is exact; `None` is no limit.
+        beyond: the route of longer sequences.
+    """
+
+    route: Route
+    reason: str
+    longest: int | None = None
+    beyond: Route = "padding"
+
+
+class Packing:
+    """Runs sequences through one model, each shared token once.
+
+    Args:
+        model: a causal language model, in any wrapper (PEFT, DDP, FSDP).
+        choice: `auto` takes the first of tree, cache and padding that is exact for the model;
+            another is forced, `off` packs nothing.
+        row_tokens: tokens of a packed row at most.
+        batch_rows: rows of a forward pass at most.
+        batch_tokens: tokens of a forward pass at most, padding included; default: by device.
+        gradients: whether gradients will flow (a cache does not go with gradient checkpointing).
+        one_pass: everything in one forward pass, as sharded models need whose processes must make
+            the same number of passes.
+
+    Raises:
+        ValueError: a forced choice that is not exact for this model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        choice: PackingChoice = "auto",
+        *,
+        row_tokens: int = 1024,
+        batch_rows: int = 8,
+        batch_tokens: int | None = None,
+        gradients: bool = False,
+        one_pass: bool = False,
+    ) -> None:
+        if choice not in PACKING_CHOICES:
+            raise ValueError(f"packing must be one of {', '.join(PACKING_CHOICES)}, got {choice!r}")
+        self.model = model
+        self.inner: Any = unwrapped(model)
+        self.choice = choice
+        self.gradients = gradients
+        self.shape = Shape(row_tokens, batch_rows, batch_tokens, one_pass)
+        if choice not in ("auto", "padding", "off"):
+            refused = _refused(model, choice)
+            if refused:
+                raise ValueError(f"packing={choice} cannot be used: {refused}")
+
+    @property
+    def decision(self) -> Decision:
+        """The route for this model as it is now; found by trying, once per model."""
+        return _decision(self.model, self.choice, _no_cache(self))
+
+    def passes(self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints]) -> Iterator[Pass]:
+        """The forward passes that give the hidden states of the wanted positions.
+
+        Args:
+            sequences: token ids; those without wanted positions are left out.
+            wanted: by sequence, the positions whose hidden states are needed. What comes after
+                the last of them is not computed.
+
+        Raises:
+            ValueError: packing is off, which has no passes.
+        """
+        decision = self.decision
+        cut: list[tuple[int, Sequence[int]]] = [
+            (i, s[: int(max(w)) + 1])
+            for i, (s, w) in enumerate(zip(sequences, wanted, strict=True))
+            if len(w)
+        ]
+        offsets = np.cumsum([0, *(len(w) for w in wanted)])
+        limit = decision.longest
+        within = [(i, s) for i, s in cut if limit is None or len(s) <= limit]
+        routes: list[tuple[Route, list[tuple[int, Sequence[int]]]]] = [(decision.route, within)]
+        if len(within) < len(cut):
+            if self.shape.one_pass:
+                routes = [(decision.beyond, cut)]
+            else:
+                beyond = [(i, s) for i, s in cut if limit is not None and len(s) > limit]
+                routes.append((decision.beyond, beyond))
+        for route, chosen in routes:
+            if not chosen:
+                continue
+            if route == "off":
+                raise ValueError(f"packing is off: {decision.reason}")
+            own = [s for _, s in chosen]
+            yield from _LAYOUTS[route](
+                self.inner,
+                self.shape,
+                own,
+                [wanted[i] for i, _ in chosen],
+                [offsets[i] for i, _ in chosen],
+            )
+
+    @torch.no_grad()
+    def next_token_logits(
+        self, sequences: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Logits of the token after each sequence: (indices of sequences, logits `(n, V)`)."""
+        last = [np.array([len(s) - 1]) for s in sequences]
+        for this in self.passes(sequences, last):
+            with selecting(self.inner, this) as inputs:
+                output = self.model(**inputs, use_cache=this.prefix is not None)
+            yield this.wanted.tolist(), output.logits[0]
+
+
+# -- the decision ----------------------------------------------------------------------------------
+
+
+def _checkpointed(inner: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in inner.modules())
+
+
+@dataclass(slots=True)
+class _Known:
+    refused: dict[tuple[Any, ...], str | None] = field(default_factory=dict)
+    decided: dict[tuple[Any, ...], Decision] = field(default_factory=dict)
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+
+def _no_cache(packing: Packing) -> str | None:
+    """Why a KV cache is out of the question whatever the model computes; `None` if it is not."""
+    if packing.shape.one_pass:
+        return "a cache needs two passes where processes must make the same number"
+    if packing.gradients and _checkpointed(packing.inner):
+        return "gradient checkpointing leaves no cache"
+    if packing.gradients and getattr(packing.inner, "_is_stateful", False):
+        return "gradients do not flow through a recurrent state"
+    return None
+
+
+def _decision(model: nn.Module, choice: str, no_cache: str | None) -> Decision:
+    inner: Any = unwrapped(model)
+    known = _KNOWN.setdefault(inner, _Known())
+    key = (choice, no_cache, attention(inner), isinstance(model, PeftModel))
+    if key not in known.decided:
+        decision = _decide(model, choice, no_cache)
+        limit = "" if decision.longest is None else f" up to {decision.longest} tokens"
+        name = type(inner).__name__
+        logger.info("packing of %s: %s%s; %s", name, decision.route, limit, decision.reason)
+        known.decided[key] = decision
+    return known.decided[key]
+
+
+def _decide(model: nn.Module, choice: str, no_cache: str | None) -> Decision:
+    inner: Any = unwrapped(model)
+    if choice == "off":
+        return Decision("off", "asked for")
+    unselectable = _refused(model, "padding")
+    if unselectable:
+        if choice == "auto":
+            return Decision("off", unselectable)
+        raise ValueError(f"packing={choice} cannot be used: {unselectable}")
+    reasons: list[str] = []
+    for route in ("tree", "cache") if choice == "auto" else (choice,):
+        if route == "padding":
+            return Decision("padding", "asked for")
+        refused = (no_cache if route == "cache" else None) or _refused(model, route)
+        if refused is None:
+            limit = _longest_path(inner.config) if route == "tree" else None
+            beyond: Route = "padding"
+            if limit is not None and choice == "auto" and not no_cache:
+                beyond = "cache" if _refused(model, "cache") is None else "padding"
+            why = "; ".join([*reasons, f"exact with {attention(inner)} attention in a trial"])
+            return Decision(route, why, limit, beyond)
+        if choice != "auto":
+            raise ValueError(f"packing={choice} cannot be used: {refused}")
+        reasons.append(f"no {route}: {refused}")
+    return Decision("padding", "; ".join(reasons))
+
+
+def _refused(model: nn.Module, route: str) -> str | None:
+    """Why a route is not exact for a model, by what its configuration says and by trying it."""
+    inner: Any = unwrapped(model)
+    known = _KNOWN.setdefault(inner, _Known())
+    key = (route, attention(inner), isinstance(model, PeftModel))
+    if key not in known.refused:
+        known.refused[key] = _gate(model, route) or _trial(model, route)
+    return known.refused[key]
+
+
+def _gate(model: nn.Module, route: str) -> str | None:
+    inner: Any = unwrapped(model)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return "the adapter puts virtual tokens in front of every sequence"
+    if getattr(inner, "base_model", inner) is inner:
+        return f"{type(inner).__name__} has no backbone apart from its head"
+    config = inner.config.get_text_config()
+    if config.is_encoder_decoder:
+        return "an encoder-decoder model"
+    if route == "padding":
+        return None
+    if route == "cache":
+        if config.model_type == "jamba":
+            return "Jamba's cache does not keep what its state needs"
+        return None
+    if getattr(inner, "_is_stateful", False):
+        return "its layers keep a state that runs through the whole row"
+    unknown = set(getattr(config, "layer_types", None) or ()) - _MASKED_LAYERS
+    if unknown:
+        return f"layers of the kind {', '.join(sorted(unknown))}"
+    if not takes_positions(inner):
+        return "it takes no position ids"
+    if getattr(config, "alibi", False):
+        return "ALiBi counts places in the row"
+    if attention(inner) not in ("sdpa", "eager", "flex_attention"):
+        return f"{attention(inner)} attention takes no mask of one's own"
+    return None
+
+
+def _longest_path(config: Any) -> int | None:
+    """Up to which length every token of a sequence sees all before it, and sits where it would."""
+    config = config.get_text_config()
+    limits: list[int] = []
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if window and (kinds is None or "sliding_attention" in kinds):
+        limits.append(int(window))
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and (kinds is None or "chunked_attention" in kinds):
+        limits.append(int(chunk))
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    ropes = [r for r in (rope, *rope.values()) if isinstance(r, Mapping)]
+    for parameters in ropes:
+        # These stretch with the longest sequence of a pass.
+        if parameters.get("rope_type", parameters.get("type")) in ("dynamic", "longrope"):
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            limits.append(int(original or config.max_position_embeddings))
+    return min(limits, default=None)
+
+
+@torch.no_grad()
+def _trial(model: nn.Module, route: str) -> str | None:
+    """Tries the route on two small trees against every sequence alone; `None` if they agree."""
+    inner: Any = unwrapped(model)
+    size = inner.get_input_embeddings().weight.shape[0]
+    drawn = torch.randint(
+        size // 4,
+        max(size // 4 + 1, 3 * size // 4),
+        (32,),
+        generator=torch.Generator().manual_seed(0),
+    ).tolist()
+    root, other = drawn[:4], drawn[10:13]
+    # Rows of nine tokens at most: on longer ones, rounding in bfloat16 could hide a mistake.
+    trees = [root + drawn[4:7], root + drawn[4:5] + drawn[7:8], root + drawn[8:9]]
+    sequences = [*trees, other + drawn[13:15], other + drawn[15:18]]
+    everywhere = [np.arange(len(s)) for s in sequences]
+    shape = Shape(row_tokens=9)
+    device = next(inner.parameters()).device
+    offsets = np.cumsum([0, *map(len, sequences)])
+    try:
+        with in_evaluation_mode(inner), torch.autocast(device.type, enabled=False):
+            alone = [
+                inner(input_ids=torch.tensor([s], device=device), use_cache=False).logits[0]
+                for s in sequences
+            ]
+            expected = torch.cat(alone).float()
+            found = torch.full_like(expected, torch.nan)
+            for this in _LAYOUTS[route](inner, shape, sequences, everywhere, offsets[:-1]):
+                with selecting(inner, this) as inputs:
+                    logits = inner(**inputs, use_cache=this.prefix is not None).logits
+                found[this.wanted.to(found.device)] = logits[0].float()
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        return f"a trial failed with {type(error).__name__}: {str(error).splitlines()[0]:.160}"
+    off = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+    exact = inner.dtype in (torch.float32, torch.float64)
+    if not off <= (1e-4 if exact else 3e-2):
+        return f"a trial was off by {off:.1e} of the largest logit"
+    return None
+
+
+def needs_one_pass(distributed: Any) -> bool:
+    """Whether processes must make the same number of forward passes (FSDP, ZeRO-3)."""
+    return str(getattr(distributed, "value", distributed)).upper() in ("FSDP", "DEEPSPEED")
