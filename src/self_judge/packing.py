@@ -107,7 +107,23 @@ class Packing:
     @property
     def decision(self) -> Decision:
         """The route for this model as it is now; found by trying, once per model."""
-        return _decision(self.model, self.choice, _no_cache(self))
+        known = _KNOWN.setdefault(self.inner, _Known())
+        key = (
+            self.choice,
+            _no_cache(self),
+            attention(self.inner),
+            isinstance(self.model, PeftModel),
+        )
+        if key not in known.decided:
+            known.decided[key] = _decide(self.model, self.choice, key[1])
+            logger.info(self.describe())
+        return known.decided[key]
+
+    def describe(self) -> str:
+        """The choice and its reason, in one line."""
+        decision = self.decision
+        limit = "" if decision.longest is None else f" up to {decision.longest} tokens"
+        return f"packing of {type(self.inner).__name__}: {decision.route}{limit}; {decision.reason}"
 
     def passes(self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints]) -> Iterator[Pass]:
         """The forward passes that give the hidden states of the wanted positions.
@@ -187,19 +203,6 @@ def _no_cache(packing: Packing) -> str | None:
     if packing.gradients and getattr(packing.inner, "_is_stateful", False):
         return "gradients do not flow through a recurrent state"
     return None
-
-
-def _decision(model: nn.Module, choice: str, no_cache: str | None) -> Decision:
-    inner: Any = unwrapped(model)
-    known = _KNOWN.setdefault(inner, _Known())
-    key = (choice, no_cache, attention(inner), isinstance(model, PeftModel))
-    if key not in known.decided:
-        decision = _decide(model, choice, no_cache)
-        limit = "" if decision.longest is None else f" up to {decision.longest} tokens"
-        name = type(inner).__name__
-        logger.info("packing of %s: %s%s; %s", name, decision.route, limit, decision.reason)
-        known.decided[key] = decision
-    return known.decided[key]
 
 
 def _decide(model: nn.Module, choice: str, no_cache: str | None) -> Decision:

@@ -103,7 +103,7 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
         say=say,
     )
     _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
-    _train(trainer, args)
+    _train(trainer, args, say)
     output = save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
     say(f"JSFT model and judge.json: {output}")
     return output
@@ -237,7 +237,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
         **letters,
     )
     _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
-    _train(trainer, args)
+    _train(trainer, args, say)
     trainer.save_model(str(args.output_dir))
     say(f"policy: {args.output_dir}")
     return Path(str(args.output_dir))
@@ -366,12 +366,15 @@ def _lora(settings: dict[str, Any] | None) -> LoraConfig | None:
     return LoraConfig(**settings)
 
 
-def _train(trainer: Any, args: Any) -> None:
+def _train(trainer: JSFTTrainer | SelfJudgeTrainer, args: Any, say: Say) -> None:
     """Trains; `resume_from_checkpoint: true` goes on from the last checkpoint, if there is one."""
     resume: str | bool | None = args.resume_from_checkpoint
     if resume in (True, "true", "True", "auto"):
         folder = str(args.output_dir)
         resume = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    # A sharded model can be tried only with all processes in step, at the first batch.
+    if trainer.packing is not None and not trainer.packing.shape.one_pass:
+        say(trainer.packing.describe())
     trainer.train(resume_from_checkpoint=resume)
 
 

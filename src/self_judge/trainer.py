@@ -33,7 +33,7 @@ from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
 from self_judge.models import frozen_reference, load_judge_settings, save_judge_settings
 from self_judge.packed_head import pack_fused_head
-from self_judge.packing import needs_one_pass
+from self_judge.packing import Packing, needs_one_pass
 from self_judge.prompts import COLUMNS, PromptPreparer, SelfJudgeCollator, fits
 from self_judge.rollouts import (
     Rollout,
@@ -199,11 +199,12 @@ class SelfJudgeTrainer(DPOTrainer):
             max_length=config.max_length,
             packing=config.packing,
         )
+        self.packing: Packing | None = None
         if not _BEFORE_FUSED_HEAD:
             one_pass = needs_one_pass(self.accelerator.distributed_type)
-            for own in (self.model, self.ref_model):
+            for own in (self.ref_model, self.model):
                 if own is not None:
-                    pack_fused_head(own, config.packing, one_pass=one_pass)
+                    self.packing = pack_fused_head(own, config.packing, one_pass=one_pass)
         self.output_dir = str(config.output_dir)
         self._step_batches: list[Any] = []
         self._step_rollouts: list[list[Rollout]] | None = None
