@@ -36,6 +36,9 @@ from side_by_side import (
 def main() -> None:
     """Samples, plays once, then times both sides on the rounds played."""
     given = arguments(__doc__, contexts=2, responses=16, tokens=64)
+    memory = (
+        None if given.only else peaks(["packed", "plain, padded batches of 8"])
+    )  # before this process holds any
     model = model_of(given).eval()
     judge = Judge(model, encoder_of(given), templates_of(), max_length=1024)
     records = records_of(given, given.contexts)
@@ -80,7 +83,7 @@ def main() -> None:
         seconds,
         limit=sum(map(computed, shuffled)) / unique,
         floor=work / matrix_rate(model),
-        memory=peaks(list(sides)),
+        memory=memory,
         notes=[f"probabilities differ by at most {(found - expected).abs().max():.1e}"],
     )
 
