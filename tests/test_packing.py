@@ -360,6 +360,14 @@ def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool) -> N
 def test_an_adapter_trains_the_same_and_can_be_switched_off() -> None:
     packed, plain = fused_pair(build("llama"), r=4, target_modules=["q_proj", "v_proj"])
     batch = batch_of(sharing(12), 12)
+    computed: list[int] = []
+    for model in (packed, plain):
+        model(**batch, fused_lm_head=True)  # tries the model once
+        model.get_base_model().model.register_forward_pre_hook(
+            lambda _, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        model(**batch, fused_lm_head=True)
+    assert sum(computed[:-1]) < computed[-1]  # packed, for all that the adapter hands on
     found = [m(**batch, fused_lm_head=True).log_probs for m in (packed, plain)]
     torch.testing.assert_close(*found, rtol=0, atol=1e-4)
     for log_probs in found:

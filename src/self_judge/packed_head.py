@@ -56,6 +56,8 @@ def pack_fused_head(
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return fused_forward(*args, **kwargs)
+        # PEFT hands on every argument it knows, most of them as None.
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
         if args or not _packable(inner, kwargs) or packing.decision.route == "off":
             return fused_forward(*args, fused_lm_head=True, **kwargs)
         return _packed(packing, fused_forward, **kwargs)
@@ -65,7 +67,7 @@ def pack_fused_head(
 
 
 def _packable(inner: Any, kwargs: dict[str, Any]) -> bool:
-    if kwargs.keys() - _UNDERSTOOD or any(kwargs.get(k) is None for k in ("input_ids", "labels")):
+    if kwargs.keys() - _UNDERSTOOD or not {"input_ids", "labels"} <= kwargs.keys():
         return False
     if getattr(inner.config.get_text_config(), "output_router_logits", False):
         return False
