@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -168,6 +169,29 @@ def test_a_shared_token_is_computed_once_and_only_last_positions_reach_the_head(
     list(packing.next_token_logits([[*prefix, 50, 51], [*prefix, 51, 50]]))
     assert sum(computed) == len(prefix) + 4
     assert sum(scored) == 2
+
+
+def test_a_tournament_round_goes_through_a_cache_and_a_comparison_through_a_tree() -> None:
+    model, draw = build("llama"), random.Random(6)
+
+    def prompts(branches: int) -> list[list[int]]:
+        prefix = [draw.randrange(3, 120) for _ in range(40)]
+        return [prefix + [draw.randrange(3, 120) for _ in range(20)] for _ in range(branches)]
+
+    sequences = [*prompts(16), *prompts(2)]
+    packing = Packing(model, row_tokens=200)
+    kinds = {True: 0, False: 0}
+    found = {}
+    for this in packing.passes(sequences, [np.array([59])] * 18):
+        kinds[this.prefix is not None] += len(this.wanted)
+    assert kinds == {True: 16, False: 2}
+    for indices, logits in packing.next_token_logits(sequences):
+        found |= dict(zip(indices, logits, strict=True))
+    assert len(found) == 18
+    for i, sequence in enumerate(sequences):
+        with torch.no_grad():
+            expected = alone(model, sequence)[-1]
+        torch.testing.assert_close(found[i], expected, rtol=0, atol=1e-4)
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -113,6 +113,31 @@ def tree_passes(
         yield _pass(inputs, batch, wanted, offsets, width=ids.shape[1])
 
 
+def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Which sequences a KV cache computes for clearly less than dense tree masks do.
+
+    Those are groups of many branches (a tournament round): in their rows a dense mask has every
+    branch attend to every other, and a row that is full repeats the prefix.
+
+    Returns:
+        Their indices.
+    """
+    cost = _DENSE_ATTENTION * attention_share(inner)
+    cached: list[int] = []
+    for group in prefix_groups(sequences):
+        if len(group.members) <= 2:
+            continue  # one comparison in both orders: two passes save nothing over one
+        own = [sequences[i] for i in group.members]
+        lengths = [len(row) for row in prefix_rows(own, shape.row_tokens, cost)]
+        branches = [len(s) - group.prefix for s in own]
+        met = group.prefix**2 + sum(b * (group.prefix + b) for b in branches)
+        if 1.2 * (group.prefix + sum(branches) + cost * met) < sum(
+            n + cost * n * n for n in lengths
+        ):
+            cached += group.members
+    return cached
+
+
 def _dense_mask(inner: Any, ends_BL: torch.Tensor) -> torch.Tensor:
     allowed = tree_mask(ends_BL)
     if attention(inner) == "sdpa":

@@ -23,6 +23,7 @@ from self_judge.packed_passes import (
     Pass,
     Shape,
     attention,
+    better_cached,
     cache_passes,
     padded_passes,
     selecting,
@@ -152,6 +153,10 @@ class Packing:
             else:
                 beyond = [(i, s) for i, s in cut if limit is not None and len(s) > limit]
                 routes.append((decision.beyond, beyond))
+        if self.decision.route == "tree" and within and self._may_cache():
+            better = set(better_cached(self.inner, self.shape, [s for _, s in within]))
+            routes[0] = ("tree", [x for n, x in enumerate(within) if n not in better])
+            routes.append(("cache", [x for n, x in enumerate(within) if n in better]))
         for route, chosen in routes:
             if not chosen:
                 continue
@@ -165,6 +170,12 @@ class Packing:
                 [wanted[i] for i, _ in chosen],
                 [offsets[i] for i, _ in chosen],
             )
+
+    def _may_cache(self) -> bool:
+        """Whether many branches may go through a cache where trees are exact as well."""
+        free = self.choice == "auto" and not self.gradients and not self.shape.one_pass
+        dense = attention(self.inner) != "flex_attention"
+        return free and dense and _refused(self.model, "cache") is None
 
     @torch.no_grad()
     def next_token_logits(
