@@ -315,7 +315,7 @@ def test_equal_prompts_are_computed_once(judge: Judge, model: Any) -> None:
     seen: list[int] = []
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
-    judge.packing.decision  # noqa: B018  tries the model once
+    judge.compare([COMPARISONS[0]])  # tries the model once
     seen.clear()
     judge.compare([COMPARISONS[0], COMPARISONS[0].swapped(), COMPARISONS[0]])
     hook.remove()

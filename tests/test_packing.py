@@ -160,6 +160,7 @@ def test_a_shared_token_is_computed_once_and_only_last_positions_reach_the_head(
     prefix = list(range(3, 43))
     packing = Packing(model)
     assert packing.decision.route == "tree"
+    list(packing.next_token_logits([[3, 4], [3, 5]]))  # tries the model once
     computed: list[int] = []
     scored: list[int] = []
     model.model.register_forward_pre_hook(
