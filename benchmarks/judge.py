@@ -8,27 +8,16 @@ position only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+import side_by_side as bench
 from self_judge import Judge
-from side_by_side import (
-    alternating,
-    arguments,
-    comparisons_of,
-    encoder_of,
-    flops,
-    matrix_rate,
-    model_of,
-    peak,
-    peaks,
-    records_of,
-    report,
-    templates_of,
-    unique_tokens,
-)
+
+SIDES = ("packed", "plain, padded batches of 8")
 
 
 @torch.no_grad()
@@ -63,38 +52,24 @@ def computed(prompts: Sequence[Sequence[int]]) -> int:
 
 def main() -> None:
     """Both sides in turn."""
-    given = arguments(__doc__, pairs=32)
-    memory = (
-        None if given.only else peaks(["packed", "plain, padded batches of 8"])
-    )  # before this process holds any
-    model = model_of(given).eval()
-    judge = Judge(model, encoder_of(given), templates_of(), max_length=1024)
-    encoded = [
-        judge.encoder.encode_orders(judge.templates, principle, comparison, judge.max_length)
-        for comparison in comparisons_of(records_of(given, given.pairs))
-        for principle in judge.templates
-    ]
-    prompts = [ids for orders in encoded if orders for ids in orders]
-    sides = {
-        "packed": lambda: judge.letter_probabilities(prompts),
-        "plain, padded batches of 8": lambda: plain(model, prompts, judge.letter_ids),
-    }
-    if given.only:
-        sides[given.only]()
-        print("peak", peak(given))
-        return
-    ours, theirs = (work() for work in sides.values())
+    given = bench.arguments(__doc__, SIDES, pairs=32)
+    model = bench.model_of(given).eval()
+    judge = Judge(model, bench.encoder_of(given), bench.templates_of(), max_length=1024)
+    comparisons = bench.comparisons_of(bench.records_of(given, given.pairs))
+    prompts = bench.judge_prompts(judge, comparisons)
+    packed = functools.partial(judge.letter_probabilities, prompts)
+    other = functools.partial(plain, model, prompts, judge.letter_ids)
+    works = (packed, other)
+    seconds, (ours, theirs) = bench.alternating(dict(zip(SIDES, works, strict=True)), given)
     margins = [((p[::2, 0] - p[::2, 1]) + (p[1::2, 1] - p[1::2, 0])) / 2 for p in (ours, theirs)]
     clear = margins[1].abs() > 0.02
     agree = ((margins[0] > 0) == (margins[1] > 0))[clear].float().mean().item()
-    seconds = alternating(sides, given.rounds, given.device)
-    report(
+    bench.report(
         f"judging {len(prompts)} prompts, both orders",
         given,
         seconds,
-        limit=computed(prompts) / unique_tokens(prompts),
-        floor=flops(model, prompts, len(prompts)) / matrix_rate(model),
-        memory=memory,
+        limit=computed(prompts) / bench.unique_tokens(prompts),
+        floor=bench.flops(model, prompts, len(prompts)) / bench.matrix_rate(model),
         notes=[
             f"probabilities differ by at most {(ours - theirs).abs().max():.1e}; verdicts agree on "
             f"{100 * agree:.1f} % of {int(clear.sum())} pairs with a margin above 0.02",

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from self_judge import ChatEncoder, Comparison, JudgeTemplates
+from self_judge import ChatEncoder, Comparison, Judge, JudgeTemplates
 from self_judge.config import load_run
 from self_judge.models import load_model, load_tokenizer
 from self_judge.packed_passes import attention_share
@@ -39,8 +40,12 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-def arguments(description: str | None, **defaults: int) -> argparse.Namespace:
-    """The options that all have, and one number per default."""
+def arguments(description: str | None, sides: Sequence[str], **defaults: int) -> argparse.Namespace:
+    """The options that all have, and one number per default.
+
+    `memory` is the peak of each side, measured at once: in processes of their own, while this one
+    holds no model yet. `sides` are those to run here: one of them in such a process.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default=str(ROOT / "outputs/real/smollm2"), help="a folder")
     parser.add_argument("--shape", choices=[*SHAPES], help="random weights of this size instead")
@@ -58,6 +63,8 @@ def arguments(description: str | None, **defaults: int) -> argparse.Namespace:
     folder = Path(given.model)
     if not (folder / "config.json").is_file():
         subprocess.run([sys.executable, str(given.tools / "smollm2.py"), str(folder)], check=True)
+    given.sides = [given.only] if given.only else list(sides)
+    given.memory = None if given.only else _peaks(sides)
     return given
 
 
@@ -100,21 +107,65 @@ def comparisons_of(records: Sequence[Any]) -> list[Comparison]:
 
 
 def alternating(
-    sides: dict[str, Callable[[], object]], rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds of each side, turn by turn, after one turn to warm up."""
+    sides: dict[str, Callable[[], Any]], given: argparse.Namespace
+) -> tuple[dict[str, list[float]], list[Any]]:
+    """Seconds of each side, turn by turn, and what each gave in a first turn to warm up.
+
+    Run for the memory of one side, it runs that once, prints its peak and leaves.
+    """
+    if given.only:
+        sides[given.only]()
+        print("peak", peak(given))
+        sys.exit()
+    results = [work() for work in sides.values()]
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
+    for _ in range(given.rounds):
         for name, work in sides.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
+            _wait(given.device)
             started = time.perf_counter()
             work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+            _wait(given.device)
+            seconds[name].append(time.perf_counter() - started)
+    return seconds, results
+
+
+def _wait(device: Any) -> None:
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def judge_prompts(judge: Judge, comparisons: Sequence[Comparison]) -> list[list[int]]:
+    """Ids of every comparison under every principle, in both orders."""
+    encoded = [
+        judge.encoder.encode_orders(judge.templates, principle, comparison, judge.max_length)
+        for comparison in comparisons
+        for principle in judge.templates
+    ]
+    return [ids for orders in encoded if orders for ids in orders]
+
+
+def losses_of(trainer: Any, batches: Sequence[dict[str, torch.Tensor]]) -> list[float]:
+    """The trainer's own loss of every batch, each with its backward pass."""
+    losses = []
+    for batch in batches:
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        losses.append(loss.item())
+    trainer.model.zero_grad()
+    return losses
+
+
+def gap(results: Sequence[Sequence[float]]) -> str:
+    """How far two sides' losses are apart."""
+    ours, theirs = results
+    return (
+        f"losses differ by at most {max(abs(a - b) for a, b in zip(ours, theirs, strict=True)):.1e}"
+    )
+
+
+def lora() -> LoraConfig:
+    """The adapter of both sides."""
+    return LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
 
 
 def unique_tokens(sequences: Sequence[Sequence[int]]) -> int:
@@ -136,13 +187,11 @@ def matrix_rate(model: Any, tokens: int = 1024) -> float:
                 continue  # the LM head sees few tokens
             times = []
             for _ in range(12):
-                if x.is_cuda:
-                    torch.cuda.synchronize()
+                _wait(x.device)
                 started = time.perf_counter()
                 for _ in range(5):
                     torch.nn.functional.linear(x, weight)
-                if x.is_cuda:
-                    torch.cuda.synchronize()
+                _wait(x.device)
                 times.append((time.perf_counter() - started) / 5)
             total += count * statistics.median(times)
             work += count * 2.0 * tokens * weight.numel()
@@ -167,7 +216,7 @@ def peak(given: argparse.Namespace) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def peaks(sides: Sequence[str]) -> dict[str, float]:
+def _peaks(sides: Sequence[str]) -> dict[str, float]:
     """Peak memory of each side, each in a process of its own that runs it once."""
     found = {}
     for side in sides:
@@ -184,11 +233,11 @@ def report(
     *,
     limit: float,
     floor: float | None = None,
-    memory: dict[str, float] | None = None,
     notes: Sequence[str] = (),
 ) -> None:
     """Medians, their ratio, what sharing allows at most, and the share of the floor reached."""
     ours, theirs = list(seconds)
+    memory = given.memory
     median = {name: statistics.median(times) for name, times in seconds.items()}
     model = given.shape or Path(given.model).name
     print(f"\n{title}: {model}, {given.dtype}, {given.device}, {torch.get_num_threads()} threads")
@@ -196,11 +245,10 @@ def report(
           f"transformers {transformers.__version__}")  # fmt: skip
     for name, times in seconds.items():
         spread = f"{min(times):.2f}–{max(times):.2f}"
-        share = f", {memory[name]:.2f} GiB peak" if memory else ""
-        print(f"  {name:<28} {median[name]:8.2f} s (of {len(times)}: {spread}){share}")
+        held = f", {memory[name]:.2f} GiB peak"
+        print(f"  {name:<28} {median[name]:8.2f} s (of {len(times)}: {spread}){held}")
     print(f"  ratio {median[theirs] / median[ours]:.2f}; computed / unique tokens {limit:.2f}")
-    if memory:
-        print(f"  memory ratio {memory[ours] / memory[theirs]:.2f}")
+    print(f"  memory ratio {memory[ours] / memory[theirs]:.2f}")
     if floor is not None:
         print(f"  floor {floor:.2f} s; {100 * floor / median[ours]:.0f} % of it reached")
     for note in notes:

@@ -8,41 +8,25 @@ the same batches of 8 pairs with LoRA; only the layout differs. Sampling and jud
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
+import side_by_side as bench
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.rollouts import preference_batch
-from side_by_side import (
-    alternating,
-    arguments,
-    encoder_of,
-    flops,
-    matrix_rate,
-    model_of,
-    peak,
-    peaks,
-    records_of,
-    report,
-    templates_of,
-    unique_tokens,
-)
 
 
 def main() -> None:
     """Both trainers' own loss on the same batches."""
-    given = arguments(__doc__, batches=1, batch=8, length=1024)
-    memory = (
-        None if given.only else peaks(["packed", "DPOTrainer"])
-    )  # before this process holds any
-    model = model_of(given)
-    encoder = encoder_of(given)
-    records = records_of(given, given.batch * given.batches)
+    given = bench.arguments(__doc__, ("packed", "DPOTrainer"), batches=1, batch=8, length=1024)
+    model = bench.model_of(given)
+    encoder = bench.encoder_of(given)
+    records = bench.records_of(given, given.batch * given.batches)
     pairs = [
         (
             encoder.encode_prompt(r.prompt),
@@ -68,17 +52,14 @@ def main() -> None:
     }
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
 
-    def lora() -> LoraConfig:
-        return LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
-
     def ours() -> Any:
         return SelfJudgeTrainer(
             model=model,
             args=SelfJudgeConfig(folder, max_new_tokens=64, **common),
             processing_class=encoder.tokenizer,
-            judge_templates=templates_of(),
+            judge_templates=bench.templates_of(),
             train_dataset=Dataset.from_list([{"query": "a"}] * 2),
-            peft_config=lora(),
+            peft_config=bench.lora(),
         )
 
     def theirs() -> Any:
@@ -87,34 +68,19 @@ def main() -> None:
             args=DPOConfig(folder, **common),
             processing_class=encoder.tokenizer,
             train_dataset=Dataset.from_list(rows),
-            peft_config=lora(),
+            peft_config=bench.lora(),
         )
 
     trainers: dict[str, Any] = {}
     for name, make in (("packed", ours), ("DPOTrainer", theirs)):
-        if given.only in (None, name):
+        if name in given.sides:
             torch.manual_seed(0)
             trainers[name] = make()
             trainers[name].model.train()
-            model = model_of(given)
+            model = bench.model_of(given)
 
-    def step(trainer: Any) -> list[float]:
-        losses = []
-        for batch in inputs:
-            loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
-            loss.backward()
-            losses.append(loss.item())
-        trainer.model.zero_grad()
-        return losses
-
-    if given.only:
-        step(trainers[given.only])
-        print("peak", peak(given))
-        return
-    sides = {name: (lambda t=t: step(t)) for name, t in trainers.items()}
-    losses = [work() for work in sides.values()]
-    gap = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    seconds = alternating(sides, given.rounds, given.device)
+    sides = {n: functools.partial(bench.losses_of, t, inputs) for n, t in trainers.items()}
+    seconds, losses = bench.alternating(sides, given)
     # What the loss needs: all but the last token of every response.
     sequences = [[*p, *side][: given.length][:-1] for p, *own, _ in pairs for side in own]
     targets = sum(int(b["completion_mask"].sum()) for b in batches)
@@ -122,15 +88,14 @@ def main() -> None:
     inner = trainers["packed"].model.get_base_model()
     # The reference's forward and the policy's, and twice less in the backward pass of LoRA: the
     # gradients of activations, but none of the frozen weights.
-    work = 3 * flops(inner, sequences, targets)
-    report(
+    work = 3 * bench.flops(inner, sequences, targets)
+    bench.report(
         f"update of {len(pairs)} pairs, LoRA",
         given,
         seconds,
-        limit=padded / unique_tokens(sequences),
-        floor=work / matrix_rate(inner),
-        memory=memory,
-        notes=[f"losses differ by at most {gap:.1e}"],
+        limit=padded / bench.unique_tokens(sequences),
+        floor=work / bench.matrix_rate(inner),
+        notes=[bench.gap(losses)],
     )
 
 

@@ -30,6 +30,7 @@ from self_judge.typed_yaml import (
 
 SourceKind = Literal["auto", "hh", "ultrafeedback", "preference"]
 RunKind = Literal["jsft", "self_judge"]
+PackingChoice = Literal["auto", "tree", "cache", "padding", "off"]
 
 # The pairwise losses of TRL 1.16's DPOTrainer.
 LOSS_TYPES = (
@@ -193,7 +194,7 @@ class JSFTArgs:
     ignore_index: int = -100
     global_batch_size: int | None = 128
     group_by_length: bool = False
-    packing: Literal["auto", "tree", "cache", "padding", "off"] = "auto"
+    packing: PackingChoice = "auto"
     merge_adapter: bool = False
 
     def __post_init__(self) -> None:
@@ -232,7 +233,7 @@ class SelfJudgeArgs:
     token_id_a: int | None = None
     token_id_b: int | None = None
     judge_batch_size: int = 8
-    packing: Literal["auto", "tree", "cache", "padding", "off"] = "auto"
+    packing: PackingChoice = "auto"
     generation_batch_size: int = 64
     max_length: int = 2048
     max_new_tokens: int = 768

@@ -9,16 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import trl
-from packaging.version import Version
 from torch.utils.data import Sampler
 from trl import SFTTrainer
 
+from self_judge.config import PackingChoice
 from self_judge.packed_head import pack_fused_head
-from self_judge.packing import Packing, PackingChoice, needs_one_pass
-
-# The last TRL for Python 3.10 has no fused LM head: its batches stay padded.
-_BEFORE_FUSED_HEAD = Version(trl.__version__) < Version("1.16")
+from self_judge.packing import needs_one_pass
 
 
 class TwinSampler(Sampler[int]):
@@ -65,19 +61,16 @@ class JSFTTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, packing: PackingChoice = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.packing: Packing | None = None
         model: Any = self.model
-        if not _BEFORE_FUSED_HEAD:
-            one_pass = needs_one_pass(self.accelerator.distributed_type)
-            self.packing = pack_fused_head(model, packing, one_pass=one_pass)
+        one_pass = needs_one_pass(self.accelerator.distributed_type)
+        self.packing = pack_fused_head(model, packing, one_pass=one_pass)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         columns = getattr(dataset, "column_names", None) or ()
         random = self.args.train_sampling_strategy in ("random", "batch_rebalance")
-        if self.packing is None or self.packing.decision.route == "off" or not random:
-            return super()._get_train_sampler(train_dataset)
-        if "twin" not in columns:
+        packed = self.packing is not None and self.packing.decision.route != "off"
+        if not (packed and random and "twin" in columns):
             return super()._get_train_sampler(train_dataset)
         # Sorting by length is packing's own work.
         return TwinSampler(dataset["twin"], self.args.data_seed or self.args.seed)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from self_judge.comparison import Comparison, Side, Verdict
+from self_judge.config import PackingChoice
 from self_judge.encoding import ChatEncoder
 from self_judge.models import (
     in_evaluation_mode,
@@ -26,7 +27,7 @@ from self_judge.models import (
     unwrapped,
     vocabulary_fits,
 )
-from self_judge.packing import Packing, PackingChoice
+from self_judge.packing import Packing
 from self_judge.templates import JudgeTemplates
 
 # One principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)

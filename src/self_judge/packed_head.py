@@ -14,11 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import trl
+from packaging.version import Version
 from torch import nn
 
+from self_judge.config import PackingChoice
 from self_judge.models import unwrapped
 from self_judge.packed_passes import selecting
-from self_judge.packing import Packing, PackingChoice
+from self_judge.packing import Packing
+
+# The last TRL for Python 3.10 has no fused LM head: its batches stay padded.
+BEFORE_FUSED_HEAD = Version(trl.__version__) < Version("1.16")
 
 # What TRL's fused head returns per token; see trl.trainer.utils.FusedCausalLMOutput.
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -40,12 +46,12 @@ def pack_fused_head(
         one_pass: see `Packing`.
 
     Returns:
-        The packing, or `None` when it is off.
+        The packing, or `None` when it is off or TRL has no fused head yet.
 
     Raises:
         ValueError: a forced choice that is not exact for this model.
     """
-    if choice == "off":
+    if choice == "off" or BEFORE_FUSED_HEAD:
         return None
     packing = Packing(model, choice, gradients=True, one_pass=one_pass)
     inner: Any = unwrapped(model)

@@ -11,13 +11,21 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from self_judge.prefix_trees import Ints, Row, batches, joined, prefix_groups, prefix_rows
+from self_judge.prefix_trees import (
+    Ints,
+    PrefixGroup,
+    Row,
+    batches,
+    joined,
+    prefix_groups,
+    prefix_rows,
+)
 
 # Two cores are busy with about this many tokens; a GPU needs more of them.
 _BATCH_TOKENS = {"cpu": 1024}
@@ -36,6 +44,33 @@ class Shape:
     batch_rows: int = 8
     batch_tokens: int | None = None
     one_pass: bool = False
+
+
+class Asked(NamedTuple):
+    """What hidden states are asked for.
+
+    Attributes:
+        sequences: token ids.
+        wanted: by sequence, the positions whose states are wanted.
+        offsets: by sequence, the number of its first wanted position among all.
+    """
+
+    sequences: Sequence[Sequence[int]]
+    wanted: Sequence[Ints]
+    offsets: Sequence[int]
+
+    @classmethod
+    def all_of(cls, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints]) -> Asked:
+        return cls(sequences, wanted, np.cumsum([0, *map(len, wanted)])[:-1].tolist())
+
+    def only(self, places: Sequence[int]) -> Asked:
+        """Some of the sequences; the numbers of their positions stay."""
+        sequences, wanted, offsets = self
+        return Asked(
+            [sequences[i] for i in places],
+            [wanted[i] for i in places],
+            [offsets[i] for i in places],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +117,21 @@ def _device(inner: nn.Module) -> torch.device:
     return next(inner.parameters()).device
 
 
+def _tokens(inner: Any, shape: Shape) -> int:
+    default = _BATCH_TOKENS.get(_device(inner).type, _BATCH_TOKENS_ELSEWHERE)
+    return shape.batch_tokens or default
+
+
 def _batched(inner: Any, shape: Shape, rows: Sequence[Row]) -> list[list[Row]]:
     if shape.one_pass:
         return [sorted(rows, key=len, reverse=True)]
-    tokens = shape.batch_tokens or _BATCH_TOKENS.get(_device(inner).type, _BATCH_TOKENS_ELSEWHERE)
-    return batches(rows, tokens, shape.batch_rows)
+    return batches(rows, _tokens(inner, shape), shape.batch_rows)
 
 
-def tree_passes(
-    inner: Any,
-    shape: Shape,
-    sequences: Sequence[Sequence[int]],
-    wanted: Sequence[Ints],
-    offsets: Sequence[int],
-) -> Iterator[Pass]:
+def tree_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
     blocks = attention(inner) == "flex_attention"
     cost = 0.0 if blocks else _DENSE_ATTENTION * attention_share(inner)
-    rows = prefix_rows(sequences, shape.row_tokens, cost)
+    rows = prefix_rows(asked.sequences, shape.row_tokens, cost)
     if blocks:
         rows = joined(rows, shape.row_tokens)
     for batch in _batched(inner, shape, rows):
@@ -110,7 +143,7 @@ def tree_passes(
             "position_ids": positions.to(device),
             "attention_mask": mask,
         }
-        yield _pass(inputs, batch, wanted, offsets, width=ids.shape[1])
+        yield _pass(inputs, batch, asked)
 
 
 def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) -> list[int]:
@@ -148,62 +181,38 @@ def _dense_mask(inner: Any, ends_BL: torch.Tensor) -> torch.Tensor:
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def padded_passes(
-    inner: Any,
-    shape: Shape,
-    sequences: Sequence[Sequence[int]],
-    wanted: Sequence[Ints],
-    offsets: Sequence[int],
-) -> Iterator[Pass]:
-    rows = [_single(i, s) for i, s in enumerate(sequences)]
+def padded_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
+    rows = [_single(i, s) for i, s in enumerate(asked.sequences)]
     for batch in _batched(inner, shape, rows):
         # Padded on the right: under a causal mask, padding can reach nothing.
         ids, _, _ = _stacked(batch)
         lengths = torch.tensor([len(r) for r in batch])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         inputs = {"input_ids": ids.to(_device(inner)), "attention_mask": mask.to(_device(inner))}
-        yield _pass(inputs, batch, wanted, offsets, width=ids.shape[1])
+        yield _pass(inputs, batch, asked)
 
 
-def cache_passes(
-    inner: Any,
-    shape: Shape,
-    sequences: Sequence[Sequence[int]],
-    wanted: Sequence[Ints],
-    offsets: Sequence[int],
-) -> Iterator[Pass]:
-    groups = prefix_groups(sequences)
+def cache_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
+    groups = prefix_groups(asked.sequences)
     alone = [i for g in groups if not g.prefix for i in g.members]
     if alone:
-        yield from padded_passes(
-            inner,
-            shape,
-            [sequences[i] for i in alone],
-            [wanted[i] for i in alone],
-            [offsets[i] for i in alone],
-        )
+        yield from padded_passes(inner, shape, asked.only(alone))
     shared = [g for g in groups if g.prefix]
-    tokens = shape.batch_tokens or _BATCH_TOKENS.get(_device(inner).type, _BATCH_TOKENS_ELSEWHERE)
     shared.sort(key=lambda g: (g.prefix, len(g.members)), reverse=True)
-    batch: list[Any] = []
+    batch: list[PrefixGroup] = []
     for group in shared:
-        size = sum(len(sequences[i]) for g in [*batch, group] for i in g.members)
+        size = sum(len(asked.sequences[i]) for g in [*batch, group] for i in g.members)
         rows = sum(len(g.members) for g in [*batch, group])
-        if batch and (size > 2 * tokens or rows > 2 * shape.batch_rows):
-            yield _cached(inner, batch, sequences, wanted, offsets)
+        if batch and (size > 2 * _tokens(inner, shape) or rows > 2 * shape.batch_rows):
+            yield _cached(inner, batch, asked)
             batch = []
         batch.append(group)
     if batch:
-        yield _cached(inner, batch, sequences, wanted, offsets)
+        yield _cached(inner, batch, asked)
 
 
-def _cached(
-    inner: Any,
-    groups: Sequence[Any],
-    sequences: Sequence[Sequence[int]],
-    wanted: Sequence[Ints],
-    offsets: Sequence[int],
-) -> Pass:
+def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Asked) -> Pass:
+    sequences = asked.sequences
     device = _device(inner)
     longest = max(g.prefix for g in groups)
     members = [(g, row, i) for row, g in enumerate(groups) for i in g.members]
@@ -222,11 +231,11 @@ def _cached(
         own = torch.as_tensor(list(sequences[i][group.prefix :]))
         branches[place, : len(own)] = own
         seen_branches[place, : len(own)] = 1
-        at = np.asarray(wanted[i])
+        at = np.asarray(asked.wanted[i])
         in_prefix = row * longest + (longest - group.prefix) + at
         in_branch = len(groups) * longest + place * width + (at - group.prefix)
         states.append(np.where(at < group.prefix, in_prefix, in_branch))
-        numbers.append(offsets[i] + np.arange(len(at)))
+        numbers.append(asked.offsets[i] + np.arange(len(at)))
     of_group = torch.tensor([row for _, row, _ in members])
     starts = torch.tensor([[g.prefix] for g, _, _ in members])
     positions = (seen_prefixes.cumsum(-1) - 1).clamp(min=0)
@@ -292,18 +301,14 @@ def _stacked(batch: Sequence[Row], multiple: int = 1) -> tuple[torch.Tensor, ...
     return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(ends)
 
 
-def _pass(
-    inputs: dict[str, Any],
-    batch: Sequence[Row],
-    wanted: Sequence[Ints],
-    offsets: Sequence[int],
-    width: int,
-) -> Pass:
+def _pass(inputs: dict[str, Any], batch: Sequence[Row], asked: Asked) -> Pass:
+    width = inputs["input_ids"].shape[1]
     states, numbers = [], []
     for i, row in enumerate(batch):
         for s, places in row.places.items():
-            states.append(i * width + places[np.asarray(wanted[s])])
-            numbers.append(offsets[s] + np.arange(len(wanted[s])))
+            at = np.asarray(asked.wanted[s])
+            states.append(i * width + places[at])
+            numbers.append(asked.offsets[s] + np.arange(len(at)))
     device = inputs["input_ids"].device
     where = torch.as_tensor(np.concatenate(states)).to(device)
     return Pass(inputs, where, torch.as_tensor(np.concatenate(numbers)))

@@ -18,8 +18,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from self_judge.config import PackingChoice
 from self_judge.models import in_evaluation_mode, unwrapped
 from self_judge.packed_passes import (
+    Asked,
     Pass,
     Shape,
     attention,
@@ -35,8 +37,6 @@ from self_judge.prefix_trees import Ints
 logger = logging.getLogger(__name__)
 
 Route: TypeAlias = Literal["tree", "cache", "padding", "off"]
-PackingChoice: TypeAlias = Literal["auto", "tree", "cache", "padding", "off"]
-PACKING_CHOICES: tuple[str, ...] = get_args(PackingChoice)
 
 # Attention layers whose mask a caller may give; any other kind of layer keeps a state of its own.
 _MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -45,6 +45,13 @@ _LAYOUTS: dict[str, Callable[..., Iterator[Pass]]] = {
     "cache": cache_passes,
     "padding": padded_passes,
 }
+
+
+def check_choice(choice: str) -> None:
+    """Raises `ValueError` on what is no way of packing."""
+    known = get_args(PackingChoice)
+    if choice not in known:
+        raise ValueError(f"packing must be one of {', '.join(known)}, got {choice!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +100,7 @@ class Packing:
         gradients: bool = False,
         one_pass: bool = False,
     ) -> None:
-        if choice not in PACKING_CHOICES:
-            raise ValueError(f"packing must be one of {', '.join(PACKING_CHOICES)}, got {choice!r}")
+        check_choice(choice)
         self.model = model
         self.inner: Any = unwrapped(model)
         self.choice = choice
@@ -138,38 +144,31 @@ class Packing:
             ValueError: packing is off, which has no passes.
         """
         decision = self.decision
-        cut: list[tuple[int, Sequence[int]]] = [
-            (i, s[: int(max(w)) + 1])
-            for i, (s, w) in enumerate(zip(sequences, wanted, strict=True))
-            if len(w)
+        cut = [
+            s[: int(max(w)) + 1] if len(w) else () for s, w in zip(sequences, wanted, strict=True)
         ]
-        offsets = np.cumsum([0, *(len(w) for w in wanted)])
+        asked = Asked.all_of(cut, wanted)
         limit = decision.longest
-        within = [(i, s) for i, s in cut if limit is None or len(s) <= limit]
-        routes: list[tuple[Route, list[tuple[int, Sequence[int]]]]] = [(decision.route, within)]
-        if len(within) < len(cut):
+        nonempty = [i for i, s in enumerate(cut) if len(s)]
+        within = [i for i in nonempty if limit is None or len(cut[i]) <= limit]
+        routes: list[tuple[Route, list[int]]] = [(decision.route, within)]
+        if len(within) < len(nonempty):
             if self.shape.one_pass:
-                routes = [(decision.beyond, cut)]
+                routes = [(decision.beyond, nonempty)]
             else:
-                beyond = [(i, s) for i, s in cut if limit is not None and len(s) > limit]
-                routes.append((decision.beyond, beyond))
-        if self.decision.route == "tree" and within and self._may_cache():
-            better = set(better_cached(self.inner, self.shape, [s for _, s in within]))
-            routes[0] = ("tree", [x for n, x in enumerate(within) if n not in better])
-            routes.append(("cache", [x for n, x in enumerate(within) if n in better]))
+                known = set(within)
+                routes.append((decision.beyond, [i for i in nonempty if i not in known]))
+        if decision.route == "tree" and within and self._may_cache():
+            better = better_cached(self.inner, self.shape, [cut[i] for i in within])
+            cached = {within[n] for n in better}
+            routes[0] = ("tree", [i for i in within if i not in cached])
+            routes.append(("cache", sorted(cached)))
         for route, chosen in routes:
             if not chosen:
                 continue
             if route == "off":
                 raise ValueError(f"packing is off: {decision.reason}")
-            own = [s for _, s in chosen]
-            yield from _LAYOUTS[route](
-                self.inner,
-                self.shape,
-                own,
-                [wanted[i] for i, _ in chosen],
-                [offsets[i] for i, _ in chosen],
-            )
+            yield from _LAYOUTS[route](self.inner, self.shape, asked.only(chosen))
 
     def _may_cache(self) -> bool:
         """Whether many branches may go through a cache where trees are exact as well."""
@@ -320,10 +319,9 @@ def _trial(model: nn.Module, route: str) -> str | None:
     # Rows of nine tokens at most: on longer ones, rounding in bfloat16 could hide a mistake.
     trees = [root + drawn[4:7], root + drawn[4:5] + drawn[7:8], root + drawn[8:9]]
     sequences = [*trees, other + drawn[13:15], other + drawn[15:18]]
-    everywhere = [np.arange(len(s)) for s in sequences]
+    asked = Asked.all_of(sequences, [np.arange(len(s)) for s in sequences])
     shape = Shape(row_tokens=9)
     device = next(inner.parameters()).device
-    offsets = np.cumsum([0, *map(len, sequences)])
     try:
         with in_evaluation_mode(inner), torch.autocast(device.type, enabled=False):
             alone = [
@@ -332,7 +330,7 @@ def _trial(model: nn.Module, route: str) -> str | None:
             ]
             expected = torch.cat(alone).float()
             found = torch.full_like(expected, torch.nan)
-            for this in _LAYOUTS[route](inner, shape, sequences, everywhere, offsets[:-1]):
+            for this in _LAYOUTS[route](inner, shape, asked):
                 with selecting(inner, this) as inputs:
                     logits = inner(**inputs, use_cache=this.prefix is not None).logits
                 found[this.wanted.to(found.device)] = logits[0].float()

@@ -27,6 +27,7 @@ from self_judge.comparison import Comparison, PreferenceRecord
 from self_judge.config import (
     DatasetArgs,
     JSFTRun,
+    PackingChoice,
     SelfJudgeRun,
     SourceArgs,
     accumulation_steps,
@@ -47,7 +48,6 @@ from self_judge.models import (
     save_judge_settings,
     vocabulary_fits,
 )
-from self_judge.packing import PackingChoice
 from self_judge.selection import judge_context
 from self_judge.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
 from self_judge.templates import JudgeTemplates

@@ -18,7 +18,6 @@ import torch
 import trl
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from packaging.version import Version
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +31,7 @@ from trl.trainer.utils import use_adapter
 from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
 from self_judge.models import frozen_reference, load_judge_settings, save_judge_settings
-from self_judge.packed_head import pack_fused_head
+from self_judge.packed_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
 from self_judge.prompts import COLUMNS, PromptPreparer, SelfJudgeCollator, fits
 from self_judge.rollouts import (
@@ -52,9 +51,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-# The last TRL for Python 3.10: no fused LM head yet, and no say in how checkpointing is restored.
-_BEFORE_FUSED_HEAD = Version(trl.__version__) < Version("1.16")
 
 
 class SelfJudgeTrainer(DPOTrainer):
@@ -200,11 +196,10 @@ class SelfJudgeTrainer(DPOTrainer):
             packing=config.packing,
         )
         self.packing: Packing | None = None
-        if not _BEFORE_FUSED_HEAD:
-            one_pass = needs_one_pass(self.accelerator.distributed_type)
-            for own in (self.ref_model, self.model):
-                if own is not None:
-                    self.packing = pack_fused_head(own, config.packing, one_pass=one_pass)
+        one_pass = needs_one_pass(self.accelerator.distributed_type)
+        for own in (self.ref_model, self.model):
+            if own is not None:
+                self.packing = pack_fused_head(own, config.packing, one_pass=one_pass)
         self.output_dir = str(config.output_dir)
         self._step_batches: list[Any] = []
         self._step_rollouts: list[list[Rollout]] | None = None
@@ -338,7 +333,7 @@ class SelfJudgeTrainer(DPOTrainer):
     def _policy(self) -> Iterator[Any]:
         # Generating in training mode under gradient checkpointing would silently drop the cache.
         checkpointing: dict[str, Any] = {}
-        if not _BEFORE_FUSED_HEAD:
+        if not BEFORE_FUSED_HEAD:  # the TRL before takes no such argument
             checkpointing["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
         with unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=True, **checkpointing
@@ -419,7 +414,7 @@ class _LogProbUnits:
         average, (loss_type, *_) = trainer.args.average_log_prob, trainer.loss_types
         if average is None or average == (loss_type == "ipo"):
             return None
-        if _BEFORE_FUSED_HEAD:
+        if BEFORE_FUSED_HEAD:
             raise ValueError(
                 f"average_log_prob={average} with {loss_type} needs TRL 1.16 (Python 3.11), "
                 f"this is {trl.__version__}: leave it unset for TRL's own convention"

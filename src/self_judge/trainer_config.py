@@ -9,13 +9,14 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import TrainingArguments
 from trl import DPOConfig
 
-from self_judge.packing import PACKING_CHOICES, PackingChoice
+from self_judge.config import PackingChoice
+from self_judge.packing import check_choice
 from self_judge.rollouts import PairSelection
 from self_judge.sampling import SamplingSettings
 
@@ -54,7 +55,7 @@ class SelfJudgeConfig(DPOConfig):
             "help": "How sequences share prefixes in judging and in the update: auto takes tree "
             "masks, a KV cache or sorted padding, whichever is exact for the model; off packs "
             "nothing.",
-            "choices": list(PACKING_CHOICES),
+            "choices": list(get_args(PackingChoice)),
         },
     )
     max_length: int | None = field(
@@ -100,10 +101,7 @@ class SelfJudgeConfig(DPOConfig):
             raise ValueError(
                 f"pair_selection must be best_worst or best_random, got {self.pair_selection!r}"
             )
-        if self.packing not in PACKING_CHOICES:
-            raise ValueError(
-                f"packing must be one of {', '.join(PACKING_CHOICES)}, got {self.packing!r}"
-            )
+        check_choice(self.packing)
         if self.judge_batch_size < 1:
             raise ValueError(f"judge_batch_size must be at least 1, got {self.judge_batch_size}")
         if self.max_length is not None and self.max_new_tokens >= self.max_length:
