@@ -45,7 +45,8 @@ def main() -> None:
     shuffled = [random.Random(0).sample(prompts, len(prompts)) for prompts in rounds]
 
     def packed() -> torch.Tensor:
-        return torch.cat([judge.letter_probabilities(p) for p in rounds])
+        with judge.remembering():
+            return torch.cat([judge.letter_probabilities(p) for p in rounds])
 
     def other() -> torch.Tensor:
         return torch.cat([plain(model, p, judge.letter_ids) for p in shuffled])
@@ -55,15 +56,14 @@ def main() -> None:
     # Back from random order.
     drawn = [p for own in shuffled for p in own]
     place = {tuple(p): i for i, p in enumerate(drawn)}
-    theirs = theirs[[place[tuple(p)] for own in rounds for p in own]]
-    unique = sum(map(bench.unique_tokens, rounds))
-    work = sum(bench.flops(model, p, len(p)) for p in rounds)
+    every = [p for own in rounds for p in own]  # the rounds have prefixes in common, too
+    theirs = theirs[[place[tuple(p)] for p in every]]
     bench.report(
         f"{given.contexts} tournaments of {given.responses}, {sum(map(len, rounds))} prompts",
         given,
         seconds,
-        limit=sum(map(computed, shuffled)) / unique,
-        floor=work / bench.matrix_rate(model),
+        limit=sum(map(computed, shuffled)) / bench.unique_tokens(every),
+        floor=bench.flops(model, every, len(every)) / bench.matrix_rate(model),
         notes=[f"probabilities differ by at most {(ours - theirs).abs().max():.1e}"],
     )
 

@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
     {
         "content_tokens",
         "prefix_trees",
+        "prefix_walks",
         "encoding",
         "sources",
         "selection",
@@ -31,7 +32,17 @@ FLOORS: list[set[str]] = [
         "synthetic",
         "world",
     },
-    {"models", "packed_passes", "packing", "packed_head", "sampling", "judge"},
+    {
+        "models",
+        "batch_shape",
+        "run_attention",
+        "packed_passes",
+        "run_passes",
+        "packing",
+        "packed_head",
+        "sampling",
+        "judge",
+    },
     {
         "jsft",
         "jsft_trainer",

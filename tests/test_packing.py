@@ -16,6 +16,7 @@ from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from self_judge import packed_passes
+from self_judge import packing as packing_module
 from self_judge.packed_head import pack_fused_head
 from self_judge.packed_passes import tree_mask
 from self_judge.packing import Packing, needs_one_pass
@@ -129,6 +130,96 @@ def test_next_token_logits_are_those_of_a_separate_pass(name: str, attention: st
         torch.testing.assert_close(found[i], expected, rtol=0, atol=1e-4, msg=f"seed {seed}, {i}")
 
 
+@pytest.mark.parametrize("name", [n for n, route in ROUTES.items() if route == "tree"])
+def test_under_a_mask_logits_are_those_of_a_separate_pass(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing_module, "_by_runs", lambda packing: False)
+    test_next_token_logits_are_those_of_a_separate_pass(name, "sdpa")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, route in ROUTES.items() if route == "tree" and "gemma 2" not in n]
+)
+def test_trees_are_attended_run_by_run_and_walked_in_small_steps(name: str) -> None:
+    seed = fresh()
+    model, sequences = build(name, seed=seed), sharing(seed)
+    packing = Packing(model, batch_tokens=7)
+    assert packing.decision.by_runs, packing.decision
+    window = packing.decision.longest
+    found: dict[int, torch.Tensor] = {}
+    for indices, logits in packing.next_token_logits(sequences):
+        found |= dict(zip(indices, logits, strict=True))
+    assert window is not None or len(found) == len(sequences)
+    for i, sequence in enumerate(sequences):
+        with torch.no_grad():
+            expected = alone(model, sequence)[-1]
+        torch.testing.assert_close(found[i], expected, rtol=0, atol=1e-4, msg=f"seed {seed}, {i}")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_is_remembered_is_not_computed_again() -> None:
+    model = build("llama")
+    computed: list[int] = []
+    packing = Packing(model, batch_tokens=40)
+    list(packing.next_token_logits([[3, 4], [3, 5]]))  # tries the model once
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    context, first, second, third = list(range(3, 33)), [40, 41], [50, 51, 52], [60]
+    rounds = [[context + first + second, context + second + first], [context + first + third]]
+    with packing.remembering():
+        found = [
+            row for own in rounds for _, rows in packing.next_token_logits(own) for row in rows
+        ]
+        # Both orders share the context; the second round takes up context and first response.
+        assert sum(computed) == len(context) + 2 * (len(first) + len(second)) + len(third)
+        list(packing.next_token_logits(rounds[0]))  # the last token at least is computed again
+        assert sum(computed[-2:]) <= 2 + len(third)
+    model.model._forward_pre_hooks.clear()
+    asked = [sorted(rounds[0])[0], sorted(rounds[0])[1], rounds[1][0]]
+    for row, sequence in zip(found, asked, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(row, alone(model, sequence)[-1], rtol=0, atol=1e-4)
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    computed.clear()
+    list(packing.next_token_logits(rounds[1]))
+    assert computed == [len(rounds[1][0])]  # nothing is remembered beyond the block
+
+
+def test_a_small_memory_forgets_and_gives_the_same_numbers() -> None:
+    seed = fresh()
+    model, draw = build("llama", seed=seed), random.Random(seed)
+    packing = Packing(model, batch_tokens=16)
+    sequences = sharing(seed)
+    with packing.remembering(limit=2000):
+        for _ in range(4):
+            own = [[*s, draw.randrange(3, 120)] for s in draw.sample(sequences, 5)]
+            for indices, logits in packing.next_token_logits(own):
+                for i, row in zip(indices, logits, strict=True):
+                    with torch.no_grad():
+                        expected = alone(model, own[i])[-1]
+                    torch.testing.assert_close(row, expected, rtol=0, atol=1e-4, msg=f"{seed}")
+
+
+def test_a_consumer_that_stops_early_leaves_no_path_without_its_states() -> None:
+    model, draw = build("llama"), random.Random(2)
+    packing = Packing(model, batch_tokens=16)
+    sequences = [[draw.randrange(3, 120) for _ in range(12)] for _ in range(6)]
+    with packing.remembering():
+        next(iter(packing.next_token_logits(sequences)))
+        found = dict(
+            pair
+            for indices, logits in packing.next_token_logits(sequences)
+            for pair in zip(indices, logits, strict=True)
+        )
+    for i, sequence in enumerate(sequences):
+        with torch.no_grad():
+            torch.testing.assert_close(found[i], alone(model, sequence)[-1], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("choice", ["tree", "cache", "padding"])
 def test_every_way_that_can_be_forced_gives_the_same_numbers(choice: Any) -> None:
     model = build("llama")
@@ -172,7 +263,10 @@ def test_a_shared_token_is_computed_once_and_only_last_positions_reach_the_head(
     assert sum(scored) == 2
 
 
-def test_a_tournament_round_goes_through_a_cache_and_a_comparison_through_a_tree() -> None:
+def test_under_a_mask_a_tournament_round_goes_through_a_cache_and_a_comparison_through_a_tree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packing_module, "_by_runs", lambda packing: False)
     model, draw = build("llama"), random.Random(6)
 
     def prompts(branches: int) -> list[list[int]]:

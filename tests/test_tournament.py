@@ -332,3 +332,18 @@ def test_what_is_needed_and_missing_is_said(arguments: dict[str, Any], left_out:
     del arguments[left_out]
     with pytest.raises(ValueError, match="needs model, tokenizer and judge_templates"):
         tournament_rejection_sampling(**arguments)
+
+
+def test_rounds_judged_through_a_memory_give_the_same_brackets(
+    monkeypatch: pytest.MonkeyPatch, tiny_judge: Judge
+) -> None:
+    monkeypatch.setattr("self_judge.tournament._MATCHES_TOGETHER", 5)  # several groups of contexts
+    contexts = [f"Human: what about {word}?" for word in ("otters", "rain", "the sea", "soup")]
+    responses = [[f"{c[-6:]} answer {k}" for k in range(n)] for c, n in zip(contexts, (5, 2, 8, 1))]
+    seeds = [3, 1, 4, 1]
+    plain = knockouts(tiny_judge.compare, contexts, responses, seeds=seeds)
+    judged = judged_knockouts(tiny_judge, contexts, responses, seeds=seeds)
+    for a, b in zip(plain, judged, strict=True):
+        assert [[(m.a, m.b, m.winner) for m in r] for r in a.rounds] == [
+            [(m.a, m.b, m.winner) for m in r] for r in b.rounds
+        ]

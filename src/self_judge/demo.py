@@ -35,7 +35,7 @@ from self_judge.progress import LiveProgress
 from self_judge.recipes import jsft_trainer, save_jsft
 from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.templates import JudgeTemplates
-from self_judge.tournament import knockouts
+from self_judge.tournament import judged_knockouts
 from self_judge.trainer import SelfJudgeTrainer
 from self_judge.trainer_config import SelfJudgeConfig
 from self_judge.whole_file import written_whole
@@ -235,7 +235,7 @@ def _gold_scores(
     for size in SIZES:
         with console.status(f"self-rejection among {size}"):
             own = [texts[:size] for texts in samples]
-            brackets = knockouts(judge.compare, instructions, own, seeds=seeds)
+            brackets = judged_knockouts(judge, instructions, own, seeds=seeds)
             best = [texts[b.winner] for texts, b in zip(own, brackets, strict=True)]
         by_size[size] = scores(best)
     return _Gold(scores([r.text for (r,) in before]), scores([t[0] for t in samples]), by_size)

@@ -12,9 +12,11 @@ import torch
 from torch.utils.data import Sampler
 from trl import SFTTrainer
 
+from self_judge.batch_shape import settled_tokens
 from self_judge.config import PackingChoice
+from self_judge.models import unwrapped
 from self_judge.packed_head import pack_fused_head
-from self_judge.packing import needs_one_pass
+from self_judge.packing import Packing, needs_one_pass
 
 
 class TwinSampler(Sampler[int]):
@@ -63,7 +65,10 @@ class JSFTTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         model: Any = self.model
         one_pass = needs_one_pass(self.accelerator.distributed_type)
-        self.packing = pack_fused_head(model, packing, one_pass=one_pass)
+        self.packing: Packing | None = None
+        if packing != "off":
+            tokens = settled_tokens(unwrapped(model), str(self.args.output_dir))
+            self.packing = pack_fused_head(model, packing, one_pass=one_pass, batch_tokens=tokens)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ class Judge:
         max_length: tokens of a judge prompt at most; never more than the model's context length,
             which is the default.
         packing: how prompts share prefixes (see `Packing`); `auto` takes what is exact.
+        batch_tokens: tokens of a packed forward pass at most; default: by measurement.
 
     Raises:
         ValueError: a template or letter cannot work (see `JudgeTemplates`, `ChatEncoder`), the
@@ -66,6 +68,7 @@ class Judge:
         batch_size: int = 8,
         max_length: int | None = None,
         packing: PackingChoice = "auto",
+        batch_tokens: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"judge batch size must be at least 1, got {batch_size}")
@@ -84,7 +87,7 @@ class Judge:
         limits = [n for n in (max_length, context_length) if n is not None]
         self.max_length: int | None = min(limits, default=None)
         vocabulary_fits(model, self.encoder.tokenizer)
-        self.packing = Packing(model, packing, batch_rows=batch_size)
+        self.packing = Packing(model, packing, batch_rows=batch_size, batch_tokens=batch_tokens)
 
     @classmethod
     def from_pretrained(
@@ -171,6 +174,14 @@ class Judge:
             start += per_verdict
             verdicts.append(aggregate([((f[0], f[1]), (s[0], s[1])) for f, s in _in_twos(rows)]))
         return verdicts
+
+    def remembering(self) -> AbstractContextManager[None]:
+        """Within, prompts take up what the call before computed of their beginnings.
+
+        For comparisons that follow from one another, as the rounds of a tournament do. The
+        verdicts are the same.
+        """
+        return self.packing.remembering()
 
     @torch.no_grad()
     def letter_probabilities(

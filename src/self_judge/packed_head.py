@@ -32,7 +32,11 @@ _UNDERSTOOD = {"input_ids", "attention_mask", "labels", "use_cache", "num_items_
 
 
 def pack_fused_head(
-    model: nn.Module, choice: PackingChoice = "auto", *, one_pass: bool = False
+    model: nn.Module,
+    choice: PackingChoice = "auto",
+    *,
+    one_pass: bool = False,
+    batch_tokens: int | None = None,
 ) -> Packing | None:
     """Has a model's fused LM head, given to it by TRL, work on packed rows from now on.
 
@@ -43,7 +47,7 @@ def pack_fused_head(
     Args:
         model: as TRL's trainer holds it after its constructor, in any wrapper.
         choice: see `Packing`.
-        one_pass: see `Packing`.
+        one_pass, batch_tokens: see `Packing`.
 
     Returns:
         The packing, or `None` when it is off or TRL has no fused head yet.
@@ -53,7 +57,7 @@ def pack_fused_head(
     """
     if choice == "off" or BEFORE_FUSED_HEAD:
         return None
-    packing = Packing(model, choice, gradients=True, one_pass=one_pass)
+    packing = Packing(model, choice, gradients=True, one_pass=one_pass, batch_tokens=batch_tokens)
     inner: Any = unwrapped(model)
     fused_forward = inner.forward
 

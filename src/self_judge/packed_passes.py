@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from self_judge.batch_shape import busy_tokens
 from self_judge.prefix_trees import (
     Ints,
     PrefixGroup,
@@ -26,10 +27,8 @@ from self_judge.prefix_trees import (
     prefix_groups,
     prefix_rows,
 )
+from self_judge.run_attention import attending_by_runs
 
-# Two cores are busy with about this many tokens; a GPU needs more of them.
-_BATCH_TOKENS = {"cpu": 1024}
-_BATCH_TOKENS_ELSEWHERE = 16_384
 _BLOCK = 128  # FlexAttention's
 # A dense mask has attention computed at every pair of tokens, at a lower rate than a matrix
 # product: measured with SmolLM2-135M on two cores (benchmarks/RESULTS.md).
@@ -90,6 +89,11 @@ class Pass:
     wanted: torch.Tensor
     prefix: dict[str, torch.Tensor] | None = None
 
+    @property
+    def caches(self) -> bool:
+        """Whether the model must be called with `use_cache`."""
+        return self.prefix is not None or "past_key_values" in self.inputs
+
 
 @contextmanager
 def selecting(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
@@ -106,26 +110,26 @@ def selecting(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
     if this.prefix is not None:
         before, cache = _prefix_states(backbone, this.prefix)
         inputs |= cache
-    with _selected(backbone, this.states, before, with_cache=this.prefix is not None):
+    runs = attending_by_runs(inner) if "prefix_runs" in inputs else nullcontext()
+    with runs, _selected(backbone, this.states, before, with_cache=this.prefix is not None):
         yield inputs
 
 
 # -- ways of sharing -------------------------------------------------------------------------------
 
 
-def _device(inner: nn.Module) -> torch.device:
+def device_of(inner: nn.Module) -> torch.device:
     return next(inner.parameters()).device
 
 
-def _tokens(inner: Any, shape: Shape) -> int:
-    default = _BATCH_TOKENS.get(_device(inner).type, _BATCH_TOKENS_ELSEWHERE)
-    return shape.batch_tokens or default
+def pass_tokens(inner: Any, shape: Shape) -> int:
+    return shape.batch_tokens or busy_tokens(inner)
 
 
 def _batched(inner: Any, shape: Shape, rows: Sequence[Row]) -> list[list[Row]]:
     if shape.one_pass:
         return [sorted(rows, key=len, reverse=True)]
-    return batches(rows, _tokens(inner, shape), shape.batch_rows)
+    return batches(rows, pass_tokens(inner, shape), shape.batch_rows)
 
 
 def tree_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
@@ -135,15 +139,15 @@ def tree_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
     if blocks:
         rows = joined(rows, shape.row_tokens)
     for batch in _batched(inner, shape, rows):
-        ids, positions, ends = _stacked(batch, _BLOCK if blocks else 1)
-        device = _device(inner)
+        ids, positions, ends = stacked(batch, _BLOCK if blocks else 1)
+        device = device_of(inner)
         mask = (_block_mask if blocks else functools.partial(_dense_mask, inner))(ends.to(device))
         inputs = {
             "input_ids": ids.to(device),
             "position_ids": positions.to(device),
             "attention_mask": mask,
         }
-        yield _pass(inputs, batch, asked)
+        yield pass_over(inputs, batch, asked)
 
 
 def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) -> list[int]:
@@ -185,11 +189,14 @@ def padded_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
     rows = [_single(i, s) for i, s in enumerate(asked.sequences)]
     for batch in _batched(inner, shape, rows):
         # Padded on the right: under a causal mask, padding can reach nothing.
-        ids, _, _ = _stacked(batch)
+        ids, _, _ = stacked(batch)
         lengths = torch.tensor([len(r) for r in batch])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        inputs = {"input_ids": ids.to(_device(inner)), "attention_mask": mask.to(_device(inner))}
-        yield _pass(inputs, batch, asked)
+        inputs = {
+            "input_ids": ids.to(device_of(inner)),
+            "attention_mask": mask.to(device_of(inner)),
+        }
+        yield pass_over(inputs, batch, asked)
 
 
 def cache_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
@@ -203,7 +210,7 @@ def cache_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
     for group in shared:
         size = sum(len(asked.sequences[i]) for g in [*batch, group] for i in g.members)
         rows = sum(len(g.members) for g in [*batch, group])
-        if batch and (size > 2 * _tokens(inner, shape) or rows > 2 * shape.batch_rows):
+        if batch and (size > 2 * pass_tokens(inner, shape) or rows > 2 * shape.batch_rows):
             yield _cached(inner, batch, asked)
             batch = []
         batch.append(group)
@@ -213,7 +220,7 @@ def cache_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
 
 def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Asked) -> Pass:
     sequences = asked.sequences
-    device = _device(inner)
+    device = device_of(inner)
     longest = max(g.prefix for g in groups)
     members = [(g, row, i) for row, g in enumerate(groups) for i in g.members]
     width = max(len(sequences[i]) - g.prefix for g, _, i in members)
@@ -288,7 +295,7 @@ def _single(index: int, sequence: Sequence[int]) -> Row:
     return Row(ids, places, np.full(len(ids), len(ids)), {index: places})
 
 
-def _stacked(batch: Sequence[Row], multiple: int = 1) -> tuple[torch.Tensor, ...]:
+def stacked(batch: Sequence[Row], multiple: int = 1) -> tuple[torch.Tensor, ...]:
     """Ids, positions and subtree ends, each `(B, L)`; padding sees nothing but itself."""
     longest = -(-max(len(r) for r in batch) // multiple) * multiple
     ids = np.zeros((len(batch), longest), dtype=np.int64)
@@ -301,7 +308,7 @@ def _stacked(batch: Sequence[Row], multiple: int = 1) -> tuple[torch.Tensor, ...
     return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(ends)
 
 
-def _pass(inputs: dict[str, Any], batch: Sequence[Row], asked: Asked) -> Pass:
+def pass_over(inputs: dict[str, Any], batch: Sequence[Row], asked: Asked) -> Pass:
     width = inputs["input_ids"].shape[1]
     states, numbers = [], []
     for i, row in enumerate(batch):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -27,12 +28,14 @@ from self_judge.packed_passes import (
     attention,
     better_cached,
     cache_passes,
+    device_of,
     padded_passes,
     selecting,
     takes_positions,
     tree_passes,
 )
 from self_judge.prefix_trees import Ints
+from self_judge.run_passes import Memory, run_passes, walk_passes
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,8 @@ Route: TypeAlias = Literal["tree", "cache", "padding", "off"]
 _MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _LAYOUTS: dict[str, Callable[..., Iterator[Pass]]] = {
     "tree": tree_passes,
+    "runs": run_passes,
+    "walk": walk_passes,
     "cache": cache_passes,
     "padding": padded_passes,
 }
@@ -63,12 +68,14 @@ class Decision:
         reason: why this one, in words.
         longest: the longest sequence for which the route is exact; `None` is no limit.
         beyond: the route of longer sequences.
+        by_runs: whether trees are attended run by run rather than under a mask.
     """
 
     route: Route
     reason: str
     longest: int | None = None
     beyond: Route = "padding"
+    by_runs: bool = False
 
 
 class Packing:
@@ -80,7 +87,8 @@ class Packing:
             another is forced, `off` packs nothing.
         row_tokens: tokens of a packed row at most.
         batch_rows: rows of a forward pass at most.
-        batch_tokens: tokens of a forward pass at most, padding included; default: by device.
+        batch_tokens: tokens of a forward pass at most, padding included; default: what keeps the
+            device busy, by measurement (`batch_shape.busy_tokens`).
         gradients: whether gradients will flow (a cache does not go with gradient checkpointing).
         one_pass: everything in one forward pass, as sharded models need whose processes must make
             the same number of passes.
@@ -106,6 +114,7 @@ class Packing:
         self.choice = choice
         self.gradients = gradients
         self.shape = Shape(row_tokens, batch_rows, batch_tokens, one_pass)
+        self._memory: Memory | None = None
         if choice not in ("auto", "padding", "off"):
             refused = _refused(model, choice)
             if refused:
@@ -118,11 +127,12 @@ class Packing:
         key = (
             self.choice,
             _no_cache(self),
+            _by_runs(self),
             attention(self.inner),
             isinstance(self.model, PeftModel),
         )
         if key not in known.decided:
-            known.decided[key] = _decide(self.model, self.choice, key[1])
+            known.decided[key] = _decide(self.model, self.choice, key[1], key[2])
             logger.info(self.describe())
         return known.decided[key]
 
@@ -143,6 +153,11 @@ class Packing:
         Raises:
             ValueError: packing is off, which has no passes.
         """
+        yield from self._passes(sequences, wanted, "runs")
+
+    def _passes(
+        self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints], by_runs: str
+    ) -> Iterator[Pass]:
         decision = self.decision
         cut = [
             s[: int(max(w)) + 1] if len(w) else () for s, w in zip(sequences, wanted, strict=True)
@@ -151,14 +166,15 @@ class Packing:
         limit = decision.longest
         nonempty = [i for i, s in enumerate(cut) if len(s)]
         within = [i for i in nonempty if limit is None or len(cut[i]) <= limit]
-        routes: list[tuple[Route, list[int]]] = [(decision.route, within)]
+        layout = by_runs if decision.by_runs else decision.route
+        routes: list[tuple[str, list[int]]] = [(layout, within)]
         if len(within) < len(nonempty):
             if self.shape.one_pass:
                 routes = [(decision.beyond, nonempty)]
             else:
                 known = set(within)
                 routes.append((decision.beyond, [i for i in nonempty if i not in known]))
-        if decision.route == "tree" and within and self._may_cache():
+        if layout == "tree" and within and self._may_cache():
             better = better_cached(self.inner, self.shape, [cut[i] for i in within])
             cached = {within[n] for n in better}
             routes[0] = ("tree", [i for i in within if i not in cached])
@@ -168,7 +184,8 @@ class Packing:
                 continue
             if route == "off":
                 raise ValueError(f"packing is off: {decision.reason}")
-            yield from _LAYOUTS[route](self.inner, self.shape, asked.only(chosen))
+            remembered = {"memory": self._memory} if route == "walk" else {}
+            yield from _LAYOUTS[route](self.inner, self.shape, asked.only(chosen), **remembered)
 
     def _may_cache(self) -> bool:
         """Whether many branches may go through a cache where trees are exact as well."""
@@ -176,15 +193,31 @@ class Packing:
         dense = attention(self.inner) != "flex_attention"
         return free and dense and _refused(self.model, "cache") is None
 
+    @contextmanager
+    def remembering(self, limit: int = 2 * 2**30) -> Iterator[None]:
+        """Within, a sequence takes up what the call before computed of a prefix of it.
+
+        Only last positions profit (`next_token_logits`), and only where trees are attended run by
+        run; elsewhere it changes nothing.
+
+        Args:
+            limit: bytes of keys and values kept at most.
+        """
+        before, self._memory = self._memory, Memory(limit)
+        try:
+            yield
+        finally:
+            self._memory = before
+
     @torch.no_grad()
     def next_token_logits(
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Logits of the token after each sequence: (indices of sequences, logits `(n, V)`)."""
         last = [np.array([len(s) - 1]) for s in sequences]
-        for this in self.passes(sequences, last):
+        for this in self._passes(sequences, last, "runs" if self.shape.one_pass else "walk"):
             with selecting(self.inner, this) as inputs:
-                output = self.model(**inputs, use_cache=this.prefix is not None)
+                output = self.model(**inputs, use_cache=this.caches)
             yield this.wanted.tolist(), output.logits[0]
 
 
@@ -215,7 +248,18 @@ def _no_cache(packing: Packing) -> str | None:
     return None
 
 
-def _decide(model: nn.Module, choice: str, no_cache: str | None) -> Decision:
+def _by_runs(packing: Packing) -> bool:
+    """Whether attending run by run is worth a trial.
+
+    On a GPU its many small calls have not been measured; FlexAttention skips there what a mask
+    forbids. Checkpointing repeats forward passes when the model attends in its usual way again.
+    """
+    inner = packing.inner
+    checkpointed = packing.gradients and _checkpointed(inner)
+    return attention(inner) == "sdpa" and device_of(inner).type == "cpu" and not checkpointed
+
+
+def _decide(model: nn.Module, choice: str, no_cache: str | None, may_run: bool) -> Decision:
     inner: Any = unwrapped(model)
     if choice == "off":
         return Decision("off", "asked for")
@@ -234,8 +278,11 @@ def _decide(model: nn.Module, choice: str, no_cache: str | None) -> Decision:
             beyond: Route = "padding"
             if limit is not None and choice == "auto" and not no_cache:
                 beyond = "cache" if _refused(model, "cache") is None else "padding"
-            why = "; ".join([*reasons, f"exact with {attention(inner)} attention in a trial"])
-            return Decision(route, why, limit, beyond)
+            by_runs = route == "tree" and may_run
+            by_runs = by_runs and all(_refused(model, way) is None for way in ("runs", "walk"))
+            how = f"{attention(inner)} attention{', run by run,' if by_runs else ''}"
+            why = "; ".join([*reasons, f"exact with {how} in a trial"])
+            return Decision(route, why, limit, beyond, by_runs)
         if choice != "auto":
             raise ValueError(f"packing={choice} cannot be used: {refused}")
         reasons.append(f"no {route}: {refused}")
@@ -278,6 +325,9 @@ def _gate(model: nn.Module, route: str) -> str | None:
         return "ALiBi counts places in the row"
     if attention(inner) not in ("sdpa", "eager", "flex_attention"):
         return f"{attention(inner)} attention takes no mask of one's own"
+    # Older models have their attention built in.
+    if route in ("runs", "walk") and not inner._can_set_attn_implementation():
+        return "its attention cannot be exchanged"
     return None
 
 
@@ -319,20 +369,21 @@ def _trial(model: nn.Module, route: str) -> str | None:
     # Rows of nine tokens at most: on longer ones, rounding in bfloat16 could hide a mistake.
     trees = [root + drawn[4:7], root + drawn[4:5] + drawn[7:8], root + drawn[8:9]]
     sequences = [*trees, other + drawn[13:15], other + drawn[15:18]]
-    asked = Asked.all_of(sequences, [np.arange(len(s)) for s in sequences])
-    shape = Shape(row_tokens=9)
+    wanted = [np.arange(len(s) - 1 if route == "walk" else 0, len(s)) for s in sequences]
+    asked = Asked.all_of(sequences, wanted)
+    shape = Shape(row_tokens=9, batch_tokens=9 if route in ("runs", "walk") else None)
     device = next(inner.parameters()).device
     try:
         with in_evaluation_mode(inner), torch.autocast(device.type, enabled=False):
             alone = [
-                inner(input_ids=torch.tensor([s], device=device), use_cache=False).logits[0]
-                for s in sequences
+                inner(input_ids=torch.tensor([s], device=device), use_cache=False).logits[0][w]
+                for s, w in zip(sequences, wanted, strict=True)
             ]
             expected = torch.cat(alone).float()
             found = torch.full_like(expected, torch.nan)
             for this in _LAYOUTS[route](inner, shape, asked):
                 with selecting(inner, this) as inputs:
-                    logits = inner(**inputs, use_cache=this.prefix is not None).logits
+                    logits = inner(**inputs, use_cache=this.caches).logits
                 found[this.wanted.to(found.device)] = logits[0].float()
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         return f"a trial failed with {type(error).__name__}: {str(error).splitlines()[0]:.160}"

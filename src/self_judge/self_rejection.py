@@ -21,7 +21,7 @@ from self_judge.judge import Judge
 from self_judge.models import load_judge_settings, load_model, load_tokenizer
 from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.templates import dialogue_text
-from self_judge.tournament import Bracket, knockouts
+from self_judge.tournament import Bracket, judged_knockouts
 from self_judge.whole_file import written_whole
 
 # Lines in memory at a time: all their matches of a round are judged together.
@@ -93,8 +93,8 @@ def run_tournament(
             if sampler is None and any(e.responses is None for e in chunk):
                 sampler = _sampler(judge, policy, settings)
             responses = _with_samples(chunk, sampler, n, seed)
-            played = knockouts(
-                judge.compare,
+            played = judged_knockouts(
+                judge,
                 [e.context for e in chunk],
                 responses,
                 seeds=[stable_seed(seed, e.place) for e in chunk],

@@ -115,6 +115,42 @@ def knockouts(
     return [Bracket(tuple(r), s[0]) for r, s in zip(rounds, standing, strict=True)]
 
 
+# Of the first round, judged together. What the prompts of a context share is kept in memory from
+# round to round, so not all contexts are played at once.
+_MATCHES_TOGETHER = 128
+
+
+def judged_knockouts(
+    judge: Judge,
+    contexts: Sequence[str],
+    responses: Sequence[Sequence[str]],
+    *,
+    seeds: Sequence[int],
+    progress: bool = False,
+) -> list[Bracket]:
+    """`knockouts` played by a judge, which computes a context and a response once for all rounds.
+
+    Args:
+        progress: show a bar per round.
+    """
+    brackets: list[Bracket] = []
+    start = 0
+    while start < len(contexts):
+        stop, matches = start, 0
+        while stop < len(contexts) and (stop == start or matches < _MATCHES_TOGETHER):
+            matches += len(responses[stop]) // 2
+            stop += 1
+        with judge.remembering():
+            brackets += knockouts(
+                lambda comparisons: judge.compare(comparisons, progress=progress),
+                contexts[start:stop],
+                responses[start:stop],
+                seeds=seeds[start:stop],
+            )
+        start = stop
+    return brackets
+
+
 def _judge_unknown(
     compare: Compare,
     contexts: Sequence[str],
@@ -215,12 +251,12 @@ def tournament_rejection_sampling(  # type: ignore[misc]
         judge = _judge_from(
             model, tokenizer, judge_templates, token_id_a, token_id_b, judge_batch_size, max_length
         )
-    ready = judge
-    brackets = knockouts(
-        lambda comparisons: ready.compare(comparisons, progress=progress),
+    brackets = judged_knockouts(
+        judge,
         contexts,
         responses,
         seeds=[stable_seed(seed, i) for i in range(len(contexts))],
+        progress=progress,
     )
     winners = [own[b.winner] for own, b in zip(responses, brackets, strict=True)]
     return (winners, brackets) if return_brackets else winners

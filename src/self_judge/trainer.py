@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,15 @@ from trl import DPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
+from self_judge.batch_shape import settled_tokens
 from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
-from self_judge.models import frozen_reference, load_judge_settings, save_judge_settings
+from self_judge.models import (
+    frozen_reference,
+    load_judge_settings,
+    save_judge_settings,
+    unwrapped,
+)
 from self_judge.packed_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
 from self_judge.prompts import COLUMNS, PromptPreparer, SelfJudgeCollator, fits
@@ -185,6 +191,10 @@ class SelfJudgeTrainer(DPOTrainer):
             )
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False)
+        self.output_dir = str(config.output_dir)
+        tokens = None
+        if config.packing != "off":
+            tokens = settled_tokens(unwrapped(self.model), self.output_dir)
         self.judge = Judge(
             self.ref_model if self.ref_model is not None else self.model,
             self.encoder,
@@ -194,13 +204,15 @@ class SelfJudgeTrainer(DPOTrainer):
             batch_size=config.judge_batch_size,
             max_length=config.max_length,
             packing=config.packing,
+            batch_tokens=tokens,
         )
         self.packing: Packing | None = None
         one_pass = needs_one_pass(self.accelerator.distributed_type)
         for own in (self.ref_model, self.model):
             if own is not None:
-                self.packing = pack_fused_head(own, config.packing, one_pass=one_pass)
-        self.output_dir = str(config.output_dir)
+                self.packing = pack_fused_head(
+                    own, config.packing, one_pass=one_pass, batch_tokens=tokens
+                )
         self._step_batches: list[Any] = []
         self._step_rollouts: list[list[Rollout]] | None = None
         self._shown: list[Rollout] = []
@@ -314,7 +326,9 @@ class SelfJudgeTrainer(DPOTrainer):
             )
             responses = sampler.sample(prompts, self.args.num_generations, seeds)
         sampled = time.perf_counter()
-        with self._reference():
+        # The matches of a tournament have contexts and responses in common, a single one has not.
+        rounds = self.judge.remembering() if self.args.num_generations > 2 else nullcontext()
+        with self._reference(), rounds:
             rollouts = judged_rollouts(
                 self.judge.compare,
                 records,

@@ -1,0 +1,115 @@
+"""How many tokens a forward pass should hold: measured on the device that it runs on.
+
+It knows a model's matrices and a clock, not what the tokens are or how they are laid out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from self_judge.whole_file import written_whole
+
+logger = logging.getLogger(__name__)
+
+FILE = "batch_shape.json"
+# Where nothing can be measured: sharded or quantized matrices.
+_DEFAULT = {"cpu": 1024}
+_DEFAULT_ELSEWHERE = 16_384
+_CANDIDATES = (256, 512, 1024, 2048, 4096, 8192, 16_384)
+_SECONDS = 0.5
+_GOOD_ENOUGH = 0.95
+
+Measure = Callable[[list[torch.Tensor], int], float]
+_MEASURED: dict[tuple[object, ...], int] = {}
+
+
+def busy_tokens(inner: nn.Module, measure: Measure | None = None) -> int:
+    """The fewest tokens that keep the device busy: 95 % of the best rate of the model's matrices.
+
+    Measured once per process for all models of one shape, dtype and device, in half a second.
+
+    Args:
+        inner: the model under all wrappers.
+        measure: gives the tokens per second of some matrices (default: by the clock).
+    """
+    device = next(inner.parameters()).device
+    matrices = _matrices(inner)
+    if not matrices or device.type == "meta":
+        return _DEFAULT.get(device.type, _DEFAULT_ELSEWHERE)
+    shapes = tuple(sorted(tuple(m.shape) for m in matrices))
+    key = (str(device), matrices[0].dtype, shapes)
+    if key not in _MEASURED:
+        _MEASURED[key] = _smallest_good(matrices, measure or _tokens_per_second)
+        logger.info("passes of about %d tokens keep %s busy", _MEASURED[key], device)
+    return _MEASURED[key]
+
+
+def settled_tokens(inner: nn.Module, folder: str | Path) -> int:
+    """`busy_tokens` of a run, the same for all its processes and after a resume.
+
+    Which sequences share a pass is part of the rounding of their numbers, so a run that goes on
+    must go on in the same passes: the figure is kept in the run's folder.
+
+    Args:
+        folder: the run's folder; the first process reads or writes `batch_shape.json` there.
+    """
+    path = Path(folder) / FILE
+    settled = [0]
+    if PartialState().is_main_process:
+        if path.is_file():
+            settled = [int(json.loads(path.read_text(encoding="utf-8"))["tokens"])]
+        else:
+            settled = [busy_tokens(inner)]
+            with written_whole(path) as file:
+                file.write(json.dumps({"tokens": settled[0]}) + "\n")
+    broadcast_object_list(settled)
+    return settled[0]
+
+
+def _matrices(inner: nn.Module) -> list[torch.Tensor]:
+    """One matrix of every shape, but for the head, which sees few tokens."""
+    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    found: dict[tuple[int, ...], torch.Tensor] = {}
+    for module in inner.modules():
+        if type(module) is nn.Linear and module is not head:
+            weight = module.weight.detach()
+            if type(weight) is torch.Tensor and weight.is_floating_point() and weight.numel():
+                found.setdefault(tuple(weight.shape), weight)
+    return list(found.values())
+
+
+def _smallest_good(matrices: list[torch.Tensor], measure: Measure) -> int:
+    started = time.perf_counter()
+    rates: dict[int, float] = {}
+    for tokens in _CANDIDATES:
+        rates[tokens] = measure(matrices, tokens)
+        if time.perf_counter() - started > _SECONDS:
+            break
+    best = max(rates.values())
+    return next(tokens for tokens, rate in rates.items() if rate >= _GOOD_ENOUGH * best)
+
+
+@torch.no_grad()
+def _tokens_per_second(matrices: list[torch.Tensor], tokens: int) -> float:
+    inputs = [torch.ones(tokens, m.shape[1], dtype=m.dtype, device=m.device) for m in matrices]
+
+    def once() -> float:
+        started = time.perf_counter()
+        for x, matrix in zip(inputs, matrices, strict=True):
+            nn.functional.linear(x, matrix)
+        if matrices[0].is_cuda:
+            torch.cuda.synchronize(matrices[0].device)
+        return time.perf_counter() - started
+
+    once()
+    # The best of three: whatever else runs on the machine only ever slows one down.
+    return tokens / min(once() for _ in range(3))

@@ -1,0 +1,152 @@
+"""Passes whose attention goes run by run: trees in one row, and walks that lean on earlier passes.
+
+As in `packed_passes.py`, the way is taken as given; `packing.py` decides whether it is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from self_judge.packed_passes import Asked, Pass, Shape, device_of, pass_over, pass_tokens, stacked
+from self_judge.prefix_trees import Ints, joined, prefix_rows
+from self_judge.prefix_walks import Paths, Run, Step, runs_of, walk
+from self_judge.run_attention import attending
+
+
+def run_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
+    """As `tree_passes`, run by run: trees stand in one row, and cost each other nothing."""
+    rows = prefix_rows(asked.sequences, shape.row_tokens)
+    together = sum(map(len, rows)) if shape.one_pass else pass_tokens(inner, shape)
+    for row in joined(rows, together):
+        ids, positions, _ = stacked([row])
+        yield pass_over(_inputs(inner, ids, positions, runs_of(row)), [row], asked)
+
+
+def _inputs(
+    inner: Any, ids: torch.Tensor, positions: torch.Tensor, runs: Sequence[Run]
+) -> dict[str, Any]:
+    device = device_of(inner)
+    return {
+        "input_ids": ids.to(device),
+        "position_ids": positions.to(device),
+        "prefix_runs": attending(runs, device),
+    }
+
+
+# -- walks -----------------------------------------------------------------------------------------
+
+
+class _Block(NamedTuple):
+    numbers: Ints
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class KeysAndValues:
+    """Keys and values of tokens by their number (see `prefix_walks.Step`), of every layer."""
+
+    def __init__(self) -> None:
+        self._blocks: list[_Block] = []
+
+    @property
+    def numbers(self) -> Ints:
+        """Of all tokens held, in order."""
+        return np.concatenate([np.empty(0, dtype=np.int64), *(b.numbers for b in self._blocks)])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for b in self._blocks for layer in b.layers for t in layer)
+
+    def cache(self, numbers: Ints) -> DynamicCache:
+        """A cache that holds some tokens, in order, and to which a model adds its own."""
+        parts = [p for p in (_chosen(b, numbers) for b in self._blocks) if len(p.numbers)]
+        found = sum(len(p.numbers) for p in parts)
+        if found != len(numbers):
+            raise RuntimeError(f"{len(numbers)} earlier tokens are needed, {found} are held")
+        cache = DynamicCache()
+        for layer, states in enumerate(zip(*(p.layers for p in parts), strict=True)):
+            keys, values = (torch.cat(own, dim=2) for own in zip(*states, strict=True))
+            cache.update(keys, values, layer)
+        return cache
+
+    def add(self, cache: DynamicCache, numbers: Ints) -> None:
+        """Keeps the last tokens of a cache, which a model has added."""
+        layers = [(k, v) for k, v, *_ in cache]
+        count = len(numbers)
+        if count < layers[0][0].shape[2]:
+            # Copied: a view would keep the whole cache alive.
+            layers = [(k[:, :, -count:].clone(), v[:, :, -count:].clone()) for k, v in layers]
+        self._blocks.append(_Block(numbers, layers))
+
+    def only(self, numbers: Ints) -> None:
+        """Forgets every other token."""
+        chosen = [_chosen(b, numbers) for b in self._blocks]
+        self._blocks = [b for b in chosen if len(b.numbers)]
+
+
+def _chosen(block: _Block, numbers: Ints) -> _Block:
+    held = np.isin(block.numbers, numbers)
+    if held.all():
+        return block
+    places = torch.from_numpy(held.nonzero()[0]).to(block.layers[0][0].device)
+    own = [(k.index_select(2, places), v.index_select(2, places)) for k, v in block.layers]
+    return _Block(block.numbers[held], own)
+
+
+@dataclass(slots=True)
+class Memory:
+    """What earlier calls computed, for later ones whose sequences begin alike.
+
+    Attributes:
+        limit: bytes of keys and values at most; what is beyond is computed again when needed.
+    """
+
+    limit: int
+    paths: Paths = field(default_factory=Paths)
+    states: KeysAndValues = field(default_factory=KeysAndValues)
+
+
+def walk_passes(
+    inner: Any, shape: Shape, asked: Asked, memory: Memory | None = None
+) -> Iterator[Pass]:
+    """The one tree of all sequences, no token twice; only last positions can be wanted.
+
+    Args:
+        memory: what was computed before and is used; afterwards it holds these sequences as well.
+    """
+    paths = Paths() if memory is None else memory.paths
+    states = KeysAndValues() if memory is None else memory.states
+    steps = walk(asked.sequences, pass_tokens(inner, shape), paths)
+    if memory is not None and states.nbytes > memory.limit:
+        states.only(np.unique(np.concatenate([step.past for step in steps])))
+    try:
+        for step in steps:
+            inputs = _step_inputs(inner, step)
+            cache = states.cache(step.past)
+            if memory is not None or len(step.past) or len(step.needed):
+                inputs["past_key_values"] = cache
+            yield Pass(
+                inputs,
+                torch.tensor(list(step.last.values())).to(device_of(inner)),
+                torch.tensor([asked.offsets[i] for i in step.last]),
+            )
+            held = states.numbers
+            if "past_key_values" in inputs:
+                states.add(cache, np.arange(step.first, step.first + len(step.token_ids)))
+            if memory is None:
+                states.only(step.needed)
+            elif states.nbytes > memory.limit:
+                states.only(np.union1d(held, step.needed))
+    finally:
+        # A consumer that stops early leaves no path whose states are missing.
+        paths.only(states.numbers)
+
+
+def _step_inputs(inner: Any, step: Step) -> dict[str, Any]:
+    ids, positions = torch.from_numpy(step.token_ids), torch.from_numpy(step.positions)
+    return _inputs(inner, ids[None], positions[None], step.runs)

@@ -1,0 +1,124 @@
+"""Prefix walks: every token of the tree once, whatever the steps, and what each of them sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.test_prefix_trees import SEQUENCES, slow_mask
+
+from self_judge.prefix_trees import joined, prefix_rows
+from self_judge.prefix_walks import Paths, Run, Step, runs_of, walk
+
+
+def seen(run: Run, keys: int) -> np.ndarray:
+    """What the tokens of a run see, `(run, keys)`."""
+    mask = np.zeros((run.stop - run.start, keys), dtype=bool)
+    for start, stop in run.before:
+        mask[:, start:stop] = True
+    for n in range(run.stop - run.start):
+        mask[n, run.past + run.start : run.past + run.start + n + 1] = True
+    return mask
+
+
+class Reader:
+    """Follows steps as attention does: keeps what they say is needed, and reads tokens by it."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, tuple[int, int]] = {}  # by number: id and depth
+        self.laid_out = 0
+
+    def read(self, steps: Sequence[Step], *, forget: bool) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for step in steps:
+            own = np.arange(step.first, step.first + len(step.token_ids))
+            assert step.first == self.laid_out
+            self.laid_out += len(own)
+            at_hand = [self.tokens[n] for n in step.past.tolist()]
+            pairs = list(zip(step.token_ids.tolist(), step.positions.tolist(), strict=True))
+            keys = at_hand + pairs
+            mask = np.concatenate([seen(run, len(keys)) for run in step.runs])
+            assert [r.stop for r in step.runs[:-1]] == [r.start for r in step.runs[1:]]
+            assert len(mask) == len(own)
+            for i, place in step.last.items():
+                path = [keys[k] for k in mask[place].nonzero()[0]]
+                assert [depth for _, depth in path] == list(range(len(path)))
+                found[i] = [token for token, _ in path]
+            self.tokens.update(zip(own.tolist(), pairs, strict=True))
+            if forget:
+                kept = set(step.needed.tolist())
+                self.tokens = {n: t for n, t in self.tokens.items() if n in kept}
+        return found
+
+
+@given(SEQUENCES, st.integers(1, 40))
+def test_every_sequence_is_read_back_through_what_its_last_token_sees(
+    sequences: list[list[int]], step_tokens: int
+) -> None:
+    steps = walk(sequences, step_tokens, Paths())
+    assert Reader().read(steps, forget=True) == dict(enumerate(sequences))
+
+
+@given(SEQUENCES, st.integers(1, 40))
+def test_every_unique_prefix_is_laid_out_once_whatever_the_steps(
+    sequences: list[list[int]], step_tokens: int
+) -> None:
+    steps = walk(sequences, step_tokens, Paths())
+    prefixes = {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
+    assert sum(len(step.token_ids) for step in steps) == len(prefixes)
+
+
+@given(st.lists(SEQUENCES, min_size=2, max_size=4), st.integers(1, 20))
+def test_what_was_walked_before_is_not_laid_out_again_but_for_last_tokens(
+    calls: list[list[list[int]]], step_tokens: int
+) -> None:
+    paths, reader = Paths(), Reader()
+    known: set[tuple[int, ...]] = set()
+    for sequences in calls:
+        before = reader.laid_out
+        steps = walk(sequences, step_tokens, paths)
+        assert reader.read(steps, forget=False) == dict(enumerate(sequences))
+        prefixes = {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
+        again = {tuple(s) for s in sequences} & known
+        assert len(prefixes - known) <= reader.laid_out - before <= len(prefixes - known | again)
+        known |= prefixes
+
+
+@given(SEQUENCES, SEQUENCES, st.data())
+def test_after_forgetting_only_whole_paths_are_taken_up(
+    first: list[list[int]], second: list[list[int]], data: st.DataObject
+) -> None:
+    paths, reader = Paths(), Reader()
+    reader.read(walk(first, 100, paths), forget=False)
+    kept = data.draw(st.sets(st.sampled_from(sorted(reader.tokens))))
+    reader.tokens = {n: t for n, t in reader.tokens.items() if n in kept}
+    paths.only(np.array(sorted(kept), dtype=np.int64))
+    assert reader.read(walk(second, 100, paths), forget=False) == dict(enumerate(second))
+
+
+@given(SEQUENCES, st.integers(1, 40))
+def test_no_step_is_too_large_but_for_a_single_sequence(
+    sequences: list[list[int]], step_tokens: int
+) -> None:
+    for step in walk(sequences, step_tokens, Paths()):
+        assert len(step.token_ids) <= step_tokens or len({*step.last.values()}) == 1
+
+
+@given(SEQUENCES, st.integers(1, 40))
+def test_the_runs_of_a_row_say_what_its_mask_says(
+    sequences: list[list[int]], row_tokens: int
+) -> None:
+    rows = prefix_rows(sequences, row_tokens)
+    for row in [*rows, *joined(rows, 3 * row_tokens)]:
+        mask = np.concatenate([seen(run, len(row)) for run in runs_of(row)])
+        assert (mask == slow_mask(row)).all()
+
+
+def test_what_cannot_be_walked_is_refused() -> None:
+    with pytest.raises(ValueError, match="sequence 1 has no tokens"):
+        walk([[1], []], 10, Paths())
+    with pytest.raises(ValueError, match="step_tokens must be at least 1, got 0"):
+        walk([[1]], 0, Paths())
