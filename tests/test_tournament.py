@@ -15,7 +15,7 @@ from self_judge import Comparison, Judge, JudgeTemplates, Verdict, tournament_re
 from self_judge.encoding import ChatEncoder
 from self_judge.models import save_judge_settings
 from self_judge.sampling import stable_seed
-from self_judge.tournament import Bracket, Match, knockouts, pairings
+from self_judge.tournament import Bracket, Match, judged_knockouts, knockouts, pairings
 
 
 class ByValue:
@@ -335,14 +335,18 @@ def test_what_is_needed_and_missing_is_said(arguments: dict[str, Any], left_out:
 
 
 def test_rounds_judged_through_a_memory_give_the_same_brackets(
-    monkeypatch: pytest.MonkeyPatch, tiny_judge: Judge
+    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, templates: JudgeTemplates
 ) -> None:
+    judge = Judge(model, tokenizer, templates)
     monkeypatch.setattr("self_judge.tournament._MATCHES_TOGETHER", 5)  # several groups of contexts
     contexts = [f"Human: what about {word}?" for word in ("otters", "rain", "the sea", "soup")]
-    responses = [[f"{c[-6:]} answer {k}" for k in range(n)] for c, n in zip(contexts, (5, 2, 8, 1))]
+    responses = [
+        [f"{c[-6:]} answer {k}" for k in range(n)]
+        for c, n in zip(contexts, (5, 2, 8, 1), strict=True)
+    ]
     seeds = [3, 1, 4, 1]
-    plain = knockouts(tiny_judge.compare, contexts, responses, seeds=seeds)
-    judged = judged_knockouts(tiny_judge, contexts, responses, seeds=seeds)
+    plain = knockouts(judge.compare, contexts, responses, seeds=seeds)
+    judged = judged_knockouts(judge, contexts, responses, seeds=seeds)
     for a, b in zip(plain, judged, strict=True):
         assert [[(m.a, m.b, m.winner) for m in r] for r in a.rounds] == [
             [(m.a, m.b, m.winner) for m in r] for r in b.rounds
