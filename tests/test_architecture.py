@@ -41,6 +41,7 @@ FLOORS: list[set[str]] = [
         "packing",
         "packed_head",
         "sampling",
+        "scoring",
         "judge",
     },
     {

@@ -1,16 +1,15 @@
 """Judge: comparisons in, verdicts out, by the next-token probabilities of two letters.
 
-It knows one model and its judge templates. It does not know where responses come from or what a
-verdict is used for.
+It knows its judge templates and what scores the letters. It does not know where responses come from
+or what a verdict is used for.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +20,13 @@ from self_judge.comparison import Comparison, Side, Verdict
 from self_judge.config import PackingChoice
 from self_judge.encoding import ChatEncoder
 from self_judge.models import (
-    in_evaluation_mode,
     load_judge_settings,
     load_model,
     load_tokenizer,
-    unwrapped,
     vocabulary_fits,
 )
 from self_judge.packing import Packing
+from self_judge.scoring import LetterScorer, TransformersScorer
 from self_judge.templates import JudgeTemplates
 
 # One principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)
@@ -42,7 +40,9 @@ class Judge:
     """Judges pairs of responses in both orders under every principle template.
 
     Args:
-        model: a causal language model (or `PeftModel`); used as it is, in evaluation mode.
+        model: a causal language model (or `PeftModel`), used as it is, in evaluation mode; or what
+            else the letters are read from (a `LetterScorer`), to which `batch_size` and `packing`
+            mean nothing.
         encoder: a `ChatEncoder`, or a tokenizer whose own chat template is used.
         templates: the judge templates, or a mapping `{principle: {system, user, assistant}}`.
         token_id_a, token_id_b: checked against the ids derived from the tokenizer, if given.
@@ -59,7 +59,7 @@ class Judge:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: torch.nn.Module | LetterScorer,
         encoder: ChatEncoder | PreTrainedTokenizerBase,
         templates: JudgeTemplates | Mapping[str, Any],
         *,
@@ -74,20 +74,40 @@ class Judge:
             raise ValueError(f"judge batch size must be at least 1, got {batch_size}")
         if max_length is not None and max_length < 1:
             raise ValueError(f"the judge's max_length must be at least 1, got {max_length}")
-        self.model = model
         self.encoder = encoder if isinstance(encoder, ChatEncoder) else ChatEncoder(encoder)
         self.templates = (
             templates if isinstance(templates, JudgeTemplates) else JudgeTemplates(templates)
         )
         self.letter_ids = self.encoder.letter_ids(self.templates, token_id_a, token_id_b)
-        self.batch_size = batch_size
-        config: Any = model.config
-        # Recurrent models have no such limit; a longer prompt would fail in learned positions.
-        context_length = getattr(config.get_text_config(), "max_position_embeddings", None)
-        limits = [n for n in (max_length, context_length) if n is not None]
+        if isinstance(model, torch.nn.Module):
+            vocabulary_fits(model, self.encoder.tokenizer)
+            model = TransformersScorer(model, batch_size, packing, batch_tokens)
+        self.scorer: LetterScorer = model
+        limits = [n for n in (max_length, self.scorer.max_length) if n is not None]
         self.max_length: int | None = min(limits, default=None)
-        vocabulary_fits(model, self.encoder.tokenizer)
-        self.packing = Packing(model, packing, batch_rows=batch_size, batch_tokens=batch_tokens)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The Transformers model that judges.
+
+        Raises:
+            ValueError: something else does.
+        """
+        return self._on_transformers("model").model
+
+    @property
+    def packing(self) -> Packing:
+        """How that model's prompts share prefixes.
+
+        Raises:
+            ValueError: something else than a Transformers model judges.
+        """
+        return self._on_transformers("packing").packing
+
+    def _on_transformers(self, wanted: str) -> TransformersScorer:
+        if isinstance(self.scorer, TransformersScorer):
+            return self.scorer
+        raise ValueError(f"this judge reads its letters from an engine, which has no {wanted} here")
 
     @classmethod
     def from_pretrained(
@@ -179,11 +199,12 @@ class Judge:
         """Within, prompts take up what the call before computed of their beginnings.
 
         For comparisons that follow from one another, as the rounds of a tournament do. The
-        verdicts are the same.
+        verdicts are the same. An engine has a prefix cache of its own.
         """
-        return self.packing.remembering()
+        if isinstance(self.scorer, TransformersScorer):
+            return self.packing.remembering()
+        return nullcontext()
 
-    @torch.no_grad()
     def letter_probabilities(
         self, prompts: Sequence[Sequence[int]], *, progress: bool = False
     ) -> torch.Tensor:
@@ -196,54 +217,10 @@ class Judge:
             float32 tensor on the CPU, shape `(len(prompts), 2)`.
         """
         unique = list(dict.fromkeys(map(tuple, prompts)))
-        letters_N2 = torch.empty(len(unique), 2)
-        bar = tqdm(total=len(unique), desc="judging", unit="prompt", disable=not progress)
-        with in_evaluation_mode(self.model), bar:
-            packed = self.packing.decision.route != "off"
-            for done, logits_BV in (
-                self.packing.next_token_logits(unique) if packed else self._unpacked(unique)
-            ):
-                letters_N2[done] = logits_BV.float().softmax(-1)[:, list(self.letter_ids)].cpu()
-                bar.update(len(done))
+        with tqdm(total=len(unique), desc="judging", unit="prompt", disable=not progress) as bar:
+            letters_N2 = self.scorer.letter_probabilities(unique, self.letter_ids, bar.update)
         place = {prompt: i for i, prompt in enumerate(unique)}
         return letters_N2[[place[tuple(prompt)] for prompt in prompts]]
-
-    def _unpacked(
-        self, prompts: Sequence[Sequence[int]]
-    ) -> Iterable[tuple[list[int], torch.Tensor]]:
-        # Longest first: batches of like lengths, and memory trouble shows at the start.
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            yield batch, next_token_logits(self.model, [prompts[i] for i in batch])
-
-
-def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits of the token after each prompt, shape `(B, V)`.
-
-    Rows are padded on the right: under a causal mask padding can then reach no prompt, whatever
-    the model's kind of position. Only the last positions reach the LM head.
-    """
-    device = next(model.parameters()).device
-    lengths = [len(p) for p in prompts]
-    ids_BT = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, : lengths[row]] = torch.tensor(prompt)
-        mask_BT[row, : lengths[row]] = 1
-    inputs = {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
-    last_B = torch.tensor([n - 1 for n in lengths], device=device)
-    rows_B = torch.arange(len(prompts), device=device)
-    if _takes_logits_to_keep(model):
-        kept, place_B = last_B.unique(return_inverse=True)
-        logits_BUV = model(**inputs, use_cache=False, logits_to_keep=kept).logits
-        return logits_BUV[rows_B, place_B]
-    return model(**inputs).logits[rows_B, last_B]
-
-
-def _takes_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Whether the model under all wrappers (DDP, PEFT) can leave positions out of its LM head."""
-    return "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters
 
 
 class Scores(NamedTuple):

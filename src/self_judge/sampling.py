@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -73,6 +73,63 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+class Sampler(Protocol):
+    """What draws responses: a model in this process, or an engine."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int = 1,
+        seeds: Sequence[int] | int = 0,
+        *,
+        progress: bool = False,
+    ) -> list[list[Response]]:
+        """Draws `n` responses to every prompt; see `TransformersSampler.sample`."""
+        ...
+
+
+def rows_to_sample(
+    prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int] | int
+) -> list[tuple[int, int]]:
+    """One row (place of its prompt, seed) per response: a prompt's `n` rows stand together.
+
+    Raises:
+        ValueError: `n` is below 1, a prompt is empty, or there is not one seed per prompt.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    empty = next((i for i, p in enumerate(prompts) if not len(p)), None)
+    if empty is not None:
+        raise ValueError(f"prompt {empty} has no tokens: there is nothing to continue from")
+    if isinstance(seeds, int):
+        seeds = [stable_seed(seeds, i) for i in range(len(prompts))]
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed each")
+    return [(i, stable_seed(seeds[i], k)) for i in range(len(prompts)) for k in range(n)]
+
+
+def stop_tokens(encoder: ChatEncoder) -> tuple[int, ...]:
+    """The tokens at which an answer ends.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not encoder.stop_token_ids:
+        raise ValueError(
+            "no token ends an answer: the tokenizer has no end-of-sequence token and the chat "
+            "template ends no turn with a control token; set tokenizer.eos_token"
+        )
+    return tuple(encoder.stop_token_ids)
+
+
+def sampled_response(sampled: Sequence[int], encoder: ChatEncoder) -> Response:
+    """Sampled ids up to the first that ends an answer; finished if there is one."""
+    stop = set(encoder.stop_token_ids)
+    end = next((t + 1 for t, token in enumerate(sampled) if token in stop), None)
+    ids = tuple(sampled[:end])
+    return Response(ids, encoder.decode(ids), finished=end is not None)
+
+
 class TransformersSampler:
     """Samples with a Transformers model: left-padded batches of like lengths, with a KV cache.
 
@@ -102,11 +159,7 @@ class TransformersSampler:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"sampling batch size must be at least 1, got {batch_size}")
-        if not encoder.stop_token_ids:
-            raise ValueError(
-                "no token ends an answer: the tokenizer has no end-of-sequence token and the chat "
-                "template ends no turn with a control token; set tokenizer.eos_token"
-            )
+        self.stop = stop_tokens(encoder)
         self.model = model
         self.encoder = encoder
         self.settings = settings
@@ -135,16 +188,7 @@ class TransformersSampler:
         Raises:
             ValueError: `n` is below 1, a prompt is empty, or there is not one seed per prompt.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        empty = next((i for i, p in enumerate(prompts) if not len(p)), None)
-        if empty is not None:
-            raise ValueError(f"prompt {empty} has no tokens: there is nothing to continue from")
-        if isinstance(seeds, int):
-            seeds = [stable_seed(seeds, i) for i in range(len(prompts))]
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed each")
-        rows = [(i, stable_seed(seeds[i], k)) for i in range(len(prompts)) for k in range(n)]
+        rows = rows_to_sample(prompts, n, seeds)
         rows.sort(key=lambda row: -len(prompts[row[0]]))  # stable: a prompt's stay in order
         responses: list[list[Response]] = [[] for _ in prompts]
         bar = tqdm(total=len(rows), desc="sampling", unit="resp", disable=not progress)
@@ -159,9 +203,8 @@ class TransformersSampler:
 
     def _generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Response]:
         device = next(self.model.parameters()).device
-        stop = self.encoder.stop_token_ids
         pad = self.encoder.tokenizer.pad_token_id
-        pad = stop[0] if pad is None else pad
+        pad = self.stop[0] if pad is None else pad
         longest = max(map(len, prompts))
         ids_BT = torch.full((len(prompts), longest), pad)
         mask_BT = torch.zeros_like(ids_BT)
@@ -172,7 +215,7 @@ class TransformersSampler:
             max_new_tokens=self.settings.max_new_tokens,
             do_sample=False,  # sampling is the argmax over `_SeededGumbel`
             use_cache=True,
-            eos_token_id=list(stop),
+            eos_token_id=list(self.stop),
             pad_token_id=pad,
         )
         with _without_own_generation_settings(self.model):
@@ -184,13 +227,8 @@ class TransformersSampler:
                     torch.tensor(list(seeds), device=device), (1 - mask_BT).sum(1).to(device)
                 ),
             )
-        return [self._response(row) for row in output_BT[:, longest:].tolist()]
-
-    def _response(self, sampled: list[int]) -> Response:
-        stop = set(self.encoder.stop_token_ids)
-        end = next((t + 1 for t, token in enumerate(sampled) if token in stop), None)
-        ids = tuple(sampled[:end])
-        return Response(ids, self.encoder.decode(ids), finished=end is not None)
+        sampled = output_BT[:, longest:].tolist()
+        return [sampled_response(row, self.encoder) for row in sampled]
 
     def _processors(self, seeds_B: torch.Tensor, padding_B: torch.Tensor) -> LogitsProcessorList:
         s = self.settings

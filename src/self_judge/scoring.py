@@ -1,0 +1,130 @@
+"""Scorers: judge prompts in, the probabilities of two letters as the next token out.
+
+They know token ids and what computes them: here a Transformers model, in `vllm_roles.py` an engine.
+They do not know what the letters stand for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from self_judge.config import PackingChoice
+from self_judge.models import in_evaluation_mode, unwrapped
+from self_judge.packing import Packing
+
+
+class LetterScorer(Protocol):
+    """What a judge reads its letters from.
+
+    Attributes:
+        max_length: tokens of a prompt that it can take at most; `None`: no limit.
+    """
+
+    max_length: int | None
+
+    def letter_probabilities(
+        self,
+        prompts: Sequence[Sequence[int]],
+        letter_ids: tuple[int, int],
+        done: Callable[[int], object],
+    ) -> torch.Tensor:
+        """p(A) and p(B) as the next token of each prompt, softmax over the whole vocabulary.
+
+        Args:
+            prompts: token ids, no two alike.
+            letter_ids: the ids of A and B.
+            done: called with the number of prompts computed since the last call.
+
+        Returns:
+            float32 tensor on the CPU, shape `(len(prompts), 2)`.
+        """
+        ...
+
+
+class TransformersScorer:
+    """Reads the letters from a Transformers model, used as it is, in evaluation mode.
+
+    Args:
+        model: a causal language model (or `PeftModel`).
+        batch_size: rows per forward pass: prompts, or prefix trees of them when packed.
+        packing: how prompts share prefixes (see `Packing`); `auto` takes what is exact.
+        batch_tokens: tokens of a packed forward pass at most; default: by measurement.
+
+    Raises:
+        ValueError: `packing` is not exact for the model.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        batch_size: int = 8,
+        packing: PackingChoice = "auto",
+        batch_tokens: int | None = None,
+    ) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        config: Any = model.config
+        # Recurrent models have no such limit; a longer prompt would fail in learned positions.
+        self.max_length: int | None = getattr(
+            config.get_text_config(), "max_position_embeddings", None
+        )
+        self.packing = Packing(model, packing, batch_rows=batch_size, batch_tokens=batch_tokens)
+
+    @torch.no_grad()
+    def letter_probabilities(
+        self,
+        prompts: Sequence[Sequence[int]],
+        letter_ids: tuple[int, int],
+        done: Callable[[int], object],
+    ) -> torch.Tensor:
+        """See `LetterScorer.letter_probabilities`."""
+        letters_N2 = torch.empty(len(prompts), 2)
+        packed = self.packing.decision.route != "off"
+        with in_evaluation_mode(self.model):
+            for places, logits_BV in (
+                self.packing.next_token_logits(prompts) if packed else self._unpacked(prompts)
+            ):
+                letters_N2[places] = logits_BV.float().softmax(-1)[:, list(letter_ids)].cpu()
+                done(len(places))
+        return letters_N2
+
+    def _unpacked(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> Iterable[tuple[list[int], torch.Tensor]]:
+        # Longest first: batches of like lengths, and memory trouble shows at the start.
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            yield batch, next_token_logits(self.model, [prompts[i] for i in batch])
+
+
+def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits of the token after each prompt, shape `(B, V)`.
+
+    Rows are padded on the right: under a causal mask padding can then reach no prompt, whatever
+    the model's kind of position. Only the last positions reach the LM head.
+    """
+    device = next(model.parameters()).device
+    lengths = [len(p) for p in prompts]
+    ids_BT = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, : lengths[row]] = torch.tensor(prompt)
+        mask_BT[row, : lengths[row]] = 1
+    inputs = {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
+    last_B = torch.tensor([n - 1 for n in lengths], device=device)
+    rows_B = torch.arange(len(prompts), device=device)
+    if _takes_logits_to_keep(model):
+        kept, place_B = last_B.unique(return_inverse=True)
+        logits_BUV = model(**inputs, use_cache=False, logits_to_keep=kept).logits
+        return logits_BUV[rows_B, place_B]
+    return model(**inputs).logits[rows_B, last_B]
+
+
+def _takes_logits_to_keep(model: torch.nn.Module) -> bool:
+    """Whether the model under all wrappers (DDP, PEFT) can leave positions out of its LM head."""
+    return "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters
