@@ -75,7 +75,7 @@ def main() -> None:
         seconds,
         limit=sum(b["input_ids"].numel() for b in batches) / sum(map(bench.unique_tokens, needed)),
         floor=work / rate,
-        notes=[bench.gap(losses)],
+        notes=[bench.way(trainers["packed"].packing), bench.gap(losses)],
     )
 
 

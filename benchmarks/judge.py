@@ -71,6 +71,7 @@ def main() -> None:
         limit=computed(prompts) / bench.unique_tokens(prompts),
         floor=bench.flops(model, prompts, len(prompts)) / bench.matrix_rate(model),
         notes=[
+            bench.way(judge.packing),
             f"probabilities differ by at most {(ours - theirs).abs().max():.1e}; verdicts agree on "
             f"{100 * agree:.1f} % of {int(clear.sum())} pairs with a margin above 0.02",
             f"packing: {judge.packing.decision.route}, {judge.packing.decision.reason}",

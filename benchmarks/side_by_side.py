@@ -23,9 +23,11 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from self_judge import ChatEncoder, Comparison, Judge, JudgeTemplates
+from self_judge.batch_shape import busy_tokens
 from self_judge.config import load_run
 from self_judge.models import load_model, load_tokenizer
 from self_judge.packed_passes import attention_share
+from self_judge.packing import Packing
 from self_judge.prefix_trees import prefix_rows
 from self_judge.selection import judge_context
 from self_judge.sources import load_preferences
@@ -161,6 +163,12 @@ def gap(results: Sequence[Sequence[float]]) -> str:
     return (
         f"losses differ by at most {max(abs(a - b) for a, b in zip(ours, theirs, strict=True)):.1e}"
     )
+
+
+def way(packing: Packing) -> str:
+    """How prefixes were shared, and in passes of how many tokens."""
+    tokens = packing.shape.batch_tokens or busy_tokens(packing.inner)
+    return f"{packing.describe()}; passes of {tokens} tokens"
 
 
 def lora() -> LoraConfig:

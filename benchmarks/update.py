@@ -95,7 +95,7 @@ def main() -> None:
         seconds,
         limit=padded / bench.unique_tokens(sequences),
         floor=work / bench.matrix_rate(inner),
-        notes=[bench.gap(losses)],
+        notes=[bench.way(trainers["packed"].packing), bench.gap(losses)],
     )
 
 

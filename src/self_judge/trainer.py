@@ -195,6 +195,7 @@ class SelfJudgeTrainer(DPOTrainer):
         tokens = None
         if config.packing != "off":
             tokens = settled_tokens(unwrapped(self.model), self.output_dir)
+        one_pass = needs_one_pass(self.accelerator.distributed_type)
         self.judge = Judge(
             self.ref_model if self.ref_model is not None else self.model,
             self.encoder,
@@ -205,9 +206,9 @@ class SelfJudgeTrainer(DPOTrainer):
             max_length=config.max_length,
             packing=config.packing,
             batch_tokens=tokens,
+            one_pass=one_pass,
         )
         self.packing: Packing | None = None
-        one_pass = needs_one_pass(self.accelerator.distributed_type)
         for own in (self.ref_model, self.model):
             if own is not None:
                 self.packing = pack_fused_head(
