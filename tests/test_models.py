@@ -15,6 +15,7 @@ from conftest import TEMPLATES, byte_bpe, tiny_llama, wrap
 from self_judge import ChatEncoder, JudgeTemplates
 from self_judge.models import (
     ModelError,
+    float32_logits,
     frozen_reference,
     in_evaluation_mode,
     load_judge_settings,
@@ -261,3 +262,27 @@ def test_a_judge_file_lacking_or_garbling_a_letter_is_refused(
         path.write_text(json.dumps({**content, "token_id_b": broken}))
         with pytest.raises(ModelError, match="not a judge file"):
             load_judge_settings(tmp_path)
+
+
+def test_logits_for_judging_are_not_rounded_to_the_models_own_type(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("self_judge.models._HEAD_ROWS", 50)  # several parts
+    half = model.to(torch.bfloat16)
+    with torch.no_grad():
+        states = half.model(IDS).last_hidden_state
+        expected = states.double() @ half.lm_head.weight.double().T
+        with float32_logits(half):
+            found = half(IDS).logits
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        assert half(IDS).logits.dtype == torch.bfloat16  # afterwards as before
+
+
+def test_a_head_with_an_adapter_or_in_float32_is_left_as_it_is(model: Any) -> None:
+    plain = logits(model)
+    with float32_logits(model):
+        assert torch.equal(logits(model), plain)
+    wrapped = adapted(model.to(torch.bfloat16), target_modules=["lm_head"])
+    with float32_logits(wrapped):
+        assert logits(wrapped).dtype == torch.bfloat16

@@ -162,6 +162,40 @@ def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+# Rows of the head's matrix made float32 at a time: a quarter of a GiB at a width of 2,048.
+_HEAD_ROWS = 32_768
+
+
+@contextmanager
+def float32_logits(model: torch.nn.Module) -> Iterator[None]:
+    """Has the model's head give float32 logits, whatever type the model computes in.
+
+    bfloat16 keeps eight bits: a logit of 20 is rounded to the next eighth, and what a judge says of
+    two letters by as much as it often differs by. A head that is not a plain linear layer (wrapped
+    by an adapter, quantized, sharded) is left as it is.
+    """
+    head = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
+    weight: Any = getattr(head, "weight", None)
+    plain = type(head) is torch.nn.Linear and type(weight) is torch.nn.Parameter
+    if not plain or weight.dtype not in (torch.bfloat16, torch.float16) or not weight.numel():
+        yield
+        return
+
+    def in_float32(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        rows = [
+            torch.nn.functional.linear(args[0].float(), part.float())
+            for part in module.weight.split(_HEAD_ROWS)
+        ]
+        logits = torch.cat(rows, dim=-1)
+        return logits if module.bias is None else logits + module.bias.float()
+
+    hook = head.register_forward_hook(in_float32)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def vocabulary_fits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises `ModelError` when the tokenizer has ids that the model has no embedding for."""
     # An adapter on the embeddings wraps them.

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from self_judge.config import PackingChoice
-from self_judge.models import in_evaluation_mode, unwrapped
+from self_judge.models import float32_logits, in_evaluation_mode, unwrapped
 from self_judge.packing import Packing, most_of_all_processes
 
 
@@ -88,7 +88,7 @@ class TransformersScorer:
         """See `LetterScorer.letter_probabilities`."""
         letters_N2 = torch.empty(len(prompts), 2)
         packed = self.packing.decision.route != "off"
-        with in_evaluation_mode(self.model):
+        with in_evaluation_mode(self.model), float32_logits(self.model):
             for places, logits_BV in (
                 self.packing.next_token_logits(prompts) if packed else self._unpacked(prompts)
             ):
