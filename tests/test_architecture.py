@@ -18,7 +18,7 @@ import self_judge
 PACKAGE = Path(self_judge.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"comparison", "templates", "config", "machine", "typed_yaml", "whole_file"},
+    {"comparison", "templates", "config", "machine", "typed_yaml", "whole_file", "run_folder"},
     {
         "content_tokens",
         "prefix_trees",
@@ -39,6 +39,7 @@ FLOORS: list[set[str]] = [
         "rollouts",
         "prompts",
         "trainer_config",
+        "run_log",
         "trainer",
         "evaluation",
     },

@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from self_judge.config import PackingChoice
 from self_judge.packed_head import pack_fused_head
 from self_judge.packing import needs_one_pass
+from self_judge.run_log import RunLog
 
 
 class TwinSampler(Sampler[int]):
@@ -64,6 +65,8 @@ class JSFTTrainer(SFTTrainer):
         model: Any = self.model
         one_pass = needs_one_pass(self.accelerator.distributed_type)
         self.packing = pack_fused_head(model, packing, one_pass=one_pass)
+        self.run_log = RunLog("jsft")
+        self.add_callback(self.run_log)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

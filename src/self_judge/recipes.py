@@ -103,6 +103,7 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
         say=say,
     )
     _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
+    trainer.run_log.run_file = dataclasses.asdict(run)
     _train(trainer, args, say)
     output = save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
     say(f"JSFT model and judge.json: {output}")
@@ -237,6 +238,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
         **letters,
     )
     _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
+    trainer.run_log.run_file = dataclasses.asdict(run)
     _train(trainer, args, say)
     trainer.save_model(str(args.output_dir))
     say(f"policy: {args.output_dir}")
