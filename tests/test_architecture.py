@@ -42,8 +42,9 @@ FLOORS: list[set[str]] = [
         "run_log",
         "trainer",
         "evaluation",
+        "calibration",
     },
-    {"report", "serving", "recipes", "self_rejection", "demo", "progress", "cli"},
+    {"report", "report_data", "serving", "recipes", "self_rejection", "demo", "progress", "cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

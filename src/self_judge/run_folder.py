@@ -19,6 +19,8 @@ from self_judge.whole_file import written_whole
 METRICS = "metrics.jsonl"
 RUN = "run.json"
 ROLLOUTS = "rollouts"
+BRACKETS = "brackets.jsonl"  # tournaments, as `self-judge tournament --brackets` writes them
+JUDGED = "judged.jsonl"  # verdicts on pairs of which the better response is known
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
@@ -37,6 +39,11 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def loads(text: str) -> Any:
+    """JSON, in which what is no number (NaN, Infinity: Python writes them) is read as null."""
+    return json.loads(text, parse_constant=lambda _: None)
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines; a last line without its end is left out.
 
@@ -48,7 +55,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not text.strip():
                 continue
             try:
-                line = json.loads(text)
+                line = loads(text)
             except json.JSONDecodeError as error:
                 if not text.endswith("\n"):
                     return
