@@ -96,6 +96,7 @@ def test_the_report_of_a_demo_opens_with_all_its_parts(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_report_of_the_whole_demo_opens(tmp_path: Path, opened: Open) -> None:
     run_demo(0, tmp_path / "demo", console=QUIET)
     page = opened(tmp_path / "demo" / "report.html")

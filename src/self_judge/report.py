@@ -211,8 +211,8 @@ CHARTS: tuple[tuple[str, str, tuple[Chart, ...]], ...] = (
             Chart(
                 "time",
                 "Seconds per step",
-                "Of sampling and of judging; the update is the rest of a step.",
-                (("time/sampling", "sampling"), ("time/judging", "judging")),
+                "By phase of a step; what the phases are called is what is logged under time/.",
+                prefix="time/",
             ),
         ),
     ),

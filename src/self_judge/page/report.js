@@ -119,10 +119,12 @@
     };
     return {
       autosize: true, margin: { l: 44, r: 8, t: 8, b: 34 },
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      // Opaque: Plotly puts a rim of this colour around the line that follows the pointer.
+      paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"),
       font: { family: getComputedStyle(document.body).fontFamily, color: css("--ink"), size: 12 },
-      xaxis: { ...axis, showgrid: false, title: { text: "step", font: { size: 11, color: css("--muted") }, standoff: 4 }, tickformat: "d", nticks: 7 },
-      yaxis: { ...axis, nticks: 6, ...(spec.format === "percent" ? { tickformat: ".0%" } : {}),
+      xaxis: { ...axis, showgrid: false, title: { text: "step", font: { size: 11, color: css("--muted") }, standoff: 4 }, tickformat: "d", nticks: 7,
+        spikecolor: css("--muted"), spikethickness: 1, spikedash: "solid", unifiedhovertitle: { text: "step %{x}" } },
+      yaxis: { ...axis, nticks: 6, ...(spec.format === "percent" ? { tickformat: ".0%", minallowed: -0.02, maxallowed: 1.02 } : {}),
         ...(spec.log ? { type: "log" } : {}), ...(spec.range ? { range: spec.range } : {}) },
       hovermode: "x unified", showlegend: false,
       hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), font: { color: css("--ink"), size: 12 } },
