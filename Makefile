@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types real clean
+.PHONY: help setup demo test test-slow browser lint types real clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,10 @@ test: $(READY) lint types  ## linting, types and all fast tests
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+browser: $(READY)  ## Chromium and Playwright, for the tests that open the report (Debian, as root)
+	apt-get install -y --no-install-recommends chromium fonts-dejavu-core
+	$(BIN)/python -m pip install -q -c constraints.txt playwright
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

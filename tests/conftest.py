@@ -192,3 +192,23 @@ def queries() -> list[dict[str, Any]]:
         }
         for i in range(8)
     ]
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a demo in small: JSFT, self-training, labeled verdicts, tournaments."""
+    from rich.console import Console
+
+    from self_judge.demo import DemoSettings, run_demo
+
+    folder = tmp_path_factory.mktemp("report") / "demo"
+    settings = DemoSettings(
+        jsft_records=60,
+        prompts_per_step=4,
+        steps=3,
+        max_new_tokens=6,
+        held_out_pairs=40,
+        held_out_prompts=5,
+    )
+    run_demo(3, folder, settings, Console(quiet=True))
+    return folder

@@ -18,7 +18,7 @@ import self_judge
 PACKAGE = Path(self_judge.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"comparison", "templates", "config", "machine", "typed_yaml", "whole_file"},
+    {"comparison", "templates", "config", "machine", "typed_yaml", "whole_file", "run_folder"},
     {
         "content_tokens",
         "prefix_trees",
@@ -51,10 +51,12 @@ FLOORS: list[set[str]] = [
         "rollouts",
         "prompts",
         "trainer_config",
+        "run_log",
         "trainer",
         "evaluation",
+        "calibration",
     },
-    {"report", "serving", "recipes", "self_rejection", "demo", "progress", "cli"},
+    {"report", "report_data", "serving", "recipes", "self_rejection", "demo", "progress", "cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

@@ -109,6 +109,23 @@ def test_every_field_of_a_verdict_is_explained() -> None:
     assert explained == {f.name for f in dataclasses.fields(Verdict)}
 
 
+def test_pictures_are_small() -> None:
+    sizes = {p.name: p.stat().st_size for p in (ROOT / "docs" / "images").iterdir()}
+    assert sizes
+    assert max(sizes.values()) < 300_000, sizes
+
+
+def test_every_chart_of_the_report_is_explained() -> None:
+    from self_judge.report import CHARTS
+
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    explained = ", ".join(row[0].lower() for row in rows(section(text, "## Curves")))
+    for _, _, charts in CHARTS:
+        for chart in charts:
+            title = chart.title.lower().removeprefix("jsft: ").removesuffix(" per step")
+            assert title in explained, chart.title
+
+
 def test_what_the_logs_are_called_is_what_the_text_calls_them() -> None:
     from self_judge.rollouts import rollout_metrics, rollout_totals
 

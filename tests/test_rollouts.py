@@ -274,12 +274,19 @@ def test_metrics_of_a_step_without_a_decided_pair_are_finite() -> None:
 # -- the file --------------------------------------------------------------------------------------
 
 
+def write(path: Path, rollouts: Any, step: int) -> None:
+    write_rollouts(path, rollouts, step, ["helpful"], lambda ids: f"prompt of {len(ids)} ids")
+
+
 def test_rollouts_are_written_one_json_line_each(tmp_path: Path) -> None:
     path = tmp_path / "rollouts" / "step-000007.jsonl"
-    write_rollouts(path, [rollout(AGREE, 2, 3, finished=False), rollout(None, 1, 1)], step=7)
+    write(path, [rollout(AGREE, 2, 3, finished=False), rollout(None, 1, 1)], step=7)
     first, second = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     assert first["step"] == 7
     assert (first["chosen"], first["rejected"], first["decided"]) == ("x", "y", True)
+    assert (first["chosen_tokens"], first["rejected_tokens"]) == (2, 3)
+    assert first["principles"] == ["helpful"]
+    assert first["prompt"] == "prompt of 1 ids"
     assert (first["chosen_finished"], first["rejected_finished"]) == (True, False)
     assert first["margin"] == pytest.approx(0.25)
     assert first["probabilities"][0] == [[0.6, 0.2], [0.1, 0.3]]
@@ -299,7 +306,7 @@ def strictly(line: str) -> Any:
 
 def test_a_broken_score_is_written_as_valid_json(tmp_path: Path) -> None:
     path = tmp_path / "step.jsonl"
-    write_rollouts(path, [rollout(verdict(((math.nan, 0.1), (math.inf, 0.2))), 1, 1)], step=1)
+    write(path, [rollout(verdict(((math.nan, 0.1), (math.inf, 0.2))), 1, 1)], step=1)
     written = strictly(path.read_text())
     assert written["probabilities"][0] == [[None, 0.1], [None, 0.2]]
     assert "not finite" in written["undecidable_because"]
@@ -307,7 +314,7 @@ def test_a_broken_score_is_written_as_valid_json(tmp_path: Path) -> None:
 
 def test_a_contradiction_says_so(tmp_path: Path) -> None:
     path = tmp_path / "step.jsonl"
-    write_rollouts(path, [rollout(AGREE.swapped(), 1, 1)], step=1)
+    write(path, [rollout(AGREE.swapped(), 1, 1)], step=1)
     assert "contradicts" in strictly(path.read_text())["undecidable_because"]
 
 
@@ -315,7 +322,7 @@ def test_any_text_can_be_written_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "step.jsonl"
     hostile = 'line\nbreak\u2028 "quotes" \\ud800 日本 🙂 \ud800'
     given_ = Rollout(0, (1,), hostile, *responses(1, 2), None, False)
-    write_rollouts(path, [given_], step=1)
+    write(path, [given_], step=1)
     with path.open(encoding="utf-8") as file:
         (line,) = file
     assert strictly(line)["context"] == hostile
@@ -324,7 +331,7 @@ def test_any_text_can_be_written_and_read_back(tmp_path: Path) -> None:
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "step.jsonl"
-    write_rollouts(path, [rollout(AGREE, 1, 1)], step=1)
+    write(path, [rollout(AGREE, 1, 1)], step=1)
     before = path.read_bytes()
 
     def interrupted() -> Any:
@@ -332,5 +339,5 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_rollouts(path, interrupted(), step=2)
+        write(path, interrupted(), step=2)
     assert path.read_bytes() == before

@@ -58,6 +58,11 @@ def test_prompts_without_responses_are_answered_first(judge: Path, tmp_path: Pat
         matches = [match for played in line["bracket"] for match in played]
         assert sum(match["b"] is not None for match in matches) == 2
         assert line["bracket"][-1][0]["winner"] == line["winner"]
+        assert all(
+            len(match["probabilities"]) == len(line["principles"])
+            for match in matches
+            if match["probabilities"]
+        )
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,21 @@ def _parser() -> argparse.ArgumentParser:
     tournament.add_argument("--seed", type=int, default=0)
     tournament.add_argument("--brackets", action="store_true", help="write the brackets as well")
     tournament.set_defaults(run=_tournament)
+
+    report = commands.add_parser("report", help="what runs looked like, as one HTML page")
+    report.add_argument(
+        "paths",
+        nargs="+",
+        metavar="DIR",
+        help="folder of a run, or of several; also files of tournaments and evaluations",
+    )
+    report.add_argument(
+        "-o", "--output", metavar="FILE", help="the page (default: report.html in the first DIR)"
+    )
+    report.add_argument(
+        "--pairs", type=int, default=400, help="sampled pairs on the page at most (default: 400)"
+    )
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -153,6 +168,13 @@ def _tournament(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         brackets=arguments.brackets,
     )
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from self_judge.report import write_report
+    from self_judge.report_data import Limits
+
+    write_report(arguments.paths, arguments.output, Limits(pairs=arguments.pairs))
 
 
 if __name__ == "__main__":

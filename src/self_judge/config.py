@@ -227,7 +227,10 @@ class SelfJudgeArgs:
         global_batch_size: prompts per optimizer step over all processes; the accumulation steps
             follow from it. `None`: as `training_args` says.
         log_completions: whether sampled pairs are printed with their verdicts.
-        save_rollouts: whether all pairs and verdicts are kept under `output_dir/rollouts`.
+        save_rollouts: whether pairs and verdicts are kept under `output_dir/rollouts`.
+        rollout_files: of at most so many steps, evenly spread over the run, and the last one;
+            `None`: of every step.
+        rollout_pairs: at most so many pairs of a step; `None`: all of the first process.
     """
 
     token_id_a: int | None = None
@@ -250,6 +253,8 @@ class SelfJudgeArgs:
     global_batch_size: int | None = 64
     log_completions: bool = False
     save_rollouts: bool = True
+    rollout_files: int | None = 200
+    rollout_pairs: int | None = 64
 
     def __post_init__(self) -> None:
         for name, least in {
@@ -261,6 +266,8 @@ class SelfJudgeArgs:
             "top_k": 0,
             "num_generations": 2,
             "global_batch_size": 1,
+            "rollout_files": 1,
+            "rollout_pairs": 1,
         }.items():
             _require_at_least(self, name, least)
         _require(

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
 from self_judge import synthetic
+from self_judge.calibration import judged_line
 from self_judge.comparison import Comparison, PreferenceRecord
 from self_judge.encoding import ChatEncoder
 from self_judge.evaluation import Estimate, JudgeQuality, bootstrap_mean, judge_quality, win_rate
@@ -33,7 +34,10 @@ from self_judge.judge import Judge
 from self_judge.models import frozen_reference, load_model
 from self_judge.progress import LiveProgress
 from self_judge.recipes import jsft_trainer, save_jsft
+from self_judge.report import plotly_is_there, write_report
+from self_judge.run_folder import BRACKETS, JUDGED
 from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
+from self_judge.self_rejection import bracket_json
 from self_judge.templates import JudgeTemplates
 from self_judge.tournament import judged_knockouts
 from self_judge.trainer import SelfJudgeTrainer
@@ -41,6 +45,7 @@ from self_judge.trainer_config import SelfJudgeConfig
 from self_judge.whole_file import written_whole
 
 SIZES = (1, 4, 16)  # N of self-rejection
+SHOWN_BRACKETS = 12  # tournaments kept for the report
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,8 @@ def run_demo(
 
     Args:
         seed: of data, initial weights, sampling and draws.
-        output: gets `jsft/`, `self_judge/` and `summary.json`.
+        output: gets `jsft/`, `self_judge/`, `summary.json`, the held-out verdicts and a few
+            tournaments (`judged.jsonl`, `brackets.jsonl`), and `report.html`.
         settings: smaller or larger than the default.
         console: where to draw progress and the table.
     """
@@ -92,16 +98,20 @@ def run_demo(
     jsft_model = _jsft(seed, output / "jsft", encoder, taught, settings, console)
     judge = Judge(frozen_reference(jsft_model), encoder, templates, batch_size=settings.judge_batch)
     with console.status("judging held-out pairs"):
-        quality = _judge_quality(judge, seed, settings.held_out_pairs)
+        quality = _judge_quality(judge, seed, settings.held_out_pairs, output)
     policy = _self_training(
         jsft_model, seed, output / "self_judge", encoder, templates, settings, console
     )
-    gold = _gold_scores(judge, policy, encoder, seed, settings, console)
+    gold = _gold_scores(judge, policy, encoder, seed, settings, console, output)
     summary = _summary(seed, time.perf_counter() - started, quality, gold)
     with written_whole(output / "summary.json") as file:
         file.write(json.dumps(summary, indent=2) + "\n")
     console.print(_table(summary))
     console.print(f"{summary['seconds']:.0f} s in all; written to {output}/summary.json")
+    if plotly_is_there():
+        write_report([output], console=console)
+    else:
+        console.print("no report.html without Plotly: pip install 'self-judge\\[report]'")
     return summary
 
 
@@ -148,13 +158,17 @@ def _taught_pairs(record: PreferenceRecord, count: int, seed: int) -> Preference
     return dataclasses.replace(record, pairs=pairs)
 
 
-def _judge_quality(judge: Judge, seed: int, n: int) -> JudgeQuality:
+def _judge_quality(judge: Judge, seed: int, n: int, output: Path) -> JudgeQuality:
     """The general judgment on pairs of prompts that were never trained on."""
     cases = []
     for record in synthetic.records(n, seed, "test", writers=2):
         pair = next(p for p in record.pairs if p.principle is None)
         cases.append(Comparison(record.prompt[-1]["content"], pair.chosen, pair.rejected))
-    return judge_quality(judge.compare(cases))
+    verdicts = judge.compare(cases)
+    with written_whole(output / JUDGED) as file:
+        for case, verdict in zip(cases, verdicts, strict=True):
+            file.write(json.dumps(judged_line(case, verdict, gold="a"), ensure_ascii=False) + "\n")
+    return judge_quality(verdicts)
 
 
 def _self_training(
@@ -216,6 +230,7 @@ def _gold_scores(
     seed: int,
     settings: DemoSettings,
     console: Console,
+    output: Path,
 ) -> _Gold:
     instructions = synthetic.instructions(settings.held_out_prompts, seed)
     prompts = [encoder.encode_prompt([{"role": "user", "content": i}]) for i in instructions]
@@ -238,6 +253,19 @@ def _gold_scores(
             brackets = judged_knockouts(judge, instructions, own, seeds=seeds)
             best = [texts[b.winner] for texts, b in zip(own, brackets, strict=True)]
         by_size[size] = scores(best)
+    principles = list(judge.templates.principles)
+    with written_whole(output / BRACKETS) as file:  # of the largest N
+        for i, bracket in enumerate(brackets[:SHOWN_BRACKETS]):
+            line = {
+                "context": instructions[i],
+                "responses": own[i],
+                "winner": bracket.winner,
+                "response": best[i],
+                "principles": principles,
+                "gold_scores": [synthetic.gold_score(instructions[i], t) for t in own[i]],
+                "bracket": bracket_json(bracket),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return _Gold(scores([r.text for (r,) in before]), scores([t[0] for t in samples]), by_size)
 
 

@@ -17,6 +17,7 @@ from self_judge.config import PackingChoice
 from self_judge.models import unwrapped
 from self_judge.packed_head import pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
+from self_judge.run_log import RunLog
 
 
 class TwinSampler(Sampler[int]):
@@ -69,6 +70,8 @@ class JSFTTrainer(SFTTrainer):
         if packing != "off":
             tokens = settled_tokens(unwrapped(model), str(self.args.output_dir))
             self.packing = pack_fused_head(model, packing, one_pass=one_pass, batch_tokens=tokens)
+        self.run_log = RunLog("jsft")
+        self.add_callback(self.run_log)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -48,6 +48,7 @@ from self_judge.models import (
     save_judge_settings,
     vocabulary_fits,
 )
+from self_judge.progress import LiveProgress
 from self_judge.selection import judge_context
 from self_judge.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
 from self_judge.templates import JudgeTemplates
@@ -103,7 +104,8 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
         say=say,
     )
     _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
-    _train(trainer, args, say)
+    trainer.run_log.run_file = dataclasses.asdict(run)
+    _train(trainer, args, say, LiveProgress("JSFT", _console(console)))
     output = save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
     say(f"JSFT model and judge.json: {output}")
     return output
@@ -237,7 +239,8 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
         **letters,
     )
     _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
-    _train(trainer, args, say)
+    trainer.run_log.run_file = dataclasses.asdict(run)
+    _train(trainer, args, say, LiveProgress("self-training", _console(console)))
     trainer.save_model(str(args.output_dir))
     say(f"policy: {args.output_dir}")
     return Path(str(args.output_dir))
@@ -279,8 +282,12 @@ def evaluate_judge(
 # -- shared --------------------------------------------------------------------------------------
 
 
+def _console(console: Console | None) -> Console:
+    return console or Console(stderr=True)
+
+
 def _speaker(console: Console | None) -> Say:
-    console = console or Console(stderr=True)
+    console = _console(console)
     if not PartialState().is_main_process:
         return lambda line: None
     return lambda line: console.print(line, markup=False, highlight=False)
@@ -366,7 +373,9 @@ def _lora(settings: dict[str, Any] | None) -> LoraConfig | None:
     return LoraConfig(**settings)
 
 
-def _train(trainer: JSFTTrainer | SelfJudgeTrainer, args: Any, say: Say) -> None:
+def _train(
+    trainer: JSFTTrainer | SelfJudgeTrainer, args: Any, say: Say, progress: LiveProgress
+) -> None:
     """Trains; `resume_from_checkpoint: true` goes on from the last checkpoint, if there is one."""
     resume: str | bool | None = args.resume_from_checkpoint
     if resume in (True, "true", "True", "auto"):
@@ -375,7 +384,12 @@ def _train(trainer: JSFTTrainer | SelfJudgeTrainer, args: Any, say: Say) -> None
     # A sharded model can be tried only with all processes in step, at the first batch.
     if trainer.packing is not None and not trainer.packing.shape.one_pass:
         say(trainer.packing.describe())
-    trainer.train(resume_from_checkpoint=resume)
+    if not args.disable_tqdm:
+        progress.attach(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        progress.stop()
 
 
 def _save_json(path: Path, content: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -220,22 +220,40 @@ def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-def write_rollouts(path: Path, rollouts: Sequence[Rollout], step: int) -> None:
-    """Writes one JSON line per rollout; the file is whole or not there."""
+def write_rollouts(
+    path: Path,
+    rollouts: Iterable[Rollout],
+    step: int,
+    principles: Sequence[str],
+    decode: Callable[[Sequence[int]], str],
+) -> None:
+    """Writes one JSON line per rollout; the file is whole or not there.
+
+    Args:
+        step: the optimizer step that learns from them, from 1 on.
+        principles: names of the principles, in the order of a verdict's probabilities.
+        decode: ids of a prompt to its text, control tokens included: what the policy continued.
+    """
     with written_whole(path) as file:
         for rollout in rollouts:
-            line = json.dumps(_as_json(rollout, step), ensure_ascii=False, allow_nan=False)
-            file.write(line + "\n")
+            values = {
+                "step": step,
+                **_as_json(rollout),
+                "principles": list(principles),
+                "prompt": decode(rollout.prompt_ids),
+            }
+            file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _as_json(rollout: Rollout, step: int) -> dict[str, Any]:
+def _as_json(rollout: Rollout) -> dict[str, Any]:
     verdict = rollout.verdict
     return {
-        "step": step,
         "record": rollout.record,
         "context": rollout.context,
         "chosen": rollout.chosen.text,
         "rejected": rollout.rejected.text,
+        "chosen_tokens": len(rollout.chosen.ids),
+        "rejected_tokens": len(rollout.rejected.ids),
         "chosen_finished": rollout.chosen.finished,
         "rejected_finished": rollout.rejected.finished,
         "decided": rollout.decided,

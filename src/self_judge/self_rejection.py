@@ -62,7 +62,7 @@ def run_tournament(
         target: written whole or not at all.
         model: the judging model, with its `judge.json`.
         policy: who samples; default: the judging model.
-        brackets: also write every match with the judge's probabilities.
+        brackets: also write every match with the judge's probabilities, under which principles.
 
     Raises:
         ValueError: a line that cannot be used; file, line number and field are named.
@@ -105,8 +105,10 @@ def run_tournament(
                     "responses": own,
                     "winner": bracket.winner,
                     "response": own[bracket.winner],
-                    **({"bracket": bracket_json(bracket)} if brackets else {}),
                 }
+                if brackets:
+                    line["principles"] = list(judge.templates.principles)
+                    line["bracket"] = bracket_json(bracket)
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
             bar.update(task, advance=len(chunk))
     return total

@@ -48,6 +48,8 @@ from self_judge.rollouts import (
     rollout_totals,
     write_rollouts,
 )
+from self_judge.run_folder import rollout_file, thin_rollouts
+from self_judge.run_log import RunLog, kl_estimate
 from self_judge.sampling import TransformersSampler, stable_seed
 from self_judge.templates import JudgeTemplates
 from self_judge.trainer_config import SelfJudgeConfig, as_self_judge_config, with_values
@@ -218,6 +220,8 @@ class SelfJudgeTrainer(DPOTrainer):
         self._step_rollouts: list[list[Rollout]] | None = None
         self._shown: list[Rollout] = []
         self._log_prob_hooks = _LogProbUnits.attach(self)
+        self.run_log = RunLog("self_judge", {"judge_templates": dict(self.judge_templates)})
+        self.add_callback(self.run_log)
 
     # -- data ------------------------------------------------------------------------------------
 
@@ -386,15 +390,36 @@ class SelfJudgeTrainer(DPOTrainer):
         self._shown = rollouts
         if self.args.save_rollouts and self.accelerator.is_main_process:
             step = self.state.global_step + 1
-            path = Path(self.output_dir) / "rollouts" / f"step-{step:06d}.jsonl"
-            write_rollouts(path, rollouts, step)
+            folder = Path(self.output_dir)
+            write_rollouts(
+                rollout_file(folder, step),
+                rollouts[: self.args.rollout_pairs],
+                step,
+                self.judge_templates.principles,
+                self._tokenizer.decode,
+            )
+            thin_rollouts(folder, step, self.args.rollout_files)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.log_completions and self._shown and self.model.training:
             if self.accelerator.is_main_process:
                 Console().print(_pairs_table(self._shown[:4], self.state.global_step))
             self._shown = []
+        # Averaged or reweighted log-probabilities are none of a response.
+        if self.model.training and self.args.ld_alpha is None and not self._averages():
+            own = self._metrics["train"]
+            kl = kl_estimate(
+                own.get("rewards/chosen", ()),
+                own.get("rewards/rejected", ()),
+                own.get("judge/undecidable", ()),
+                self.beta,
+            )
+            if kl is not None:
+                own["objective/kl"].append(kl)
         super().log(logs, start_time)
+
+    def _averages(self) -> bool:
+        return self._log_prob_hooks is not None and self._log_prob_hooks.average
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -78,7 +78,16 @@ class SelfJudgeConfig(DPOConfig):
     )
     save_rollouts: bool = field(
         default=True,
-        metadata={"help": "Write every step's pairs and verdicts under output_dir/rollouts."},
+        metadata={"help": "Write pairs and verdicts under output_dir/rollouts, a file a step."},
+    )
+    rollout_files: int | None = field(
+        default=200,
+        metadata={
+            "help": "Keep the files of at most so many steps, evenly spread, and of the last one."
+        },
+    )
+    rollout_pairs: int | None = field(
+        default=64, metadata={"help": "Keep at most so many pairs of a step."}
     )
 
     def __post_init__(self) -> None:
@@ -104,6 +113,11 @@ class SelfJudgeConfig(DPOConfig):
         check_choice(self.packing)
         if self.judge_batch_size < 1:
             raise ValueError(f"judge_batch_size must be at least 1, got {self.judge_batch_size}")
+        for name in ("rollout_files", "rollout_pairs"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, or None for all, got {getattr(self, name)}"
+                )
         if self.max_length is not None and self.max_new_tokens >= self.max_length:
             raise ValueError(
                 f"max_new_tokens ({self.max_new_tokens}) must be below max_length "

@@ -1,0 +1,332 @@
+"""`self-judge report`: runs, tournaments and evaluations → one HTML page that needs no network.
+
+It puts data, style, script and Plotly into one file, and keeps text from the data from ever being
+markup. What is read from where: `report_data.py`; what is drawn: `page/report.js`.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import re
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from self_judge import __version__
+from self_judge.report_data import Limits, ReportData, collect
+from self_judge.whole_file import written_whole
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chart:
+    """One chart: curves of some metrics, over all runs of a kind.
+
+    Attributes:
+        id, title, about: what it is called, and in one sentence what it shows.
+        lines: metrics and what each is called in this chart; those that no run has are left out.
+        prefix: instead of `lines`: every metric whose name starts so, called by the rest of it.
+        format: `percent`, or plain numbers.
+        reference: where a dotted line stands.
+    """
+
+    id: str
+    title: str
+    about: str
+    lines: tuple[tuple[str, str], ...] = ()
+    prefix: str | None = None
+    format: str | None = None
+    reference: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        lines = [{"key": key, "label": label} for key, label in self.lines]
+        return {**dataclasses.asdict(self), "lines": lines}
+
+
+# (kind of run, heading, charts), in the order of the page
+CHARTS: tuple[tuple[str, str, tuple[Chart, ...]], ...] = (
+    (
+        "self_judge",
+        "Policy",
+        (
+            Chart(
+                "loss",
+                "Loss",
+                "Of the preference loss; for sigmoid, ln 2 ≈ 0.69 is where policy and reference "
+                "agree.",
+                (("loss", "training"), ("eval_loss", "held-out")),
+            ),
+            Chart(
+                "margins",
+                "Reward margin",
+                "β times how much more the policy has moved towards chosen than towards rejected.",
+                (("rewards/margins", "training"), ("eval_rewards/margins", "held-out")),
+                reference=0.0,
+            ),
+            Chart(
+                "rewards",
+                "Rewards",
+                "β (log π − log π_ref) of each side. Both falling: likelihood is taken from both.",
+                (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")),
+                reference=0.0,
+            ),
+            Chart(
+                "accuracies",
+                "Reward accuracy",
+                "Share of pairs in which the chosen response has the higher reward.",
+                (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held-out")),
+                format="percent",
+                reference=0.5,
+            ),
+            Chart(
+                "kl",
+                "KL from the reference",
+                "Estimated on the sampled responses, in nats per response; noisy, so it may dip "
+                "below 0.",
+                (("objective/kl", "KL"),),
+                reference=0.0,
+            ),
+            Chart(
+                "entropy",
+                "Entropy",
+                "Of the next token, mean over the responses. Towards 0: the policy always says the "
+                "same.",
+                (("entropy", "training"),),
+            ),
+        ),
+    ),
+    (
+        "self_judge",
+        "Judge",
+        (
+            Chart(
+                "judge-margin",
+                "Judge margin",
+                "Score of the chosen less that of the rejected response, over decided pairs.",
+                (("judge/margin", "margin"),),
+            ),
+            Chart(
+                "order-agreement",
+                "Order agreement",
+                "Share of decided pairs that both orders decide alike; 50 % is a judge that reads "
+                "places.",
+                (("judge/order_agreement", "agreement"),),
+                format="percent",
+                reference=0.5,
+            ),
+            Chart(
+                "undecidable",
+                "Undecidable pairs",
+                "Share of pairs that give no gradient: equal texts, exact ties, too long.",
+                (("judge/undecidable", "undecidable"),),
+                format="percent",
+            ),
+            Chart(
+                "principles",
+                "Win rate by principle",
+                "Share of decided pairs in which a principle sides with the verdict.",
+                prefix="judge/win_rate/",
+                format="percent",
+            ),
+        ),
+    ),
+    (
+        "self_judge",
+        "Responses",
+        (
+            Chart(
+                "length",
+                "Response length",
+                "Tokens of a response. Chosen above rejected, step after step: length is learned.",
+                (
+                    ("completions/mean_length", "all"),
+                    ("completions/chosen_length", "chosen"),
+                    ("completions/rejected_length", "rejected"),
+                ),
+            ),
+            Chart(
+                "drift",
+                "Length against the reference",
+                "Mean length over that of the first log, when the policy still was the reference.",
+                (("completions/length_drift", "ratio"),),
+                reference=1.0,
+            ),
+            Chart(
+                "finished",
+                "Ended by themselves",
+                "Share of responses that the model ended itself; the others were cut at the limit.",
+                (("completions/finished", "finished"),),
+                format="percent",
+            ),
+        ),
+    ),
+    (
+        "jsft",
+        "JSFT",
+        (
+            Chart(
+                "jsft-loss",
+                "JSFT: loss",
+                "Cross-entropy per trained token, of SFT and judge examples together.",
+                (("loss", "training"), ("eval_loss", "held-out")),
+            ),
+            Chart(
+                "jsft-accuracy",
+                "JSFT: token accuracy",
+                "Share of trained tokens that are the model's first choice.",
+                (("mean_token_accuracy", "training"), ("eval_mean_token_accuracy", "held-out")),
+                format="percent",
+            ),
+            Chart(
+                "jsft-gradient",
+                "JSFT: gradient norm",
+                "Before clipping. Spikes come before trouble.",
+                (("grad_norm", "gradient"),),
+            ),
+        ),
+    ),
+    (
+        "self_judge",
+        "Optimizer and time",
+        (
+            Chart(
+                "gradient",
+                "Gradient norm",
+                "Before clipping. Spikes come before trouble.",
+                (("grad_norm", "gradient"),),
+            ),
+            Chart(
+                "rate",
+                "Learning rate",
+                "As the schedule has it.",
+                (("learning_rate", "rate"),),
+            ),
+            Chart(
+                "time",
+                "Seconds per step",
+                "By phase of a step; what the phases are called is what is logged under time/.",
+                prefix="time/",
+            ),
+        ),
+    ),
+)
+
+
+def write_report(
+    paths: Sequence[str | Path],
+    output: str | Path | None = None,
+    limits: Limits | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Writes the page and returns where it is.
+
+    Args:
+        paths: folders of runs, and single files of tournaments or evaluations.
+        output: the page; default: `report.html` in the first folder.
+        limits: how much the page holds at most.
+        console: told where it is and what it shows.
+
+    Raises:
+        ValueError: nothing to report on, or a broken file; the message names it.
+    """
+    sources = [Path(path) for path in paths]
+    if not sources:
+        raise ValueError("a report needs at least one folder of a run")
+    data = collect(sources, limits)
+    first = sources[0] if sources[0].is_dir() else sources[0].parent
+    target = Path(output) if output is not None else first / "report.html"
+    with written_whole(target) as file:
+        file.write(page(data))
+    console = console or Console(stderr=True)
+    shown = [
+        f"{len(items):,} {noun}{'' if len(items) == 1 else 's'}"
+        for items, noun in (
+            (data.runs, "run"),
+            (data.pairs, "pair"),
+            (data.brackets, "tournament"),
+            (data.judges, "judge"),
+        )
+        if items
+    ]
+    console.print(
+        f"report: {target} ({', '.join(shown)})", markup=False, highlight=False, soft_wrap=True
+    )
+    return target
+
+
+def page(data: ReportData) -> str:
+    """The whole page as text.
+
+    Text from the data stands in a JSON block alone, in which no markup can begin or end. Scripts
+    run by their hash: of everything else on the page nothing can be run, loaded or sent.
+    """
+    parts = files("self_judge") / "page"
+    script = _inline((parts / "report.js").read_text(encoding="utf-8"))
+    plotly = _inline(_plotly())
+    policy = (
+        f"default-src 'none'; script-src {_hash(plotly)} {_hash(script)}; "
+        "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+    values = {
+        "csp": policy,
+        "style": (parts / "report.css").read_text(encoding="utf-8"),
+        "data": json_block({**_content(data), "charts": _charts()}),
+        "plotly": plotly,
+        "script": script,
+    }
+    template = (parts / "report.html").read_text(encoding="utf-8")
+    # In one pass: what is put in is never looked at again.
+    return re.sub(r"@(\w+)@", lambda match: values[match[1]], template)
+
+
+def json_block(value: Any) -> str:
+    """JSON that can stand inside a script element: no `<`, `>` or `&`, no line separators."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def plotly_is_there() -> bool:
+    """Whether charts can be drawn (the extra `report`)."""
+    return importlib.util.find_spec("plotly") is not None
+
+
+def _plotly() -> str:
+    if not plotly_is_there():
+        raise ImportError("a report needs Plotly: pip install 'self-judge[report]'")
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()
+
+
+def _content(data: ReportData) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(data),
+        "made": time.strftime("%Y-%m-%d %H:%M"),
+        "version": __version__,
+    }
+
+
+def _charts() -> list[dict[str, Any]]:
+    return [
+        {"kind": kind, "title": title, "charts": [chart.to_dict() for chart in charts]}
+        for kind, title, charts in CHARTS
+    ]
+
+
+def _inline(script: str) -> str:
+    """A script that does not end its own element; browsers read CR LF as LF before they hash."""
+    return script.replace("\r\n", "\n").replace("</script", "<\\/script")
+
+
+def _hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"

@@ -1,0 +1,323 @@
+"""Folders of runs → the plain data of a report: series, pairs, brackets, reliability, settings.
+
+It reads what training, tournaments and evaluations wrote, and keeps it small. It knows nothing of
+HTML (`report.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from self_judge.calibration import calibration, confidences, share
+from self_judge.run_folder import METRICS, RUN, loads, read_lines, rollout_files
+
+RESULTS = "results.json"
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a report holds at most, whatever the size of the runs.
+
+    Attributes:
+        pairs: sampled pairs of all runs together, evenly over their steps.
+        points: of one curve; longer ones are averaged over windows.
+        brackets: tournaments.
+        characters: of one text; the rest is cut, and the page says how much.
+    """
+
+    pairs: int = 400
+    points: int = 1500
+    brackets: int = 40
+    characters: int = 6000
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "points", "brackets", "characters"):
+            if getattr(self, name) < (2 if name == "points" else 0):
+                raise ValueError(f"{name} of a report: {getattr(self, name)} is too small")
+
+
+@dataclass
+class ReportData:
+    """What a page shows.
+
+    Attributes:
+        runs: name, kind, series by metric, run.json and data.json of every run.
+        pairs: sampled pairs with their verdicts; see `rollouts.write_rollouts`.
+        brackets: tournaments with their contexts and responses.
+        judges: how good a judge was on labeled pairs, with its reliability; see `calibration`.
+        notes: what was left out, for people.
+    """
+
+    runs: list[Line] = field(default_factory=list)
+    pairs: list[Line] = field(default_factory=list)
+    brackets: list[Line] = field(default_factory=list)
+    judges: list[Line] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
+    """Reads runs, tournaments and evaluations.
+
+    Args:
+        paths: folders, or single files that `tournament --brackets` or `eval` wrote. A folder is a
+            run, or holds runs, a level down; its files with brackets and results are read too.
+        limits: how much is kept.
+
+    Raises:
+        ValueError: a path is not there, holds nothing to report on, or a file is broken (named).
+    """
+    limits = limits or Limits()
+    data = ReportData()
+    folders: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        found = _folders(path)
+        loose = _loose_files(path, data, limits)
+        if not found and not loose:
+            raise ValueError(
+                f"{path}: nothing to report on: no {METRICS}, as training writes, no {RESULTS} of "
+                "an evaluation, and no tournament with brackets (self-judge tournament --brackets)"
+            )
+        folders += [folder for folder in found if folder not in folders]
+    names = _names(folders)
+    data.runs = [_run(f, n, limits) for f, n in zip(folders, names, strict=True)]
+    _sample_pairs(folders, data, limits)
+    for run in data.runs:
+        if run["averaged"] > 1:
+            data.notes.append(
+                f"{run['name']}: curves are averages over windows of {run['averaged']} logs"
+            )
+    return data
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+def _folders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return []
+    below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("checkpoint-"))
+    return [p for p in (path, *below) if (p / METRICS).is_file()]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart, of two parts where there are several."""
+    parts = [f.resolve().parts for f in folders]
+    length = 1 if len(folders) < 2 else 2
+    while len({p[-length:] for p in parts}) < len(parts):
+        length += 1
+    return ["/".join(p[-length:]) for p in parts]
+
+
+def _run(folder: Path, name: str, limits: Limits) -> Line:
+    points: dict[str, tuple[list[int], list[float | None]]] = {}
+    logs = 0
+    for line in read_lines(folder / METRICS):
+        logs += "train_runtime" not in line
+        for key, value in line.items():
+            if key in ("step", "time", "epoch") or isinstance(value, str):
+                continue
+            steps, values = points.setdefault(key, ([], []))
+            steps.append(line["step"])
+            values.append(value)
+    lengths = points.get("completions/mean_length")
+    if lengths and lengths[1][0]:
+        # At the first step the policy still is the reference.
+        first = lengths[1][0]
+        points["completions/length_drift"] = (
+            lengths[0],
+            [None if v is None else v / first for v in lengths[1]],
+        )
+    about = _json(folder / RUN)
+    longest = max((len(steps) for steps, _ in points.values()), default=0)
+    return {
+        "name": name,
+        "folder": str(folder),
+        "kind": about.get("kind") or ("self_judge" if "judge/margin" in points else "jsft"),
+        "logs": logs,
+        "averaged": math.ceil(longest / limits.points),
+        "series": {
+            key: _thinned(steps, values, limits.points) for key, (steps, values) in points.items()
+        },
+        "about": about,
+        "data": _json(folder / "data.json"),
+    }
+
+
+def _thinned(steps: list[int], values: list[float | None], most: int) -> Line:
+    """At most so many points: means over windows of equal length, with a gap for what is broken."""
+    window = math.ceil(len(steps) / most)
+    if window > 1:
+        chunks = [values[i : i + window] for i in range(0, len(values), window)]
+        steps = [steps[min(i + window, len(steps)) - 1] for i in range(0, len(steps), window)]
+        values = [
+            None if None in chunk else math.fsum(v or 0.0 for v in chunk) / len(chunk)
+            for chunk in chunks
+        ]
+    return {"step": steps, "value": values}
+
+
+def _json(path: Path) -> Line:
+    if not path.is_file():
+        return {}
+    try:
+        content = loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error.msg}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
+# -- pairs ---------------------------------------------------------------------------------------
+
+
+def _sample_pairs(folders: Sequence[Path], data: ReportData, limits: Limits) -> None:
+    """Evenly over the steps whose pairs were kept, as many of each run."""
+    with_pairs = [(i, rollout_files(f)) for i, f in enumerate(folders)]
+    with_pairs = [(i, files) for i, files in with_pairs if files]
+    if not with_pairs:
+        return
+    share = limits.pairs // len(with_pairs)
+    there = 0
+    for run, files in with_pairs:
+        there += sum(path.read_bytes().count(b"\n") for _, path in files)
+        chosen = _evenly(files, share)
+        for place, (_, path) in enumerate(chosen):
+            own = share * (place + 1) // len(chosen) - share * place // len(chosen)
+            lines = itertools.islice(read_lines(path), own)
+            data.pairs += [_pair(line, run, limits) for line in lines]
+    if len(data.pairs) < there:
+        data.notes.append(
+            f"{len(data.pairs):,} of the {there:,} pairs on disk are on this page, taken evenly "
+            "over the steps"
+        )
+
+
+def _evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    if most < 2:
+        return list(items[:most])
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _pair(line: Line, run: int, limits: Limits) -> Line:
+    kept = dict(line)
+    for name in ("context", "prompt", "chosen", "rejected"):
+        if isinstance(kept.get(name), str):
+            kept[name] = _cut(kept[name], limits.characters)
+    return {"run": run, **kept}
+
+
+def _cut(text: str, most: int) -> str:
+    left = len(text) - most
+    return text if left <= 0 else f"{text[:most]} … [{left:,} more characters]"
+
+
+# -- tournaments and judges ----------------------------------------------------------------------
+
+
+def _loose_files(path: Path, data: ReportData, limits: Limits) -> bool:
+    """Reads what is no run: whether there was any."""
+    found = False
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        if file.suffix == ".jsonl" and file.name != METRICS:
+            kind = _kind(file)
+            if kind == "bracket":
+                _add_brackets(file, data, limits)
+            elif kind == "judged":
+                _add_verdicts(path.name, read_lines(file), data)
+            found |= kind is not None
+        elif file.name == RESULTS or (file == path and file.suffix == ".json"):
+            results = _json(file)
+            if file != path and not isinstance(results.get("overall"), dict):
+                continue  # somebody else's results
+            _add_evaluation(path.name, results, data)
+            found = True
+    return found
+
+
+def _kind(file: Path) -> str | None:
+    try:
+        first = next(read_lines(file), {})
+    except ValueError:
+        return None  # somebody else's file
+    if isinstance(first.get("bracket"), list) and isinstance(first.get("responses"), list):
+        return "bracket"
+    return "judged" if "probabilities" in first and "gold" in first else None
+
+
+def _add_brackets(file: Path, data: ReportData, limits: Limits) -> None:
+    there = 0
+    for line in read_lines(file):
+        there += 1
+        if len(data.brackets) < limits.brackets:
+            data.brackets.append(
+                {
+                    "source": file.name,
+                    "context": _cut(_context(line), limits.characters),
+                    "responses": [_cut(r, limits.characters) for r in line["responses"]],
+                    "winner": line["winner"],
+                    "rounds": line["bracket"],
+                    "principles": line.get("principles"),
+                    "gold_scores": line.get("gold_scores"),
+                }
+            )
+    if there > limits.brackets:
+        data.notes.append(f"{file.name}: the first {limits.brackets} of {there:,} tournaments")
+
+
+def _context(line: Mapping[str, Any]) -> str:
+    context = line.get("context")
+    if isinstance(context, str):
+        return context
+    prompt = line.get("prompt", "")
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(str(message.get("content", "")) for message in prompt)
+
+
+def _add_verdicts(name: str, lines: Iterable[Line], data: ReportData) -> None:
+    """From `calibration.judged_line`s."""
+    kept = list(lines)
+    decided = [line for line in kept if line["preferred"] is not None]
+    data.judges.append(
+        {
+            "name": name,
+            "pairs": len(kept),
+            "accuracy": share([line["preferred"] == line["gold"] for line in decided]),
+            "order_agreement": share([line["orders_agree"] for line in decided]),
+            "undecidable": 1 - len(decided) / len(kept),
+            "calibration": calibration(confidences(kept)),
+        }
+    )
+
+
+def _add_evaluation(name: str, results: Line, data: ReportData) -> None:
+    """From the `results.json` of a judge's evaluation: over all pairs, and by subset."""
+    if not isinstance(results.get("overall"), dict):
+        raise ValueError(f"{name}: no results of a judge's evaluation (self-judge eval)")
+    subsets = results.get("subsets") or {}
+    named = [(name, results["overall"]), *((f"{name} · {s}", r) for s, r in subsets.items())]
+    for title, numbers in named:
+        data.judges.append(
+            {
+                "name": title,
+                "pairs": numbers.get("pairs"),
+                "accuracy": numbers.get("accuracy"),
+                "order_agreement": numbers.get("order_agreement"),
+                "undecidable": (numbers.get("undecidable") or {}).get("share"),
+                "calibration": numbers.get("calibration"),
+            }
+        )

@@ -1,0 +1,116 @@
+"""What a training run leaves in its folder: metrics as JSON lines, run.json, pairs by step.
+
+Names, formats and bounds, for whoever writes them and whoever reads them. It knows neither trainers
+nor what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from self_judge.whole_file import written_whole
+
+METRICS = "metrics.jsonl"
+RUN = "run.json"
+ROLLOUTS = "rollouts"
+BRACKETS = "brackets.jsonl"  # tournaments, as `self-judge tournament --brackets` writes them
+JUDGED = "judged.jsonl"  # verdicts on pairs of which the better response is known
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Adds one JSON line, on disk when this returns; what is not finite is written as null.
+
+    A crash can tear the last line at most, which `read_lines` leaves out.
+    """
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def loads(text: str) -> Any:
+    """JSON, in which what is no number (NaN, Infinity: Python writes them) is read as null."""
+    return json.loads(text, parse_constant=lambda _: None)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; a last line without its end is left out.
+
+    Raises:
+        ValueError: a line that is no JSON object; file and line are named.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                line = loads(text)
+            except json.JSONDecodeError as error:
+                if not text.endswith("\n"):
+                    return
+                raise ValueError(f"{path}, line {number}: not JSON: {error.msg}") from error
+            if not isinstance(line, dict):
+                raise ValueError(
+                    f"{path}, line {number}: expected an object, got {type(line).__name__}"
+                )
+            yield line
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Takes back what was written after a step, so that a run that goes on there repeats nothing.
+
+    Args:
+        step: optimizer steps done; 0 starts anew.
+    """
+    metrics = folder / METRICS
+    if metrics.is_file():
+        kept = [line for line in read_lines(metrics) if line.get("step", 0) <= step]
+        with written_whole(metrics) as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+    for own, path in rollout_files(folder):
+        if own > step:
+            path.unlink()
+
+
+def rollout_file(folder: Path, step: int) -> Path:
+    """Where the pairs of a step (from 1 on) are kept."""
+    return folder / ROLLOUTS / f"step-{step:06d}.jsonl"
+
+
+def rollout_files(folder: Path) -> list[tuple[int, Path]]:
+    """The steps whose pairs are there, and their files, in order."""
+    found = []
+    for path in (folder / ROLLOUTS).glob("step-*.jsonl"):
+        if match := re.fullmatch(r"step-(\d+)\.jsonl", path.name):
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def is_kept(step: int, last: int, most: int | None) -> bool:
+    """Whether a step's pairs are kept once the run has come to step `last`.
+
+    Every 2^k-th step from the first one on, with the smallest k for which that is at most `most`
+    steps, and the last one. It depends on nothing else, so a resumed run keeps the same steps.
+    """
+    stride = 1
+    while most is not None and math.ceil(last / stride) > most:
+        stride *= 2
+    return step == last or (step - 1) % stride == 0
+
+
+def thin_rollouts(folder: Path, last: int, most: int | None) -> None:
+    """Removes the files of the steps that are not kept; see `is_kept`."""
+    for step, path in rollout_files(folder):
+        if step <= last and not is_kept(step, last, most):
+            path.unlink()
