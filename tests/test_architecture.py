@@ -39,6 +39,7 @@ FLOORS: list[set[str]] = [
         "rollouts",
         "prompts",
         "trainer_config",
+        "preparation",
         "trainer",
         "evaluation",
     },
