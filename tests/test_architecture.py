@@ -31,7 +31,16 @@ FLOORS: list[set[str]] = [
         "synthetic",
         "world",
     },
-    {"models", "packed_passes", "packing", "packed_head", "sampling", "judge"},
+    {
+        "models",
+        "model_size",
+        "estimates",
+        "packed_passes",
+        "packing",
+        "packed_head",
+        "sampling",
+        "judge",
+    },
     {
         "jsft",
         "jsft_trainer",
@@ -40,10 +49,23 @@ FLOORS: list[set[str]] = [
         "prompts",
         "trainer_config",
         "preparation",
+        "samples",
+        "run_needs",
+        "traps",
         "trainer",
         "evaluation",
     },
-    {"report", "serving", "recipes", "self_rejection", "demo", "progress", "cli"},
+    {
+        "report",
+        "serving",
+        "recipes",
+        "preflight",
+        "preflight_view",
+        "self_rejection",
+        "demo",
+        "progress",
+        "cli",
+    },
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

@@ -235,7 +235,9 @@ def test_a_dataset_holds_all_examples_in_the_order_of_the_records(
     assert dataset["labels"] == [e.labels for e in expected]
     assert dataset["kind"] == [e.kind for e in expected]
     assert dataset["length"] == [len(e.input_ids) for e in expected]
-    assert set(dataset.column_names) == {"input_ids", "labels", "kind", "length", "twin"}
+    assert dataset["principle"] == [e.principle for e in expected]
+    columns = {"input_ids", "labels", "kind", "principle", "length", "twin"}
+    assert set(dataset.column_names) == columns
     pairs = sum(len(r.pairs) for r in records)
     assert counts == {"sft examples": 7, "judge examples": 4 * pairs}
 
