@@ -42,6 +42,8 @@ FLOORS: list[set[str]] = [
         "packed_head",
         "sampling",
         "scoring",
+        "model_size",
+        "estimates",
         "judge",
     },
     {
@@ -52,11 +54,26 @@ FLOORS: list[set[str]] = [
         "prompts",
         "trainer_config",
         "run_log",
+        "preparation",
+        "samples",
+        "run_needs",
+        "traps",
         "trainer",
         "evaluation",
         "calibration",
     },
-    {"report", "report_data", "serving", "recipes", "self_rejection", "demo", "progress", "cli"},
+    {
+        "report",
+        "report_data",
+        "serving",
+        "recipes",
+        "preflight",
+        "preflight_view",
+        "self_rejection",
+        "demo",
+        "progress",
+        "cli",
+    },
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

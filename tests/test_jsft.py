@@ -185,7 +185,7 @@ def test_a_judge_prompt_loses_old_turns_before_it_is_left_out(
         assert "Human: what is the capital of France?" in text
         assert example.labels[-1] == letter
     left_out = jsft_examples(record, encoder, templates, letters, 20)
-    assert left_out == [JSFTExample("judge", [], [], NO_FIT)] * 2
+    assert left_out == [JSFTExample("judge", [], [], NO_FIT, principle="helpful")] * 2
 
 
 def test_a_rationale_is_cut_where_the_letter_is_kept(
@@ -197,7 +197,8 @@ def test_a_rationale_is_cut_where_the_letter_is_kept(
     whole = jsft_examples(record, encoder, templates, letters)[0]
     room = len(whole.input_ids) - 3
     cut = jsft_examples(record, encoder, templates, letters, room)[0]
-    assert cut == JSFTExample("judge", whole.input_ids[:room], whole.labels[:room], CUT)
+    kept = (whole.input_ids[:room], whole.labels[:room])
+    assert cut == JSFTExample("judge", *kept, CUT, principle="helpful")
 
 
 def test_labels_use_the_given_ignore_index(
@@ -234,7 +235,9 @@ def test_a_dataset_holds_all_examples_in_the_order_of_the_records(
     assert dataset["labels"] == [e.labels for e in expected]
     assert dataset["kind"] == [e.kind for e in expected]
     assert dataset["length"] == [len(e.input_ids) for e in expected]
-    assert set(dataset.column_names) == {"input_ids", "labels", "kind", "length", "twin"}
+    assert dataset["principle"] == [e.principle for e in expected]
+    columns = {"input_ids", "labels", "kind", "principle", "length", "twin"}
+    assert set(dataset.column_names) == columns
     pairs = sum(len(r.pairs) for r in records)
     assert counts == {"sft examples": 7, "judge examples": 4 * pairs}
 

@@ -6,6 +6,7 @@ Heavy imports wait until a command needs them, so that help and usage errors are
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,27 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help=_OVERRIDES)
         command.set_defaults(run=_train, kind=kind)
 
+    check = commands.add_parser(
+        "check", help="what a run would train on and need, and what would go wrong, before it runs"
+    )
+    check.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+    check.add_argument("overrides", nargs="*", metavar="key.path=value", help=_OVERRIDES)
+    check.add_argument(
+        "--examples", type=int, default=400, metavar="N",
+        help="records to encode, evenly spread; all are read and counted (default: 400; 0: all)",
+    )  # fmt: skip
+    check.add_argument(
+        "--gpu", metavar="KIND", help="estimate for this kind, as h100 or a100-80gb (default: here)"
+    )
+    check.add_argument("--processes", type=int, metavar="N", help="estimate for so many processes")
+    check.add_argument(
+        "--sharding", choices=["none", "zero2", "zero3", "fsdp"],
+        help="how processes spread what they hold, where the launcher's file says it",
+    )  # fmt: skip
+    check.add_argument("--plain", action="store_true", help="no colours: for logs")
+    check.add_argument("--json", action="store_true", help="everything as JSON, to standard output")
+    check.set_defaults(run=_check)
+
     tournament = commands.add_parser(
         "tournament", help="self-rejection: the best of N responses by knockout"
     )
@@ -105,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: ignore[no-untyped-def]
     try:
-        run(arguments)
+        status: int | None = run(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -115,7 +137,7 @@ def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: i
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"self-judge: error: {text}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -149,6 +171,43 @@ def _train(arguments: argparse.Namespace) -> None:
         recipes.run_jsft(jsft)
     else:
         recipes.run_self_judge(self_judge)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Exit status 1 where the run would go wrong."""
+    from self_judge.config import kind_of_run, load_run
+
+    # A mistake in the file shows before torch is imported.
+    load_run(
+        arguments.config, arguments.overrides, kind_of_run(arguments.config, arguments.overrides)
+    )
+
+    import logging
+
+    from rich.console import Console
+    from transformers.utils import logging as transformers_logging
+
+    from self_judge.preflight import check
+    from self_judge.preflight_view import show
+
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    with Console(stderr=True).status("checking"):
+        report = check(
+            arguments.config,
+            arguments.overrides,
+            examples=arguments.examples,
+            gpu=arguments.gpu,
+            processes=arguments.processes,
+            sharding=arguments.sharding,
+        )
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif arguments.plain:
+        show(report, Console(no_color=True, highlight=False, width=100), plain=True)
+    else:
+        show(report, Console(highlight=False))
+    return 1 if report.problems else 0
 
 
 def _tournament(arguments: argparse.Namespace) -> None:

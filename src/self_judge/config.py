@@ -358,6 +358,25 @@ _STARTED_BY = {
 }
 
 
+def kind_of_run(path: str | Path, overrides: Sequence[str] = ()) -> RunKind:
+    """Which of the two runs a file describes, by the section that only one of them has.
+
+    Raises:
+        ConfigError: the file cannot be read, or has neither section, or both.
+    """
+    tree = read_yaml(Path(path))
+    for override in overrides:
+        apply_override(tree, override)
+    kinds: list[RunKind] = [k for k in typing.get_args(RunKind) if f"{k}_args" in tree]
+    if len(kinds) != 1:
+        found = "both" if kinds else "neither"
+        raise ConfigError(
+            f"{path}: it has {found} of jsft_args and self_judge_args, so it is not clear which "
+            "run it describes"
+        )
+    return kinds[0]
+
+
 @typing.overload
 def load_run(path: str | Path, overrides: Sequence[str], kind: Literal["jsft"]) -> JSFTRun: ...
 @typing.overload

@@ -159,6 +159,10 @@ class ChatEncoder:
         )
         return str(text).strip()
 
+    def is_control(self, token_id: int) -> bool:
+        """Whether a token steers the model (BOS, a turn marker, an end); no text from data does."""
+        return token_id in self._text.control
+
     @functools.cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens at which an answer ends: the tokenizer's EOS and the template's end of turn."""

@@ -35,6 +35,7 @@ class JSFTExample:
         labels: the ids where the loss falls, else `ignore_index`; length T.
         note: why it was cut or must be left out (then it has no ids), or `None`.
         twin: whether it is the example before it with the responses swapped.
+        principle: whose template a judge example has; empty for SFT.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class JSFTExample:
     labels: list[int]
     note: str | None = None
     twin: bool = False
+    principle: str = ""
 
 
 def jsft_examples(
@@ -97,7 +99,7 @@ def _judge_examples(
     comparison = Comparison(context, pair.chosen, pair.rejected)
     orders = encoder.encode_orders(templates, principle, comparison, room)
     if orders is None:
-        return [JSFTExample("judge", [], [], NO_FIT)] * 2
+        return [JSFTExample("judge", [], [], NO_FIT, principle=principle)] * 2
     rationales: tuple[list[int], list[int]] = ([], [])
     if templates.has_rationales and pair.rationale_chosen and pair.rationale_rejected:
         given = (pair.rationale_chosen, pair.rationale_rejected)
@@ -111,7 +113,7 @@ def _judge_examples(
         ids = [*prompt, letter, *rationale]
         mask = [0] * len(prompt) + [1] * (1 + len(rationale))
         twin = letter == letter_ids[1]
-        examples.append(_example("judge", ids, mask, max_length, ignore_index, twin))
+        examples.append(_example("judge", ids, mask, max_length, ignore_index, twin, principle))
     return examples
 
 
@@ -122,15 +124,16 @@ def _example(
     max_length: int | None,
     ignore_index: int,
     twin: bool = False,
+    principle: str = "",
 ) -> JSFTExample:
     note = None
     if max_length is not None and len(ids) > max_length:
         ids, mask, note = ids[:max_length], mask[:max_length], CUT
     # The first token of a sequence is predicted from nothing.
     if not any(mask[1:]):
-        return JSFTExample(kind, [], [], NO_ROOM)
+        return JSFTExample(kind, [], [], NO_ROOM, principle=principle)
     labels = [i if m else ignore_index for i, m in zip(ids, mask, strict=True)]
-    return JSFTExample(kind, ids, labels, note, twin)
+    return JSFTExample(kind, ids, labels, note, twin, principle)
 
 
 def jsft_dataset(
@@ -150,8 +153,8 @@ def jsft_dataset(
         num_proc: processes that encode; the result does not depend on it.
 
     Returns:
-        A dataset with `input_ids`, `labels`, `length`, `kind` and `twin`, and counts by kind
-        and by why examples were cut or left out.
+        A dataset with `input_ids`, `labels`, `length`, `kind`, `principle` and `twin`, and counts
+        by kind and by why examples were cut or left out.
 
     Raises:
         ValueError: no example is left, or a pair is labeled for an unknown principle.
@@ -173,6 +176,7 @@ def jsft_dataset(
             labels=ids,
             length=Value("int32"),
             kind=Value("string"),
+            principle=Value("string"),
             twin=Value("bool"),
             note=Value("string"),
         ),
@@ -224,6 +228,7 @@ class _Encode:
             "labels": [e.labels for e in examples],
             "length": [len(e.input_ids) for e in examples],
             "kind": [e.kind for e in examples],
+            "principle": [e.principle for e in examples],
             "twin": [e.twin for e in examples],
             "note": [e.note or "" for e in examples],
         }

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +24,38 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
 from self_judge.comparison import Comparison, PreferenceRecord
-from self_judge.config import (
-    DatasetArgs,
-    JSFTRun,
-    PackingChoice,
-    SelfJudgeRun,
-    SourceArgs,
-    accumulation_steps,
-    check_training_args,
-    check_training_values,
-)
+from self_judge.config import JSFTRun, PackingChoice, SelfJudgeRun
 from self_judge.encoding import ChatEncoder
 from self_judge.evaluation import JudgeQuality, judge_quality, under_principle
 from self_judge.jsft import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.jsft_trainer import JSFTTrainer
 from self_judge.judge import Judge
-from self_judge.machine import Run, detect_machine, fit_to_machine, threads_for
+from self_judge.machine import Run, fit_to_machine, threads_for
 from self_judge.models import (
-    load_judge_settings,
     load_model,
-    load_tokenizer,
     merged,
     save_judge_settings,
     vocabulary_fits,
 )
+from self_judge.preparation import (
+    Say,
+    jsft_config,
+    jsft_wording,
+    load_data,
+    lora_config,
+    pair_rows,
+    prompt_rows,
+    self_judge_config,
+    self_judge_wording,
+    this_machine,
+)
 from self_judge.progress import LiveProgress
 from self_judge.selection import judge_context
-from self_judge.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
 from self_judge.templates import JudgeTemplates
 from self_judge.trainer import SelfJudgeTrainer
-from self_judge.trainer_config import SelfJudgeConfig
 from self_judge.whole_file import written_whole
 
 logger = logging.getLogger(__name__)
-Say = Callable[[str], None]
-
 
 # -- JSFT ----------------------------------------------------------------------------------------
 
@@ -67,27 +64,10 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
     """Judge-augmented SFT from a run configuration; returns the folder of the model."""
     say = _speaker(console)
     run = _fitted(run, say)
-    args: SFTConfig = _training_config(
-        run, run.jsft_args.global_batch_size, SFTConfig, {"max_length": None}
-    )
-    if run.jsft_args.group_by_length:
-        # Like lengths share a micro-batch, within a randomly drawn optimizer step. Transformers'
-        # "group_by_length" would sort over many steps: SFT examples are shorter than judge
-        # examples, so that whole stretches of training would see only one of the two kinds.
-        args.train_sampling_strategy = "batch_rebalance"
-    tokenizer = load_tokenizer(
-        run.model.model_name_or_path,
-        revision=run.model.revision,
-        trust_remote_code=run.model.trust_remote_code,
-    )
-    templates = run.templates.judge_templates()
-    assert templates is not None  # checked by JSFTRun
-    if not run.uses_rationales and templates.has_rationales:
-        templates = JudgeTemplates(dict(templates))
-    encoder = ChatEncoder(
-        tokenizer, run.templates.chat, run.templates.user, run.templates.assistant
-    )
-    data, held_out = _load(run.dataset, say, rationales=run.uses_rationales)
+    args = jsft_config(run)
+    set_seed(args.seed)
+    encoder, templates = jsft_wording(run)
+    data, held_out = load_data(run.dataset, say, rationales=run.uses_rationales)
     model = _load_model(run, merge=True)
     trainer = jsft_trainer(
         model,
@@ -96,7 +76,7 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
         data.records,
         held_out.records if held_out else None,
         args,
-        peft_config=_lora(run.peft_config),
+        peft_config=lora_config(run.peft_config),
         max_length=run.jsft_args.max_length,
         ignore_index=run.jsft_args.ignore_index,
         num_proc=run.dataset.num_proc,
@@ -204,25 +184,10 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     """On-policy self-training from a run configuration; returns the folder of the policy."""
     say = _speaker(console)
     run = _fitted(run, say)
-    own = dataclasses.asdict(run.self_judge_args)
-    letters = {name: own.pop(name) for name in ("token_id_a", "token_id_b")}
-    args: SelfJudgeConfig = _training_config(
-        run, own.pop("global_batch_size"), SelfJudgeConfig, own
-    )
-    name = run.model.model_name_or_path
-    saved = load_judge_settings(name)
-    templates = run.templates.judge_templates() or (saved.templates if saved else None)
-    if templates is None:
-        raise ValueError(
-            f"model.model_name_or_path {name} has no judge.json beside it and templates.judge is "
-            "not set: start from a model that JSFT wrote, or give the judge templates"
-        )
-    tokenizer = load_tokenizer(
-        name, revision=run.model.revision, trust_remote_code=run.model.trust_remote_code
-    )
-    chat = run.templates.chat or (saved.chat_template if saved else None)
-    encoder = ChatEncoder(tokenizer, chat, run.templates.user, run.templates.assistant)
-    data, held_out = _load(run.dataset, say, rationales=False)
+    args = self_judge_config(run)
+    set_seed(args.seed)
+    encoder, templates, _ = self_judge_wording(run)
+    data, held_out = load_data(run.dataset, say, rationales=False)
     if held_out is None:
         args.eval_strategy = "no"
     # An adapter is gone on with where no new one is asked for; else it is merged and frozen.
@@ -230,13 +195,14 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     trainer = SelfJudgeTrainer(
         model=model,
         args=args,
-        processing_class=tokenizer,
+        processing_class=encoder.tokenizer,
         encoder=encoder,
         judge_templates=templates,
-        train_dataset=Dataset.from_list(_prompts(data.records)),
-        eval_dataset=Dataset.from_list(_pairs(held_out.records)) if held_out else None,
-        peft_config=_lora(run.peft_config),
-        **letters,
+        train_dataset=Dataset.from_list(prompt_rows(data.records)),
+        eval_dataset=Dataset.from_list(pair_rows(held_out.records)) if held_out else None,
+        peft_config=lora_config(run.peft_config),
+        token_id_a=run.self_judge_args.token_id_a,
+        token_id_b=run.self_judge_args.token_id_b,
     )
     _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
     trainer.run_log.run_file = dataclasses.asdict(run)
@@ -244,17 +210,6 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     trainer.save_model(str(args.output_dir))
     say(f"policy: {args.output_dir}")
     return Path(str(args.output_dir))
-
-
-def _prompts(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
-    return [{"prompt": r["prompt"], "context": r["context"]} for r in to_self_judge_rows(records)]
-
-
-def _pairs(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
-    rows = [r for r in to_self_judge_rows(records) if r["chosen"] and r["rejected"]]
-    if not rows:
-        raise ValueError("the evaluation data has no pair of a chosen and a rejected response")
-    return rows
 
 
 # -- evaluation ----------------------------------------------------------------------------------
@@ -294,9 +249,7 @@ def _speaker(console: Console | None) -> Say:
 
 
 def _fitted(run: Run, say: Say) -> Run:
-    cuda = torch.cuda.is_available()
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else None
-    machine = detect_machine(cuda, bf16)
+    machine = this_machine()
     threads = threads_for(machine)
     if threads:
         torch.set_num_threads(threads)
@@ -304,54 +257,6 @@ def _fitted(run: Run, say: Say) -> Run:
     for warning in warnings:
         say(f"warning: {warning}")
     return run
-
-
-def _training_config(
-    run: JSFTRun | SelfJudgeRun,
-    global_batch_size: int | None,
-    config_class: type[Any],
-    own: dict[str, Any],
-) -> Any:
-    training = check_training_values(run.training_args, config_class)
-    if global_batch_size is not None:
-        training["gradient_accumulation_steps"] = accumulation_steps(
-            global_batch_size,
-            training.get("per_device_train_batch_size", 8),
-            int(os.environ.get("WORLD_SIZE", "1")),
-        )
-    args = config_class(**training, **own)
-    set_seed(args.seed)
-    return args
-
-
-def _load(
-    dataset: DatasetArgs, say: Say, *, rationales: bool
-) -> tuple[PreferenceData, PreferenceData | None]:
-    """The training data, and what is held out: the sources under `eval`, or a share of prompts."""
-
-    def load(
-        sources: Sequence[SourceArgs], subset: Subset, share: float, most: int | None
-    ) -> PreferenceData:
-        data = load_preferences(
-            [dataclasses.asdict(source) for source in sources],
-            subset=subset,
-            held_out=share,
-            principles=dataset.principles,
-            rationales=rationales,
-            max_records=most,
-            seed=dataset.seed,
-            num_proc=dataset.num_proc,
-        )
-        say(data.describe())
-        return data
-
-    if dataset.eval:
-        train = load(dataset.sources, "train", 0.0, dataset.max_records)
-        return train, load(dataset.eval, "all", 0.0, dataset.max_eval_records)
-    train = load(dataset.sources, "train", dataset.held_out, dataset.max_records)
-    if not dataset.held_out:
-        return train, None
-    return train, load(dataset.sources, "held_out", dataset.held_out, dataset.max_eval_records)
 
 
 def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
@@ -363,14 +268,6 @@ def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
         trust_remote_code=run.model.trust_remote_code,
         merge=merge,
     )
-
-
-def _lora(settings: dict[str, Any] | None) -> LoraConfig | None:
-    if settings is None:
-        return None
-    names = [f.name for f in dataclasses.fields(LoraConfig)]
-    check_training_args(settings, names, section="peft_config")
-    return LoraConfig(**settings)
 
 
 def _train(

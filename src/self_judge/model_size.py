@@ -1,0 +1,197 @@
+"""How large a model is, from its configuration alone: parameters, caches, what autograd keeps.
+
+No weights are loaded: the model stands on the meta device, and the activations that autograd keeps
+are counted in a forward pass over fake tensors. It does not know runs, machines or data.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftConfig
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from self_judge.models import ModelError, unwrapped
+
+
+def empty_model(
+    name_or_path: str,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model on the meta device: every shape, no weights. An adapter's folder gives its base.
+
+    Raises:
+        ModelError: there is no configuration at that name or path, or of no causal language model.
+    """
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        base = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
+        return empty_model(str(base), dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+        wanted = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=wanted, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ModelError(f"cannot read the model configuration of {name_or_path}: {line}") from None
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A model in numbers.
+
+    Attributes:
+        parameters, trainable: of the model with its adapter; shared ones once.
+        weight_bytes, trainable_bytes: their bytes.
+        matrix: parameters that every token is multiplied with, without embeddings and head.
+        head: parameters of the LM head.
+        layers, hidden, vocabulary: as the configuration has them.
+        context: positions that the model was made for, or `None`.
+        cache_bytes: of the KV cache, per token of one sequence.
+    """
+
+    parameters: int
+    trainable: int
+    weight_bytes: int
+    trainable_bytes: int
+    matrix: int
+    head: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    context: int | None
+    cache_bytes: int
+
+
+def size_of(model: nn.Module) -> Size:
+    """Counts a model, on the meta device or not; of experts, those that a token is sent to."""
+    inner: Any = unwrapped(model)
+    config = inner.config.get_text_config()
+    parameters = list(model.parameters())
+    taken = [p for p in parameters if p.requires_grad]
+    head = inner.get_output_embeddings()
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    skipped = tables | ({id(head.weight)} if head is not None else set())
+    share = _expert_share(config)
+    matrix = 0.0
+    for name, p in model.named_parameters():
+        if p.dim() >= 2 and id(p) not in skipped:
+            matrix += p.numel() * (share if ".experts." in name else 1.0)
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    layers = int(config.num_hidden_layers)
+    return Size(
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in taken),
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        trainable_bytes=sum(p.numel() * p.element_size() for p in taken),
+        matrix=round(matrix),
+        head=head.weight.numel() if head is not None else 0,
+        layers=layers,
+        hidden=int(config.hidden_size),
+        vocabulary=int(config.vocab_size),
+        context=getattr(config, "max_position_embeddings", None),
+        cache_bytes=layers * 2 * kv_heads * head_dim * inner.dtype.itemsize,
+    )
+
+
+def _expert_share(config: Any) -> float:
+    """The share of a layer's experts that one token is sent to."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((n for name in names if (n := getattr(config, name, None))), None)
+    used = getattr(config, "num_experts_per_tok", None)
+    return used / experts if used and experts else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What autograd keeps of one forward pass.
+
+    Attributes:
+        kept: bytes without gradient checkpointing.
+        checkpoints: bytes with it, the inputs of every layer.
+        layer: bytes of one layer, which is what checkpointing computes again at a time.
+        counted: whether the pass could be followed; else it is the rule of thumb of 34 bytes per
+            token, layer and unit of hidden size in half precision (Korthikanti et al., 2022).
+    """
+
+    kept: int
+    checkpoints: int
+    layer: int
+    counted: bool
+
+
+def kept_activations(model: nn.Module, rows: int, tokens: int, *, bf16: bool = False) -> Kept:
+    """Follows a forward pass of the backbone over `(rows, tokens)` with a dense mask, as packed.
+
+    Args:
+        model: an empty model, with its adapter.
+        bf16: under autocast to bfloat16.
+    """
+    size = size_of(model)
+    model = copy.deepcopy(model).train()
+    inner: Any = unwrapped(model)
+    half = bf16 or inner.dtype.itemsize == 2
+    checkpoints = size.layers * rows * tokens * size.hidden * inner.dtype.itemsize
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            own = _with_fake_parameters(model)
+            kept = _followed(inner, own, rows, tokens, bf16)
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
+        # Experts are chosen by what the numbers are, and fake tensors have none.
+        thumb = 34 * rows * tokens * size.hidden * size.layers * (1 if half else 2)
+        return Kept(thumb, checkpoints, thumb // size.layers, counted=False)
+    return Kept(kept, checkpoints, kept // size.layers, counted=True)
+
+
+def _with_fake_parameters(model: nn.Module) -> set[int]:
+    own: set[int] = set()
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            if id(p) not in made:
+                fake = torch.empty(p.shape, dtype=p.dtype, device="cpu")
+                made[id(p)] = nn.Parameter(fake, requires_grad=p.requires_grad)
+            module._parameters[name] = made[id(p)]
+    for parameter in made.values():
+        own.add(parameter.untyped_storage()._cdata)
+    return own
+
+
+def _followed(inner: Any, own: set[int], rows: int, tokens: int, bf16: bool) -> int:
+    seen: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage  # held, so that no other takes its place
+        return tensor
+
+    inputs = {
+        "input_ids": torch.zeros(rows, tokens, dtype=torch.long),
+        "attention_mask": torch.ones(rows, 1, tokens, tokens, dtype=torch.bool),
+        "use_cache": False,
+    }
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = inner.base_model(**inputs)
+        del output
+    return sum(storage.nbytes() for storage in seen.values())

@@ -1,0 +1,194 @@
+"""What a run begins with: its settings, tokenizer, templates, data and adapter, as its file says.
+
+The recipes train with it and `self-judge check` shows it, so that what is shown is what is trained.
+It loads no weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from trl import SFTConfig
+
+from self_judge.comparison import PreferenceRecord
+from self_judge.config import (
+    DatasetArgs,
+    JSFTRun,
+    SelfJudgeRun,
+    SourceArgs,
+    accumulation_steps,
+    check_training_args,
+    check_training_values,
+)
+from self_judge.encoding import ChatEncoder
+from self_judge.machine import Machine, detect_machine
+from self_judge.models import JudgeSettings, load_judge_settings, load_tokenizer
+from self_judge.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
+from self_judge.templates import JudgeTemplates
+from self_judge.trainer_config import SelfJudgeConfig
+
+Say = Callable[[str], None]
+
+
+def this_machine() -> Machine:
+    """The machine that this process runs on."""
+    cuda = torch.cuda.is_available()
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else None
+    return detect_machine(cuda, bf16)
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+def jsft_config(run: JSFTRun, processes: int | None = None) -> SFTConfig:
+    """The trainer's settings of a JSFT run; `processes` as in `self_judge_config`.
+
+    Raises:
+        ValueError: an unknown setting, a value of the wrong type, or a batch that does not divide.
+    """
+    args: SFTConfig = _training_config(
+        run, run.jsft_args.global_batch_size, processes, SFTConfig, {"max_length": None}
+    )
+    if run.jsft_args.group_by_length:
+        # Like lengths share a micro-batch, within a randomly drawn optimizer step. Transformers'
+        # "group_by_length" would sort over many steps: SFT examples are shorter than judge
+        # examples, so that whole stretches of training would see only one of the two kinds.
+        args.train_sampling_strategy = "batch_rebalance"
+    return args
+
+
+def self_judge_config(run: SelfJudgeRun, processes: int | None = None) -> SelfJudgeConfig:
+    """The trainer's settings of a self-training run.
+
+    Args:
+        processes: over which the global batch is spread (default: those of this launch).
+
+    Raises:
+        ValueError: as `jsft_config`, or settings that contradict the method.
+    """
+    own = dataclasses.asdict(run.self_judge_args)
+    for name in ("token_id_a", "token_id_b"):  # the trainer takes them by themselves
+        del own[name]
+    global_batch_size = own.pop("global_batch_size")
+    config: SelfJudgeConfig = _training_config(
+        run, global_batch_size, processes, SelfJudgeConfig, own
+    )
+    return config
+
+
+def _training_config(
+    run: JSFTRun | SelfJudgeRun,
+    global_batch_size: int | None,
+    processes: int | None,
+    config_class: type[Any],
+    own: dict[str, Any],
+) -> Any:
+    training = check_training_values(run.training_args, config_class)
+    if global_batch_size is not None:
+        training["gradient_accumulation_steps"] = accumulation_steps(
+            global_batch_size,
+            training.get("per_device_train_batch_size", 8),
+            int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes,
+        )
+    return config_class(**training, **own)
+
+
+def lora_config(settings: dict[str, Any] | None) -> LoraConfig | None:
+    """The adapter that `peft_config` asks for; fails on a name that LoRA does not have."""
+    if settings is None:
+        return None
+    names = [f.name for f in dataclasses.fields(LoraConfig)]
+    check_training_args(settings, names, section="peft_config")
+    return LoraConfig(**settings)
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+def jsft_wording(run: JSFTRun) -> tuple[ChatEncoder, JudgeTemplates]:
+    """How a JSFT run turns dialogues into ids, and its judge templates."""
+    templates = run.templates.judge_templates()
+    assert templates is not None  # checked by JSFTRun
+    if not run.uses_rationales and templates.has_rationales:
+        templates = JudgeTemplates(dict(templates))
+    return _encoder(run, run.templates.chat), templates
+
+
+def self_judge_wording(
+    run: SelfJudgeRun,
+) -> tuple[ChatEncoder, JudgeTemplates, JudgeSettings | None]:
+    """The same of a self-training run, and what lies beside its checkpoint.
+
+    Raises:
+        ValueError: there are judge templates neither in the file nor beside the model.
+    """
+    name = run.model.model_name_or_path
+    saved = load_judge_settings(name)
+    templates = run.templates.judge_templates() or (saved.templates if saved else None)
+    if templates is None:
+        raise ValueError(
+            f"model.model_name_or_path {name} has no judge.json beside it and templates.judge is "
+            "not set: start from a model that JSFT wrote, or give the judge templates"
+        )
+    chat = run.templates.chat or (saved.chat_template if saved else None)
+    return _encoder(run, chat), templates, saved
+
+
+def _encoder(run: JSFTRun | SelfJudgeRun, chat_template: str | None) -> ChatEncoder:
+    tokenizer = load_tokenizer(
+        run.model.model_name_or_path,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+    return ChatEncoder(tokenizer, chat_template, run.templates.user, run.templates.assistant)
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def load_data(
+    dataset: DatasetArgs, say: Say, *, rationales: bool
+) -> tuple[PreferenceData, PreferenceData | None]:
+    """The training data, and what is held out: the sources under `eval`, or a share of prompts."""
+
+    def load(
+        sources: Sequence[SourceArgs], subset: Subset, share: float, most: int | None
+    ) -> PreferenceData:
+        data = load_preferences(
+            [dataclasses.asdict(source) for source in sources],
+            subset=subset,
+            held_out=share,
+            principles=dataset.principles,
+            rationales=rationales,
+            max_records=most,
+            seed=dataset.seed,
+            num_proc=dataset.num_proc,
+        )
+        say(data.describe())
+        return data
+
+    if dataset.eval:
+        train = load(dataset.sources, "train", 0.0, dataset.max_records)
+        return train, load(dataset.eval, "all", 0.0, dataset.max_eval_records)
+    train = load(dataset.sources, "train", dataset.held_out, dataset.max_records)
+    if not dataset.held_out:
+        return train, None
+    return train, load(dataset.sources, "held_out", dataset.held_out, dataset.max_eval_records)
+
+
+def prompt_rows(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
+    """Rows to sample for in self-training."""
+    return [{"prompt": r["prompt"], "context": r["context"]} for r in to_self_judge_rows(records)]
+
+
+def pair_rows(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
+    """Rows to evaluate self-training on; fails where no record has both responses."""
+    rows = [r for r in to_self_judge_rows(records) if r["chosen"] and r["rejected"]]
+    if not rows:
+        raise ValueError("the evaluation data has no pair of a chosen and a rejected response")
+    return rows

@@ -1,0 +1,355 @@
+"""Traps: settings, templates, models and data with which a run would start, and go wrong.
+
+Every function looks at one thing and gives what it found in words. What makes a run fail at once is
+said by those who fail; this module does not load data or print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from self_judge.comparison import Message
+from self_judge.config import JSFTRun, SelfJudgeRun
+from self_judge.encoding import ChatEncoder
+from self_judge.jsft import CUT, NO_FIT, NO_ROOM
+from self_judge.model_size import Size
+from self_judge.models import JudgeSettings
+from self_judge.run_needs import Needs
+from self_judge.selection import first_question
+from self_judge.sources import PreferenceData
+from self_judge.templates import JudgeTemplates
+
+Level = Literal["problem", "warning", "note"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing found.
+
+    Attributes:
+        level: `problem`: the run would be wrong; `warning`: worth a look; `note`: as it should be,
+            where one may wonder.
+        about: the key of the run file, or what it is about.
+        text: what was found, what follows, what to do.
+    """
+
+    level: Level
+    about: str
+    text: str
+
+
+def chat_traps(encoder: ChatEncoder) -> Iterator[Finding]:
+    """A template that trains one thing and asks for another, or teaches no end."""
+    tokenizer = encoder.tokenizer
+    user, answer = Message(role="user", content="a"), Message(role="assistant", content="b")
+    for asked in ([user], [user, answer, user]):
+        prompt = encoder.encode_prompt(asked)
+        whole = encoder.encode_dialogue([*asked, answer]).ids
+        if whole[: len(prompt)] != prompt:
+            same = next(i for i, (a, b) in enumerate(zip(prompt, [*whole, None])) if a != b)  # noqa: B905
+            shown = [tokenizer.convert_ids_to_tokens(x[same : same + 4]) for x in (prompt, whole)]
+            yield Finding(
+                "problem",
+                "chat template",
+                f"its prompt is not a prefix of prompt + answer: at token {same} sampling "
+                f"continues {shown[0]}, training has {shown[1]}. The model is asked what it never "
+                "learned; set templates.chat to a template that opens the answer in both alike",
+            )
+            break
+    bos = tokenizer.bos_token_id
+    count = encoder.encode_prompt([user]).count(bos) if bos is not None else 0
+    if count > 1 and bos != tokenizer.eos_token_id:
+        yield Finding(
+            "problem",
+            "chat template",
+            f"a prompt begins with {count} {tokenizer.bos_token!r}: the template writes one and "
+            "the structure has another; remove it from templates.chat",
+        )
+    if not encoder.stop_token_ids:
+        yield Finding(
+            "problem",
+            "tokenizer",
+            "no token ends an answer: there is no end-of-sequence token, and the template closes "
+            "no turn with a control token; sampling would run to max_new_tokens. Set "
+            "tokenizer.eos_token",
+        )
+    elif not _trains_end(encoder, user, answer):
+        yield Finding(
+            "problem",
+            "chat template",
+            "the end of an answer is not trained: the template writes no control token after it, "
+            "so the model does not learn to stop; let templates.chat close answers with "
+            f"{tokenizer.eos_token!r}",
+        )
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        yield Finding(
+            "note",
+            "tokenizer",
+            f"padding is the end of sequence ({tokenizer.pad_token!r}): harmless here, no mask is "
+            "made by looking for it, and ends of answers are trained",
+        )
+
+
+def _trains_end(encoder: ChatEncoder, user: Message, answer: Message) -> bool:
+    encoded = encoder.encode_dialogue([user, answer])
+    trained = [i for i, m in zip(encoded.ids, encoded.mask, strict=True) if m]
+    return bool(trained) and trained[-1] in encoder.stop_token_ids
+
+
+def judge_traps(
+    templates: JudgeTemplates, encoder: ChatEncoder, saved: JudgeSettings | None, name: str
+) -> Iterator[Finding]:
+    """A judge that is asked otherwise than it was taught (self-training)."""
+    if saved is None:
+        yield Finding(
+            "warning",
+            "templates.judge",
+            f"{name} has no judge.json: nothing says that this model was taught to judge by these "
+            "templates; start from what JSFT wrote",
+        )
+        return
+    for principle in templates:
+        if principle not in saved.templates:
+            yield Finding(
+                "problem",
+                "templates.judge",
+                f"the model was not taught the principle {principle!r}, but "
+                f"{', '.join(saved.templates)} (its judge.json)",
+            )
+            continue
+        asked, taught = templates[principle], saved.templates[principle]
+        for part in ("system", "user", "assistant"):
+            ours, theirs = getattr(asked, part) or "", getattr(taught, part) or ""
+            if ours != theirs:
+                yield Finding(
+                    "problem",
+                    "templates.judge",
+                    f"{principle}.{part} is not what the model was taught (its judge.json): "
+                    f"{_difference(ours, theirs)}; leave templates.judge null to use that",
+                )
+    left = [p for p in saved.templates if p not in templates]
+    if left:
+        yield Finding(
+            "warning",
+            "templates.judge",
+            f"the model was also taught {', '.join(left)}: those principles do not vote",
+        )
+    if saved.chat_template is not None and saved.chat_template != encoder.chat_template:
+        yield Finding(
+            "problem",
+            "templates.chat",
+            "is not the chat template that the model was taught with (its judge.json); leave it "
+            "out to use that",
+        )
+
+
+def _difference(ours: str, theirs: str) -> str:
+    same = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
+    start = max(0, same - 12)
+    return f"{ours[start : same + 24]!r} here, {theirs[start : same + 24]!r} there"
+
+
+def model_traps(
+    size: Size, run: JSFTRun | SelfJudgeRun, max_length: int, longest: int
+) -> Iterator[Finding]:
+    """A model that cannot learn, or cannot take what it is given.
+
+    Args:
+        max_length: tokens that a sequence may have.
+        longest: tokens of the longest one there was.
+    """
+    if not size.trainable:
+        yield Finding(
+            "problem",
+            "peft_config" if run.peft_config else "model",
+            "no parameter is trained: remove inference_mode, or name target_modules",
+        )
+    if size.context is not None and max_length > size.context:
+        beyond = longest > size.context
+        yield Finding(
+            "problem" if beyond else "warning",
+            "max_length",
+            f"{max_length} tokens are allowed, the model was made for {size.context}"
+            + (f", and there are sequences of {longest}" if beyond else "")
+            + ": lower max_length",
+        )
+    half = size.weight_bytes < 3 * size.parameters
+    if run.peft_config is None and half and size.trainable == size.parameters:
+        yield Finding(
+            "warning",
+            "model.dtype",
+            "full fine-tuning of half-precision weights rounds small updates away: "
+            "set model.dtype to float32 (training_args.bf16 still computes in bfloat16)",
+        )
+
+
+def setting_traps(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
+    """Settings that are taken and do not do what they say."""
+    for key, why in {
+        "padding_free": "TRL has it switched off; shared prefixes are packed by `packing`",
+        "use_liger_kernel": "deprecated in TRL, and its loss goes past the packed passes",
+    }.items():
+        if run.training_args.get(key):
+            yield Finding("warning", f"training_args.{key}", f"{why}: leave it out")
+    if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not (
+        run.dataset.eval or run.dataset.held_out
+    ):
+        yield Finding(
+            "warning",
+            "training_args.eval_strategy",
+            "there is nothing to evaluate on: dataset.eval is empty and held_out is 0",
+        )
+    output = Path(str(args.output_dir))
+    if output.resolve() == Path(run.model.model_name_or_path).resolve():
+        yield Finding(
+            "problem", "training_args.output_dir", "is the model's own folder: it would be replaced"
+        )
+    elif output.is_dir() and not args.resume_from_checkpoint and get_last_checkpoint(str(output)):
+        yield Finding(
+            "warning",
+            "training_args.output_dir",
+            f"{output} has checkpoints of another run, which this one would mix with: set "
+            "training_args.resume_from_checkpoint=true to go on, or another folder",
+        )
+    if isinstance(run, SelfJudgeRun):
+        own = run.self_judge_args
+        losses = [own.loss_type] if isinstance(own.loss_type, str) else own.loss_type
+        if "ipo" in losses and own.average_log_prob is None:
+            yield Finding(
+                "note",
+                "self_judge_args.average_log_prob",
+                "TRL's ipo averages log-probabilities over tokens, the method's sums them: "
+                "false for the latter",
+            )
+
+
+def data_traps(train: PreferenceData, held_out: PreferenceData | None) -> Iterator[Finding]:
+    """Data that repeats itself between training and evaluation, or is mostly left out."""
+    if held_out is not None:
+        seen = {first_question(r) for r in train.records}
+        shared = sum(first_question(r) in seen for r in held_out.records)
+        if shared:
+            yield Finding(
+                "warning",
+                "dataset.eval",
+                f"{shared:,} of {len(held_out.records):,} evaluation prompts begin with a question "
+                "that is trained on: the evaluation flatters",
+            )
+    for label, counts in train.counts_by_source.items():
+        skipped = sum(n for what, n in counts.items() if what.startswith("skipped"))
+        read = counts["read"] - counts.get("other subset", 0)
+        if read and skipped > read / 10:
+            yield Finding(
+                "warning",
+                "dataset.sources",
+                f"{label}: {skipped:,} of {read:,} records or their pairs are skipped; see the "
+                "reasons above",
+            )
+
+
+def example_traps(counts: dict[str, int], letters: dict[str, int]) -> Iterator[Finding]:
+    """JSFT examples that are cut or left out, and letters out of balance.
+
+    Args:
+        counts: of `jsft_dataset`.
+        letters: how often each is the answer.
+    """
+    for kind in ("sft", "judge"):
+        kept = counts.get(f"{kind} examples", 0)
+        for why in (NO_FIT, NO_ROOM):
+            lost = counts.get(f"{kind} examples: {why}", 0)
+            yield from share_trap(
+                "problem" if not kept else "warning",
+                "jsft_args.max_length",
+                lost,
+                kept + lost,
+                f"{kind} examples are left out ({why})",
+                "raise max_length",
+                least=0.0 if not kept else 0.01,
+            )
+        yield from share_trap(
+            "warning",
+            "jsft_args.max_length",
+            counts.get(f"{kind} examples: {CUT}", 0),
+            kept,
+            f"{kind} examples are cut at their end"
+            + (": they train no end of answer" if kind == "sft" else ": rationales lose theirs"),
+            "raise max_length",
+            least=0.01,
+        )
+    if len(set(letters.values())) > 1:
+        counted = ", ".join(f"{n:,} {letter}" for letter, n in letters.items())
+        yield Finding(
+            "warning",
+            "jsft_args.max_length",
+            f"the letters are out of balance ({counted}): one order of some pairs is missing, and "
+            "the judge learns to prefer a letter",
+        )
+    if not any(letters.values()):
+        yield Finding(
+            "problem",
+            "dataset.sources",
+            "there is no judge example: the model would learn to answer, not to judge",
+        )
+
+
+def prompt_traps(
+    kept: int, shorter: int, of: int, max_length: int, max_new_tokens: int
+) -> Iterator[Finding]:
+    """Prompts that do not fit beside a response (self-training)."""
+    room = f"max_length {max_length} - max_new_tokens {max_new_tokens} = "
+    room += f"{max_length - max_new_tokens} tokens"
+    yield from share_trap(
+        "warning" if kept else "problem",
+        "self_judge_args.max_new_tokens",
+        of - kept,
+        of,
+        f"prompts are longer than {room} and are left out",
+        "raise max_length or lower max_new_tokens",
+    )
+    yield from share_trap(
+        "warning",
+        "self_judge_args.max_new_tokens",
+        shorter,
+        of,
+        f"prompts lose their oldest exchanges to fit into {room}",
+        "raise max_length or lower max_new_tokens",
+        least=0.01,
+    )
+
+
+def memory_traps(needs: Needs) -> Iterator[Finding]:
+    """A run that is estimated not to fit; the estimate has been up to a quarter off."""
+    share = needs.memory.peak / needs.device_memory if needs.device_memory else 0.0
+    if share > 0.9:
+        yield Finding(
+            "problem" if share > 1.25 else "warning",
+            "memory",
+            f"about {needs.memory.peak / 2**30:.0f} GiB are needed on each process, "
+            f"{needs.device} has {needs.device_memory / 2**30:.0f}; largest in the "
+            f"{needs.memory.largest_phase}: "
+            + {
+                "update": "lower per_device_train_batch_size, turn on gradient_checkpointing, "
+                "use LoRA, or shard (--sharding)",
+                "sampling": "lower generation_batch_size or max_new_tokens",
+                "judging": "lower judge_batch_size",
+            }[needs.memory.largest_phase],
+        )
+
+
+def share_trap(
+    level: Level, about: str, count: int, of: int, what: str, advice: str, least: float = 0.0
+) -> Sequence[Finding]:
+    """A finding where more than a share `least` of things have something; none otherwise."""
+    if not of or count <= least * of:
+        return ()
+    share = f"{count:,} of {of:,} ({100 * count / of:.0f} %)"
+    return (Finding(level, about, f"{share} {what}: {advice}"),)
