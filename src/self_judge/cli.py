@@ -189,7 +189,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))
     elif arguments.plain:
-        show(report, Console(no_color=True, highlight=False, width=100), plain=True)
+        show(report, Console(color_system=None, highlight=False, width=100), plain=True)
     else:
         show(report, Console(highlight=False))
     return 1 if report.problems else 0
