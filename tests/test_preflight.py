@@ -299,7 +299,7 @@ OPENS = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     [
         (ROLES + OPENS.replace("'<|assistant|>'", "'<|assistant|>Sure:'"), "not a prefix"),
         (ROLES.replace(" + '<|end|>'", " + '\n'") + OPENS, "end of an answer is not trained"),
-        ("{{ bos_token }}{{ bos_token }}" + ROLES + OPENS, "begins with 2"),
+        ("{{ bos_token }}{{ bos_token }}" + ROLES + OPENS, "twice"),
     ],
 )
 def test_chat_template_traps(

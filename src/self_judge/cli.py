@@ -168,6 +168,7 @@ def _check(arguments: argparse.Namespace) -> int:
     )
 
     import logging
+    import warnings
 
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -175,6 +176,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from self_judge.preflight import check
     from self_judge.preflight_view import show
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own
     transformers_logging.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     with Console(stderr=True).status("checking"):
