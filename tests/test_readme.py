@@ -19,7 +19,7 @@ from accelerate.commands.launch import launch_command_parser
 import self_judge
 from conftest import ROOT, tiny_llama
 from self_judge import cli, synthetic
-from self_judge.config import RunKind, load_run
+from self_judge.config import RunKind, kind_of_run, load_run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,6 +91,9 @@ def test_every_command_is_understood(words: list[str]) -> None:
         parsed = cli._parser().parse_args(arguments)
         if parsed.command in ("jsft", "train"):
             run_of(parsed.config, parsed.overrides, parsed.kind)
+        elif parsed.command == "check":
+            own = kind_of_run(ROOT / parsed.config, parsed.overrides)
+            run_of(parsed.config, parsed.overrides, own)
     elif program == "accelerate":
         assert arguments[0] == "launch"
         launch = launch_command_parser().parse_args(arguments[1:])

@@ -183,6 +183,7 @@ def _check(arguments: argparse.Namespace) -> int:
     )
 
     import logging
+    import warnings
 
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -190,6 +191,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from self_judge.preflight import check
     from self_judge.preflight_view import show
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own
     transformers_logging.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     with Console(stderr=True).status("checking"):
@@ -204,7 +206,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))
     elif arguments.plain:
-        show(report, Console(no_color=True, highlight=False, width=100), plain=True)
+        show(report, Console(color_system=None, highlight=False, width=100), plain=True)
     else:
         show(report, Console(highlight=False))
     return 1 if report.problems else 0

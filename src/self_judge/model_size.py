@@ -45,6 +45,7 @@ def empty_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=wanted, trust_remote_code=trust_remote_code
             )
+        model.tie_weights()  # putting parameters on the meta device took them apart
     except (OSError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot read the model configuration of {name_or_path}: {line}") from None

@@ -12,8 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import datasets
 import torch
+from datasets.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from self_judge import traps
@@ -145,13 +149,13 @@ def check(
     local, _ = fit_to_machine(given, dataclasses.replace(here, processes=processes))
     report = Report(str(config), kind)
     report.findings += [Finding("warning", "this machine", text) for text in lacking]
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         _Check(report, run, local, there, gpu, sharding, examples).go()
     finally:
         if shown:
-            datasets.enable_progress_bars()
+            enable_progress_bars()
     order = {"problem": 0, "warning": 1, "note": 2}
     report.findings.sort(key=lambda f: order[f.level])
     return report
@@ -358,7 +362,7 @@ class _Check:
             args,
             total,
             {"examples": step * setting.processes},
-            "the largest of a thousand randomly drawn micro-batches",
+            "memory: the longest example of a thousand randomly drawn micro-batches",
         )
         report.findings += traps.memory_traps(report.needs)
 

@@ -149,7 +149,7 @@ def _sample(sample: Sample, console: Console, plain: bool) -> None:
     title = Text(neutral(sample.title), "bold")
     title.append(f"  {sample.tokens:,} tokens, {sample.trained:,} trained", _QUIET)
     console.print(title)
-    console.print(Padding(text, (0, 0, 0, 2)))
+    console.print(Padding(text, (0, 0, 0, 2), expand=False))
 
 
 def _shortened(text: str, piece: Piece) -> str:

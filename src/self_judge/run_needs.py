@@ -127,20 +127,21 @@ def jsft_work(units: Sequence[tuple[int, int, int]], args: Any) -> Work:
     tokens, scored = sum(t for _, t, _ in units), sum(s for _, _, s in units)
     own = args.per_device_train_batch_size
     step = own * args.gradient_accumulation_steps
-    largest = _largest_batch([t / n for n, t, _ in units for _ in range(n)], own)
+    # Twins are one row of their tree.
+    rows = max(1, round(own * len(units) / examples))
     return Work(
         tokens=tokens / examples * step,
         scored=scored / examples * step,
         length=tokens / len(units),
-        largest=(own, math.ceil(largest / own)),
+        largest=(rows, _longest([t for _, t, _ in units], rows)),
         largest_scored=math.ceil(scored / examples * own * 2),
     )
 
 
-def _largest_batch(lengths: Sequence[float], size: int, draws: int = 1000) -> float:
-    """Tokens of the largest of so many randomly drawn micro-batches."""
+def _longest(lengths: Sequence[float], size: int, draws: int = 1000) -> int:
+    """The longest sequence of so many randomly drawn micro-batches; the others are padded to it."""
     chosen = random.Random(0)
-    return max(sum(chosen.choices(lengths, k=size)) for _ in range(draws))
+    return math.ceil(max(chosen.choices(lengths, k=size * draws)))
 
 
 def self_judge_work(
@@ -167,8 +168,7 @@ def self_judge_work(
     comparisons = step * comparisons_per_prompt(own.num_generations, own.pair_selection)
     unique = sum(t for t, _ in judge_tokens) / max(1, len(judge_tokens))
     longest = max((n for _, n in judge_tokens), default=0.0)
-    largest = _largest_batch(list(map(float, prompts)), per_device)
-    row = math.ceil(largest / per_device + 2 * own.max_new_tokens)
+    row = _longest(list(map(float, prompts)), per_device) + 2 * own.max_new_tokens
     return Work(
         tokens=step * (prompt + 2 * response),
         scored=step * 2 * response,

@@ -62,13 +62,12 @@ def chat_traps(encoder: ChatEncoder) -> Iterator[Finding]:
             )
             break
     bos = tokenizer.bos_token_id
-    count = encoder.encode_prompt([user]).count(bos) if bos is not None else 0
-    if count > 1 and bos != tokenizer.eos_token_id:
+    # Not counted: in ChatML, every turn begins with what some tokenizers call BOS.
+    if bos is not None and encoder.encode_prompt([user])[:2] == [bos, bos]:
         yield Finding(
             "problem",
             "chat template",
-            f"a prompt begins with {count} {tokenizer.bos_token!r}: the template writes one and "
-            "the structure has another; remove it from templates.chat",
+            f"a prompt begins with {tokenizer.bos_token!r} twice: let templates.chat write it once",
         )
     if not encoder.stop_token_ids:
         yield Finding(

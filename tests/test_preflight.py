@@ -1,0 +1,454 @@
+"""`self-judge check` shows what a run trains on, and says what would go wrong, before it runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from conftest import CHATML, ROOT, SHARED, tiny_llama
+from self_judge import synthetic
+from self_judge.cli import main
+from self_judge.config import ConfigError, kind_of_run, load_run
+from self_judge.jsft import jsft_dataset
+from self_judge.models import load_tokenizer, save_judge_settings
+from self_judge.preflight import Report, check
+from self_judge.preflight_view import neutral, show
+from self_judge.preparation import jsft_wording, load_data
+
+JSFT = str(ROOT / "configs" / "hh_jsft.yaml")
+TRAIN = str(ROOT / "configs" / "hh_self_judge.yaml")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: Any) -> Path:
+    """A tiny base model and its tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = synthetic.tiny_tokenizer()
+    tiny_llama(len(tokenizer), max_position_embeddings=4096).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: Any) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        kind: synthetic.write_dataset(kind, folder / f"{kind}.jsonl", 40, seed=3)
+        for kind in ("hh", "ultrafeedback")
+    }
+
+
+@pytest.fixture
+def taught(base: Path, tmp_path: Path) -> Path:
+    """The base model with a judge.json, as JSFT writes it."""
+    folder = tmp_path / "taught"
+    shutil.copytree(base, folder)
+    run = load_run(JSFT, [f"model.model_name_or_path={base}"], "jsft")
+    encoder, templates = jsft_wording(run)
+    save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
+    return folder
+
+
+def given(model: Path, source: Path, *more: str) -> list[str]:
+    return [
+        f"model.model_name_or_path={model}",
+        "model.dtype=float32",
+        "training_args.bf16=false",
+        f"dataset.sources=[{{path: {source}}}]",
+        "dataset.eval=[]",
+        "dataset.held_out=0.2",
+        *more,
+    ]
+
+
+def problems(report: Report) -> str:
+    return "\n".join(f"{f.about}: {f.text}" for f in report.problems)
+
+
+def warnings(report: Report) -> str:
+    return "\n".join(f"{f.about}: {f.text}" for f in report.findings if f.level == "warning")
+
+
+def shown(report: Report, **options: Any) -> str:
+    stream = io.StringIO()
+    plain = options.get("plain", True)
+    # Wide, so that no line is broken inside of what is looked for.
+    console = Console(
+        file=stream, width=10_000, highlight=False, color_system=None if plain else "truecolor"
+    )
+    show(report, console, plain=plain)
+    return stream.getvalue()
+
+
+# -- what is shown -------------------------------------------------------------------------------
+
+
+def test_a_sound_jsft_run_has_no_problem(base: Path, data: dict[str, Path]) -> None:
+    report = check(JSFT, given(base, data["hh"]))
+    assert not problems(report)
+    assert report.encoded == report.records
+    assert report.counts["judge examples"] == sum(report.letter_counts.values())
+    assert report.letter_counts["A"] == report.letter_counts["B"] > 0
+    assert {f.kind for f in report.figures} == {"SFT", "judge, helpfulness"}
+    assert all(f.bos == (1, 1) for f in report.figures)
+
+
+def test_what_is_shown_is_what_the_run_trains_on(base: Path, data: dict[str, Path]) -> None:
+    overrides = given(base, data["hh"])
+    run = load_run(JSFT, overrides, "jsft")
+    encoder, templates = jsft_wording(run)
+    records = load_data(run.dataset, lambda line: None, rationales=False)[0].records
+    rows, _ = jsft_dataset(records, encoder, templates, encoder.letter_ids(templates))
+    report = check(JSFT, overrides)
+    firsts = [rows[0], rows[1], rows[2]]  # SFT, better first, worse first
+    assert report.samples[0].title.startswith("SFT")
+    for sample, row in zip(report.samples, firsts, strict=True):
+        assert [i for p in sample.pieces for i in p.ids] == row["input_ids"]
+        labels = [i if p.trained else -100 for p in sample.pieces for i in p.ids]
+        assert labels == row["labels"]
+        text = "".join(p.text for p in sample.pieces)
+        assert text == encoder.tokenizer.decode(row["input_ids"])
+        for piece in sample.pieces:
+            assert all(encoder.is_control(i) == piece.control for i in piece.ids)
+
+
+def test_plain_output_marks_exactly_the_trained_text_and_has_no_escape_codes(
+    base: Path, data: dict[str, Path]
+) -> None:
+    report = check(JSFT, given(base, data["hh"]))
+    text = shown(report)
+    assert "\x1b" not in text
+    judge = [s for s in report.samples if s.title.startswith("judge")]
+    assert [p.text for s in judge for p in s.pieces if p.trained] == [" A", " B"]
+    assert "« A»" in text
+    assert "« B»" in text
+    (end,) = [p.text for p in report.samples[0].pieces if p.trained and p.control]
+    assert end == "<|end|>"
+    assert "«<|end|>»" in text
+
+
+def test_every_principle_is_shown_in_both_orders_with_its_rationale(
+    base: Path, data: dict[str, Path]
+) -> None:
+    report = check(str(ROOT / "configs" / "uf_jsft_pr.yaml"), given(base, data["ultrafeedback"]))
+    titles = [s.title for s in report.samples]
+    for principle in synthetic.PRINCIPLES:
+        assert f"judge, {principle}, better response first: A" in titles
+        assert f"judge, {principle}, worse response first: B" in titles
+    trained = [p.text for s in report.samples[1:] for p in s.pieces if p.trained]
+    assert all("Rationale for Response A:" in text for text in trained)
+
+
+def test_self_training_shows_the_prompt_and_both_orders_of_the_judge(
+    taught: Path, data: dict[str, Path]
+) -> None:
+    report = check(TRAIN, given(taught, data["hh"]))
+    assert not problems(report)
+    prompt, first, second = report.samples
+    assert prompt.pieces[-1].text == "<|assistant|>"
+    assert not any(p.trained for s in report.samples for p in s.pieces)
+    assert "first response first" in first.title
+    assert "second response first" in second.title
+    assert report.needs is not None
+    assert report.needs.per_step == {
+        "prompts": 64,
+        "responses": 128,
+        "comparisons": 64,
+        "judge prompts": 128,
+    }
+
+
+def test_steps_are_those_that_the_trainer_takes(base: Path, data: dict[str, Path]) -> None:
+    sizes = ["training_args.per_device_train_batch_size=4", "jsft_args.global_batch_size=8"]
+    report = check(JSFT, given(base, data["hh"], *sizes, "training_args.num_train_epochs=2"))
+    assert report.needs is not None
+    assert report.needs.examples == sum(
+        report.counts[k] for k in ("sft examples", "judge examples")
+    )
+    assert report.needs.steps_per_epoch == -(-report.needs.examples // 8)
+    assert report.needs.steps == 2 * report.needs.steps_per_epoch
+
+
+def test_of_many_records_some_are_encoded_and_the_report_says_so(
+    base: Path, data: dict[str, Path]
+) -> None:
+    whole = check(JSFT, given(base, data["hh"]))
+    part = check(JSFT, given(base, data["hh"]), examples=10)
+    assert part.encoded == 10 < part.records == whole.records
+    assert part.sources == whole.sources
+    assert f"from 10 of {part.records}" in shown(part)
+    assert part.needs is not None
+    assert whole.needs is not None
+    assert part.needs.examples == pytest.approx(whole.needs.examples, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("hostile", "written_out"),
+    [("\x1b[2J\x1b]0;owned\x07", "\\x1b[2J"), ("\u202eevil", "\\u202e"), ("\x9b31m", "\\x9b")],
+)
+def test_text_from_data_cannot_steer_the_terminal(
+    hostile: str, written_out: str, base: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "hostile.jsonl"
+    rows = [
+        {
+            "chosen": f"\n\nHuman: hello {i}\n\nAssistant: yes {hostile}[red]x[/red]",
+            "rejected": f"\n\nHuman: hello {i}\n\nAssistant: no {hostile}",
+        }
+        for i in range(8)
+    ]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    report = check(JSFT, given(base, source, "dataset.held_out=0.0"))
+    for text in (shown(report), shown(report, plain=False)):
+        assert hostile not in text
+        assert "\x1b]" not in text
+        assert written_out in text
+        assert "[red]x[/red]" in text  # markup is text as well
+    assert neutral("a\nb é 你") == "a\nb é 你"
+
+
+# -- exit status ---------------------------------------------------------------------------------
+
+
+def test_the_exit_status_is_0_1_or_2(
+    base: Path, data: dict[str, Path], capsys: Any, tmp_path: Path
+) -> None:
+    sound = given(base, data["hh"])
+    assert main(["check", JSFT, *sound, "--plain"]) == 0
+    assert "nothing stands against this run" in capsys.readouterr().out
+    assert main(["check", JSFT, *sound, "jsft_args.max_length=8", "--plain"]) == 1
+    assert "problem" in capsys.readouterr().out
+    assert main(["check", JSFT, *sound, "jsft_args.max_lenght=8"]) == 2
+    assert "max_length" in capsys.readouterr().err
+    assert main(["check", JSFT, *given(base, tmp_path / "no.jsonl")]) == 2
+    assert "no.jsonl" in capsys.readouterr().err
+    assert main(["check", JSFT, *given(tmp_path / "nowhere", data["hh"])]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_json_has_everything(base: Path, data: dict[str, Path], capsys: Any) -> None:
+    assert main(["check", JSFT, *given(base, data["hh"]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == 0
+    assert found["kind"] == "jsft"
+    assert found["needs"]["memory"]["weights"] > 0
+    assert found["samples"][0]["pieces"][0]["ids"]
+
+
+def test_the_kind_of_a_run_is_told_by_its_content(tmp_path: Path) -> None:
+    assert kind_of_run(JSFT) == "jsft"
+    assert kind_of_run(TRAIN) == "self_judge"
+    neither = tmp_path / "run.yaml"
+    neither.write_text("model: {model_name_or_path: x}\n")
+    with pytest.raises(ConfigError, match="neither of jsft_args and self_judge_args"):
+        kind_of_run(neither)
+
+
+# -- traps ---------------------------------------------------------------------------------------
+
+
+def test_no_room_beside_a_response_is_refused_when_the_file_is_read(
+    taught: Path, data: dict[str, Path], capsys: Any
+) -> None:
+    lengths = ["self_judge_args.max_new_tokens=128", "self_judge_args.max_length=128"]
+    assert main(["check", TRAIN, *given(taught, data["hh"]), *lengths]) == 2
+    assert "max_new_tokens (128) must be below max_length (128)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["peft_config.inference_mode=true"], "no parameter is trained"),
+        (["peft_config.target_modules=[nowhere]"], "nowhere"),
+        (["peft_config.rank=8"], "peft_config.rank"),
+        (["training_args.learning_rat=1"], "learning_rat"),
+        (["jsft_args.global_batch_size=7"], "global_batch_size 7"),
+        (["jsft_args.max_length=8"], "no training example is left"),
+        (["dataset.sources.0.pairs=false"], "no judge example"),
+    ],
+)
+def test_jsft_traps(overrides: list[str], message: str, base: Path, data: dict[str, Path]) -> None:
+    assert message in problems(check(JSFT, given(base, data["hh"], *overrides)))
+
+
+def with_template(base: Path, folder: Path, template: str | None, **tokens: Any) -> Path:
+    shutil.copytree(base, folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = template
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+ROLES = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+)
+OPENS = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (ROLES + OPENS.replace("'<|assistant|>'", "'<|assistant|>Sure:'"), "not a prefix"),
+        (ROLES.replace(" + '<|end|>'", " + '\n'") + OPENS, "end of an answer is not trained"),
+        ("{{ bos_token }}{{ bos_token }}" + ROLES + OPENS, "twice"),
+    ],
+)
+def test_chat_template_traps(
+    template: str, message: str, base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    model = with_template(base, tmp_path / "model", template)
+    assert message in problems(check(JSFT, given(model, data["hh"])))
+
+
+def test_padding_with_the_end_of_sequence_is_harmless_and_explained(
+    base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    own = load_tokenizer(base)
+    model = with_template(base, tmp_path / "m", own.chat_template, pad_token=own.eos_token)
+    report = check(JSFT, given(model, data["hh"]))
+    assert not problems(report)
+    assert any(f.level == "note" and "harmless here" in f.text for f in report.findings)
+
+
+def test_a_tokenizer_larger_than_the_model_is_a_problem(
+    data: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = synthetic.tiny_tokenizer()
+    tiny_llama(len(tokenizer) - 8).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "do not belong together" in problems(check(JSFT, given(tmp_path, data["hh"])))
+
+
+def test_a_tokenizer_without_a_chat_template_is_a_problem(
+    base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    model = with_template(base, tmp_path / "m", None)
+    markers = ["templates.user=null", "templates.assistant=null"]
+    assert "has no chat template" in problems(check(JSFT, given(model, data["hh"], *markers)))
+
+
+def test_sequences_beyond_the_models_context_are_a_problem(
+    data: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = synthetic.tiny_tokenizer()
+    tiny_llama(len(tokenizer), max_position_embeddings=64).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "was made for 64" in problems(check(JSFT, given(tmp_path, data["hh"])))
+
+
+def test_cut_examples_and_full_half_precision_are_warned_of(
+    base: Path, data: dict[str, Path]
+) -> None:
+    report = check(JSFT, given(base, data["hh"]))
+    longest = max(f.tokens["max"] for f in report.figures)
+    short = check(JSFT, given(base, data["hh"], f"jsft_args.max_length={longest // 2}"))
+    assert "examples are left out" in warnings(short) + problems(short)
+    half = given(base, data["hh"], "peft_config=null", "model.dtype=bfloat16")
+    found = check(JSFT, half, gpu="h100")
+    assert "rounds small updates away" in warnings(found)
+
+
+def test_evaluation_on_what_is_trained_on_is_warned_of(base: Path, data: dict[str, Path]) -> None:
+    same = given(base, data["hh"], f"dataset.eval=[{{path: {data['hh']}}}]")
+    assert "evaluation prompts begin with a question that is trained on" in warnings(
+        check(JSFT, same)
+    )
+
+
+def test_other_judge_templates_than_were_taught_are_a_problem(
+    taught: Path, base: Path, data: dict[str, Path]
+) -> None:
+    run = load_run(JSFT, [f"model.model_name_or_path={base}"], "jsft")
+    judge = run.templates.judge
+    assert judge is not None
+    other = json.dumps({"helpfulness": {**judge["helpfulness"], "assistant": "I prefer Response"}})
+    report = check(TRAIN, given(taught, data["hh"], f"templates.judge={other}"))
+    assert "helpfulness.assistant is not what the model was taught" in problems(report)
+    stranger = json.dumps({"wit": judge["helpfulness"]})
+    report = check(TRAIN, given(taught, data["hh"], f"templates.judge={stranger}"))
+    assert "was not taught the principle 'wit'" in problems(report)
+    untaught = given(base, data["hh"], f"templates.judge={json.dumps(judge)}")
+    assert "has no judge.json" in warnings(check(TRAIN, untaught))
+    assert "has no judge.json" in problems(check(TRAIN, given(base, data["hh"])))
+
+
+def test_another_chat_template_or_letter_than_was_taught_is_a_problem(
+    taught: Path, data: dict[str, Path]
+) -> None:
+    chat = json.dumps(CHATML.replace("<|im_start|>", "<|user|>").replace("<|im_end|>", "<|end|>"))
+    assert "templates.chat: is not" in problems(
+        check(TRAIN, given(taught, data["hh"], f"templates.chat={chat}"))
+    )
+    wrong = given(taught, data["hh"], "self_judge_args.token_id_a=7")
+    assert "token_id_a=7" in problems(check(TRAIN, wrong))
+
+
+def test_prompts_that_leave_no_room_for_a_response(taught: Path, data: dict[str, Path]) -> None:
+    report = check(TRAIN, given(taught, data["hh"]))
+    longest = next(f for f in report.figures if f.kind == "prompts").tokens["max"]
+    lengths = [
+        "self_judge_args.max_new_tokens=200",
+        f"self_judge_args.max_length={200 + longest - 1}",
+    ]
+    assert "prompts" in warnings(check(TRAIN, given(taught, data["hh"], *lengths)))
+    none = ["self_judge_args.max_new_tokens=200", "self_judge_args.max_length=202"]
+    assert "prompts are longer than" in problems(check(TRAIN, given(taught, data["hh"], *none)))
+
+
+def test_two_long_responses_that_no_judge_prompt_holds(taught: Path, data: dict[str, Path]) -> None:
+    lengths = ["self_judge_args.max_new_tokens=300", "self_judge_args.max_length=600"]
+    report = check(TRAIN, given(taught, data["hh"], *lengths))
+    assert "leave no room in a judge prompt for two responses of 300" in warnings(report)
+
+
+def test_settings_that_do_not_do_what_they_say(
+    taught: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    own = given(taught, data["hh"])
+    assert "sync_ref_model" in problems(check(TRAIN, [*own, "training_args.sync_ref_model=true"]))
+    assert "padding_free" in warnings(check(TRAIN, [*own, "training_args.padding_free=true"]))
+    assert "own folder" in problems(check(TRAIN, [*own, f"training_args.output_dir={taught}"]))
+    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    before = [*own, f"training_args.output_dir={tmp_path / 'run'}"]
+    assert "has checkpoints of another run" in warnings(check(TRAIN, before))
+    nothing = [*own, "dataset.held_out=0.0"]
+    assert "nothing to evaluate on" in warnings(check(TRAIN, nothing))
+    ipo = check(TRAIN, [*own, "self_judge_args.loss_type=ipo"])
+    assert any("averages log-probabilities" in f.text for f in ipo.findings)
+
+
+def test_a_run_that_does_not_fit_into_the_gpu_is_a_problem(
+    taught: Path, data: dict[str, Path]
+) -> None:
+    sizes = [
+        "self_judge_args.generation_batch_size=4000000",
+        "self_judge_args.global_batch_size=4000000",
+    ]
+    report = check(TRAIN, given(taught, data["hh"], *sizes), gpu="l4")
+    assert "lower generation_batch_size" in problems(report)
+
+
+# -- a real model --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (SHARED / "data/hh-rlhf").is_dir(), reason="the real data is not there")
+@pytest.mark.skipif(
+    not (SHARED.parent / "smollm2").is_dir(), reason="SmolLM2 is not beside the project"
+)
+def test_smollm2_on_real_dialogues() -> None:
+    source = SHARED / "data/hh-rlhf/base_train.jsonl.gz"
+    report = check(JSFT, given(SHARED.parent / "smollm2", source), examples=20)
+    assert not problems(report)
+    assert report.letters[0].token == "ĠA"
+    assert report.needs is not None
+    assert report.needs.size.parameters == pytest.approx(134.5e6, rel=0.02)
+    assert "skipped pair: identical responses" in next(iter(report.sources.values()))
