@@ -18,7 +18,7 @@ import self_judge
 PACKAGE = Path(self_judge.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"comparison", "templates", "config", "machine", "typed_yaml", "whole_file"},
+    {"comparison", "templates", "config", "machine", "typed_yaml", "whole_file", "journal"},
     {
         "content_tokens",
         "prefix_trees",
@@ -30,6 +30,7 @@ FLOORS: list[set[str]] = [
         "files",
         "synthetic",
         "world",
+        "benchmark_data",
     },
     {"models", "packed_passes", "packing", "packed_head", "sampling", "judge"},
     {
@@ -41,8 +42,22 @@ FLOORS: list[set[str]] = [
         "trainer_config",
         "trainer",
         "evaluation",
+        "judge_metrics",
+        "length_control",
     },
-    {"report", "serving", "recipes", "self_rejection", "demo", "progress", "cli"},
+    {
+        "report",
+        "serving",
+        "recipes",
+        "self_rejection",
+        "demo",
+        "progress",
+        "bulk_judging",
+        "judge_eval",
+        "evaluation_page",
+        "policy_comparison",
+        "cli",
+    },
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
