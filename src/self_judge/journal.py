@@ -147,7 +147,8 @@ def _repair(path: Path, file: IO[bytes]) -> int:
                 lines, last, end, line = lines + 1, end, reader.tell(), text
     if line and not _is_json(line):  # the disk never got what was promised
         lines, end = lines - 1, last
-    file.truncate(end)
+    if end < path.stat().st_size:
+        file.truncate(end)
     return lines
 
 
