@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_judge import ChatEncoder, JudgeTemplates
+from self_judge.models import save_judge_settings
 
 settings.register_profile("quick", max_examples=40, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
@@ -179,6 +180,17 @@ def tiny_llama(vocabulary: int, seed: int = 0, **changes: Any) -> LlamaForCausal
 @pytest.fixture
 def model(tokenizer: Any) -> LlamaForCausalLM:
     return tiny_llama(len(tokenizer))
+
+
+@pytest.fixture
+def saved_judge(model: Any, tokenizer: Any, tmp_path: Path) -> Path:
+    """A model that JSFT wrote, as a folder."""
+    folder = tmp_path / "judge"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    encoder, templates = ChatEncoder(tokenizer), JudgeTemplates(TEMPLATES)
+    save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
+    return folder
 
 
 @pytest.fixture

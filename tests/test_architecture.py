@@ -18,7 +18,16 @@ import self_judge
 PACKAGE = Path(self_judge.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"comparison", "templates", "config", "machine", "typed_yaml", "whole_file", "run_folder"},
+    {
+        "comparison",
+        "templates",
+        "config",
+        "machine",
+        "typed_yaml",
+        "whole_file",
+        "run_folder",
+        "journal",
+    },
     {
         "content_tokens",
         "prefix_trees",
@@ -31,6 +40,7 @@ FLOORS: list[set[str]] = [
         "files",
         "synthetic",
         "world",
+        "benchmark_data",
     },
     {
         "models",
@@ -61,6 +71,8 @@ FLOORS: list[set[str]] = [
         "trainer",
         "evaluation",
         "calibration",
+        "judge_metrics",
+        "length_control",
     },
     {
         "report",
@@ -72,6 +84,10 @@ FLOORS: list[set[str]] = [
         "self_rejection",
         "demo",
         "progress",
+        "bulk_judging",
+        "judge_eval",
+        "evaluation_page",
+        "policy_comparison",
         "cli",
     },
 ]

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 from self_judge import __version__
 
 if TYPE_CHECKING:
+    from self_judge.bulk_judging import JudgeChoice
     from self_judge.config import RunKind
 
+PACKING = ("auto", "tree", "cache", "padding", "off")  # config.PackingChoice, not imported yet
 _OVERRIDES = "any value of the file, as key.path=value"
 
 
@@ -122,7 +124,81 @@ def _parser() -> argparse.ArgumentParser:
         "--pairs", type=int, default=400, help="sampled pairs on the page at most (default: 400)"
     )
     report.set_defaults(run=_report)
+    _add_evaluation(commands)
     return parser
+
+
+def _add_evaluation(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """How good a judge is, verdicts in bulk, how good a policy is."""
+    evaluate = commands.add_parser("eval", help="how good a judge is, on labeled pairs")
+    evaluate.add_argument(
+        "data", nargs="+", metavar="DATA",
+        help="LLMBar, PandaLM, HHH, MT-Bench votes, RewardBench, HH, or any preference data: Hub "
+        "names, files or folders",
+    )  # fmt: skip
+    evaluate.add_argument("--model", required=True, metavar="MODEL", help="the judge")
+    evaluate.add_argument("--output", required=True, metavar="DIR", help="where to write")
+    evaluate.add_argument(
+        "--compare", metavar="MODEL",
+        help="another judge, or the --output of its evaluation: paired differences",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--split", default="test", metavar="NAME[,NAME…]", help="of Hub data (default: test)"
+    )
+    evaluate.add_argument("--data-dir", metavar="DIR", help="a folder inside the data")
+    evaluate.add_argument("--name", help="the configuration of Hub data")
+    evaluate.add_argument("--data-revision", metavar="REV", help="of Hub data")
+    evaluate.add_argument("--max-pairs", type=int, metavar="N", help="the first N of each source")
+    _add_judge(evaluate)
+    evaluate.set_defaults(run=_eval)
+
+    compare = commands.add_parser("compare", help="which of two policies answers better")
+    for name in ("policy_a", "policy_b"):
+        compare.add_argument(
+            name, metavar=name.upper(), help="a model that samples, or a file of responses"
+        )
+    compare.add_argument("--prompts", metavar="FILE", help="prompts to answer")
+    compare.add_argument("--judge", required=True, metavar="MODEL", help="who decides")
+    compare.add_argument("--output", required=True, metavar="DIR", help="where to write")
+    compare.add_argument("--max-prompts", type=int, metavar="N", help="the first N")
+    compare.add_argument("--max-new-tokens", type=int, default=768)
+    compare.add_argument("--temperature", type=float, default=1.0)
+    compare.add_argument("--top-p", type=float, default=0.9)
+    compare.add_argument(
+        "--sampling-batch-size", type=int, default=32, help="responses at a time (default: 32)"
+    )
+    compare.add_argument("--seed", type=int, default=0, help="of sampling and intervals")
+    _add_judge(compare)
+    compare.set_defaults(run=_compare)
+
+    judge = commands.add_parser("judge", help="verdicts on pairs, in bulk")
+    judge.add_argument(
+        "input", metavar="IN.jsonl", help="context or prompt, response_a, response_b"
+    )
+    judge.add_argument("output", metavar="OUT.jsonl", help="one line per line of the input")
+    judge.add_argument("--model", required=True, metavar="MODEL", help="the judge")
+    judge.add_argument("--field", default="verdict", help="where the verdict stands in a line")
+    _add_judge(judge)
+    judge.set_defaults(run=_judge)
+
+
+def _add_judge(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--templates", metavar="FILE",
+        help="YAML with judge templates, for a model that has no judge.json, or instead of it",
+    )  # fmt: skip
+    command.add_argument("--batch-size", type=int, default=8, help="rows per pass (default: 8)")
+    command.add_argument("--max-length", type=int, help="tokens of a judge prompt at most")
+    command.add_argument("--dtype", default="auto", help="of the weights (default: as saved)")
+    command.add_argument(
+        "--packing", default="auto", choices=PACKING, help="how prompts share prefixes"
+    )
+    command.add_argument("--revision", metavar="REV", help="of a model on the Hub")
+    command.add_argument("--trust-remote-code", action="store_true")
+    command.add_argument(
+        "--chunk", type=int, default=64, help="pairs between two writes to disk (default: 64)"
+    )
+    command.add_argument("--overwrite", action="store_true", help="begin anew instead of going on")
 
 
 def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: ignore[no-untyped-def]
@@ -236,6 +312,77 @@ def _report(arguments: argparse.Namespace) -> None:
     from self_judge.report_data import Limits
 
     write_report(arguments.paths, arguments.output, Limits(pairs=arguments.pairs))
+
+
+def _choice(arguments: argparse.Namespace, model: str) -> JudgeChoice:
+    from self_judge.bulk_judging import JudgeChoice
+
+    return JudgeChoice(
+        model,
+        templates=arguments.templates,
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+        packing=arguments.packing,
+        dtype=arguments.dtype,
+        revision=arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from self_judge.benchmark_data import BenchmarkSource
+    from self_judge.judge_eval import JudgeEvaluation, compared_judge, run_eval
+
+    splits = tuple(name.strip() for name in arguments.split.split(",") if name.strip())
+    sources = [
+        BenchmarkSource(path, splits, arguments.data_dir, arguments.name, arguments.data_revision)
+        for path in arguments.data
+    ]
+    choice = _choice(arguments, arguments.model)
+    run_eval(
+        choice,
+        JudgeEvaluation(sources, arguments.max_pairs, arguments.chunk),
+        arguments.output,
+        compare=arguments.compare and compared_judge(choice, arguments.compare),
+        overwrite=arguments.overwrite,
+    )
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from self_judge.policy_comparison import Contest, run_compare
+    from self_judge.sampling import SamplingSettings
+
+    run_compare(
+        Contest(
+            (arguments.policy_a, arguments.policy_b),
+            arguments.prompts,
+            SamplingSettings(
+                max_new_tokens=arguments.max_new_tokens,
+                temperature=arguments.temperature,
+                top_p=arguments.top_p,
+            ),
+            seed=arguments.seed,
+            batch_size=arguments.sampling_batch_size,
+            max_prompts=arguments.max_prompts,
+        ),
+        _choice(arguments, arguments.judge),
+        arguments.output,
+        chunk=arguments.chunk,
+        overwrite=arguments.overwrite,
+    )
+
+
+def _judge(arguments: argparse.Namespace) -> None:
+    from self_judge.bulk_judging import run_judge
+
+    run_judge(
+        arguments.input,
+        arguments.output,
+        _choice(arguments, arguments.model),
+        field=arguments.field,
+        chunk=arguments.chunk,
+        overwrite=arguments.overwrite,
+    )
 
 
 if __name__ == "__main__":

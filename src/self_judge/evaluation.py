@@ -6,7 +6,7 @@ Pure statistics over verdicts and scores. It neither samples nor judges.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,25 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Estimate(mean, float(interval.low), float(interval.high), len(values))
+
+
+def bootstrap_counts(counts: Mapping[float, int], seed: int = 0) -> Estimate:
+    """As `bootstrap_mean`, for values of which each is given with how often it occurred.
+
+    Resampling n values is a multinomial draw of their counts, so that memory and time do not grow
+    with n.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    n = sum(counts.values())
+    if n < 1:
+        raise ValueError("a mean needs at least one value")
+    values = np.array(list(counts), dtype=float)
+    weights = np.array(list(counts.values())) / n
+    draws = np.random.default_rng(seed).multinomial(n, weights, size=9999)
+    low, high = np.quantile(draws @ values / n, (0.025, 0.975))
+    return Estimate(float(values @ weights), float(low), float(high), n)
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Estimate:

@@ -187,18 +187,19 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         folders = sorted(f.name for f in folder.iterdir() if f.is_dir())
         inside = f"; choose one of its folders by data_dir: {', '.join(folders)}" if folders else ""
         raise DataError(f"{folder}: no data file ({', '.join(FORMATS)}) in this folder{inside}")
-    split_of = {file: _split_of(file) for file in files}
-    if not any(split_of.values()):
+    told = {file: split_of(file) for file in files}
+    if not any(told.values()):
         # Files that name no split are all there is to train on, and nothing to test on.
-        split_of = dict.fromkeys(files, "train")
-    chosen = [file for file in files if split_of[file] == split]
+        told = dict.fromkeys(files, "train")
+    chosen = [file for file in files if told[file] == split]
     if not chosen:
-        known = sorted({name for name in split_of.values() if name})
+        known = sorted({name for name in told.values() if name})
         raise DataError(f"{folder}: no file of split {split!r}; the files hold {', '.join(known)}")
     return chosen
 
 
-def _split_of(file: Path) -> str | None:
+def split_of(file: Path) -> str | None:
+    """The split that a file's name tells, as the Hub reads file names; `None`: it tells none."""
     words = set(re.split(r"[^a-z]+", file.name.lower()))
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), None)
 

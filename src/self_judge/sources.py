@@ -331,16 +331,28 @@ def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Mess
         if len(prompts) == max_records:
             break
         where = Place(path, index)
-        name = next((n for n in ("prompt", "messages", "turns", "instruction") if n in record), "")
-        value = record.get(name)
-        if name == "turns" and isinstance(value, list):
-            value = value[0] if value else ""
-        if isinstance(value, str):
-            value = [{"role": "user", "content": value.strip()}]
-        if not name:
+        messages = prompt_of(record, where)
+        if messages is None:
             raise where.error("prompt", f"is missing; there are {sorted(map(str, record))}")
-        messages = where.messages(value, name)
-        if not messages or not messages[-1]["content"].strip() or messages[-1]["role"] != "user":
-            raise where.error(name, "expected a non-empty text, or messages that end with a user's")
         prompts.append(messages)
     return prompts
+
+
+def prompt_of(record: Mapping[str, Any], where: Place) -> list[Message] | None:
+    """The prompt of one record, as `read_prompts` finds it; `None` where it has none.
+
+    Raises:
+        DataError: it has one that cannot be answered.
+    """
+    name = next((n for n in ("prompt", "messages", "turns", "instruction") if n in record), "")
+    if not name:
+        return None
+    value = record[name]
+    if name == "turns" and isinstance(value, list):
+        value = value[0] if value else ""
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value.strip()}]
+    messages = where.messages(value, name)
+    if not messages or not messages[-1]["content"].strip() or messages[-1]["role"] != "user":
+        raise where.error(name, "expected a non-empty text, or messages that end with a user's")
+    return messages

@@ -1,0 +1,298 @@
+"""Judge benchmarks and preference data -> labeled comparisons, one by one.
+
+LLMBar, PandaLM, HHH, MT-Bench's human votes, RewardBench, HH, UltraFeedback and any TRL preference
+data, from the Hub or from local files and folders. It does not know what a judge makes of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from self_judge.comparison import Comparison, LabeledPair
+from self_judge.dialogues import select_hh, select_preference
+from self_judge.files import read_raw, reader_of, split_of
+from self_judge.selection import DataError, Place, Selection, judge_context
+from self_judge.sources import kind_of
+from self_judge.templates import dialogue_text
+from self_judge.ultrafeedback import select_ultrafeedback
+
+Label = Literal["a", "b", "tie"]
+_ANNOTATORS = ("annotator1", "annotator2", "annotator3")
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledComparison:
+    """A comparison, and which response is better according to the data.
+
+    Attributes:
+        comparison: in the data's order; where the data names the better one (chosen and rejected),
+            a hash of the texts draws which stands as a, so that "a first" is a fair single order.
+        label: the better response, or `"tie"`.
+        subset: the part of the data that is also reported by itself; may be empty.
+        principle: the principle by which it is better; `None`: in general.
+        source, index: where the record is.
+    """
+
+    comparison: Comparison
+    label: Label
+    subset: str
+    principle: str | None
+    source: str
+    index: int
+
+    @property
+    def digest(self) -> str:
+        """A hash of the texts and the label, by which two evaluations are matched."""
+        c = self.comparison
+        parts = (c.context, c.response_a, c.response_b, self.label, self.principle or "")
+        return _digest(*parts).hex()
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkSource:
+    """One source of labeled comparisons.
+
+    Args:
+        path: a Hub name, a local file or a folder, as `files.read_raw` takes it; in a folder whose
+            files' names tell no split, every file in it and in its folders (LLMBar's) is a subset.
+        splits: read one after the other; with several, each is a subset. Files are read whole.
+        data_dir, name, revision: as `files.read_raw` takes them.
+    """
+
+    path: str
+    splits: tuple[str, ...] = ("test",)
+    data_dir: str | None = None
+    name: str | None = None
+    revision: str | None = None
+
+
+def read_comparisons(
+    source: BenchmarkSource, skipped: Counter[str] | None = None
+) -> Iterator[LabeledComparison]:
+    """The labeled comparisons of a source, one by one and in order.
+
+    The kind of the data is recognised by the columns of the first record of every file or split.
+
+    Args:
+        skipped: counts what is left out, by reason.
+
+    Raises:
+        DataError: nothing is there, the columns are of no known kind, or a record is malformed.
+    """
+    skipped = Counter() if skipped is None else skipped
+    for label, subset, records in _parts(source):
+        first = next(records, None)
+        if first is None:
+            raise DataError(f"{label}: there are no records")
+        select = _reader_of(first, label)
+        for index, record in enumerate(chain([first], records)):
+            for found in select(record, Place(label, index)):
+                if isinstance(found, str):
+                    skipped[found] += 1
+                else:
+                    named = "/".join(part for part in (subset, found.subset) if part)
+                    yield LabeledComparison(
+                        found.comparison, found.label, named, found.principle, label, index
+                    )
+
+
+def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, Iterator[dict[str, Any]]]]:
+    """(label for messages, subset, records) of every file or split."""
+    local = Path(source.path).expanduser()
+    root = local / source.data_dir if source.data_dir else local
+    files = _files_without_splits(root, source.splits)
+    for subset, file in files.items():
+        yield str(file), subset, read_raw(str(file))
+    if files:
+        return
+    for split in source.splits:
+        several = len(source.splits) > 1
+        label = "/".join(p for p in (source.path, source.name, source.data_dir) if p)
+        records = read_raw(
+            source.path,
+            split=split,
+            data_dir=source.data_dir,
+            name=source.name,
+            revision=source.revision,
+        )
+        if local.is_file():
+            yield label, "", records
+            return
+        yield f"{label}[{split}]", split if several else "", records
+
+
+def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[str, Path]:
+    """The data files of a local folder and its folders by subset, if its own tell no split."""
+    saved = ("state.json", "dataset_dict.json")
+    if not root.is_dir() or any((root / name).is_file() for name in saved):
+        return {}
+    files = [f for f in sorted(root.rglob("*")) if f.is_file() and reader_of(f)]
+    if any(split_of(f) for f in files if f.parent == root):
+        return {}
+    files = [f for f in files if split_of(f) in (None, *splits)]
+    alone = Counter(f.parent for f in files)
+    return {
+        "/".join(
+            [
+                *file.parent.relative_to(root).parts,
+                *([file.name.partition(".")[0]] if alone[file.parent] > 1 else []),
+            ]
+        ): file
+        for file in files
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    comparison: Comparison
+    label: Label
+    subset: str = ""
+    principle: str | None = None
+
+
+# What a record gives: comparisons, and reasons (texts) why something was left out.
+_Reader = Callable[[Mapping[str, Any], Place], Iterator["_Found | str"]]
+
+
+def _reader_of(record: Mapping[str, Any], label: str) -> _Reader:
+    columns = record.keys()
+    if {"output_1", "output_2", "label"} <= columns:
+        return _llmbar
+    if {"response1", "response2", *_ANNOTATORS} <= columns:
+        return _pandalm
+    if {"conversation_a", "conversation_b", "winner"} <= columns:
+        return _mt_bench
+    if {"input", "targets"} <= columns:
+        return _hhh_targets
+    if {"instruction", "chosen", "rejected"} <= columns and "prompt" not in columns:
+        return _hhh
+    try:
+        kind = kind_of(record, label)
+    except DataError as error:
+        raise DataError(
+            f"{error}; or those of LLMBar (output_1, output_2, label), PandaLM (response1, "
+            "response2, annotator1…), MT-Bench (conversation_a, conversation_b, winner) or HHH "
+            "(input, targets)"
+        ) from None
+    return {"hh": _hh, "ultrafeedback": _ultrafeedback, "preference": _preference}[kind]
+
+
+def _llmbar(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+    label = where.number(record["label"], "label")
+    if label not in (1, 2):
+        raise where.error("label", f"expected 1 or 2, got {record['label']!r}")
+    a, b = where.text(record, "output_1").strip(), where.text(record, "output_2").strip()
+    context = where.text(record, "input" if "input" in record else "instruction").strip()
+    yield _pair(context, a, b, "a" if label == 1 else "b")
+
+
+def _pandalm(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+    """The majority of three annotators, 0 for a tie."""
+    votes = Counter(where.number(record[name], name) for name in _ANNOTATORS)
+    if not votes.keys() <= {0, 1, 2}:
+        given = [record[name] for name in _ANNOTATORS]
+        raise where.error("annotator1", f"expected annotators' 0, 1 or 2, got {given}")
+    vote, count = votes.most_common(1)[0]
+    if count < 2:
+        yield "the annotators have no majority"
+        return
+    labels: dict[Any, Label] = {0: "tie", 1: "a", 2: "b"}
+    asked = [where.text(record, "instruction").strip()]
+    if record.get("input"):
+        asked.append(where.text(record, "input").strip())
+    a, b = (
+        # "True" has become a truth value in the published file
+        str(record[name]) if isinstance(record[name], bool) else where.text(record, name).strip()
+        for name in ("response1", "response2")
+    )
+    yield _pair("\n\n".join(asked), a, b, labels[vote])
+
+
+def _mt_bench(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+    """One human vote. The context is the first question; what follows it is the response."""
+    labels: dict[Any, Label] = {"model_a": "a", "model_b": "b"}
+    winner = where.text(record, "winner")
+    label = "tie" if winner.startswith("tie") else labels.get(winner)
+    if label is None:
+        raise where.error("winner", f"expected model_a, model_b or tie, got {winner!r}")
+    turn = int(where.number(record.get("turn", 1), "turn") or 1)
+    sides = [
+        where.messages(list(record[name])[: 2 * turn], name)
+        for name in ("conversation_a", "conversation_b")
+    ]
+    for name, messages in zip(("conversation_a", "conversation_b"), sides, strict=True):
+        if len(messages) < 2 * turn or messages[-1]["role"] != "assistant":
+            raise where.error(name, f"expected {turn} questions, each with its answer")
+    if sides[0][0] != sides[1][0]:
+        raise where.error("conversation_b", "asks another first question than conversation_a")
+    a, b = (
+        m[1]["content"].strip() if turn == 1 else dialogue_text(m[1:]).removeprefix("Assistant: ")
+        for m in sides
+    )
+    yield _pair(dialogue_text(sides[0][:1]), a, b, label, f"turn {turn}")
+
+
+def _hhh_targets(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+    """As BIG-bench and the Hub have it: two choices, of which one is labeled 1."""
+    targets = record["targets"]
+    if not isinstance(targets, Mapping):
+        raise where.error("targets", "expected a mapping of choices and labels")
+    choices, labels = where.items(targets, "choices"), where.items(targets, "labels")
+    if sorted(labels) != [0, 1] or len(choices) != 2:
+        raise where.error("targets.labels", f"expected one 0 and one 1, got {labels}")
+    better, worse = (choices[labels.index(value)] for value in (1, 0))
+    asked = {"prompt": where.text(record, "input"), "chosen": better, "rejected": worse}
+    yield from _preference({**record, **asked}, where)
+
+
+def _hhh(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+    asked = {**record, "prompt": where.text(record, "instruction")}
+    yield from _preference({k: v for k, v in asked.items() if k != "instruction"}, where)
+
+
+def _preference(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+    """TRL preference data; `subset` (RewardBench) or `source` (HHH) names its part."""
+    named = record.get("subset", record.get("source"))
+    subset = named if isinstance(named, str) else ""
+    yield from _selected(select_preference(record, where.index, source=where.source), subset)
+
+
+def _hh(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+    yield from _selected(select_hh(record, where.index, source=where.source), "")
+
+
+def _ultrafeedback(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+    yield from _selected(select_ultrafeedback(record, where.index, source=where.source), "")
+
+
+def _selected(selection: Selection, subset: str) -> Iterator[_Found | str]:
+    yield from selection.skipped
+    if selection.record is not None:
+        context = judge_context(selection.record)
+        yield from (_drawn(context, pair, subset) for pair in selection.record.pairs)
+
+
+def _drawn(context: str, pair: LabeledPair, subset: str) -> _Found:
+    if _digest(context, *sorted((pair.chosen, pair.rejected)))[0] % 2:
+        comparison, label = Comparison(context, pair.rejected, pair.chosen), "b"
+    else:
+        comparison, label = Comparison(context, pair.chosen, pair.rejected), "a"
+    return _Found(comparison, label, subset, pair.principle)  # type: ignore[arg-type]
+
+
+def _pair(context: str, a: str, b: str, label: Label, subset: str = "") -> _Found | str:
+    # An empty response is a response, which people have rated.
+    if a == b:
+        return "pair: identical responses"
+    return _Found(Comparison(context, a, b), label, subset)
+
+
+def _digest(*parts: str) -> bytes:
+    joined = "\x1f".join(parts).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(joined, digest_size=8).digest()

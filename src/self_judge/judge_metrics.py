@@ -1,0 +1,374 @@
+"""How good a judge is: tallies over judged pairs, from which every number with interval follows.
+
+A tally is of constant size, whatever the number of pairs. It neither judges nor reads files.
+What each number means: docs/judging.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, Literal, NamedTuple
+
+from scipy.stats import binomtest
+
+from self_judge.comparison import Verdict
+from self_judge.evaluation import Estimate, bootstrap_counts, proportion, under_principle
+
+Label = Literal["a", "b", "tie"]
+BINS = 10  # of confidence, between 0.5 and 1
+_LABELS: tuple[Label, ...] = ("a", "b", "tie")
+
+
+class JudgedPair(NamedTuple):
+    """A verdict on a pair, and what the data says about it.
+
+    Attributes:
+        label: the better response, or `"tie"`.
+        verdict: the judge's, under all principles.
+        place: of the one principle that the label is about, in the judge's templates; `None`: the
+            verdict of all of them counts.
+        characters: lengths of the responses a and b.
+    """
+
+    label: Label
+    verdict: Verdict
+    place: int | None
+    characters: tuple[int, int]
+
+    @property
+    def counted(self) -> Verdict:
+        """The verdict that is compared with the label."""
+        return self.verdict if self.place is None else under_principle(self.verdict, self.place)
+
+
+def credit(said: Label | None, label: Label) -> float:
+    """1 for the better response, 0 for the worse one, ½ for an undecided pair."""
+    return 0.5 if said in (None, "tie") else float(said == label)
+
+
+def estimate_json(estimate: Estimate) -> dict[str, Any]:
+    """An estimate as JSON data."""
+    ends = [estimate.low, estimate.high]
+    return {"value": estimate.value, "ci95": ends, "n": estimate.n}
+
+
+@dataclass
+class _Share:
+    """Successes among n; halves are allowed."""
+
+    successes: float = 0.0
+    n: int = 0
+
+    def add(self, success: float) -> None:
+        self.successes += success
+        self.n += 1
+
+    def json(self) -> dict[str, Any] | None:
+        return estimate_json(proportion(self.successes, self.n)) if self.n else None
+
+
+@dataclass
+class _Bin:
+    n: int = 0
+    confidence: float = 0.0
+    correct: float = 0.0
+
+
+def _shares() -> dict[str, _Share]:
+    names = (
+        "accuracy given swapped better_first better_second longest_is_better agreement by_position "
+        "first_of_conflicts longer_preferred better_longer better_shorter with_ties "
+        "ties_conflict ties_undecided"
+    )
+    return {name: _Share() for name in names.split()}
+
+
+@dataclass
+class JudgeTally:
+    """Everything counted over pairs; add them one by one, then ask for the `report`.
+
+    Args:
+        principles: of the judge's templates, in order.
+    """
+
+    principles: Sequence[str]
+    shares: dict[str, _Share] = field(default_factory=_shares)
+    pairs: int = 0
+    judged: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    letters: Counter[float] = field(default_factory=Counter)
+    letter_mass: float = 0.0
+    bins: list[_Bin] = field(default_factory=lambda: [_Bin() for _ in range(BINS)])
+    brier: float = 0.0
+
+    def __post_init__(self) -> None:
+        names = list(self.principles)
+        self.by_principle = {name: _Share() for name in names}
+        self.both: dict[tuple[str, str], Counter[tuple[Label, Label]]] = {
+            pair: Counter() for pair in combinations(names, 2)
+        }
+        self.votes: Counter[tuple[int, int, int]] = Counter()
+        self.margin_sums: dict[bool, tuple[float, int]] = {True: (0.0, 0), False: (0.0, 0)}
+
+    def add(self, pair: JudgedPair) -> None:
+        """Counts one pair."""
+        verdict, label, shares = pair.counted, pair.label, self.shares
+        said = verdict.preferred
+        self.pairs += 1
+        if verdict.undecidable_because is not None:
+            self.reasons[verdict.undecidable_because] += 1
+        finite = bool(verdict.probabilities) and math.isfinite(verdict.margin)
+        first, second = _by_order(verdict) if finite else ("tie", "tie")
+        consistent = first if first == second else "tie"
+        shares["with_ties"].add(float(consistent == label))
+        if label == "tie":
+            shares["ties_conflict"].add(float(consistent == "tie"))
+            shares["ties_undecided"].add(float(said is None))
+        else:
+            self._add_decided(said, label, first, second, pair.characters)
+        if finite:
+            self._add_judged(verdict, label, first, second)
+            total, n = self.margin_sums[label == "tie"]
+            self.margin_sums[label == "tie"] = (total + abs(verdict.margin), n + 1)
+        self._add_length(said, pair.characters)
+        if len(self.principles) > 1 or pair.place is None:
+            self._add_principles(pair)
+
+    def _add_decided(
+        self,
+        said: Label | None,
+        label: Label,
+        first: Label,
+        second: Label,
+        characters: tuple[int, int],
+    ) -> None:
+        """A pair that the data does not call a tie."""
+        shares = self.shares
+        shares["accuracy"].add(credit(said, label))
+        shares["given"].add(credit(first, label))
+        shares["swapped"].add(credit(second, label))
+        # Order 0 shows a first, order 1 shows b first.
+        shares["better_first"].add(credit(first if label == "a" else second, label))
+        shares["better_second"].add(credit(second if label == "a" else first, label))
+        longer = _longer(characters)
+        shares["longest_is_better"].add(credit(longer, label))
+        if longer != "tie":
+            shares["better_longer" if longer == label else "better_shorter"].add(
+                credit(said, label)
+            )
+
+    def _add_judged(self, verdict: Verdict, label: Label, first: Label, second: Label) -> None:
+        """A pair with probabilities."""
+        self.judged += 1
+        shares = self.shares
+        shares["agreement"].add(float(first == second != "tie"))
+        # The same letter in both orders, whichever response stood there.
+        conflict = {first, second} == {"a", "b"}
+        shares["by_position"].add(float(conflict))
+        if conflict:
+            shares["first_of_conflicts"].add(float(first == "a"))
+        # Of the two showings, the share in which the first place won.
+        self.letters[(credit(first, "a") + credit(second, "b")) / 2] += 1
+        masses = [p for orders in verdict.probabilities for letters in orders for p in letters]
+        self.letter_mass += sum(masses) / (len(masses) / 2)
+        if label != "tie":
+            self._add_calibration(verdict, label)
+
+    def _add_calibration(self, verdict: Verdict, label: Label) -> None:
+        total = verdict.score_a + verdict.score_b
+        p_a = verdict.score_a / total if total > 0 else 0.5
+        p_better = p_a if label == "a" else 1 - p_a
+        self.brier += (1 - p_better) ** 2
+        confidence = max(p_a, 1 - p_a)
+        # A bin holds its lower end; 1e-9 keeps 0.55 and the like out of the bin below.
+        place = min(int((confidence - 0.5) * 2 * BINS + 1e-9), BINS - 1)
+        chosen = self.bins[place]
+        chosen.n += 1
+        chosen.confidence += confidence
+        chosen.correct += 0.5 if p_better == 0.5 else float(p_better > 0.5)
+
+    def _add_length(self, said: Label | None, characters: tuple[int, int]) -> None:
+        longer = _longer(characters)
+        if said is not None and longer != "tie":
+            self.shares["longer_preferred"].add(float(said == longer))
+
+    def _add_principles(self, pair: JudgedPair) -> None:
+        if not pair.verdict.probabilities:
+            return
+        alone = [
+            under_principle(pair.verdict, place).preferred or "tie"
+            for place in range(len(self.principles))
+        ]
+        for place, (name, said) in enumerate(zip(self.principles, alone, strict=True)):
+            if pair.label != "tie" and pair.place in (None, place):
+                self.by_principle[name].add(credit(said, pair.label))
+        for (i, j), counts in zip(
+            combinations(range(len(alone)), 2), self.both.values(), strict=True
+        ):
+            counts[alone[i], alone[j]] += 1
+        self.votes[(alone.count("a"), alone.count("b"), alone.count("tie"))] += 1
+
+    def report(self) -> dict[str, Any]:
+        """All numbers, as JSON data; null where there is nothing to tell from."""
+        share = {name: value.json() for name, value in self.shares.items()}
+        return {
+            "pairs": self.pairs,
+            "ties": self.shares["ties_conflict"].n,
+            "accuracy": share["accuracy"],
+            "orders": {n: share[n] for n in ("given", "swapped", "better_first", "better_second")},
+            "order_agreement": share["agreement"],
+            "decided_by_position": share["by_position"],
+            "first_of_decided_by_position": share["first_of_conflicts"],
+            "first_position": (
+                estimate_json(bootstrap_counts(self.letters)) if self.letters else None
+            ),
+            "longer": {
+                "preferred": share["longer_preferred"],
+                "accuracy_better_is_longer": share["better_longer"],
+                "accuracy_better_is_shorter": share["better_shorter"],
+            },
+            "undecidable": {
+                "share": sum(self.reasons.values()) / self.pairs if self.pairs else None,
+                "reasons": dict(self.reasons),
+            },
+            "letter_mass": self.letter_mass / self.judged if self.judged else None,
+            "calibration": self._calibration(),
+            "principles": {name: s.json() for name, s in self.by_principle.items()},
+            "principle_agreement": self._principle_agreement(),
+            "with_ties": self._with_ties(share),
+            "baselines": {
+                "swap-averaged judge": share["accuracy"],
+                "judge, one order (as given)": share["given"],
+                "judge, one order (swapped)": share["swapped"],
+                "the longer response": share["longest_is_better"],
+            },
+        }
+
+    def _calibration(self) -> dict[str, Any] | None:
+        n = sum(b.n for b in self.bins)
+        if not n:
+            return None
+        bins = []
+        for place, b in enumerate(self.bins):
+            low, high = 0.5 + place / (2 * BINS), 0.5 + (place + 1) / (2 * BINS)
+            accuracy = estimate_json(proportion(b.correct, b.n)) if b.n else None
+            mean = b.confidence / b.n if b.n else None
+            bins.append(
+                {
+                    "low": round(low, 4),
+                    "high": round(high, 4),
+                    "n": b.n,
+                    "confidence": mean,
+                    "accuracy": accuracy,
+                }
+            )
+        ece = sum(abs(b.confidence - b.correct) for b in self.bins) / n
+        return {"n": n, "ece": ece, "brier": self.brier / n, "bins": bins}
+
+    def _principle_agreement(self) -> dict[str, Any] | None:
+        if len(self.principles) < 2 or not self.votes:
+            return None
+        table = [
+            {
+                "principles": list(names),
+                "agreement": sum(c for (x, y), c in counts.items() if x == y)
+                / sum(counts.values()),
+                "kappa": cohens_kappa(counts),
+            }
+            for names, counts in self.both.items()
+        ]
+        return {"pairwise": table, "fleiss_kappa": fleiss_kappa(self.votes)}
+
+    def _with_ties(self, share: dict[str, Any]) -> dict[str, Any] | None:
+        """How the judge meets pairs that the data calls ties; `None` where it has none."""
+        if not self.shares["ties_conflict"].n:
+            return None
+        (tied, tied_n), (decided, decided_n) = self.margin_sums[True], self.margin_sums[False]
+        return {
+            "three_way_agreement": share["with_ties"],
+            "ties_called_ties": share["ties_conflict"],
+            "ties_undecided": share["ties_undecided"],
+            "mean_margin_ties": tied / tied_n if tied_n else None,
+            "mean_margin_others": decided / decided_n if decided_n else None,
+        }
+
+
+def _by_order(verdict: Verdict) -> tuple[Label, Label]:
+    """What each order alone decides, summed over principles: order 0 shows a first."""
+    first = math.fsum(orders[0][0] - orders[0][1] for orders in verdict.probabilities)
+    second = math.fsum(orders[1][1] - orders[1][0] for orders in verdict.probabilities)
+    return _sign(first), _sign(second)
+
+
+def _sign(difference: float) -> Label:
+    return "a" if difference > 0 else "b" if difference < 0 else "tie"
+
+
+def _longer(characters: tuple[int, int]) -> Label:
+    return _sign(characters[0] - characters[1])
+
+
+def cohens_kappa(counts: Counter[tuple[Label, Label]]) -> float | None:
+    """Agreement of two raters beyond chance (Cohen 1960); `None` where chance already is 1.
+
+    Args:
+        counts: how often the first said x and the second said y.
+    """
+    n = sum(counts.values())
+    observed = sum(c for (x, y), c in counts.items() if x == y) / n
+    chance = sum(
+        sum(c for (x, _), c in counts.items() if x == label)
+        * sum(c for (_, y), c in counts.items() if y == label)
+        for label in _LABELS
+    ) / (n * n)
+    return (observed - chance) / (1 - chance) if chance < 1 else None
+
+
+def fleiss_kappa(votes: Counter[tuple[int, int, int]]) -> float | None:
+    """Agreement of several raters beyond chance (Fleiss 1971); `None` where chance already is 1.
+
+    Args:
+        votes: how often a pair got so many votes for a, for b and for neither; at least two raters.
+    """
+    n = sum(votes.values())
+    raters = sum(next(iter(votes)))
+    alike = sum(c * sum(v * (v - 1) for v in vote) for vote, c in votes.items())
+    observed = alike / (n * raters * (raters - 1))
+    shares = [sum(vote[k] * c for vote, c in votes.items()) / (n * raters) for k in range(3)]
+    chance = sum(share * share for share in shares)
+    return (observed - chance) / (1 - chance) if chance < 1 - 1e-12 else None
+
+
+@dataclass
+class PairedTally:
+    """Two judges on the same pairs: add the credit of each, then ask for the `report`."""
+
+    cells: Counter[tuple[float, float]] = field(default_factory=Counter)
+
+    def add(self, ours: float, theirs: float) -> None:
+        self.cells[ours, theirs] += 1
+
+    def report(self) -> dict[str, Any] | None:
+        """Difference of accuracy with its interval, and McNemar's exact test.
+
+        The test counts pairs that one judge has right and the other has not; an undecided pair is
+        not right.
+        """
+        if not self.cells:
+            return None
+        differences: Counter[float] = Counter()
+        for (ours, theirs), count in self.cells.items():
+            differences[ours - theirs] += count
+        ours_only = sum(c for (x, y), c in self.cells.items() if x == 1 and y < 1)
+        theirs_only = sum(c for (x, y), c in self.cells.items() if y == 1 and x < 1)
+        discordant = ours_only + theirs_only
+        return {
+            "difference": estimate_json(bootstrap_counts(differences)),
+            "only_this_right": ours_only,
+            "only_other_right": theirs_only,
+            "mcnemar_p": binomtest(ours_only, discordant).pvalue if discordant else 1.0,
+        }

@@ -1,0 +1,333 @@
+"""`self-judge compare`: two policies answer the same prompts, a judge says who answers better.
+
+Wiring: each step leaves a file that an interrupted run goes on with. Sampling, judging and
+statistics are elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from self_judge import __version__
+from self_judge.bulk_judging import (
+    CHUNK,
+    Case,
+    JudgeChoice,
+    fingerprint,
+    judge_in_bulk,
+    verdict_from_json,
+    verdict_json,
+)
+from self_judge.comparison import Comparison, Message, Verdict
+from self_judge.encoding import ChatEncoder
+from self_judge.evaluation import bootstrap_counts, bootstrap_mean, proportion
+from self_judge.files import read_raw, reader_of
+from self_judge.journal import JournalError, open_journal, read_lines
+from self_judge.judge_metrics import estimate_json
+from self_judge.length_control import length_controlled_win_rate
+from self_judge.models import load_judge_settings, load_model, load_tokenizer
+from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
+from self_judge.selection import Place
+from self_judge.sources import prompt_of, read_prompts
+from self_judge.templates import dialogue_text
+from self_judge.whole_file import written_whole
+
+PAIRS, RESULTS = "pairs.jsonl", "results.json"
+_RESPONSE_FIELDS = ("response", "output")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Who meets whom, and on what.
+
+    Args:
+        policies: two of: a model (folder or Hub name) that samples, or a file of responses.
+        prompts: a file of prompts; may be left out where a file of responses brings them.
+        sampling: how a model draws its response to each prompt.
+        seed: of the sampling; the two policies draw from different seeds.
+        batch_size: responses sampled at a time.
+        max_prompts: the first so many.
+    """
+
+    policies: tuple[str, str]
+    prompts: str | None
+    sampling: SamplingSettings
+    seed: int = 0
+    batch_size: int = 32
+    max_prompts: int | None = None
+
+    def read(self) -> list[list[Message]]:
+        """The prompts.
+
+        Raises:
+            ValueError: none are given, or they cannot be used.
+        """
+        path = self.prompts or next((p for p in self.policies if is_responses(p)), None)
+        if path is None:
+            raise ValueError("give the prompts to answer: --prompts FILE")
+        prompts = read_prompts(path, max_records=self.max_prompts)
+        if not prompts:
+            raise ValueError(f"{path}: there are no prompts")
+        return prompts
+
+
+def is_responses(policy: str) -> bool:
+    """Whether a policy is given as a file of responses rather than a model."""
+    return Path(policy).is_file() or reader_of(Path(policy)) is not None
+
+
+def run_compare(
+    contest: Contest,
+    judge: JudgeChoice,
+    output: str | Path,
+    *,
+    chunk: int = CHUNK,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Compares two policies; returns what it writes to `output/results.json`.
+
+    The pairs with their verdicts stand in `output/pairs.jsonl`, sampled responses in
+    `output/responses_a.jsonl` and `responses_b.jsonl`.
+
+    Raises:
+        ValueError: a model, prompts or responses cannot be used, or what is there belongs to
+            another comparison.
+    """
+    output, console = Path(output), console or Console()
+    prompts = contest.read()
+    files = [
+        Path(policy) if is_responses(policy) else output / f"responses_{side}.jsonl"
+        for policy, side in zip(contest.policies, "ab", strict=True)
+    ]
+    for policy in filter(is_responses, contest.policies):
+        _given(Path(policy), prompts)  # a mistake shows before anything is sampled
+    for policy, side, file in zip(contest.policies, "ab", files, strict=True):
+        if not is_responses(policy):
+            _sample(policy, side, contest, prompts, file, overwrite)
+    responses = [_given(file, prompts) for file in files]
+    principles = judge.judge_templates().principles
+
+    def cases() -> Iterator[Case]:
+        for index, (prompt, a, b) in enumerate(zip(prompts, *responses, strict=True)):
+            yield _case(index, prompt, a, b, principles)
+
+    settings = {**judge.settings(), "policies": list(contest.policies)}
+    judge_in_bulk(
+        cases, output / PAIRS, judge.load, settings, chunk=chunk, overwrite=overwrite
+    )  # fmt: skip
+    results = {
+        "kind": "policy comparison",
+        "version": __version__,
+        "policies": list(contest.policies),
+        "judge": judge.settings(),
+        "sampling": {**asdict(contest.sampling), "seed": contest.seed},
+        **outcome(output / PAIRS, contest.seed),
+    }
+    with written_whole(output / RESULTS) as written:
+        written.write(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    console.print(_table(results))
+    console.print(f"written to {output}: {RESULTS}, {PAIRS}", highlight=False)
+    return results
+
+
+def _sample(
+    policy: str,
+    side: str,
+    contest: Contest,
+    prompts: Sequence[Sequence[Message]],
+    file: Path,
+    overwrite: bool,
+) -> None:
+    settings = {
+        "policy": policy,
+        "weights": fingerprint(policy),
+        **asdict(contest.sampling),
+        "seed": contest.seed,
+    }
+    with open_journal(file, settings, overwrite=overwrite) as journal:
+        for number, (line, prompt) in enumerate(
+            zip(journal.read(), prompts, strict=False), start=1
+        ):
+            if line["prompt"] != prompt:
+                raise JournalError(
+                    f"{file}, line {number}: it answers another prompt: give another output, or "
+                    "--overwrite"
+                )
+        if journal.lines >= len(prompts):
+            return
+        journal.cut(journal.lines // contest.batch_size * contest.batch_size)
+        sampler = _sampler(policy, contest)
+        bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:,}/{task.total:,} responses"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=Console(stderr=True),
+        )
+        with bar:
+            task = bar.add_task(
+                f"{side} answers", total=len(prompts), completed=journal.lines
+            )  # fmt: skip
+            todo = itertools.islice(enumerate(prompts), journal.lines, None)
+            while batch := list(itertools.islice(todo, contest.batch_size)):
+                ids = [sampler.encoder.encode_prompt(prompt) for _, prompt in batch]
+                seeds = [stable_seed(contest.seed, side, index) for index, _ in batch]
+                rows = [
+                    {
+                        "prompt": list(prompt),
+                        "response": response.text,
+                        "finished": response.finished,
+                    }
+                    for (_, prompt), (response,) in zip(
+                        batch, sampler.sample(ids, 1, seeds), strict=True
+                    )
+                ]
+                journal.append(rows)
+                bar.update(task, advance=len(rows))
+
+
+def _sampler(policy: str, contest: Contest) -> TransformersSampler:
+    saved = load_judge_settings(policy)
+    encoder = ChatEncoder(load_tokenizer(policy), saved.chat_template if saved else None)
+    model: Any = load_model(policy)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return TransformersSampler(model, encoder, contest.sampling, contest.batch_size)
+
+
+def _given(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:
+    """One `{"text", "finished"}` per prompt; where a line names its prompt, it must be that one."""
+    found: list[dict[str, Any]] = []
+    for index, line in enumerate(itertools.islice(read_raw(str(file)), len(prompts))):
+        where = Place(str(file), index)
+        name = next((n for n in _RESPONSE_FIELDS if n in line), _RESPONSE_FIELDS[0])
+        text = where.text(line, name)
+        asked = prompt_of(line, where)
+        if asked is not None and asked != list(prompts[index]):
+            raise where.error("prompt", "is another one than the prompt to answer at this place")
+        found.append({"text": text, "finished": line.get("finished")})
+    if len(found) < len(prompts):
+        raise ValueError(f"{file}: {len(found):,} responses to {len(prompts):,} prompts")
+    return found
+
+
+def _case(
+    index: int,
+    prompt: Sequence[Message],
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    principles: Sequence[str],
+) -> Case:
+    fixed = {
+        "index": index,
+        "prompt": list(prompt),
+        "response_a": a["text"],
+        "response_b": b["text"],
+        "finished": [a["finished"], b["finished"]],
+    }
+    return Case(
+        Comparison(dialogue_text(prompt), a["text"], b["text"]),
+        lambda verdict: {**fixed, "verdict": verdict_json(verdict, principles)},
+        lambda written: all(written.get(name) == value for name, value in fixed.items()),
+    )
+
+
+def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
+    """Win rates of policy a over policy b from judged pairs, as JSON data."""
+    plain: list[float] = []
+    consistent: Counter[float] = Counter()
+    lengths: list[tuple[int, int]] = []
+    finished: tuple[list[bool], list[bool]] = ([], [])
+    agree = undecidable = 0
+    for line in read_lines(pairs):
+        verdict = verdict_from_json(line["verdict"])
+        plain.append(_win(verdict))
+        consistent[_win(verdict) if verdict.orders_agree else 0.5] += 1
+        lengths.append((len(line["response_a"]), len(line["response_b"])))
+        agree += verdict.orders_agree
+        undecidable += verdict.preferred is None
+        for kept, ended in zip(finished, line["finished"], strict=True):
+            if ended is not None:
+                kept.append(ended)
+    differences = [a - b for a, b in lengths]
+    controlled = length_controlled_win_rate(plain, differences, seed)
+    longer = sum(1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in differences)
+    return {
+        "prompts": len(plain),
+        "win_rate": estimate_json(bootstrap_mean(plain, seed)),
+        "wins": plain.count(1.0),
+        "ties": plain.count(0.5),
+        "losses": plain.count(0.0),
+        "length_controlled_win_rate": {
+            **estimate_json(controlled.win_rate),
+            "slope": controlled.slope,
+            "characters_sd": controlled.scale,
+        },
+        "both_orders": {
+            "win_rate": estimate_json(bootstrap_counts(consistent, seed)),
+            "wins": consistent[1.0],
+            "ties": consistent[0.5],
+            "losses": consistent[0.0],
+        },
+        "longer_wins_all": estimate_json(proportion(longer, len(plain))),
+        "order_agreement": estimate_json(proportion(agree, len(plain))),
+        "undecidable": undecidable / len(plain),
+        "characters": {
+            side: estimate_json(bootstrap_mean([pair[k] for pair in lengths], seed))
+            for k, side in enumerate("ab")
+        },
+        "finished": {
+            side: estimate_json(proportion(sum(kept), len(kept))) if kept else None
+            for side, kept in zip("ab", finished, strict=True)
+        },
+    }
+
+
+def _win(verdict: Verdict) -> float:
+    return {"a": 1.0, "b": 0.0, None: 0.5}[verdict.preferred]
+
+
+def _table(results: Mapping[str, Any]) -> Table:
+    a, b = results["policies"]
+    table = Table(
+        title=f"a: {a}\nb: {b}\njudge: {results['judge']['model']}, {results['prompts']:,} prompts",
+        title_justify="left",
+    )
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    table.add_column("wins / ties / losses", justify="right")
+
+    def row(name: str, e: Mapping[str, Any] | None, digits: int = 3, counts: Any = None) -> None:
+        if e is not None:
+            low, high = e["ci95"]
+            ends = f"{low:,.{digits}f} – {high:,.{digits}f}"
+            told = f"{counts['wins']} / {counts['ties']} / {counts['losses']}" if counts else ""
+            table.add_row(name, f"{e['value']:,.{digits}f}", ends, told)
+
+    row("win rate of a", results["win_rate"], counts=results)
+    row("win rate of a, length-controlled", results["length_controlled_win_rate"])
+    both = results["both_orders"]
+    row("win rate of a, tie where orders disagree", both["win_rate"], counts=both)
+    row("win rate of a, if the longer one won", results["longer_wins_all"])
+    table.add_section()
+    row("orders agree", results["order_agreement"])
+    table.add_row("undecidable", f"{results['undecidable']:.3f}")
+    table.add_section()
+    for side in "ab":
+        row(f"characters, {side}", results["characters"][side], 0)
+    for side in "ab":
+        row(f"ended by itself, {side}", results["finished"][side])
+    return table

@@ -1,0 +1,182 @@
+"""Judge benchmarks in their own formats -> labeled comparisons."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import SHARED
+from self_judge.benchmark_data import BenchmarkSource, LabeledComparison, read_comparisons
+from self_judge.selection import DataError
+
+
+def read(
+    path: Path, *records: dict[str, Any], skipped: Counter[str] | None = None, **options: Any
+) -> list[LabeledComparison]:
+    if records:
+        path.write_text("\n".join(map(json.dumps, records)))
+    return list(read_comparisons(BenchmarkSource(str(path), **options), skipped))
+
+
+def better(pair: LabeledComparison) -> str:
+    c = pair.comparison
+    return {"a": c.response_a, "b": c.response_b}[pair.label]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "data.jsonl"
+
+
+def test_llmbar_keeps_the_order_of_its_outputs(file: Path) -> None:
+    given = {"input": "Why?", "output_1": "No.", "output_2": "Because.", "label": 2}
+    (pair,) = read(file, given)
+    assert (pair.comparison.response_a, pair.label) == ("No.", "b")
+    assert pair.comparison.context == "Why?"
+
+
+def test_pandalm_goes_by_the_majority_and_has_ties(file: Path) -> None:
+    common = {"instruction": "Fix it", "input": "a b", "response1": "x", "response2": "y"}
+    votes = [(1, 1, 2), (2, 2, 2), (0, 0, 1), (0, 1, 2)]
+    records = [
+        {**common, **{f"annotator{i}": v for i, v in enumerate(own, start=1)}} for own in votes
+    ]
+    skipped: Counter[str] = Counter()
+    pairs = read(file, *records, skipped=skipped)
+    assert [pair.label for pair in pairs] == ["a", "b", "tie"]
+    assert pairs[0].comparison.context == "Fix it\n\na b"
+    assert skipped == {"the annotators have no majority": 1}
+
+
+def test_mt_bench_votes_show_the_dialogue_after_the_first_question(file: Path) -> None:
+    def dialogue(side: str) -> list[dict[str, str]]:
+        return [
+            {"role": role, "content": f"{text}{side if role == 'assistant' else ''}"}
+            for role, text in zip(
+                ["user", "assistant"] * 2, ["Q1", "first ", "Q2", "second "], strict=True
+            )
+        ]
+
+    vote = {"conversation_a": dialogue("a"), "conversation_b": dialogue("b"), "judge": "x"}
+    one, two, tie = read(
+        file,
+        {**vote, "winner": "model_b", "turn": 1},
+        {**vote, "winner": "model_a", "turn": 2},
+        {**vote, "winner": "tie", "turn": 2},
+    )
+    assert (one.comparison.context, one.comparison.response_b) == ("Q1", "first b")
+    assert (one.label, one.subset) == ("b", "turn 1")
+    assert two.comparison.context == "Q1"
+    assert two.comparison.response_a == "first a\n\nHuman: Q2\n\nAssistant: second a"
+    assert [two.label, tie.label] == ["a", "tie"]
+
+
+def test_reward_bench_and_hhh_name_their_subsets(tmp_path: Path) -> None:
+    (one,) = read(
+        tmp_path / "rewardbench.jsonl",
+        {"prompt": "Why?", "chosen": "Because.", "rejected": "No.", "subset": "chat", "id": 3},
+    )
+    (two,) = read(
+        tmp_path / "hhh.jsonl",
+        {"source": "honest", "instruction": "Why?", "chosen": "Because.", "rejected": "No."},
+    )
+    targets = {"choices": ["No.", "Because."], "labels": [0, 1]}
+    (three,) = read(tmp_path / "hub.jsonl", {"input": "Why?", "targets": targets})
+    assert [p.subset for p in (one, two, three)] == ["chat", "honest", ""]
+    assert [better(p) for p in (one, two, three)] == ["Because."] * 3
+    assert {p.comparison.context for p in (one, two, three)} == {"Why?"}
+
+
+def test_what_is_named_better_is_not_always_shown_first(file: Path) -> None:
+    records = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(200)]
+    pairs = read(file, *records)
+    assert [better(p) for p in pairs] == ["yes"] * 200
+    assert 70 < sum(p.label == "a" for p in pairs) < 130
+    assert [p.digest for p in pairs] == [p.digest for p in read(file)]
+
+
+def test_hh_dialogues_and_skipped_pairs_are_counted(file: Path) -> None:
+    skipped: Counter[str] = Counter()
+    (pair,) = read(
+        file,
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: Yes",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: Yes",
+        },
+        skipped=skipped,
+    )
+    assert (pair.comparison.context, better(pair)) == ("Hi", "Yes")
+    assert skipped == {"pair: identical responses": 1}
+
+
+def test_a_folder_of_folders_has_a_subset_each(tmp_path: Path) -> None:
+    for name in ("Natural", "Adversarial/Manual"):
+        (tmp_path / name).mkdir(parents=True)
+        given = [{"input": "q", "output_1": "x", "output_2": "y", "label": 1}]
+        (tmp_path / name / "dataset.json").write_text(json.dumps(given))
+    assert [p.subset for p in read(tmp_path)] == ["Adversarial/Manual", "Natural"]
+    assert [p.subset for p in read(tmp_path, data_dir="Natural")] == [""]
+    given = {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: Yes",
+        "rejected": "\n\nHuman: Hi\n\nAssistant: No",
+    }
+    for split in ("train", "test"):
+        read(tmp_path / f"Natural/{split}.jsonl", given)
+    (tmp_path / "Natural/dataset.json").unlink()
+    pairs = read(tmp_path)
+    assert [p.subset for p in pairs] == ["Adversarial/Manual", "Natural"]
+    assert pairs[1].source.endswith("test.jsonl")
+
+
+def test_several_splits_are_subsets(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        read(tmp_path / f"{split}.jsonl", {"prompt": split, "chosen": "x", "rejected": "y"})
+    assert [p.subset for p in read(tmp_path, splits=("test", "train"))] == ["test", "train"]
+    assert [p.subset for p in read(tmp_path)] == [""]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"input": "q", "output_1": "x", "output_2": "y", "label": 3},
+            "record 0, field 'label': expected 1 or 2, got 3",
+        ),
+        ({"a": 1}, "cannot tell what kind of data has the columns .* LLMBar"),
+        ({"input": "q", "targets": {"choices": ["x"], "labels": [1]}}, "one 0 and one 1"),
+        (
+            {"conversation_a": [], "conversation_b": [], "winner": "nobody"},
+            "expected model_a, model_b or tie",
+        ),
+        (
+            {"conversation_a": [], "conversation_b": [], "winner": "tie"},
+            "field 'conversation_a': expected 1 questions, each with its answer",
+        ),
+    ],
+)
+def test_a_malformed_record_is_named(record: dict[str, Any], message: str, file: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        read(file, record)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not beside this checkout")
+def test_the_real_benchmarks_are_read_to_the_last_pair() -> None:
+    def counted(path: str) -> tuple[Counter[str], Counter[str]]:
+        pairs = read(SHARED / "data" / path)
+        return Counter(p.subset for p in pairs), Counter(p.label for p in pairs)
+
+    subsets, _ = counted("llmbar/LLMBar")
+    assert sum(subsets.values()) == 419
+    assert subsets["Adversarial/Neighbor"] == 134
+    _, labels = counted("pandalm/testset-v1.json")
+    assert labels == {"tie": 105, "a": 422, "b": 472}
+    subsets, _ = counted("hhh-alignment/pairs.jsonl")
+    assert subsets == {"helpful": 59, "honest": 61, "other": 43}
+    assert sum(counted("llmbar/Processed/MT-Bench/dataset.json")[0].values()) == 200
+    assert sum(counted("hh-rlhf/base_test_1000.jsonl.gz")[0].values()) > 980
+    assert sum(counted("ultrafeedback/binarized_eval_200.jsonl.gz")[0].values()) > 150

@@ -1,0 +1,206 @@
+"""`self-judge judge`: every line comes back with its verdict, whatever interrupts the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import TEMPLATES
+from self_judge import Comparison, Judge
+from self_judge.bulk_judging import (
+    JudgeChoice,
+    fingerprint,
+    verdict_from_json,
+    verdict_json,
+)
+from self_judge.cli import PACKING, main
+from self_judge.config import PackingChoice
+
+
+def write(path: Path, *given: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in given))
+    return path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def pairs(n: int) -> list[dict[str, Any]]:
+    return [
+        {"id": i, "context": f"what is {i}?", "response_a": f"no {i}", "response_b": "the capital"}
+        for i in range(n)
+    ]
+
+
+def test_every_line_comes_back_in_order_with_the_judges_verdict(
+    saved_judge: Path, tmp_path: Path
+) -> None:
+    given = [
+        *pairs(5),
+        {"prompt": "and you?", "responses": ["yes", "no"]},
+        {"prompt": [{"role": "user", "content": "and you?"}], "responses": ["no", "no"]},
+    ]
+    source, target = write(tmp_path / "in.jsonl", *given), tmp_path / "new" / "out.jsonl"
+    assert main(["judge", str(source), str(target), "--model", str(saved_judge)]) == 0
+    got = lines(target)
+    assert [{k: v for k, v in line.items() if k != "verdict"} for line in got] == given
+    judge = Judge.from_pretrained(saved_judge)
+    (direct,) = judge.compare([Comparison("what is 0?", "no 0", "the capital")])
+    verdict = got[0]["verdict"]
+    assert verdict["preferred"] == direct.preferred
+    assert verdict["margin"] == pytest.approx(direct.margin, abs=1e-6)
+    assert list(verdict["probabilities"]) == list(TEMPLATES)
+    assert got[6]["verdict"]["undecidable_because"] == "an exact tie"
+
+
+def test_killed_at_any_moment_and_started_again_it_writes_what_it_would_have(
+    saved_judge: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.jsonl", *pairs(600))
+    whole, target = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    options = ["--model", str(saved_judge), "--chunk", "8"]
+    assert main(["judge", str(source), str(whole), *options]) == 0
+    command = [sys.executable, "-m", "self_judge.cli", "judge", str(source), str(target), *options]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not target.exists() or target.stat().st_size < 2000:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = target.read_bytes()
+    assert 0 < done.count(b"\n") < 600
+    target.write_bytes(done + b'{"id": 999, "verd')  # as if killed within a write
+    assert main(["judge", str(source), str(target), *options]) == 0
+    assert target.read_bytes() == whole.read_bytes()
+
+
+def test_a_finished_file_is_left_alone_and_a_longer_input_is_gone_on_with(
+    saved_judge: Path, tmp_path: Path
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", *pairs(3)), tmp_path / "out.jsonl"
+    command = ["judge", str(source), str(target), "--model", str(saved_judge)]
+    assert main(command) == 0
+    first = target.read_bytes()
+    assert main(command) == 0
+    assert target.read_bytes() == first
+    write(source, *pairs(5))
+    assert main(command) == 0
+    assert [line["id"] for line in lines(target)] == list(range(5))
+
+
+def test_another_model_template_or_input_is_refused(
+    saved_judge: Path, tmp_path: Path, capsys: Any
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", *pairs(3)), tmp_path / "out.jsonl"
+    command = ["judge", str(source), str(target), "--model", str(saved_judge)]
+    assert main(command) == 0
+    written = target.read_bytes()
+
+    def refused(*words: str) -> str:
+        assert main(list(words)) == 2
+        assert target.read_bytes() == written
+        return capsys.readouterr().err
+
+    templates = tmp_path / "templates.yaml"
+    templates.write_text(yaml.safe_dump({"templates": {"judge": {"x": TEMPLATES["helpful"]}}}))
+    assert "templates was" in refused(*command, "--templates", str(templates))
+    weights = saved_judge / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    assert "weights was" in refused(*command)
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    write(source, *reversed(pairs(3)))
+    assert "it is not the verdict on line 1 of this input" in refused(*command)
+    write(source, *pairs(2))
+    assert "has 3 lines, the input 2 pairs" in refused(*command)
+    assert main([*command, "--overwrite"]) == 0
+    assert len(lines(target)) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"response_a": "x", "response_b": "y"}, "field 'context': is missing"),
+        ({"context": "x", "response_a": "x"}, "field 'response_b': is missing"),
+        ({"context": "x", "responses": ["x"]}, "field 'responses': expected a list of two texts"),
+        ({"context": 3, "response_a": "x", "response_b": "y"}, "expected text, got int"),
+        ({**pairs(1)[0], "verdict": {}}, "--field NAME"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named_before_anything_is_judged(
+    line: dict[str, Any], message: str, saved_judge: Path, tmp_path: Path, capsys: Any
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", pairs(1)[0], line), tmp_path / "out.jsonl"
+    assert main(["judge", str(source), str(target), "--model", str(saved_judge)]) == 2
+    error = capsys.readouterr().err
+    assert "record 1" in error
+    assert message in error
+    assert not target.exists() or not target.read_bytes()
+
+
+def test_a_model_without_judge_json_asks_for_templates(
+    saved_judge: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (saved_judge / "judge.json").unlink()
+    source, target = write(tmp_path / "in.jsonl", *pairs(2)), tmp_path / "out.jsonl"
+    command = ["judge", str(source), str(target), "--model", str(saved_judge)]
+    assert main(command) == 2
+    assert "--templates FILE" in capsys.readouterr().err
+    templates = tmp_path / "templates.yaml"
+    templates.write_text(yaml.safe_dump({"templates": {"judge": TEMPLATES}}))
+    assert main([*command, "--templates", str(templates)]) == 0
+    assert len(lines(target)) == 2
+    templates.write_text("model: x\n")
+    assert main([*command, "--templates", str(templates)]) == 2
+    assert "it has no templates.judge" in capsys.readouterr().err
+
+
+def test_verdicts_survive_as_json_whatever_they_hold(saved_judge: Path) -> None:
+    judge = Judge.from_pretrained(saved_judge)
+    (verdict,) = judge.compare([Comparison("what is it?", "no", "the capital")])
+    told = json.loads(json.dumps(verdict_json(verdict, judge.templates.principles)))
+    assert verdict_from_json(told) == verdict
+    told["probabilities"]["helpful"][0][0] = None
+    assert verdict_from_json(told).undecidable_because == "a score is not finite"
+
+
+def test_a_copy_has_the_same_fingerprint_and_an_adapter_knows_its_base(
+    saved_judge: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved_judge, tmp_path / "copy")
+    assert fingerprint(str(tmp_path / "copy")) == fingerprint(str(saved_judge))
+    assert fingerprint("owner/on-the-hub") is None
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(saved_judge)})
+    )
+    before = fingerprint(str(adapter))
+    (saved_judge / "config.json").write_text("{}")
+    assert fingerprint(str(adapter)) != before
+
+
+def test_the_command_offers_every_way_of_packing() -> None:
+    assert PackingChoice.__args__ == PACKING  # type: ignore[attr-defined]
+
+
+def test_a_mistake_in_the_templates_shows_at_once(tmp_path: Path) -> None:
+    templates = tmp_path / "templates.yaml"
+    templates.write_text("templates: {judge: {x: {user: hello, assistant: It is}}}")
+    with pytest.raises(ValueError, match=r"templates.yaml: .*lacks \{context\}"):
+        JudgeChoice("anything", templates=str(templates))

@@ -1,0 +1,79 @@
+"""A file of JSON lines that an interruption does not lose, and that no other run can spoil."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from self_judge.journal import JournalError, open_journal, read_lines, settings_path
+
+SETTINGS = {"model": "m", "max_length": None}
+
+
+def begun(path: Path, n: int = 3) -> Path:
+    with open_journal(path, SETTINGS) as journal:
+        journal.append([{"i": i} for i in range(n)], seconds=1.5)
+    return path
+
+
+def test_lines_are_there_when_it_is_opened_again_and_it_goes_on(tmp_path: Path) -> None:
+    path = begun(tmp_path / "new" / "out.jsonl")
+    with open_journal(path, SETTINGS) as journal:
+        assert (journal.lines, journal.timed, journal.seconds) == (3, 3, 1.5)
+        journal.append([{"i": 3, "text": "ü \ud800"}], seconds=0.5)
+    assert [line["i"] for line in read_lines(path)] == [0, 1, 2, 3]
+    assert list(read_lines(path))[3]["text"] == "ü \ud800"
+    assert json.loads(settings_path(path).read_text())["seconds"] == 2.0
+
+
+@pytest.mark.parametrize("torn", [b'{"i": 3', b'{"i": 3}', b"\0\0\0\0\n"])
+def test_an_unfinished_last_line_is_cut(torn: bytes, tmp_path: Path) -> None:
+    path = begun(tmp_path / "out.jsonl")
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn)
+    with open_journal(path, SETTINGS) as journal:
+        assert journal.lines == 3
+        assert path.read_bytes() == whole
+
+
+def test_it_can_be_cut_back_to_any_number_of_lines(tmp_path: Path) -> None:
+    path = begun(tmp_path / "out.jsonl", 5)
+    with open_journal(path, SETTINGS) as journal:
+        journal.cut(2)
+        journal.append([{"i": 9}])
+    assert [line["i"] for line in read_lines(path)] == [0, 1, 9]
+
+
+def test_other_settings_are_refused_and_named_unless_it_begins_anew(tmp_path: Path) -> None:
+    path = begun(tmp_path / "out.jsonl")
+    with pytest.raises(JournalError, match="model was 'm', is 'other'"):
+        with open_journal(path, {**SETTINGS, "model": "other"}):
+            pass
+    assert len(list(read_lines(path))) == 3
+    with open_journal(path, {**SETTINGS, "model": "other"}, overwrite=True) as journal:
+        assert journal.lines == 0
+
+
+def test_a_file_from_elsewhere_is_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"precious": 1}\n')
+    with pytest.raises(JournalError, match="cannot be gone on with"):
+        with open_journal(path, SETTINGS):
+            pass
+    assert path.read_text() == '{"precious": 1}\n'
+
+
+def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
+    with open_journal(tmp_path / "out.jsonl", SETTINGS):
+        with pytest.raises(JournalError, match="another process"):
+            with open_journal(tmp_path / "out.jsonl", SETTINGS):
+                pass
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    path = begun(tmp_path / "out.jsonl")
+    path.write_bytes(path.read_bytes().replace(b'{"i": 1}', b'{"i": 1'))
+    with pytest.raises(JournalError, match="line 2: not JSON"):
+        list(read_lines(path))
