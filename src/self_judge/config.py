@@ -31,6 +31,7 @@ from self_judge.typed_yaml import (
 SourceKind = Literal["auto", "hh", "ultrafeedback", "preference"]
 RunKind = Literal["jsft", "self_judge"]
 PackingChoice = Literal["auto", "tree", "cache", "padding", "off"]
+VLLMMode = Literal["colocate", "server"]
 
 # The pairwise losses of TRL 1.16's DPOTrainer.
 LOSS_TYPES = (
@@ -228,6 +229,16 @@ class SelfJudgeArgs:
             follow from it. `None`: as `training_args` says.
         log_completions: whether sampled pairs are printed with their verdicts.
         save_rollouts: whether all pairs and verdicts are kept under `output_dir/rollouts`.
+        use_vllm: whether vLLM samples, and with LoRA judges too.
+        vllm_mode: an engine in every training process (`colocate`), or servers (`server`).
+        vllm_server_base_url: URL of the server, or a list of replicas.
+        vllm_server_timeout: seconds to wait for them to be up.
+        vllm_gpu_memory_utilization: the colocated engine's share of the GPU's memory.
+        vllm_max_model_length: tokens that the colocated engine holds of a sequence; `None`: as
+            `max_length` says.
+        vllm_enable_sleep_mode: whether the colocated engine frees the GPU's memory during updates.
+        vllm_sync_dir: a folder that training and servers both see, through which adapters and
+            weights are handed over; `None`: in this machine's memory.
     """
 
     token_id_a: int | None = None
@@ -250,6 +261,14 @@ class SelfJudgeArgs:
     global_batch_size: int | None = 64
     log_completions: bool = False
     save_rollouts: bool = True
+    use_vllm: bool = False
+    vllm_mode: VLLMMode = "colocate"
+    vllm_server_base_url: str | list[str] | None = None
+    vllm_server_timeout: float = 240.0
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_max_model_length: int | None = None
+    vllm_enable_sleep_mode: bool = False
+    vllm_sync_dir: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in {
@@ -271,6 +290,10 @@ class SelfJudgeArgs:
         _require(
             self.token_id_a is None or self.token_id_a != self.token_id_b,
             f"token_id_a and token_id_b are the same token ({self.token_id_a})",
+        )
+        _require(
+            not self.use_vllm or self.vllm_mode != "server" or bool(self.vllm_server_base_url),
+            "vllm_mode: server needs vllm_server_base_url, the URL of a `vllm serve`, or a list",
         )
         _require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
