@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 class AdapterError(ValueError):
@@ -100,7 +101,7 @@ def _whole(model: torch.nn.Module, names: set[str]) -> Iterator[tuple[str, torch
 def _gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
     if isinstance(parameter, DTensor):
         yield parameter.full_tensor().detach()
-    elif hasattr(parameter, "ds_id"):
+    elif is_deepspeed_zero3_enabled():
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
