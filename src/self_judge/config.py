@@ -31,6 +31,7 @@ from self_judge.typed_yaml import (
 SourceKind = Literal["auto", "hh", "ultrafeedback", "preference"]
 RunKind = Literal["jsft", "self_judge"]
 PackingChoice = Literal["auto", "tree", "cache", "padding", "off"]
+VLLMMode = Literal["colocate", "server"]
 
 # The pairwise losses of TRL 1.16's DPOTrainer.
 LOSS_TYPES = (
@@ -231,6 +232,16 @@ class SelfJudgeArgs:
         rollout_files: of at most so many steps, evenly spread over the run, and the last one;
             `None`: of every step.
         rollout_pairs: at most so many pairs of a step; `None`: all of the first process.
+        use_vllm: whether vLLM samples, and with LoRA judges too.
+        vllm_mode: an engine in every training process (`colocate`), or servers (`server`).
+        vllm_server_base_url: URL of the server, or a list of replicas.
+        vllm_server_timeout: seconds to wait for them to be up.
+        vllm_gpu_memory_utilization: the colocated engine's share of the GPU's memory.
+        vllm_max_model_length: tokens that the colocated engine holds of a sequence; `None`: as
+            `max_length` says.
+        vllm_enable_sleep_mode: whether the colocated engine frees the GPU's memory during updates.
+        vllm_sync_dir: a folder that training and servers both see, through which adapters and
+            weights are handed over; `None`: in this machine's memory.
     """
 
     token_id_a: int | None = None
@@ -255,6 +266,14 @@ class SelfJudgeArgs:
     save_rollouts: bool = True
     rollout_files: int | None = 200
     rollout_pairs: int | None = 64
+    use_vllm: bool = False
+    vllm_mode: VLLMMode = "colocate"
+    vllm_server_base_url: str | list[str] | None = None
+    vllm_server_timeout: float = 240.0
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_max_model_length: int | None = None
+    vllm_enable_sleep_mode: bool = False
+    vllm_sync_dir: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in {
@@ -278,6 +297,10 @@ class SelfJudgeArgs:
         _require(
             self.token_id_a is None or self.token_id_a != self.token_id_b,
             f"token_id_a and token_id_b are the same token ({self.token_id_a})",
+        )
+        _require(
+            not self.use_vllm or self.vllm_mode != "server" or bool(self.vllm_server_base_url),
+            "vllm_mode: server needs vllm_server_base_url, the URL of a `vllm serve`, or a list",
         )
         _require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")

@@ -29,6 +29,7 @@ from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
 from self_judge.batch_shape import settled_tokens
+from self_judge.comparison import Comparison
 from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
 from self_judge.models import (
@@ -50,9 +51,10 @@ from self_judge.rollouts import (
 )
 from self_judge.run_folder import rollout_file, thin_rollouts
 from self_judge.run_log import RunLog, kl_estimate
-from self_judge.sampling import TransformersSampler, stable_seed
+from self_judge.sampling import Sampler, TransformersSampler, stable_seed
 from self_judge.templates import JudgeTemplates
 from self_judge.trainer_config import SelfJudgeConfig, as_self_judge_config, with_values
+from self_judge.vllm_rollouts import VLLMRollouts
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -198,8 +200,10 @@ class SelfJudgeTrainer(DPOTrainer):
         if config.packing != "off":
             tokens = settled_tokens(unwrapped(self.model), self.output_dir)
         one_pass = needs_one_pass(self.accelerator.distributed_type)
+        self.vllm = self._vllm_rollouts() if config.use_vllm else None
+        here = self.ref_model if self.ref_model is not None else self.model
         self.judge = Judge(
-            self.ref_model if self.ref_model is not None else self.model,
+            self.vllm.scorer() if self.vllm is not None and self.vllm.judges else here,
             self.encoder,
             self.judge_templates,
             token_id_a=token_id_a,
@@ -291,7 +295,8 @@ class SelfJudgeTrainer(DPOTrainer):
         if place is None:  # called from outside the training loop
             self._step_batches, self._step_rollouts, place = [inputs], None, 0
         if self._step_rollouts is None:
-            self._step_rollouts = self._roll_out(self._step_batches)
+            with self.vllm.awake() if self.vllm is not None else nullcontext():
+                self._step_rollouts = self._roll_out(self._step_batches)
         rollouts = self._step_rollouts[place]
         batch = preference_batch(
             [(r.prompt_ids, r.chosen.ids, r.rejected.ids, r.decided) for r in rollouts],
@@ -325,10 +330,7 @@ class SelfJudgeTrainer(DPOTrainer):
         # is in, the number of processes or a resume in between.
         seeds = [stable_seed(self.args.seed, self.state.global_step, r) for r in records]
         started = time.perf_counter()
-        with self._policy() as policy:
-            sampler = TransformersSampler(
-                policy, self.encoder, self.args.sampling(), self.args.generation_batch_size
-            )
+        with self._sampler() as sampler:
             responses = sampler.sample(prompts, self.args.num_generations, seeds)
         sampled = time.perf_counter()
         # The matches of a tournament have contexts and responses in common, a single one has not.
@@ -347,6 +349,31 @@ class SelfJudgeTrainer(DPOTrainer):
         self._record(rollouts, sampled - started, judged - sampled)
         sizes = iter(rollouts)
         return [[next(sizes) for _ in batch["record"]] for batch in batches]
+
+    @contextmanager
+    def _sampler(self) -> Iterator[Sampler]:
+        """What samples from the policy as it is at this step."""
+        if self.vllm is not None:
+            yield self.vllm.sampler(self._reference())
+            return
+        with self._policy() as policy:
+            yield TransformersSampler(
+                policy, self.encoder, self.args.sampling(), self.args.generation_batch_size
+            )
+
+    def _vllm_rollouts(self) -> VLLMRollouts:
+        principle = self.judge_templates.principles[0]
+        asked = Comparison("Where does the otter live?", "In the river.", "In the sky.")
+        orders = self.encoder.encode_orders(self.judge_templates, principle, asked, None)
+        assert orders is not None  # without a limit every prompt fits
+        return VLLMRollouts(
+            self.model,
+            self.args,
+            self.accelerator,
+            self.encoder,
+            probe=orders[0],
+            separate_judge=self.ref_model is not None,
+        )
 
     @contextmanager
     def _policy(self) -> Iterator[Any]:

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainingArguments
 from trl import DPOConfig
 
-from self_judge.config import PackingChoice
+from self_judge.config import PackingChoice, VLLMMode
 from self_judge.packing import check_choice
 from self_judge.rollouts import PairSelection
 from self_judge.sampling import SamplingSettings
@@ -90,7 +90,46 @@ class SelfJudgeConfig(DPOConfig):
         default=64, metadata={"help": "Keep at most so many pairs of a step."}
     )
 
+    use_vllm: bool = field(
+        default=False, metadata={"help": "Sample with vLLM, and with LoRA judge there too."}
+    )
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={
+            "help": "An engine in every training process (colocate), or servers that run "
+            "elsewhere (server).",
+            "choices": list(get_args(VLLMMode)),
+        },
+    )
+    vllm_server_base_url: list[str] | None = field(
+        default=None,
+        metadata={"help": "URL of the server, or of several replicas (http://host:port)."},
+    )
+    vllm_server_timeout: float = field(
+        default=240.0, metadata={"help": "Seconds to wait for the servers to be up."}
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "The colocated engine's share of the GPU's memory."}
+    )
+    vllm_max_model_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens the colocated engine holds of a sequence; max_length if unset."},
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False,
+        metadata={"help": "The colocated engine frees the GPU's memory during updates."},
+    )
+    vllm_sync_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that training and servers both see, through which adapters and "
+            "weights are handed over; unset: in this machine's memory."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if isinstance(self.vllm_server_base_url, str):
+            self.vllm_server_base_url = [self.vllm_server_base_url]
         if self.bf16 is None:  # TRL asks for it everywhere, also where it cannot be had
             cuda = torch.cuda.is_available()
             self.bf16 = not self.fp16 and cuda and torch.cuda.is_bf16_supported()
@@ -123,6 +162,7 @@ class SelfJudgeConfig(DPOConfig):
                 f"max_new_tokens ({self.max_new_tokens}) must be below max_length "
                 f"({self.max_length}): otherwise no token is left for the prompt"
             )
+        self._check_vllm()
         if self.ignore_index != -100:
             raise ValueError(
                 f"ignore_index={self.ignore_index}: TRL's losses mark positions without loss with "
@@ -143,6 +183,29 @@ class SelfJudgeConfig(DPOConfig):
                     "average_log_prob is defined for a single loss of sigmoid, hinge and ipo, "
                     f"not for {self.loss_type}: leave it unset"
                 )
+
+    def _check_vllm(self) -> None:
+        if self.vllm_mode not in get_args(VLLMMode):
+            raise ValueError(f"vllm_mode must be colocate or server, got {self.vllm_mode!r}")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ValueError(
+                "vllm_gpu_memory_utilization must be in (0, 1], got "
+                f"{self.vllm_gpu_memory_utilization}"
+            )
+        if not self.use_vllm:
+            return
+        if self.vllm_mode == "server" and not self.vllm_server_base_url:
+            raise ValueError(
+                "vllm_mode=server needs vllm_server_base_url: the URL of a `vllm serve`, or a list"
+            )
+        if self.vllm_enable_sleep_mode and not torch.cuda.is_available():
+            raise ValueError("vllm_enable_sleep_mode needs a GPU: vLLM does not sleep on a CPU")
+        least = self.max_length or self.max_new_tokens + 1
+        if self.vllm_max_model_length is not None and self.vllm_max_model_length < least:
+            raise ValueError(
+                f"vllm_max_model_length ({self.vllm_max_model_length}) must be at least max_length "
+                f"({least})"
+            )
 
     def sampling(self) -> SamplingSettings:
         """The sampler's part of the settings."""

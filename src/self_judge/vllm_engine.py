@@ -1,0 +1,278 @@
+"""VLLMEngine: vLLM inside the training process (TRL's `colocate`).
+
+It takes its weights from memory, not from disk: what is trained, or judges, is what answers. It
+does not know what the prompts are.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from self_judge.sampling import SamplingSettings
+from self_judge.vllm_roles import (
+    EngineError,
+    SamplingRequest,
+    request_parameters,
+    scoring_parameters,
+)
+
+_CPU_CACHE_BYTES = 1 << 30
+
+
+class VLLMEngine:
+    """One engine in this process: on its GPU, or on the CPU where vLLM is built for it.
+
+    Args:
+        config: the model's configuration; vLLM builds the model from it, without weights.
+        weights: the weights, by their names in a checkpoint.
+        dtype: of weights and computation.
+        max_model_length: tokens of prompt and response together at most.
+        max_num_seqs: sequences computed together at most.
+        max_lora_rank: the largest rank of an adapter; 0: no adapter will be loaded.
+        max_loras: adapters in use at one time.
+        gpu_memory_utilization: the share of the GPU's memory for weights, activations and cache. On
+            a CPU the cache has 1 GiB, or what VLLM_CPU_KVCACHE_SPACE says.
+        sleep_mode: whether it can `sleep`; GPUs only.
+        trust_remote_code: passed to vLLM.
+
+    Raises:
+        EngineError: vLLM is not installed, or does not take the model.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        *,
+        dtype: torch.dtype,
+        max_model_length: int,
+        max_num_seqs: int = 64,
+        max_lora_rank: int = 0,
+        max_loras: int = 1,
+        gpu_memory_utilization: float = 0.3,
+        sleep_mode: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        require_vllm()
+        self.max_model_length = max_model_length
+        self.dtype = dtype
+        self.sleep_mode = sleep_mode
+        self._adapters: dict[str, Any] = {}
+        self._next_id = 1
+        self._began_group = not torch.distributed.is_initialized()
+        settings: dict[str, Any] = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_model_len": max_model_length,
+            "max_num_seqs": max_num_seqs,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enable_sleep_mode": sleep_mode,
+            "enable_prefix_caching": True,
+            "generation_config": "vllm",  # the model's own sampling settings stay out
+            "logprobs_mode": "raw_logprobs",
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "trust_remote_code": trust_remote_code,
+            "seed": 0,
+        }
+        if max_lora_rank:
+            settings.update(
+                enable_lora=True,
+                max_lora_rank=_rank_class(max_lora_rank),
+                max_loras=max_loras,
+                # The next one is loaded before the last is removed.
+                max_cpu_loras=max_loras + 1,
+            )
+        if not torch.cuda.is_available():
+            settings["enforce_eager"] = True
+            if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+                settings["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Every process of the training has an engine of its own, as in TRL.
+            settings["distributed_executor_backend"] = "external_launcher"
+        with tempfile.TemporaryDirectory() as folder, _in_this_process(), _random_state_kept():
+            config.save_pretrained(folder)
+            _name_the_architecture(config, Path(folder))
+            from vllm import LLM
+
+            try:
+                self.llm = LLM(model=folder, **settings)
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                raise EngineError(f"vLLM does not take this model: {error}") from error
+        self.load_weights(weights)
+
+    def sample(
+        self,
+        requests: Sequence[SamplingRequest],
+        settings: SamplingSettings,
+        stop: Sequence[int],
+        adapter: str | None,
+        done: Callable[[int], object],
+    ) -> list[list[int]]:
+        """See `Engine.sample`."""
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                **request_parameters(settings, stop), seed=request.seed, detokenize=False
+            )
+            for request in requests
+        ]
+        outputs = self._generate([r.prompt for r in requests], params, adapter, done)
+        return [list(output.token_ids) for output in outputs]
+
+    def next_token_logprobs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        token_ids: Sequence[int],
+        adapter: str | None,
+        done: Callable[[int], object],
+    ) -> list[list[float]]:
+        """See `Engine.next_token_logprobs`."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(**scoring_parameters(token_ids), detokenize=False)
+        outputs = self._generate(prompts, [params] * len(prompts), adapter, done)
+        return [[output.logprobs[0][t].logprob for t in token_ids] for output in outputs]
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[Any],
+        adapter: str | None,
+        done: Callable[[int], object],
+    ) -> list[Any]:
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            list(params),
+            use_tqdm=False,
+            lora_request=None if adapter is None else self._adapters[adapter],
+        )
+        done(len(prompts))
+        return [output.outputs[0] for output in outputs]
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """See `Engine.load_adapter`."""
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(name, self._next_id, str(folder))
+        self._next_id += 1
+        try:
+            self.llm.llm_engine.add_lora(request)
+        except (ValueError, RuntimeError) as error:
+            raise EngineError(f"vLLM does not take the adapter: {error}") from error
+        self._adapters[name] = request
+
+    def remove_adapter(self, name: str) -> None:
+        """See `Engine.remove_adapter`."""
+        self.llm.llm_engine.remove_lora(self._adapters.pop(name).lora_int_id)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See `Engine.load_weights`."""
+        # Every process holds the whole model here, so an iterator can be handed over as it is.
+        cast = ((name, tensor.detach().to(self.dtype)) for name, tensor in weights)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
+        if not torch.cuda.is_available():
+            self.llm.apply_model(_repack_head)
+        self.llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        """See `Engine.sleep`: weights wait in the CPU's memory, the cache is dropped."""
+        if self.sleep_mode:
+            self.llm.sleep(level=1)
+
+    def wake_up(self) -> None:
+        """See `Engine.wake_up`."""
+        if self.sleep_mode:
+            self.llm.wake_up()
+
+    def close(self) -> None:
+        """Frees the engine; it answers no more."""
+        from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        destroy_model_parallel()
+        if self._began_group:  # else it is the training's own
+            destroy_distributed_environment()
+        gc.collect()
+
+
+def require_vllm() -> None:
+    """Raises `EngineError` where vLLM is absent."""
+    if find_spec("vllm") is None:
+        raise EngineError(
+            "use_vllm needs vLLM, which is not installed: pip install 'self-judge[vllm]', or "
+            "vllm_mode=server with the URL of one that runs elsewhere"
+        )
+
+
+@contextmanager
+def _in_this_process() -> Iterator[None]:
+    """vLLM starts no process for its core, so that weights are handed over by reference."""
+    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        ours["VLLM_LOGGING_LEVEL"] = "ERROR"
+    kept = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """vLLM seeds every generator of the process; a training's go on as if it had not."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+
+
+def _name_the_architecture(config: PretrainedConfig, folder: Path) -> None:
+    """vLLM looks the model up by `architectures`, which a config made in memory may lack."""
+    path = folder / "config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if not saved.get("architectures"):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        saved["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+        path.write_text(json.dumps(saved), encoding="utf-8")
+
+
+def _rank_class(rank: int) -> int:
+    """The smallest of the ranks that vLLM has kernels for."""
+    classes = (8, 16, 32, 64, 128, 256, 320, 512)
+    fitting = next((c for c in classes if c >= rank), None)
+    if fitting is None:
+        raise EngineError(f"the adapter has rank {rank}: vLLM takes at most {classes[-1]}")
+    return fitting
+
+
+def _repack_head(model: torch.nn.Module) -> None:
+    """On a CPU vLLM 0.32 keeps a packed copy of the LM head, and forgets it when weights that the
+    head shares with the embeddings are loaded again."""
+    head: Any = getattr(model, "lm_head", None)
+    method = getattr(head, "quant_method", None)
+    if method is not None:
+        method.process_weights_after_loading(head)

@@ -1,0 +1,250 @@
+"""VLLMRollouts: a training's policy and judge in vLLM, brought up to date before every rollout.
+
+It knows the model in training and an engine. It does not know what is sampled or judged.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+
+from self_judge.encoding import ChatEncoder
+from self_judge.models import in_evaluation_mode
+from self_judge.policy_weights import (
+    adapter_tensors,
+    checkpoint_weights,
+    lora_config,
+    lora_rank,
+    save_adapter,
+)
+from self_judge.scoring import next_token_logits
+from self_judge.trainer_config import SelfJudgeConfig
+from self_judge.vllm_engine import VLLMEngine
+from self_judge.vllm_roles import Engine, EngineError, VLLMSampler, VLLMScorer
+from self_judge.vllm_server import VLLMServers
+
+logger = logging.getLogger(__name__)
+
+# TRL's names of adapters: the one that is trained, and the frozen copy of one that was given.
+_POLICY, _REFERENCE = "default", "ref"
+_CHECKS = 2  # the first rollout, and the first after an update
+
+
+class VLLMRollouts:
+    """Keeps the policy in an engine as it is in training; with LoRA its base judges there.
+
+    With LoRA the engine holds the frozen base once: the current adapter, loaded anew after every
+    update, samples, and the bare base (or the frozen "ref" adapter of a given `PeftModel`) judges.
+    With full fine-tuning the engine holds the policy, whose weights are replaced after every
+    update, and the judge stays in the training process.
+
+    `judges` says whether the engine has the frozen base to judge with. The first rollouts are
+    checked: the engine must answer as the model in training does.
+
+    Args:
+        model: the model in training, prepared or not.
+        args: `use_vllm` and what goes with it.
+        accelerator: of the training; in `server` mode the first process hands the weights over.
+        encoder: of the policy.
+        probe: a prompt to check the engine with.
+        separate_judge: the judge is a model of its own in the training process.
+
+    Raises:
+        EngineError, AdapterError: no engine, or one that cannot hold this model.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: SelfJudgeConfig,
+        accelerator: Accelerator,
+        encoder: ChatEncoder,
+        probe: Sequence[int],
+        separate_judge: bool = False,
+    ) -> None:
+        self.accelerator = accelerator
+        self.encoder = encoder
+        self.args = args
+        self.model: Any = accelerator.unwrap_model(model)
+        self.adapted = isinstance(self.model, PeftModel)
+        self.judges = self.adapted and not separate_judge
+        self.colocated = args.vllm_mode == "colocate"
+        self._probe = [list(probe)]
+        self._refreshes = 0
+        self._policy: str | None = None
+        self._reference: str | None = None
+        self._run = uuid.uuid4().hex[:8]
+        self._handover = _handover_folder(args.vllm_sync_dir)
+        self._folder = Path(self._handover.name)
+        self.engine = self._colocated() if self.colocated else self._servers()
+        if self.judges and _REFERENCE in self.model.peft_config:
+            self._reference = self._load_adapter(_REFERENCE, "reference")
+        self.engine.sleep()
+
+    def _colocated(self) -> Engine:
+        config = self.model.config.get_text_config()
+        if getattr(self.model, "is_quantized", False) or getattr(
+            self.model.config, "quantization_config", None
+        ):
+            raise EngineError(
+                "vllm_mode=colocate takes the weights from memory, which a quantized model has not "
+                "got in full: use vllm_mode=server, or no quantization"
+            )
+        limit = self.args.max_length
+        loras = [a for a in (_POLICY, _REFERENCE) if self.adapted and a in self.model.peft_config]
+        context = getattr(config, "max_position_embeddings", None)
+        # One token more than a judge prompt: the letter.
+        wanted = self.args.vllm_max_model_length or (limit + 1 if limit else context)
+        if wanted is None:
+            raise EngineError("set vllm_max_model_length: neither max_length nor the model says")
+        return VLLMEngine(
+            self.model.config,
+            checkpoint_weights(self.model),
+            dtype=self._dtype(),
+            max_model_length=min(wanted, context or wanted),
+            max_num_seqs=self.args.generation_batch_size,
+            max_lora_rank=max((lora_rank(self.model, a) for a in loras), default=0),
+            max_loras=max(1, len(loras)),
+            gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
+            sleep_mode=self.args.vllm_enable_sleep_mode,
+        )
+
+    def _servers(self) -> Engine:
+        if self.adapted:
+            lora_config(self.model, _POLICY)
+        servers = VLLMServers(
+            self.args.vllm_server_base_url or [],
+            timeout=self.args.vllm_server_timeout,
+            concurrency=self.args.generation_batch_size,
+            sync_dir=self._folder,
+        )
+        if servers.max_model_length < (self.args.max_length or 0):
+            raise EngineError(
+                f"the servers hold {servers.max_model_length} tokens, max_length is "
+                f"{self.args.max_length}: start them with --max-model-len "
+                f"{(self.args.max_length or 0) + 1}, or lower max_length"
+            )
+        return servers
+
+    def _dtype(self) -> torch.dtype:
+        if self.args.bf16:
+            return torch.bfloat16
+        if self.args.fp16:
+            return torch.float16
+        own: torch.dtype = next(self.model.parameters()).dtype
+        return own
+
+    def scorer(self) -> VLLMScorer:
+        """What the judge reads its letters from."""
+        return VLLMScorer(self.engine, self._reference)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """The engine is awake meanwhile, and sleeps before and after where it can."""
+        self.engine.wake_up()
+        try:
+            yield
+        finally:
+            self.engine.sleep()
+
+    def sampler(self, reference: AbstractContextManager[Any]) -> VLLMSampler:
+        """A sampler that draws from the policy as it is now, brought into the engine here.
+
+        Args:
+            reference: puts the judge's weights in force in the model, for the first check.
+        """
+        if self._refreshes == 0 and self.judges:
+            self._check(reference, self._reference, "judge")
+        self._refresh()
+        self._refreshes += 1
+        if self._refreshes <= _CHECKS:
+            self._check(nullcontext(), self._policy, "policy")
+        return VLLMSampler(self.engine, self.encoder, self.args.sampling(), self._policy)
+
+    def _refresh(self) -> None:
+        """Brings the policy as it is now into the engine. Every process takes part."""
+        if self.adapted:
+            last = self._policy
+            self._policy = self._load_adapter(_POLICY, str(self._refreshes))
+            if last is not None:
+                self._hand_over(lambda: self.engine.remove_adapter(last))
+                shutil.rmtree(self._folder / last, ignore_errors=True)
+        else:
+            weights = checkpoint_weights(self.model)
+            if self.colocated or self.accelerator.is_main_process:
+                self.engine.load_weights(weights)
+            for _ in weights:  # gathering sharded weights needs every process
+                pass
+            self.accelerator.wait_for_everyone()
+
+    def _load_adapter(self, adapter: str, version: str) -> str:
+        # The same name in every process, which is what a server knows it by.
+        name = _from_main(f"self-judge-{self._run}-{version}", self.accelerator)
+        tensors = adapter_tensors(self.model, adapter)
+        folder = self._folder / name
+
+        def load() -> None:
+            save_adapter(self.model, adapter, tensors, folder)
+            self.engine.load_adapter(name, folder)
+
+        self._hand_over(load)
+        return name
+
+    def _hand_over(self, call: Any) -> None:
+        """To this process's engine, or by the first process to the servers of all."""
+        if self.colocated or self.accelerator.is_main_process:
+            call()
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _check(self, weights: AbstractContextManager[Any], adapter: str | None, role: str) -> None:
+        """The engine must answer as the model here does: one prompt, its most likely tokens."""
+        with weights, in_evaluation_mode(self.model):
+            logprobs_V = next_token_logits(self.model, self._probe)[0].float().log_softmax(-1)
+        expected, tokens = (t.tolist() for t in logprobs_V.topk(4))
+        (got,) = self.engine.next_token_logprobs(self._probe, tokens, adapter, lambda n: None)
+        here, there = torch.tensor(expected).exp(), torch.tensor(got).exp()
+        distance = (here - there).abs().max().item()
+        # Rounding in half precision moves a probability by a few hundredths.
+        if not distance <= (0.01 if self._dtype() == torch.float32 else 0.1):
+            where, served = "in the engine", ""
+            if not self.colocated:
+                where = "at " + ", ".join(self.args.vllm_server_base_url or [])
+                served = "; serve the model that is trained here, an adapter it had merged into it"
+            raise EngineError(
+                f"the {role} answers otherwise in vLLM than in training: after a prompt of "
+                f"{len(self._probe[0])} tokens the likeliest next ones have the probabilities "
+                f"{_shown(there)} {where}, {_shown(here)} here{served}"
+            )
+
+
+def _handover_folder(wanted: str | None) -> tempfile.TemporaryDirectory[str]:
+    """A folder of this run, in memory where the machine has such a place; it goes with the run."""
+    shared = Path("/dev/shm")
+    parent = wanted or (str(shared) if shared.is_dir() else None)
+    if wanted is not None:
+        Path(wanted).mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix="self-judge-", dir=parent)
+
+
+def _from_main(text: str, accelerator: Accelerator) -> str:
+    if accelerator.num_processes == 1:
+        return text
+    from accelerate.utils import broadcast_object_list
+
+    (text,) = broadcast_object_list([text], from_process=0)
+    return text
+
+
+def _shown(probabilities: torch.Tensor) -> str:
+    return "[" + ", ".join(f"{p:.3f}" for p in probabilities.tolist()) + "]"

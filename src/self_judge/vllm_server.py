@@ -1,0 +1,382 @@
+"""VLLMServers: the same engine behind URLs, one or more replicas of `vllm serve` (TRL's `server`).
+
+It speaks vLLM's HTTP endpoints. It needs no vLLM in its own process, and does not know what the
+prompts are.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+
+from self_judge.sampling import SamplingSettings
+from self_judge.vllm_roles import (
+    EngineError,
+    SamplingRequest,
+    request_parameters,
+    scoring_parameters,
+)
+
+logger = logging.getLogger(__name__)
+
+WorkT = TypeVar("WorkT")
+
+_SHARD_BYTES = 4 << 30
+_TRIES = 4
+_BUSY = (429, 502, 503, 504)  # may pass; everything else that fails stays so
+
+
+class ServerDownError(EngineError):
+    """A server that does not answer."""
+
+
+class VLLMServers:
+    """Several `vllm serve` replicas of one model as one engine.
+
+    Requests go to whichever replica has room. One that stops answering is left out from then on,
+    with a warning, and what it had is done by the others; without any left it is an error.
+
+    Args:
+        urls: of the servers, `http://host:port`.
+        timeout: seconds to wait for them to be up.
+        request_timeout: seconds that one request may take.
+        concurrency: requests in flight per server.
+        prompts_per_request: judge prompts in one request; they share their prefixes on one server.
+        sync_dir: a folder that this process and the servers see under the same path, through which
+            weights are handed over.
+        retry_wait: seconds before a failed request is tried again; twice as long each time.
+
+    Raises:
+        EngineError: no URL, one that does not answer in time, or servers of different models.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        timeout: float = 240.0,
+        request_timeout: float = 3600.0,
+        concurrency: int = 64,
+        prompts_per_request: int = 32,
+        sync_dir: str | Path | None = None,
+        retry_wait: float = 1.0,
+    ) -> None:
+        if find_spec("requests") is None:
+            raise EngineError("vllm_mode=server needs the package requests: pip install requests")
+        if not urls:
+            raise EngineError("vllm_mode=server needs vllm_server_base_url: one URL, or a list")
+        self.concurrency = concurrency
+        self.prompts_per_request = prompts_per_request
+        self.sync_dir = sync_dir
+        self.servers = [
+            _Server(url.rstrip("/"), concurrency, request_timeout, retry_wait) for url in urls
+        ]
+        deadline = time.monotonic() + timeout
+        for server in self.servers:
+            server.wait_until_up(deadline)
+        lengths = {server.max_model_length for server in self.servers}
+        roots = {server.root for server in self.servers}
+        if len(roots) > 1:
+            raise EngineError(f"the servers serve different models: {', '.join(sorted(roots))}")
+        self.max_model_length = min(lengths)
+
+    def sample(
+        self,
+        requests: Sequence[SamplingRequest],
+        settings: SamplingSettings,
+        stop: Sequence[int],
+        adapter: str | None,
+        done: Callable[[int], object],
+    ) -> list[list[int]]:
+        """See `Engine.sample`."""
+        common = {**request_parameters(settings, stop), "return_token_ids": True}
+
+        def one(server: _Server, request: SamplingRequest) -> list[int]:
+            (choice,) = server.complete(
+                {**common, "prompt": list(request.prompt), "seed": request.seed}, adapter
+            )
+            if choice.get("token_ids") is None:
+                raise EngineError(
+                    f"{server.url} returns no token ids: vLLM 0.28 or newer is needed there"
+                )
+            return list(choice["token_ids"])
+
+        return self._shared_out(one, list(requests), lambda _: done(1))
+
+    def next_token_logprobs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        token_ids: Sequence[int],
+        adapter: str | None,
+        done: Callable[[int], object],
+    ) -> list[list[float]]:
+        """See `Engine.next_token_logprobs`."""
+        common = {**scoring_parameters(token_ids), "return_tokens_as_token_ids": True}
+
+        def some(server: _Server, chunk: Sequence[Sequence[int]]) -> list[list[float]]:
+            choices = server.complete({**common, "prompt": [list(p) for p in chunk]}, adapter)
+            if len(choices) != len(chunk):
+                raise EngineError(
+                    f"{server.url} answered {len(choices)} of {len(chunk)} prompts of a request"
+                )
+            choices = sorted(choices, key=lambda choice: choice["index"])
+            return [_logprobs(choice, token_ids, server.url) for choice in choices]
+
+        size = self.prompts_per_request
+        chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        answers = self._shared_out(some, chunks, lambda chunk: done(len(chunk)))
+        return [row for rows in answers for row in rows]
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """See `Engine.load_adapter`; the folder must be visible to every server."""
+        self._everywhere(
+            lambda server: server.post(
+                "/v1/load_lora_adapter",
+                {"lora_name": name, "lora_path": str(folder)},
+                absent="start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its "
+                "environment",
+            )
+        )
+
+    def remove_adapter(self, name: str) -> None:
+        """See `Engine.remove_adapter`."""
+        self._everywhere(lambda s: s.post("/v1/unload_lora_adapter", {"lora_name": name}))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See `Engine.load_weights`: through files in `sync_dir`, which are then removed."""
+        folder = Path(tempfile.mkdtemp(prefix="self-judge-weights-", dir=self.sync_dir))
+        try:
+            _save_shards(weights, folder)
+            self._everywhere(
+                lambda server: server.post(
+                    "/collective_rpc",
+                    {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+                    absent="start it with VLLM_SERVER_DEV_MODE=1 in its environment, by which it "
+                    "takes new weights",
+                )
+            )
+            self._everywhere(lambda server: server.post("/reset_prefix_cache", {}))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def sleep(self) -> None:
+        """Nothing: a server has its accelerator to itself."""
+
+    def wake_up(self) -> None:
+        """Nothing: it never sleeps."""
+
+    def _alive(self) -> list[_Server]:
+        alive = [server for server in self.servers if server.down is None]
+        if not alive:
+            raise ServerDownError(
+                "no vLLM server answers any more: "
+                + "; ".join(f"{s.url}: {s.down}" for s in self.servers)
+                + ". Start them again and go on from the last checkpoint"
+            )
+        return alive
+
+    def _everywhere(self, call: Callable[[_Server], object]) -> None:
+        """One call to every server that is up; those that are not are left out."""
+        for server in self._alive():
+            try:
+                call(server)
+            except ServerDownError as error:
+                server.leave_out(error)
+        self._alive()
+
+    def _shared_out(
+        self,
+        call: Callable[[_Server, WorkT], Any],
+        work: Sequence[WorkT],
+        done: Callable[[WorkT], object],
+    ) -> list[Any]:
+        """`call` on every piece of work, by whichever server has room; answers in order."""
+        answers: list[Any] = [None] * len(work)
+        todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for place in range(len(work)):
+            todo.put(place)
+        left = len(work)
+        failures: list[BaseException] = []
+        lock = threading.Lock()
+
+        def serve(server: _Server) -> None:
+            nonlocal left
+            while server.down is None and not failures:
+                try:
+                    place = todo.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    answers[place] = call(server, work[place])
+                except ServerDownError as error:
+                    todo.put(place)
+                    server.leave_out(error)
+                    return
+                except BaseException as error:
+                    failures.append(error)
+                    return
+                with lock:
+                    left -= 1
+                    done(work[place])
+
+        # A server that goes down puts its work back when others may have finished: look again.
+        while left and not failures:
+            workers = [
+                threading.Thread(target=serve, args=(server,), daemon=True)
+                for server in self._alive()
+                for _ in range(min(self.concurrency, left))
+            ]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        if failures:
+            raise failures[0]
+        return answers
+
+
+class _Server:
+    """One `vllm serve`: its address, what it serves, and whether it still answers."""
+
+    def __init__(self, url: str, connections: int, timeout: float, retry_wait: float) -> None:
+        import requests
+        from requests.adapters import HTTPAdapter
+
+        self.url = url
+        self.timeout = timeout
+        self.retry_wait = retry_wait
+        self.down: str | None = None
+        self._lock = threading.Lock()
+        self.model = self.root = ""
+        self.max_model_length = 0
+        self._session = requests.Session()
+        self._session.trust_env = False  # a proxy for the world is none for one's own servers
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
+
+    def wait_until_up(self, deadline: float) -> None:
+        """Waits for the server, and asks what it serves."""
+        import requests
+
+        while True:
+            try:
+                response = self._session.get(f"{self.url}/v1/models", timeout=10)
+                if response.status_code == 200:
+                    break
+                why = f"HTTP {response.status_code}"
+            except requests.RequestException as error:
+                why = _reason(error)
+            if time.monotonic() >= deadline:
+                raise ServerDownError(
+                    f"no vLLM server answers at {self.url} ({why}): start `vllm serve` there, or "
+                    "correct vllm_server_base_url"
+                )
+            time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+        cards = response.json()["data"]
+        base = next((card for card in cards if not card.get("parent")), None)
+        if base is None or not base.get("max_model_len"):
+            raise EngineError(f"{self.url} lists no model of its own at /v1/models: is it vLLM?")
+        self.model, self.root = base["id"], base.get("root") or base["id"]
+        self.max_model_length = int(base["max_model_len"])
+
+    def complete(self, body: dict[str, Any], adapter: str | None) -> list[dict[str, Any]]:
+        """The choices of one completion request."""
+        response = self.post("/v1/completions", {**body, "model": adapter or self.model})
+        return list(response.json()["choices"])
+
+    def post(self, path: str, body: dict[str, Any], absent: str | None = None) -> Any:
+        """Posts until it is answered: busy servers and broken connections are tried again.
+
+        Raises:
+            ServerDownError: it did not answer, several times.
+            EngineError: it refused, with its reason; `absent` says what a missing endpoint means.
+        """
+        import requests
+
+        why = ""
+        for attempt in range(_TRIES):
+            if attempt:
+                time.sleep(self.retry_wait * 2 ** (attempt - 1))
+            try:
+                response = self._session.post(
+                    f"{self.url}{path}", json=body, timeout=(10, self.timeout)
+                )
+            except requests.RequestException as error:
+                why = _reason(error)
+                continue
+            if response.status_code == 200:
+                return response
+            why = f"HTTP {response.status_code}: {_message(response)}"
+            if response.status_code not in _BUSY:
+                break
+        else:
+            raise ServerDownError(f"{path} failed {_TRIES} times, last by {why}")
+        if response.status_code in (404, 405) and absent and "does not exist" not in why:
+            raise EngineError(f"{self.url} has no {path}: {absent}")
+        raise EngineError(f"{self.url}{path} refused: {why}")
+
+    def leave_out(self, error: Exception) -> None:
+        """From now on nothing is asked of this server."""
+        with self._lock:
+            if self.down is None:
+                self.down = str(error)
+                logger.warning("vLLM server %s is left out from now on: %s", self.url, error)
+
+
+def _logprobs(choice: dict[str, Any], token_ids: Sequence[int], url: str) -> list[float]:
+    """The log-probabilities of some tokens at the first position of a choice."""
+    top = choice["logprobs"]["top_logprobs"][0]
+    try:
+        return [float(top[f"token_id:{token}"]) for token in token_ids]
+    except KeyError as error:
+        raise EngineError(
+            f"{url} does not return the log-probability of {error}: vLLM 0.28 or newer is needed "
+            "there (logprob_token_ids)"
+        ) from error
+
+
+def _save_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+    for number, shard in enumerate(_shards(weights)):
+        save_file(shard, folder / f"model-{number:05d}.safetensors")
+
+
+def _shards(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in weights:
+        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        size += tensor.numel() * tensor.element_size()
+        if size >= _SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+    if shard:
+        yield shard
+
+
+def _message(response: Any) -> str:
+    """What vLLM says of a refusal: its `error.message`, or the text."""
+    try:
+        body = response.json()
+    except ValueError:
+        return str(response.text)[:300].strip()
+    error = body.get("error", body) if isinstance(body, dict) else body
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause of a failed request, in a few words."""
+    inner: BaseException = error
+    while inner.__cause__ or inner.__context__:
+        inner = inner.__cause__ or inner.__context__  # type: ignore[assignment]
+    return f"{type(inner).__name__}: {str(inner).splitlines()[0] if str(inner) else 'no details'}"

@@ -1,0 +1,1 @@
+"""Tests on a real vLLM, which has an environment of its own."""

@@ -1,0 +1,247 @@
+"""Self-training through an engine: the real trainer and client, against a served tiny model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from conftest import TEMPLATES, tiny_llama
+from fake_vllm import FakeVLLM, serving
+from self_judge import Comparison, Judge, SelfJudgeConfig, SelfJudgeTrainer
+from self_judge.vllm_roles import EngineError
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+Make = Callable[..., SelfJudgeTrainer]
+
+
+class ServedModel(FakeVLLM):
+    """vLLM's endpoints over a real (tiny) model, its adapters loaded from their files."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base = copy.deepcopy(model).eval()
+        self.loaded: dict[str, Any] = {}
+        self.every_adapter: list[dict[str, torch.Tensor]] = []
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        answer = super().answer(path, body)
+        if path == "/v1/load_lora_adapter":
+            folder = body["lora_path"]
+            self.every_adapter.append(load_file(f"{folder}/adapter_model.safetensors"))
+            adapted = PeftModel.from_pretrained(copy.deepcopy(self.base), folder)
+            self.loaded[body["lora_name"]] = adapted.eval()
+        elif path == "/collective_rpc":
+            for file in Path(body["kwargs"]["weights_path"]).glob("*.safetensors"):
+                self.base.load_state_dict(load_file(file), strict=False)
+        return answer
+
+    @torch.no_grad()
+    def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        model = self.loaded.get(body["model"], self.base)
+        if body.get("logprob_token_ids"):
+            choices = []
+            for index, prompt in enumerate(body["prompt"]):
+                logprobs = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+                top = {f"token_id:{t}": logprobs[t].item() for t in body["logprob_token_ids"]}
+                choices.append({"index": index, "logprobs": {"top_logprobs": [top]}})
+            return 200, {"choices": choices}
+        generator = torch.Generator().manual_seed(body["seed"])
+        ids = list(body["prompt"])
+        for _ in range(body["max_tokens"]):
+            probabilities = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+            ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+            if ids[-1] in body["stop_token_ids"]:
+                break
+        return 200, {"choices": [{"index": 0, "token_ids": ids[len(body["prompt"]) :]}]}
+
+
+@pytest.fixture
+def served(model: Any) -> Iterator[ServedModel]:
+    with serving(ServedModel(model)) as server:
+        yield server  # type: ignore[misc]
+
+
+@pytest.fixture
+def make(
+    tmp_path: Path, tokenizer: Any, model: Any, queries: list[dict[str, Any]], served: ServedModel
+) -> Make:
+    def build(model: Any = model, peft_config: Any = None, **changes: Any) -> SelfJudgeTrainer:
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "use_vllm": True,
+            "vllm_mode": "server",
+            "vllm_server_base_url": served.url,
+            "vllm_sync_dir": str(tmp_path / "sync"),
+            "generation_batch_size": 4,
+            "per_device_train_batch_size": 4,
+            "max_steps": 3,
+            "max_new_tokens": 6,
+            "max_length": 256,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "disable_tqdm": True,
+        }
+        return SelfJudgeTrainer(
+            model=model,
+            args=SelfJudgeConfig(**{**settings, **changes}),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(queries),
+            judge_templates=TEMPLATES,
+            peft_config=peft_config,
+        )
+
+    return build
+
+
+def pairs(trainer: SelfJudgeTrainer, step: int) -> list[dict[str, Any]]:
+    path = Path(trainer.output_dir) / "rollouts" / f"step-{step:06d}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_with_lora_every_step_samples_from_the_adapter_of_that_step(
+    make: Make, served: ServedModel
+) -> None:
+    trainer = make(peft_config=LoraConfig(**LORA))
+    trainer.train()
+    assert len(served.every_adapter) == 3  # one per step
+    assert not any(t.any() for n, t in served.every_adapter[0].items() if "lora_B" in n)
+    assert all(t.any() for n, t in served.every_adapter[2].items() if "lora_B" in n)
+    assert len(served.adapters) == 1  # the old ones are forgotten
+    sampled = [body["model"] for path, body in served.requests if body.get("seed") is not None]
+    assert len(sampled) == 3 * 4 * 2
+    assert len(set(sampled)) == 3
+    assert served.model not in sampled
+
+
+def test_with_lora_the_bare_base_on_the_server_judges_as_the_frozen_model_would(
+    make: Make, served: ServedModel, model: Any, tokenizer: Any
+) -> None:
+    frozen = copy.deepcopy(model)
+    trainer = make(peft_config=LoraConfig(**LORA))
+    trainer.train()
+    asked = [Comparison("what is it?", "Paris", "no"), Comparison("and now?", "x", "yes, Paris")]
+    here = Judge(frozen, tokenizer, TEMPLATES).compare(asked)
+    there = trainer.judge.compare(asked)
+    for left, right in zip(here, there, strict=True):
+        assert left.preferred == right.preferred
+        assert torch.tensor(left.probabilities).allclose(
+            torch.tensor(right.probabilities), atol=1e-6
+        )
+
+
+def test_a_given_adapter_goes_on_against_its_frozen_copy_on_the_server(
+    make: Make, served: ServedModel, model: Any, tokenizer: Any
+) -> None:
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(**LORA))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    frozen = copy.deepcopy(adapted)
+    trainer = make(model=adapted)
+    trainer.train()
+    assert len(served.adapters) == 2  # the policy of the last step, and the judge
+    asked = [Comparison("what is it?", "Paris", "no")]
+    (here,) = Judge(frozen, tokenizer, TEMPLATES).compare(asked)
+    (there,) = trainer.judge.compare(asked)
+    assert torch.tensor(here.probabilities).allclose(torch.tensor(there.probabilities), atol=1e-6)
+
+
+def test_with_full_fine_tuning_the_server_gets_the_weights_and_the_judge_stays(
+    make: Make, served: ServedModel, model: Any
+) -> None:
+    before = copy.deepcopy(model.state_dict())
+    trainer = make()
+    trainer.train()
+    assert served.paths().count("/collective_rpc") == 3
+    assert served.paths().count("/reset_prefix_cache") == 3
+    moved = served.base.state_dict()
+    assert any(not torch.equal(moved[name], before[name]) for name in before)
+    judge = trainer.judge.model.state_dict()
+    assert all(torch.equal(judge[name], before[name]) for name in before)
+    assert not list(Path(trainer.vllm._folder).iterdir())  # type: ignore[union-attr]
+
+
+def test_training_through_an_engine_learns_and_writes_what_training_without_does(
+    make: Make,
+) -> None:
+    trainer = make(peft_config=LoraConfig(**LORA))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    assert all(0 < loss < 5 for loss in losses)
+    assert len(pairs(trainer, 1)) == 4
+    assert any(entry.get("judge/margin") for entry in trainer.state.log_history)
+
+
+def test_a_run_repeats_itself_through_an_engine(make: Make, model: Any, tmp_path: Path) -> None:
+    first = make(model=copy.deepcopy(model), peft_config=LoraConfig(**LORA))
+    first.train()
+    again = make(
+        model=copy.deepcopy(model),
+        peft_config=LoraConfig(**LORA),
+        output_dir=str(tmp_path / "again"),
+    )
+    again.train()
+    assert [pairs(first, step) for step in (1, 2)] == [pairs(again, step) for step in (1, 2)]
+
+
+def test_a_server_of_another_model_is_noticed_before_anything_is_sampled(
+    make: Make, served: ServedModel, tokenizer: Any
+) -> None:
+    served.base = tiny_llama(len(tokenizer), seed=5)
+    trainer = make(peft_config=LoraConfig(**LORA))
+    with pytest.raises(EngineError, match="the judge answers otherwise in vLLM than in training"):
+        trainer.train()
+    assert not any("seed" in body for _, body in served.requests)
+
+
+def test_weights_that_do_not_arrive_are_noticed(
+    make: Make, served: ServedModel, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(served, "answer", lambda *args: FakeVLLM.answer(served, *args))
+    trainer = make(learning_rate=0.5)
+    with pytest.raises(EngineError, match="the policy answers otherwise"):
+        trainer.train()
+
+
+def test_a_server_that_holds_too_few_tokens_is_named(make: Make, served: ServedModel) -> None:
+    served.max_model_len = 128
+    with pytest.raises(EngineError, match="hold 128 tokens, max_length is 256"):
+        make(peft_config=LoraConfig(**LORA))
+
+
+def test_an_absent_vllm_is_one_line_with_what_to_install(make: Make, monkeypatch: Any) -> None:
+    monkeypatch.setattr("self_judge.vllm_engine.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"pip install 'self-judge\[vllm\]'"):
+        make(vllm_mode="colocate", peft_config=LoraConfig(**LORA))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vllm_mode": "serve"}, "vllm_mode must be colocate or server"),
+        ({"vllm_server_base_url": None}, "needs vllm_server_base_url"),
+        ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization must be in"),
+        ({"vllm_max_model_length": 100}, "must be at least max_length"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    changes: dict[str, Any], message: str, make: Make
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
