@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here: `make browser` installs it (or set CHROMIUM)"
 )
 QUIET = Console(quiet=True)
+PATIENCE_MS = 120_000  # a page of 5 MB on a machine that is busy with other things
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -55,6 +56,7 @@ def opened(browser: Any) -> Iterator[Open]:
 
     def open_(path: Path, **settings: Any) -> Any:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
+        context.set_default_timeout(PATIENCE_MS)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(message.text))
@@ -169,6 +171,7 @@ def test_script_that_got_onto_the_page_could_neither_run_nor_call_home(
     """The policy itself: markup that slipped through would still be dead."""
     path = report_of(run_of(tmp_path / "run", 1), to=tmp_path)
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE_MS)
     blocked: list[str] = []
     page.on("console", lambda message: blocked.append(message.text))
     page.goto(path.as_uri())
