@@ -151,7 +151,7 @@ def test_self_training_shows_the_prompt_and_both_orders_of_the_judge(
     report = check(TRAIN, given(taught, data["hh"]))
     assert not problems(report)
     prompt, first, second = report.samples
-    assert prompt.pieces[-1].text == "<|assistant|>"
+    assert prompt.pieces[-1].text.endswith("<|assistant|>")
     assert not any(p.trained for s in report.samples for p in s.pieces)
     assert "first response first" in first.title
     assert "second response first" in second.title
