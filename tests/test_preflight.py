@@ -151,7 +151,7 @@ def test_self_training_shows_the_prompt_and_both_orders_of_the_judge(
     report = check(TRAIN, given(taught, data["hh"]))
     assert not problems(report)
     prompt, first, second = report.samples
-    assert prompt.pieces[-1].text == "<|assistant|>"
+    assert prompt.pieces[-1].text.endswith("<|assistant|>")
     assert not any(p.trained for s in report.samples for p in s.pieces)
     assert "first response first" in first.title
     assert "second response first" in second.title
@@ -224,7 +224,8 @@ def test_the_exit_status_is_0_1_or_2(
     assert "nothing stands against this run" in capsys.readouterr().out
     assert main(["check", JSFT, *sound, "jsft_args.max_length=8", "--plain"]) == 1
     assert "problem" in capsys.readouterr().out
-    assert main(["check", JSFT, *sound, "jsft_args.max_lenght=8"]) == 2
+    # Overrides may stand behind options.
+    assert main(["check", JSFT, "--plain", *sound, "jsft_args.max_lenght=8"]) == 2
     assert "max_length" in capsys.readouterr().err
     assert main(["check", JSFT, *given(base, tmp_path / "no.jsonl")]) == 2
     assert "no.jsonl" in capsys.readouterr().err

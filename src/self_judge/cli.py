@@ -25,7 +25,14 @@ _OVERRIDES = "any value of the file, as key.path=value"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status (2: bad input, told in one line)."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no positional argument after an option: overrides may stand there all the same.
+    if rest and (
+        "overrides" not in arguments or any(r.startswith("-") or "=" not in r for r in rest)
+    ):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     if arguments.command is None:
         parser.print_help()
         return 0

@@ -78,7 +78,8 @@ def gpu_like(name: str, total_memory: int) -> Device:
 def this_cpu(dtype: torch.dtype) -> Device:
     """This machine without a GPU, its rate of matrix products measured in a fraction of a second.
 
-    The shares are those measured in benchmarks/RESULTS.md with SmolLM2-135M on two cores.
+    The shares, and what the process itself takes, are those measured with SmolLM2-135M on two cores
+    (benchmarks/RESULTS.md).
     """
     left, right = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     seconds = []
@@ -88,7 +89,7 @@ def this_cpu(dtype: torch.dtype) -> Device:
         seconds.append(time.perf_counter() - started)
     flops = 2 * 512 * 1024 * 1024 / statistics.median(seconds[1:])
     return Device(
-        "this CPU", _ram(), flops, 10e9, 0.6, 0.64, 2e-4, int(0.75 * GIB), measured=True
+        "this CPU", _ram(), flops, 10e9, 0.6, 0.64, 2e-4, int(1.1 * GIB), measured=True
     )  # fmt: skip
 
 
@@ -165,7 +166,7 @@ class Memory:
         weights, reference, gradients, optimizer: held throughout.
         activations: of the largest micro-batch, at the start of its backward pass.
         head: of scoring responses.
-        cache: of sampling, prompts and responses at their longest.
+        cache: of sampling, prompts and responses at their longest, and a sharded model made whole.
         judging: of one pass of the judge, without gradients.
         resident: of the process itself.
     """
@@ -224,16 +225,19 @@ def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device)
     spread = n if setting.sharding in ("zero3", "fsdp") else 1
     weights, gradients = size.weight_bytes, size.trainable_bytes
     moments = _moments(setting.optimizer) * gradients
-    if setting.sharding in ("zero2", "zero3") and setting.bf16:
+    deepspeed = setting.sharding in ("zero2", "zero3") and setting.bf16
+    if deepspeed:
         # DeepSpeed computes in bfloat16 and keeps float32 weights beside the moments.
         weights, gradients = 2 * size.parameters, 2 * size.trainable
         moments = 4 * size.trainable * (1 + _moments(setting.optimizer))
     gathered = 0
     if spread > 1:  # one layer is whole at a time, and the next one is fetched meanwhile
         gathered = 2 * 2 * size.matrix // size.layers
-    elif setting.bf16 and size.weight_bytes > 3 * size.parameters:
+    elif setting.bf16 and not deepspeed and size.weight_bytes > 3 * size.parameters:
         gathered = 2 * size.matrix  # autocast keeps a bfloat16 copy of float32 weights
     over = n if setting.sharding != "none" else 1
+    # TRL gathers a sharded model whole to sample from it.
+    whole = 2 * size.parameters if spread > 1 and work.responses else 0
     kept_bytes = kept.checkpoints if setting.checkpointing else kept.kept
     words = min(size.vocabulary, _TILE_WORDS)
     element = 2 if setting.bf16 or weights < 3 * size.parameters else 4
@@ -246,7 +250,8 @@ def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device)
         activations=kept_bytes + kept.layer * (2 if setting.checkpointing else 1),
         head=min(work.largest_scored, _TILE_TOKENS) * words * 4 * _TILE_COPIES
         + work.largest_scored * size.hidden * 8,
-        cache=round(min(work.at_once, work.responses) * (work.prompt + work.response))
+        cache=whole
+        + round(min(work.at_once, work.responses) * (work.prompt + work.response))
         * size.cache_bytes
         + min(work.at_once, work.responses) * size.vocabulary * 4 * 4,
         judging=work.judge_at_once * size.hidden * element * _INFERENCE_COPIES,
