@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from conftest import TEMPLATES
 from self_judge import Comparison, Verdict
 from self_judge.benchmark_data import BenchmarkSource
 from self_judge.bulk_judging import JudgeChoice
@@ -134,7 +135,7 @@ class Fake:
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         return [
-            aggregate([((0.6, 0.3), (0.5, 0.3 + 0.01 * (len(c.response_a) % 7)))])
+            aggregate([((0.6, 0.3), (0.5, 0.3 + 0.01 * (len(c.response_a) % 7)))] * len(TEMPLATES))
             for c in comparisons
         ]
 

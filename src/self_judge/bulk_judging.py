@@ -285,7 +285,10 @@ def verdict_json(verdict: Verdict, principles: Sequence[str]) -> dict[str, Any]:
         "undecidable_because": verdict.undecidable_because,
         "probabilities": {
             name: [[_finite(p) for p in letters] for letters in orders]
-            for name, orders in zip(principles, verdict.probabilities, strict=False)
+            # A pair that did not fit has none.
+            for name, orders in zip(
+                principles if verdict.probabilities else (), verdict.probabilities, strict=True
+            )
         },
     }
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -235,6 +236,8 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     """The tables of an evaluation."""
     console.print(_accuracy_table(results))
     console.print(_bias_table(results))
+    if results["subsets"]:
+        console.print(_subset_table(results))
     overall = results["overall"]
     if overall["calibration"]:
         console.print(_reliability_table(overall["calibration"]))
@@ -252,40 +255,78 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
         console.print(f"{results['pairs_per_second']:.2f} pairs per second", highlight=False)
 
 
+_BASELINES = {
+    "swap-averaged judge": "judge, both orders",
+    "judge, one order (as given)": "one order, as given",
+    "judge, one order (swapped)": "one order, swapped",
+    "the longer response": "the longer response",
+}
+
+
 def _accuracy_table(results: Mapping[str, Any]) -> Table:
     table = _table(f"accuracy of {results['judge']['model']}, with 95 % intervals")
-    names = list(results["overall"]["baselines"])
-    for heading in ("", "pairs", *names):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_column("", overflow="fold")
+    for heading in ("pairs", *_BASELINES.values()):
+        table.add_column(heading, justify="right")
     for name, report in _reports(results):
-        cells = [_interval(report["baselines"][n]) for n in names]
+        cells = [_interval(report["baselines"][n]) for n in _BASELINES]
         table.add_row(name, f"{report['pairs']:,}", *cells)
     return table
 
 
-_BIAS = (
-    ("orders agree", lambda r: r["order_agreement"]),
-    ("decided by position", lambda r: r["decided_by_position"]),
-    ("first position wins", lambda r: r["first_position"]),
-    ("longer preferred", lambda r: r["longer"]["preferred"]),
-    ("accuracy, better is longer", lambda r: r["longer"]["accuracy_better_is_longer"]),
-    ("accuracy, better is shorter", lambda r: r["longer"]["accuracy_better_is_shorter"]),
+# What stands in a table by subset: its heading there, its name in the table of all pairs, itself.
+_BIASES = (
+    ("orders agree", "orders agree", lambda r: r["order_agreement"]),
+    ("by place", "decided by position", lambda r: r["decided_by_position"]),
+    ("first wins", "first position wins", lambda r: r["first_position"]),
+    ("longer wins", "longer preferred", lambda r: r["longer"]["preferred"]),
+    (
+        "right if longer",
+        "accuracy, better is longer",
+        lambda r: r["longer"]["accuracy_better_is_longer"],
+    ),
+    (
+        "right if shorter",
+        "accuracy, better is shorter",
+        lambda r: r["longer"]["accuracy_better_is_shorter"],
+    ),
 )
 
 
 def _bias_table(results: Mapping[str, Any]) -> Table:
-    table = _table("position, length and calibration")
-    headings = ["", *(heading for heading, _ in _BIAS), "undecidable", "ECE", "Brier"]
-    for heading in headings:
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name, report in _reports(results):
-        calibration = report["calibration"] or {"ece": None, "brier": None}
+    overall = results["overall"]
+    table = _table("position, length and calibration, all pairs")
+    for heading in ("", "value", "95 % interval", "pairs"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for _, name, value in _BIASES:
+        e = value(overall)
+        if e is not None:
+            ends = f"{e['ci95'][0]:.3f} – {e['ci95'][1]:.3f}"
+            table.add_row(name, f"{e['value']:.3f}", ends, f"{e['n']:,}")
+    calibration = overall["calibration"] or {"ece": None, "brier": None, "n": 0}
+    for name, value in (
+        ("undecidable", overall["undecidable"]["share"]),
+        ("p(A) + p(B)", overall["letter_mass"]),
+        ("calibration error (ECE)", calibration["ece"]),
+        ("Brier score", calibration["brier"]),
+    ):
+        table.add_row(name, _number(value))
+    return table
+
+
+def _subset_table(results: Mapping[str, Any]) -> Table:
+    table = _table("the same by subset (intervals: results.json)")
+    table.add_column("", no_wrap=True)
+    shown = [(heading, value) for heading, _, value in _BIASES if heading != "first wins"]
+    for heading in (*(heading for heading, _ in shown), "ECE"):
+        table.add_column(heading, justify="right")
+    for name, report in results["subsets"].items():
+        calibration = report["calibration"] or {"ece": None}
+        cells = [value(report) for _, value in shown]
         table.add_row(
             name,
-            *(_interval(value(report)) for _, value in _BIAS),
-            _number(report["undecidable"]["share"]),
+            *("–" if e is None else f"{e['value']:.3f}" for e in cells),
             _number(calibration["ece"]),
-            _number(calibration["brier"]),
         )
     return table
 
@@ -357,7 +398,7 @@ def _compared_table(results: Mapping[str, Any]) -> Table:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold")
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
 
 
 def _reports(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
