@@ -31,7 +31,7 @@ FLOORS: list[set[str]] = [
         "synthetic",
         "world",
     },
-    {"models", "packed_passes", "packing", "packed_head", "sampling", "judge"},
+    {"models", "packed_passes", "packing", "packed_head", "decoding", "sampling", "judge"},
     {
         "jsft",
         "jsft_trainer",

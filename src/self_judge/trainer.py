@@ -310,7 +310,11 @@ class SelfJudgeTrainer(DPOTrainer):
         started = time.perf_counter()
         with self._policy() as policy:
             sampler = TransformersSampler(
-                policy, self.encoder, self.args.sampling(), self.args.generation_batch_size
+                policy,
+                self.encoder,
+                self.args.sampling(),
+                self.args.generation_batch_size,
+                batch_tokens=self.args.generation_batch_tokens,
             )
             responses = sampler.sample(prompts, self.args.num_generations, seeds)
         sampled = time.perf_counter()

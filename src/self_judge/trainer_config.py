@@ -43,8 +43,16 @@ class SelfJudgeConfig(DPOConfig):
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, above 0."})
     top_p: float = field(default=0.9, metadata={"help": "Nucleus sampling; 1.0 is off."})
     top_k: int = field(default=0, metadata={"help": "Top-k sampling; 0 is off."})
+    min_p: float = field(default=0.0, metadata={"help": "Min-p sampling; 0.0 is off."})
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Penalty on tokens that have come before; 1.0 is off."}
+    )
     generation_batch_size: int = field(
-        default=64, metadata={"help": "Responses sampled together on one device."}
+        default=64, metadata={"help": "Responses sampled together on one device at most."}
+    )
+    generation_batch_tokens: int = field(
+        default=65_536,
+        metadata={"help": "Tokens in their KV cache at most, prompts and responses together."},
     )
     judge_batch_size: int = field(
         default=8, metadata={"help": "Judge prompts per forward pass on one device."}
@@ -102,8 +110,9 @@ class SelfJudgeConfig(DPOConfig):
                 f"pair_selection must be best_worst or best_random, got {self.pair_selection!r}"
             )
         check_choice(self.packing)
-        if self.judge_batch_size < 1:
-            raise ValueError(f"judge_batch_size must be at least 1, got {self.judge_batch_size}")
+        for name in ("judge_batch_size", "generation_batch_size", "generation_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_length is not None and self.max_new_tokens >= self.max_length:
             raise ValueError(
                 f"max_new_tokens ({self.max_new_tokens}) must be below max_length "
@@ -137,6 +146,8 @@ class SelfJudgeConfig(DPOConfig):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
         )
 
 
