@@ -16,6 +16,7 @@ from transformers import (
     Mamba2Config,
     Mamba2ForCausalLM,
 )
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from conftest import byte_bpe, tiny_llama, wrap
 from self_judge import ChatEncoder
@@ -23,6 +24,7 @@ from self_judge.comparison import Response
 from self_judge.sampling import (
     SamplingSettings,
     TransformersSampler,
+    _TopP,
     seeded_gumbel,
     stable_seed,
 )
@@ -191,6 +193,16 @@ def test_temperature_zero_takes_the_most_likely_tokens(model: Any, encoder: Chat
         for token in first.ids:
             assert token == exact_next(model, ids, SamplingSettings()).argmax()
             ids.append(token)
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.0, 8.0])  # a nucleus of most tokens, and of few
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999])
+def test_the_nucleus_is_that_of_transformers(spread: float, top_p: float) -> None:
+    drawn = torch.Generator().manual_seed(1)
+    scores_BV = spread * torch.randn(6, 2000, generator=drawn)
+    scores_BV[0, :1500] = -torch.inf  # as top-k leaves it
+    expected_BV = TopPLogitsWarper(top_p)(torch.empty(0), scores_BV)
+    assert torch.equal(_TopP(top_p)(torch.empty(0), scores_BV), expected_BV)
 
 
 # -- seeds and batches -----------------------------------------------------------------------------

@@ -285,7 +285,7 @@ class _Draw:
         if s.top_k:
             self.processors.append(TopKLogitsWarper(s.top_k))
         if s.top_p < 1.0:
-            self.processors.append(TopPLogitsWarper(s.top_p))
+            self.processors.append(_TopP(s.top_p))
         if s.min_p > 0.0:
             self.processors.append(MinPLogitsWarper(s.min_p))
         self.processors.append(self.gumbel)
@@ -312,6 +312,24 @@ class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
         # A token counts once, however often it occurs: padding may repeat the row's last.
         own_BT = torch.where(padding_BT, input_ids[:, -1:], input_ids)
         return super().__call__(own_BT, scores)
+
+
+class _TopP(TopPLogitsWarper):
+    """The same nucleus without sorting the vocabulary, which took a fifth of a token's time.
+
+    Where the likeliest few hundred tokens of a row do not hold the nucleus, all are sorted.
+    """
+
+    likeliest = 256
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        top_BK = scores.topk(min(self.likeliest, scores.size(-1))).values
+        p_BK = (top_BK - scores.logsumexp(-1, keepdim=True)).exp()
+        before_BK = p_BK.cumsum(-1) - p_BK
+        if not bool((before_BK[:, -1] + p_BK[:, -1] >= self.top_p).all()):
+            return super().__call__(input_ids, scores)
+        least_B1 = top_BK.masked_fill(before_BK >= self.top_p, torch.inf).amin(-1, keepdim=True)
+        return scores.masked_fill(scores < least_B1, self.filter_value)
 
 
 class _SeededGumbel(LogitsProcessor):
