@@ -219,7 +219,8 @@ class SelfJudgeArgs:
         temperature, top_p, top_k, min_p, repetition_penalty: of sampling; `top_k` 0, `min_p` 0 and
             `repetition_penalty` 1 are off.
         num_generations: responses sampled per prompt (K); more than two are ranked by tournament.
-        pair_selection: which two of them are learned from.
+        rollouts_per_update: pairs learned from per prompt and step, each of K samples of its own.
+        pair_selection: which two of K are learned from.
         loss_type: one of TRL's pairwise losses, or a list of them.
         beta: strength of the pull towards the reference.
         average_log_prob: whether a response's log-probability is averaged over its tokens; `None`:
@@ -246,6 +247,7 @@ class SelfJudgeArgs:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     num_generations: int = 2
+    rollouts_per_update: int = 1
     pair_selection: Literal["best_worst", "best_random"] = "best_worst"
     loss_type: str | list[str] = "sigmoid"
     beta: float = 0.1
@@ -266,6 +268,7 @@ class SelfJudgeArgs:
             "max_new_tokens": 1,
             "top_k": 0,
             "num_generations": 2,
+            "rollouts_per_update": 1,
             "global_batch_size": 1,
         }.items():
             _require_at_least(self, name, least)

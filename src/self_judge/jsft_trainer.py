@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from trl import SFTTrainer
 
 from self_judge.config import PackingChoice
+from self_judge.lockstep import check_processes
 from self_judge.packed_head import pack_fused_head
 from self_judge.packing import needs_one_pass
 
@@ -61,6 +62,7 @@ class JSFTTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, packing: PackingChoice = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_processes(self.accelerator)
         model: Any = self.model
         one_pass = needs_one_pass(self.accelerator.distributed_type)
         self.packing = pack_fused_head(model, packing, one_pass=one_pass)

@@ -8,7 +8,6 @@ give the same numbers in the same places. How pairs are sampled and judged: `rol
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +29,11 @@ from trl.trainer.utils import use_adapter
 
 from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
+from self_judge.lockstep import LockstepPacking, check_processes, most_of
 from self_judge.models import frozen_reference, load_judge_settings, save_judge_settings
 from self_judge.packed_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
+from self_judge.phases import StepClock
 from self_judge.prompts import COLUMNS, PromptPreparer, SelfJudgeCollator, fits
 from self_judge.rollouts import (
     Rollout,
@@ -42,7 +43,7 @@ from self_judge.rollouts import (
     rollout_totals,
     write_rollouts,
 )
-from self_judge.sampling import TransformersSampler, stable_seed
+from self_judge.sampling import Sampler, TransformersSampler, stable_seed
 from self_judge.templates import JudgeTemplates
 from self_judge.trainer_config import SelfJudgeConfig, as_self_judge_config, with_values
 
@@ -178,6 +179,7 @@ class SelfJudgeTrainer(DPOTrainer):
             peft_config=peft_config,
             **trainer_arguments,
         )
+        check_processes(self.accelerator)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
                 "no parameter of the model takes gradients (PEFT leaves a merged model frozen): "
@@ -200,9 +202,17 @@ class SelfJudgeTrainer(DPOTrainer):
         for own in (self.ref_model, self.model):
             if own is not None:
                 self.packing = pack_fused_head(own, config.packing, one_pass=one_pass)
+        self.most = most_of(self.accelerator)
+        if self.most is not int:
+            self.judge.packing = LockstepPacking(
+                self.judge.model, config.packing, batch_rows=config.judge_batch_size, most=self.most
+            )
+        self.clock = StepClock(self.accelerator, self._metrics["train"])
+        self.add_callback(self.clock)
         self.output_dir = str(config.output_dir)
         self._step_batches: list[Any] = []
-        self._step_rollouts: list[list[Rollout]] | None = None
+        self._step_inputs: list[dict[str, torch.Tensor]] | None = None
+        self._sampled_tokens = 0
         self._shown: list[Rollout] = []
         self._log_prob_hooks = _LogProbUnits.attach(self)
 
@@ -264,7 +274,7 @@ class SelfJudgeTrainer(DPOTrainer):
         checkpoint restores the random state only after this prefetch.
         """
         batches, count = super().get_batch_samples(*args, **kwargs)
-        self._step_batches, self._step_rollouts = batches, None
+        self._step_batches, self._step_inputs = batches, None
         return batches, count
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -272,16 +282,48 @@ class SelfJudgeTrainer(DPOTrainer):
             return super()._prepare_inputs(self._evaluation_batch(inputs))
         place = next((i for i, b in enumerate(self._step_batches) if b is inputs), None)
         if place is None:  # called from outside the training loop
-            self._step_batches, self._step_rollouts, place = [inputs], None, 0
-        if self._step_rollouts is None:
-            self._step_rollouts = self._roll_out(self._step_batches)
-        rollouts = self._step_rollouts[place]
-        batch = preference_batch(
+            self._step_batches, self._step_inputs, place = [inputs], None, 0
+        if self._step_inputs is None:
+            self._step_inputs = self._rolled_out(self._step_batches)
+        return super()._prepare_inputs(dict(self._step_inputs[place]))
+
+    def _rolled_out(self, batches: Sequence[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+        """TRL's batch for each micro-batch of the step, with the reference's log-probabilities."""
+        rollouts = self._roll_out(batches)
+        inputs = [self._preference_batch(own) for own in rollouts]
+        if not BEFORE_FUSED_HEAD and self._log_prob_hooks is None:
+            with self.clock.phase("reference"):
+                self._add_reference(rollouts, inputs)
+        self.clock.rolled_out(self._sampled_tokens)
+        self._record([r for own in rollouts for r in own])
+        return inputs
+
+    def _preference_batch(self, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
+        return preference_batch(
             [(r.prompt_ids, r.chosen.ids, r.rejected.ids, r.decided) for r in rollouts],
             self._tokenizer.pad_token_id,
             pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]
         )
-        return super()._prepare_inputs(batch)
+
+    def _add_reference(
+        self, rollouts: Sequence[Sequence[Rollout]], inputs: Sequence[dict[str, torch.Tensor]]
+    ) -> None:
+        """Puts the reference's log-probabilities into the batches, where TRL's loss looks for them.
+
+        Packing lays out what it is given in passes of its own size, so it gets the whole step at
+        once. Without it a micro-batch is a pass, and so it is for a model that processes share.
+        """
+        together = self.packing is not None and not self.packing.shape.one_pass
+        asked = [self._preference_batch([r for own in rollouts for r in own])]
+        reference = self.ref_model if self.ref_model is not None else self.model
+        found = [
+            self.compute_ref_log_probs(reference, super(SelfJudgeTrainer, self)._prepare_inputs(b))
+            for b in (asked if together else inputs)
+        ]
+        chosen, rejected = (torch.cat(side).cpu() for side in zip(*found, strict=True))
+        sizes = [len(own) for own in rollouts]
+        for batch, c, r in zip(inputs, chosen.split(sizes), rejected.split(sizes), strict=True):
+            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = c, r
 
     def _evaluation_batch(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         for side in ("chosen", "rejected"):
@@ -307,31 +349,35 @@ class SelfJudgeTrainer(DPOTrainer):
         # A record's samples depend on the seed, the step and the record alone: not on the batch it
         # is in, the number of processes or a resume in between.
         seeds = [stable_seed(self.args.seed, self.state.global_step, r) for r in records]
-        started = time.perf_counter()
-        with self._policy() as policy:
-            sampler = TransformersSampler(
+        with self.clock.phase("sampling"), self._policy() as policy:
+            sampler: Sampler = TransformersSampler(
                 policy,
                 self.encoder,
                 self.args.sampling(),
                 self.args.generation_batch_size,
                 batch_tokens=self.args.generation_batch_tokens,
+                most=self.most,
             )
-            responses = sampler.sample(prompts, self.args.num_generations, seeds)
-        sampled = time.perf_counter()
-        with self._reference():
+            times, k = self.args.rollouts_per_update, self.args.num_generations
+            responses = sampler.sample(prompts, times * k, seeds)
+        self._sampled_tokens = sum(len(r.ids) for own in responses for r in own)
+        # Every rollout of a prompt has samples and lots of its own.
+        each = [(i, t) for i in range(len(prompts)) for t in range(times)]
+        with self.clock.phase("judging"), self._reference():
+            self.judge.packing.decision  # noqa: B018  trying it is for all processes at once
             rollouts = judged_rollouts(
                 self.judge.compare,
-                records,
-                prompts,
-                contexts,
-                responses,
-                seeds,
+                [records[i] for i, _ in each],
+                [prompts[i] for i, _ in each],
+                [contexts[i] for i, _ in each],
+                [responses[i][t * k : (t + 1) * k] for i, t in each],
+                [stable_seed(seeds[i], "again", t) if t else seeds[i] for i, t in each],
                 self.args.pair_selection,
             )
-        judged = time.perf_counter()
-        self._record(rollouts, sampled - started, judged - sampled)
-        sizes = iter(rollouts)
-        return [[next(sizes) for _ in batch["record"]] for batch in batches]
+            if isinstance(self.judge.packing, LockstepPacking):
+                self.judge.packing.finish()
+        own = iter(rollouts)
+        return [[next(own) for _ in range(times * len(b["record"]))] for b in batches]
 
     @contextmanager
     def _policy(self) -> Iterator[Any]:
@@ -356,7 +402,7 @@ class SelfJudgeTrainer(DPOTrainer):
 
     # -- what people see -------------------------------------------------------------------------
 
-    def _record(self, rollouts: list[Rollout], sampling_s: float, judging_s: float) -> None:
+    def _record(self, rollouts: list[Rollout]) -> None:
         totals = rollout_totals(rollouts, self.judge_templates.principles)
         lengths = [float(len(x.ids)) for r in rollouts for x in (r.chosen, r.rejected)]
         device = self.accelerator.device
@@ -369,7 +415,6 @@ class SelfJudgeTrainer(DPOTrainer):
         metrics = rollout_metrics(dict(zip(totals, summed.tolist(), strict=True)))
         metrics["completions/min_length"] = extremes[:, 0].min().item()
         metrics["completions/max_length"] = extremes[:, 1].max().item()
-        metrics["time/sampling"], metrics["time/judging"] = sampling_s, judging_s
         for key, value in metrics.items():
             self._metrics["train"][key].append(value)
         self._shown = rollouts
@@ -395,7 +440,12 @@ class SelfJudgeTrainer(DPOTrainer):
         )
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        result = super()._compute_loss(model, inputs, return_outputs)
+        # In the rollout phase the reference was asked already; evaluation asks it here.
+        self.precompute_ref_logps = "ref_chosen_logps" in inputs
+        try:
+            result = super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = False
         if self._log_prob_hooks is not None:
             self._log_prob_hooks.correct_metrics(self)
         return result

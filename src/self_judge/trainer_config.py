@@ -32,6 +32,12 @@ class SelfJudgeConfig(DPOConfig):
     num_generations: int = field(
         default=2, metadata={"help": "Responses sampled per prompt, at least 2 (K)."}
     )
+    rollouts_per_update: int = field(
+        default=1,
+        metadata={
+            "help": "Pairs learned from per prompt and step, each of num_generations own samples."
+        },
+    )
     pair_selection: PairSelection = field(
         default="best_worst",
         metadata={
@@ -110,7 +116,12 @@ class SelfJudgeConfig(DPOConfig):
                 f"pair_selection must be best_worst or best_random, got {self.pair_selection!r}"
             )
         check_choice(self.packing)
-        for name in ("judge_batch_size", "generation_batch_size", "generation_batch_tokens"):
+        for name in (
+            "rollouts_per_update",
+            "judge_batch_size",
+            "generation_batch_size",
+            "generation_batch_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_length is not None and self.max_new_tokens >= self.max_length:
