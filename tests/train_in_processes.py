@@ -19,10 +19,6 @@ from self_judge import SelfJudgeConfig, SelfJudgeTrainer
 
 
 def main(asked: dict[str, Any], out: Path) -> None:
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would need a compiler
     tokenizer = wrap(byte_bpe())
     rows = [
         {"prompt": [{"role": "user", "content": f"what is {i}" + " and the capital" * (i % 5)}]}
