@@ -42,7 +42,12 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-def arguments(description: str | None, sides: Sequence[str], **defaults: int) -> argparse.Namespace:
+def arguments(
+    description: str | None,
+    sides: Sequence[str],
+    argv: Sequence[str] | None = None,
+    **defaults: int,
+) -> argparse.Namespace:
     """The options that all have, and one number per default.
 
     `memory` is the peak of each side, measured at once: in processes of their own, while this one
@@ -58,7 +63,7 @@ def arguments(description: str | None, sides: Sequence[str], **defaults: int) ->
     parser.add_argument("--only", help="run one side once, for its peak memory")
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     given.device = "cuda" if torch.cuda.is_available() else "cpu"
     if not given.data.is_dir():
         sys.exit(f"the real data is not at {given.data}: give its place with --data")
@@ -239,11 +244,11 @@ def report(
     given: argparse.Namespace,
     seconds: dict[str, list[float]],
     *,
-    limit: float,
+    limit: float | None,
     floor: float | None = None,
     notes: Sequence[str] = (),
 ) -> None:
-    """Medians, their ratio, what sharing allows at most, and the share of the floor reached."""
+    """Medians, their ratio, what sharing allows at most (`limit`), the share of the floor."""
     ours, theirs = list(seconds)
     memory = given.memory
     median = {name: statistics.median(times) for name, times in seconds.items()}
@@ -255,7 +260,8 @@ def report(
         spread = f"{min(times):.2f}–{max(times):.2f}"
         held = f", {memory[name]:.2f} GiB peak"
         print(f"  {name:<28} {median[name]:8.2f} s (of {len(times)}: {spread}){held}")
-    print(f"  ratio {median[theirs] / median[ours]:.2f}; computed / unique tokens {limit:.2f}")
+    allowed = "" if limit is None else f"; computed / unique tokens {limit:.2f}"
+    print(f"  ratio {median[theirs] / median[ours]:.2f}{allowed}")
     print(f"  memory ratio {memory[ours] / memory[theirs]:.2f}")
     if floor is not None:
         print(f"  floor {floor:.2f} s; {100 * floor / median[ours]:.0f} % of it reached")

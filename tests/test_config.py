@@ -211,11 +211,18 @@ def test_the_other_accelerate_files_are_understood_by_accelerate(path: Path) -> 
         "single": "NO",
         "ddp": "MULTI_GPU",
         "fsdp2": "FSDP",
+        "multinode_ddp": "MULTI_GPU",
+        "multinode_fsdp2": "FSDP",
         "zero2": "DEEPSPEED",
         "zero3": "DEEPSPEED",
     }
     assert loaded.distributed_type.value == expected[path.stem]
-    assert loaded.num_processes == (1 if path.stem == "single" else "auto")
+    machines = 2 if path.stem.startswith("multinode") else 1
+    assert loaded.num_machines == machines
+    if machines > 1:
+        assert loaded.rdzv_backend == "c10d"  # so that no machine needs a file of its own
+    else:
+        assert loaded.num_processes == (1 if path.stem == "single" else "auto")
     assert loaded.use_cpu is False
 
 
@@ -358,6 +365,10 @@ def test_only_the_overrides_that_the_message_is_about_are_named(minimal: Path) -
         ("loss_type=sigmod", "loss_type sigmod: unknown; did you mean sigmoid?"),
         ("ignore_index=0", "ignore_index must be -100, which TRL's losses go by, got 0"),
         ("generation_batch_size=0", "generation_batch_size must be at least 1, got 0"),
+        ("rollouts_per_update=0", "rollouts_per_update must be at least 1, got 0"),
+        ("generation_batch_tokens=0", "generation_batch_tokens must be at least 1, got 0"),
+        ("min_p=1", "min_p must be in [0, 1), got 1"),
+        ("repetition_penalty=0", "repetition_penalty must be above 0, got 0"),
         ("loss_type=[]", "loss_type is an empty list"),
         ("loss_type=3", "loss_type: expected text or a list, got a whole number 3"),
         ("pair_selection=random", "pair_selection: expected one of best_worst, best_random, got"),

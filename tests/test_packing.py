@@ -359,7 +359,7 @@ def test_the_choice_and_its_reason_are_logged_once(caplog: pytest.LogCaptureFixt
     assert line.startswith("packing of BloomForCausalLM: cache; no tree: ")
 
 
-def test_with_gradients_models_whose_processes_must_keep_step_make_one_pass() -> None:
+def test_models_whose_processes_must_keep_step_make_one_pass() -> None:
     assert needs_one_pass("FSDP")
     assert needs_one_pass("DEEPSPEED")
     assert not needs_one_pass("MULTI_GPU")
@@ -367,26 +367,6 @@ def test_with_gradients_models_whose_processes_must_keep_step_make_one_pass() ->
     sequences = sharing(8)
     wanted = [np.arange(len(s)) for s in sequences]
     assert len(list(packing.passes(sequences, wanted))) == 1  # some are longer than the window
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral with a window", "mamba 2, recurrent"])
-def test_without_gradients_processes_make_as_many_passes_as_the_one_with_most(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packing_module, "most_of_all_processes", lambda count: count + 3)
-    model, sequences = build(name, "eager" if "mamba" in name else "sdpa"), sharing(8)
-    packing = Packing(model, one_pass=True, batch_tokens=30)
-    list(packing.next_token_logits([]))  # tries the model once
-    backbone, calls = model.base_model, []
-    backbone.register_forward_pre_hook(lambda module, args: calls.append(module))
-    passes = list(packing.next_token_logits(sequences))
-    assert len(passes) > 1
-    assert len(calls) == len(passes) + 3
-    found = dict(pair for places, rows in passes for pair in zip(places, rows, strict=True))
-    for i, sequence in enumerate(sequences):
-        with torch.no_grad():
-            expected = alone(packing.model, sequence)[-1]
-        torch.testing.assert_close(found[i], expected, rtol=0, atol=1e-4)
 
 
 # -- training --------------------------------------------------------------------------------------

@@ -9,7 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy import stats
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+)
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from conftest import byte_bpe, tiny_llama, wrap
 from self_judge import ChatEncoder
@@ -17,6 +24,7 @@ from self_judge.comparison import Response
 from self_judge.sampling import (
     SamplingSettings,
     TransformersSampler,
+    _TopP,
     seeded_gumbel,
     stable_seed,
 )
@@ -187,6 +195,16 @@ def test_temperature_zero_takes_the_most_likely_tokens(model: Any, encoder: Chat
             ids.append(token)
 
 
+@pytest.mark.parametrize("spread", [0.1, 2.0, 8.0])  # a nucleus of most tokens, and of few
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999])
+def test_the_nucleus_is_that_of_transformers(spread: float, top_p: float) -> None:
+    drawn = torch.Generator().manual_seed(1)
+    scores_BV = spread * torch.randn(6, 2000, generator=drawn)
+    scores_BV[0, :1500] = -torch.inf  # as top-k leaves it
+    expected_BV = TopPLogitsWarper(top_p)(torch.empty(0), scores_BV)
+    assert torch.equal(_TopP(top_p)(torch.empty(0), scores_BV), expected_BV)
+
+
 # -- seeds and batches -----------------------------------------------------------------------------
 
 
@@ -215,6 +233,46 @@ def test_a_response_does_not_depend_on_what_shares_its_batch(
         PROMPTS[::-1], 3, seeds[::-1]
     )
     assert reversed_[::-1] == alone
+
+
+def test_batches_hold_a_prompts_samples_together_within_their_limits(
+    model: Any, encoder: ChatEncoder
+) -> None:
+    draw = TransformersSampler(
+        model, encoder, SamplingSettings(max_new_tokens=10), 8, batch_tokens=120
+    )
+    batches = draw._batches([30, 2, 3, 40, 5], 3)
+    assert batches == [
+        [(3, range(2))],  # 40 + 10 tokens: two fit, and a third waits
+        [(3, range(2, 3))],
+        [(0, range(3))],
+        [(4, range(3)), (2, range(3))],
+        [(1, range(3))],
+    ]
+    expected = sampler(model, encoder).sample(PROMPTS, 3, seeds=4)
+    narrow = TransformersSampler(
+        model, encoder, SamplingSettings(max_new_tokens=12), 64, batch_tokens=30
+    )
+    assert narrow.sample(PROMPTS, 3, seeds=4) == expected
+
+
+def test_a_model_that_cannot_share_prompts_samples_through_its_own_generate(
+    encoder: ChatEncoder, tokenizer: Any
+) -> None:
+    torch.manual_seed(0)
+    model = Mamba2ForCausalLM(
+        Mamba2Config(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=8,
+            num_heads=8, head_dim=8, n_groups=1, chunk_size=8,
+        )
+    ).eval()  # fmt: skip
+    draw = sampler(model, encoder, batch_size=3)
+    responses = draw.sample(PROMPTS, 2, seeds=3)
+    alone = sampler(model, encoder, batch_size=1)
+    assert responses == [
+        alone.sample([p], 2, [stable_seed(3, i)])[0] for i, p in enumerate(PROMPTS)
+    ]
+    assert len({r.ids for own in responses for r in own}) > 4
 
 
 def test_more_samples_begin_with_the_same_ones(model: Any, encoder: ChatEncoder) -> None:

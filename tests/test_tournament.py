@@ -142,14 +142,14 @@ def test_a_known_verdict_is_not_asked_for_again_whichever_way_round_it_is() -> N
     for given_ in (known, turned):
         again = ByValue()
         brackets = play(again, list("42"), list("13"), known=given_)
-        assert again.asked == []
+        assert again.calls == []
         assert [b.winner for b in brackets] == [0, 1]
 
 
 def test_equal_texts_need_no_judge_and_are_drawn_by_lot() -> None:
     judge = ByValue()
     bracket = play(judge, ["7", "7", "7", "7"])[0]
-    assert judge.asked == []
+    assert judge.calls == []
     assert all(m.by_lot and m.verdict is None for m in matches(bracket))
 
 

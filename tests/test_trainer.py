@@ -204,6 +204,85 @@ def test_exactly_the_sampled_ids_are_trained_on(make: Make, monkeypatch: Any) ->
             assert tuple(i for i, m in zip(ids, mask, strict=True) if not m) in prompts
 
 
+@pytest.mark.skipif(
+    Version(trl.__version__) < Version("1.16"), reason="needs the fused LM head of TRL 1.16"
+)
+@pytest.mark.parametrize("packing", ["auto", "off"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("ld_alpha", [None, 0.5])
+def test_the_references_log_probabilities_from_the_rollout_are_those_of_the_loss(
+    lora: bool, packing: str, ld_alpha: float | None, make: Make, model: Any, monkeypatch: Any
+) -> None:
+    trainer = make(
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, packing=packing,
+        peft_config=LoraConfig(**LORA, init_lora_weights=False) if lora else None,
+        ld_alpha=ld_alpha,
+    )  # fmt: skip
+    batches = [next(iter(trainer.get_train_dataloader())) for _ in range(2)]
+    asked: list[int] = []
+    compute = trainer.compute_ref_log_probs
+    monkeypatch.setattr(
+        trainer,
+        "compute_ref_log_probs",
+        lambda model, inputs: asked.append(len(inputs["input_ids"])) or compute(model, inputs),
+    )
+    trainer.model.train()
+    trainer._step_batches = batches
+    given = trainer._prepare_inputs(batches[0])
+    # Packing takes the step in one go; padded, a micro-batch is a pass.
+    assert asked == ([8] if packing == "auto" else [4, 4])
+    losses = []
+    for left_out in ((), ("ref_chosen_logps", "ref_rejected_logps")):
+        inputs = {k: v for k, v in given.items() if k not in left_out}
+        losses.append(trainer._compute_loss(trainer.model, inputs, return_outputs=False).item())
+        assert not trainer.precompute_ref_logps  # `evaluate` would take it for the data's
+    if packing == "off":
+        assert losses[0] == losses[1]
+    else:
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_several_rollouts_of_a_prompt_are_several_pairs_in_its_batch(
+    make: Make, monkeypatch: Any
+) -> None:
+    rolled: dict[int, list[Any]] = {}
+    for times in (1, 3):
+        trainer = make(rollouts_per_update=times, num_generations=2, temperature=3.0)
+        roll_out = trainer._roll_out
+        monkeypatch.setattr(
+            trainer,
+            "_roll_out",
+            lambda batches, times=times, roll_out=roll_out: rolled.setdefault(
+                times, roll_out(batches)
+            ),
+        )
+        trainer.model.train()
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        assert len(batch["input_ids"]) == 2 * 4 * times
+    (once,), (thrice,) = rolled[1], rolled[3]
+    assert [r.record for r in thrice] == [r.record for r in once for _ in range(3)]
+    for i, first in enumerate(once):
+        own = thrice[3 * i : 3 * i + 3]
+        # Sampling goes on where it was, and the first pair is the one of a single rollout.
+        assert {own[0].chosen.ids, own[0].rejected.ids} == {first.chosen.ids, first.rejected.ids}
+        assert len({x.ids for r in own for x in (r.chosen, r.rejected)}) > 2
+
+
+def test_each_step_says_how_long_its_phases_took(make: Make) -> None:
+    trainer = make(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
+    trainer.train()
+    phases = ("sampling", "judging", "reference", "update")
+    steps = [entry for entry in trainer.state.log_history if "time/update" in entry]
+    assert len(steps) == 2
+    for entry in steps:
+        assert all(entry[f"time/{phase}"] > 0 for phase in phases)
+        assert entry["time/waiting"] >= 0
+        tokens = 8 * entry["completions/mean_length"]
+        rate = entry["tokens_per_second/sampling"]
+        assert rate == pytest.approx(tokens / entry["time/sampling"], rel=1e-3)
+        assert rate > entry["tokens_per_second/step"] > 0
+
+
 def test_one_rollout_serves_all_micro_batches_of_an_optimizer_step(
     make: Make, monkeypatch: Any
 ) -> None:

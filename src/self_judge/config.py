@@ -213,12 +213,15 @@ class SelfJudgeArgs:
         judge_batch_size: judge prompts, or prefix trees of them, in one forward pass on one device.
         packing: how sequences share prefixes in judging and in the update (see `Packing`): `auto`,
             `tree`, `cache`, `padding`, or `off`.
-        generation_batch_size: responses sampled together on one device.
+        generation_batch_size: responses sampled together on one device at most.
+        generation_batch_tokens: tokens in their KV cache at most, prompts and responses together.
         max_length: tokens of prompt and response together, and of a judge prompt.
         max_new_tokens: tokens of a sampled response.
-        temperature, top_p, top_k: of sampling; `top_k` 0 is off.
+        temperature, top_p, top_k, min_p, repetition_penalty: of sampling; `top_k` 0, `min_p` 0 and
+            `repetition_penalty` 1 are off.
         num_generations: responses sampled per prompt (K); more than two are ranked by tournament.
-        pair_selection: which two of them are learned from.
+        rollouts_per_update: pairs learned from per prompt and step, each of K samples of its own.
+        pair_selection: which two of K are learned from.
         loss_type: one of TRL's pairwise losses, or a list of them.
         beta: strength of the pull towards the reference.
         average_log_prob: whether a response's log-probability is averaged over its tokens; `None`:
@@ -249,12 +252,16 @@ class SelfJudgeArgs:
     judge_batch_size: int = 8
     packing: PackingChoice = "auto"
     generation_batch_size: int = 64
+    generation_batch_tokens: int = 65_536
     max_length: int = 2048
     max_new_tokens: int = 768
     temperature: float = 1.0
     top_p: float = 0.9
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     num_generations: int = 2
+    rollouts_per_update: int = 1
     pair_selection: Literal["best_worst", "best_random"] = "best_worst"
     loss_type: str | list[str] = "sigmoid"
     beta: float = 0.1
@@ -281,9 +288,11 @@ class SelfJudgeArgs:
             "token_id_b": 0,
             "judge_batch_size": 1,
             "generation_batch_size": 1,
+            "generation_batch_tokens": 1,
             "max_new_tokens": 1,
             "top_k": 0,
             "num_generations": 2,
+            "rollouts_per_update": 1,
             "global_batch_size": 1,
             "rollout_files": 1,
             "rollout_pairs": 1,
@@ -304,6 +313,11 @@ class SelfJudgeArgs:
         )
         _require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        _require(0 <= self.min_p < 1, f"min_p must be in [0, 1), got {self.min_p}")
+        _require(
+            self.repetition_penalty > 0,
+            f"repetition_penalty must be above 0, got {self.repetition_penalty}",
+        )
         _require(self.beta > 0, f"beta must be above 0, got {self.beta}")
         _require(
             self.ignore_index == -100,

@@ -14,6 +14,7 @@ from trl import SFTTrainer
 
 from self_judge.batch_shape import settled_tokens
 from self_judge.config import PackingChoice
+from self_judge.lockstep import check_processes
 from self_judge.models import unwrapped
 from self_judge.packed_head import pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
@@ -64,6 +65,7 @@ class JSFTTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, packing: PackingChoice = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_processes(self.accelerator)
         model: Any = self.model
         one_pass = needs_one_pass(self.accelerator.distributed_type)
         self.packing: Packing | None = None

@@ -51,7 +51,6 @@ class Judge:
             which is the default.
         packing: how prompts share prefixes (see `Packing`); `auto` takes what is exact.
         batch_tokens: tokens of a packed forward pass at most; default: by measurement.
-        one_pass: for sharded models, whose processes must make the same number of passes.
 
     Raises:
         ValueError: a template or letter cannot work (see `JudgeTemplates`, `ChatEncoder`), the
@@ -70,7 +69,6 @@ class Judge:
         max_length: int | None = None,
         packing: PackingChoice = "auto",
         batch_tokens: int | None = None,
-        one_pass: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"judge batch size must be at least 1, got {batch_size}")
@@ -83,7 +81,7 @@ class Judge:
         self.letter_ids = self.encoder.letter_ids(self.templates, token_id_a, token_id_b)
         if isinstance(model, torch.nn.Module):
             vocabulary_fits(model, self.encoder.tokenizer)
-            model = TransformersScorer(model, batch_size, packing, batch_tokens, one_pass)
+            model = TransformersScorer(model, batch_size, packing, batch_tokens)
         self.scorer: LetterScorer = model
         limits = [n for n in (max_length, self.scorer.max_length) if n is not None]
         self.max_length: int | None = min(limits, default=None)

@@ -7,7 +7,6 @@ what the sequences are, nor what is done with the scores.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 
@@ -92,9 +90,8 @@ class Packing:
         batch_tokens: tokens of a forward pass at most, padding included; default: what keeps the
             device busy, by measurement (`batch_shape.busy_tokens`).
         gradients: whether gradients will flow (a cache does not go with gradient checkpointing).
-        one_pass: for sharded models, whose processes must make the same number of passes: what
-            gradients flow through goes in one, last positions in as many as the process with most
-            of them needs.
+        one_pass: everything in one forward pass, as sharded models need whose processes must make
+            the same number of passes (see `LockstepPacking` for judging).
 
     Raises:
         ValueError: a forced choice that is not exact for this model.
@@ -159,14 +156,8 @@ class Packing:
         yield from self._passes(sequences, wanted, "runs")
 
     def _passes(
-        self,
-        sequences: Sequence[Sequence[int]],
-        wanted: Sequence[Ints],
-        by_runs: str,
-        *,
-        several: bool = False,
+        self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints], by_runs: str
     ) -> Iterator[Pass]:
-        shape = dataclasses.replace(self.shape, one_pass=False) if several else self.shape
         decision = self.decision
         cut = [
             s[: int(max(w)) + 1] if len(w) else () for s, w in zip(sequences, wanted, strict=True)
@@ -194,7 +185,7 @@ class Packing:
             if route == "off":
                 raise ValueError(f"packing is off: {decision.reason}")
             remembered = {"memory": self._memory} if route == "walk" else {}
-            yield from _LAYOUTS[route](self.inner, shape, asked.only(chosen), **remembered)
+            yield from _LAYOUTS[route](self.inner, self.shape, asked.only(chosen), **remembered)
 
     def _may_cache(self) -> bool:
         """Whether many branches may go through a cache where trees are exact as well."""
@@ -224,19 +215,10 @@ class Packing:
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Logits of the token after each sequence: (indices of sequences, logits `(n, V)`)."""
         last = [np.array([len(s) - 1]) for s in sequences]
-        if not self.shape.one_pass:
-            for this in self._passes(sequences, last, "walk"):
-                yield self._next_token_logits(this)
-            return
-        passes = list(self._passes(sequences, last, "runs", several=True))
-        yield from map(self._next_token_logits, passes)
-        for _ in range(most_of_all_processes(len(passes)) - len(passes)):
-            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device_of(self.inner)))
-
-    def _next_token_logits(self, this: Pass) -> tuple[list[int], torch.Tensor]:
-        with selecting(self.inner, this) as inputs:
-            output = self.model(**inputs, use_cache=this.caches)
-        return this.wanted.tolist(), output.logits[0]
+        for this in self._passes(sequences, last, "runs" if self.shape.one_pass else "walk"):
+            with selecting(self.inner, this) as inputs:
+                output = self.model(**inputs, use_cache=this.caches)
+            yield this.wanted.tolist(), output.logits[0]
 
 
 # -- the decision ----------------------------------------------------------------------------------
@@ -410,11 +392,6 @@ def _trial(model: nn.Module, route: str) -> str | None:
     if not off <= (1e-4 if exact else 3e-2):
         return f"a trial was off by {off:.1e} of the largest logit"
     return None
-
-
-def most_of_all_processes(count: int) -> int:
-    """The largest of the counts of all processes, which must all ask at once."""
-    return max(gather_object([count]))
 
 
 def needs_one_pass(distributed: Any) -> bool:

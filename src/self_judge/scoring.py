@@ -14,7 +14,7 @@ import torch
 
 from self_judge.config import PackingChoice
 from self_judge.models import float32_logits, in_evaluation_mode, unwrapped
-from self_judge.packing import Packing, most_of_all_processes
+from self_judge.packing import Packing
 
 
 class LetterScorer(Protocol):
@@ -53,7 +53,6 @@ class TransformersScorer:
         batch_size: rows per forward pass: prompts, or prefix trees of them when packed.
         packing: how prompts share prefixes (see `Packing`); `auto` takes what is exact.
         batch_tokens: tokens of a packed forward pass at most; default: by measurement.
-        one_pass: for sharded models, whose processes must make the same number of passes.
 
     Raises:
         ValueError: `packing` is not exact for the model.
@@ -65,7 +64,6 @@ class TransformersScorer:
         batch_size: int = 8,
         packing: PackingChoice = "auto",
         batch_tokens: int | None = None,
-        one_pass: bool = False,
     ) -> None:
         self.model = model
         self.batch_size = batch_size
@@ -74,9 +72,7 @@ class TransformersScorer:
         self.max_length: int | None = getattr(
             config.get_text_config(), "max_position_embeddings", None
         )
-        self.packing = Packing(
-            model, packing, batch_rows=batch_size, batch_tokens=batch_tokens, one_pass=one_pass
-        )
+        self.packing = Packing(model, packing, batch_rows=batch_size, batch_tokens=batch_tokens)
 
     @torch.no_grad()
     def letter_probabilities(
@@ -104,10 +100,6 @@ class TransformersScorer:
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             yield batch, next_token_logits(self.model, [prompts[i] for i in batch])
-        if self.packing.shape.one_pass:
-            count = -(-len(order) // self.batch_size)
-            for _ in range(most_of_all_processes(count) - count):
-                next_token_logits(self.model, [[0]])
 
 
 def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:

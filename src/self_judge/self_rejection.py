@@ -5,6 +5,7 @@ It knows files and the order of the work; sampling, judging and brackets are on 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -56,6 +58,9 @@ def run_tournament(
 ) -> int:
     """Writes every input line with `winner` (its index) and `response`; returns their number.
 
+    Under `accelerate launch` each process plays its share of the lines, and the first joins them in
+    order; the result is that of one process, up to rounding.
+
     Args:
         source: JSON lines with `context` and `responses`, or with `prompt` (a text or messages), to
             which `n` responses are sampled first.
@@ -76,7 +81,11 @@ def run_tournament(
     total = sum(1 for _ in _entries(source))  # checks every line before a model is loaded
     if not total:
         raise ValueError(f"{source}: it has no lines")
-    judge = Judge.from_pretrained(model, batch_size=batch_size, max_length=max_length)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    device = processes.device if processes.num_processes > 1 else None
+    judge = Judge.from_pretrained(
+        model, batch_size=batch_size, max_length=max_length, device=device
+    )
     sampler: TransformersSampler | None = None
     bar = Progress(
         SpinnerColumn(),
@@ -85,11 +94,17 @@ def run_tournament(
         TextColumn("{task.completed}/{task.total} lines"),
         TimeElapsedColumn(),
         console=console or Console(stderr=True),
+        disable=not processes.is_main_process,
     )
-    with bar, written_whole(target) as out:
+    shares = [target]
+    if processes.num_processes > 1:
+        shares = [target.with_name(f"{target.name}.{i}") for i in range(processes.num_processes)]
+    with bar, written_whole(shares[processes.process_index]) as out:
         task = bar.add_task("tournament", total=total)
-        entries = _entries(source)
-        while chunk := list(itertools.islice(entries, CHUNK)):
+        for number, chunk in enumerate(_chunks(_entries(source))):
+            bar.update(task, advance=len(chunk))
+            if number % processes.num_processes != processes.process_index:
+                continue
             if sampler is None and any(e.responses is None for e in chunk):
                 sampler = _sampler(judge, policy, settings)
             responses = _with_samples(chunk, sampler, n, seed)
@@ -110,8 +125,28 @@ def run_tournament(
                     line["principles"] = list(judge.templates.principles)
                     line["bracket"] = bracket_json(bracket)
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
-            bar.update(task, advance=len(chunk))
+    processes.wait_for_everyone()
+    if len(shares) > 1 and processes.is_main_process:
+        _join(shares, target)
     return total
+
+
+def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
+    while chunk := list(itertools.islice(entries, CHUNK)):
+        yield chunk
+
+
+def _join(shares: Sequence[Path], target: Path) -> None:
+    """Puts the shares' chunks together in turn, as they were dealt out, and removes the shares."""
+    with contextlib.ExitStack() as stack, written_whole(target) as out:
+        files = [stack.enter_context(share.open(encoding="utf-8")) for share in shares]
+        for file in itertools.cycle(files):
+            lines = list(itertools.islice(file, CHUNK))
+            out.writelines(lines)
+            if len(lines) < CHUNK:
+                break  # the last chunk, or the empty one after it
+    for share in shares:
+        share.unlink()
 
 
 def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
@@ -181,7 +216,7 @@ def _sampler(
     saved = load_judge_settings(policy)
     encoder = ChatEncoder(load_tokenizer(policy), saved.chat_template if saved else None)
     loaded: Any = load_model(policy)
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.to(next(judge.model.parameters()).device)
     return TransformersSampler(loaded, encoder, settings)
 
 

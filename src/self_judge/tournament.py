@@ -167,7 +167,8 @@ def _judge_unknown(
         and (i, b, a) not in known
         and responses[i][a] != responses[i][b]  # equal texts need no judge
     ]
-    # Asked even where there is nothing to judge: sharded models want all processes in step.
+    if not asked:
+        return
     verdicts = compare(
         [Comparison(contexts[i], responses[i][a], responses[i][b]) for i, a, b in asked]
     )

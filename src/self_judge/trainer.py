@@ -8,7 +8,6 @@ give the same numbers in the same places. How pairs are sampled and judged: `rol
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -32,6 +31,7 @@ from self_judge.batch_shape import settled_tokens
 from self_judge.comparison import Comparison
 from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
+from self_judge.lockstep import LockstepPacking, check_processes, most_of
 from self_judge.models import (
     frozen_reference,
     load_judge_settings,
@@ -40,6 +40,7 @@ from self_judge.models import (
 )
 from self_judge.packed_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
+from self_judge.phases import StepClock
 from self_judge.prompts import COLUMNS, PromptPreparer, SelfJudgeCollator, fits
 from self_judge.rollouts import (
     Rollout,
@@ -52,6 +53,7 @@ from self_judge.rollouts import (
 from self_judge.run_folder import rollout_file, thin_rollouts
 from self_judge.run_log import RunLog, kl_estimate
 from self_judge.sampling import Sampler, TransformersSampler, stable_seed
+from self_judge.scoring import TransformersScorer
 from self_judge.templates import JudgeTemplates
 from self_judge.trainer_config import SelfJudgeConfig, as_self_judge_config, with_values
 from self_judge.vllm_rollouts import VLLMRollouts
@@ -188,6 +190,7 @@ class SelfJudgeTrainer(DPOTrainer):
             peft_config=peft_config,
             **trainer_arguments,
         )
+        check_processes(self.accelerator)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
                 "no parameter of the model takes gradients (PEFT leaves a merged model frozen): "
@@ -212,7 +215,6 @@ class SelfJudgeTrainer(DPOTrainer):
             max_length=config.max_length,
             packing=config.packing,
             batch_tokens=tokens,
-            one_pass=one_pass,
         )
         self.packing: Packing | None = None
         for own in (self.ref_model, self.model):
@@ -220,8 +222,19 @@ class SelfJudgeTrainer(DPOTrainer):
                 self.packing = pack_fused_head(
                     own, config.packing, one_pass=one_pass, batch_tokens=tokens
                 )
+        self.most = most_of(self.accelerator)
+        scorer = self.judge.scorer
+        self._lockstep: LockstepPacking | None = None
+        if self.most is not int and isinstance(scorer, TransformersScorer):
+            self._lockstep = LockstepPacking(
+                scorer.model, config.packing, batch_rows=config.judge_batch_size, most=self.most
+            )
+            scorer.packing = self._lockstep
+        self.clock = StepClock(self.accelerator, self._metrics["train"])
+        self.add_callback(self.clock)
         self._step_batches: list[Any] = []
-        self._step_rollouts: list[list[Rollout]] | None = None
+        self._step_inputs: list[dict[str, torch.Tensor]] | None = None
+        self._sampled_tokens = 0
         self._shown: list[Rollout] = []
         self._log_prob_hooks = _LogProbUnits.attach(self)
         self.run_log = RunLog("self_judge", {"judge_templates": dict(self.judge_templates)})
@@ -285,7 +298,7 @@ class SelfJudgeTrainer(DPOTrainer):
         checkpoint restores the random state only after this prefetch.
         """
         batches, count = super().get_batch_samples(*args, **kwargs)
-        self._step_batches, self._step_rollouts = batches, None
+        self._step_batches, self._step_inputs = batches, None
         return batches, count
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -293,17 +306,49 @@ class SelfJudgeTrainer(DPOTrainer):
             return super()._prepare_inputs(self._evaluation_batch(inputs))
         place = next((i for i, b in enumerate(self._step_batches) if b is inputs), None)
         if place is None:  # called from outside the training loop
-            self._step_batches, self._step_rollouts, place = [inputs], None, 0
-        if self._step_rollouts is None:
-            with self.vllm.awake() if self.vllm is not None else nullcontext():
-                self._step_rollouts = self._roll_out(self._step_batches)
-        rollouts = self._step_rollouts[place]
-        batch = preference_batch(
+            self._step_batches, self._step_inputs, place = [inputs], None, 0
+        if self._step_inputs is None:
+            self._step_inputs = self._rolled_out(self._step_batches)
+        return super()._prepare_inputs(dict(self._step_inputs[place]))
+
+    def _rolled_out(self, batches: Sequence[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+        """TRL's batch for each micro-batch of the step, with the reference's log-probabilities."""
+        with self.vllm.awake() if self.vllm is not None else nullcontext():
+            rollouts = self._roll_out(batches)
+        inputs = [self._preference_batch(own) for own in rollouts]
+        if not BEFORE_FUSED_HEAD and self._log_prob_hooks is None:
+            with self.clock.phase("reference"):
+                self._add_reference(rollouts, inputs)
+        self.clock.rolled_out(self._sampled_tokens)
+        self._record([r for own in rollouts for r in own])
+        return inputs
+
+    def _preference_batch(self, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
+        return preference_batch(
             [(r.prompt_ids, r.chosen.ids, r.rejected.ids, r.decided) for r in rollouts],
             self._tokenizer.pad_token_id,
             pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]
         )
-        return super()._prepare_inputs(batch)
+
+    def _add_reference(
+        self, rollouts: Sequence[Sequence[Rollout]], inputs: Sequence[dict[str, torch.Tensor]]
+    ) -> None:
+        """Puts the reference's log-probabilities into the batches, where TRL's loss looks for them.
+
+        Packing lays out what it is given in passes of its own size, so it gets the whole step at
+        once. Without it a micro-batch is a pass, and so it is for a model that processes share.
+        """
+        together = self.packing is not None and not self.packing.shape.one_pass
+        asked = [self._preference_batch([r for own in rollouts for r in own])]
+        reference = self.ref_model if self.ref_model is not None else self.model
+        found = [
+            self.compute_ref_log_probs(reference, super(SelfJudgeTrainer, self)._prepare_inputs(b))
+            for b in (asked if together else inputs)
+        ]
+        chosen, rejected = (torch.cat(side).cpu() for side in zip(*found, strict=True))
+        sizes = [len(own) for own in rollouts]
+        for batch, c, r in zip(inputs, chosen.split(sizes), rejected.split(sizes), strict=True):
+            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = c, r
 
     def _evaluation_batch(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         for side in ("chosen", "rejected"):
@@ -329,26 +374,30 @@ class SelfJudgeTrainer(DPOTrainer):
         # A record's samples depend on the seed, the step and the record alone: not on the batch it
         # is in, the number of processes or a resume in between.
         seeds = [stable_seed(self.args.seed, self.state.global_step, r) for r in records]
-        started = time.perf_counter()
-        with self._sampler() as sampler:
-            responses = sampler.sample(prompts, self.args.num_generations, seeds)
-        sampled = time.perf_counter()
+        times, k = self.args.rollouts_per_update, self.args.num_generations
+        with self.clock.phase("sampling"), self._sampler() as sampler:
+            responses = sampler.sample(prompts, times * k, seeds)
+        self._sampled_tokens = sum(len(r.ids) for own in responses for r in own)
+        # Every rollout of a prompt has samples and lots of its own.
+        each = [(i, t) for i in range(len(prompts)) for t in range(times)]
         # The matches of a tournament have contexts and responses in common, a single one has not.
-        rounds = self.judge.remembering() if self.args.num_generations > 2 else nullcontext()
-        with self._reference(), rounds:
+        rounds = self.judge.remembering() if k > 2 else nullcontext()
+        with self.clock.phase("judging"), self._reference(), rounds:
+            if self._lockstep is not None:
+                self._lockstep.decision  # noqa: B018  trying it is for all processes at once
             rollouts = judged_rollouts(
                 self.judge.compare,
-                records,
-                prompts,
-                contexts,
-                responses,
-                seeds,
+                [records[i] for i, _ in each],
+                [prompts[i] for i, _ in each],
+                [contexts[i] for i, _ in each],
+                [responses[i][t * k : (t + 1) * k] for i, t in each],
+                [stable_seed(seeds[i], "again", t) if t else seeds[i] for i, t in each],
                 self.args.pair_selection,
             )
-        judged = time.perf_counter()
-        self._record(rollouts, sampled - started, judged - sampled)
-        sizes = iter(rollouts)
-        return [[next(sizes) for _ in batch["record"]] for batch in batches]
+            if self._lockstep is not None:
+                self._lockstep.finish()
+        own = iter(rollouts)
+        return [[next(own) for _ in range(times * len(b["record"]))] for b in batches]
 
     @contextmanager
     def _sampler(self) -> Iterator[Sampler]:
@@ -358,7 +407,12 @@ class SelfJudgeTrainer(DPOTrainer):
             return
         with self._policy() as policy:
             yield TransformersSampler(
-                policy, self.encoder, self.args.sampling(), self.args.generation_batch_size
+                policy,
+                self.encoder,
+                self.args.sampling(),
+                self.args.generation_batch_size,
+                batch_tokens=self.args.generation_batch_tokens,
+                most=self.most,
             )
 
     def _vllm_rollouts(self) -> VLLMRollouts:
@@ -398,7 +452,7 @@ class SelfJudgeTrainer(DPOTrainer):
 
     # -- what people see -------------------------------------------------------------------------
 
-    def _record(self, rollouts: list[Rollout], sampling_s: float, judging_s: float) -> None:
+    def _record(self, rollouts: list[Rollout]) -> None:
         totals = rollout_totals(rollouts, self.judge_templates.principles)
         lengths = [float(len(x.ids)) for r in rollouts for x in (r.chosen, r.rejected)]
         device = self.accelerator.device
@@ -411,7 +465,6 @@ class SelfJudgeTrainer(DPOTrainer):
         metrics = rollout_metrics(dict(zip(totals, summed.tolist(), strict=True)))
         metrics["completions/min_length"] = extremes[:, 0].min().item()
         metrics["completions/max_length"] = extremes[:, 1].max().item()
-        metrics["time/sampling"], metrics["time/judging"] = sampling_s, judging_s
         for key, value in metrics.items():
             self._metrics["train"][key].append(value)
         self._shown = rollouts
@@ -458,7 +511,12 @@ class SelfJudgeTrainer(DPOTrainer):
         )
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        result = super()._compute_loss(model, inputs, return_outputs)
+        # In the rollout phase the reference was asked already; evaluation asks it here.
+        self.precompute_ref_logps = "ref_chosen_logps" in inputs
+        try:
+            result = super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = False
         if self._log_prob_hooks is not None:
             self._log_prob_hooks.correct_metrics(self)
         return result

@@ -32,6 +32,12 @@ class SelfJudgeConfig(DPOConfig):
     num_generations: int = field(
         default=2, metadata={"help": "Responses sampled per prompt, at least 2 (K)."}
     )
+    rollouts_per_update: int = field(
+        default=1,
+        metadata={
+            "help": "Pairs learned from per prompt and step, each of num_generations own samples."
+        },
+    )
     pair_selection: PairSelection = field(
         default="best_worst",
         metadata={
@@ -43,8 +49,16 @@ class SelfJudgeConfig(DPOConfig):
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, above 0."})
     top_p: float = field(default=0.9, metadata={"help": "Nucleus sampling; 1.0 is off."})
     top_k: int = field(default=0, metadata={"help": "Top-k sampling; 0 is off."})
+    min_p: float = field(default=0.0, metadata={"help": "Min-p sampling; 0.0 is off."})
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Penalty on tokens that have come before; 1.0 is off."}
+    )
     generation_batch_size: int = field(
-        default=64, metadata={"help": "Responses sampled together on one device."}
+        default=64, metadata={"help": "Responses sampled together on one device at most."}
+    )
+    generation_batch_tokens: int = field(
+        default=65_536,
+        metadata={"help": "Tokens in their KV cache at most, prompts and responses together."},
     )
     judge_batch_size: int = field(
         default=8, metadata={"help": "Judge prompts per forward pass on one device."}
@@ -150,8 +164,14 @@ class SelfJudgeConfig(DPOConfig):
                 f"pair_selection must be best_worst or best_random, got {self.pair_selection!r}"
             )
         check_choice(self.packing)
-        if self.judge_batch_size < 1:
-            raise ValueError(f"judge_batch_size must be at least 1, got {self.judge_batch_size}")
+        for name in (
+            "rollouts_per_update",
+            "judge_batch_size",
+            "generation_batch_size",
+            "generation_batch_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("rollout_files", "rollout_pairs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(
@@ -214,6 +234,8 @@ class SelfJudgeConfig(DPOConfig):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
         )
 
 

@@ -1,0 +1,309 @@
+"""Decoding: a causal model continues prompts token by token, each prompt computed once.
+
+It knows ids, logits and KV caches. It does not know text, seeds or how a token is drawn.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from self_judge.models import in_evaluation_mode, unwrapped
+from self_judge.packed_passes import takes_positions
+
+logger = logging.getLogger(__name__)
+
+Most = Callable[[int], int]
+"""The largest of a number over all processes; `int` itself where there is one process."""
+
+# Two cores are busy with about this many tokens; a GPU needs more of them.
+_PREFILL_TOKENS = {"cpu": 1024}
+_PREFILL_TOKENS_ELSEWHERE = 16_384
+_ROOM = 64  # tokens by which a cache grows at once
+_LEAVE_AT = 0.75  # share of unfinished rows below which the finished ones leave the batch
+
+
+class Draw(Protocol):
+    """Chooses each row's next token; may hold something per row."""
+
+    def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        """The tokens `(B,)` that follow the ids, which are padded on the left."""
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """From now on only these rows are asked for."""
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    copies: Sequence[int],
+    draw: Draw,
+    *,
+    stop: Sequence[int],
+    pad: int,
+    max_new_tokens: int,
+    most: Most = int,
+) -> list[list[int]]:
+    """Continues every prompt `copies` times, until a stop token (included) or the limit.
+
+    The keys and values of a prompt are computed once for all its copies. Rows that are finished
+    leave the batch, a quarter of it at a time, since each leaving copies the cache.
+
+    Args:
+        model: in evaluation mode, with no adapter of virtual tokens; see `why_not_shared`.
+        prompts: ids of each prompt; none may be empty.
+        copies: how often each is continued.
+        draw: chooses tokens; its rows are the first prompt's copies, then the second's, ….
+        stop, pad: tokens that end a row; what fills rows on the left.
+        most: with a sharded model, the largest of a number over all processes, so that each makes
+            as many forward passes as the others.
+
+    Returns:
+        The new ids of every row.
+    """
+    device = _device(model)
+    longest = max(map(len, prompts))
+    of_row = [i for i, n in enumerate(copies) for _ in range(n)]
+    rows = len(of_row)
+    ids_BT = torch.full((rows, longest + max_new_tokens), pad)
+    seen_BT = torch.ones_like(ids_BT)
+    for row, i in enumerate(of_row):
+        start = longest - len(prompts[i])
+        ids_BT[row, start:longest] = torch.tensor(list(prompts[i]))
+        seen_BT[row, :start] = 0
+    ids_BT, seen_BT = ids_BT.to(device), seen_BT.to(device)
+    lengths_B1 = torch.tensor([[len(prompts[i])] for i in of_row], device=device)
+    stops = torch.tensor(list(stop), device=device)
+    new_BT = torch.full((rows, max_new_tokens), pad, device=device)
+    row_B = torch.arange(rows, device=device)  # where each row that is left stands in `new_BT`
+    unfinished_B = torch.ones(rows, dtype=torch.bool, device=device)
+
+    logits_BV, cache = _prefilled(model, prompts, of_row, one_pass=most is not int)
+    for step in range(max_new_tokens):
+        at = longest + step
+        token_B = draw(ids_BT[:, :at], logits_BV)
+        token_B = torch.where(unfinished_B, token_B, pad)
+        new_BT[row_B, step] = token_B
+        ids_BT[:, at] = token_B
+        unfinished_B &= ~torch.isin(token_B, stops)
+        left = int(unfinished_B.sum())
+        if step + 1 == max_new_tokens or not most(left):
+            break
+        if 0 < left <= _LEAVE_AT * len(row_B):
+            kept = unfinished_B.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            draw.keep(kept)
+            ids_BT, seen_BT, lengths_B1 = ids_BT[kept], seen_BT[kept], lengths_B1[kept]
+            row_B, unfinished_B = row_B[kept], unfinished_B[kept]
+        inputs = {"input_ids": ids_BT[:, at : at + 1], "attention_mask": seen_BT[:, : at + 1]}
+        if takes_positions(unwrapped(model)):
+            inputs["position_ids"] = lengths_B1 + step
+        output = model(**inputs, past_key_values=cache, use_cache=True)
+        logits_BV, cache = output.logits[:, -1], output.past_key_values
+    new = new_BT.tolist()
+    ends = [next((t + 1 for t, x in enumerate(ids) if x in stop), len(ids)) for ids in new]
+    return [ids[:end] for ids, end in zip(new, ends, strict=True)]
+
+
+def why_not_shared(model: nn.Module) -> str | None:
+    """Why `decode` would not be exact for a model, from its kind and a trial; `None` if it is.
+
+    Such models are left to their own `generate`.
+    """
+    inner: Any = unwrapped(model)
+    known = _KNOWN.setdefault(inner, {})
+    kind = isinstance(model, PeftModel)
+    if kind not in known:
+        known[kind] = _gate(model) or _trial(model)
+        if known[kind]:
+            logger.info("%s samples through generate: %s", type(inner).__name__, known[kind])
+    return known[kind]
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[bool, str | None]] = weakref.WeakKeyDictionary()
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room for the tokens to come: growing by one token copies nothing."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._take(keys, values, length)
+
+    def _take(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        self.room = keys, values
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        before = self.keys.shape[-2]
+        after = before + key_states.shape[-2]
+        keys, values = self.room
+        if after > keys.shape[-2]:
+            more = (0, 0, 0, after - keys.shape[-2] + _ROOM)
+            keys, values = nn.functional.pad(keys, more), nn.functional.pad(values, more)
+        keys[:, :, before:after] = key_states
+        values[:, :, before:after] = value_states
+        self._take(keys, values, after)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        keys, values = self.room
+        self._take(keys[indices], values[indices], self.keys.shape[-2])
+
+
+def _prefilled(
+    model: nn.Module, prompts: Sequence[Sequence[int]], of_row: Sequence[int], *, one_pass: bool
+) -> tuple[torch.Tensor, Any]:
+    """Logits `(B, V)` after each row's prompt, and a cache with a row for each."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    empty = DynamicCache(config=unwrapped(model).config)  # type: ignore[arg-type]
+    # Windows and the like are filled in one pass, and spread as the cache itself does it.
+    whole = all(type(layer) is DynamicLayer for layer in empty.layers)
+    parts = _parts(model, prompts, order) if whole and not one_pass else [order]
+    results = [_prefill(model, [prompts[i] for i in part]) for part in parts]
+    place = {i: at for at, i in enumerate(order)}
+    source_B = torch.tensor([place[i] for i in of_row], device=_device(model))
+    logits_BV = torch.cat([logits for logits, _ in results])[source_B]
+    caches = [cache for _, cache in results]
+    if not whole:
+        caches[0].reorder_cache(source_B)
+        return logits_BV, caches[0]
+    return logits_BV, _joined(caches, source_B, max(map(len, prompts)))
+
+
+def _parts(
+    model: nn.Module, prompts: Sequence[Sequence[int]], order: Sequence[int]
+) -> list[list[int]]:
+    """Prompts of like lengths, in passes of so many tokens."""
+    budget = _PREFILL_TOKENS.get(_device(model).type, _PREFILL_TOKENS_ELSEWHERE)
+    parts: list[list[int]] = []
+    for i in order:  # longest first
+        first = parts[-1][0] if parts else i
+        wide = len(prompts[i]) < 0.8 * len(prompts[first])  # padding would cost more than a pass
+        if not parts or wide or (len(parts[-1]) + 1) * len(prompts[first]) > budget:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
+
+
+def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Any]:
+    """Logits `(B, V)` after each prompt, and its cache."""
+    inner: Any = unwrapped(model)
+    longest = max(map(len, prompts))
+    ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+    seen_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        seen_BT[row, longest - len(prompt) :] = 1
+    inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": seen_BT}
+    if takes_positions(inner):
+        inputs["position_ids"] = (seen_BT.cumsum(1) - 1).clamp(min=0)
+    inputs = {name: value.to(_device(model)) for name, value in inputs.items()}
+    if "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
+        inputs["logits_to_keep"] = 1
+    output = model(**inputs, use_cache=True)
+    return output.logits[:, -1], output.past_key_values
+
+
+def _joined(caches: Sequence[Any], source_B: torch.Tensor, longest: int) -> Any:
+    """One cache of all rows, from caches of some prompts each; padded on the left."""
+    sizes = [cache.layers[0].keys.shape[0] for cache in caches]
+    first_of_part = [sum(sizes[:n]) for n in range(len(sizes))]
+    joined = DynamicCache()
+    for number in range(len(caches[0].layers)):
+        layers = [cache.layers[number] for cache in caches]
+        rooms = []
+        for name in ("keys", "values"):
+            states = [getattr(layer, name) for layer in layers]
+            _, heads, _, size = states[0].shape
+            room = states[0].new_zeros(len(source_B), heads, longest + _ROOM, size)
+            for start, state in zip(first_of_part, states, strict=True):
+                rows = ((source_B >= start) & (source_B < start + len(state))).nonzero()[:, 0]
+                room[rows, :, longest - state.shape[2] : longest] = state[source_B[rows] - start]
+            rooms.append(room)
+        joined.layers.append(_RoomyLayer(rooms[0], rooms[1], longest))
+        for layer in layers:
+            layer.reset()  # its memory is free at once
+    return joined
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+# -- whether it is exact ---------------------------------------------------------------------------
+
+
+def _gate(model: nn.Module) -> str | None:
+    inner: Any = unwrapped(model)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return "the adapter puts virtual tokens in front of every prompt"
+    if inner.config.get_text_config().is_encoder_decoder:
+        return "an encoder-decoder model"
+    if getattr(inner, "_is_stateful", False):
+        return "its layers keep a state that does not go by tokens"
+    return None
+
+
+class _Script:
+    """Draws tokens that were written down before, and keeps the logits."""
+
+    def __init__(self, tokens_BT: torch.Tensor) -> None:
+        self.tokens_BT = tokens_BT
+        self.rows = torch.arange(len(tokens_BT), device=tokens_BT.device)
+        self.logits: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        self.logits.append((self.rows, logits_BV))
+        return self.tokens_BT[self.rows, len(self.logits) - 1]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.rows = self.rows[rows]
+
+
+def _trial(model: nn.Module) -> str | None:
+    """Decodes a few tokens, with rows that leave, against every sequence alone."""
+    inner: Any = unwrapped(model)
+    size = inner.get_input_embeddings().weight.shape[0]
+    first, last = size // 4, max(size // 4 + 1, 3 * size // 4)
+    drawn = torch.randint(first, last, (32,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts, copies = [drawn[:4], drawn[4:6], drawn[6:9]], [1, 2, 1]
+    stop = first - 1 if first else last  # what is drawn never stops
+    script = [[drawn[9 + row], drawn[13 + row], drawn[17 + row]] for row in range(4)]
+    script[1][0] = stop
+    device = _device(model)
+    draw = _Script(torch.tensor(script, device=device))
+    found, expected = [], []
+    try:
+        with in_evaluation_mode(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            decode(model, prompts, copies, draw, stop=[stop], pad=stop, max_new_tokens=3)
+            of_row = [0, 1, 1, 2]
+            for step, (rows, logits_BV) in enumerate(draw.logits):
+                for row, logits_V in zip(rows.tolist(), logits_BV, strict=True):
+                    ids = [*prompts[of_row[row]], *script[row][:step]]
+                    alone = model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+                    found.append(logits_V.float())
+                    expected.append(alone.logits[0, -1].float())
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        return f"a trial failed with {type(error).__name__}: {str(error).splitlines()[0]:.160}"
+    found_NV, expected_NV = torch.stack(found), torch.stack(expected)
+    off = ((found_NV - expected_NV).abs().max() / expected_NV.abs().max().clamp(min=1e-6)).item()
+    exact = inner.dtype in (torch.float32, torch.float64)
+    if not off <= (1e-4 if exact else 3e-2):
+        return f"a trial was off by {off:.1e} of the largest logit"
+    return None

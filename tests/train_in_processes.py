@@ -1,0 +1,71 @@
+"""What test_processes.py launches: a short self-training of a tiny model, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import LoraConfig
+
+from conftest import TEMPLATES, byte_bpe, tiny_llama, wrap
+from self_judge import SelfJudgeConfig, SelfJudgeTrainer
+
+
+def main(asked: dict[str, Any], out: Path) -> None:
+    tokenizer = wrap(byte_bpe())
+    rows = [
+        {"prompt": [{"role": "user", "content": f"what is {i}" + " and the capital" * (i % 5)}]}
+        for i in range(8)
+    ]
+    args = SelfJudgeConfig(
+        **{
+            "output_dir": str(out),
+            "max_steps": 4,
+            "max_new_tokens": 6,
+            "max_length": 256,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **asked["args"],
+        }
+    )
+    if asked.get("sharded"):
+        # On a CPU Accelerate makes DDP of FSDP; the sharding itself works there.
+        assert args.device.type == "cpu"  # asking for it sets the processes up
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = SelfJudgeTrainer(
+        model=tiny_llama(len(tokenizer)),
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+        judge_templates=TEMPLATES,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4) if asked.get("lora") else None,
+    )
+    state = PartialState()
+    if asked.get("dies") and state.process_index == 1:
+        trainer.judge.compare = lambda comparisons: os._exit(3)
+    trainer.train(resume_from_checkpoint=asked.get("resume"))
+    trainer.save_model()
+    if state.is_main_process:
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        kind = str(trainer.accelerator.distributed_type.value)
+        result = {"history": history, "kind": kind, "processes": state.num_processes}
+        (out / "result.json").write_text(json.dumps(result))
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
