@@ -8,7 +8,6 @@ position only.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -67,22 +66,6 @@ def agreement(found: torch.Tensor, expected: torch.Tensor) -> str:
     )
 
 
-def float32_notes(
-    given: argparse.Namespace, prompts: Sequence[Sequence[int]], *sides: torch.Tensor
-) -> list[str]:
-    """What rounding in a half precision does to verdicts, on the same prompts."""
-    if given.dtype == "float32":
-        return []
-    exact = argparse.Namespace(**{**vars(given), "dtype": "float32"})
-    judge = Judge(bench.model_of(exact).eval(), bench.encoder_of(given), bench.templates_of())
-    expected = judge.letter_probabilities(prompts)
-    names = ("packed", "plain")
-    return [
-        f"{name} in {given.dtype} against packed in float32: {agreement(own, expected)}"
-        for name, own in zip(names, sides, strict=True)
-    ]
-
-
 def main() -> None:
     """Both sides in turn."""
     given = bench.arguments(__doc__, SIDES, pairs=32)
@@ -103,7 +86,6 @@ def main() -> None:
         notes=[
             bench.way(judge.packing),
             f"packed and plain: {agreement(ours, theirs)}",
-            *float32_notes(given, prompts, ours, theirs),
         ],
     )
 
