@@ -1,5 +1,7 @@
 """Do verdicts in bfloat16 agree with float32? Both orders of real HH pairs, packed, no timing.
 
+The same prompts by the same judge in both types; only pairs that float32 does not toss up count.
+
     python benchmarks/half_precision.py [--pairs 100] [--dtype float16]
 """
 
