@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from self_judge.models import save_judge_settings
 settings.register_profile("quick", max_examples=40, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+# What is measured of this machine is kept for the tests alone.
+_CACHE = tempfile.TemporaryDirectory(prefix="self-judge-")
+os.environ["SELF_JUDGE_CACHE"] = _CACHE.name
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
 ROOT = Path(__file__).parents[1]

@@ -25,23 +25,23 @@ class Model(nn.Module):
         return self.head
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELF_JUDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(batch_shape, "_MEASURED", {})
+
+
 def saturating_at(tokens: int):  # type: ignore[no-untyped-def]
     """A device whose rate grows with the tokens up to here."""
     return lambda matrices, asked: float(min(asked, tokens))
 
 
 @pytest.mark.parametrize("tokens", [256, 1024, 4096])
-def test_the_fewest_tokens_that_keep_the_device_busy_are_taken(
-    tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(batch_shape, "_MEASURED", {})
+def test_the_fewest_tokens_that_keep_the_device_busy_are_taken(tokens: int) -> None:
     assert busy_tokens(Model(3), saturating_at(tokens)) == tokens
 
 
-def test_one_matrix_of_every_shape_is_measured_and_the_head_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(batch_shape, "_MEASURED", {})
+def test_one_matrix_of_every_shape_is_measured_and_the_head_is_not() -> None:
     shapes: list[list[tuple[int, ...]]] = []
 
     def measure(matrices: list[torch.Tensor], tokens: int) -> float:
@@ -53,6 +53,23 @@ def test_one_matrix_of_every_shape_is_measured_and_the_head_is_not(
     assert busy_tokens(model, measure) == 256
     assert shapes[0] == [(8, 4), (4, 8)]
     assert len(shapes) == len(batch_shape._CANDIDATES)  # and only once for the model
+
+
+def test_a_machine_is_measured_once_and_later_processes_take_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert busy_tokens(Model(6), saturating_at(512)) == 512
+    monkeypatch.setattr(batch_shape, "_MEASURED", {})  # another process
+    assert busy_tokens(Model(6), saturating_at(4096)) == 512
+
+
+def test_where_nothing_can_be_kept_it_is_measured_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("SELF_JUDGE_CACHE", str(tmp_path / "a file"))
+    assert busy_tokens(Model(7), saturating_at(1024)) == 1024
+    assert "is not kept" in caplog.text
 
 
 def test_this_machine_is_measured() -> None:

@@ -5,8 +5,12 @@ It knows a model's matrices and a clock, not what the tokens are or how they are
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
+import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +39,10 @@ _MEASURED: dict[tuple[object, ...], int] = {}
 def busy_tokens(inner: nn.Module, measure: Measure | None = None) -> int:
     """The fewest tokens that keep the device busy: 95 % of the best rate of the model's matrices.
 
-    Measured once per process for all models of one shape, dtype and device, in half a second.
+    Measured once per machine for all models of one shape, dtype, device and number of threads, in
+    half a second: which sequences share a pass is part of the rounding of their numbers, so that
+    runs of the same seed must find the same figure. It is kept under `$SELF_JUDGE_CACHE` (default:
+    `~/.cache/self_judge`), where it can be.
 
     Args:
         inner: the model under all wrappers.
@@ -46,11 +53,37 @@ def busy_tokens(inner: nn.Module, measure: Measure | None = None) -> int:
     if not matrices or device.type == "meta":
         return _DEFAULT.get(device.type, _DEFAULT_ELSEWHERE)
     shapes = tuple(sorted(tuple(m.shape) for m in matrices))
-    key = (str(device), matrices[0].dtype, shapes)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    key = (device.type, name, torch.get_num_threads(), str(matrices[0].dtype), shapes)
     if key not in _MEASURED:
-        _MEASURED[key] = _smallest_good(matrices, measure or _tokens_per_second)
+        kept = _cache() / f"batch-shape-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+        _MEASURED[key] = _kept_or(
+            kept, lambda: _smallest_good(matrices, measure or _tokens_per_second)
+        )
         logger.info("passes of about %d tokens keep %s busy", _MEASURED[key], device)
     return _MEASURED[key]
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("SELF_JUDGE_CACHE", "~/.cache/self_judge")).expanduser()
+
+
+def _kept_or(path: Path, measured: Callable[[], int]) -> int:
+    """The figure in a file; else a new one, which goes there. The first to write wins."""
+    if path.is_file():
+        return int(json.loads(path.read_text(encoding="utf-8"))["tokens"])
+    tokens = measured()
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps({"tokens": tokens}) + "\n", encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+        aside.unlink()
+        return int(json.loads(path.read_text(encoding="utf-8"))["tokens"])
+    except OSError as error:
+        logger.warning("the measured size of a pass is not kept: %s", error)
+        return tokens
 
 
 def settled_tokens(inner: nn.Module, folder: str | Path) -> int:
