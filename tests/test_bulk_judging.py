@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from conftest import TEMPLATES
@@ -72,7 +73,9 @@ def test_killed_at_any_moment_and_started_again_it_writes_what_it_would_have(
     options = ["--model", str(saved_judge), "--chunk", "8"]
     assert main(["judge", str(source), str(whole), *options]) == 0
     command = [sys.executable, "-m", "self_judge.cli", "judge", str(source), str(target), *options]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    # Products are summed in another order by another number of threads.
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=threads)
     deadline = time.monotonic() + 250
     while not target.exists() or target.stat().st_size < 2000:
         assert process.poll() is None, "it ended before it could be killed"

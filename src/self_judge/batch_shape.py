@@ -39,9 +39,9 @@ _MEASURED: dict[tuple[object, ...], int] = {}
 def busy_tokens(inner: nn.Module, measure: Measure | None = None) -> int:
     """The fewest tokens that keep the device busy: 95 % of the best rate of the model's matrices.
 
-    Measured once per machine for all models of one shape, dtype, device and number of threads, in
-    half a second: which sequences share a pass is part of the rounding of their numbers, so that
-    runs of the same seed must find the same figure. It is kept under `$SELF_JUDGE_CACHE` (default:
+    Measured once per machine for all models of one shape, dtype and device, in half a second:
+    which sequences share a pass is part of the rounding of their numbers, so that runs of the same
+    seed must find the same figure. It is kept under `$SELF_JUDGE_CACHE` (default:
     `~/.cache/self_judge`), where it can be.
 
     Args:
@@ -54,7 +54,7 @@ def busy_tokens(inner: nn.Module, measure: Measure | None = None) -> int:
         return _DEFAULT.get(device.type, _DEFAULT_ELSEWHERE)
     shapes = tuple(sorted(tuple(m.shape) for m in matrices))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    key = (device.type, name, torch.get_num_threads(), str(matrices[0].dtype), shapes)
+    key = (device.type, name, str(matrices[0].dtype), shapes)
     if key not in _MEASURED:
         kept = _cache() / f"batch-shape-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
         _MEASURED[key] = _kept_or(
