@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from scipy.stats import binomtest
-
 from self_judge.comparison import Comparison, Side, Verdict
+from self_judge.evaluation import proportion
+from self_judge.judge_metrics import estimate_json
 
 BINS = 10  # of confidence, between 0.5 and 1, which is all that a preferred response can have
 
@@ -61,9 +61,7 @@ def share(cases: Sequence[bool]) -> dict[str, Any] | None:
     """A share with Wilson's 95 % interval, as JSON data; `None` where there are no cases."""
     if not cases:
         return None
-    interval = binomtest(sum(cases), len(cases)).proportion_ci(0.95, method="wilson")
-    ends = [float(interval.low), float(interval.high)]
-    return {"value": sum(cases) / len(cases), "ci95": ends, "n": len(cases)}
+    return estimate_json(proportion(sum(cases), len(cases)))
 
 
 def judged_line(comparison: Comparison, verdict: Verdict, gold: Side) -> dict[str, Any]:
