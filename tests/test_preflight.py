@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from conftest import CHATML, ROOT, SHARED, tiny_llama
+from conftest import CHATML, ROOT, SHARED, byte_bpe, tiny_llama, wrap
 from self_judge import synthetic
 from self_judge.cli import main
 from self_judge.config import ConfigError, kind_of_run, load_run
@@ -308,6 +308,37 @@ def test_chat_template_traps(
 ) -> None:
     model = with_template(base, tmp_path / "model", template)
     assert message in problems(check(JSFT, given(model, data["hh"])))
+
+
+def test_a_tokenizer_in_which_nothing_ends_an_answer_is_a_problem(
+    base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    ends = ROLES.replace(" + '<|end|>'", " + '\n'") + OPENS
+    model = with_template(base, tmp_path / "m", ends, eos_token=None)
+    assert "no token ends an answer" in problems(check(JSFT, given(model, data["hh"])))
+
+
+def test_letters_that_are_not_one_token_are_a_problem(
+    data: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = wrap(byte_bpe(vocab_size=1))  # bytes alone: " A" is a space, then an A
+    tokenizer.save_pretrained(tmp_path)
+    tiny_llama(len(tokenizer), max_position_embeddings=8192).save_pretrained(tmp_path)
+    found = problems(check(JSFT, given(tmp_path, data["hh"], "jsft_args.max_length=8192")))
+    assert found.startswith("letters: ")
+    assert "A" in found
+
+
+def test_data_that_is_mostly_skipped_is_warned_of(base: Path, tmp_path: Path) -> None:
+    asked = [f"\n\nHuman: what is {i}?\n\nAssistant:" for i in range(20)]
+    rows = [
+        {"chosen": f"{ask} A number.", "rejected": f"{ask} {'No' if i % 3 else 'A number'}."}
+        for i, ask in enumerate(asked)
+    ]
+    source = tmp_path / "some.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    report = check(JSFT, given(base, source, "dataset.held_out=0.0"))
+    assert "7 of 20 records or their pairs are skipped" in warnings(report)
 
 
 def test_padding_with_the_end_of_sequence_is_harmless_and_explained(

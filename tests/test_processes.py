@@ -52,6 +52,7 @@ def result(out: Path, **asked: Any) -> dict[str, Any]:
     """What a launched training wrote down; its exit comes after that and may, rarely, abort."""
     for _ in range(2):
         done = launch(out, **asked)
+        assert "Timeout (" not in done.stderr, done.stderr[-12000:]  # a hang is no abort
         if (out / "result.json").is_file():
             return json.loads((out / "result.json").read_text())
     raise AssertionError(done.stderr[-4000:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -67,5 +68,6 @@ def main(asked: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(90, exit=True)  # a process that hangs says where
     torch.set_num_threads(1)
     main(json.loads(sys.argv[1]), Path(sys.argv[2]))
