@@ -349,6 +349,9 @@ def test_a_wrong_value_is_named_with_what_was_expected(
 def test_only_the_overrides_that_the_message_is_about_are_named(minimal: Path) -> None:
     message = error_of(minimal, "training_args.seed=1", "jsft_args.max_length=x")
     assert "(with 'jsft_args.max_length=x'): jsft_args.max_length: expected" in message
+    long = f"dataset.sources=[{{path: {'x' * 90}}}]"
+    message = error_of(minimal, long, "dataset.limit=1")  # "sources" is one of the keys it lists
+    assert "(with 'dataset.limit=1'): dataset.limit: unknown" in message
 
 
 @pytest.mark.parametrize(

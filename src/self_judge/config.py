@@ -455,8 +455,11 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
     try:
         return typing.cast("JSFTRun | SelfJudgeRun", build(_RUNS[kind], tree, ""))
     except ValueError as error:
-        blamed = [f"{o!r:.80}" for o in overrides if _last_key(o) in str(error)]
-        given = f" (with {', '.join(blamed)})" if blamed else ""
+        text = str(error)
+        named = [o for o in overrides if text.startswith(o.partition("=")[0])]
+        blamed = named or [o for o in overrides if _last_key(o) in text]
+        shown = [f"'{o if len(o) <= 80 else o[:79] + '…'}'" for o in blamed]
+        given = f" (with {', '.join(shown)})" if shown else ""
         raise ConfigError(f"{where}{given}: {error}") from error
 
 

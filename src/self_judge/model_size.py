@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from self_judge.models import ModelError, unwrapped
+from self_judge.models import ModelError, unwrapped, why
 
 
 def empty_model(
@@ -47,8 +47,9 @@ def empty_model(
             )
         model.tie_weights()  # putting parameters on the meta device took them apart
     except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise ModelError(f"cannot read the model configuration of {name_or_path}: {line}") from None
+        raise ModelError(
+            f"cannot read the model configuration of {name_or_path}: {why(name_or_path, error)}"
+        ) from None
     return model
 
 

@@ -55,7 +55,8 @@ def load_tokenizer(
             str(name_or_path), revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a tokenizer from {name_or_path}: {_line(error)}") from error
+        reason = why(name_or_path, error)
+        raise ModelError(f"cannot load a tokenizer from {name_or_path}: {reason}") from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(
@@ -100,7 +101,8 @@ def load_model(
         try:
             return AutoModelForCausalLM.from_pretrained(str(name_or_path), **common)
         except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load a model from {name_or_path}: {_line(error)}") from error
+            reason = why(name_or_path, error)
+            raise ModelError(f"cannot load a model from {name_or_path}: {reason}") from error
     base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     if not base_name:
         raise ModelError(f"the adapter {path} does not name its base model in adapter_config.json")
@@ -259,6 +261,18 @@ def load_judge_settings(directory: str | os.PathLike[str]) -> JudgeSettings | No
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} is not a judge file written by JSFT: {_line(error)}") from error
+
+
+def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
+    """Why a model was not loaded, in a line.
+
+    What is plainly a path and is not there is called so: the libraries beneath take it for a
+    repository's name, and speak of its spelling.
+    """
+    name = str(name_or_path)
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
+        return "there is no such folder"
+    return _line(error)
 
 
 def _line(error: BaseException) -> str:
