@@ -29,8 +29,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole method on the embedded synthetic world (minutes)
 	$(BIN)/self-judge demo
 
-test: $(READY) lint types  ## linting, types and all fast tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not vllm'
+test: $(READY) lint types  ## linting, types, all fast tests, and how much of src/ they cover
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not vllm' --cov --cov-report=term:skip-covered
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

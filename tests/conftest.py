@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,66 @@ def queries() -> list[dict[str, Any]]:
         }
         for i in range(8)
     ]
+
+
+Make = Callable[..., Any]  # gives a SelfJudgeTrainer
+
+
+@pytest.fixture
+def make(tmp_path: Path, tokenizer: Any, model: Any, queries: list[dict[str, Any]]) -> Make:
+    """Builds a SelfJudgeTrainer on the tiny model, by arguments of it or of its configuration."""
+    # Here, since few tests need what it takes seconds to import.
+    from datasets import Dataset
+
+    from self_judge import SelfJudgeConfig, SelfJudgeTrainer
+
+    def build(**changes: Any) -> SelfJudgeTrainer:
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "max_steps": 2,
+            "max_new_tokens": 6,
+            "max_length": 256,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "disable_tqdm": True,
+        }
+        trainer_arguments = {
+            key: changes.pop(key)
+            for key in list(changes)
+            if key not in SelfJudgeConfig.__dataclass_fields__
+        }
+        return SelfJudgeTrainer(
+            **{
+                "model": model,
+                "args": SelfJudgeConfig(**{**settings, **changes}),
+                "processing_class": tokenizer,
+                "train_dataset": Dataset.from_list(queries),
+                "judge_templates": TEMPLATES,
+                **trainer_arguments,
+            }
+        )
+
+    return build
+
+
+def history(trainer: Any, key: str) -> list[float]:
+    """What was logged under a name, in order."""
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of parameters are equal to the bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ FLOORS: list[set[str]] = [
         "whole_file",
         "run_folder",
         "journal",
+        "checkpoints",
     },
     {
         "content_tokens",
@@ -56,6 +57,7 @@ FLOORS: list[set[str]] = [
         "sampling",
         "scoring",
         "model_size",
+        "out_of_memory",
         "estimates",
         "judge",
         "vllm_roles",
@@ -71,6 +73,8 @@ FLOORS: list[set[str]] = [
         "prompts",
         "trainer_config",
         "run_log",
+        "resumption",
+        "update_parts",
         "preparation",
         "samples",
         "run_needs",
@@ -97,6 +101,7 @@ FLOORS: list[set[str]] = [
         "evaluation_page",
         "policy_comparison",
         "cli",
+        "__main__",
     },
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -37,8 +37,8 @@ def saturating_at(tokens: int):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("tokens", [256, 1024, 4096])
-def test_the_fewest_tokens_that_keep_the_device_busy_are_taken(tokens: int) -> None:
-    assert busy_tokens(Model(3), saturating_at(tokens)) == tokens
+def test_twice_the_fewest_tokens_that_keep_the_matrices_busy_are_taken(tokens: int) -> None:
+    assert busy_tokens(Model(3), saturating_at(tokens)) == 2 * tokens
 
 
 def test_one_matrix_of_every_shape_is_measured_and_the_head_is_not() -> None:
@@ -49,8 +49,8 @@ def test_one_matrix_of_every_shape_is_measured_and_the_head_is_not() -> None:
         return 1.0
 
     model = Model(4)
-    assert busy_tokens(model, measure) == 256
-    assert busy_tokens(model, measure) == 256
+    assert busy_tokens(model, measure) == 512
+    assert busy_tokens(model, measure) == 512
     assert shapes[0] == [(8, 4), (4, 8)]
     assert len(shapes) == len(batch_shape._CANDIDATES)  # and only once for the model
 
@@ -58,9 +58,9 @@ def test_one_matrix_of_every_shape_is_measured_and_the_head_is_not() -> None:
 def test_a_machine_is_measured_once_and_later_processes_take_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert busy_tokens(Model(6), saturating_at(512)) == 512
+    assert busy_tokens(Model(6), saturating_at(512)) == 1024
     monkeypatch.setattr(batch_shape, "_MEASURED", {})  # another process
-    assert busy_tokens(Model(6), saturating_at(4096)) == 512
+    assert busy_tokens(Model(6), saturating_at(4096)) == 1024
 
 
 def test_where_nothing_can_be_kept_it_is_measured_all_the_same(
@@ -68,8 +68,12 @@ def test_where_nothing_can_be_kept_it_is_measured_all_the_same(
 ) -> None:
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("SELF_JUDGE_CACHE", str(tmp_path / "a file"))
-    assert busy_tokens(Model(7), saturating_at(1024)) == 1024
+    assert busy_tokens(Model(7), saturating_at(1024)) == 2048
     assert "is not kept" in caplog.text
+
+
+def test_a_pass_holds_no_more_than_was_tried() -> None:
+    assert busy_tokens(Model(8), saturating_at(16_384)) == 16_384
 
 
 def test_this_machine_is_measured() -> None:

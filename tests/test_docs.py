@@ -93,7 +93,8 @@ def test_every_override_of_the_seam_is_in_the_text() -> None:
 
     replaced = {
         name
-        for name, value in vars(SelfJudgeTrainer).items()
+        for owner in SelfJudgeTrainer.__mro__[: SelfJudgeTrainer.__mro__.index(DPOTrainer)]
+        for name, value in vars(owner).items()
         if callable(value) and callable(getattr(DPOTrainer, name, None)) and name != "__init__"
     }
     table = rows(section(ARCHITECTURE, "## The seam in TRL"))

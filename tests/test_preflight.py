@@ -13,6 +13,7 @@ from rich.console import Console
 
 from conftest import CHATML, ROOT, SHARED, byte_bpe, tiny_llama, wrap
 from self_judge import synthetic
+from self_judge.checkpoints import seal
 from self_judge.cli import main
 from self_judge.config import ConfigError, kind_of_run, load_run
 from self_judge.jsft import jsft_dataset
@@ -451,7 +452,12 @@ def test_settings_that_do_not_do_what_they_say(
     assert "own folder" in problems(check(TRAIN, [*own, f"training_args.output_dir={taught}"]))
     (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
     before = [*own, f"training_args.output_dir={tmp_path / 'run'}"]
-    assert "has checkpoints of another run" in warnings(check(TRAIN, before))
+    assert "checkpoint-5 is passed over: it has no manifest" in warnings(check(TRAIN, before))
+    seal(tmp_path / "run" / "checkpoint-5")
+    goes_on = check(TRAIN, before)
+    assert any("the run goes on from" in f.text for f in goes_on.findings)
+    anew = [*before, "training_args.resume_from_checkpoint=null"]
+    assert "has checkpoints of another run" in warnings(check(TRAIN, anew))
     nothing = [*own, "dataset.held_out=0.0"]
     assert "nothing to evaluate on" in warnings(check(TRAIN, nothing))
     ipo = check(TRAIN, [*own, "self_judge_args.loss_type=ipo"])

@@ -13,6 +13,7 @@ from rich.console import Console
 from self_judge import cli
 from self_judge.comparison import Response
 from self_judge.judge import aggregate
+from self_judge.policy_comparison import outcome
 from self_judge.report import CHARTS, json_block, page, write_report
 from self_judge.report_data import Limits, ReportData, collect
 from self_judge.rollouts import Rollout, rollout_metrics, rollout_totals, write_rollouts
@@ -205,6 +206,35 @@ def test_an_evaluation_is_shown_with_its_subsets(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="self-judge eval"):
         collect([tmp_path / "results.json"])
+
+
+def comparison_of(folder: Path, responses: str = "It is long.") -> Path:
+    """What `self-judge compare` leaves of 20 judged pairs: a wins three of four."""
+    folder.mkdir()
+    with (folder / "pairs.jsonl").open("w") as file:
+        for i in range(20):
+            p = [0.7, 0.2] if i % 4 else [0.2, 0.7]
+            verdict = {"undecidable_because": None, "probabilities": {"x": [p, p[::-1]]}}
+            line = {"response_a": responses, "response_b": "No." * (i % 5 + 1)}
+            file.write(json.dumps({**line, "verdict": verdict, "finished": [True, None]}) + "\n")
+    results = {"policies": ["new", "<b>old</b>"], **outcome(folder / "pairs.jsonl")}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_policies_that_were_compared_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = comparison_of(tmp_path / "compared")
+    (shown,) = collect([folder]).comparisons
+    assert shown["name"] == "new against <b>old</b>"
+    assert (shown["wins"], shown["ties"], shown["losses"]) == (15, 0, 5)
+    assert shown["win_rate"]["value"] == 0.75
+    assert cli.main(["report", str(folder)]) == 0
+    assert "(1 comparison)" in capsys.readouterr().err
+    (folder / "results.json").write_text('{"length_controlled_win_rate": {}}')
+    with pytest.raises(ValueError, match="no results of a comparison: prompts, wins"):
+        collect([folder])
 
 
 def test_without_plotly_the_command_says_what_to_install(

@@ -17,7 +17,7 @@ from rich.console import Console
 from self_judge.demo import run_demo
 from self_judge.report import write_report
 from self_judge.run_folder import BRACKETS, append_line
-from test_report import HOSTILE, run_of
+from test_report import HOSTILE, comparison_of, run_of
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="no Playwright here: `make browser` installs it"
@@ -95,6 +95,18 @@ def test_the_report_of_a_demo_opens_with_all_its_parts(
     assert page.locator("article.pair").count() == 10
     assert page.locator("#judge .plot .trace").count() >= 1
     assert "self_judge_args" not in page.locator("#configuration").inner_text()
+
+
+def test_policies_that_were_compared_are_drawn_and_their_names_are_text(
+    tmp_path: Path, opened: Open
+) -> None:
+    page = opened(report_of(comparison_of(tmp_path / "compared"), to=tmp_path))
+    section = page.locator("#policies")
+    assert section.locator(".plot .points path").count() == 4
+    assert section.locator("tbody th").inner_text() == "new against <b>old</b>"
+    label = section.locator(".plot").get_attribute("aria-label")
+    assert "win rate 75" in label
+    assert "15 / 0 / 5" in section.inner_text()
 
 
 @pytest.mark.slow

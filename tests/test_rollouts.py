@@ -242,6 +242,7 @@ def test_metrics_are_those_computed_by_hand() -> None:
             "judge/margin": (0.25 + 0.3) / 2,
             "judge/order_agreement": 1.0,
             "judge/undecidable": 0.5,
+            "judge/broken": 0.25,
             "judge/win_rate/helpful": 0.5,
             "judge/win_rate/honest": 1.0,
             "completions/mean_length": (4 + 6 + 10 + 2 + 1 + 1 + 3 + 5) / 8,

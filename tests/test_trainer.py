@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +16,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from conftest import TEMPLATES, tiny_llama
+from conftest import TEMPLATES, Make, history, same, tiny_llama, weights
 from self_judge import SelfJudgeCollator, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.models import load_judge_settings, load_model, merged
 from self_judge.rollouts import preference_batch
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-
-Make = Callable[..., SelfJudgeTrainer]
-
-
-@pytest.fixture
-def make(tmp_path: Path, tokenizer: Any, model: Any, queries: list[dict[str, Any]]) -> Make:
-    def build(**changes: Any) -> SelfJudgeTrainer:
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
-            "max_steps": 2,
-            "max_new_tokens": 6,
-            "max_length": 256,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
-        }
-        trainer_arguments = {
-            key: changes.pop(key)
-            for key in list(changes)
-            if key not in SelfJudgeConfig.__dataclass_fields__
-        }
-        return SelfJudgeTrainer(
-            **{
-                "model": model,
-                "args": SelfJudgeConfig(**{**settings, **changes}),
-                "processing_class": tokenizer,
-                "train_dataset": Dataset.from_list(queries),
-                "judge_templates": TEMPLATES,
-                **trainer_arguments,
-            }
-        )
-
-    return build
-
-
-def history(trainer: SelfJudgeTrainer, key: str) -> list[float]:
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 @pytest.mark.parametrize("packing", ["off", "auto", "cache", "padding"])

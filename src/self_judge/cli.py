@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -115,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     tournament.add_argument("--max-length", type=int, help="tokens of a judge prompt at most")
     tournament.add_argument("--seed", type=int, default=0)
     tournament.add_argument("--brackets", action="store_true", help="write the brackets as well")
+    tournament.add_argument(
+        "--chunk", type=int, default=256, help="lines between two writes to disk (default: 256)"
+    )
+    tournament.add_argument(
+        "--overwrite", action="store_true", help="begin anew instead of going on"
+    )
     tournament.set_defaults(run=_tournament)
 
     report = commands.add_parser("report", help="what runs looked like, as one HTML page")
@@ -220,6 +227,11 @@ def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: i
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"self-judge: error: {text}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:  # not the user's input: the training itself went wrong
+        if debug:
+            raise
+        print(f"self-judge: stopped: {error}", file=sys.stderr)
+        return 1
     return status or 0
 
 
@@ -250,10 +262,23 @@ def _train(arguments: argparse.Namespace) -> None:
 
     from self_judge import recipes
 
-    if arguments.kind == "jsft":
-        recipes.run_jsft(jsft)
-    else:
-        recipes.run_self_judge(self_judge)
+    try:
+        if arguments.kind == "jsft":
+            recipes.run_jsft(jsft)
+        else:
+            recipes.run_self_judge(self_judge)
+    except recipes.TrainingStopped as stopped:
+        # For whoever is pre-empted that is the end of a good run.
+        print(f"{stopped}\ngo on with: {_resuming(sys.argv)}", file=sys.stderr)
+
+
+def _resuming(argv: Sequence[str]) -> str:
+    """The command that goes on with a run."""
+    override = "training_args.resume_from_checkpoint=true"
+    kept = [a for a in argv[1:] if not a.startswith("training_args.resume_from_checkpoint=")]
+    name = os.path.basename(argv[0])
+    start = ["python", argv[0]] if name.endswith(".py") else [name]
+    return shlex.join([*start, *kept, override])
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -311,6 +336,8 @@ def _tournament(arguments: argparse.Namespace) -> None:
         max_length=arguments.max_length,
         seed=arguments.seed,
         brackets=arguments.brackets,
+        chunk=arguments.chunk,
+        overwrite=arguments.overwrite,
     )
 
 

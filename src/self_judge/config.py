@@ -189,6 +189,7 @@ class JSFTArgs:
             or `off`.
         merge_adapter: after LoRA training, fold the adapter into the weights and save a plain
             model; otherwise the adapter alone is saved.
+        max_skipped_steps: steps in a row without a finite gradient after which training stops.
     """
 
     max_length: int = 2048
@@ -197,9 +198,11 @@ class JSFTArgs:
     group_by_length: bool = False
     packing: PackingChoice = "auto"
     merge_adapter: bool = False
+    max_skipped_steps: int = 3
 
     def __post_init__(self) -> None:
         _require_at_least(self, "max_length", 2)
+        _require_at_least(self, "max_skipped_steps", 1)
         _require_at_least(self, "global_batch_size", 1)
 
 
@@ -235,6 +238,8 @@ class SelfJudgeArgs:
         rollout_files: of at most so many steps, evenly spread over the run, and the last one;
             `None`: of every step.
         rollout_pairs: at most so many pairs of a step; `None`: all of the first process.
+        max_skipped_steps: steps in a row that give nothing to learn from (no finite gradient, or
+            no finite verdict) after which training stops.
         use_vllm: whether vLLM samples, and with LoRA judges too.
         vllm_mode: an engine in every training process (`colocate`), or servers (`server`).
         vllm_server_base_url: URL of the server, or a list of replicas.
@@ -273,6 +278,7 @@ class SelfJudgeArgs:
     save_rollouts: bool = True
     rollout_files: int | None = 200
     rollout_pairs: int | None = 64
+    max_skipped_steps: int = 3
     use_vllm: bool = False
     vllm_mode: VLLMMode = "colocate"
     vllm_server_base_url: str | list[str] | None = None
@@ -296,6 +302,7 @@ class SelfJudgeArgs:
             "global_batch_size": 1,
             "rollout_files": 1,
             "rollout_pairs": 1,
+            "max_skipped_steps": 1,
         }.items():
             _require_at_least(self, name, least)
         _require(

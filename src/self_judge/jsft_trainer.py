@@ -5,7 +5,8 @@ It replaces which examples meet in a batch and how their forward pass is laid ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from self_judge.lockstep import check_processes
 from self_judge.models import unwrapped
 from self_judge.packed_head import pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
+from self_judge.resumption import ResumableTraining
 from self_judge.run_log import RunLog
 
 
@@ -53,18 +55,29 @@ class TwinSampler(Sampler[int]):
             yield from self.units[unit]
 
 
-class JSFTTrainer(SFTTrainer):
+class JSFTTrainer(ResumableTraining, SFTTrainer):
     """Takes what TRL's `SFTTrainer` takes, on the dataset of `jsft_dataset`.
 
     Args:
         packing: see `Packing`; `off` leaves batches padded and drawn as `SFTTrainer` does.
+        max_skipped_steps: see `ResumableTraining`.
+        on_saved: called with every folder into which a model was saved, to write more beside it.
 
     Raises:
         ValueError: `packing` names a way that is not exact for the model.
     """
 
-    def __init__(self, *args: Any, packing: PackingChoice = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        packing: PackingChoice = "auto",
+        max_skipped_steps: int = 3,
+        on_saved: Callable[[Path], object] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.max_skipped_steps = max_skipped_steps
+        self.on_saved = on_saved
         check_processes(self.accelerator)
         model: Any = self.model
         one_pass = needs_one_pass(self.accelerator.distributed_type)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from self_judge.checkpoints import files_written_whole, last_whole
 from self_judge.comparison import Comparison, PreferenceRecord
 from self_judge.config import JSFTRun, PackingChoice, SelfJudgeRun
 from self_judge.encoding import ChatEncoder
@@ -50,6 +49,7 @@ from self_judge.preparation import (
     this_machine,
 )
 from self_judge.progress import LiveProgress
+from self_judge.run_folder import RUN
 from self_judge.selection import judge_context
 from self_judge.templates import JudgeTemplates
 from self_judge.trainer import SelfJudgeTrainer
@@ -57,11 +57,22 @@ from self_judge.whole_file import written_whole
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class TrainingStopped(Exception):  # noqa: N818  it ends a run, and is no error
+    """A run was asked to stop, and did so with a checkpoint; the message says after which step."""
+
+
 # -- JSFT ----------------------------------------------------------------------------------------
 
 
 def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
-    """Judge-augmented SFT from a run configuration; returns the folder of the model."""
+    """Judge-augmented SFT from a run configuration; returns the folder of the model.
+
+    Raises:
+        TrainingStopped: SIGTERM asked for it; the model is in a checkpoint.
+    """
     say = _speaker(console)
     run = _fitted(run, say)
     args = jsft_config(run)
@@ -81,11 +92,11 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
         ignore_index=run.jsft_args.ignore_index,
         num_proc=run.dataset.num_proc,
         packing=run.jsft_args.packing,
+        max_skipped_steps=run.jsft_args.max_skipped_steps,
         say=say,
     )
     _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
-    trainer.run_log.run_file = dataclasses.asdict(run)
-    _train(trainer, args, say, LiveProgress("JSFT", _console(console)))
+    _train(trainer, run, args, say, LiveProgress("JSFT", _console(console)))
     output = save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
     say(f"JSFT model and judge.json: {output}")
     return output
@@ -104,6 +115,7 @@ def jsft_trainer(
     ignore_index: int = -100,
     num_proc: int | None = None,
     packing: PackingChoice = "auto",
+    max_skipped_steps: int = 3,
     say: Say = logger.info,
 ) -> JSFTTrainer:
     """TRL's `SFTTrainer`, packed, on SFT and judge examples, which are as they are trained.
@@ -112,6 +124,7 @@ def jsft_trainer(
         records: what to learn from.
         held_out: what to measure the evaluation loss on, if `args` asks for evaluation.
         packing: see `Packing`.
+        max_skipped_steps: see `ResumableTraining`.
         say: told how many examples there are and what was cut.
     """
     vocabulary_fits(model, encoder.tokenizer)
@@ -138,23 +151,11 @@ def jsft_trainer(
         eval_dataset=evaluation,
         processing_class=encoder.tokenizer,
         peft_config=peft_config,
-        callbacks=[SaveJudgeSettings(encoder, templates, letters)],
         packing=packing,
+        max_skipped_steps=max_skipped_steps,
+        # Every checkpoint can judge.
+        on_saved=lambda folder: save_judge_settings(folder, encoder, templates, letters),
     )
-
-
-class SaveJudgeSettings(TrainerCallback):
-    """Writes `judge.json` into every checkpoint, so that each of them can judge."""
-
-    def __init__(
-        self, encoder: ChatEncoder, templates: JudgeTemplates, letters: tuple[int, int]
-    ) -> None:
-        self.encoder, self.templates, self.letters = encoder, templates, letters
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            save_judge_settings(folder, self.encoder, self.templates, self.letters)
 
 
 def save_jsft(
@@ -164,15 +165,16 @@ def save_jsft(
     output = Path(str(trainer.args.output_dir))
     tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
     tokenizer.chat_template = encoder.chat_template
-    trainer.save_model(str(output))
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not (merge and isinstance(model, PeftModel)):
+        trainer.save_model(str(output))
+        return output
     if trainer.accelerator.is_main_process:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if merge and isinstance(model, PeftModel):
-            merged(model).save_pretrained(output)
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                (output / name).unlink(missing_ok=True)
-        tokenizer.save_pretrained(output)
-        save_judge_settings(output, encoder, templates, encoder.letter_ids(templates))
+        with files_written_whole(output, without=ADAPTER_FILES) as folder:
+            merged(model).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
     trainer.accelerator.wait_for_everyone()
     return output
 
@@ -181,7 +183,11 @@ def save_jsft(
 
 
 def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
-    """On-policy self-training from a run configuration; returns the folder of the policy."""
+    """On-policy self-training from a run configuration; returns the folder of the policy.
+
+    Raises:
+        TrainingStopped: SIGTERM asked for it; the policy is in a checkpoint.
+    """
     say = _speaker(console)
     run = _fitted(run, say)
     args = self_judge_config(run)
@@ -205,8 +211,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
         token_id_b=run.self_judge_args.token_id_b,
     )
     _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
-    trainer.run_log.run_file = dataclasses.asdict(run)
-    _train(trainer, args, say, LiveProgress("self-training", _console(console)))
+    _train(trainer, run, args, say, LiveProgress("self-training", _console(console)))
     trainer.save_model(str(args.output_dir))
     say(f"policy: {args.output_dir}")
     return Path(str(args.output_dir))
@@ -245,7 +250,8 @@ def _speaker(console: Console | None) -> Say:
     console = _console(console)
     if not PartialState().is_main_process:
         return lambda line: None
-    return lambda line: console.print(line, markup=False, highlight=False)
+    # Lines of a log stay whole; a terminal folds them itself.
+    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _fitted(run: Run, say: Say) -> Run:
@@ -271,13 +277,17 @@ def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
 
 
 def _train(
-    trainer: JSFTTrainer | SelfJudgeTrainer, args: Any, say: Say, progress: LiveProgress
+    trainer: JSFTTrainer | SelfJudgeTrainer, run: Run, args: Any, say: Say, progress: LiveProgress
 ) -> None:
     """Trains; `resume_from_checkpoint: true` goes on from the last checkpoint, if there is one."""
-    resume: str | bool | None = args.resume_from_checkpoint
-    if resume in (True, "true", "True", "auto"):
-        folder = str(args.output_dir)
-        resume = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    output = Path(str(args.output_dir))
+    resume: str | None = _checkpoint(output, args.resume_from_checkpoint, say)
+    this = json.loads(json.dumps(dataclasses.asdict(run), default=str))
+    if resume is not None:
+        say(f"goes on from {resume}")
+        for line in _changes(output, this):
+            say(f"warning: {line}")
+    trainer.run_log.run_file = this
     # A sharded model can be tried only with all processes in step, at the first batch.
     if trainer.packing is not None and not trainer.packing.shape.one_pass:
         say(trainer.packing.describe())
@@ -287,6 +297,41 @@ def _train(
         trainer.train(resume_from_checkpoint=resume)
     finally:
         progress.stop()
+    if trainer.stopped_early:
+        state = trainer.state
+        raise TrainingStopped(
+            f"stopped after step {state.global_step:,} of {state.max_steps:,}, as SIGTERM asked; "
+            f"saved {output / f'checkpoint-{state.global_step}'}"
+        )
+
+
+def _checkpoint(output: Path, asked: str | bool | None, say: Say) -> str | None:
+    if asked in (None, False, "false", "False"):
+        return None
+    if asked not in (True, "true", "True", "auto"):
+        return str(asked)
+    found, passed_over = last_whole(output)
+    for line in passed_over:
+        say(f"warning: {line}")
+    return str(found) if found is not None else None
+
+
+def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
+    """What a run that goes on has otherwise than the one that it goes on from."""
+    try:
+        before = json.loads((output / RUN).read_text(encoding="utf-8")).get("run_file") or {}
+    except (OSError, ValueError):
+        return  # a run that was started without a run file
+    for section, values in this.items():
+        old = before.get(section)
+        if not (isinstance(values, dict) and isinstance(old, dict)):
+            continue
+        for name in sorted({*values, *old} - {"resume_from_checkpoint"}):
+            if values.get(name) != old.get(name):
+                yield (
+                    f"{section}.{name} was {old.get(name)!r} when this run began and is "
+                    f"{values.get(name)!r} now"
+                )
 
 
 def _save_json(path: Path, content: Any) -> None:

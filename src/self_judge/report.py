@@ -252,6 +252,7 @@ def write_report(
             (data.pairs, "pair"),
             (data.brackets, "tournament"),
             (data.judges, "judge"),
+            (data.comparisons, "comparison"),
         )
         if items
     ]

@@ -53,6 +53,7 @@ class ReportData:
         pairs: sampled pairs with their verdicts; see `rollouts.write_rollouts`.
         brackets: tournaments with their contexts and responses.
         judges: how good a judge was on labeled pairs, with its reliability; see `calibration`.
+        comparisons: how often one policy answers better than another; see `policy_comparison`.
         notes: what was left out, for people.
     """
 
@@ -60,6 +61,7 @@ class ReportData:
     pairs: list[Line] = field(default_factory=list)
     brackets: list[Line] = field(default_factory=list)
     judges: list[Line] = field(default_factory=list)
+    comparisons: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -85,7 +87,8 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
         if not found and not loose:
             raise ValueError(
                 f"{path}: nothing to report on: no {METRICS}, as training writes, no {RESULTS} of "
-                "an evaluation, and no tournament with brackets (self-judge tournament --brackets)"
+                "an evaluation or comparison, and no tournament with brackets (self-judge "
+                "tournament --brackets)"
             )
         folders += [folder for folder in found if folder not in folders]
     names = _names(folders)
@@ -241,9 +244,12 @@ def _loose_files(path: Path, data: ReportData, limits: Limits) -> bool:
             found |= kind is not None
         elif file.name == RESULTS or (file == path and file.suffix == ".json"):
             results = _json(file)
-            if file != path and not isinstance(results.get("overall"), dict):
+            if isinstance(results.get("length_controlled_win_rate"), dict):
+                _add_comparison(path.name, results, data)
+            elif file == path or isinstance(results.get("overall"), dict):
+                _add_evaluation(path.name, results, data)
+            else:
                 continue  # somebody else's results
-            _add_evaluation(path.name, results, data)
             found = True
     return found
 
@@ -304,10 +310,26 @@ def _add_verdicts(name: str, lines: Iterable[Line], data: ReportData) -> None:
     )
 
 
+def _add_comparison(name: str, results: Line, data: ReportData) -> None:
+    """From the `results.json` of two policies compared."""
+    kept = (
+        *("prompts", "wins", "ties", "losses", "win_rate", "length_controlled_win_rate"),
+        *("both_orders", "longer_wins_all", "order_agreement", "characters"),
+    )
+    missing = [key for key in kept if key not in results]
+    if missing:
+        raise ValueError(f"{name}: no results of a comparison: {', '.join(missing)} missing")
+    a, b = results["policies"]
+    data.comparisons.append({"name": f"{a} against {b}", **{key: results[key] for key in kept}})
+
+
 def _add_evaluation(name: str, results: Line, data: ReportData) -> None:
     """From the `results.json` of a judge's evaluation: over all pairs, and by subset."""
     if not isinstance(results.get("overall"), dict):
-        raise ValueError(f"{name}: no results of a judge's evaluation (self-judge eval)")
+        raise ValueError(
+            f"{name}: no results of a judge's evaluation (self-judge eval), nor of policies "
+            "compared (self-judge compare)"
+        )
     subsets = results.get("subsets") or {}
     named = [(name, results["overall"]), *((f"{name} · {s}", r) for s, r in subsets.items())]
     for title, numbers in named:

@@ -126,7 +126,10 @@ def judged_rollouts(
             chosen=responses[i][better],
             rejected=responses[i][worse],
             verdict=verdict,
-            decided=verdict is not None and verdict.preferred == "a",
+            # A response without a token has nothing to learn from, whatever the judge says of it.
+            decided=verdict is not None
+            and verdict.preferred == "a"
+            and bool(responses[i][better].ids and responses[i][worse].ids),
         )
         for i, (better, worse, verdict) in enumerate(pairs)
     ]
@@ -181,6 +184,7 @@ def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> di
         "decided": float(len(judged)),
         "margin": math.fsum(v.margin for v in judged),
         "orders_agree": float(sum(v.orders_agree for v in judged)),
+        "broken": float(sum(is_broken(r) for r in rollouts)),
         "responses": float(len(lengths)),
         "tokens": float(sum(lengths)),
         "finished": float(sum(x.finished for r in rollouts for x in (r.chosen, r.rejected))),
@@ -197,6 +201,14 @@ def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> di
     return totals
 
 
+def is_broken(rollout: Rollout) -> bool:
+    """Whether nothing can be learned since something failed: no tokens, or scores not finite."""
+    if not (rollout.chosen.ids and rollout.rejected.ids):
+        return True
+    verdict = rollout.verdict
+    return verdict is not None and bool(verdict.probabilities) and not math.isfinite(verdict.margin)
+
+
 def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     """The logged means, from (summed) `rollout_totals`.
 
@@ -209,6 +221,7 @@ def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
         "judge/margin": totals["margin"] / decided,
         "judge/order_agreement": totals["orders_agree"] / decided,
         "judge/undecidable": 1.0 - totals["decided"] / pairs,
+        "judge/broken": totals["broken"] / pairs,
         "completions/mean_length": totals["tokens"] / responses,
         "completions/finished": totals["finished"] / responses,
         "completions/chosen_length": totals["chosen_tokens"] / pairs,
@@ -275,4 +288,6 @@ def _why_undecided(rollout: Rollout) -> str | None:
         return None
     if rollout.verdict is None:
         return "equal texts"
+    if not (rollout.chosen.ids and rollout.rejected.ids):
+        return "a response without a token"
     return rollout.verdict.undecidable_because or "the verdict contradicts the tournament"

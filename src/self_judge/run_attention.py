@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv
 
 from self_judge.prefix_walks import Run
 
@@ -27,7 +27,8 @@ NAME = "self_judge_runs"
 _PIECE = 128
 
 
-class Attending(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Attending:
     """A piece of a run as attention needs it.
 
     Attributes:
@@ -39,6 +40,17 @@ class Attending(NamedTuple):
     queries: slice
     keys: tuple[slice, ...]
     mask: torch.Tensor | None
+    _added: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def added(self, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """The mask as numbers to add, once per group of heads; the same one for all layers."""
+        if self.mask is None:
+            return None
+        if (groups, dtype) not in self._added:
+            forbidden = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            forbidden.masked_fill_(~self.mask, -torch.inf)
+            self._added[groups, dtype] = forbidden.repeat(groups, 1)
+        return self._added[groups, dtype]
 
 
 def attending(runs: Sequence[Run], device: torch.device) -> list[Attending]:
@@ -88,17 +100,20 @@ def run_attention(
     """
     if prefix_runs is None or softcap is not None or position_bias is not None:
         raise ValueError("the model does not attend by runs")
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    batch, heads, _, size = query.shape
+    # Heads that share keys and values follow each other: stood end to end they are one head with
+    # more queries, and nothing is copied for each of them.
+    shared = key.shape[1]
+    groups = heads // shared
     attended = [
         nn.functional.scaled_dot_product_attention(
-            query[:, :, run.queries],
+            query[:, :, run.queries].reshape(batch, shared, -1, size),
             _joined(key, run.keys),
             _joined(value, run.keys),
-            attn_mask=run.mask,
+            attn_mask=run.added(groups, query.dtype),
             dropout_p=dropout,
             scale=scaling,
-        )
+        ).reshape(batch, heads, -1, value.shape[-1])
         for run in prefix_runs
     ]
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None

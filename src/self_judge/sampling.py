@@ -34,6 +34,7 @@ from self_judge.comparison import Response
 from self_judge.decoding import Most, decode, why_not_shared
 from self_judge.encoding import ChatEncoder
 from self_judge.models import in_evaluation_mode
+from self_judge.out_of_memory import halved
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,18 +208,33 @@ class TransformersSampler:
         drawn_from = rows_to_sample(prompts, n, seeds)
         responses: list[list[Response]] = [[] for _ in prompts]
         batches = self._batches([len(p) for p in prompts], n)
+        sharded = self.most is not int
         bar = tqdm(total=n * len(prompts), desc="sampling", unit="resp", disable=not progress)
         with in_evaluation_mode(self.model), bar:
-            for number in range(self.most(len(batches))):
+            number, rounds = 0, self.most(len(batches))
+            while number < rounds:
                 if number >= len(batches):  # in step with processes that have more to do
                     self._sampled([(self.stop[:1], [0])])
+                    number += 1
                     continue
                 batch = batches[number]
                 rows = [(prompts[i], [drawn_from[i * n + k][1] for k in ks]) for i, ks in batch]
-                drawn = iter(self._sampled(rows))
+                count = sum(len(ks) for _, ks in batch)
+                try:
+                    drawn = iter(self._sampled(rows))
+                except RuntimeError as error:
+                    if sharded:  # processes that share a model sample in step
+                        raise
+                    self.batch_size = halved("sampling", count, "responses", error)
+                    batches[number:] = [
+                        part for b in batches[number:] for part in _split(b, self.batch_size)
+                    ]
+                    rounds = len(batches)
+                    continue
                 for i, ks in batch:
                     responses[i] += [sampled_response(next(drawn), self.encoder) for _ in ks]
-                bar.update(sum(len(ks) for _, ks in batch))
+                bar.update(count)
+                number += 1
         return responses
 
     def _batches(self, lengths: Sequence[int], n: int) -> list[list[tuple[int, range]]]:
@@ -289,6 +305,22 @@ class TransformersSampler:
                 synced_gpus=self.most is not int,
             )
         return output_BT[:, longest:].tolist()
+
+
+def _split(batch: Sequence[tuple[int, range]], most: int) -> list[list[tuple[int, range]]]:
+    """A batch in parts of so many responses at most, in the same order."""
+    parts: list[list[tuple[int, range]]] = []
+    room = 0
+    for i, samples in batch:
+        left = samples
+        while left:
+            if not room:
+                parts.append([])
+                room = most
+            taken, left = left[:room], left[room:]
+            parts[-1].append((i, taken))
+            room -= len(taken)
+    return parts
 
 
 class _Draw:

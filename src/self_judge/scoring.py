@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
+from self_judge.batch_shape import busy_tokens
 from self_judge.config import PackingChoice
 from self_judge.models import float32_logits, in_evaluation_mode, unwrapped
+from self_judge.out_of_memory import halved
 from self_judge.packing import Packing
 
 
@@ -83,14 +86,43 @@ class TransformersScorer:
     ) -> torch.Tensor:
         """See `LetterScorer.letter_probabilities`."""
         letters_N2 = torch.empty(len(prompts), 2)
-        packed = self.packing.decision.route != "off"
         with in_evaluation_mode(self.model), float32_logits(self.model):
-            for places, logits_BV in (
-                self.packing.next_token_logits(prompts) if packed else self._unpacked(prompts)
-            ):
-                letters_N2[places] = logits_BV.float().softmax(-1)[:, list(letter_ids)].cpu()
-                done(len(places))
+            left = list(range(len(prompts)))
+            while left:
+                computed: set[int] = set()
+                try:
+                    for places, logits_BV in self._logits([prompts[i] for i in left]):
+                        own = [left[place] for place in places]
+                        letters_N2[own] = logits_BV.float().softmax(-1)[:, list(letter_ids)].cpu()
+                        computed.update(own)
+                        done(len(own))
+                except RuntimeError as error:
+                    self._take_less(error)
+                left = [i for i in left if i not in computed]
         return letters_N2
+
+    def _logits(self, prompts: Sequence[Sequence[int]]) -> Iterable[tuple[list[int], torch.Tensor]]:
+        packed = self.packing.decision.route != "off"
+        return self.packing.next_token_logits(prompts) if packed else self._unpacked(prompts)
+
+    def _take_less(self, error: RuntimeError) -> None:
+        """Smaller passes after full memory; raises what that cannot help.
+
+        Processes that share a model make their passes together, so one alone cannot change its own.
+        """
+        if self.packing.shape.one_pass:
+            raise error
+        if self.packing.decision.route == "off":
+            self.batch_size = halved("judging", self.batch_size, "prompts", error)
+            return
+        shape = self.packing.shape
+        tokens = shape.batch_tokens or busy_tokens(self.packing.inner)
+        self.packing.shape = replace(
+            shape,
+            batch_tokens=halved("judging", tokens, "tokens", error),
+            batch_rows=max(1, shape.batch_rows // 2),
+            row_tokens=max(1, shape.row_tokens // 2),
+        )
 
     def _unpacked(
         self, prompts: Sequence[Sequence[int]]

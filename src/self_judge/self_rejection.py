@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +18,19 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from self_judge.bulk_judging import fingerprint
 from self_judge.comparison import Message
 from self_judge.encoding import ChatEncoder
+from self_judge.journal import Journal, JournalError, open_journal, settings_path
 from self_judge.judge import Judge
 from self_judge.models import load_judge_settings, load_model, load_tokenizer
 from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.templates import dialogue_text
 from self_judge.tournament import Bracket, judged_knockouts
-from self_judge.whole_file import written_whole
 
 # Lines in memory at a time: all their matches of a round are judged together.
 CHUNK = 256
+ADDED = ("responses", "winner", "response", "principles", "bracket")
 
 
 class Entry(NamedTuple):
@@ -54,27 +57,37 @@ def run_tournament(
     max_length: int | None = None,
     seed: int = 0,
     brackets: bool = False,
+    chunk: int = CHUNK,
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> int:
     """Writes every input line with `winner` (its index) and `response`; returns their number.
 
-    Under `accelerate launch` each process plays its share of the lines, and the first joins them in
-    order; the result is that of one process, up to rounding.
+    The same call goes on after an interruption, chunk by chunk. Under `accelerate launch` each
+    process plays its share of the lines, and the first joins them in order; the result is that of
+    one process, up to rounding.
 
     Args:
         source: JSON lines with `context` and `responses`, or with `prompt` (a text or messages), to
             which `n` responses are sampled first.
-        target: written whole or not at all.
+        target: one line per line of the input, in order; beside it stands a file with the settings.
         model: the judging model, with its `judge.json`.
         policy: who samples; default: the judging model.
         brackets: also write every match with the judge's probabilities, under which principles.
+        chunk: lines played together and then written to disk.
+        overwrite: begin anew, whatever is there.
 
     Raises:
-        ValueError: a line that cannot be used; file, line number and field are named.
+        ValueError: a line that cannot be used (file, line number and field are named), or the
+            target belongs to another input or other settings.
     """
     source, target = Path(source), Path(target)
     if not source.is_file():
         raise ValueError(f"{source}: no such file")
+    if source.resolve() == target.resolve():
+        raise ValueError(f"{target}: the output would overwrite the input")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
     settings = SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     if n < 1:
         raise ValueError(f"--n must be at least 1, got {n}")
@@ -82,11 +95,23 @@ def run_tournament(
     if not total:
         raise ValueError(f"{source}: it has no lines")
     processes = PartialState(cpu=not torch.cuda.is_available())
-    device = processes.device if processes.num_processes > 1 else None
-    judge = Judge.from_pretrained(
-        model, batch_size=batch_size, max_length=max_length, device=device
-    )
-    sampler: TransformersSampler | None = None
+    count, own = processes.num_processes, processes.process_index
+    shares = [
+        target if count == 1 else target.with_name(f"{target.name}.{i}") for i in range(count)
+    ]
+    begun = {
+        "model": str(model),
+        "weights": fingerprint(str(model)),
+        "policy": str(policy) if policy is not None else None,
+        "policy_weights": fingerprint(str(policy)) if policy is not None else None,
+        **asdict(settings),
+        "n": n,
+        "max_length": max_length,
+        "seed": seed,
+        "brackets": brackets,
+        "chunk": chunk,
+        "processes": count,
+    }
     bar = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -96,57 +121,119 @@ def run_tournament(
         console=console or Console(stderr=True),
         disable=not processes.is_main_process,
     )
-    shares = [target]
-    if processes.num_processes > 1:
-        shares = [target.with_name(f"{target.name}.{i}") for i in range(processes.num_processes)]
-    with bar, written_whole(shares[processes.process_index]) as out:
+    if not overwrite and _is_finished(target, begun, source, total):
+        return total
+    # Before the output is begun: what is wrong with the model leaves nothing behind.
+    judge = Judge.from_pretrained(
+        model,
+        batch_size=batch_size,
+        max_length=max_length,
+        device=processes.device if count > 1 else None,
+    )
+    with open_journal(shares[own], begun, overwrite=overwrite) as journal, bar:
         task = bar.add_task("tournament", total=total)
-        for number, chunk in enumerate(_chunks(_entries(source))):
-            bar.update(task, advance=len(chunk))
-            if number % processes.num_processes != processes.process_index:
+        done = _checked(journal, (e for _, c in _dealt(source, chunk, own, count) for e in c))
+        # Whole chunks again: the same lines then as without interruption.
+        journal.cut(done // chunk * chunk if done < _share(total, chunk, own, count) else done)
+        sampler: TransformersSampler | None = None
+        skipped = journal.lines
+        for number, entries in _dealt(source, chunk, own, count):
+            bar.update(task, completed=min(total, (number + 1) * chunk))
+            if skipped > 0:
+                skipped -= len(entries)
                 continue
-            if sampler is None and any(e.responses is None for e in chunk):
+            if sampler is None and any(e.responses is None for e in entries):
                 sampler = _sampler(judge, policy, settings)
-            responses = _with_samples(chunk, sampler, n, seed)
+            responses = _with_samples(entries, sampler, n, seed)
             played = judged_knockouts(
                 judge,
-                [e.context for e in chunk],
+                [e.context for e in entries],
                 responses,
-                seeds=[stable_seed(seed, e.place) for e in chunk],
+                seeds=[stable_seed(seed, e.place) for e in entries],
             )
-            for entry, own, bracket in zip(chunk, responses, played, strict=True):
-                line = {
-                    **entry.line,
-                    "responses": own,
-                    "winner": bracket.winner,
-                    "response": own[bracket.winner],
-                }
-                if brackets:
-                    line["principles"] = list(judge.templates.principles)
-                    line["bracket"] = bracket_json(bracket)
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            principles = judge.templates.principles if brackets else None
+            journal.append(
+                [
+                    _played(entry.line, texts, bracket, principles)
+                    for entry, texts, bracket in zip(entries, responses, played, strict=True)
+                ]
+            )
     processes.wait_for_everyone()
-    if len(shares) > 1 and processes.is_main_process:
-        _join(shares, target)
+    if count > 1 and processes.is_main_process:
+        _join(shares, target, begun, chunk)
     return total
 
 
-def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
-    while chunk := list(itertools.islice(entries, CHUNK)):
-        yield chunk
+def _played(
+    line: Mapping[str, Any],
+    responses: Sequence[str],
+    bracket: Bracket,
+    principles: Sequence[str] | None,
+) -> dict[str, Any]:
+    written = {
+        **line,
+        "responses": list(responses),
+        "winner": bracket.winner,
+        "response": responses[bracket.winner],
+    }
+    if principles is not None:
+        written["principles"] = list(principles)
+        written["bracket"] = bracket_json(bracket)
+    return written
 
 
-def _join(shares: Sequence[Path], target: Path) -> None:
+def _dealt(source: Path, chunk: int, own: int, count: int) -> Iterator[tuple[int, list[Entry]]]:
+    """The chunks that a process plays: every `count`-th one, with their numbers."""
+    entries = _entries(source)
+    for number in itertools.count():
+        dealt = list(itertools.islice(entries, chunk))
+        if not dealt:
+            return
+        if number % count == own:
+            yield number, dealt
+
+
+def _share(total: int, chunk: int, own: int, count: int) -> int:
+    """How many lines that is."""
+    return sum(min(chunk, total - start) for start in range(own * chunk, total, count * chunk))
+
+
+def _checked(journal: Journal, entries: Iterator[Entry]) -> int:
+    """The number of lines that are there; raises where they are not those of the input."""
+    for number, written in enumerate(journal.read(), start=1):
+        entry = next(entries, None)
+        if entry is None or any(
+            written.get(name) != value
+            for name, value in entry.line.items()
+            if name not in ADDED or (name == "responses" and value is not None)
+        ):
+            raise JournalError(
+                f"{journal.path}, line {number}: it is not what this input comes to: give another "
+                "output, or --overwrite"
+            )
+    return journal.lines
+
+
+def _is_finished(target: Path, begun: Mapping[str, Any], source: Path, total: int) -> bool:
+    """Whether an earlier call wrote, or joined, all lines."""
+    if not target.exists() or not settings_path(target).exists():
+        return False
+    with open_journal(target, begun) as journal:
+        return journal.lines == total and _checked(journal, _entries(source)) == total
+
+
+def _join(shares: Sequence[Path], target: Path, begun: Mapping[str, Any], chunk: int) -> None:
     """Puts the shares' chunks together in turn, as they were dealt out, and removes the shares."""
-    with contextlib.ExitStack() as stack, written_whole(target) as out:
+    with contextlib.ExitStack() as stack, open_journal(target, begun, overwrite=True) as joined:
         files = [stack.enter_context(share.open(encoding="utf-8")) for share in shares]
         for file in itertools.cycle(files):
-            lines = list(itertools.islice(file, CHUNK))
-            out.writelines(lines)
-            if len(lines) < CHUNK:
+            lines = [json.loads(line) for line in itertools.islice(file, chunk)]
+            joined.append(lines)
+            if len(lines) < chunk:
                 break  # the last chunk, or the empty one after it
     for share in shares:
         share.unlink()
+        settings_path(share).unlink(missing_ok=True)
 
 
 def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:

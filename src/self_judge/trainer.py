@@ -42,6 +42,7 @@ from self_judge.packed_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
 from self_judge.phases import StepClock
 from self_judge.prompts import COLUMNS, PromptPreparer, SelfJudgeCollator, fits
+from self_judge.resumption import ResumableTraining
 from self_judge.rollouts import (
     Rollout,
     judged_rollouts,
@@ -56,6 +57,7 @@ from self_judge.sampling import Sampler, TransformersSampler, stable_seed
 from self_judge.scoring import TransformersScorer
 from self_judge.templates import JudgeTemplates
 from self_judge.trainer_config import SelfJudgeConfig, as_self_judge_config, with_values
+from self_judge.update_parts import UpdateInParts
 from self_judge.vllm_rollouts import VLLMRollouts
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class SelfJudgeTrainer(DPOTrainer):
+class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
     """On-policy self-training: sample, judge with the frozen initial model, update by DPO.
 
     Takes what `DPOTrainer` takes, and the method's own arguments (which win over `args`):
@@ -199,6 +201,8 @@ class SelfJudgeTrainer(DPOTrainer):
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False)
         self.output_dir = str(config.output_dir)
+        self.max_skipped_steps = config.max_skipped_steps
+        self.on_saved = self._save_judge_settings
         tokens = None
         if config.packing != "off":
             tokens = settled_tokens(unwrapped(self.model), self.output_dir)
@@ -302,6 +306,8 @@ class SelfJudgeTrainer(DPOTrainer):
         return batches, count
 
     def _prepare_inputs(self, inputs: Any) -> Any:
+        if "input_ids" in inputs:
+            return inputs  # prepared already
         if not self.model.training:
             return super()._prepare_inputs(self._evaluation_batch(inputs))
         place = next((i for i, b in enumerate(self._step_batches) if b is inputs), None)
@@ -377,6 +383,8 @@ class SelfJudgeTrainer(DPOTrainer):
         times, k = self.args.rollouts_per_update, self.args.num_generations
         with self.clock.phase("sampling"), self._sampler() as sampler:
             responses = sampler.sample(prompts, times * k, seeds)
+            if isinstance(sampler, TransformersSampler):  # less, if memory was full
+                self.args.generation_batch_size = sampler.batch_size
         self._sampled_tokens = sum(len(r.ids) for own in responses for r in own)
         # Every rollout of a prompt has samples and lots of its own.
         each = [(i, t) for i in range(len(prompts)) for t in range(times)]
@@ -462,7 +470,9 @@ class SelfJudgeTrainer(DPOTrainer):
         extremes = self.accelerator.gather(
             torch.tensor([[min(lengths), max(lengths)]], device=device)
         )
-        metrics = rollout_metrics(dict(zip(totals, summed.tolist(), strict=True)))
+        over_all = dict(zip(totals, summed.tolist(), strict=True))
+        self.nothing_judged = over_all["broken"] == over_all["pairs"]
+        metrics = rollout_metrics(over_all)
         metrics["completions/min_length"] = extremes[:, 0].min().item()
         metrics["completions/max_length"] = extremes[:, 1].max().item()
         for key, value in metrics.items():
@@ -501,14 +511,8 @@ class SelfJudgeTrainer(DPOTrainer):
     def _averages(self) -> bool:
         return self._log_prob_hooks is not None and self._log_prob_hooks.average
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        save_judge_settings(
-            output_dir or self.output_dir,
-            self.encoder,
-            self.judge_templates,
-            self.judge.letter_ids,
-        )
+    def _save_judge_settings(self, folder: Path) -> None:
+        save_judge_settings(folder, self.encoder, self.judge_templates, self.judge.letter_ids)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         # In the rollout phase the reference was asked already; evaluation asks it here.

@@ -103,6 +103,13 @@ class SelfJudgeConfig(DPOConfig):
     rollout_pairs: int | None = field(
         default=64, metadata={"help": "Keep at most so many pairs of a step."}
     )
+    max_skipped_steps: int = field(
+        default=3,
+        metadata={
+            "help": "Stop after so many steps in a row that give nothing to learn from: no finite "
+            "gradient, or no finite verdict."
+        },
+    )
 
     use_vllm: bool = field(
         default=False, metadata={"help": "Sample with vLLM, and with LoRA judge there too."}
@@ -169,6 +176,7 @@ class SelfJudgeConfig(DPOConfig):
             "judge_batch_size",
             "generation_batch_size",
             "generation_batch_tokens",
+            "max_skipped_steps",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from self_judge.checkpoints import last_whole
 from self_judge.comparison import Message
 from self_judge.config import JSFTRun, SelfJudgeRun
 from self_judge.encoding import ChatEncoder
@@ -211,6 +212,14 @@ def setting_traps(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
         yield Finding(
             "problem", "training_args.output_dir", "is the model's own folder: it would be replaced"
         )
+    elif output.is_dir() and args.resume_from_checkpoint in (True, "true", "auto"):
+        found, passed_over = last_whole(output)
+        for line in passed_over:
+            yield Finding("warning", "training_args.resume_from_checkpoint", line)
+        if found is not None:
+            yield Finding(
+                "note", "training_args.resume_from_checkpoint", f"the run goes on from {found}"
+            )
     elif output.is_dir() and not args.resume_from_checkpoint and get_last_checkpoint(str(output)):
         yield Finding(
             "warning",

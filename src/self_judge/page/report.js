@@ -480,6 +480,46 @@
           columns.map(([t, f]) => el("td", { class: "number", "data-label": t }, f(judge)))))))));
   }
 
+  // -- policies compared -------------------------------------------------------------------------
+
+  const RATES = [["win_rate", "win rate"], ["length_controlled_win_rate", "at equal length"], ["both_orders", "a tie where orders disagree"], ["longer_wins_all", "if the longer one won"]];
+
+  function policies() {
+    if (!data.comparisons.length) return;
+    const plot = el("div", { class: "plot", role: "img" });
+    const of = (c, key) => (key === "both_orders" ? c.both_orders.win_rate : c[key]);
+    drawings.push(() => {
+      const base = layout({});
+      Plotly.react(plot, data.comparisons.map((c, i) => {
+        const rates = RATES.map(([key]) => of(c, key));
+        return {
+          x: rates.map((r) => r.value), y: RATES.map(([, label]) => label), mode: "markers", name: plain(c.name),
+          marker: { color: css(`--run-${i % 8}`), size: 9 },
+          error_x: { type: "data", symmetric: false, array: rates.map((r) => r.ci95[1] - r.value), arrayminus: rates.map((r) => r.value - r.ci95[0]),
+            color: css(`--run-${i % 8}`), thickness: 1.6, width: 4 },
+          hovertemplate: "%{y}: %{x:.1%}<extra></extra>",
+        };
+      }), layout({}, {
+        margin: { l: 170, r: 12, t: 8, b: 40 }, hovermode: "closest", showlegend: false,
+        xaxis: { ...base.xaxis, range: [0, 1], tickformat: ".0%", title: { text: "share of prompts on which a answers better", font: { size: 11, color: css("--muted") }, standoff: 6 } },
+        yaxis: { ...base.yaxis, autorange: "reversed", tickformat: "" },
+        shapes: [{ type: "line", x0: 0.5, x1: 0.5, y0: 0, y1: 1, xref: "x", yref: "paper", line: { color: css("--muted"), width: 1, dash: "dot" } }],
+      }), CONFIG);
+    });
+    plot.setAttribute("aria-label", `Win rates. ${data.comparisons.map((c) => `${c.name}: ${RATES.map(([key, label]) => `${label} ${number(of(c, key).value, "percent")}`).join(", ")}`).join("; ")}.`);
+    const ranged = (e) => [number(e.value, "percent"), el("small", {}, `${number(e.ci95[0], "percent")} – ${number(e.ci95[1], "percent")}`)];
+    const columns = [["prompts", (c) => number(c.prompts)], ...RATES.map(([key, label]) => [label, (c) => ranged(of(c, key))]),
+      ["wins / ties / losses", (c) => `${c.wins} / ${c.ties} / ${c.losses}`], ["orders agree", (c) => ranged(c.order_agreement)],
+      ["characters, a / b", (c) => `${Math.round(c.characters.a.value)} / ${Math.round(c.characters.b.value)}`]];
+    section("policies", "Policies compared", "Both answer the same prompts, the judge says who answers better. Left of the dotted line b does. Ranges are 95 % intervals; the last row of the chart is what a judge would find that only counts characters.",
+      plot,
+      el("div", { class: "scroll" }, el("table", { class: "cards" },
+        el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "a against b"), columns.map(([t]) => el("th", { scope: "col", class: "number" }, t)))),
+        el("tbody", {}, data.comparisons.map((c, i) => el("tr", {},
+          el("th", { scope: "row" }, el("span", { class: "name" }, el("span", { class: "dot", style: { background: color(i) } }), c.name)),
+          columns.map(([t, f]) => el("td", { class: "number", "data-label": t }, f(c)))))))));
+  }
+
   // -- configuration -----------------------------------------------------------------------------
 
   function flattened(value, path, out) {
@@ -534,6 +574,7 @@
   pairs();
   tournaments();
   judges();
+  policies();
   configuration();
   document.getElementById("footer").textContent = `self_judge ${data.version} · plotly.js ${Plotly.version} · nothing on this page was loaded from or is sent to a network`;
   redraw();

@@ -1,0 +1,125 @@
+"""Checkpoint folders that are there whole or not at all; it knows files, not what stands in them.
+
+A checkpoint is written into a folder aside, brought to disk, sealed with a manifest and renamed.
+So a folder under its own name is whole, unless something damaged it later: then it no longer is
+what its manifest says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from self_judge.whole_file import sync, written_whole
+
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be gone on from; the message names it and says why."""
+
+
+def seal(folder: Path) -> None:
+    """Brings a folder to disk and writes down which files it holds, and how large they are."""
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    for name in files:
+        sync(folder / name)
+    with written_whole(folder / MANIFEST) as file:
+        file.write(json.dumps({"files": files}, indent=2) + "\n")
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        sync(path)
+
+
+def flaw(folder: Path) -> str | None:
+    """Why a checkpoint cannot be gone on from; `None` for a whole one."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"it has no {MANIFEST}, which is written last"
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} of {size:,} bytes"
+    return None
+
+
+def last_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The whole checkpoint of the most steps, and a line for each later one that is not whole."""
+    passed_over: list[str] = []
+    for _, path in sorted(_checkpoints(folder), reverse=True):
+        reason = flaw(path)
+        if reason is None:
+            return path, passed_over
+        passed_over.append(f"{path} is passed over: {reason}")
+    return None, passed_over
+
+
+def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name)):
+            yield int(match[1]), path
+
+
+def put_in_place(finished: Path, target: Path) -> None:
+    """Gives a folder that was written aside its name; what stood under it is taken away first."""
+    old = finished.with_name(finished.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    finished.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def files_written_whole(target: Path, without: Sequence[str] = ()) -> Iterator[Path]:
+    """A folder to write files into; they replace those of the target once the block has ended well.
+
+    Args:
+        target: where the files are to be; other files that are there stay.
+        without: names of files that are not to be in the target afterwards.
+    """
+    aside = target / UNFINISHED / "files"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        move_files(aside, target)
+        for name in without:
+            (target / name).unlink(missing_ok=True)
+    finally:
+        clear_unfinished(target)
+
+
+def move_files(finished: Path, target: Path) -> None:
+    """Moves all files to the same places under another folder, each of them whole.
+
+    One by one: a kill in between leaves whole files, some of the old and some of the new writing.
+    """
+    written = [path for path in sorted(finished.rglob("*")) if path.is_file()]
+    for path in written:
+        sync(path)
+    for path in written:
+        place = target / path.relative_to(finished)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+    sync(target)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Takes away what a process that died was writing."""
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)

@@ -1,0 +1,353 @@
+"""What lets a training be killed at any moment and go on as if nothing had been: for both trainers.
+
+Checkpoints are written whole or not at all (`checkpoints.py`) and checked before one is gone on
+from; they hold what had not been logged yet; SIGTERM ends a run after its step; numbers that are
+not finite never reach the weights. It changes nothing about a run in which none of this happens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType, set_seed
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from self_judge.checkpoints import (
+    UNFINISHED,
+    CheckpointError,
+    clear_unfinished,
+    flaw,
+    last_whole,
+    move_files,
+    put_in_place,
+    seal,
+)
+from self_judge.whole_file import written_whole
+
+if TYPE_CHECKING:
+    Base = Trainer
+else:
+    Base = object
+
+logger = logging.getLogger(__name__)
+
+SKIPPED = "skipped_steps"
+
+
+class NotFiniteError(FloatingPointError):
+    """Training cannot go on: what it computes is not finite; the message says since when."""
+
+
+class ResumableTraining(Base):
+    """A mixin before a Transformers trainer.
+
+    Attributes:
+        max_skipped_steps: steps in a row that gave nothing to learn from after which training
+            stops: no finite gradient, or `nothing_judged`.
+        on_saved: called with every folder into which the model was saved, to write more beside it.
+        nothing_judged: whether the step at hand has no pair that could be judged; set by whoever
+            judges.
+        stopped_early: whether the last call to `train` was ended by SIGTERM.
+    """
+
+    _metrics: Any  # TRL's own
+    max_skipped_steps = 3
+    stopped_early = False
+    nothing_judged = False
+    on_saved: Callable[[Path], object] | None = None
+    _aside: Path | None = None
+    _unsent: str | None = None
+    _skipped = 0
+
+    # -- going on ----------------------------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As Transformers' `train`; a checkpoint to go on from is checked first.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in the
+                output folder.
+
+        Raises:
+            CheckpointError: the folder is not a whole checkpoint, or there is none.
+            NotFiniteError: `max_skipped_steps` steps in a row had no finite gradient.
+        """
+        found: str | None = None
+        if resume_from_checkpoint:
+            found = str(self._checked(resume_from_checkpoint))
+        if self.is_world_process_zero():
+            clear_unfinished(Path(str(self.args.output_dir)))
+        self._skipped = 0
+        # Transformers does so in the constructor: whatever draws in between would change the run.
+        set_seed(self.args.seed)
+        with _stopping(self):
+            return super().train(found, *args, **kwargs)
+
+    def _checked(self, asked: str | bool) -> Path:
+        if asked is True:
+            path, passed_over = last_whole(Path(str(self.args.output_dir)))
+            for line in passed_over:
+                logger.warning(line)
+            if path is None:
+                raise CheckpointError(
+                    f"{self.args.output_dir} has no whole checkpoint to go on from: leave "
+                    "resume_from_checkpoint unset to begin anew"
+                )
+            return path
+        path = Path(str(asked))
+        reason = "there is no such folder" if not path.is_dir() else flaw(path)
+        if reason is not None:
+            raise CheckpointError(f"{path} cannot be gone on from: {reason}")
+        return path
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Transformers would do one more step after a checkpoint of the last one.
+        if 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # -- what had not been logged yet --------------------------------------------------------------
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        path = self._unlogged_file(Path(checkpoint))
+        if not path.is_file():
+            return
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        self._tr_loss += kept["loss"]
+        # Transformers reports the mean loss of this call to `train`: without what was before it.
+        self._total_loss_scalar -= kept["loss"]
+        self._globalstep_last_logged = kept["last_logged_step"]
+        self._skipped = kept[SKIPPED]
+        for name, values in kept["metrics"].items():
+            self._metrics["train"][name].extend(values)
+        if kept["trained_tokens"] is not None:
+            self._total_train_tokens = kept["trained_tokens"]
+
+    def _save_unlogged(self, folder: Path) -> None:
+        kept = {
+            "loss": self._tr_loss.item(),
+            "last_logged_step": self._globalstep_last_logged,
+            SKIPPED: self._skipped,
+            "metrics": dict(self._metrics["train"]),
+            "trained_tokens": getattr(self, "_total_train_tokens", None),
+        }
+        with written_whole(self._unlogged_file(folder)) as file:
+            json.dump(kept, file, default=float)
+
+    def _unlogged_file(self, folder: Path) -> Path:
+        return folder / f"unlogged_{self.args.process_index}.json"
+
+    # -- saving ------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Transformers' `save_model`; a file is replaced once the new one is whole."""
+        if _internal_call:  # a checkpoint, which is written aside as a whole
+            self._write_model(output_dir)
+            return
+        target = Path(output_dir or str(self.args.output_dir))
+        aside = target / UNFINISHED / "model"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with _writing(target):
+            self._write_model(str(aside))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            with _writing(target):
+                move_files(aside, target)
+            clear_unfinished(target)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_model(self, output_dir: str | None) -> None:
+        super().save_model(output_dir, _internal_call=True)
+        if self.on_saved is not None and self.args.should_save:
+            self.on_saved(Path(output_dir or str(self.args.output_dir)))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_weights()
+        run_folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside = run_folder / UNFINISHED
+        if self.args.should_save:
+            shutil.rmtree(aside / name, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._aside = aside
+        try:
+            with _writing(run_folder):
+                super()._save_checkpoint(model, trial)
+                self._save_unlogged(aside / name)
+        finally:
+            self._aside = None
+        if self.state.best_model_checkpoint == str(aside / name):
+            self.state.best_model_checkpoint = str(run_folder / name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            with _writing(run_folder):
+                self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
+                seal(aside / name)
+                put_in_place(aside / name, run_folder / name)
+            clear_unfinished(run_folder)
+            rotate_checkpoints(
+                output_dir=str(run_folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+        if self._unsent is not None:
+            self._unsent = None
+            super()._push_from_checkpoint(str(run_folder / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # An upload goes on in the background, so it has to wait for the name that stays.
+        self._unsent = checkpoint_folder
+
+    # -- numbers that are not finite ---------------------------------------------------------------
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Leaves a step that gave nothing out: weights and optimizer stay as they are."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        value = float(norm)
+        learned = math.isfinite(value) and not self.nothing_judged
+        self._metrics["train"][SKIPPED].append(0.0 if learned else 1.0)
+        if learned:
+            self._skipped = 0
+            return norm
+        self._skipped += 1
+        step = self.state.global_step + 1
+        what = (
+            f"the norm of its gradient is {value}"
+            if not math.isfinite(value)
+            else "no response could be judged: no tokens, or scores that are not finite"
+        )
+        logger.warning("step %d is left out: %s", step, what)
+        if self._skipped >= self.max_skipped_steps:
+            raise NotFiniteError(
+                f"step {step} is the last of {self._skipped} in a row with nothing to learn from: "
+                f"{what}. The weights are still those after step {step - self._skipped}, and no "
+                "checkpoint has others. Try a smaller learning_rate, or a dtype with more range "
+                "(float16 ends at 65,504)"
+            )
+        # DeepSpeed steps by itself, and leaves such steps out by itself.
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            model.zero_grad(set_to_none=True)
+        return norm
+
+    def _check_weights(self) -> None:
+        model: Any = self.model
+        broken = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not _is_finite(parameter)
+        ]
+        if broken:
+            raise NotFiniteError(
+                f"step {self.state.global_step}: {len(broken)} trained weights are not finite, "
+                f"{broken[0]} first; no checkpoint is written of them. The last one is whole"
+            )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Gives files that could not be written one error: torch and safetensors have their own.
+
+    Raises:
+        OSError: in one line, with the checkpoint that is left.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        clear_unfinished(folder)
+        last, _ = last_whole(folder)
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"{folder} could not be written to ({why:.200}); "
+            + (f"{last} is whole" if last else "there is no whole checkpoint in it")
+            + ". Make room and start the same command again"
+        ) from error
+
+
+def _is_finite(parameter: torch.Tensor) -> bool:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    # A sum is not finite if any is not: one number instead of a mask as large as the weights.
+    return bool(torch.isfinite(local.detach().sum(dtype=torch.float64)))
+
+
+# -- SIGTERM ---------------------------------------------------------------------------------------
+
+
+class StopAfterStep(TrainerCallback):
+    """Ends training after the step in which any process was told to stop, with a checkpoint.
+
+    Attributes:
+        asked: whether this process was told to.
+        stopped: whether training ended for it.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.asked = False
+        self.stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        asked = self.asked
+        if self.accelerator.num_processes > 1:  # the signal reaches processes at different steps
+            if asked:
+                self.accelerator.set_trigger()
+            asked = self.accelerator.check_trigger()
+        if asked and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+
+
+@contextmanager
+def _stopping(trainer: Any) -> Iterator[None]:
+    """SIGTERM asks for the end of the step while this lasts; see `stopped_early`.
+
+    Signals reach the main thread alone, and Transformers' `enable_jit_checkpoint` has a handler of
+    its own.
+    """
+    own = threading.current_thread() is threading.main_thread()
+    if not own or getattr(trainer.args, "enable_jit_checkpoint", False):
+        yield
+        return
+    stop = StopAfterStep(trainer.accelerator)
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        stop.asked = True
+
+    before = signal.signal(signal.SIGTERM, asked)
+    trainer.add_callback(stop)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(stop)
+        signal.signal(signal.SIGTERM, before)
+        trainer.stopped_early = stop.stopped

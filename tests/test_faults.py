@@ -1,0 +1,441 @@
+"""Killed, pre-empted, out of disk: a training that is started again ends as if nothing had been.
+
+All of it in real processes, with SIGKILL and SIGTERM; see `killable.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ROOT, tiny_llama
+from self_judge import ChatEncoder, synthetic
+from self_judge.checkpoints import MANIFEST, UNFINISHED, clear_unfinished, flaw, last_whole
+from self_judge.models import save_judge_settings
+from self_judge.run_folder import METRICS, ROLLOUTS, read_lines
+
+KINDS = ("train", "jsft")
+STEPS = 8
+
+
+class Command:
+    """The command `self-judge`, in a process of its own at every call."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "log"
+        self.server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "killable.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "SELF_JUDGE_CACHE": str(folder / "cache")},
+        )
+
+    def __call__(
+        self,
+        argv: list[str],
+        *,
+        signal_after: tuple[int, float] | None = None,
+        **job: Any,
+    ) -> int:
+        """Runs it to its end; negative: the signal that ended it.
+
+        Args:
+            signal_after: a signal, and after how many seconds it is sent.
+        """
+        self.log.write_text("")
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps({"argv": argv, "log": str(self.log), **job}) + "\n")
+        self.server.stdin.flush()
+        process = int(self.server.stdout.readline())
+        timer = None
+        if signal_after is not None:
+            timer = threading.Timer(signal_after[1], _send, (process, signal_after[0]))
+            timer.start()
+        code = int(self.server.stdout.readline())
+        if timer is not None:
+            timer.cancel()
+        return code
+
+    @property
+    def said(self) -> str:
+        """What the last call printed."""
+        return self.log.read_text()
+
+
+def _send(process: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may just have ended
+        os.kill(process, number)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    made = Command(tmp_path_factory.mktemp("command"))
+    yield made
+    made.server.kill()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = synthetic.tiny_tokenizer()
+    tiny_llama(len(tokenizer), max_position_embeddings=2048).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    encoder = ChatEncoder(tokenizer)
+    templates = synthetic.judge_templates(principles=False, overall=True)
+    save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic.write_dataset("hh", tmp_path_factory.mktemp("data") / "hh.jsonl", 40, seed=3)
+
+
+def arguments(kind: str, output: Path, model: Path, data: Path) -> list[str]:
+    """A small run: checkpoints and logs fall on different steps."""
+    section, file = {
+        "train": ("self_judge_args", "hh_self_judge"),
+        "jsft": ("jsft_args", "hh_jsft"),
+    }[kind]
+    given = [
+        f"training_args.output_dir={output}",
+        f"training_args.max_steps={STEPS}",
+        "training_args.per_device_train_batch_size=2",
+        "training_args.save_strategy=steps",
+        "training_args.save_steps=2",
+        "training_args.save_total_limit=2",
+        "training_args.logging_steps=3",
+        "training_args.eval_strategy=no",
+        "training_args.resume_from_checkpoint=true",
+        "training_args.disable_tqdm=true",
+        "training_args.gradient_checkpointing=false",
+        "training_args.learning_rate=0.01",
+        "training_args.bf16=false",
+        f"{section}.global_batch_size=4",
+        f"model.model_name_or_path={model}",
+        "model.dtype=float32",
+        f"dataset.sources=[{{path: {data}}}]",
+        "dataset.eval=[]",
+    ]
+    if kind == "train":
+        given += ["self_judge_args.max_new_tokens=8"]
+    return [kind, str(ROOT / "configs" / f"{file}.yaml"), *given]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    command: Command, model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """What a run leaves that nothing happens to."""
+    folders = {}
+    for kind in KINDS:
+        folders[kind] = tmp_path_factory.mktemp("undisturbed") / kind
+        assert command(arguments(kind, folders[kind], model, data)) == 0, command.said
+    return folders
+
+
+def left(folder: Path) -> dict[str, Any]:
+    """What a run leaves, without what tells the time."""
+    lines = []
+    for line in read_lines(folder / METRICS):
+        # The last line sums up one call of the command.
+        if "train_runtime" not in line:
+            lines.append({k: v for k, v in line.items() if "time" not in k and "second" not in k})
+    rollouts = sorted((folder / ROLLOUTS).glob("*")) if (folder / ROLLOUTS).is_dir() else []
+    weights = sorted(folder.glob("*.safetensors"))
+    assert lines
+    assert weights
+    return {
+        "lines": lines,
+        **{path.name: path.read_bytes() for path in (*rollouts, *weights)},
+        "checkpoints": sorted(p.name for p in folder.glob("checkpoint-*")),
+    }
+
+
+# A call in the program, how often it has happened, and whether the process dies before it, after it
+# or with half of a file written.
+PLACES: dict[str, list[Any]] = {
+    "while sampling": ["self_judge.sampling:TransformersSampler.sample", 3, "before"],
+    "while judging": ["self_judge.judge:Judge.compare", 4, "after"],
+    "after the weights changed": ["torch.optim:AdamW.step", 5, "after"],
+    "with half of the weights written": ["peft.peft_model:safe_save_file", 2, "half"],
+    "with the optimizer's state half written": ["torch:save", 3, "half"],
+    "before a checkpoint is sealed": ["self_judge.resumption:seal", 2, "before"],
+    "before a checkpoint has its name": ["self_judge.resumption:put_in_place", 2, "before"],
+    "before old checkpoints are removed": ["self_judge.resumption:rotate_checkpoints", 3, "before"],
+    "while a number is logged": ["self_judge.run_log:append_line", 2, "after"],
+    "before the trained model is in place": ["self_judge.resumption:move_files", 1, "before"],
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_anywhere_the_same_command_ends_as_if_nothing_had_been(
+    place: str,
+    command: Command,
+    undisturbed: dict[str, Path],
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "run"
+    argv = arguments("train", output, model, data)
+    assert command(argv, die_at=PLACES[place]) == -signal.SIGKILL, command.said
+    assert all(flaw(folder) is None for folder in output.glob("checkpoint-*"))
+    assert command(argv) == 0, command.said
+    assert left(output) == left(undisturbed["train"])
+    assert not (output / UNFINISHED).exists()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_twenty_moments_a_run_ends_as_if_nothing_had_been(
+    kind: str,
+    command: Command,
+    undisturbed: dict[str, Path],
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "run"
+    argv = arguments(kind, output, model, data)
+    started = time.perf_counter()
+    assert command(arguments(kind, tmp_path / "timed", model, data)) == 0
+    whole = time.perf_counter() - started
+    seed = random.randrange(2**32)
+    draw, kills, steps = random.Random(seed), 0, set()
+    while kills < 20:
+        ended = command(argv, signal_after=(signal.SIGKILL, draw.uniform(0.1, 1.0) * whole))
+        if ended == -signal.SIGKILL:
+            kills += 1
+            found, _ = last_whole(output)
+            steps.add(found.name if found else "none")
+            continue
+        assert ended == 0, f"seed {seed}: {command.said}"
+        # It came to its end: the next kills are for a run that begins anew.
+        assert left(output) == left(undisturbed[kind]), f"seed {seed}"
+        output = tmp_path / f"run{kills}"
+        argv = arguments(kind, output, model, data)
+    assert command(argv) == 0, f"seed {seed}: {command.said}"
+    assert left(output) == left(undisturbed[kind]), f"seed {seed}"
+    print(f"{kind}: seed {seed}, killed with these checkpoints there: {sorted(steps)}")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint_and_the_command_to_go_on(
+    kind: str,
+    command: Command,
+    undisturbed: dict[str, Path],
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "run"
+    argv = arguments(kind, output, model, data)
+    # It is asked in the middle of its third step.
+    place = ["torch.optim:AdamW.step", 3, "after"]
+    assert command(argv, terminate_at=place) == 0, command.said
+    assert "stopped after step 3 of 8, as SIGTERM asked" in command.said
+    assert "Traceback" not in command.said
+    resume = command.said.splitlines()[-1]
+    assert resume.startswith(f"go on with: self-judge {kind} ")
+    assert resume.endswith(" training_args.resume_from_checkpoint=true")
+    assert flaw(output / "checkpoint-3") is None
+    assert not list(output.glob("*.safetensors"))  # none that could be taken for trained
+    assert command(argv) == 0, command.said
+    expected, found = left(undisturbed[kind]), left(output)
+    assert {**found, "checkpoints": None} == {**expected, "checkpoints": None}
+
+
+@pytest.mark.timeout(120)
+def test_a_damaged_checkpoint_is_passed_over_and_said_to_be(
+    command: Command,
+    undisturbed: dict[str, Path],
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "run"
+    argv = arguments("train", output, model, data)
+    assert (
+        command(argv, die_at=["self_judge.resumption:move_files", 1, "before"]) == -signal.SIGKILL
+    )
+    weights = output / "checkpoint-8" / "adapter_model.safetensors"
+    size = weights.stat().st_size
+    os.truncate(weights, size // 2)
+    assert command(argv) == 0
+    said = " ".join(command.said.split())
+    assert "checkpoint-8 is passed over: adapter_model.safetensors has " in said
+    assert f" has {size // 2:,} of {size:,} bytes" in said
+    assert left(output) == left(undisturbed["train"])
+
+
+@pytest.mark.timeout(120)
+def test_a_checkpoint_that_is_named_has_to_be_whole(
+    command: Command, model: Path, data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    argv = arguments("train", output, model, data)
+    assert command([*argv, "training_args.max_steps=2"]) == 0, command.said
+    folder = output / "checkpoint-2"
+    (folder / MANIFEST).unlink()
+    named = f"training_args.resume_from_checkpoint={folder}"
+    assert command([*argv, named]) == 2
+    assert command.said.splitlines()[-1] == (
+        f"self-judge: error: {folder} cannot be gone on from: it has no {MANIFEST}, which is "
+        "written last"
+    )
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, of 64 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("a disk that is full needs a mount, which is not allowed here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_full_disk_a_run_says_so_in_one_line_and_its_last_checkpoint_stays_whole(
+    kind: str,
+    command: Command,
+    undisturbed: dict[str, Path],
+    model: Path,
+    data: Path,
+    disk: Path,
+) -> None:
+    output = disk / "run"
+    argv = arguments(kind, output, model, data)
+    assert command(argv, die_at=["self_judge.resumption:seal", 2, "before"]) == -signal.SIGKILL
+    clear_unfinished(output)
+    with (disk / "filler").open("wb") as filler:
+        filler.write(bytes(shutil.disk_usage(disk).free - 24_000))
+    assert command(argv) == 2, command.said
+    last = command.said.splitlines()[-1]
+    assert last.startswith(f"self-judge: error: {output} could not be written to (")
+    assert f"; {output / 'checkpoint-2'} is whole. Make room and start" in last
+    assert "Traceback" not in command.said
+    assert [p.name for p in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert flaw(output / "checkpoint-2") is None
+    (disk / "filler").unlink()
+    assert command(argv) == 0, command.said
+    assert left(output) == left(undisturbed[kind])
+
+
+@pytest.mark.timeout(120)
+def test_a_folder_that_is_read_only_is_said_to_be_and_nothing_is_lost(
+    command: Command, undisturbed: dict[str, Path], model: Path, data: Path, disk: Path
+) -> None:
+    output = disk / "run"
+    argv = arguments("train", output, model, data)
+    assert command(argv, die_at=["self_judge.resumption:seal", 2, "before"]) == -signal.SIGKILL
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    assert command(argv) == 2, command.said
+    last = command.said.splitlines()[-1]
+    assert last.startswith("self-judge: error: ")
+    assert "Read-only file system" in last
+    assert str(output) in last
+    assert "Traceback" not in command.said
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    assert command(argv) == 0, command.said
+    assert left(output) == left(undisturbed["train"])
+
+
+# -- judging in bulk -----------------------------------------------------------------------------
+
+BULK = 40  # lines, in chunks of 4
+
+
+def bulk(what: str, folder: Path, model: Path) -> tuple[list[str], Path]:
+    """A command that judges many lines, and the file that it writes."""
+    source = folder / "in.jsonl"
+    asked = [
+        {"prompt": f"Which animal is number {i}?", "chosen": f"The otter {i}.", "rejected": "No."}
+        for i in range(BULK)
+    ]
+    if what != "eval":
+        asked = [{"context": a["prompt"], "responses": [a["chosen"], "No.", "Yes."]} for a in asked]
+    if what == "judge":
+        asked = [{**a, "responses": a["responses"][:2]} for a in asked]
+    source.write_text("".join(json.dumps(a) + "\n" for a in asked))
+    settings = ["--model", str(model), "--chunk", "4"]
+    if what == "eval":
+        return [what, str(source), "--output", str(folder / "out"), *settings], (
+            folder / "out" / "verdicts.jsonl"
+        )
+    return [what, str(source), str(folder / "out.jsonl"), *settings], folder / "out.jsonl"
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("what", ["judge", "eval", "tournament"])
+def test_judging_in_bulk_that_is_killed_again_and_again_has_one_line_per_input_in_order(
+    what: str, command: Command, model: Path, tmp_path: Path
+) -> None:
+    argv, expected = bulk(what, _made(tmp_path / "whole"), model)
+    assert command(argv) == 0, command.said
+    assert len(expected.read_text().splitlines()) == BULK
+    argv, output = bulk(what, _made(tmp_path / "killed"), model)
+    for place in (
+        ["self_judge.journal:Journal.append", 3, "after"],
+        ["self_judge.journal:Journal._note", 2, "before"],
+        ["self_judge.judge:Judge.compare", 2, "after"],
+    ):
+        assert command(argv, die_at=place) == -signal.SIGKILL, command.said
+        # What the disk had of a line when the machine went down.
+        with output.open("a") as file:
+            file.write('{"index": 3, "ver')
+    assert command(argv) == 0, command.said
+    assert output.read_text().replace("killed", "whole") == expected.read_text()
+    assert command(argv) == 0, command.said  # nothing is left to do
+    assert output.read_text().replace("killed", "whole") == expected.read_text()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.timeout(300)
+def test_two_runs_at_once_on_the_same_data_do_not_spoil_each_other(
+    undisturbed: dict[str, Path], model: Path, data: Path, tmp_path: Path
+) -> None:
+    commands = [Command(_made(tmp_path / name)) for name in "ab"]
+    codes: dict[int, int] = {}
+
+    def run(number: int) -> None:
+        argv = arguments("jsft", tmp_path / f"run{number}", model, data)
+        codes[number] = commands[number]([*argv, "dataset.num_proc=2"])
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, made in enumerate(commands):
+        assert codes[number] == 0, made.said
+        assert left(tmp_path / f"run{number}") == left(undisturbed["jsft"])
+        made.server.kill()
