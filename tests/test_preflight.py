@@ -339,7 +339,7 @@ def test_data_that_is_mostly_skipped_is_warned_of(base: Path, tmp_path: Path) ->
     source = tmp_path / "some.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)))
     report = check(JSFT, given(base, source, "dataset.held_out=0.0"))
-    assert "7 of 20 records or their pairs are skipped" in warnings(report)
+    assert "7 of 20 pairs are skipped" in warnings(report)
 
 
 def test_padding_with_the_end_of_sequence_is_harmless_and_explained(

@@ -175,3 +175,39 @@ def test_an_averaged_loss_has_no_kl_estimate(
 ) -> None:
     trained(tmp_path, model, tokenizer, queries, max_steps=1, average_log_prob=True)
     assert not any("objective/kl" in line for line in read_lines(tmp_path / METRICS))
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_trackers_that_keep_runs_of_their_own_get_the_same_numbers(
+    tracker: str,
+    tmp_path: Path,
+    model: Any,
+    tokenizer: Any,
+    queries: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = pytest.importorskip(tracker, reason="pip install -e '.[trackers]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    got: list[dict[str, Any]] = []
+    # `wandb.init` puts the run's own `log` in place of the module's.
+    logger = own.sdk.wandb_run.Run if tracker == "wandb" else own
+    log = logger.log
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        got.append(dict(next(a for a in args if isinstance(a, dict))))
+        return log(*args, **kwargs)
+
+    monkeypatch.setattr(logger, "log", watched)
+    trained(tmp_path, model, tokenizer, queries, report_to=[tracker])
+    if tracker == "wandb":  # the other is finished with the training
+        own.finish()
+    lines = list(read_lines(tmp_path / METRICS))
+    logged = [m for m in got if "train/loss" in m]
+    assert len(logged) == 3
+    for line, metrics in zip(lines, logged, strict=False):
+        keys = set(line) - {"step", "time", "epoch"}
+        assert {"objective/kl", "judge/margin", "judge/undecidable", "rewards/margins"} <= keys
+        assert {key: metrics[f"train/{key}"] for key in keys} == {key: line[key] for key in keys}

@@ -76,7 +76,7 @@ def _data(report: Report, console: Console) -> None:
     for title, sources in (("", report.sources), ("held out: ", report.held_out)):
         for label, counts in sources.items():
             console.print(Text(neutral(title + label)))
-            for what, number in counts.items():
+            for what, number in sorted(counts.items(), key=lambda c: c[0].startswith("skipped")):
                 if number and what != "other subset":
                     style = "yellow" if what.startswith("skipped") else ""
                     console.print(Text(f"  {number:>9,}  {neutral(what)}", style))
@@ -170,7 +170,8 @@ def _needs(needs: Needs, console: Console) -> None:
         table.add_row(Text(name, _QUIET), Text(value))
 
     share = 100 * size.trainable / size.parameters if size.parameters else 0.0
-    row("parameters", f"{size.parameters:,}, of them trained {size.trainable:,} ({share:.2g} %)")
+    told = f"{share:.2g}" if share < 10 else f"{share:.0f}"
+    row("parameters", f"{size.parameters:,}, of them trained {size.trainable:,} ({told} %)")
     row("steps", f"{needs.steps:,} ({needs.steps_per_epoch:,} an epoch of {needs.examples:,})")
     row("a step has", ", ".join(f"{n:,} {what}" for what, n in needs.per_step.items()))
     row("tokens trained", f"{needs.tokens:,} in all, shared ones once")

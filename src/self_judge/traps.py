@@ -252,15 +252,15 @@ def data_traps(train: PreferenceData, held_out: PreferenceData | None) -> Iterat
                 "that is trained on: the evaluation flatters",
             )
     for label, counts in train.counts_by_source.items():
-        skipped = sum(n for what, n in counts.items() if what.startswith("skipped"))
-        read = counts["read"] - counts.get("other subset", 0)
-        if read and skipped > read / 10:
-            yield Finding(
-                "warning",
-                "dataset.sources",
-                f"{label}: {skipped:,} of {read:,} records or their pairs are skipped; see the "
-                "reasons above",
-            )
+        for noun in ("record", "pair"):
+            skipped = sum(n for what, n in counts.items() if what.startswith(f"skipped {noun}"))
+            there = skipped + counts.get(f"{noun}s", 0)
+            if skipped > there / 10:
+                yield Finding(
+                    "warning",
+                    "dataset.sources",
+                    f"{label}: {skipped:,} of {there:,} {noun}s are skipped; see the reasons above",
+                )
 
 
 def example_traps(counts: dict[str, int], letters: dict[str, int]) -> Iterator[Finding]:
