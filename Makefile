@@ -8,7 +8,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-vllm browser lint types real clean
+.PHONY: help setup demo test test-slow test-vllm browser mutants lint types real clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,11 @@ $(VLLM_READY): pyproject.toml tests/on_vllm/requirements.py
 
 test-vllm: $(VLLM_READY)  ## vLLM on the CPU, in an environment of its own: SmolLM2 samples, judges and trains
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/on_vllm
+
+mutants: $(READY)  ## does some test notice a small change to the code that decides? (half an hour)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutation]'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	$(BIN)/mutmut results
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
