@@ -493,16 +493,17 @@
       Plotly.react(plot, data.comparisons.map((c, i) => {
         const rates = RATES.map(([key]) => of(c, key));
         return {
-          x: rates.map((r) => r.value), y: RATES.map(([, label]) => label), mode: "markers", name: plain(c.name),
+          x: rates.map((r) => r.value), y: RATES.map((_, row) => row + 0.16 * (i - (data.comparisons.length - 1) / 2)), mode: "markers", name: plain(c.name),
+          text: RATES.map(([, label]) => label),
           marker: { color: css(`--run-${i % 8}`), size: 9 },
           error_x: { type: "data", symmetric: false, array: rates.map((r) => r.ci95[1] - r.value), arrayminus: rates.map((r) => r.value - r.ci95[0]),
             color: css(`--run-${i % 8}`), thickness: 1.6, width: 4 },
-          hovertemplate: "%{y}: %{x:.1%}<extra></extra>",
+          hovertemplate: "%{text}: %{x:.1%}<extra></extra>",
         };
       }), layout({}, {
         margin: { l: 170, r: 12, t: 8, b: 40 }, hovermode: "closest", showlegend: false,
-        xaxis: { ...base.xaxis, range: [0, 1], tickformat: ".0%", title: { text: "share of prompts on which a answers better", font: { size: 11, color: css("--muted") }, standoff: 6 } },
-        yaxis: { ...base.yaxis, autorange: "reversed", tickformat: "" },
+        xaxis: { ...base.xaxis, range: [0, 1.005], tickformat: ".0%", title: { text: "a answers better", font: { size: 11, color: css("--muted") }, standoff: 6 } },
+        yaxis: { ...base.yaxis, range: [RATES.length - 0.5, -0.5], tickvals: RATES.map((_, row) => row), ticktext: RATES.map(([, label]) => label) },
         shapes: [{ type: "line", x0: 0.5, x1: 0.5, y0: 0, y1: 1, xref: "x", yref: "paper", line: { color: css("--muted"), width: 1, dash: "dot" } }],
       }), CONFIG);
     });
