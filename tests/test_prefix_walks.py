@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.test_prefix_trees import SEQUENCES, slow_mask
 
 from self_judge.prefix_trees import joined, prefix_rows
 from self_judge.prefix_walks import Paths, Run, Step, runs_of, walk
+from self_judge.run_attention import attending
+from test_prefix_trees import SEQUENCES, slow_mask
 
 
 def seen(run: Run, keys: int) -> np.ndarray:
@@ -122,3 +124,12 @@ def test_what_cannot_be_walked_is_refused() -> None:
         walk([[1], []], 10, Paths())
     with pytest.raises(ValueError, match="step_tokens must be at least 1, got 0"):
         walk([[1]], 0, Paths())
+
+
+def test_keys_that_follow_each_other_are_one_slice() -> None:
+    runs = [Run(0, 3, 4, ((0, 2), (2, 4))), Run(3, 5, 4, ((0, 2), (4, 6)))]
+    first, second = attending(runs, torch.device("cpu"))
+    assert first.keys == (slice(0, 7),)
+    assert second.keys == (slice(0, 2), slice(4, 6), slice(7, 9))
+    assert second.mask is not None
+    assert second.mask.tolist() == [[True] * 5 + [False], [True] * 6]

@@ -60,7 +60,7 @@ def attending(runs: Sequence[Run], device: torch.device) -> list[Attending]:
         before = [slice(*seen) for seen in run.before]
         for start in range(run.start, run.stop, _PIECE):
             stop = min(start + _PIECE, run.stop)
-            keys = (*before, slice(run.past + run.start, run.past + stop))
+            keys = _merged((*before, slice(run.past + run.start, run.past + stop)))
             size = sum(k.stop - k.start for k in keys)
             mask = None
             if stop - start > 1:
@@ -68,6 +68,16 @@ def attending(runs: Sequence[Run], device: torch.device) -> list[Attending]:
                 mask = mask.tril(size - (stop - start))
             found.append(Attending(slice(start, stop), keys, mask))
     return found
+
+
+def _merged(places: Sequence[slice]) -> tuple[slice, ...]:
+    """The same places in fewer slices where they follow each other: one slice copies nothing."""
+    merged: list[slice] = []
+    for place in places:
+        if merged and merged[-1].stop == place.start:
+            place = slice(merged.pop().start, place.stop)
+        merged.append(place)
+    return tuple(merged)
 
 
 def run_attention(
