@@ -19,7 +19,7 @@ from hypothesis import settings
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_judge import ChatEncoder, JudgeTemplates
+from self_judge import ChatEncoder, JudgeTemplates, synthetic
 from self_judge.models import save_judge_settings
 
 settings.register_profile("quick", max_examples=40, deadline=None)
@@ -197,6 +197,26 @@ def saved_judge(model: Any, tokenizer: Any, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base model and its tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = synthetic.tiny_tokenizer()
+    tiny_llama(len(tokenizer), max_position_embeddings=4096).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of the synthetic world, by their format."""
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        kind: synthetic.write_dataset(kind, folder / f"{kind}.jsonl", 40, seed=3)
+        for kind in ("hh", "ultrafeedback", "preference")
+    }
+
+
 @pytest.fixture
 def queries() -> list[dict[str, Any]]:
     """Conversational prompts with a given pair, as a dataset's rows."""
@@ -211,6 +231,18 @@ def queries() -> list[dict[str, Any]]:
 
 
 Make = Callable[..., Any]  # gives a SelfJudgeTrainer
+SMALL = {
+    "per_device_train_batch_size": 4,
+    "max_new_tokens": 6,
+    "max_length": 256,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+}
 
 
 @pytest.fixture
@@ -222,20 +254,7 @@ def make(tmp_path: Path, tokenizer: Any, model: Any, queries: list[dict[str, Any
     from self_judge import SelfJudgeConfig, SelfJudgeTrainer
 
     def build(**changes: Any) -> SelfJudgeTrainer:
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
-            "max_steps": 2,
-            "max_new_tokens": 6,
-            "max_length": 256,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
-        }
+        settings = {"output_dir": str(tmp_path / "run"), "max_steps": 2, **SMALL}
         trainer_arguments = {
             key: changes.pop(key)
             for key in list(changes)

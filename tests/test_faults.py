@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,17 @@ def _send(process: int, number: int) -> None:
         os.kill(process, number)
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    made = Command(tmp_path_factory.mktemp("command"))
-    yield made
-    made.server.kill()
+@dataclass(frozen=True)
+class Place:
+    """Where runs are started, and what a run leaves that nothing happens to."""
+
+    command: Command
+    model: Path
+    data: Path
+    undisturbed: dict[str, dict[str, Any]]
+
+    def argv(self, kind: str, output: Path) -> list[str]:
+        return arguments(kind, output, self.model, self.data)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +110,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic.write_dataset("hh", tmp_path_factory.mktemp("data") / "hh.jsonl", 40, seed=3)
+def place(
+    model: Path, data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
+    command = Command(tmp_path_factory.mktemp("command"))
+    made = Place(command, model, data["hh"], {})
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp("undisturbed") / kind
+        assert command(made.argv(kind, folder)) == 0, command.said
+        made.undisturbed[kind] = left(folder)
+    yield made
+    command.server.kill()
 
 
 def arguments(kind: str, output: Path, model: Path, data: Path) -> list[str]:
@@ -117,12 +133,9 @@ def arguments(kind: str, output: Path, model: Path, data: Path) -> list[str]:
         f"training_args.output_dir={output}",
         f"training_args.max_steps={STEPS}",
         "training_args.per_device_train_batch_size=2",
-        "training_args.save_strategy=steps",
         "training_args.save_steps=2",
-        "training_args.save_total_limit=2",
         "training_args.logging_steps=3",
         "training_args.eval_strategy=no",
-        "training_args.resume_from_checkpoint=true",
         "training_args.disable_tqdm=true",
         "training_args.gradient_checkpointing=false",
         "training_args.learning_rate=0.01",
@@ -136,18 +149,6 @@ def arguments(kind: str, output: Path, model: Path, data: Path) -> list[str]:
     if kind == "train":
         given += ["self_judge_args.max_new_tokens=8"]
     return [kind, str(ROOT / "configs" / f"{file}.yaml"), *given]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    command: Command, model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    """What a run leaves that nothing happens to."""
-    folders = {}
-    for kind in KINDS:
-        folders[kind] = tmp_path_factory.mktemp("undisturbed") / kind
-        assert command(arguments(kind, folders[kind], model, data)) == 0, command.said
-    return folders
 
 
 def left(folder: Path) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def left(folder: Path) -> dict[str, Any]:
 
 # A call in the program, how often it has happened, and whether the process dies before it, after it
 # or with half of a file written.
-PLACES: dict[str, list[Any]] = {
+MOMENTS: dict[str, list[Any]] = {
     "while sampling": ["self_judge.sampling:TransformersSampler.sample", 3, "before"],
     "while judging": ["self_judge.judge:Judge.compare", 4, "after"],
     "after the weights changed": ["torch.optim:AdamW.step", 5, "after"],
@@ -185,120 +186,98 @@ PLACES: dict[str, list[Any]] = {
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_anywhere_the_same_command_ends_as_if_nothing_had_been(
-    place: str,
-    command: Command,
-    undisturbed: dict[str, Path],
-    model: Path,
-    data: Path,
-    tmp_path: Path,
+    moment: str, place: Place, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    argv = arguments("train", output, model, data)
-    assert command(argv, die_at=PLACES[place]) == -signal.SIGKILL, command.said
+    argv = place.argv("train", output)
+    assert place.command(argv, die_at=MOMENTS[moment]) == -signal.SIGKILL, place.command.said
     assert all(flaw(folder) is None for folder in output.glob("checkpoint-*"))
-    assert command(argv) == 0, command.said
-    assert left(output) == left(undisturbed["train"])
+    assert place.command(argv) == 0, place.command.said
+    assert left(output) == place.undisturbed["train"]
     assert not (output / UNFINISHED).exists()
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_twenty_moments_a_run_ends_as_if_nothing_had_been(
-    kind: str,
-    command: Command,
-    undisturbed: dict[str, Path],
-    model: Path,
-    data: Path,
-    tmp_path: Path,
+    kind: str, place: Place, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    argv = arguments(kind, output, model, data)
+    argv = place.argv(kind, output)
     started = time.perf_counter()
-    assert command(arguments(kind, tmp_path / "timed", model, data)) == 0
+    assert place.command(place.argv(kind, tmp_path / "timed")) == 0
     whole = time.perf_counter() - started
     seed = random.randrange(2**32)
     draw, kills, steps = random.Random(seed), 0, set()
     while kills < 20:
-        ended = command(argv, signal_after=(signal.SIGKILL, draw.uniform(0.1, 1.0) * whole))
+        ended = place.command(argv, signal_after=(signal.SIGKILL, draw.uniform(0.1, 1.0) * whole))
         if ended == -signal.SIGKILL:
             kills += 1
             found, _ = last_whole(output)
             steps.add(found.name if found else "none")
             continue
-        assert ended == 0, f"seed {seed}: {command.said}"
+        assert ended == 0, f"seed {seed}: {place.command.said}"
         # It came to its end: the next kills are for a run that begins anew.
-        assert left(output) == left(undisturbed[kind]), f"seed {seed}"
+        assert left(output) == place.undisturbed[kind], f"seed {seed}"
         output = tmp_path / f"run{kills}"
-        argv = arguments(kind, output, model, data)
-    assert command(argv) == 0, f"seed {seed}: {command.said}"
-    assert left(output) == left(undisturbed[kind]), f"seed {seed}"
+        argv = place.argv(kind, output)
+    assert place.command(argv) == 0, f"seed {seed}: {place.command.said}"
+    assert left(output) == place.undisturbed[kind], f"seed {seed}"
     print(f"{kind}: seed {seed}, killed with these checkpoints there: {sorted(steps)}")
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint_and_the_command_to_go_on(
-    kind: str,
-    command: Command,
-    undisturbed: dict[str, Path],
-    model: Path,
-    data: Path,
-    tmp_path: Path,
+    kind: str, place: Place, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    argv = arguments(kind, output, model, data)
+    argv = place.argv(kind, output)
     # It is asked in the middle of its third step.
-    place = ["torch.optim:AdamW.step", 3, "after"]
-    assert command(argv, terminate_at=place) == 0, command.said
-    assert "stopped after step 3 of 8, as SIGTERM asked" in command.said
-    assert "Traceback" not in command.said
-    resume = command.said.splitlines()[-1]
+    third = ["torch.optim:AdamW.step", 3, "after"]
+    assert place.command(argv, terminate_at=third) == 0, place.command.said
+    assert "stopped after step 3 of 8, as SIGTERM asked" in place.command.said
+    assert "Traceback" not in place.command.said
+    resume = place.command.said.splitlines()[-1]
     assert resume.startswith(f"go on with: self-judge {kind} ")
     assert resume.endswith(" training_args.resume_from_checkpoint=true")
     assert flaw(output / "checkpoint-3") is None
     assert not list(output.glob("*.safetensors"))  # none that could be taken for trained
-    assert command(argv) == 0, command.said
-    expected, found = left(undisturbed[kind]), left(output)
+    assert place.command(argv) == 0, place.command.said
+    expected, found = place.undisturbed[kind], left(output)
     assert {**found, "checkpoints": None} == {**expected, "checkpoints": None}
 
 
 @pytest.mark.timeout(120)
-def test_a_damaged_checkpoint_is_passed_over_and_said_to_be(
-    command: Command,
-    undisturbed: dict[str, Path],
-    model: Path,
-    data: Path,
-    tmp_path: Path,
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_said_to_be(place: Place, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    argv = arguments("train", output, model, data)
+    argv = place.argv("train", output)
     assert (
-        command(argv, die_at=["self_judge.resumption:move_files", 1, "before"]) == -signal.SIGKILL
+        place.command(argv, die_at=["self_judge.resumption:move_files", 1, "before"])
+        == -signal.SIGKILL
     )
     weights = output / "checkpoint-8" / "adapter_model.safetensors"
     size = weights.stat().st_size
     os.truncate(weights, size // 2)
-    assert command(argv) == 0
-    said = " ".join(command.said.split())
+    assert place.command(argv) == 0
+    said = " ".join(place.command.said.split())
     assert "checkpoint-8 is passed over: adapter_model.safetensors has " in said
     assert f" has {size // 2:,} of {size:,} bytes" in said
-    assert left(output) == left(undisturbed["train"])
+    assert left(output) == place.undisturbed["train"]
 
 
 @pytest.mark.timeout(120)
-def test_a_checkpoint_that_is_named_has_to_be_whole(
-    command: Command, model: Path, data: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_is_named_has_to_be_whole(place: Place, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    argv = arguments("train", output, model, data)
-    assert command([*argv, "training_args.max_steps=2"]) == 0, command.said
+    argv = place.argv("train", output)
+    assert place.command([*argv, "training_args.max_steps=2"]) == 0, place.command.said
     folder = output / "checkpoint-2"
     (folder / MANIFEST).unlink()
     named = f"training_args.resume_from_checkpoint={folder}"
-    assert command([*argv, named]) == 2
-    assert command.said.splitlines()[-1] == (
+    assert place.command([*argv, named]) == 2
+    assert place.command.said.splitlines()[-1] == (
         f"self-judge: error: {folder} cannot be gone on from: it has no {MANIFEST}, which is "
         "written last"
     )
@@ -307,62 +286,61 @@ def test_a_checkpoint_that_is_named_has_to_be_whole(
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of its own, of 64 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    folder = tmp_path / "disk"
+    folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True
     )
     if mounted.returncode:
         pytest.skip("a disk that is full needs a mount, which is not allowed here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_full_disk_a_run_says_so_in_one_line_and_its_last_checkpoint_stays_whole(
-    kind: str,
-    command: Command,
-    undisturbed: dict[str, Path],
-    model: Path,
-    data: Path,
-    disk: Path,
+    kind: str, place: Place, disk: Path
 ) -> None:
     output = disk / "run"
-    argv = arguments(kind, output, model, data)
-    assert command(argv, die_at=["self_judge.resumption:seal", 2, "before"]) == -signal.SIGKILL
+    argv = place.argv(kind, output)
+    assert (
+        place.command(argv, die_at=["self_judge.resumption:seal", 2, "before"]) == -signal.SIGKILL
+    )
     clear_unfinished(output)
     with (disk / "filler").open("wb") as filler:
         filler.write(bytes(shutil.disk_usage(disk).free - 24_000))
-    assert command(argv) == 2, command.said
-    last = command.said.splitlines()[-1]
+    assert place.command(argv) == 2, place.command.said
+    last = place.command.said.splitlines()[-1]
     assert last.startswith(f"self-judge: error: {output} could not be written to (")
     assert f"; {output / 'checkpoint-2'} is whole. Make room and start" in last
-    assert "Traceback" not in command.said
+    assert "Traceback" not in place.command.said
     assert [p.name for p in output.glob("checkpoint-*")] == ["checkpoint-2"]
     assert flaw(output / "checkpoint-2") is None
     (disk / "filler").unlink()
-    assert command(argv) == 0, command.said
-    assert left(output) == left(undisturbed[kind])
+    assert place.command(argv) == 0, place.command.said
+    assert left(output) == place.undisturbed[kind]
 
 
 @pytest.mark.timeout(120)
 def test_a_folder_that_is_read_only_is_said_to_be_and_nothing_is_lost(
-    command: Command, undisturbed: dict[str, Path], model: Path, data: Path, disk: Path
+    place: Place, disk: Path
 ) -> None:
     output = disk / "run"
-    argv = arguments("train", output, model, data)
-    assert command(argv, die_at=["self_judge.resumption:seal", 2, "before"]) == -signal.SIGKILL
+    argv = place.argv("train", output)
+    assert (
+        place.command(argv, die_at=["self_judge.resumption:seal", 2, "before"]) == -signal.SIGKILL
+    )
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    assert command(argv) == 2, command.said
-    last = command.said.splitlines()[-1]
+    assert place.command(argv) == 2, place.command.said
+    last = place.command.said.splitlines()[-1]
     assert last.startswith("self-judge: error: ")
     assert "Read-only file system" in last
     assert str(output) in last
-    assert "Traceback" not in command.said
+    assert "Traceback" not in place.command.said
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-    assert command(argv) == 0, command.said
-    assert left(output) == left(undisturbed["train"])
+    assert place.command(argv) == 0, place.command.said
+    assert left(output) == place.undisturbed["train"]
 
 
 # -- judging in bulk -----------------------------------------------------------------------------
@@ -393,24 +371,24 @@ def bulk(what: str, folder: Path, model: Path) -> tuple[list[str], Path]:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("what", ["judge", "eval", "tournament"])
 def test_judging_in_bulk_that_is_killed_again_and_again_has_one_line_per_input_in_order(
-    what: str, command: Command, model: Path, tmp_path: Path
+    what: str, place: Place, tmp_path: Path
 ) -> None:
-    argv, expected = bulk(what, _made(tmp_path / "whole"), model)
-    assert command(argv) == 0, command.said
+    argv, expected = bulk(what, _made(tmp_path / "whole"), place.model)
+    assert place.command(argv) == 0, place.command.said
     assert len(expected.read_text().splitlines()) == BULK
-    argv, output = bulk(what, _made(tmp_path / "killed"), model)
-    for place in (
+    argv, output = bulk(what, _made(tmp_path / "killed"), place.model)
+    for moment in (
         ["self_judge.journal:Journal.append", 3, "after"],
         ["self_judge.journal:Journal._note", 2, "before"],
         ["self_judge.judge:Judge.compare", 2, "after"],
     ):
-        assert command(argv, die_at=place) == -signal.SIGKILL, command.said
+        assert place.command(argv, die_at=moment) == -signal.SIGKILL, place.command.said
         # What the disk had of a line when the machine went down.
         with output.open("a") as file:
             file.write('{"index": 3, "ver')
-    assert command(argv) == 0, command.said
+    assert place.command(argv) == 0, place.command.said
     assert output.read_text().replace("killed", "whole") == expected.read_text()
-    assert command(argv) == 0, command.said  # nothing is left to do
+    assert place.command(argv) == 0, place.command.said  # nothing is left to do
     assert output.read_text().replace("killed", "whole") == expected.read_text()
 
 
@@ -421,13 +399,13 @@ def _made(folder: Path) -> Path:
 
 @pytest.mark.timeout(300)
 def test_two_runs_at_once_on_the_same_data_do_not_spoil_each_other(
-    undisturbed: dict[str, Path], model: Path, data: Path, tmp_path: Path
+    place: Place, tmp_path: Path
 ) -> None:
     commands = [Command(_made(tmp_path / name)) for name in "ab"]
     codes: dict[int, int] = {}
 
     def run(number: int) -> None:
-        argv = arguments("jsft", tmp_path / f"run{number}", model, data)
+        argv = place.argv("jsft", tmp_path / f"run{number}")
         codes[number] = commands[number]([*argv, "dataset.num_proc=2"])
 
     threads = [threading.Thread(target=run, args=(n,)) for n in range(2)]
@@ -437,5 +415,5 @@ def test_two_runs_at_once_on_the_same_data_do_not_spoil_each_other(
         thread.join()
     for number, made in enumerate(commands):
         assert codes[number] == 0, made.said
-        assert left(tmp_path / f"run{number}") == left(undisturbed["jsft"])
+        assert left(tmp_path / f"run{number}") == place.undisturbed["jsft"]
         made.server.kill()

@@ -26,25 +26,6 @@ JSFT = str(ROOT / "configs" / "hh_jsft.yaml")
 TRAIN = str(ROOT / "configs" / "hh_self_judge.yaml")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: Any) -> Path:
-    """A tiny base model and its tokenizer, as a folder."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = synthetic.tiny_tokenizer()
-    tiny_llama(len(tokenizer), max_position_embeddings=4096).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: Any) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("data")
-    return {
-        kind: synthetic.write_dataset(kind, folder / f"{kind}.jsonl", 40, seed=3)
-        for kind in ("hh", "ultrafeedback")
-    }
-
-
 @pytest.fixture
 def taught(base: Path, tmp_path: Path) -> Path:
     """The base model with a judge.json, as JSFT writes it."""

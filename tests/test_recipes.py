@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 from self_judge import Judge, synthetic
 from self_judge.cli import main, train_main
 from self_judge.comparison import Comparison
@@ -22,25 +22,6 @@ from self_judge.models import load_judge_settings, load_model
 from self_judge.recipes import evaluate_judge, run_jsft, run_self_judge
 
 KIND_OF = {"hh": "hh", "uf": "ultrafeedback", "uf_pr": "ultrafeedback"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: Any) -> Path:
-    """A tiny base model and its tokenizer, as a folder."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = synthetic.tiny_tokenizer()
-    tiny_llama(len(tokenizer), max_position_embeddings=4096).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: Any) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("data")
-    return {
-        kind: synthetic.write_dataset(kind, folder / f"{kind}.jsonl", 40, seed=3)
-        for kind in ("hh", "ultrafeedback", "preference")
-    }
 
 
 def small(section: str, output: Path, model: Path, source: Path) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from conftest import TEMPLATES
+from conftest import SMALL, TEMPLATES
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.run_folder import METRICS, RUN, read_lines, rollout_files
 from self_judge.run_log import kl_estimate
@@ -24,16 +24,7 @@ def trained(
     resume = changes.pop("resume", None)
     settings = {
         "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "max_new_tokens": 6,
-        "max_length": 256,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
+        **SMALL,
         "top_p": 1.0,
         **changes,
     }

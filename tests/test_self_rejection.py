@@ -8,50 +8,36 @@ from typing import Any
 
 import pytest
 
-from conftest import TEMPLATES
-from self_judge import ChatEncoder, JudgeTemplates
 from self_judge.cli import main
-from self_judge.models import save_judge_settings
-
-
-@pytest.fixture
-def judge(model: Any, tokenizer: Any, tmp_path: Path) -> Path:
-    """A model that JSFT wrote, as a folder."""
-    folder = tmp_path / "judge"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    encoder, templates = ChatEncoder(tokenizer), JudgeTemplates(TEMPLATES)
-    save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
-    return folder
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_line_comes_back_in_order_with_its_winner(judge: Path, tmp_path: Path) -> None:
+def test_every_line_comes_back_in_order_with_its_winner(saved_judge: Path, tmp_path: Path) -> None:
     given = [
         {"context": f"what is {i}?", "responses": [f"no {k}" for k in range(i + 1)], "id": i}
         for i in range(5)
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl"
     source.write_text("\n".join(map(json.dumps, given)) + "\n\n")
-    assert main(["tournament", str(source), str(target), "--model", str(judge)]) == 0
+    assert main(["tournament", str(source), str(target), "--model", str(saved_judge)]) == 0
     got = lines(target)
     assert [line["id"] for line in got] == list(range(5))
     for line, own in zip(got, given, strict=True):
         assert line["responses"] == own["responses"]
         assert line["response"] == own["responses"][line["winner"]]
     again = tmp_path / "again.jsonl"
-    main(["tournament", str(source), str(again), "--model", str(judge)])
+    main(["tournament", str(source), str(again), "--model", str(saved_judge)])
     assert again.read_text() == target.read_text()
 
 
-def test_prompts_without_responses_are_answered_first(judge: Path, tmp_path: Path) -> None:
+def test_prompts_without_responses_are_answered_first(saved_judge: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     given = [{"prompt": "what is it?"}, {"prompt": [{"role": "user", "content": "and you?"}]}]
     source.write_text("\n".join(map(json.dumps, given)))
-    command = ["tournament", str(source), str(target), "--model", str(judge), "--n", "3"]
+    command = ["tournament", str(source), str(target), "--model", str(saved_judge), "--n", "3"]
     assert main([*command, "--max-new-tokens", "4", "--brackets"]) == 0
     for line in lines(target):
         assert len(line["responses"]) == 3
@@ -79,11 +65,11 @@ def test_prompts_without_responses_are_answered_first(judge: Path, tmp_path: Pat
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_and_nothing_is_written(
-    text: str, message: str, judge: Path, tmp_path: Path, capsys: Any
+    text: str, message: str, saved_judge: Path, tmp_path: Path, capsys: Any
 ) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(text)
-    assert main(["tournament", str(source), str(target), "--model", str(judge)]) == 2
+    assert main(["tournament", str(source), str(target), "--model", str(saved_judge)]) == 2
     assert message in capsys.readouterr().err
     assert not target.exists()
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from conftest import TEMPLATES, tiny_llama
+from conftest import SMALL, TEMPLATES, tiny_llama
 from fake_vllm import FakeVLLM, serving
 from self_judge import Comparison, Judge, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.vllm_roles import EngineError
@@ -83,17 +83,8 @@ def make(
             "vllm_server_base_url": served.url,
             "vllm_sync_dir": str(tmp_path / "sync"),
             "generation_batch_size": 4,
-            "per_device_train_batch_size": 4,
             "max_steps": 3,
-            "max_new_tokens": 6,
-            "max_length": 256,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
+            **SMALL,
         }
         return SelfJudgeTrainer(
             model=model,
