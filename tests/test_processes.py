@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 
 from conftest import ROOT, TEMPLATES, byte_bpe, tiny_llama, wrap
 from self_judge import ChatEncoder, JudgeTemplates
+from self_judge.checkpoints import flaw
 from self_judge.lockstep import LockstepPacking, check_processes
 from self_judge.models import load_model, save_judge_settings
 from test_packing import build, sharing
@@ -132,6 +133,25 @@ def test_a_process_that_dies_ends_the_job_with_an_error(
     assert done.returncode != 0
     assert "exitcode  : 3" in done.stderr or "exitcode: 3" in done.stderr
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "sharded"), [("ddp", False), ("fsdp2", True)])
+def test_one_process_that_is_told_to_stop_ends_all_after_the_same_step(
+    file: str, sharded: bool, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    told = result(out, file=file, processes=2, args=TWO, told=True, sharded=sharded)
+    assert told["stopped"]
+    assert [entry["step"] for entry in told["history"]] == [1, 2]
+    assert flaw(out / "checkpoint-2") is None
+    on = result(
+        out, file=file, processes=2, args=TWO, sharded=sharded, resume=str(out / "checkpoint-2")
+    )
+    undisturbed = result(
+        tmp_path / "undisturbed", file=file, processes=2, args=TWO, sharded=sharded
+    )
+    assert column(on, "loss") == pytest.approx(column(undisturbed, "loss"), abs=1e-6)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import faulthandler
 import gc
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,26 @@ def train(asked: dict[str, Any], out: Path) -> None:
     state = PartialState()
     if asked.get("dies") and state.process_index == 1:
         trainer.judge.compare = lambda comparisons: os._exit(3)
+    if asked.get("told") and state.process_index == 1:
+        compare, calls = trainer.judge.compare, iter(range(99))
+
+        def told(comparisons: Any) -> Any:
+            if next(calls) == 1:  # in its second step
+                os.kill(os.getpid(), signal.SIGTERM)
+            return compare(comparisons)
+
+        trainer.judge.compare = told
     trainer.train(resume_from_checkpoint=asked.get("resume"))
     trainer.save_model()
     if state.is_main_process:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         kind = str(trainer.accelerator.distributed_type.value)
-        result = {"history": history, "kind": kind, "processes": state.num_processes}
+        result = {
+            "history": history,
+            "kind": kind,
+            "processes": state.num_processes,
+            "stopped": trainer.stopped_early,
+        }
         (out / "result.json").write_text(json.dumps(result))
     state.wait_for_everyone()
 

@@ -6,6 +6,7 @@ Heavy imports wait until a command needs them, so that help and usage errors are
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shlex
@@ -251,6 +252,7 @@ def _train(arguments: argparse.Namespace) -> None:
         self_judge = load_run(arguments.config, arguments.overrides, "self_judge")
 
     import torch
+    from accelerate import PartialState
 
     from self_judge.machine import launch_over_gpus
 
@@ -269,7 +271,12 @@ def _train(arguments: argparse.Namespace) -> None:
             recipes.run_self_judge(self_judge)
     except recipes.TrainingStopped as stopped:
         # For whoever is pre-empted that is the end of a good run.
-        print(f"{stopped}\ngo on with: {_resuming(sys.argv)}", file=sys.stderr)
+        if PartialState().is_main_process:
+            print(f"{stopped}\ngo on with: {_resuming(sys.argv)}", file=sys.stderr)
+    # NCCL complains of a group that is left behind. DDP's reducer must not outlive the group's
+    # threads, so the trainer goes first.
+    gc.collect()
+    PartialState().destroy_process_group()
 
 
 def _resuming(argv: Sequence[str]) -> str:

@@ -493,7 +493,9 @@ def check_training_args(
             raise ConfigError(f"{section}.{unknown_key(key, valid)}")
 
 
-def check_training_values(values: Mapping[str, Any], config_class: type) -> dict[str, Any]:
+def check_training_values(
+    values: Mapping[str, Any], config_class: type, section: str = "training_args"
+) -> dict[str, Any]:
     """`check_training_args`, and that every number and switch is one; integers become floats.
 
     Only fields declared as int, float or bool (or one of these and nothing) are looked at: the
@@ -502,7 +504,7 @@ def check_training_values(values: Mapping[str, Any], config_class: type) -> dict
     Raises:
         ConfigError: an unknown key, or a value of the wrong type (key, expected, got).
     """
-    check_training_args(values, [f.name for f in dataclasses.fields(config_class)])
+    check_training_args(values, [f.name for f in dataclasses.fields(config_class)], section)
     hints = typing.get_type_hints(config_class)
     simple = {int, float, bool, types.NoneType}
     # YAML reads a bare `no` as false.
@@ -513,7 +515,7 @@ def check_training_values(values: Mapping[str, Any], config_class: type) -> dict
     for key, value in values.items():
         hint = hints[key]
         if set(typing.get_args(hint) or (hint,)) <= simple:
-            checked[key] = convert(hint, value, f"training_args.{key}")
+            checked[key] = convert(hint, value, f"{section}.{key}")
     return checked
 
 
@@ -523,11 +525,12 @@ def accumulation_steps(global_batch_size: int, per_device: int, processes: int) 
     Raises:
         ConfigError: the global batch is not a multiple of what one micro-batch holds.
     """
-    if per_device < 1 or processes < 1:
+    if per_device < 1:
         raise ConfigError(
-            f"per-device batch size and processes must be at least 1, got {per_device} and "
-            f"{processes}"
+            f"training_args.per_device_train_batch_size must be at least 1, got {per_device}"
         )
+    if processes < 1:
+        raise ConfigError(f"the number of processes must be at least 1, got {processes}")
     at_once = per_device * processes
     steps, rest = divmod(global_batch_size, at_once)
     if rest or not steps:

@@ -20,6 +20,8 @@ from self_judge.comparison import Comparison, Side, Verdict
 from self_judge.config import PackingChoice
 from self_judge.encoding import ChatEncoder
 from self_judge.models import (
+    ModelError,
+    is_missing,
     load_judge_settings,
     load_model,
     load_tokenizer,
@@ -140,6 +142,8 @@ class Judge:
         saved = load_judge_settings(name_or_path)
         if templates is None:
             if saved is None:
+                if is_missing(name_or_path):
+                    raise ModelError(f"{name_or_path}: there is no such folder")
                 raise ValueError(
                     f"{name_or_path} has no judge.json beside the model (JSFT writes it): pass "
                     "the judge templates"
@@ -170,8 +174,17 @@ class Judge:
         """Judges every comparison; verdicts come back in the order of the comparisons.
 
         A pair whose judge prompt does not fit into `max_length` is undecidable, and says so.
+
+        Raises:
+            TypeError: something else than a `Comparison`; its place is named.
         """
         comparisons = list(comparisons)
+        for i, given in enumerate(comparisons):
+            if not isinstance(given, Comparison):
+                raise TypeError(
+                    f"comparison {i} is of type {type(given).__name__}: pass "
+                    "Comparison(context, response_a, response_b)"
+                )
         prompts: list[list[int]] = []
         fits: list[bool] = []
         for comparison in comparisons:

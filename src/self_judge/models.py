@@ -9,6 +9,7 @@ import copy
 import json
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -87,7 +89,8 @@ def load_model(
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ModelError: there is no model at that name or path.
+        ModelError: there is no model at that name or path, its weights are pickled (which would
+            run whatever they say), or an adapter does not fit its base.
     """
     common: dict[str, Any] = {
         "dtype": dtype,
@@ -98,11 +101,15 @@ def load_model(
     }
     path = Path(name_or_path)
     if not (path / "adapter_config.json").is_file():
+        _no_pickle(path, "model.safetensors", "pytorch_model.bin")
         try:
-            return AutoModelForCausalLM.from_pretrained(str(name_or_path), **common)
-        except (OSError, ValueError) as error:
+            return AutoModelForCausalLM.from_pretrained(
+                str(name_or_path), use_safetensors=True, **common
+            )
+        except (OSError, ValueError, SafetensorError) as error:
             reason = why(name_or_path, error)
             raise ModelError(f"cannot load a model from {name_or_path}: {reason}") from error
+    _no_pickle(path, "adapter_model.safetensors", "adapter_model.bin")
     base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     if not base_name:
         raise ModelError(f"the adapter {path} does not name its base model in adapter_config.json")
@@ -113,8 +120,33 @@ def load_model(
         trust_remote_code=trust_remote_code,
         **kwargs,
     )
-    model = PeftModel.from_pretrained(base, str(path), is_trainable=not merge)
+    try:
+        model = PeftModel.from_pretrained(base, str(path), is_trainable=not merge)
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        # PyTorch lists every weight, of which one tells the story.
+        told = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ModelError(
+            f"the adapter {path} does not fit its base {base_name}, or is damaged: "
+            f"{told[1] if len(told) > 1 else _line(error):.200}"
+        ) from error
     return merged(model) if merge else model
+
+
+def _no_pickle(folder: Path, wanted: str, pickled: str) -> None:
+    """Raises `ModelError` for a folder whose weights are a pickle alone, with the conversion."""
+    there = [(folder / name).is_file() for name in (pickled, wanted, f"{wanted}.index.json")]
+    if there != [True, False, False]:
+        return
+    program = (
+        "import torch, safetensors.torch as s; "
+        f"w = torch.load({str(folder / pickled)!r}, weights_only=True); "
+        f"s.save_file({{k: v.clone() for k, v in w.items()}}, {str(folder / wanted)!r}, "
+        "metadata={'format': 'pt'})"
+    )
+    raise ModelError(
+        f"{folder / pickled} is a pickle, which can run any program when it is loaded. Convert it "
+        f"once, if you trust where it comes from: python -c {shlex.quote(program)}"
+    )
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -269,12 +301,20 @@ def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
     What is plainly a path and is not there is called so: the libraries beneath take it for a
     repository's name, and speak of its spelling.
     """
+    return "there is no such folder" if is_missing(name_or_path) else _line(error)
+
+
+def is_missing(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether this is plainly a path, and nothing is there."""
     name = str(name_or_path)
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
-        return "there is no such folder"
-    return _line(error)
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return local and not Path(name).exists()
 
 
 def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not text:
+        return type(error).__name__
+    # A first line that ends in a colon has its point in the next ones.
+    told = " ".join(text) if text[0].endswith(":") else text[0]
+    return f"{type(error).__name__}: {told:.300}"

@@ -17,12 +17,12 @@ from trl import SFTConfig
 
 from self_judge.comparison import PreferenceRecord
 from self_judge.config import (
+    ConfigError,
     DatasetArgs,
     JSFTRun,
     SelfJudgeRun,
     SourceArgs,
     accumulation_steps,
-    check_training_args,
     check_training_values,
 )
 from self_judge.encoding import ChatEncoder
@@ -95,16 +95,25 @@ def _training_config(
             training.get("per_device_train_batch_size", 8),
             int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes,
         )
-    return config_class(**training, **own)
+    if training.get("learning_rate", 0.0) < 0:
+        raise ConfigError(
+            f"training_args.learning_rate must be at least 0, got {training['learning_rate']}"
+        )
+    try:
+        return config_class(**training, **own)
+    except ValueError as error:
+        # Transformers names a choice that it does not have, but not where it stands.
+        named = next((k for k, v in training.items() if str(error).startswith(f"{v} is not")), None)
+        if named is None:
+            raise
+        raise ConfigError(f"training_args.{named}: {error}") from error
 
 
 def lora_config(settings: dict[str, Any] | None) -> LoraConfig | None:
     """The adapter that `peft_config` asks for; fails on a name that LoRA does not have."""
     if settings is None:
         return None
-    names = [f.name for f in dataclasses.fields(LoraConfig)]
-    check_training_args(settings, names, section="peft_config")
-    return LoraConfig(**settings)
+    return LoraConfig(**check_training_values(settings, LoraConfig, "peft_config"))
 
 
 # -- words -----------------------------------------------------------------------------------------

@@ -134,6 +134,8 @@ class ResumableTraining(Base):
         if not path.is_file():
             return
         kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["processes"] != self.args.world_size:
+            return  # each has sums of its own, which cannot be dealt out anew
         self._tr_loss += kept["loss"]
         # Transformers reports the mean loss of this call to `train`: without what was before it.
         self._total_loss_scalar -= kept["loss"]
@@ -146,6 +148,7 @@ class ResumableTraining(Base):
 
     def _save_unlogged(self, folder: Path) -> None:
         kept = {
+            "processes": self.args.world_size,
             "loss": self._tr_loss.item(),
             "last_logged_step": self._globalstep_last_logged,
             SKIPPED: self._skipped,

@@ -15,10 +15,11 @@ import torch
 from transformers import TrainingArguments
 from trl import DPOConfig
 
-from self_judge.config import PackingChoice, VLLMMode
+from self_judge.config import LOSS_TYPES, PackingChoice, VLLMMode
 from self_judge.packing import check_choice
 from self_judge.rollouts import PairSelection
 from self_judge.sampling import SamplingSettings
+from self_judge.typed_yaml import unknown_key
 
 
 @dataclass
@@ -204,6 +205,9 @@ class SelfJudgeConfig(DPOConfig):
             raise ValueError(
                 "sync_ref_model=True contradicts the method: the judge is the frozen reference"
             )
+        for loss in self.loss_type:
+            if loss not in LOSS_TYPES:
+                raise ValueError(f"loss_type {unknown_key(loss, LOSS_TYPES)}")
         if self.average_log_prob is not None:
             unknown = set(self.loss_type) - {"sigmoid", "hinge", "ipo"}
             if unknown or len(self.loss_type) != 1:
