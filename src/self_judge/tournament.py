@@ -84,20 +84,14 @@ def knockouts(
     Raises:
         ValueError: a context without responses, or lists of different lengths.
     """
-    if not len(contexts) == len(responses) == len(seeds):
-        raise ValueError(
-            f"{len(contexts)} contexts, {len(responses)} lists of responses, {len(seeds)} seeds: "
-            "there must be as many of each"
-        )
+    _check(contexts, responses, seeds)
     known = {} if known is None else known
     generators = [random.Random(seed) for seed in seeds]
     standing: list[list[int]] = []
     for i, own in enumerate(responses):
-        if isinstance(own, str):
-            raise ValueError(f"responses[{i}] is one text: it must be a list of responses")
         drawn = list(range(len(own)) if entrants is None else entrants[i])
         if not drawn:
-            raise ValueError(f"context {i} has no responses to choose from: {contexts[i]!r:.80}")
+            raise ValueError(f"nobody takes part for context {i}: {contexts[i]!r:.80}")
         generators[i].shuffle(drawn)
         standing.append(drawn)
     rounds: list[list[tuple[Match, ...]]] = [[] for _ in contexts]
@@ -120,6 +114,21 @@ def knockouts(
 _MATCHES_TOGETHER = 128
 
 
+def _check(
+    contexts: Sequence[str], responses: Sequence[Sequence[str]], seeds: Sequence[int]
+) -> None:
+    if not len(contexts) == len(responses) == len(seeds):
+        raise ValueError(
+            f"{len(contexts)} contexts, {len(responses)} lists of responses, {len(seeds)} seeds: "
+            "there must be as many of each"
+        )
+    for i, own in enumerate(responses):
+        if isinstance(own, str):
+            raise ValueError(f"responses[{i}] is one text: it must be a list of responses")
+        if not len(own):
+            raise ValueError(f"context {i} has no responses to choose from: {contexts[i]!r:.80}")
+
+
 def judged_knockouts(
     judge: Judge,
     contexts: Sequence[str],
@@ -132,7 +141,11 @@ def judged_knockouts(
 
     Args:
         progress: show a bar per round.
+
+    Raises:
+        ValueError: as `knockouts`.
     """
+    _check(contexts, responses, seeds)
     brackets: list[Bracket] = []
     start = 0
     while start < len(contexts):

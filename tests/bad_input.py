@@ -1,0 +1,487 @@
+"""What people get wrong and are told: cases of test_bad_input.py, rows of docs/errors.md."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conftest import ROOT, TEMPLATES, Make, byte_bpe, tiny_llama, wrap
+from self_judge import ChatEncoder, Judge, JudgeTemplates, SelfJudgeConfig
+from self_judge import tournament_rejection_sampling as play
+from self_judge.models import load_model, load_tokenizer
+
+JSFT = str(ROOT / "configs" / "hh_jsft.yaml")
+TRAIN = str(ROOT / "configs" / "hh_self_judge.yaml")
+PRINCIPLES = str(ROOT / "configs" / "uf_jsft_pr.yaml")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a mistake is made.
+
+    Attributes:
+        folder: an empty one.
+        base, saved: a tiny model without and with judge.json.
+        data: sound files, by format.
+        make: builds a trainer.
+    """
+
+    folder: Path
+    base: Path
+    saved: Path
+    data: dict[str, Path]
+    make: Make
+
+    def file(self, name: str, content: str | bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def run(self, *more: str, config: str = JSFT, source: Path | None = None) -> list[str]:
+        """A run of a shipped file on the tiny model, with something changed."""
+        kind, section = ("train", "self_judge_args") if config == TRAIN else ("jsft", "jsft_args")
+        model = self.saved if config == TRAIN else self.base
+        small = ["self_judge_args.max_new_tokens=8"] if config == TRAIN else []
+        return [
+            kind,
+            config,
+            f"training_args.output_dir={self.folder / 'run'}",
+            "training_args.max_steps=1",
+            "training_args.per_device_train_batch_size=2",
+            "training_args.eval_strategy=no",
+            "training_args.disable_tqdm=true",
+            "training_args.bf16=false",
+            f"{section}.global_batch_size=4",
+            f"model.model_name_or_path={model}",
+            "model.dtype=float32",
+            f"dataset.sources=[{{path: {source or self.data['hh']}}}]",
+            "dataset.eval=[]",
+            *small,
+            *more,
+        ]
+
+    def on(self, name: str, *lines: Any, config: str = JSFT) -> list[str]:
+        """A run on data of one's own."""
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        return self.run(source=self.file(name, text), config=config)
+
+    def templates(self, text: str) -> list[str]:
+        """A run file with judge templates of one's own."""
+        rest = "training_args: {output_dir: x}\nmodel: {model_name_or_path: x}\n"
+        rest += "dataset: {sources: [{path: x}]}\n"
+        return ["jsft", str(self.file("own.yaml", f"{rest}templates: {text}"))]
+
+    def copy(self, source: Path, name: str) -> Path:
+        return Path(shutil.copytree(source, self.folder / name))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mistake.
+
+    Attributes:
+        wrong: what it is, in words; names the case.
+        does: gives the words of the command, or calls the library.
+        said: what is said, in parts that stand in this order.
+        remedy: what to do.
+    """
+
+    wrong: str
+    does: Callable[[Place], Any]
+    said: tuple[str, ...]
+    remedy: str
+
+
+def setting(wrong: str, change: str, said: str, remedy: str, config: str = JSFT) -> Case:
+    """A run file with one value changed."""
+    return Case(wrong, lambda p: p.run(*change.split(" "), config=config), (said,), remedy)
+
+
+RUN_FILE = [
+    Case("no such run file", lambda p: ["jsft", "nope.yaml"], ("nope.yaml: no such file",),
+         "name the file as it is seen from where the command is started"),
+    Case("an empty run file", lambda p: ["jsft", str(p.file("e.yaml", ""))],
+         ("e.yaml: expected sections such as 'model:', found none",), "see configs/"),
+    Case("a run file that is no YAML", lambda p: ["jsft", str(p.file("s.yaml", "a: [1"))],
+         ("s.yaml:2: not valid YAML",), "mend the line named"),
+    Case("YAML that would run a program",
+         lambda p: ["jsft", str(p.file("x.yaml", "model: !!python/object/apply:os.abort []"))],
+         ("x.yaml:1: not valid YAML: could not determine a constructor",),
+         "remove the tag; nothing was run"),
+    Case("a self-training file given to `jsft`", lambda p: ["jsft", TRAIN],
+         ("it has self_judge_args, so it is a file for", "self-judge train"), "use that command"),
+    Case("a JSFT file given to `train`", lambda p: ["train", JSFT],
+         ("it has jsft_args, so it is a file for", "self-judge jsft"), "use that command"),
+    Case("`extends` names a file that is not there",
+         lambda p: ["jsft", str(p.file("x.yaml", "extends: nope.yaml"))],
+         ("nope.yaml: no such file (named by extends in",), "relative to the file that says so"),
+    Case("a file that extends itself",
+         lambda p: ["jsft", str(p.file("x.yaml", "extends: x.yaml"))],
+         ("x.yaml: extends itself",), "break the circle"),
+    Case("a section is missing",
+         lambda p: ["jsft", str(p.file("x.yaml", "training_args: {output_dir: x}"))],
+         ("x.yaml: model: missing",), "add it"),
+    setting("an unknown section", "trainin_args.seed=1",
+            "trainin_args: unknown; did you mean training_args?", "take the name suggested"),
+    setting("an unknown key", "jsft_args.max_lenght=3",
+            "jsft_args.max_lenght: unknown; did you mean max_length?", "take the name suggested"),
+    setting("an unknown key of the trainer's", "training_args.learning_rat=1e-5",
+            "training_args.learning_rat: unknown; did you mean learning_rate?",
+            "take the name suggested"),
+    setting("an unknown key of the adapter's", "peft_config.lora_alfa=8",
+            "peft_config.lora_alfa: unknown; did you mean lora_alpha?", "take the name suggested"),
+    setting("a key in the wrong section", "training_args.max_length=512",
+            "training_args.max_length: set jsft_args.max_length instead", "move it"),
+    setting("an override without a value", "training_args.seed",
+            "override 'training_args.seed': expected key.path=value", "write key.path=value"),
+    setting("text for a number", "jsft_args.max_length=long",
+            "jsft_args.max_length: expected a whole number, got text 'long'", "a whole number"),
+    setting("text for a number of the trainer's", "training_args.learning_rate=fast",
+            "training_args.learning_rate: expected a number, got text 'fast'", "a number"),
+    setting("text for a switch", "training_args.bf16=perhaps",
+            "training_args.bf16: expected true or false or null, got text 'perhaps'",
+            "true, false or null"),
+    setting("text for a number of the adapter's", "peft_config.r=many",
+            "peft_config.r: expected a whole number, got text 'many'", "a whole number"),
+    setting("a choice that does not exist", "jsft_args.packing=trie",
+            "jsft_args.packing: expected one of auto, tree, cache, padding, off", "one of these"),
+    setting("an optimizer that does not exist", "training_args.optim=adamw_touch",
+            "training_args.optim: adamw_touch is not a valid", "one of those listed"),
+    setting("a dtype that does not exist", "model.dtype=float33",
+            "model.dtype: expected one of auto, bfloat16, float16, float32", "one of these"),
+    setting("a length of 1", "jsft_args.max_length=1", "max_length must be at least 2, got 1",
+            "a prompt and an answer need two tokens"),
+    setting("a batch of no examples", "training_args.per_device_train_batch_size=0",
+            "training_args.per_device_train_batch_size must be at least 1, got 0", "at least 1"),
+    setting("a negative learning rate", "training_args.learning_rate=-1",
+            "training_args.learning_rate must be at least 0, got -1.0", "0 or more"),
+    setting("a global batch that does not divide", "jsft_args.global_batch_size=5",
+            "global_batch_size 5 is not a multiple of 2 per device", "one of those listed"),
+    setting("a share above 1", "dataset.held_out=1.5",
+            "held_out is a share in [0, 1), got 1.5", "below 1"),
+    setting("no source of data", "dataset.sources=[]", "sources is empty: name at least one",
+            "name one"),
+    Case("a kind of data that does not exist",
+         lambda p: p.run("dataset.sources=[{path: x, kind: hhh}]"),
+         ("dataset.sources.0.kind: expected one of auto, hh, ultrafeedback, preference",),
+         "one of these"),
+    setting("an unknown loss", "self_judge_args.loss_type=sigmod",
+            "loss_type sigmod: unknown; did you mean sigmoid?", "take the name suggested", TRAIN),
+    setting("averaging where the loss has none",
+            "self_judge_args.average_log_prob=true self_judge_args.loss_type=robust",
+            "average_log_prob is for sigmoid, hinge or ipo alone, not for robust: leave it null",
+            "leave it null", TRAIN),
+    setting("sampling without chance", "self_judge_args.temperature=0",
+            "temperature must be above 0, got 0.0", "all samples would be the same", TRAIN),
+    setting("a nucleus of nothing", "self_judge_args.top_p=0", "top_p must be in (0, 1], got 0.0",
+            "1 is off", TRAIN),
+    setting("one response per prompt", "self_judge_args.num_generations=1",
+            "num_generations must be at least 2, got 1", "a pair needs two", TRAIN),
+    setting("judging no prompts at a time", "self_judge_args.judge_batch_size=0",
+            "judge_batch_size must be at least 1, got 0", "at least 1", TRAIN),
+    setting("responses as long as everything", "self_judge_args.max_new_tokens=4096",
+            "max_new_tokens (4096) must be below max_length (2048)", "leave room for the prompt",
+            TRAIN),
+    setting("the same token for both letters",
+            "self_judge_args.token_id_a=3 self_judge_args.token_id_b=3",
+            "token_id_a and token_id_b are the same token (3)", "leave both out", TRAIN),
+    setting("a letter's id that is another token's", "self_judge_args.token_id_a=7",
+            "token_id_a=7 is [7 ", "correct it or leave it out", TRAIN),
+    setting("a letter's id that does not exist", "self_judge_args.token_id_a=999999",
+            "token_id_a=999999 is [999999 (out of range)]", "correct it or leave it out", TRAIN),
+    setting("a reference that moves", "training_args.sync_ref_model=true",
+            "sync_ref_model=True contradicts the method", "leave it out", TRAIN),
+    setting("log-probabilities of responses that do not exist yet",
+            "training_args.precompute_ref_log_probs=true",
+            "precompute_ref_log_probs=True is impossible", "leave it out", TRAIN),
+    setting("servers without an address",
+            "self_judge_args.use_vllm=true self_judge_args.vllm_mode=server",
+            "vllm_mode: server needs vllm_server_base_url", "name the URL", TRAIN),
+    setting("a checkpoint that is not there", "training_args.resume_from_checkpoint=/nope",
+            "/nope cannot be gone on from: there is no such folder",
+            "true takes the last whole one"),
+]  # fmt: skip
+
+DATA = [
+    Case("no such data", lambda p: p.run(source=p.folder / "no.jsonl"),
+         ("no.jsonl: no such file or folder",), "the path as seen from the folder it names"),
+    Case("an empty file", lambda p: p.run(source=p.file("empty.jsonl", "")),
+         ("empty.jsonl: the file has no records",), "fetch it again"),
+    Case("a gzip file that is cut short",
+         lambda p: p.run(source=p.file("t.jsonl.gz", gzip.compress(bytes(9999))[:20])),
+         ("t.jsonl.gz: the gzip file is cut short; fetch it again",), "fetch it again"),
+    Case("a file that is no gzip", lambda p: p.run(source=p.file("n.jsonl.gz", b"hello")),
+         ("n.jsonl.gz: not a sound gzip file",), "rename it, or fetch it again"),
+    Case("a file that is no Parquet", lambda p: p.run(source=p.file("n.parquet", b"hello")),
+         ("n.parquet: not a sound parquet file",), "fetch it again"),
+    Case("text in Latin-1",
+         lambda p: p.run(source=p.file("l.jsonl", '{"chosen": "caf\xe9"}'.encode("latin-1"))),
+         ("l.jsonl: not UTF-8 text (", "byte 15)"), "convert it: iconv -f latin1 -t utf8"),
+    Case("text in UTF-16",
+         lambda p: p.run(source=p.file("u.jsonl", '{"chosen": "x"}'.encode("utf-16"))),
+         ("u.jsonl: not UTF-8 text (", "byte 0)"), "convert it: iconv -f utf16 -t utf8"),
+    Case("a line that is no JSON",
+         lambda p: p.run(source=p.file("b.jsonl", '{"chosen": "a", "rejected": "b"}\n{oops\n')),
+         ("b.jsonl, line 2: not JSON",), "mend the line named"),
+    Case("a line that is no object", lambda p: p.on("l.jsonl", [1, 2]),
+         ("l.jsonl, line 1: expected a JSON object, got list",), "one object per line"),
+    Case("a missing column", lambda p: p.on("m.jsonl", {"prompt": "x", "chosen": "y"}),
+         ("m.jsonl: cannot tell what kind of data has the columns ['chosen', 'prompt']",),
+         "add or rename columns; docs/data.md has all kinds"),
+    Case("a number for a prompt",
+         lambda p: p.on("t.jsonl", {"prompt": 3, "chosen": "y", "rejected": "n"}),
+         ("t.jsonl, record 0, field 'prompt': expected text or messages, got int",),
+         "text, or messages"),
+    Case("an unknown role",
+         lambda p: p.on("r.jsonl", {"prompt": [{"role": "human", "content": "x"}],
+                                    "chosen": [{"role": "assistant", "content": "y"}],
+                                    "rejected": [{"role": "assistant", "content": "n"}]}),
+         ("r.jsonl, record 0, field 'prompt[0].role': is 'human', expected one of system, user",),
+         "one of these"),
+    Case("an answer without its ratings",
+         lambda p: p.on("u.jsonl", {"instruction": "x", "completions": [{"response": "y"}]},
+                        config=PRINCIPLES),
+         ("u.jsonl, record 0, field 'completions[0].annotations': is missing",),
+         "UltraFeedback's own columns"),
+    Case("nothing but empty prompts",
+         lambda p: p.on("e.jsonl", {"prompt": "", "chosen": "y", "rejected": "n"}),
+         ("e.jsonl: no record could be used", "skipped record: empty prompt: 1"),
+         "such records are skipped and counted"),
+    Case("nothing but empty responses",
+         lambda p: p.on("e.jsonl", {"prompt": "x", "chosen": "", "rejected": "n"}),
+         ("e.jsonl: no record could be used", "skipped record: empty response: 1"),
+         "such records are skipped and counted"),
+    Case("nothing but white space for an answer",
+         lambda p: p.on("w.jsonl", {"prompt": "x", "chosen": " \n", "rejected": "n"}),
+         ("w.jsonl: no record could be used", "skipped record: empty response: 1"),
+         "such records are skipped and counted"),
+    Case("a folder without data", lambda p: p.run(source=_empty(p)),
+         ("nothing: no data file (",), "name the file"),
+    Case("a kind of file that is not known", lambda p: p.run(source=p.file("x.docx", b"hello")),
+         ("x.docx: unknown kind of file; known are .json",), "convert it to JSON lines"),
+    setting("examples that are all too long", "jsft_args.max_length=4",
+            "no training example is left of 40 records", "raise jsft_args.max_length"),
+    Case("a principle in the data that has no template",
+         lambda p: p.run(
+             'templates.judge={helpfulness: {user: "{context} {response_a} {response_b}", '
+             'assistant: "x"}}', config=PRINCIPLES, source=p.data["ultrafeedback"]),
+         ("record 0: a pair is labeled for principle 'honesty', but there are judge templates",),
+         "add its template, or leave the principle out of dataset.principles"),
+]  # fmt: skip
+
+WORDING = [
+    Case("a judge template without a placeholder",
+         lambda p: p.templates('{judge: {a: {user: "{context} {response_a}", assistant: "b:"}}}'),
+         ("judge template 'a' lacks {response_b} in 'user'",), "add it"),
+    Case("a judge template without a lead-in",
+         lambda p: p.templates('{judge: {a: {user: "{context} {response_a} {response_b}"}}}'),
+         ("judge template 'a' needs a non-empty text as 'assistant'",), "the letter follows it"),
+    Case("a judge template with an unknown part",
+         lambda p: p.templates('{judge: {a: {usr: "{context}", assistant: "b:"}}}'),
+         ("judge template 'a' has unknown parts ['usr']; it takes system, user, assistant",),
+         "one of these"),
+    Case("no judge template", lambda p: p.templates("{judge: {}}"),
+         ("with at least one principle",), "add one, or extend a file of configs/templates"),
+    Case("a rationale template without one of the rationales",
+         lambda p: p.templates(
+             '{judge: {a: {user: "{context} {response_a} {response_b}", assistant: "b:"}}, '
+             'decision_rationale: " {rationale_a}"}'),
+         ("decision_rationale of 'a' lacks {rationale_b}",), "add it"),
+    Case("a tokenizer without a chat template",
+         lambda p: ChatEncoder(wrap(byte_bpe(), None)),
+         ("has no chat template: set templates.chat, or the turn markers",), "set one of them"),
+    Case("a tokenizer without padding and end of sequence", lambda p: load_tokenizer(_mute(p)),
+         ("has neither a padding nor an end-of-sequence token: set tokenizer.eos_token",),
+         "set it and save the tokenizer again"),
+    Case("letters that are not one token",
+         lambda p: ChatEncoder(wrap(byte_bpe(vocab_size=1))).letter_ids(JudgeTemplates(TEMPLATES)),
+         ("letter",), "end the lead-in so that a letter is one token"),
+]  # fmt: skip
+
+MODELS = [
+    Case("no such model", lambda p: p.run(f"model.model_name_or_path={p.folder / 'none'}"),
+         ("cannot load a tokenizer from ", "there is no such folder"), "name the folder"),
+    Case("a folder without a tokenizer", lambda p: p.run(f"model.model_name_or_path={_bare(p)}"),
+         ("cannot load a tokenizer from ",), "save the tokenizer beside the model"),
+    Case("tokenizer and model of different vocabularies",
+         lambda p: p.run(f"model.model_name_or_path={_small(p)}"),
+         ("the tokenizer has token ids up to ", "the model has embeddings for 50",
+          "they do not belong together"), "take the model's own tokenizer"),
+    Case("weights in a pickle", lambda p: load_model(_pickled(p)),
+         ("pytorch_model.bin is a pickle, which can run any program", "python -c "),
+         "the command that is printed"),
+    Case("weights that are cut short", lambda p: load_model(_cut(p)),
+         ("cannot load a model from ", "SafetensorError"), "fetch or write them again"),
+    Case("an adapter for another base", lambda p: load_model(_adapter(p, str(p.saved))),
+         ("the adapter ", " does not fit its base ", "size mismatch"),
+         "name the right base in adapter_config.json"),
+    Case("an adapter whose base is gone",
+         lambda p: load_model(_adapter(p, str(p.folder / "gone"))),
+         ("cannot load a model from ", "there is no such folder"),
+         "correct base_model_name_or_path in adapter_config.json"),
+    Case("an adapter that names no base", lambda p: load_model(_adapter(p, None)),
+         ("does not name its base model in adapter_config.json",), "add the name"),
+    Case("a model that was not taught to judge", lambda p: Judge.from_pretrained(p.base),
+         ("has no judge.json beside the model (JSFT writes it): pass the judge templates",),
+         "pass templates, or --templates FILE"),
+    Case("a judge.json that is broken", lambda p: Judge.from_pretrained(_broken(p)),
+         ("judge.json is not a judge file written by JSFT",), "copy it again from the checkpoint"),
+    Case("a model none of whose weights are trained",
+         lambda p: p.make(model=tiny_llama(441).requires_grad_(False)),
+         ("no parameter of the model takes gradients",), "model.requires_grad_(True)"),
+]  # fmt: skip
+
+LIBRARY = [
+    Case("a judge that judges nothing at a time", lambda p: _judge(p, batch_size=0),
+         ("judge batch size must be at least 1, got 0",), "at least 1"),
+    Case("something else than a comparison", lambda p: _judge(p).compare([("x", "a", "b")]),
+         ("comparison 0 is of type tuple: pass Comparison(context, response_a, response_b)",),
+         "wrap it"),
+    Case("lists of different lengths",
+         lambda p: play(judge=_judge(p), contexts=["x"], responses=[["a"], ["b"]]),
+         ("1 contexts, 2 lists of responses",), "one list of responses per context"),
+    Case("no responses", lambda p: play(judge=_judge(p), contexts=["x"], responses=[[]]),
+         ("context 0 has no responses to choose from",), "at least one each"),
+    Case("an unknown loss, in Python",
+         lambda p: SelfJudgeConfig(str(p.folder), loss_type="sigmod"),
+         ("loss_type sigmod: unknown; did you mean sigmoid?",), "take the name suggested"),
+    Case("rows without a prompt",
+         lambda p: p.make(train_dataset=_rows({"text": "x"})),
+         ("record 0 of the train dataset has neither 'query' nor 'prompt'; it has ['text']",),
+         "rename the column"),
+    Case("an empty prompt, in Python", lambda p: p.make(train_dataset=_rows({"prompt": ""})),
+         ("record 0 of the train dataset: 'query' is empty or not a text",), "leave the row out"),
+    Case("prompts that are all too long",
+         lambda p: p.make(train_dataset=_rows({"prompt": "so " * 900})),
+         ("no prompt of the train dataset fits: max_length 256 less max_new_tokens 6",),
+         "raise max_length"),
+    Case("a trainer without judge templates", lambda p: p.make(judge_templates=None),
+         ("no judge_templates given, and no judge.json beside the model",),
+         "pass judge_templates, or start from a model that JSFT wrote"),
+    Case("two names for one argument",
+         lambda p: p.make(tokenizer=wrap(byte_bpe())),
+         ("tokenizer and processing_class are two names of one argument",), "give one of them"),
+]  # fmt: skip
+
+COMMANDS = [
+    Case("an output that is the input",
+         lambda p: ["judge", str(p.data["hh"]), str(p.data["hh"]), "--model", str(p.saved)],
+         ("hh.jsonl: the output would overwrite the input",), "another output"),
+    Case("a line without the second response",
+         lambda p: ["judge", str(p.file("l.jsonl", '{"context": "x", "response_a": "y"}')),
+                    str(p.folder / "o.jsonl"), "--model", str(p.saved)],
+         ("l.jsonl, record 0, field 'response_b': is missing; there are",), "add it"),
+    Case("a field that the verdict would replace",
+         lambda p: ["judge", str(p.file("l.jsonl", json.dumps(
+             {"context": "x", "response_a": "y", "response_b": "z", "verdict": 1}))),
+             str(p.folder / "o.jsonl"), "--model", str(p.saved)],
+         ("l.jsonl, record 0, field 'verdict': is there already", "--field NAME"),
+         "--field NAME"),
+    Case("evaluating on nothing",
+         lambda p: ["eval", str(p.data["hh"]), "--model", str(p.saved), "--output",
+                    str(p.folder / "o"), "--max-pairs", "0"],
+         ("--max-pairs must be at least 1, got 0",), "at least 1"),
+    Case("a tournament of no responses",
+         lambda p: ["tournament", str(p.file("t.jsonl", '{"prompt": "x"}')),
+                    str(p.folder / "o.jsonl"), "--model", str(p.saved), "--n", "0"],
+         ("--n must be at least 1, got 0",), "at least 1"),
+    Case("policies without prompts",
+         lambda p: ["compare", str(p.saved), str(p.saved), "--judge", str(p.saved), "--output",
+                    str(p.folder / "o")],
+         ("give the prompts to answer: --prompts FILE",), "--prompts FILE"),
+    Case("a report on nothing", lambda p: ["report", str(_empty(p))],
+         ("nothing: nothing to report on",), "a folder that training or `eval` wrote"),
+    Case("a GPU that is not known", lambda p: [*_check(p), "--gpu", "h900"],
+         ("--gpu h900: unknown; there are figures for rtx-3090",), "one of these"),
+]  # fmt: skip
+
+GROUPS = {
+    "The run file": RUN_FILE,
+    "Data": DATA,
+    "Templates and tokenizers": WORDING,
+    "Models": MODELS,
+    "In Python": LIBRARY,
+    "Commands": COMMANDS,
+}
+CASES = [case for cases in GROUPS.values() for case in cases]
+
+
+# -- what the cases need ---------------------------------------------------------------------------
+
+
+def _empty(p: Place) -> Path:
+    folder = p.folder / "nothing"
+    folder.mkdir()
+    return folder
+
+
+def _check(p: Place) -> list[str]:
+    return ["check", *p.run()[1:]]
+
+
+def _rows(*rows: dict[str, Any]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(list(rows))
+
+
+def _judge(p: Place, **settings: Any) -> Judge:
+    tokenizer = wrap(byte_bpe())
+    return Judge(tiny_llama(len(tokenizer)), tokenizer, TEMPLATES, **settings)
+
+
+def _mute(p: Place) -> Path:
+    tokenizer = wrap(byte_bpe())
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(p.folder)
+    return p.folder
+
+
+def _bare(p: Place) -> Path:
+    shutil.copy(p.base / "config.json", p.folder)
+    return p.folder
+
+
+def _small(p: Place) -> Path:
+    folder = p.copy(p.base, "small")
+    tiny_llama(50).save_pretrained(folder)
+    return folder
+
+
+def _pickled(p: Place) -> Path:
+    folder = p.copy(p.saved, "pickled")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    return folder
+
+
+def _cut(p: Place) -> Path:
+    folder = p.copy(p.saved, "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return folder
+
+
+def _adapter(p: Place, base: str | None) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
+    other = tiny_llama(441, hidden_size=64, intermediate_size=128)
+    get_peft_model(other, config).save_pretrained(p.folder)
+    about = p.folder / "adapter_config.json"
+    named = {**json.loads(about.read_text()), "base_model_name_or_path": base}
+    about.write_text(json.dumps(named))
+    return p.folder
+
+
+def _broken(p: Place) -> Path:
+    folder = p.copy(p.saved, "broken")
+    (folder / "judge.json").write_text('{"judge_templates": ')
+    return folder
