@@ -59,7 +59,7 @@ test-vllm: $(VLLM_READY)  ## vLLM on the CPU, in an environment of its own: Smol
 
 mutants: $(READY)  ## does some test notice a small change to the code that decides? (half an hour)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutation]'
-	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=brief $(BIN)/mutmut run
 	$(BIN)/mutmut results
 
 lint: $(READY)  ## ruff
