@@ -27,6 +27,7 @@ FLOORS: list[set[str]] = [
         "whole_file",
         "run_folder",
         "journal",
+        "terminal",
     },
     {
         "content_tokens",

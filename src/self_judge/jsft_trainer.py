@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from self_judge.batch_shape import settled_tokens
 from self_judge.config import PackingChoice
 from self_judge.lockstep import check_processes
-from self_judge.models import unwrapped
+from self_judge.models import refuse_pickle, share_as_usual, unwrapped
 from self_judge.packed_head import pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
 from self_judge.run_log import RunLog
@@ -64,6 +64,9 @@ class JSFTTrainer(SFTTrainer):
     """
 
     def __init__(self, *args: Any, packing: PackingChoice = "auto", **kwargs: Any) -> None:
+        given = args[0] if args else kwargs.get("model")
+        if isinstance(given, str):
+            refuse_pickle(given)
         super().__init__(*args, **kwargs)
         check_processes(self.accelerator)
         model: Any = self.model
@@ -74,6 +77,13 @@ class JSFTTrainer(SFTTrainer):
             self.packing = pack_fused_head(model, packing, one_pass=one_pass, batch_tokens=tokens)
         self.run_log = RunLog("jsft")
         self.add_callback(self.run_log)
+
+    def _send_telemetry(self) -> None:
+        """Sends nothing: TRL would tell its authors what kind of model and machine this is."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        share_as_usual(output_dir or str(self.args.output_dir))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -35,6 +35,7 @@ from self_judge.models import (
     load_model,
     merged,
     save_judge_settings,
+    share_as_usual,
     vocabulary_fits,
 )
 from self_judge.preparation import (
@@ -52,6 +53,7 @@ from self_judge.preparation import (
 from self_judge.progress import LiveProgress
 from self_judge.selection import judge_context
 from self_judge.templates import JudgeTemplates
+from self_judge.terminal import neutral
 from self_judge.trainer import SelfJudgeTrainer
 from self_judge.whole_file import written_whole
 
@@ -169,6 +171,7 @@ def save_jsft(
         model = trainer.accelerator.unwrap_model(trainer.model)
         if merge and isinstance(model, PeftModel):
             merged(model).save_pretrained(output)
+            share_as_usual(output)
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (output / name).unlink(missing_ok=True)
         tokenizer.save_pretrained(output)
@@ -245,7 +248,7 @@ def _speaker(console: Console | None) -> Say:
     console = _console(console)
     if not PartialState().is_main_process:
         return lambda line: None
-    return lambda line: console.print(line, markup=False, highlight=False)
+    return lambda line: console.print(neutral(line), markup=False, highlight=False)
 
 
 def _fitted(run: Run, say: Say) -> Run:
