@@ -315,7 +315,7 @@ MODELS = [
          ("the tokenizer has token ids up to ", "the model has embeddings for 50",
           "they do not belong together"), "take the model's own tokenizer"),
     Case("weights in a pickle", lambda p: load_model(_pickled(p)),
-         ("pytorch_model.bin is a pickle, which can run any program", "python -c "),
+         ("has its weights as a pickle (pytorch_model.bin)", "convert it: python -c "),
          "the command that is printed"),
     Case("weights that are cut short", lambda p: load_model(_cut(p)),
          ("cannot load a model from ", "SafetensorError"), "fetch or write them again"),

@@ -28,6 +28,7 @@ FLOORS: list[set[str]] = [
         "run_folder",
         "journal",
         "checkpoints",
+        "terminal",
     },
     {
         "content_tokens",

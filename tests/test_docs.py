@@ -98,6 +98,8 @@ def test_every_override_of_the_seam_is_in_the_text() -> None:
         if callable(value) and callable(getattr(DPOTrainer, name, None)) and name != "__init__"
     }
     table = rows(section(ARCHITECTURE, "## The seam in TRL"))
+    # An older TRL has no telemetry to switch off.
+    replaced |= {"_send_telemetry"}
     assert {row[0].strip("`") for row in table} == replaced - {"__annotate__", "__annotate_func__"}
 
 

@@ -77,3 +77,14 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'{"i": 1}', b'{"i": 1'))
     with pytest.raises(JournalError, match="line 2: not JSON"):
         list(read_lines(path))
+
+
+def test_a_journal_without_a_line_is_begun_anew_with_any_settings(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with open_journal(path, {"model": "a"}):
+        pass  # what was to be written could not be computed
+    with open_journal(path, {"model": "b"}) as journal:
+        journal.append([{"x": 1}])
+    with pytest.raises(JournalError, match="begun with other settings"):
+        with open_journal(path, {"model": "a"}):
+            pass

@@ -28,6 +28,7 @@ from self_judge.judge import Judge, Orders, aggregate
 from self_judge.models import JUDGE_FILE, load_judge_settings, load_tokenizer
 from self_judge.selection import Place
 from self_judge.templates import JudgeTemplates, dialogue_text
+from self_judge.terminal import neutral
 from self_judge.typed_yaml import ConfigError, build, read_yaml
 
 CHUNK = 64  # comparisons judged between two writes: what a kill costs at most
@@ -215,7 +216,11 @@ def judge_in_bulk(
             # Whole chunks again: verdicts are then the same, to the bit, as without interruption.
             journal.cut(journal.lines // chunk * chunk)
             if journal.lines:
-                console.print(f"{output}: goes on after {journal.lines:,} of {total:,}")
+                console.print(
+                    neutral(f"{output}: goes on after {journal.lines:,} of {total:,}"),
+                    markup=False,
+                    highlight=False,
+                )
             _judge(cases(), journal, load(), total, chunk, title, console)
         rate = journal.timed / journal.seconds if journal.seconds else math.nan
         return total, rate

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from self_judge import __version__
+from self_judge.terminal import neutral
 
 if TYPE_CHECKING:
     from self_judge.bulk_judging import JudgeChoice
@@ -225,7 +226,8 @@ def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: i
     except (ValueError, TypeError, OSError, ImportError) as error:
         if debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        # What is wrong is often quoted from a file.
+        text = neutral(" ".join(str(error).split())) or type(error).__name__
         print(f"self-judge: error: {text}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # not the user's input: the training itself went wrong
@@ -319,7 +321,8 @@ def _check(arguments: argparse.Namespace) -> int:
             sharding=arguments.sharding,
         )
     if arguments.json:
-        print(json.dumps(report.to_dict(), indent=2))
+        # ASCII alone; of it, JSON leaves one control character as it is.
+        print(json.dumps(report.to_dict(), indent=2).replace("\x7f", "\\u007f"))
     elif arguments.plain:
         show(report, Console(color_system=None, highlight=False, width=100), plain=True)
     else:

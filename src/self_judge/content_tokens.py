@@ -86,8 +86,13 @@ class ContentTokenizer:
     def _encode_parts(self, anchor: str, text: str, cuts: Sequence[int]) -> list[int]:
         """Ids of a text tokenized apart at `cuts`; the later parts stand inside a text."""
         ids: list[int] = []
+        # Hostile texts repeat themselves: a call of the tokenizer costs more than a short part.
+        known: dict[tuple[str, str], list[int]] = {}
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            ids += self.encode_after(self.anchor if start else anchor, text[start:end])
+            part = (self.anchor if start else anchor, text[start:end])
+            if part not in known:
+                known[part] = self.encode_after(*part)
+            ids += known[part]
         return ids
 
     def _ids(self, text: str) -> list[int]:

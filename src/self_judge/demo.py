@@ -39,6 +39,7 @@ from self_judge.run_folder import BRACKETS, JUDGED
 from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.self_rejection import bracket_json
 from self_judge.templates import JudgeTemplates
+from self_judge.terminal import neutral
 from self_judge.tournament import judged_knockouts
 from self_judge.trainer import SelfJudgeTrainer
 from self_judge.trainer_config import SelfJudgeConfig
@@ -107,7 +108,8 @@ def run_demo(
     with written_whole(output / "summary.json") as file:
         file.write(json.dumps(summary, indent=2) + "\n")
     console.print(_table(summary))
-    console.print(f"{summary['seconds']:.0f} s in all; written to {output}/summary.json")
+    told = neutral(f"{summary['seconds']:.0f} s in all; written to {output}/summary.json")
+    console.print(told, markup=False)
     if plotly_is_there():
         write_report([output], console=console)
     else:

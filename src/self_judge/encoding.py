@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,10 +22,13 @@ from jinja2.exceptions import TemplateError as JinjaError
 
 from self_judge.comparison import Comparison, Message
 from self_judge.content_tokens import ContentTokenizer
-from self_judge.templates import JudgeTemplates, without_oldest_turn
+from self_judge.templates import JudgeTemplates, turns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# A message's role: a word in which no control token can be written.
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 Ending = Literal["closed", "prompt", "open"]
 
@@ -247,17 +252,31 @@ class ChatEncoder:
         Returns:
             The two lists of ids, or `None` when the pair does not fit even so.
         """
-        context: str | None = comparison.context
-        while context is not None:
+
+        def orders_of(context: str) -> tuple[list[int], list[int]] | None:
             given = Comparison(context, comparison.response_a, comparison.response_b)
             orders = (
                 self.encode_open(templates.render(principle, given)),
                 self.encode_open(templates.render(principle, given.swapped())),
             )
-            if max_length is None or max(map(len, orders)) <= max_length:
-                return orders
-            context = without_oldest_turn(context)
-        return None
+            fits = max_length is None or max(map(len, orders)) <= max_length
+            return orders if fits else None
+
+        best = orders_of(comparison.context)
+        if best is not None:
+            return best
+        # As many of the newest turns as fit: from the question backwards in steps that double, then
+        # by halves. What does not fit is never encoded at more than twice the length of what does.
+        turns = turns_of(comparison.context)
+        fitting, too_many = 0, len(turns)
+        while too_many - fitting > 1:
+            kept = min(max(1, 2 * fitting), (fitting + too_many) // 2)
+            orders = orders_of("\n\n".join(turns[-kept:]))
+            if orders is None:
+                too_many = kept
+            else:
+                fitting, best = kept, orders
+        return best
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -266,6 +285,12 @@ class ChatEncoder:
         if not messages:
             raise EncodingError("a dialogue needs at least one message, got none")
         for message in messages:
+            role: Any = message["role"]
+            # The template writes it into the structure, where control tokens are honoured.
+            if not isinstance(role, str) or not _ROLE.fullmatch(role):
+                raise EncodingError(
+                    f"the role {role!r:.80} is not a plain word, as user and assistant are"
+                )
             if not isinstance(message["content"], str):
                 raise EncodingError(
                     f"the content of a {message['role']!r} message is a "
@@ -314,14 +339,17 @@ class ChatEncoder:
             raise EncodingError(
                 f"the chat template cannot render the roles {'/'.join(roles)}: {error}"
             ) from error
-        places = sorted((rendered.find(name), i) for i, name in enumerate(names))
+        found = [(m.start(), m[0]) for m in re.finditer(r"zqcontent\d+qz", rendered)]
+        counts = Counter(name for _, name in found)
         for name, role in zip(names, roles, strict=True):
-            if rendered.count(name) != 1:
+            if counts[name] != 1:
                 raise EncodingError(
                     f"the chat template writes the content of a {role!r} message "
-                    f"{rendered.count(name)} times for the roles {'/'.join(roles)}: it must be "
+                    f"{counts[name]} times for the roles {'/'.join(roles)}: it must be "
                     "written exactly once"
                 )
+        number = {name: i for i, name in enumerate(names)}
+        places = [(place, number[name]) for place, name in found if name in number]
         parts: list[_Structure | _Slot] = []
         cursor = 0
         for place, i in places:
@@ -332,8 +360,9 @@ class ChatEncoder:
                 parts.append(self._structure(before, at_start=cursor == 0))
             cursor = place + len(names[i])
             # The same from the other side: mirrored, so is the padding.
-            following, strip_right = _trimmed(rendered[cursor:][::-1])
-            cursor = len(rendered) - len(following)
+            following = rendered[cursor : cursor + len(_NEWLINES + _TABS)]
+            left, strip_right = _trimmed(following[::-1])
+            cursor += len(following) - len(left)
             anchor = self._text.anchor_after(before, at_start=not parts)
             parts.append(_Slot(i, anchor, lead, strip_left, strip_right))
         tail = "" if ending == "open" else rendered[cursor:]

@@ -102,7 +102,9 @@ def open_journal(
             f"{path} exists and has no {beside.name} beside it, so it cannot be gone on with: give "
             "another output, or --overwrite"
         )
-    noted = None if overwrite or not path.exists() else _noted(beside)
+    # A file without a line is nothing to go on with, whatever it was begun for.
+    begun = path.exists() and path.stat().st_size > 0
+    noted = None if overwrite or not begun else _noted(beside)
     if noted is not None:
         _check_settings(path, noted["settings"], settings)
     with path.open("ab") as file:

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from self_judge.batch_shape import settled_tokens
 from self_judge.config import PackingChoice
 from self_judge.lockstep import check_processes
-from self_judge.models import unwrapped
+from self_judge.models import refuse_pickle, unwrapped
 from self_judge.packed_head import pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
 from self_judge.resumption import ResumableTraining
@@ -75,6 +75,9 @@ class JSFTTrainer(ResumableTraining, SFTTrainer):
         on_saved: Callable[[Path], object] | None = None,
         **kwargs: Any,
     ) -> None:
+        given = args[0] if args else kwargs.get("model")
+        if isinstance(given, str):
+            refuse_pickle(given)
         super().__init__(*args, **kwargs)
         self.max_skipped_steps = max_skipped_steps
         self.on_saved = on_saved
@@ -87,6 +90,9 @@ class JSFTTrainer(ResumableTraining, SFTTrainer):
             self.packing = pack_fused_head(model, packing, one_pass=one_pass, batch_tokens=tokens)
         self.run_log = RunLog("jsft")
         self.add_callback(self.run_log)
+
+    def _send_telemetry(self) -> None:
+        """Sends nothing: TRL would tell its authors what kind of model and machine this is."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -16,6 +16,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from self_judge import __version__
 from self_judge.benchmark_data import BenchmarkSource, LabeledComparison, read_comparisons
@@ -31,6 +32,7 @@ from self_judge.comparison import Verdict
 from self_judge.evaluation_page import evaluation_page, plotly_is_there
 from self_judge.journal import read_lines, settings_path
 from self_judge.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
+from self_judge.terminal import neutral
 from self_judge.whole_file import written_whole
 
 VERDICTS, RESULTS, PAGE = "verdicts.jsonl", "results.json", "index.html"
@@ -105,7 +107,8 @@ def run_eval(
     with written_whole(output / RESULTS) as file:
         file.write(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print_results(results, console)
-    console.print(f"written to {output}: {RESULTS}, {VERDICTS}", end="", highlight=False)
+    told = neutral(f"written to {output}: {RESULTS}, {VERDICTS}")
+    console.print(told, end="", markup=False, highlight=False)
     if plotly_is_there():
         with written_whole(output / PAGE) as file:
             file.write(evaluation_page(results))
@@ -248,9 +251,9 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     if "compared_with" in results:
         console.print(_compared_table(results))
     for reason, count in overall["undecidable"]["reasons"].items():
-        console.print(f"undecidable, {reason}: {count:,}", highlight=False)
+        console.print(Text(f"undecidable, {neutral(reason)}: {count:,}"))
     for reason, count in results["skipped"].items():
-        console.print(f"left out, {reason}: {count:,}", highlight=False)
+        console.print(Text(f"left out, {neutral(reason)}: {count:,}"))
     if results["pairs_per_second"]:
         console.print(f"{results['pairs_per_second']:.2f} pairs per second", highlight=False)
 
@@ -270,7 +273,7 @@ def _accuracy_table(results: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right")
     for name, report in _reports(results):
         cells = [_interval(report["baselines"][n]) for n in _BASELINES]
-        table.add_row(name, f"{report['pairs']:,}", *cells)
+        table.add_row(_named(name), f"{report['pairs']:,}", *cells)
     return table
 
 
@@ -324,7 +327,7 @@ def _subset_table(results: Mapping[str, Any]) -> Table:
         calibration = report["calibration"] or {"ece": None}
         cells = [value(report) for _, value in shown]
         table.add_row(
-            name,
+            _named(name),
             *("–" if e is None else f"{e['value']:.3f}" for e in cells),
             _number(calibration["ece"]),
         )
@@ -349,7 +352,7 @@ def _principle_table(overall: Mapping[str, Any]) -> Table:
     table = _table(title + ("" if kappa is None else f"; Fleiss' κ {kappa:.3f}"))
     names = list(overall["principles"])
     for heading in ("", "accuracy", *names):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(_named(heading), justify="left" if not heading else "right")
     pairwise = {}
     for entry in overall["principle_agreement"]["pairwise"]:
         x, y = entry["principles"]
@@ -357,7 +360,7 @@ def _principle_table(overall: Mapping[str, Any]) -> Table:
         pairwise[x, y] = pairwise[y, x] = told
     for name in names:
         others = ["" if name == other else pairwise[name, other] for other in names]
-        table.add_row(name, _interval(overall["principles"][name]), *others)
+        table.add_row(_named(name), _interval(overall["principles"][name]), *others)
     return table
 
 
@@ -387,7 +390,7 @@ def _compared_table(results: Mapping[str, Any]) -> Table:
     for name, entry in paired.items():
         if entry:
             table.add_row(
-                name,
+                _named(name),
                 _interval(theirs[name]["accuracy"]),
                 _interval(entry["difference"]),
                 f"{entry['only_this_right']:,}",
@@ -398,7 +401,13 @@ def _compared_table(results: Mapping[str, Any]) -> Table:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    shown = Text(neutral(title), "bold")
+    return Table(title=shown, title_justify="left", box=SIMPLE_HEAD)
+
+
+def _named(name: str) -> Text:
+    """A name from the data: neither markup nor anything else than text."""
+    return Text(neutral(name))
 
 
 def _reports(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

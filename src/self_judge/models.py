@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,24 +93,22 @@ def load_model(
         ModelError: there is no model at that name or path, its weights are pickled (which would
             run whatever they say), or an adapter does not fit its base.
     """
+    refuse_pickle(name_or_path)
     common: dict[str, Any] = {
         "dtype": dtype,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
         **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         **kwargs,
     }
     path = Path(name_or_path)
     if not (path / "adapter_config.json").is_file():
-        _no_pickle(path, "model.safetensors", "pytorch_model.bin")
         try:
-            return AutoModelForCausalLM.from_pretrained(
-                str(name_or_path), use_safetensors=True, **common
-            )
+            return AutoModelForCausalLM.from_pretrained(str(name_or_path), **common)
         except (OSError, ValueError, SafetensorError) as error:
             reason = why(name_or_path, error)
             raise ModelError(f"cannot load a model from {name_or_path}: {reason}") from error
-    _no_pickle(path, "adapter_model.safetensors", "adapter_model.bin")
     base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     if not base_name:
         raise ModelError(f"the adapter {path} does not name its base model in adapter_config.json")
@@ -132,21 +131,66 @@ def load_model(
     return merged(model) if merge else model
 
 
-def _no_pickle(folder: Path, wanted: str, pickled: str) -> None:
-    """Raises `ModelError` for a folder whose weights are a pickle alone, with the conversion."""
-    there = [(folder / name).is_file() for name in (pickled, wanted, f"{wanted}.index.json")]
-    if there != [True, False, False]:
+_CONVERT_MODEL = (
+    "from transformers import AutoModelForCausalLM as M; "
+    "M.from_pretrained({folder!r}, use_safetensors=False).save_pretrained({folder!r})"
+)
+_CONVERT_ADAPTER = (
+    "import torch; from safetensors.torch import save_file; "
+    "save_file(torch.load({folder!r} + '/adapter_model.bin', weights_only=True), "
+    "{folder!r} + '/adapter_model.safetensors')"
+)
+
+
+def refuse_pickle(name_or_path: str | os.PathLike[str]) -> None:
+    """Raises `ModelError` for a folder whose weights are a pickle: reading one can run code.
+
+    Beside safetensors files, which are then what is loaded, pickles do no harm.
+    """
+    path = Path(name_or_path)
+    adapter = (path / "adapter_config.json").is_file()
+    safe = "adapter_model*.safetensors" if adapter else "*.safetensors"
+    unsafe = ("adapter_model*.bin",) if adapter else ("*.bin", "*.pt", "*.pth", "*.ckpt")
+    named = None if adapter else _weights_named_in_config(path)
+    if named is None and any(path.glob(safe)):
         return
-    program = (
-        "import torch, safetensors.torch as s; "
-        f"w = torch.load({str(folder / pickled)!r}, weights_only=True); "
-        f"s.save_file({{k: v.clone() for k, v in w.items()}}, {str(folder / wanted)!r}, "
-        "metadata={'format': 'pt'})"
-    )
-    raise ModelError(
-        f"{folder / pickled} is a pickle, which can run any program when it is loaded. Convert it "
-        f"once, if you trust where it comes from: python -c {shlex.quote(program)}"
-    )
+    # A folder's own training arguments and optimizer are pickles that are not its weights.
+    beside = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
+    found = [f.name for p in unsafe for f in sorted(path.glob(p)) if f.name not in beside]
+    if named is not None or found:
+        convert = (_CONVERT_ADAPTER if adapter else _CONVERT_MODEL).format(folder=str(path))
+        raise ModelError(
+            f"{path} has its weights as a pickle ({named or found[0]}), and reading one can run "
+            "code: only safetensors are loaded. If you trust where it comes from, convert it: "
+            f"python -c {shlex.quote(convert)}"
+        )
+
+
+def _weights_named_in_config(path: Path) -> str | None:
+    """A file other than safetensors that a model's configuration names for its weights."""
+    try:
+        named = json.loads((path / "config.json").read_text("utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None
+    safe = (".safetensors", ".safetensors.index.json")
+    return str(named) if named and not str(named).endswith(safe) else None
+
+
+def share_as_usual(directory: str | os.PathLike[str]) -> None:
+    """Gives the safetensors files of a folder the permissions of any new file in it.
+
+    Their library makes them for their owner alone, whatever the umask says; a colleague, or a
+    server under another user, could not read the model.
+    """
+    folder = Path(directory)
+    files = list(folder.glob("*.safetensors"))
+    if os.name == "nt" or not files:
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        (new := Path(aside) / "file").touch()
+        usual = new.stat().st_mode & 0o777
+    for file in files:
+        file.chmod(usual)
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from self_judge import __version__
 from self_judge.bulk_judging import (
@@ -41,6 +42,7 @@ from self_judge.sampling import SamplingSettings, TransformersSampler, stable_se
 from self_judge.selection import Place
 from self_judge.sources import prompt_of, read_prompts
 from self_judge.templates import dialogue_text
+from self_judge.terminal import neutral
 from self_judge.whole_file import written_whole
 
 PAIRS, RESULTS = "pairs.jsonl", "results.json"
@@ -138,7 +140,8 @@ def run_compare(
     with written_whole(output / RESULTS) as written:
         written.write(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     console.print(_table(results))
-    console.print(f"written to {output}: {RESULTS}, {PAIRS}", highlight=False)
+    written_to = neutral(f"written to {output}: {RESULTS}, {PAIRS}")
+    console.print(written_to, markup=False, highlight=False)
     return results
 
 
@@ -301,8 +304,9 @@ def _win(verdict: Verdict) -> float:
 
 def _table(results: Mapping[str, Any]) -> Table:
     a, b = results["policies"]
+    about = f"a: {a}\nb: {b}\njudge: {results['judge']['model']}, {results['prompts']:,} prompts"
     table = Table(
-        title=f"a: {a}\nb: {b}\njudge: {results['judge']['model']}, {results['prompts']:,} prompts",
+        title=Text(neutral(about), "italic"),
         title_justify="left",
     )
     table.add_column("")

@@ -6,8 +6,6 @@ characters written out, so that it cannot steer a terminal.
 
 from __future__ import annotations
 
-import unicodedata
-
 from rich.console import Console
 from rich.padding import Padding
 from rich.rule import Rule
@@ -18,21 +16,11 @@ from self_judge.estimates import GIB
 from self_judge.preflight import Report
 from self_judge.run_needs import Needs
 from self_judge.samples import Piece, Sample
+from self_judge.terminal import neutral
 
 _TRAINED, _CONTROL, _QUIET = "bold black on green", "cyan", "dim"
 _LEVELS = {"problem": "bold red", "warning": "yellow", "note": "green"}
 _SHOWN = 900  # characters of an untrained piece; its middle is left out
-# Control and format characters (bidirectional overrides, zero-width ones), surrogates.
-_UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-
-
-def neutral(text: str) -> str:
-    """The text with everything that could steer a terminal written out: `\\x1b`, `\\u202e`, …"""
-    return "".join(
-        c if c == "\n" or unicodedata.category(c) not in _UNPRINTABLE
-        else c.encode("unicode_escape", "backslashreplace").decode("ascii")
-        for c in text
-    )  # fmt: skip
 
 
 def show(report: Report, console: Console, *, plain: bool = False) -> None:

@@ -23,6 +23,8 @@ from rich.progress import (
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from self_judge.terminal import neutral
+
 # What is logged -> what it is called on the line, in this order. A narrow terminal shows the first.
 _SHOWN = {
     "loss": "loss",
@@ -59,11 +61,11 @@ class LiveProgress(TrainerCallback):
     """
 
     def __init__(self, title: str, console: Console) -> None:
-        self.title = title
+        self.title = neutral(title)
         self.console = console
         self.latest: dict[str, float] = {}
         self.bar = _WithNumbers(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

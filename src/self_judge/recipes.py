@@ -34,6 +34,7 @@ from self_judge.models import (
     load_model,
     merged,
     save_judge_settings,
+    share_as_usual,
     vocabulary_fits,
 )
 from self_judge.preparation import (
@@ -52,6 +53,7 @@ from self_judge.progress import LiveProgress
 from self_judge.run_folder import RUN
 from self_judge.selection import judge_context
 from self_judge.templates import JudgeTemplates
+from self_judge.terminal import neutral
 from self_judge.trainer import SelfJudgeTrainer
 from self_judge.whole_file import written_whole
 
@@ -173,6 +175,7 @@ def save_jsft(
     if trainer.accelerator.is_main_process:
         with files_written_whole(output, without=ADAPTER_FILES) as folder:
             merged(model).save_pretrained(folder)
+            share_as_usual(folder)
             tokenizer.save_pretrained(folder)
             save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
     trainer.accelerator.wait_for_everyone()
@@ -251,7 +254,7 @@ def _speaker(console: Console | None) -> Say:
     if not PartialState().is_main_process:
         return lambda line: None
     # Lines of a log stay whole; a terminal folds them itself.
-    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return lambda line: console.print(neutral(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _fitted(run: Run, say: Say) -> Run:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from self_judge import __version__
 from self_judge.report_data import Limits, ReportData, collect
+from self_judge.terminal import neutral
 from self_judge.whole_file import written_whole
 
 
@@ -257,7 +258,10 @@ def write_report(
         if items
     ]
     console.print(
-        f"report: {target} ({', '.join(shown)})", markup=False, highlight=False, soft_wrap=True
+        neutral(f"report: {target} ({', '.join(shown)})"),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
     return target
 

@@ -37,6 +37,7 @@ from self_judge.checkpoints import (
     put_in_place,
     seal,
 )
+from self_judge.models import share_as_usual
 from self_judge.whole_file import written_whole
 
 if TYPE_CHECKING:
@@ -186,8 +187,12 @@ class ResumableTraining(Base):
 
     def _write_model(self, output_dir: str | None) -> None:
         super().save_model(output_dir, _internal_call=True)
-        if self.on_saved is not None and self.args.should_save:
-            self.on_saved(Path(output_dir or str(self.args.output_dir)))
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        share_as_usual(folder)
+        if self.on_saved is not None:
+            self.on_saved(folder)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)

@@ -208,7 +208,10 @@ def without_oldest_turn(context: str) -> str | None:
 
     Used to make an over-long judge prompt fit: the question (the last turn) is never cut.
     """
-    turns = _TURN_START.split(context)
-    if len(turns) < 2:
-        return None
-    return "\n\n".join(turns[1:])
+    turns = turns_of(context)
+    return "\n\n".join(turns[1:]) if len(turns) > 1 else None
+
+
+def turns_of(context: str) -> list[str]:
+    """The turns of a context, the oldest first; joined by empty lines they are the context."""
+    return _TURN_START.split(context)

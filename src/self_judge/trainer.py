@@ -21,7 +21,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
 from trl.models.utils import unwrap_model_for_generation
@@ -35,6 +35,8 @@ from self_judge.lockstep import LockstepPacking, check_processes, most_of
 from self_judge.models import (
     frozen_reference,
     load_judge_settings,
+    load_tokenizer,
+    refuse_pickle,
     save_judge_settings,
     unwrapped,
 )
@@ -56,6 +58,7 @@ from self_judge.run_log import RunLog, kl_estimate
 from self_judge.sampling import Sampler, TransformersSampler, stable_seed
 from self_judge.scoring import TransformersScorer
 from self_judge.templates import JudgeTemplates
+from self_judge.terminal import neutral
 from self_judge.trainer_config import SelfJudgeConfig, as_self_judge_config, with_values
 from self_judge.update_parts import UpdateInParts
 from self_judge.vllm_rollouts import VLLMRollouts
@@ -150,7 +153,14 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         config = with_values(
             config, {key: value for key, value in given.items() if value is not None}
         )
-        processing_class = processing_class or tokenizer or AutoTokenizer.from_pretrained(name)
+        code = bool(getattr(config, "trust_remote_code", False))
+        if isinstance(model, str):
+            refuse_pickle(model)
+            loading = {"use_safetensors": True, **(config.model_init_kwargs or {})}  # type: ignore[dict-item]
+            config = with_values(config, {"model_init_kwargs": loading})
+        processing_class = (
+            processing_class or tokenizer or load_tokenizer(name, trust_remote_code=code)
+        )
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
 
@@ -511,6 +521,9 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
     def _averages(self) -> bool:
         return self._log_prob_hooks is not None and self._log_prob_hooks.average
 
+    def _send_telemetry(self) -> None:
+        """Sends nothing: TRL would tell its authors what kind of model and machine this is."""
+
     def _save_judge_settings(self, folder: Path) -> None:
         save_judge_settings(folder, self.encoder, self.judge_templates, self.judge.letter_ids)
 
@@ -591,5 +604,5 @@ def _pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:
         margin = f"{r.verdict.margin:+.3f}" if r.decided and r.verdict else "undecidable"
         shown = (r.context[-400:], r.chosen.text[:400], r.rejected.text[:400])
         # Text, not markup: brackets in a response are just brackets.
-        table.add_row(*(Text(s) for s in shown), margin)
+        table.add_row(*(Text(neutral(s)) for s in shown), margin)
     return table

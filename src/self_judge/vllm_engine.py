@@ -222,7 +222,8 @@ def require_vllm() -> None:
 @contextmanager
 def _in_this_process() -> Iterator[None]:
     """vLLM starts no process for its core, so that weights are handed over by reference."""
-    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    # Nor does it send its usage statistics, which it does unless told not to.
+    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         ours["VLLM_LOGGING_LEVEL"] = "ERROR"
     kept = {name: os.environ.get(name) for name in ours}

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from self_judge.sampling import SamplingSettings
+from self_judge.terminal import neutral
 from self_judge.vllm_roles import (
     EngineError,
     SamplingRequest,
@@ -331,7 +332,8 @@ class _Server:
         with self._lock:
             if self.down is None:
                 self.down = str(error)
-                logger.warning("vLLM server %s is left out from now on: %s", self.url, error)
+                told = neutral(f"{self.url} is left out from now on: {error}")
+                logger.warning("vLLM server %s", told)
 
 
 def _logprobs(choice: dict[str, Any], token_ids: Sequence[int], url: str) -> list[float]:
