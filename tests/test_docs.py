@@ -136,3 +136,11 @@ def test_what_the_logs_are_called_is_what_the_text_calls_them() -> None:
     for name in rollout_metrics(rollout_totals([], ["helpfulness"])):
         group = name.partition("/")[0] + "/*"
         assert {name.replace("helpfulness", "<principle>"), group} & said, name
+
+
+def test_every_test_that_the_promises_of_security_name_is_there() -> None:
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", text))
+    there = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) >= 15
+    assert not {name for name in named if f"def {name}(" not in there}
