@@ -32,6 +32,7 @@ from self_judge.cli import main
 from self_judge.comparison import Response
 from self_judge.encoding import EncodingError
 from self_judge.judge import aggregate
+from self_judge.model_size import empty_model
 from self_judge.models import ModelError, load_model
 from self_judge.policy_weights import save_adapter
 from self_judge.rollouts import Rollout
@@ -193,6 +194,8 @@ def test_a_pickled_model_is_refused_with_the_command_that_converts_it(folder: Pa
         Judge.from_pretrained(folder, TEMPLATES)
     with pytest.raises(ModelError, match="only safetensors"):
         SelfJudgeTrainer(str(folder), judge_templates=TEMPLATES)
+    with pytest.raises(ModelError, match="only safetensors"):
+        empty_model(str(folder))  # what `check` counts on
     converted(str(refused.value))
     again = load_model(folder).state_dict()
     assert weights.keys() == again.keys()

@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from self_judge.models import ModelError, unwrapped, why
+from self_judge.models import ModelError, refuse_pickle, unwrapped, why
 
 
 def empty_model(
@@ -31,8 +31,10 @@ def empty_model(
     """The model on the meta device: every shape, no weights. An adapter's folder gives its base.
 
     Raises:
-        ModelError: there is no configuration at that name or path, or of no causal language model.
+        ModelError: there is no configuration at that name or path, or of no causal language model,
+            or the weights there are a pickle.
     """
+    refuse_pickle(name_or_path)
     if (Path(name_or_path) / "adapter_config.json").is_file():
         base = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
         return empty_model(str(base), dtype=dtype, trust_remote_code=trust_remote_code)
