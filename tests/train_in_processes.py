@@ -67,6 +67,7 @@ def train(asked: dict[str, Any], out: Path) -> None:
             return compare(comparisons)
 
         trainer.judge.compare = told
+    trainer.stop_on_sigterm = bool(asked.get("told"))
     trainer.train(resume_from_checkpoint=asked.get("resume"))
     trainer.save_model()
     if state.is_main_process:

@@ -53,7 +53,7 @@ SHOWN_BRACKETS = 12  # tournaments kept for the report
 class DemoSettings:
     """How much of everything; what was measured with it stands in benchmarks/RESULTS.md."""
 
-    jsft_records: int = 5500
+    jsft_records: int = 6000
     pairs_per_record: int = 2
     jsft_batch: int = 32
     jsft_learning_rate: float = 2e-3

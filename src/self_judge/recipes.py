@@ -296,6 +296,7 @@ def _train(
         say(trainer.packing.describe())
     if not args.disable_tqdm:
         progress.attach(trainer)
+    trainer.stop_on_sigterm = True
     try:
         trainer.train(resume_from_checkpoint=resume)
     finally:

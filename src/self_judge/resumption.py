@@ -63,11 +63,14 @@ class ResumableTraining(Base):
         on_saved: called with every folder into which the model was saved, to write more beside it.
         nothing_judged: whether the step at hand has no pair that could be judged; set by whoever
             judges.
-        stopped_early: whether the last call to `train` was ended by SIGTERM.
+        stop_on_sigterm: whether SIGTERM ends training after its step, with a checkpoint, rather
+            than the process; whoever sets it looks at `stopped_early` afterwards.
+        stopped_early: whether the last call to `train` was ended so.
     """
 
     _metrics: Any  # TRL's own
     max_skipped_steps = 3
+    stop_on_sigterm = False
     stopped_early = False
     nothing_judged = False
     on_saved: Callable[[Path], object] | None = None
@@ -342,7 +345,8 @@ def _stopping(trainer: Any) -> Iterator[None]:
     Signals reach the main thread alone, and Transformers' `enable_jit_checkpoint` has a handler of
     its own.
     """
-    own = threading.current_thread() is threading.main_thread()
+    trainer.stopped_early = False
+    own = trainer.stop_on_sigterm and threading.current_thread() is threading.main_thread()
     if not own or getattr(trainer.args, "enable_jit_checkpoint", False):
         yield
         return
