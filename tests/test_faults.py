@@ -179,7 +179,8 @@ MOMENTS: dict[str, list[Any]] = {
     "with the optimizer's state half written": ["torch:save", 3, "half"],
     "before a checkpoint is sealed": ["self_judge.resumption:seal", 2, "before"],
     "before a checkpoint has its name": ["self_judge.resumption:put_in_place", 2, "before"],
-    "before old checkpoints are removed": ["self_judge.resumption:rotate_checkpoints", 3, "before"],
+    "before old checkpoints are removed": ["self_judge.resumption:remove", 1, "before"],
+    "while an old checkpoint is removed": ["self_judge.checkpoints:shutil.rmtree", 9, "before"],
     "while a number is logged": ["self_judge.run_log:append_line", 2, "after"],
     "before the trained model is in place": ["self_judge.resumption:move_files", 1, "before"],
 }

@@ -120,6 +120,15 @@ def move_files(finished: Path, target: Path) -> None:
     sync(target)
 
 
+def remove(folder: Path) -> None:
+    """Takes a checkpoint away at once: a kill in between leaves no half of it under its name."""
+    aside = folder.parent / UNFINISHED / f"{folder.name}.old"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def clear_unfinished(folder: Path) -> None:
     """Takes away what a process that died was writing."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)

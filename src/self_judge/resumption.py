@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from self_judge.checkpoints import (
     UNFINISHED,
@@ -35,6 +35,7 @@ from self_judge.checkpoints import (
     last_whole,
     move_files,
     put_in_place,
+    remove,
     seal,
 )
 from self_judge.models import share_as_usual
@@ -223,17 +224,25 @@ class ResumableTraining(Base):
                 self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
                 seal(aside / name)
                 put_in_place(aside / name, run_folder / name)
+            for old in self._surplus(run_folder):
+                remove(old)
             clear_unfinished(run_folder)
-            rotate_checkpoints(
-                output_dir=str(run_folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
         self.accelerator.wait_for_everyone()
         if self._unsent is not None:
             self._unsent = None
             super()._push_from_checkpoint(str(run_folder / name))
+
+    def _surplus(self, run_folder: Path) -> list[Path]:
+        """Checkpoints for which `save_total_limit` has no room, as Transformers chooses them."""
+        limit = self.args.save_total_limit
+        if not limit or limit < 0:
+            return []
+        there = [Path(p) for p in sort_checkpoints(str(run_folder), use_mtime=True)]
+        kept = {there[-1]}
+        if self.state.best_model_checkpoint is not None:
+            kept.add(Path(self.state.best_model_checkpoint))
+        too_many = len(there) - max(limit, len(kept))
+        return [path for path in there if path not in kept][: max(0, too_many)]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # An upload goes on in the background, so it has to wait for the name that stays.
