@@ -302,14 +302,16 @@ WORDING = [
          "set it and save the tokenizer again"),
     Case("letters that are not one token",
          lambda p: ChatEncoder(wrap(byte_bpe(vocab_size=1))).letter_ids(JudgeTemplates(TEMPLATES)),
-         ("letter",), "end the lead-in so that a letter is one token"),
+         ("the letter 'A' is not exactly one token after the lead-in of",),
+         "end the lead-in so that a letter is one token"),
 ]  # fmt: skip
 
 MODELS = [
     Case("no such model", lambda p: p.run(f"model.model_name_or_path={p.folder / 'none'}"),
          ("cannot load a tokenizer from ", "there is no such folder"), "name the folder"),
     Case("a folder without a tokenizer", lambda p: p.run(f"model.model_name_or_path={_bare(p)}"),
-         ("cannot load a tokenizer from ",), "save the tokenizer beside the model"),
+         ("cannot load a tokenizer from ", "Couldn't instantiate the backend tokenizer"),
+         "save the tokenizer beside the model"),
     Case("tokenizer and model of different vocabularies",
          lambda p: p.run(f"model.model_name_or_path={_small(p)}"),
          ("the tokenizer has token ids up to ", "the model has embeddings for 50",

@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 from self_judge import ChatEncoder, synthetic
 from self_judge.checkpoints import MANIFEST, UNFINISHED, clear_unfinished, flaw, last_whole
-from self_judge.models import save_judge_settings
+from self_judge.models import load_tokenizer, save_judge_settings
 from self_judge.run_folder import METRICS, ROLLOUTS, read_lines
 
 KINDS = ("train", "jsft")
@@ -98,12 +98,9 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = synthetic.tiny_tokenizer()
-    tiny_llama(len(tokenizer), max_position_embeddings=2048).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    encoder = ChatEncoder(tokenizer)
+def model(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(base, tmp_path_factory.mktemp("model") / "judge"))
+    encoder = ChatEncoder(load_tokenizer(folder))
     templates = synthetic.judge_templates(principles=False, overall=True)
     save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
     return folder

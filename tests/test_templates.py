@@ -17,7 +17,7 @@ from self_judge.templates import (
     TemplateError,
     dialogue_text,
     substitute,
-    without_oldest_turn,
+    turns_of,
 )
 
 USER = "{context} {response_a} {response_b}"
@@ -156,9 +156,5 @@ def test_a_single_question_stands_alone_and_a_dialogue_gets_labels() -> None:
 def test_a_context_loses_its_oldest_turns_down_to_the_question(
     context: str, shorter: list[str]
 ) -> None:
-    seen = []
-    left = without_oldest_turn(context)
-    while left is not None:
-        seen.append(left)
-        left = without_oldest_turn(left)
-    assert seen == shorter
+    turns = turns_of(context)
+    assert ["\n\n".join(turns[k:]) for k in range(1, len(turns))] == shorter

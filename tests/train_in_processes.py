@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 
-from conftest import TEMPLATES, byte_bpe, tiny_llama, wrap
+from conftest import SMALL, TEMPLATES, byte_bpe, tiny_llama, wrap
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
 
 
@@ -31,14 +31,7 @@ def train(asked: dict[str, Any], out: Path) -> None:
         **{
             "output_dir": str(out),
             "max_steps": 4,
-            "max_new_tokens": 6,
-            "max_length": 256,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
+            **SMALL,
             "use_cpu": True,
             **asked["args"],
         }

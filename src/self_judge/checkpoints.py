@@ -18,6 +18,8 @@ from self_judge.whole_file import sync, written_whole
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
+# What a run's settings may say for the last whole checkpoint, instead of naming one.
+LAST = (True, "true", "True", "auto")
 
 
 class CheckpointError(ValueError):
@@ -76,13 +78,11 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
 
 def put_in_place(finished: Path, target: Path) -> None:
     """Gives a folder that was written aside its name; what stood under it is taken away first."""
-    old = finished.with_name(finished.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
+    old = _nameless(target) if target.exists() else None
     finished.rename(target)
     sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -122,11 +122,15 @@ def move_files(finished: Path, target: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Takes a checkpoint away at once: a kill in between leaves no half of it under its name."""
+    shutil.rmtree(_nameless(folder), ignore_errors=True)
+
+
+def _nameless(folder: Path) -> Path:
+    """Where a folder is once its name is taken from it."""
     aside = folder.parent / UNFINISHED / f"{folder.name}.old"
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
 
 
 def clear_unfinished(folder: Path) -> None:

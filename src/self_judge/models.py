@@ -123,7 +123,7 @@ def load_model(
         model = PeftModel.from_pretrained(base, str(path), is_trainable=not merge)
     except (RuntimeError, ValueError, SafetensorError) as error:
         # PyTorch lists every weight, of which one tells the story.
-        told = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = _lines(error)
         raise ModelError(
             f"the adapter {path} does not fit its base {base_name}, or is damaged: "
             f"{told[1] if len(told) > 1 else _line(error):.200}"
@@ -355,8 +355,12 @@ def is_missing(name_or_path: str | os.PathLike[str]) -> bool:
     return local and not Path(name).exists()
 
 
+def _lines(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()]
+
+
 def _line(error: BaseException) -> str:
-    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = _lines(error)
     if not text:
         return type(error).__name__
     # A first line that ends in a colon has its point in the next ones.

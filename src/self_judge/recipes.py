@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from self_judge.checkpoints import files_written_whole, last_whole
+from self_judge.checkpoints import LAST, files_written_whole, last_whole
 from self_judge.comparison import Comparison, PreferenceRecord
 from self_judge.config import JSFTRun, PackingChoice, SelfJudgeRun
 from self_judge.encoding import ChatEncoder
@@ -167,7 +167,6 @@ def save_jsft(
     output = Path(str(trainer.args.output_dir))
     tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
     tokenizer.chat_template = encoder.chat_template
-
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not (merge and isinstance(model, PeftModel)):
         trainer.save_model(str(output))
@@ -312,7 +311,7 @@ def _train(
 def _checkpoint(output: Path, asked: str | bool | None, say: Say) -> str | None:
     if asked in (None, False, "false", "False"):
         return None
-    if asked not in (True, "true", "True", "auto"):
+    if asked not in LAST:
         return str(asked)
     found, passed_over = last_whole(output)
     for line in passed_over:

@@ -203,15 +203,9 @@ def dialogue_text(messages: Sequence[Message]) -> str:
     )
 
 
-def without_oldest_turn(context: str) -> str | None:
-    """The context less its oldest turn, or `None` when only the question is left.
+def turns_of(context: str) -> list[str]:
+    """The turns of a context, the oldest first; joined by empty lines they are the context.
 
     Used to make an over-long judge prompt fit: the question (the last turn) is never cut.
     """
-    turns = turns_of(context)
-    return "\n\n".join(turns[1:]) if len(turns) > 1 else None
-
-
-def turns_of(context: str) -> list[str]:
-    """The turns of a context, the oldest first; joined by empty lines they are the context."""
     return _TURN_START.split(context)

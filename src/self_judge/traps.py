@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from self_judge.checkpoints import last_whole
+from self_judge.checkpoints import LAST, last_whole
 from self_judge.comparison import Message
 from self_judge.config import JSFTRun, SelfJudgeRun
 from self_judge.encoding import ChatEncoder
@@ -212,7 +212,7 @@ def setting_traps(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
         yield Finding(
             "problem", "training_args.output_dir", "is the model's own folder: it would be replaced"
         )
-    elif output.is_dir() and args.resume_from_checkpoint in (True, "true", "auto"):
+    elif output.is_dir() and args.resume_from_checkpoint in LAST:
         found, passed_over = last_whole(output)
         for line in passed_over:
             yield Finding("warning", "training_args.resume_from_checkpoint", line)

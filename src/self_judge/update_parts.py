@@ -36,41 +36,44 @@ class UpdateInParts(Base):
         """As Transformers'; a step in which memory was full is done again from its first batch."""
         model.train()  # as the inherited step does, which comes too late for the next line
         place = next((i for i, b in enumerate(self._step_batches) if b is inputs), 0)
-        if place == 0:
-            self._prepare_inputs(inputs)  # what is sampled and judged is counted once
+        prepared = self._prepare_inputs(inputs)
+        if place == 0:  # what was sampled and judged is counted by now, once
             self._counted = {key: len(v) for key, v in self._metrics["train"].items()}
             self._tokens = self._total_train_tokens
         try:
-            return self._in_parts(model, inputs, num_items_in_batch)
+            return self._in_parts(model, prepared, num_items_in_batch)
         except RuntimeError as error:
-            self._take_less(inputs, error)
+            self._take_less(prepared, error)
         while True:
             model.zero_grad()
             for key, values in self._metrics["train"].items():
                 del values[self._counted.get(key, 0) :]
             self._total_train_tokens = self._tokens
             try:
-                done = self._step_batches[: place + 1] or [inputs]
-                return [self._in_parts(model, b, num_items_in_batch) for b in done][-1]
+                for batch in self._step_batches[:place]:
+                    self._in_parts(model, self._prepare_inputs(batch), num_items_in_batch)
+                return self._in_parts(model, prepared, num_items_in_batch)
             except RuntimeError as error:
-                self._take_less(inputs, error)
+                self._take_less(prepared, error)
 
-    def _take_less(self, inputs: Any, error: RuntimeError) -> None:
+    def _take_less(self, prepared: dict[str, Any], error: RuntimeError) -> None:
         if self.accelerator.num_processes > 1:
             raise error
-        pairs = self._pairs_at_once or self._prepare_inputs(inputs)["input_ids"].size(0) // 2
+        pairs = self._pairs_at_once or _pairs(prepared)
         self._pairs_at_once = halved("updating on", pairs, "pairs", error)
 
-    def _in_parts(self, model: Any, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
-        prepared = self._prepare_inputs(inputs)
-        pairs = prepared["input_ids"].size(0) // 2
+    def _in_parts(
+        self, model: Any, prepared: dict[str, Any], num_items_in_batch: Any
+    ) -> torch.Tensor:
+        pairs = _pairs(prepared)
         most = self._pairs_at_once or pairs
         if pairs <= most:
             return super().training_step(model, prepared, num_items_in_batch)
         losses = []
         for start in range(0, pairs, most):
-            part = _rows(prepared, start, min(start + most, pairs))
-            self._share = (min(start + most, pairs) - start) / pairs
+            stop = min(start + most, pairs)
+            part = _rows(prepared, start, stop)
+            self._share = (stop - start) / pairs
             try:
                 losses.append(super().training_step(model, part, num_items_in_batch))
             finally:
@@ -83,9 +86,13 @@ class UpdateInParts(Base):
         return found if self._share == 1.0 else found * self._share
 
 
+def _pairs(batch: dict[str, Any]) -> int:
+    return batch["input_ids"].size(0) // 2
+
+
 def _rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     """Some pairs of a preference batch: chosen rows come first, then the rejected ones."""
-    pairs = batch["input_ids"].size(0) // 2
+    pairs = _pairs(batch)
     return {
         name: torch.cat([value[start:stop], value[pairs + start : pairs + stop]])
         if value.size(0) == 2 * pairs

@@ -80,24 +80,35 @@
     ["length drift", "completions/length_drift", "change"], ["KL", "objective/kl"],
   ];
 
+  // A row for each of some things, in its colour; on a phone a card. Columns: title, thing → contents.
+  function cardTable(heading, things, columns, classOf = () => "number") {
+    return el("div", { class: "scroll" }, el("table", { class: "cards" },
+      el("thead", {}, el("tr", {}, el("th", { scope: "col" }, heading), columns.map(([title]) => el("th", { scope: "col", class: "number" }, title)))),
+      el("tbody", {}, things.map((thing, i) => el("tr", {},
+        el("th", { scope: "row" }, el("span", { class: "name" }, el("span", { class: "dot", style: { background: color(i) } }), thing.name)),
+        columns.map(([title, contents]) => {
+          const inside = contents(thing);
+          return el("td", { class: classOf(inside), "data-label": title }, inside);
+        }))))));
+  }
+
+  // A share with its interval.
+  const ranged = (e) => (e ? [number(e.value, "percent"), el("small", {}, `${number(e.ci95[0], "percent")} – ${number(e.ci95[1], "percent")}`)] : "–");
+
   function runsTable() {
     const has = COLUMNS.filter(([, key]) => typeof key === "function" || data.runs.some((r) => ends(r, key)));
-    return el("div", { class: "scroll" }, el("table", { class: "cards" },
-      el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "run"),
-        has.map(([title]) => el("th", { scope: "col", class: "number" }, title)))),
-      el("tbody", {}, data.runs.map((run, i) => el("tr", {},
-        el("th", { scope: "row" }, el("span", { class: "name" },
-          el("span", { class: "dot", style: { background: color(i) } }), run.name)),
-        has.map(([title, key, format]) => {
-          let text, small;
-          if (typeof key === "function") [text, small] = key(run);
-          else {
-            const both = ends(run, key);
-            text = both ? number(both[1], format) : "–";
-            small = both && format !== "change" ? `from ${number(both[0], format)}` : "";
-          }
-          return el("td", { class: text === "–" ? "number none" : "number", "data-label": title }, text, small && el("small", {}, small));
-        }))))));
+    const contents = (key, format) => (run) => {
+      let text, small;
+      if (typeof key === "function") [text, small] = key(run);
+      else {
+        const both = ends(run, key);
+        text = both ? number(both[1], format) : "–";
+        small = both && format !== "change" ? `from ${number(both[0], format)}` : "";
+      }
+      return [text, small && el("small", {}, small)];
+    };
+    return cardTable("run", data.runs, has.map(([title, key, format]) => [title, contents(key, format)]),
+      ([text]) => (text === "–" ? "number none" : "number"));
   }
 
   // -- charts ------------------------------------------------------------------------------------
@@ -466,18 +477,13 @@
       }), CONFIG);
     });
     plot.setAttribute("aria-label", `Reliability diagram. ${drawn.map((j) => `${j.name}: ${j.bins.map((b) => `sure ${number(b.confidence, "percent")}, right ${number(b.accuracy.value, "percent")}`).join(", ")}`).join("; ")}.`);
-    const shareText = (share) => (share ? [number(share.value, "percent"), el("small", {}, `${number(share.ci95[0], "percent")} – ${number(share.ci95[1], "percent")}`)] : "–");
     const columns = [
-      ["pairs", (j) => number(j.pairs)], ["accuracy", (j) => shareText(j.accuracy)], ["orders agree", (j) => shareText(j.order_agreement)],
+      ["pairs", (j) => number(j.pairs)], ["accuracy", (j) => ranged(j.accuracy)], ["orders agree", (j) => ranged(j.order_agreement)],
       ["undecidable", (j) => number(j.undecidable, "percent")], ["calibration error", (j) => number((j.calibration || {}).ece)], ["Brier score", (j) => number((j.calibration || {}).brier)],
     ];
     section("judge", "Judge", "On pairs of which the better response is known: is the judge right as often as it is sure? On the dotted line it is; below the line it is too sure of itself. Bars and ranges are 95 % intervals.",
       drawn.length > 0 && plot,
-      el("div", { class: "scroll" }, el("table", { class: "cards" },
-        el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "judged"), columns.map(([t]) => el("th", { scope: "col", class: "number" }, t)))),
-        el("tbody", {}, data.judges.map((judge, i) => el("tr", {},
-          el("th", { scope: "row" }, el("span", { class: "name" }, el("span", { class: "dot", style: { background: color(i) } }), judge.name)),
-          columns.map(([t, f]) => el("td", { class: "number", "data-label": t }, f(judge)))))))));
+      cardTable("judged", data.judges, columns));
   }
 
   // -- policies compared -------------------------------------------------------------------------
@@ -508,17 +514,11 @@
       }), CONFIG);
     });
     plot.setAttribute("aria-label", `Win rates. ${data.comparisons.map((c) => `${c.name}: ${RATES.map(([key, label]) => `${label} ${number(of(c, key).value, "percent")}`).join(", ")}`).join("; ")}.`);
-    const ranged = (e) => [number(e.value, "percent"), el("small", {}, `${number(e.ci95[0], "percent")} – ${number(e.ci95[1], "percent")}`)];
     const columns = [["prompts", (c) => number(c.prompts)], ...RATES.map(([key, label]) => [label, (c) => ranged(of(c, key))]),
       ["wins / ties / losses", (c) => `${c.wins} / ${c.ties} / ${c.losses}`], ["orders agree", (c) => ranged(c.order_agreement)],
       ["characters, a / b", (c) => `${Math.round(c.characters.a.value)} / ${Math.round(c.characters.b.value)}`]];
     section("policies", "Policies compared", "Both answer the same prompts, the judge says who answers better. Left of the dotted line b does. Ranges are 95 % intervals; the last row of the chart is what a judge would find that only counts characters.",
-      plot,
-      el("div", { class: "scroll" }, el("table", { class: "cards" },
-        el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "a against b"), columns.map(([t]) => el("th", { scope: "col", class: "number" }, t)))),
-        el("tbody", {}, data.comparisons.map((c, i) => el("tr", {},
-          el("th", { scope: "row" }, el("span", { class: "name" }, el("span", { class: "dot", style: { background: color(i) } }), c.name)),
-          columns.map(([t, f]) => el("td", { class: "number", "data-label": t }, f(c)))))))));
+      plot, cardTable("a against b", data.comparisons, columns));
   }
 
   // -- configuration -----------------------------------------------------------------------------
