@@ -113,6 +113,7 @@ def test_ids_are_those_of_apply_chat_template(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_falls_on_every_answer_and_the_token_that_ends_it(family: str) -> None:
     encoder = encoder_of(family)
+    assert set(encoder.encode_dialogue(DIALOGUE).mask) == {0, 1}
     stretches = trained_stretches(encoder, DIALOGUE)
     texts = [encoder.tokenizer.decode(ids).strip() for ids in stretches]
     assert texts == list(FAMILIES[family].trained)
@@ -229,6 +230,43 @@ def test_contents_are_trimmed_as_the_template_trims_them(family: str) -> None:
     assert _despaced_markers(shown) == _despaced_markers(rendered)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_but_white_space_is_trimmed(family: str) -> None:
+    encoder = encoder_of(family)
+    capitals = [user("XX"), assistant("XX")]
+    assert encoder.encode_dialogue(capitals).ids == templated(encoder, capitals)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contents_that_follow_each_other_are_one_text(kind: str) -> None:
+    joining = ChatEncoder(
+        wrap(KINDS[kind]()), "{% for m in messages %}{{ m.content }} {% endfor %}"
+    )
+    whole = joining.encode_open([user("is it"), assistant("yes it was")])
+    assert whole == ids_of(joining, "is it yes it was")
+
+
+def test_an_answer_whose_turn_no_control_token_ends_is_trained_on_alone() -> None:
+    plain = ChatEncoder(
+        wrap(byte_bpe()), "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
+    )
+    [trained] = trained_stretches(plain, [user("is it"), assistant("yes"), user("why")])
+    assert plain.tokenizer.decode(trained) == " yes"
+
+
+def test_the_space_before_an_answer_is_the_answers_own() -> None:
+    spaced = ChatEncoder(
+        wrap(byte_bpe()),
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+    )
+    prompt = spaced.encode_prompt([user("is it")])
+    assert spaced.tokenizer.decode(prompt) == "user: is it</s>assistant:"
+    whole = spaced.encode_dialogue([user("is it"), assistant("yes")])
+    assert whole.ids[: len(prompt)] == prompt
+    assert spaced.tokenizer.decode(whole.ids).endswith("assistant: yes</s>")
+
+
 def _despaced_markers(text: str) -> str:
     """A decoder may show a space at a control token; white space elsewhere counts."""
     return re.sub(r" ?(</?s>|<bos>|<(?:start|end)_of_turn>) ?", r"\1", text)
@@ -278,6 +316,23 @@ def test_turn_markers_serve_where_there_is_no_template() -> None:
     ] == [" b</s>"]
     prompt = tokenizer.decode(encoder.encode_prompt([user("is it")]))
     assert prompt == "\n\nHuman: is it\n\nAssistant:"
+
+
+def test_a_dialogue_between_turn_markers_opens_with_bos_where_the_tokenizer_adds_it() -> None:
+    markers = {"user_marker": "Human:", "assistant_marker": "Assistant:"}
+    without = ChatEncoder(wrap(byte_bpe(), None), **markers)
+    assert tokens(without, without.encode_prompt([user("a")]))[:2] == ["Human", ":"]
+    backend = byte_bpe()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    opening = ChatEncoder(wrap(backend, None), **markers)
+    assert tokens(opening, opening.encode_prompt([user("a")]))[:3] == ["<s>", "Human", ":"]
+    backend.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 1)]
+    )
+    other = ChatEncoder(wrap(backend, None), **markers)  # what it adds is not its BOS
+    assert tokens(other, other.encode_prompt([user("a")]))[:2] == ["Human", ":"]
 
 
 def test_turn_markers_may_be_any_text() -> None:
@@ -558,6 +613,20 @@ def test_responses_cannot_add_turns_to_a_judge_prompt(kind: str) -> None:
 def test_decoding_leaves_out_special_tokens_and_outer_white_space() -> None:
     encoder = encoder_of("byte")
     assert encoder.decode(ids_of(encoder, " Paris , it's <|im_end|>\n<pad>")) == "Paris , it's"
+
+
+def test_text_is_decoded_as_it_was_written_whatever_the_tokenizer_would_tidy_up() -> None:
+    tokenizer = wrap(byte_bpe())
+    tokenizer.clean_up_tokenization_spaces = True
+    text = "it is , as they say , n't so ."
+    assert ChatEncoder(tokenizer).decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_control_tokens_are_told_from_words() -> None:
+    encoder = encoder_of("byte")
+    end, word = encoder.tokenizer.convert_tokens_to_ids(["<|im_end|>", "is"])
+    assert encoder.is_control(end)
+    assert not encoder.is_control(word)
 
 
 # -- letters -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from conftest import TEMPLATES, tiny_llama
 from self_judge import ChatEncoder, Comparison, Judge, JudgeTemplates, Verdict
 from self_judge.judge import aggregate, swap_averaged
 from self_judge.models import save_judge_settings
-from self_judge.scoring import next_token_logits
+from self_judge.scoring import TransformersScorer, next_token_logits
 
 A_WINS = ((0.6, 0.2), (0.3, 0.5))  # s(a) = 0.55, s(b) = 0.25; both orders say a
 B_WINS = ((0.1, 0.7), (0.4, 0.2))  # s(a) = 0.15, s(b) = 0.55; both orders say b
@@ -86,8 +86,9 @@ def test_a_score_that_is_not_finite_is_undecidable_even_if_the_others_agree(brok
     verdict = aggregate([A_WINS, A_WINS, A_WINS, ((0.1, 0.1), (broken, 0.1))])
     assert verdict.preferred is None
     assert "not finite" in str(verdict.undecidable_because)
-    assert not verdict.orders_agree
-    assert math.isnan(verdict.margin)
+    assert verdict.orders_agree is False
+    assert verdict.win_rate == 0.5
+    assert all(map(math.isnan, (verdict.margin, verdict.score_a, verdict.score_b)))
 
 
 def test_orders_agree_only_if_each_alone_prefers_the_same_response() -> None:
@@ -95,6 +96,11 @@ def test_orders_agree_only_if_each_alone_prefers_the_same_response() -> None:
     assert not aggregate([TIE]).orders_agree  # position bias
     assert not aggregate([((0.9, 0.1), (0.5, 0.4))]).orders_agree
     assert not aggregate([((0.9, 0.1), (0.4, 0.4))]).orders_agree  # the second has no opinion
+
+
+def test_an_order_prefers_by_its_own_two_letters() -> None:
+    assert aggregate([((0.6, 0.5), (0.3, 0.7))]).orders_agree
+    assert not aggregate([((0.4, 0.5), (0.1, 0.45))]).orders_agree
 
 
 def test_a_vote_without_principles_is_refused() -> None:
@@ -291,6 +297,15 @@ def test_verdicts_do_not_depend_on_the_batch_size(
     same(other.compare(COMPARISONS), judge.compare(COMPARISONS))
 
 
+def test_a_bar_is_shown_where_asked_for_and_only_there(
+    judge: Judge, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge.compare(COMPARISONS[:2])
+    assert "judging" not in capsys.readouterr().err
+    judge.compare(COMPARISONS[:2], progress=True)
+    assert "judging" in capsys.readouterr().err
+
+
 def test_nothing_to_judge_gives_no_verdicts(judge: Judge) -> None:
     assert judge.compare([]) == []
 
@@ -424,6 +439,7 @@ def test_a_batch_size_or_length_below_one_is_refused(
         Judge(model, tokenizer, templates, batch_size=0)
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         Judge(model, tokenizer, templates, max_length=0)
+    assert Judge(model, tokenizer, templates, max_length=1).max_length == 1
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(
@@ -476,6 +492,52 @@ def test_a_judge_is_loaded_with_the_templates_saved_beside_the_model(
     loaded = Judge.from_pretrained(folder, device="cpu")
     assert loaded.templates.principles == judge.templates.principles
     same(loaded.compare(COMPARISONS), judge.compare(COMPARISONS))
+
+
+def test_a_judge_is_loaded_with_the_chat_template_that_it_was_taught_under(
+    folder: Any, templates: JudgeTemplates, tokenizer: Any
+) -> None:
+    taught = "{% for m in messages %}{{ '<s>' ~ m.role ~ ': ' ~ m.content }}{% endfor %}"
+    encoder = ChatEncoder(tokenizer, taught)
+    save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
+    assert Judge.from_pretrained(folder, device="cpu").encoder.chat_template == taught
+
+
+def test_what_is_asked_of_a_loaded_judge_is_what_it_does(
+    folder: Any, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named: dict[str, Any] = {}
+
+    def load(name: Any, **kwargs: Any) -> Any:
+        named.update(kwargs)
+        return judge.encoder.tokenizer
+
+    monkeypatch.setattr("self_judge.judge.load_tokenizer", load)
+    a, b = judge.letter_ids
+    loaded = Judge.from_pretrained(
+        folder,
+        token_id_a=a,
+        token_id_b=b,
+        batch_size=3,
+        max_length=77,
+        packing="off",
+        device="cpu",
+        dtype=torch.bfloat16,
+        revision="main",
+    )
+    assert named == {"revision": "main"}
+    assert loaded.max_length == 77
+    assert loaded.packing.decision.route == "off"
+    assert loaded.model.dtype == torch.bfloat16
+    assert isinstance(loaded.scorer, TransformersScorer)
+    assert loaded.scorer.batch_size == 3
+    with pytest.raises(ValueError, match=f"token_id_b={a}"):
+        Judge.from_pretrained(folder, token_id_b=a, device="cpu")
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="there is no such folder"):
+        Judge.from_pretrained(tmp_path / "gone")
 
 
 def test_templates_given_win_over_the_saved_ones(folder: Any) -> None:

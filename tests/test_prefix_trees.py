@@ -104,6 +104,65 @@ def test_branches_are_kept_apart_where_attention_across_them_costs_more_than_the
     assert len(prefix_rows(sequences, 1000, attention_cost=0.1)) == 2
 
 
+def test_a_row_too_long_by_itself_keeps_no_others_from_sharing() -> None:
+    rows = prefix_rows([[0] * 12, [1, 2], [1, 3]], 5)
+    assert [len(row) for row in rows] == [12, 3]
+
+
+def in_lengths(*lengths: int) -> list[Row]:
+    """One row of a single sequence for each length; nothing in them is shared."""
+    return [prefix_rows([[100 * n + i for i in range(n)]], n)[0] for n in lengths]
+
+
+def test_trees_are_joined_longest_first_where_they_leave_the_least_room() -> None:
+    assert [len(row) for row in joined(in_lengths(4, 4, 6, 6), 10)] == [10, 10]
+    # The tree of 2 goes to 10 + 8 of 20, where it leaves nothing, not to 13.
+    rows = joined(in_lengths(2, 8, 13, 10), 20)
+    assert [row.token_ids.tolist().count(200) for row in rows] == [0, 1]
+    assert [len(row) for row in rows] == [13, 20]
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(1, 30))
+def test_no_two_joined_rows_could_be_one(lengths: list[int], row_tokens: int) -> None:
+    sizes = sorted(len(row) for row in joined(in_lengths(*lengths), row_tokens))
+    assert len(sizes) == 1 or sizes[0] + sizes[1] > row_tokens
+
+
+@given(SEQUENCES)
+def test_prefix_groups_leave_the_fewest_tokens_to_compute(sequences: list[list[int]]) -> None:
+    ordered = sorted(map(tuple, sequences))
+
+    def tokens(run: Sequence[tuple[int, ...]]) -> int:
+        if len(run) == 1:
+            return len(run[0])
+        prefix = min(len(s) for s in run) - 1
+        while len({s[:prefix] for s in run}) > 1:
+            prefix -= 1
+        return prefix + sum(len(s) - prefix for s in run)
+
+    least = [0]
+    for end in range(1, len(ordered) + 1):
+        least.append(min(least[s] + tokens(ordered[s:end]) for s in range(end)))
+    computed = sum(
+        group.prefix + sum(len(sequences[i]) - group.prefix for i in group.members)
+        for group in prefix_groups(sequences)
+    )
+    assert computed == least[-1]
+
+
+def test_a_sequence_alone_has_no_prefix_to_compute_for_others() -> None:
+    [alone, *shared] = sorted(prefix_groups([[1, 2, 3], [7, 8, 9], [7, 8, 4]]), key=str)
+    assert (alone.prefix, alone.members) == (0, (0,))
+    assert [(g.prefix, sorted(g.members)) for g in shared] == [(2, [1, 2])]
+
+
+def test_a_prefix_group_has_64_members_at_most() -> None:
+    sequences = [[1] * 50 + [i] for i in range(65)]
+    groups = prefix_groups(sequences)
+    assert sorted(len(g.members) for g in groups) == [1, 64]
+    assert [len(g.members) for g in prefix_groups(sequences[:64])] == [64]
+
+
 @given(SEQUENCES)
 def test_prefix_groups_cover_all_and_leave_every_sequence_a_token(
     sequences: list[list[int]],
@@ -127,6 +186,20 @@ def test_batches_keep_all_rows_within_their_limits(
         assert len(batch) <= batch_rows
         assert len(batch) == 1 or len(batch) * len(batch[0]) <= batch_tokens
         assert len(batch[0]) == max(map(len, batch))
+
+
+def test_rows_of_like_lengths_fill_a_batch_with_padding_counted() -> None:
+    def lengths(*limits: int | None) -> list[list[int]]:
+        batch_tokens, batch_rows = limits
+        assert batch_rows is not None
+        batched = batches(in_lengths(3, 5, 4, 5), batch_tokens, batch_rows)
+        return [[len(row) for row in batch] for batch in batched]
+
+    assert lengths(10, 4) == [[5, 5], [4, 3]]
+    assert lengths(15, 4) == [[5, 5, 4], [3]]
+    assert lengths(14, 4) == [[5, 5], [4, 3]]
+    assert lengths(20, 3) == [[5, 5, 4], [3]]
+    assert lengths(None, 4) == [[5, 5, 4, 3]]
 
 
 def test_shared_length_counts_from_the_start() -> None:

@@ -109,6 +109,31 @@ def test_no_step_is_too_large_but_for_a_single_sequence(
         assert len(step.token_ids) <= step_tokens or len({*step.last.values()}) == 1
 
 
+def test_steps_are_about_equally_long_rather_than_full_with_a_rest() -> None:
+    def lengths(each: int, count: int, step_tokens: int) -> list[int]:
+        unlike = [[i * 1000 + k for k in range(each)] for i in range(count)]
+        return [len(step.token_ids) for step in walk(unlike, step_tokens, Paths())]
+
+    assert lengths(10, 10, 60) == [50, 50]
+    assert lengths(10, 10, 40) == [30, 40, 30]
+    assert lengths(30, 2, 60) == [60]
+    assert lengths(10, 5, 50) == [50]
+    assert lengths(70, 2, 60) == [70, 70]
+
+
+def test_only_tokens_forgotten_are_computed_again() -> None:
+    paths = Paths()
+    [step] = walk([[1, 2, 3, 4], [7, 8]], 100, paths)
+    paths.only(np.arange(len(step.token_ids)))
+    assert paths.sequences == [(1, 2, 3, 4), (7, 8)]
+    # The second of three steps is forgotten, and with it what leans on it.
+    paths.only(np.array([0, 2, 3, 4, 5]))
+    assert paths.sequences == [(1,), (7, 8)]
+    assert [n.tolist() for n in paths.numbers] == [[0], [4, 5]]
+    [again] = walk([[1, 2, 3], [7, 8, 9]], 100, paths)
+    assert again.token_ids.tolist() == [2, 3, 9]
+
+
 @given(SEQUENCES, st.integers(1, 40))
 def test_the_runs_of_a_row_say_what_its_mask_says(
     sequences: list[list[int]], row_tokens: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -316,6 +317,58 @@ def test_the_folder_of_a_judge_is_enough(
         tournament_rejection_sampling(model=folder, token_id_a=5, **lists)
 
 
+@pytest.mark.parametrize("given", ["model", "folder"])
+def test_what_is_asked_of_the_judge_reaches_it(
+    given: str, arguments: dict[str, Any], folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges: list[Judge] = []
+
+    def kept(judge: Judge, contexts: Any, *rest: Any, **others: Any) -> list[Bracket]:
+        judges.append(judge)
+        return judged_knockouts(judge, contexts, *rest, **others)
+
+    monkeypatch.setattr("self_judge.tournament.judged_knockouts", kept)
+    one = {"helpful": TEMPLATES["helpful"]}
+    arguments.update(judge_templates=one, max_length=300, judge_batch_size=3)
+    if given == "folder":
+        arguments.update(model=folder)
+    tournament_rejection_sampling(**arguments)
+    del arguments["judge_batch_size"]
+    tournament_rejection_sampling(**arguments)
+    assert judges[0].templates.principles == ("helpful",)
+    assert judges[0].max_length == 300
+    assert [judge.scorer.batch_size for judge in judges] == [3, 8]  # type: ignore[attr-defined]
+    for name in ("token_id_a", "token_id_b"):
+        with pytest.raises(ValueError, match=f"{name}=5"):
+            tournament_rejection_sampling(**arguments, **{name: 5})
+
+
+def test_the_draw_is_another_for_another_seed_and_for_every_context() -> None:
+    class Undecidable:
+        def compare(self, comparisons: Any, progress: bool = False) -> list[Verdict]:
+            return [Undecided().verdict(c) for c in comparisons]
+
+        def remembering(self) -> Any:
+            return nullcontext()
+
+    lists = {"contexts": ["the same"] * 12, "responses": [[f"{k}" for k in range(16)]] * 12}
+
+    def drawn(**seed: int) -> list[str]:
+        return tournament_rejection_sampling(judge=Undecidable(), **lists, **seed)
+
+    assert len(set(drawn())) > 4
+    assert drawn(seed=0) == drawn() != drawn(seed=1)
+
+
+def test_a_bar_is_shown_where_asked_for_and_only_there(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tournament_rejection_sampling(**arguments)
+    assert "judging" not in capsys.readouterr().err
+    tournament_rejection_sampling(**arguments, progress=True)
+    assert "judging" in capsys.readouterr().err
+
+
 def test_an_encoder_given_beside_a_folder_is_used(folder: Any, encoder: ChatEncoder) -> None:
     (folder / "tokenizer.json").unlink()
     lists = {"contexts": CONTEXTS, "responses": RESPONSES}
@@ -332,6 +385,31 @@ def test_what_is_needed_and_missing_is_said(arguments: dict[str, Any], left_out:
     del arguments[left_out]
     with pytest.raises(ValueError, match="needs model, tokenizer and judge_templates"):
         tournament_rejection_sampling(**arguments)
+
+
+def test_contexts_are_played_together_as_far_as_memory_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Counting(ByValue):
+        def compare(self, comparisons: Any, progress: bool = False) -> list[Verdict]:
+            return self(comparisons)
+
+        def remembering(self) -> Any:
+            return nullcontext()
+
+    monkeypatch.setattr("self_judge.tournament._MATCHES_TOGETHER", 4)
+
+    def first_rounds(*sizes: int) -> list[int]:
+        judge = Counting()
+        responses = [[f"{k}" for k in range(n)] for n in sizes]
+        contexts = [f"context {i}" for i in range(len(sizes))]
+        judged_knockouts(judge, contexts, responses, seeds=range(len(sizes)))  # type: ignore[arg-type]
+        shown = [{c.context for c in call} for call in judge.calls]
+        return [len(s) for s in dict.fromkeys(map(frozenset, shown))]
+
+    assert first_rounds(5, 5, 5, 5, 5) == [2, 2, 1]
+    assert first_rounds(2, 2, 2, 2, 2) == [4, 1]
+    assert first_rounds(40, 40) == [1, 1]
 
 
 def test_rounds_judged_through_a_memory_give_the_same_brackets(

@@ -52,10 +52,10 @@ def train(asked: dict[str, Any], out: Path) -> None:
     if asked.get("dies") and state.process_index == 1:
         trainer.judge.compare = lambda comparisons: os._exit(3)
     if asked.get("told") and state.process_index == 1:
-        compare, calls = trainer.judge.compare, iter(range(99))
+        compare = trainer.judge.compare
 
         def told(comparisons: Any) -> Any:
-            if next(calls) == 1:  # in its second step
+            if trainer.state.global_step == 1:  # in its second step
                 os.kill(os.getpid(), signal.SIGTERM)
             return compare(comparisons)
 

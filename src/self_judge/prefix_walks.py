@@ -154,13 +154,19 @@ def walk(sequences: Sequence[Sequence[int]], step_tokens: int, paths: Paths) -> 
 
 def _stretches(lengths: Sequence[int], most: int) -> Iterable[tuple[int, int]]:
     """Neighbours together, at most so many tokens, all stretches about equally long."""
-    total = sum(lengths)
-    target = total / max(1, -(-total // most))
+
+    def even(tokens: int) -> float:
+        return tokens / max(1, -(-tokens // most))
+
+    left = sum(lengths)
+    target = even(left)
     start, size = 0, 0
     for i, length in enumerate(lengths):
         if size and (size + length > most or size + length / 2 > target):
             yield start, i
-            start, size = i, 0
+            # What one stretch has too little is shared by those to come, not left for a last one.
+            left -= size
+            start, size, target = i, 0, even(left)
         size += length
     if start < len(lengths):
         yield start, len(lengths)
