@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers.training_args
 
 from conftest import ROOT, TEMPLATES, Make, byte_bpe, tiny_llama, wrap
 from self_judge import ChatEncoder, Judge, JudgeTemplates, SelfJudgeConfig
 from self_judge import tournament_rejection_sampling as play
 from self_judge.models import load_model, load_tokenizer
+from self_judge.sampling import stop_tokens
 
 JSFT = str(ROOT / "configs" / "hh_jsft.yaml")
 TRAIN = str(ROOT / "configs" / "hh_self_judge.yaml")
@@ -31,6 +34,7 @@ class Place:
         base, saved: a tiny model without and with judge.json.
         data: sound files, by format.
         make: builds a trainer.
+        patch: undone after the mistake.
     """
 
     folder: Path
@@ -38,6 +42,7 @@ class Place:
     saved: Path
     data: dict[str, Path]
     make: Make
+    patch: pytest.MonkeyPatch
 
     def file(self, name: str, content: str | bytes) -> Path:
         path = self.folder / name
@@ -156,6 +161,9 @@ RUN_FILE = [
             "training_args.optim: adamw_touch is not a valid", "one of those listed"),
     setting("a dtype that does not exist", "model.dtype=float33",
             "model.dtype: expected one of auto, bfloat16, float16, float32", "one of these"),
+    setting("rationales without their templates", "templates.decision_rationale=null",
+            "dataset.rationales is true but templates.decision_rationale is not set",
+            "add it, or dataset.rationales=false", PRINCIPLES),
     setting("a length of 1", "jsft_args.max_length=1", "max_length must be at least 2, got 1",
             "a prompt and an answer need two tokens"),
     setting("a batch of no examples", "training_args.per_device_train_batch_size=0",
@@ -300,6 +308,12 @@ WORDING = [
     Case("a tokenizer without padding and end of sequence", lambda p: load_tokenizer(_mute(p)),
          ("has neither a padding nor an end-of-sequence token: set tokenizer.eos_token",),
          "set it and save the tokenizer again"),
+    Case("a tokenizer without end of sequence", lambda p: stop_tokens(ChatEncoder(_endless())),
+         ("no token ends an answer: the tokenizer has no end-of-sequence token",),
+         "set tokenizer.eos_token and save the tokenizer again"),
+    Case("a length in which no judge template fits", lambda p: _judge(p, max_length=20),
+         ("max_length 20 leaves no room for responses: judge template 'helpful' alone has",),
+         "raise it"),
     Case("letters that are not one token",
          lambda p: ChatEncoder(wrap(byte_bpe(vocab_size=1))).letter_ids(JudgeTemplates(TEMPLATES)),
          ("the letter 'A' is not exactly one token after the lead-in of",),
@@ -340,6 +354,13 @@ MODELS = [
          ("no parameter of the model takes gradients",), "model.requires_grad_(True)"),
 ]  # fmt: skip
 
+
+def _without_bf16(p: Place) -> SelfJudgeConfig:
+    """On a machine without it, as this one is made out to be."""
+    p.patch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: False)
+    return SelfJudgeConfig(str(p.folder), bf16=True, use_cpu=False)
+
+
 LIBRARY = [
     Case("a judge that judges nothing at a time", lambda p: _judge(p, batch_size=0),
          ("judge batch size must be at least 1, got 0",), "at least 1"),
@@ -354,6 +375,12 @@ LIBRARY = [
     Case("an unknown loss, in Python",
          lambda p: SelfJudgeConfig(str(p.folder), loss_type="sigmod"),
          ("loss_type sigmod: unknown; did you mean sigmoid?",), "take the name suggested"),
+    Case("a precision that the device lacks", _without_bf16,
+         ("Your setup doesn't support bf16",),
+         "bf16=False; the commands take the nearest precision that there is, and say so"),
+    Case("two precisions at once",
+         lambda p: SelfJudgeConfig(str(p.folder), bf16=True, fp16=True, use_cpu=True),
+         ("At most one of fp16 and bf16 can be True, but not both",), "one of them"),
     Case("rows without a prompt",
          lambda p: p.make(train_dataset=_rows({"text": "x"})),
          ("record 0 of the train dataset has neither 'query' nor 'prompt'; it has ['text']",),
@@ -367,6 +394,10 @@ LIBRARY = [
     Case("a trainer without judge templates", lambda p: p.make(judge_templates=None),
          ("no judge_templates given, and no judge.json beside the model",),
          "pass judge_templates, or start from a model that JSFT wrote"),
+    Case("responses longer than the model's context",
+         lambda p: p.make(max_new_tokens=3000, max_length=4000),
+         ("max_new_tokens (3000) must be below max_length (512)",),
+         "max_length is at most the model's context"),
     Case("two names for one argument",
          lambda p: p.make(tokenizer=wrap(byte_bpe())),
          ("tokenizer and processing_class are two names of one argument",), "give one of them"),
@@ -380,6 +411,11 @@ COMMANDS = [
          lambda p: ["judge", str(p.file("l.jsonl", '{"context": "x", "response_a": "y"}')),
                     str(p.folder / "o.jsonl"), "--model", str(p.saved)],
          ("l.jsonl, record 0, field 'response_b': is missing; there are",), "add it"),
+    Case("a length in which no prompt fits",
+         lambda p: ["judge", str(p.file("l.jsonl", json.dumps(
+             {"context": "x", "response_a": "y", "response_b": "z"}))),
+             str(p.folder / "o.jsonl"), "--model", str(p.saved), "--max-length", "9"],
+         ("max_length 9 leaves no room for responses: judge template ",), "raise it"),
     Case("a field that the verdict would replace",
          lambda p: ["judge", str(p.file("l.jsonl", json.dumps(
              {"context": "x", "response_a": "y", "response_b": "z", "verdict": 1}))),
@@ -444,6 +480,13 @@ def _mute(p: Place) -> Path:
     tokenizer.pad_token = tokenizer.eos_token = None
     tokenizer.save_pretrained(p.folder)
     return p.folder
+
+
+def _endless() -> Any:
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer = wrap(byte_bpe(), plain)
+    tokenizer.eos_token = None
+    return tokenizer
 
 
 def _bare(p: Place) -> Path:

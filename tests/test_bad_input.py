@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,16 @@ from self_judge.cli import main
 
 @pytest.fixture
 def place(
-    tmp_path: Path, base: Path, saved_judge: Path, data: dict[str, Path], make: Make
+    tmp_path: Path,
+    base: Path,
+    saved_judge: Path,
+    data: dict[str, Path],
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Place:
     folder = tmp_path / "here"
     folder.mkdir()
-    return Place(folder, base, saved_judge, data, make)
+    return Place(folder, base, saved_judge, data, make, monkeypatch)
 
 
 def in_order(text: str, parts: tuple[str, ...]) -> bool:
@@ -56,12 +62,24 @@ def test_a_mistake_is_told_in_one_line(
     assert "Traceback" not in said
     (line,) = [line for line in said.splitlines() if "error: " in line]
     assert line == said.splitlines()[-1]
+    assert re.match(r"self-judge( [a-z]+)?: error: ", line), line
     assert in_order(line, case.said), line
 
 
 def test_a_traceback_is_shown_where_it_is_asked_for(place: Place) -> None:
     with pytest.raises(ValueError, match="no such file"):
         main(["--debug", "jsft", "nope.yaml"])
+
+
+def test_a_length_beyond_the_models_positions_is_not_used_and_said(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = place.make(max_length=4000)
+    assert trainer.args.max_length == trainer.judge.max_length == 512
+    assert "max_length 4000 is more than the 512 positions of the model" in caplog.text
+    caplog.clear()
+    assert main(place.run("jsft_args.max_length=5000")) == 0
+    assert "max_length 5000 is more than the 4096 positions of the model" in caplog.text
 
 
 def test_pairs_that_say_nothing_are_undecidable_and_no_error(place: Place) -> None:

@@ -439,7 +439,18 @@ def test_a_batch_size_or_length_below_one_is_refused(
         Judge(model, tokenizer, templates, batch_size=0)
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         Judge(model, tokenizer, templates, max_length=0)
-    assert Judge(model, tokenizer, templates, max_length=1).max_length == 1
+    with pytest.raises(ValueError, match="max_length 1 leaves no room for responses"):
+        Judge(model, tokenizer, templates, max_length=1)
+
+
+def test_a_length_must_leave_room_behind_the_longest_template(
+    model: Any, encoder: ChatEncoder, templates: JudgeTemplates
+) -> None:
+    nothing = Comparison("", "", "")
+    longest = max(len(encoder.encode_open(templates.render(p, nothing))) for p in templates)
+    assert Judge(model, encoder, templates, max_length=longest + 1).max_length == longest + 1
+    with pytest.raises(ValueError, match=f"max_length {longest} .* alone has {longest} tokens"):
+        Judge(model, encoder, templates, max_length=longest)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(

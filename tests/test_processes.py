@@ -178,7 +178,7 @@ def test_a_tournament_is_shared_out_and_joined_in_order(tmp_path: Path) -> None:
         assert outputs[-1].is_file(), done.stderr[-4000:]
     assert outputs[0].read_text() == outputs[1].read_text()
     assert len(outputs[0].read_text().splitlines()) == 600
-    assert not list(tmp_path.glob("2.jsonl.*"))
+    assert [path.name for path in tmp_path.glob("2.jsonl.*")] == ["2.jsonl.settings.json"]
 
 
 # -- what is asked for is what runs ----------------------------------------------------------------

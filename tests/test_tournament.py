@@ -376,7 +376,7 @@ def test_an_encoder_given_beside_a_folder_is_used(folder: Any, encoder: ChatEnco
 
 
 def test_a_length_at_which_nothing_fits_leaves_it_to_the_lot(arguments: dict[str, Any]) -> None:
-    _, brackets = tournament_rejection_sampling(**arguments, max_length=8, return_brackets=True)
+    _, brackets = tournament_rejection_sampling(**arguments, max_length=49, return_brackets=True)
     assert all(m.by_lot for b in brackets for m in matches(b) if m.b is not None)
 
 

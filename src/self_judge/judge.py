@@ -87,6 +87,20 @@ class Judge:
         self.scorer: LetterScorer = model
         limits = [n for n in (max_length, self.scorer.max_length) if n is not None]
         self.max_length: int | None = min(limits, default=None)
+        self._check_room()
+
+    def _check_room(self) -> None:
+        # A length at which no pair can be judged is a mistake, not a thousand undecidable pairs.
+        if self.max_length is None:
+            return
+        nothing = Comparison("", "", "")
+        for principle in self.templates:
+            ids = self.encoder.encode_open(self.templates.render(principle, nothing))
+            if len(ids) >= self.max_length:
+                raise ValueError(
+                    f"max_length {self.max_length} leaves no room for responses: judge template "
+                    f"{principle!r} alone has {len(ids)} tokens; raise it"
+                )
 
     @property
     def model(self) -> torch.nn.Module:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -288,6 +289,26 @@ def vocabulary_fits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) 
             f"the tokenizer has token ids up to {largest}, the model has embeddings for "
             f"{size}: they do not belong together (or call model.resize_token_embeddings)"
         )
+
+
+def within_context(config: PreTrainedConfig, max_length: int | None) -> int | None:
+    """`max_length`, or the positions that the model was made for where these are fewer.
+
+    Beyond them learned positions fail, and rotary ones give what nobody trained. Says so once.
+
+    Args:
+        config: the model's.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if max_length is None or context is None or max_length <= context:
+        return max_length
+    logger.warning(
+        "max_length %d is more than the %d positions of the model: %d are used",
+        max_length,
+        context,
+        context,
+    )
+    return int(context)
 
 
 @dataclass(frozen=True, slots=True)

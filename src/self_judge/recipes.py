@@ -36,6 +36,7 @@ from self_judge.models import (
     save_judge_settings,
     share_as_usual,
     vocabulary_fits,
+    within_context,
 )
 from self_judge.preparation import (
     Say,
@@ -130,6 +131,7 @@ def jsft_trainer(
         say: told how many examples there are and what was cut.
     """
     vocabulary_fits(model, encoder.tokenizer)
+    max_length = within_context(model.config, max_length)
     letters = encoder.letter_ids(templates)
 
     def encode(chosen: Sequence[PreferenceRecord]) -> tuple[Dataset, dict[str, int]]:

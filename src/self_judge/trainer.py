@@ -21,7 +21,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
 from trl.models.utils import unwrap_model_for_generation
@@ -39,6 +39,7 @@ from self_judge.models import (
     refuse_pickle,
     save_judge_settings,
     unwrapped,
+    within_context,
 )
 from self_judge.packed_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
@@ -158,6 +159,13 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
             refuse_pickle(model)
             loading = {"use_safetensors": True, **(config.model_init_kwargs or {})}  # type: ignore[dict-item]
             config = with_values(config, {"model_init_kwargs": loading})
+            about = AutoConfig.from_pretrained(
+                model, trust_remote_code=code, revision=loading.get("revision") or "main"
+            )
+        else:
+            about = model.config
+        length = within_context(about, config.max_length)
+        config = with_values(config, {"max_length": length})
         processing_class = (
             processing_class or tokenizer or load_tokenizer(name, trust_remote_code=code)
         )
