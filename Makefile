@@ -6,9 +6,11 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
+EXTRAS_VENV ?= .venv-extras
+EXTRAS_READY := $(EXTRAS_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-vllm browser mutants lint types real clean
+.PHONY: help setup demo test test-slow test-vllm test-extras browser mutants lint types real clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -57,6 +59,19 @@ $(VLLM_READY): pyproject.toml tests/on_vllm/requirements.py
 test-vllm: $(VLLM_READY)  ## vLLM on the CPU, in an environment of its own: SmolLM2 samples, judges and trains
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/on_vllm
 
+# DeepSpeed's kernels are for GPUs: none is built here, but for one that sums over processes, at
+# first use.
+$(EXTRAS_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(EXTRAS_VENV)
+	$(EXTRAS_VENV)/bin/python -m pip install -q --upgrade pip
+	$(EXTRAS_VENV)/bin/python -m pip install -q -c constraints.txt torch setuptools wheel
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(EXTRAS_VENV)/bin/python -m pip install -q \
+		--no-build-isolation -c constraints.txt -e '.[dev,deepspeed,qlora]'
+	@touch $(EXTRAS_READY)
+
+test-extras: $(EXTRAS_READY)  ## DeepSpeed and bitsandbytes on the CPU, in an environment of their own
+	$(EXTRAS_VENV)/bin/python -m pytest -m 'slow or not slow' tests/test_deepspeed.py tests/test_qlora.py
+
 mutants: $(READY)  ## does some test notice a small change to the code that decides? (half an hour)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutation]'
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=brief $(BIN)/mutmut run
@@ -75,4 +90,4 @@ real: $(READY)  ## SmolLM2-135M on real HH data: JSFT, judging before and after,
 	$(BIN)/python benchmarks/real.py
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache build src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(EXTRAS_VENV) .mypy_cache .ruff_cache .pytest_cache build src/*.egg-info

@@ -46,6 +46,9 @@ def launched(file: str, processes: int, *words: str) -> subprocess.CompletedProc
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
         "OMP_NUM_THREADS": "1",
     }
+    if file.startswith("zero"):
+        # With ACCELERATE_USE_CPU, Accelerate makes DDP of DeepSpeed.
+        environment |= {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 

@@ -41,7 +41,7 @@ def train(asked: dict[str, Any], out: Path) -> None:
         assert args.device.type == "cpu"  # asking for it sets the processes up
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = SelfJudgeTrainer(
-        model=tiny_llama(len(tokenizer)),
+        model=asked.get("model") or tiny_llama(len(tokenizer)),
         args=args,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows),

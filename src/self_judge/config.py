@@ -63,6 +63,9 @@ class ModelArgs:
         attn_implementation: as Transformers names it; `None` leaves the choice to Transformers.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether the model's repository may run its own code here.
+        load_in_4bit: QLoRA: the base in 4 bits (bitsandbytes), below an adapter that is trained.
+        bnb_4bit_quant_type: how numbers are kept in 4 bits.
+        use_bnb_nested_quant: whether the quantization's own constants are quantized as well.
     """
 
     model_name_or_path: str
@@ -70,6 +73,9 @@ class ModelArgs:
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    load_in_4bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    use_bnb_nested_quant: bool = False
 
 
 @dataclass(frozen=True)
@@ -549,6 +555,11 @@ def accumulation_steps(global_batch_size: int, per_device: int, processes: int) 
 
 def _check_sections(run: _Run, own: JSFTArgs | SelfJudgeArgs, section: str) -> None:
     """What is said twice would be said differently one day: one key lives in one section."""
+    _require(
+        not run.model.load_in_4bit or run.peft_config is not None,
+        "model.load_in_4bit is true but peft_config is not set: weights in 4 bits are not trained, "
+        "an adapter on them is",
+    )
     names = {f.name for f in dataclasses.fields(own)}
     for key in run.training_args:
         _require(key not in names, f"training_args.{key}: set {section}.{key} instead")

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from self_judge.model_size import Kept, Size
+from self_judge.model_size import FourBits, Kept, Size
 
 Sharding = Literal["none", "zero2", "zero3", "fsdp"]
 GIB = 2**30
@@ -114,6 +114,7 @@ class Setting:
         bf16: computing is under autocast to bfloat16.
         optimizer: as `training_args.optim` names it.
         processes, sharding: over how many processes what is spread.
+        four_bits: how the weights below the adapter are kept.
     """
 
     adapter: bool
@@ -123,6 +124,7 @@ class Setting:
     optimizer: str = "adamw_torch"
     processes: int = 1
     sharding: Sharding = "none"
+    four_bits: FourBits = "no"
 
 
 @dataclass(frozen=True, slots=True)

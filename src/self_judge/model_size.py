@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from accelerate import init_empty_weights
@@ -19,6 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from self_judge.models import ModelError, refuse_pickle, unwrapped, why
+
+# Whether frozen linear layers are kept in 4 bits, and whether the numbers that takes are small too.
+FourBits: TypeAlias = Literal["no", "plain", "nested"]
 
 
 def empty_model(
@@ -82,8 +85,17 @@ class Size:
     cache_bytes: int
 
 
-def size_of(model: nn.Module) -> Size:
-    """Counts a model, on the meta device or not; of experts, those that a token is sent to."""
+# bitsandbytes keeps half a byte per weight, and a float32 number per block of 64; nested, these
+# numbers take a byte each.
+_FOUR_BITS = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64}
+
+
+def size_of(model: nn.Module, four_bits: FourBits = "no") -> Size:
+    """Counts a model, on the meta device or not; of experts, those that a token is sent to.
+
+    Args:
+        four_bits: count the frozen linear layers but the head as they will be, in 4 bits.
+    """
     inner: Any = unwrapped(model)
     config = inner.config.get_text_config()
     parameters = list(model.parameters())
@@ -100,10 +112,19 @@ def size_of(model: nn.Module) -> Size:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     layers = int(config.num_hidden_layers)
+    saved = 0
+    if four_bits != "no":
+        each = _FOUR_BITS[four_bits == "nested"]
+        layers_of = (
+            m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head
+        )
+        saved = sum(
+            round(w.numel() * (w.element_size() - each)) for w in layers_of if not w.requires_grad
+        )
     return Size(
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in taken),
-        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters) - saved,
         trainable_bytes=sum(p.numel() * p.element_size() for p in taken),
         matrix=round(matrix),
         head=head.weight.numel() if head is not None else 0,

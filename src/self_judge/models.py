@@ -6,6 +6,7 @@ It knows files and weights. It does not know data, prompts or training.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -79,6 +81,9 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     merge: bool = True,
+    load_in_4bit: bool = False,
+    bnb_4bit_quant_type: str = "nf4",
+    use_bnb_nested_quant: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
     """Loads a causal language model, or an adapter together with the base it names.
@@ -88,13 +93,20 @@ def load_model(
         dtype: `"auto"`, `"float32"`, `"bfloat16"`, … or a `torch.dtype`.
         merge: put an adapter's weights into the base and return a plain model; `False` returns a
             trainable `PeftModel` to continue from.
+        load_in_4bit: the weights of linear layers in 4 bits, by bitsandbytes; they compute in
+            `dtype`, which is bfloat16 where it is `"auto"`.
+        bnb_4bit_quant_type, use_bnb_nested_quant: see `transformers.BitsAndBytesConfig`.
         kwargs: passed on to `from_pretrained`.
 
     Raises:
         ModelError: there is no model at that name or path, its weights are pickled (which would
-            run whatever they say), or an adapter does not fit its base.
+            run whatever they say), an adapter does not fit its base or is to be merged into one
+            of 4 bits, or bitsandbytes is wanted and not there.
     """
     refuse_pickle(name_or_path)
+    if load_in_4bit:
+        dtype = torch.bfloat16 if dtype == "auto" else dtype
+        kwargs["quantization_config"] = _four_bits(dtype, bnb_4bit_quant_type, use_bnb_nested_quant)
     common: dict[str, Any] = {
         "dtype": dtype,
         "revision": revision,
@@ -106,10 +118,18 @@ def load_model(
     path = Path(name_or_path)
     if not (path / "adapter_config.json").is_file():
         try:
-            return AutoModelForCausalLM.from_pretrained(str(name_or_path), **common)
+            loaded = AutoModelForCausalLM.from_pretrained(str(name_or_path), **common)
         except (OSError, ValueError, SafetensorError) as error:
             reason = why(name_or_path, error)
             raise ModelError(f"cannot load a model from {name_or_path}: {reason}") from error
+        if load_in_4bit:
+            _keep_trainable(loaded)
+        return loaded
+    if load_in_4bit and merge:
+        raise ModelError(
+            f"{path} is an adapter, and adding it to weights of 4 bits would round it away: merge "
+            "it first (load_model(folder).save_pretrained(another)), and load what comes of it"
+        )
     base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     if not base_name:
         raise ModelError(f"the adapter {path} does not name its base model in adapter_config.json")
@@ -130,6 +150,33 @@ def load_model(
             f"{told[1] if len(told) > 1 else _line(error):.200}"
         ) from error
     return merged(model) if merge else model
+
+
+def _four_bits(dtype: str | torch.dtype, kind: str, nested: bool) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "load_in_4bit needs bitsandbytes, which is not installed: pip install "
+            "'self-judge[qlora]'"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_compute_dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+        bnb_4bit_use_double_quant=nested,
+    )
+
+
+def _keep_trainable(model: torch.nn.Module) -> None:
+    """Keeps bitsandbytes from a layout of weights that no gradient passes through, on some CPUs.
+
+    Where they have AVX512-BF16 it turns a layer's weights into that layout, for good, at the first
+    pass in evaluation mode; training afterwards would teach the layers above alone, in silence.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 _CONVERT_MODEL = (
@@ -192,6 +239,16 @@ def share_as_usual(directory: str | os.PathLike[str]) -> None:
         usual = new.stat().st_mode & 0o777
     for file in files:
         file.chmod(usual)
+
+
+def merged_in_full(model: PeftModel) -> PreTrainedModel:
+    """`merged`; of a base in 4 bits, the base as it was saved, which is loaded once more."""
+    if getattr(unwrapped(model), "quantization_method", None) is None:
+        return merged(model)
+    base: Any = unwrapped(model)
+    with tempfile.TemporaryDirectory() as adapter:
+        model.save_pretrained(adapter)
+        return load_model(adapter, dtype=base.dtype)  # type: ignore[return-value]
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

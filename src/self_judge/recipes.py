@@ -32,7 +32,7 @@ from self_judge.judge import Judge
 from self_judge.machine import Run, fit_to_machine, threads_for
 from self_judge.models import (
     load_model,
-    merged,
+    merged_in_full,
     save_judge_settings,
     share_as_usual,
     vocabulary_fits,
@@ -175,7 +175,7 @@ def save_jsft(
         return output
     if trainer.accelerator.is_main_process:
         with files_written_whole(output, without=ADAPTER_FILES) as folder:
-            merged(model).save_pretrained(folder)
+            merged_in_full(model).save_pretrained(folder)
             share_as_usual(folder)
             tokenizer.save_pretrained(folder)
             save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
@@ -276,6 +276,9 @@ def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
         attn_implementation=run.model.attn_implementation,
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
+        load_in_4bit=run.model.load_in_4bit,
+        bnb_4bit_quant_type=run.model.bnb_4bit_quant_type,
+        use_bnb_nested_quant=run.model.use_bnb_nested_quant,
         merge=merge,
     )
 

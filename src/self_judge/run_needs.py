@@ -30,7 +30,7 @@ from self_judge.estimates import (
     this_cpu,
 )
 from self_judge.machine import Machine
-from self_judge.model_size import Kept, Size, kept_activations, size_of
+from self_judge.model_size import FourBits, Kept, Size, kept_activations, size_of
 from self_judge.rollouts import PairSelection, select_pairs
 
 
@@ -114,7 +114,14 @@ def setting_of(
         optimizer=str(getattr(args.optim, "value", args.optim)),
         processes=machine.processes,
         sharding=sharding,
+        four_bits=_four_bits(run),
     )
+
+
+def _four_bits(run: JSFTRun | SelfJudgeRun) -> FourBits:
+    if not run.model.load_in_4bit:
+        return "no"
+    return "nested" if run.model.use_bnb_nested_quant else "plain"
 
 
 def jsft_work(units: Sequence[tuple[int, int, int]], args: Any) -> Work:
@@ -213,7 +220,7 @@ def needs_of(
     assumed: str,
 ) -> Needs:
     """Puts the estimate together; `model` is empty, with its adapter."""
-    size = size_of(model)
+    size = size_of(model, setting.four_bits)
     kept: Kept = kept_activations(model, *work.largest, bf16=setting.bf16)
     micro = math.ceil(examples / (args.per_device_train_batch_size * setting.processes))
     per_epoch = max(1, math.ceil(micro / args.gradient_accumulation_steps))

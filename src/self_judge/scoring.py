@@ -70,7 +70,7 @@ class TransformersScorer:
     ) -> None:
         self.model = model
         self.batch_size = batch_size
-        config: Any = model.config
+        config: Any = unwrapped(model).config  # DeepSpeed's engine has a `config` of its own
         # Recurrent models have no such limit; a longer prompt would fail in learned positions.
         self.max_length: int | None = getattr(
             config.get_text_config(), "max_position_embeddings", None

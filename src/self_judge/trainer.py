@@ -196,6 +196,11 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         if ref_model is None and peft_config is None and in_memory:
             if is_deepspeed_zero3_enabled():
                 # Sharded parameters cannot be copied: TRL loads the reference by the model's name.
+                if not name:
+                    raise ValueError(
+                        "under ZeRO-3 the judge is loaded by the model's name, and this model has "
+                        "none: pass a ref_model, or the folder of the model"
+                    )
                 logger.warning("ZeRO-3: the judge is loaded from %s, not copied from memory", name)
             else:
                 ref_model = frozen_reference(model)  # type: ignore[type-var, assignment]
