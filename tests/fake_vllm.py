@@ -73,7 +73,8 @@ class FakeVLLM:
         choices: list[dict[str, Any]] = []
         for index, prompt in enumerate(prompts):
             if body.get("logprob_token_ids"):
-                top = {f"token_id:{t}": -float(1 + (sum(prompt) + t) % 5) for t in (0, 1, 2, 3, 4)}
+                listed = {0, 1, 2, 3, 4, *body["logprob_token_ids"]}
+                top = {f"token_id:{t}": -float(1 + (sum(prompt) + t) % 5) for t in listed}
                 choices.append({"index": index, "logprobs": {"top_logprobs": [top]}})
             else:
                 first = (sum(prompt) + body["seed"] + 3 * (model != self.model)) % 5

@@ -97,6 +97,7 @@ FLOORS: list[set[str]] = [
         "self_rejection",
         "demo",
         "progress",
+        "shares",
         "bulk_judging",
         "judge_eval",
         "evaluation_page",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,19 @@ import torch
 import yaml
 
 from conftest import TEMPLATES
-from self_judge import Comparison, Judge
+from fake_vllm import FakeVLLM, serving
+from self_judge import Comparison, Judge, Verdict
 from self_judge.bulk_judging import (
     JudgeChoice,
     fingerprint,
+    run_judge,
     verdict_from_json,
     verdict_json,
 )
 from self_judge.cli import PACKING, main
 from self_judge.config import PackingChoice
+from self_judge.judge import aggregate
+from self_judge.shares import Shares
 
 
 def write(path: Path, *given: dict[str, Any]) -> Path:
@@ -207,3 +212,126 @@ def test_a_mistake_in_the_templates_shows_at_once(tmp_path: Path) -> None:
     templates.write_text("templates: {judge: {x: {user: hello, assistant: It is}}}")
     with pytest.raises(ValueError, match=r"templates.yaml: .*lacks \{context\}"):
         JudgeChoice("anything", templates=str(templates))
+
+
+# -- several processes, and servers ----------------------------------------------------------------
+
+
+def judged_by_shares(
+    count: int, given: list[dict[str, Any]], target: Path, saved_judge: Path, monkeypatch: Any
+) -> list[dict[str, Any]]:
+    """What `count` processes write, one after the other here; the first joins last."""
+    source = write(target.with_suffix(".in.jsonl"), *given)
+    monkeypatch.setattr(Shares, "join", lambda shares, settings: None)
+    for own in reversed(range(count)):
+        monkeypatch.setattr(
+            Shares, "here", classmethod(lambda cls, t, chunk, own=own: cls(t, chunk, count, own))
+        )
+        run_judge(source, target, JudgeChoice(str(saved_judge)), chunk=3)
+    if count > 1:
+        settings = {**JudgeChoice(str(saved_judge)).settings(), "field": "verdict"}
+        Shares(target, 3, count, 0)._join(settings)
+    return lines(target)
+
+
+@pytest.mark.parametrize("total", [1, 8, 9, 20])
+def test_lines_shared_out_over_processes_are_joined_in_order(
+    total: int, saved_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = pairs(total)
+    alone = judged_by_shares(1, given, tmp_path / "1.jsonl", saved_judge, monkeypatch)
+    for count in (2, 3):
+        target = tmp_path / f"{count}.jsonl"
+        shared = judged_by_shares(count, given, target, saved_judge, monkeypatch)
+        assert [line["id"] for line in shared] == [line["id"] for line in alone]
+        for one, other in zip(alone, shared, strict=True):
+            assert one["verdict"]["margin"] == pytest.approx(other["verdict"]["margin"], abs=1e-6)
+        left = sorted(path.name for path in tmp_path.glob(f"{count}.jsonl.*"))
+        assert left == [f"{count}.jsonl.settings.json"]
+
+
+def test_a_share_goes_on_where_it_was_stopped_and_a_joined_file_is_left_alone(
+    saved_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, target = pairs(20), tmp_path / "out.jsonl"
+    whole = judged_by_shares(2, given, target, saved_judge, monkeypatch)
+    loaded: list[int] = []
+    monkeypatch.setattr(JudgeChoice, "load", lambda choice: loaded.append(1))
+    source = target.with_suffix(".in.jsonl")
+    assert run_judge(source, target, JudgeChoice(str(saved_judge)), chunk=3) == 20
+    assert not loaded, "it was finished"
+    assert lines(target) == whole
+
+
+def test_processes_share_every_item_out_once() -> None:
+    for count, chunk, total in ((1, 4, 10), (2, 4, 10), (3, 1, 7), (4, 5, 3), (3, 2, 12)):
+        shares = [Shares(Path("x"), chunk, count, own) for own in range(count)]
+        dealt = [[i for _, items in s.dealt(range(total)) for i in items] for s in shares]
+        assert sorted(i for own in dealt for i in own) == list(range(total))
+        assert [len(own) for own in dealt] == [s.size(total) for s in shares]
+
+
+def test_servers_judge_in_place_of_this_process(
+    saved_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "in.jsonl", *pairs(40))
+    monkeypatch.setattr(Judge, "from_pretrained", None)  # no model is loaded here
+    outputs = []
+    for count in (1, 2):
+        target = tmp_path / f"{count}.jsonl"
+        with serving(FakeVLLM()) as one, serving(FakeVLLM()) as other:
+            asked = (one, other)[:count]
+            words = ["--vllm-server", *(server.url for server in asked)]
+            command = ["judge", str(source), str(target), "--model", str(saved_judge), *words]
+            assert main(command) == 0
+            assert all("/v1/completions" in server.paths() for server in asked)
+            assert not (other.paths() and count == 1)
+        outputs.append(lines(target))
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) == 40
+    assert {line["verdict"]["preferred"] for line in outputs[0]} <= {"a", "b", None}
+
+
+def test_a_tournament_is_sampled_and_judged_by_servers(saved_judge: Path, tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "in.jsonl",
+        {"prompt": "what is it?"},
+        {"context": "who?", "responses": ["he", "she", "they"]},
+    )
+    target = tmp_path / "out.jsonl"
+    with serving(FakeVLLM()) as server:
+        command = ["tournament", str(source), str(target), "--model", str(saved_judge), "--n", "4"]
+        assert main([*command, "--max-new-tokens", "8", "--vllm-server", server.url]) == 0
+        sampled = [body for _, body in server.requests if "seed" in body and "logprobs" not in body]
+    first, second = lines(target)
+    assert len(first["responses"]) == 4
+    assert len(sampled) >= 4
+    assert second["response"] == ["he", "she", "they"][second["winner"]]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_pairs_need_no_more_memory_than_a_thousand(
+    saved_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Quick:
+        def compare(self, comparisons: list[Comparison]) -> list[Verdict]:
+            return [aggregate([((0.6, 0.3), (0.2, 0.7))] * 2) for _ in comparisons]
+
+    monkeypatch.setattr(JudgeChoice, "load", lambda choice: Quick())
+    choice = JudgeChoice(str(saved_judge))
+    words = "and so on " * 20
+
+    def peak(count: int) -> int:
+        source, target = tmp_path / f"{count}.in.jsonl", tmp_path / f"{count}.jsonl"
+        with source.open("w") as file:
+            for i in range(count):
+                line = {"context": f"{i} {words}", "response_a": words, "response_b": f"{i}"}
+                file.write(json.dumps(line) + "\n")
+        tracemalloc.start()
+        assert run_judge(source, target, choice, chunk=500) == count
+        _, highest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return highest
+
+    small = peak(1_000)
+    assert peak(100_000) < 1.2 * small

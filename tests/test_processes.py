@@ -184,6 +184,39 @@ def test_a_tournament_is_shared_out_and_joined_in_order(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("2.jsonl.*")] == ["2.jsonl.settings.json"]
 
 
+@pytest.mark.slow
+def test_judging_in_bulk_is_shared_out_and_joined_in_order(tmp_path: Path) -> None:
+    tokenizer = wrap(byte_bpe())
+    folder, encoder, templates = (
+        tmp_path / "judge",
+        ChatEncoder(tokenizer),
+        JudgeTemplates(TEMPLATES),
+    )
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
+    source = tmp_path / "in.jsonl"
+    source.write_text(
+        "".join(
+            json.dumps({"context": f"what is {i}?", "response_a": "yes", "response_b": f"no {i}"})
+            + "\n"
+            for i in range(300)
+        )
+    )
+    outputs = []
+    for processes, file in ((1, "single"), (2, "ddp")):
+        target = tmp_path / f"{processes}.jsonl"
+        done = launched(
+            file, processes, "--module", "self_judge.cli", "judge", str(source), str(target),
+            "--model", str(folder), "--chunk", "32",
+        )  # fmt: skip
+        assert target.is_file(), done.stderr[-4000:]
+        outputs.append(target.read_text())
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0].splitlines()) == 300
+    assert [p.name for p in tmp_path.glob("2.jsonl.*")] == ["2.jsonl.settings.json"]
+
+
 # -- what is asked for is what runs ----------------------------------------------------------------
 
 

@@ -98,6 +98,10 @@ def test_every_command_is_understood(words: list[str]) -> None:
         assert arguments[0] == "launch"
         launch = launch_command_parser().parse_args(arguments[1:])
         assert (ROOT / launch.config_file).is_file()
+        if launch.module:
+            assert launch.training_script == "self_judge.cli"
+            cli._parser().parse_args(launch.training_script_args)
+            return
         assert (ROOT / launch.training_script).is_file()
         config, *overrides = launch.training_script_args
         assert config.startswith("--config=")

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,19 @@ def test_several_servers_share_the_work_and_answers_come_back_in_order() -> None
         assert len(one.requests) + len(two.requests) == 40
         assert one.requests
         assert two.requests
+
+
+def test_little_work_is_shared_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(server: FakeVLLM, body: Any) -> Any:
+        time.sleep(0.2)
+        return complete(server, body)
+
+    complete = FakeVLLM.complete
+    monkeypatch.setattr(FakeVLLM, "complete", slowly)
+    with serving(FakeVLLM()) as one, serving(FakeVLLM()) as other:
+        draw(client(one, other), [[i] for i in range(6)])
+        asked = [server.paths().count("/v1/completions") for server in (one, other)]
+    assert asked == [3, 3]
 
 
 @pytest.mark.parametrize("failure", [503, 0])

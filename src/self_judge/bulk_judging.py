@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -23,13 +25,16 @@ from self_judge.comparison import Comparison, Verdict
 from self_judge.config import PackingChoice, TemplateArgs
 from self_judge.encoding import ChatEncoder
 from self_judge.files import read_raw
-from self_judge.journal import Journal, JournalError, open_journal
+from self_judge.journal import Journal, JournalError, open_journal, settings_path
 from self_judge.judge import Judge, Orders, aggregate
 from self_judge.models import JUDGE_FILE, load_judge_settings, load_tokenizer
 from self_judge.selection import Place
+from self_judge.shares import Shares
 from self_judge.templates import JudgeTemplates, dialogue_text
 from self_judge.terminal import neutral
 from self_judge.typed_yaml import ConfigError, build, read_yaml
+from self_judge.vllm_roles import VLLMScorer
+from self_judge.vllm_server import VLLMServers
 
 CHUNK = 64  # comparisons judged between two writes: what a kill costs at most
 
@@ -46,6 +51,7 @@ class JudgeChoice:
         templates: a YAML file with `templates:`, instead of the model's `judge.json`.
         batch_size, max_length, packing: see `Judge`.
         dtype, revision, trust_remote_code: see `models.load_model`.
+        servers: URLs of `vllm serve` replicas of the model, which judge in place of this process.
     """
 
     model: str
@@ -56,6 +62,7 @@ class JudgeChoice:
     dtype: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
+    servers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.judge_templates()  # a mistake shows before anything is read or loaded
@@ -94,6 +101,7 @@ class JudgeChoice:
         return saved.templates
 
     def load(self) -> Judge:
+        """The judge; under `accelerate launch` on this process's device."""
         args, saved = self.template_args(), load_judge_settings(self.model)
         encoder = None
         if args is not None:
@@ -102,6 +110,9 @@ class JudgeChoice:
             )
             chat = args.chat or (saved.chat_template if saved else None)
             encoder = ChatEncoder(tokenizer, chat, args.user, args.assistant)
+        if self.servers:
+            return self._served(encoder)
+        state = PartialState(cpu=not torch.cuda.is_available())
         return Judge.from_pretrained(
             self.model,
             self.judge_templates() if args is not None else None,
@@ -112,6 +123,25 @@ class JudgeChoice:
             dtype=self.dtype,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
+            device=state.device if state.num_processes > 1 else None,
+        )
+
+    def _served(self, encoder: ChatEncoder | None) -> Judge:
+        """The tokenizer and templates are read here, the letters from the servers."""
+        saved = load_judge_settings(self.model)
+        if encoder is None:
+            tokenizer = load_tokenizer(
+                self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+            encoder = ChatEncoder(tokenizer, saved.chat_template if saved else None)
+        own = saved if saved is not None and self.templates is None else None
+        return Judge(
+            VLLMScorer(VLLMServers(self.servers)),
+            encoder,
+            self.judge_templates(),
+            token_id_a=own.token_id_a if own else None,
+            token_id_b=own.token_id_b if own else None,
+            max_length=self.max_length,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -185,6 +215,7 @@ def judge_in_bulk(
     *,
     chunk: int = CHUNK,
     overwrite: bool = False,
+    shares: Shares | None = None,
     title: str = "judging",
     console: Console | None = None,
 ) -> tuple[int, float]:
@@ -200,6 +231,7 @@ def judge_in_bulk(
         settings: what the verdicts depend on; see `JudgeChoice.settings`.
         chunk: cases judged together and then written to disk.
         overwrite: begin anew.
+        shares: how the cases are shared out over processes; default: this one judges all.
 
     Returns:
         The number of lines, and how many pairs per second were judged (NaN if unknown).
@@ -210,28 +242,45 @@ def judge_in_bulk(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     console = console or Console(stderr=True)
-    with open_journal(output, settings, overwrite=overwrite) as journal:
-        total = _checked(cases(), journal)
-        if journal.lines < total:
+    shares = shares or Shares(output, chunk)
+    if shares.count > 1 and not overwrite and _is_joined(cases(), output, settings):
+        return sum(1 for _ in cases()), math.nan
+    with open_journal(shares.path, settings, overwrite=overwrite) as journal:
+        total, done = _checked(cases(), journal, shares)
+        own = shares.size(total)
+        if done < own:
             # Whole chunks again: verdicts are then the same, to the bit, as without interruption.
-            journal.cut(journal.lines // chunk * chunk)
-            if journal.lines:
+            journal.cut(done // chunk * chunk)
+            if journal.lines and shares.own == 0:
                 console.print(
-                    neutral(f"{output}: goes on after {journal.lines:,} of {total:,}"),
+                    neutral(f"{output}: goes on after {journal.lines:,} of {own:,}"),
                     markup=False,
                     highlight=False,
                 )
-            _judge(cases(), journal, load(), total, chunk, title, console)
+            todo = itertools.islice(
+                (case for _, dealt in shares.dealt(cases()) for case in dealt), journal.lines, None
+            )
+            _judge(todo, journal, load(), own, shares, title, console)
         rate = journal.timed / journal.seconds if journal.seconds else math.nan
-        return total, rate
+    shares.join(settings)
+    return total, rate * shares.count
+
+
+def _is_joined(cases: Iterator[Case], output: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether an earlier call of several processes finished."""
+    if not output.exists() or not settings_path(output).exists():
+        return False
+    with open_journal(output, settings) as journal:
+        total, done = _checked(cases, journal, Shares(output, 1))
+        return done == total
 
 
 def _judge(
-    cases: Iterator[Case],
+    todo: Iterator[Case],
     journal: Journal,
     judge: Judge,
     total: int,
-    chunk: int,
+    shares: Shares,
     title: str,
     console: Console,
 ) -> None:
@@ -242,11 +291,11 @@ def _judge(
         TextColumn("{task.completed:,}/{task.total:,} pairs"),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
+        disable=shares.own > 0,
     )
     with bar:
         task = bar.add_task(title, total=total, completed=journal.lines)
-        todo = itertools.islice(cases, journal.lines, None)
-        while batch := list(itertools.islice(todo, chunk)):
+        while batch := list(itertools.islice(todo, shares.chunk)):
             started = time.perf_counter()
             verdicts = judge.compare([case.comparison for case in batch])
             rows = [case.line(v) for case, v in zip(batch, verdicts, strict=True)]
@@ -254,25 +303,32 @@ def _judge(
             bar.update(task, advance=len(batch))
 
 
-def _checked(cases: Iterator[Case], journal: Journal) -> int:
-    """The number of cases; raises when the lines that are there are not those of the first ones."""
+def _checked(cases: Iterator[Case], journal: Journal, shares: Shares) -> tuple[int, int]:
+    """The number of cases, and how many of a process's own have their line.
+
+    Raises:
+        ValueError: the lines that are there are not those of its first cases.
+    """
     written = journal.read()
-    total = 0
+    total = place = 0
     for total, case in enumerate(cases, start=1):
+        if (total - 1) // shares.chunk % shares.count != shares.own:
+            continue
+        place += 1
         line = next(written, None)
         if line is not None and not case.is_in(line):
             raise JournalError(
-                f"{journal.path}, line {total}: it is not the verdict on line {total} of this "
+                f"{journal.path}, line {place}: it is not the verdict on line {total} of this "
                 "input: give another output, or --overwrite"
             )
     if not total:
         raise ValueError("there are no pairs to judge")
-    if journal.lines > total:
+    if journal.lines > place:
         raise JournalError(
-            f"{journal.path} has {journal.lines:,} lines, the input {total:,} pairs: give another "
-            "output, or --overwrite"
+            f"{journal.path} has {journal.lines:,} lines, the input {place:,} pairs for it: give "
+            "another output, or --overwrite"
         )
-    return total
+    return total, journal.lines
 
 
 # -- verdicts as plain data ----------------------------------------------------------------------
@@ -330,6 +386,8 @@ def run_judge(
 ) -> int:
     """Writes every input line with the judge's verdict under `field`; returns their number.
 
+    Under `accelerate launch` each process judges its share of the lines, and the first joins them.
+
     Args:
         source: JSON lines with `context` (a text) or `prompt` (a text or messages), and
             `response_a` and `response_b`, or `responses` with two texts.
@@ -356,6 +414,7 @@ def run_judge(
         {**choice.settings(), "field": field},
         chunk=chunk,
         overwrite=overwrite,
+        shares=Shares.here(target, chunk),
         console=console,
     )
     return total

@@ -124,6 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     tournament.add_argument(
         "--overwrite", action="store_true", help="begin anew instead of going on"
     )
+    tournament.add_argument(
+        "--vllm-server", nargs="+", default=[], metavar="URL",
+        help="replicas of `vllm serve MODEL` that compute, in place of this process",
+    )  # fmt: skip
     tournament.set_defaults(run=_tournament)
 
     report = commands.add_parser("report", help="what runs looked like, as one HTML page")
@@ -209,6 +213,10 @@ def _add_judge(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--packing", default="auto", choices=PACKING, help="how prompts share prefixes"
     )
+    command.add_argument(
+        "--vllm-server", nargs="+", default=[], metavar="URL",
+        help="replicas of `vllm serve MODEL` that compute, in place of this process",
+    )  # fmt: skip
     command.add_argument("--revision", metavar="REV", help="of a model on the Hub")
     command.add_argument("--trust-remote-code", action="store_true")
     command.add_argument(
@@ -348,6 +356,7 @@ def _tournament(arguments: argparse.Namespace) -> None:
         brackets=arguments.brackets,
         chunk=arguments.chunk,
         overwrite=arguments.overwrite,
+        servers=tuple(arguments.vllm_server),
     )
 
 
@@ -370,6 +379,7 @@ def _choice(arguments: argparse.Namespace, model: str) -> JudgeChoice:
         dtype=arguments.dtype,
         revision=arguments.revision,
         trust_remote_code=arguments.trust_remote_code,
+        servers=tuple(arguments.vllm_server),
     )
 
 

@@ -5,28 +5,27 @@ It knows files and the order of the work; sampling, judging and brackets are on 
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from self_judge.bulk_judging import fingerprint
+from self_judge.bulk_judging import JudgeChoice, fingerprint
 from self_judge.comparison import Message
 from self_judge.encoding import ChatEncoder
 from self_judge.journal import Journal, JournalError, open_journal, settings_path
 from self_judge.judge import Judge
 from self_judge.models import load_judge_settings, load_model, load_tokenizer
 from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
+from self_judge.shares import Shares
 from self_judge.templates import dialogue_text
 from self_judge.tournament import Bracket, judged_knockouts
+from self_judge.vllm_roles import VLLMSampler, VLLMScorer
 
 # Lines in memory at a time: all their matches of a round are judged together.
 CHUNK = 256
@@ -59,6 +58,7 @@ def run_tournament(
     brackets: bool = False,
     chunk: int = CHUNK,
     overwrite: bool = False,
+    servers: Sequence[str] = (),
     console: Console | None = None,
 ) -> int:
     """Writes every input line with `winner` (its index) and `response`; returns their number.
@@ -76,6 +76,8 @@ def run_tournament(
         brackets: also write every match with the judge's probabilities, under which principles.
         chunk: lines played together and then written to disk.
         overwrite: begin anew, whatever is there.
+        servers: URLs of `vllm serve` replicas of `model`, which then judge, and sample unless
+            there is a `policy`, in place of this process.
 
     Raises:
         ValueError: a line that cannot be used (file, line number and field are named), or the
@@ -94,11 +96,7 @@ def run_tournament(
     total = sum(1 for _ in _entries(source))  # checks every line before a model is loaded
     if not total:
         raise ValueError(f"{source}: it has no lines")
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    count, own = processes.num_processes, processes.process_index
-    shares = [
-        target if count == 1 else target.with_name(f"{target.name}.{i}") for i in range(count)
-    ]
+    shares = Shares.here(target, chunk)
     begun = {
         "model": str(model),
         "weights": fingerprint(str(model)),
@@ -110,7 +108,7 @@ def run_tournament(
         "seed": seed,
         "brackets": brackets,
         "chunk": chunk,
-        "processes": count,
+        "processes": shares.count,
     }
     bar = Progress(
         SpinnerColumn(),
@@ -119,25 +117,22 @@ def run_tournament(
         TextColumn("{task.completed}/{task.total} lines"),
         TimeElapsedColumn(),
         console=console or Console(stderr=True),
-        disable=not processes.is_main_process,
+        disable=shares.own > 0,
     )
     if not overwrite and _is_finished(target, begun, source, total):
         return total
     # Before the output is begun: what is wrong with the model leaves nothing behind.
-    judge = Judge.from_pretrained(
-        model,
-        batch_size=batch_size,
-        max_length=max_length,
-        device=processes.device if count > 1 else None,
-    )
-    with open_journal(shares[own], begun, overwrite=overwrite) as journal, bar:
+    judge = JudgeChoice(
+        str(model), batch_size=batch_size, max_length=max_length, servers=tuple(servers)
+    ).load()
+    with open_journal(shares.path, begun, overwrite=overwrite) as journal, bar:
         task = bar.add_task("tournament", total=total)
-        done = _checked(journal, (e for _, c in _dealt(source, chunk, own, count) for e in c))
+        done = _checked(journal, (e for _, c in shares.dealt(_entries(source)) for e in c))
         # Whole chunks again: the same lines then as without interruption.
-        journal.cut(done // chunk * chunk if done < _share(total, chunk, own, count) else done)
-        sampler: TransformersSampler | None = None
+        journal.cut(done // chunk * chunk if done < shares.size(total) else done)
+        sampler: TransformersSampler | VLLMSampler | None = None
         skipped = journal.lines
-        for number, entries in _dealt(source, chunk, own, count):
+        for number, entries in shares.dealt(_entries(source)):
             bar.update(task, completed=min(total, (number + 1) * chunk))
             if skipped > 0:
                 skipped -= len(entries)
@@ -158,9 +153,7 @@ def run_tournament(
                     for entry, texts, bracket in zip(entries, responses, played, strict=True)
                 ]
             )
-    processes.wait_for_everyone()
-    if count > 1 and processes.is_main_process:
-        _join(shares, target, begun, chunk)
+    shares.join(begun)
     return total
 
 
@@ -180,22 +173,6 @@ def _played(
         written["principles"] = list(principles)
         written["bracket"] = bracket_json(bracket)
     return written
-
-
-def _dealt(source: Path, chunk: int, own: int, count: int) -> Iterator[tuple[int, list[Entry]]]:
-    """The chunks that a process plays: every `count`-th one, with their numbers."""
-    entries = _entries(source)
-    for number in itertools.count():
-        dealt = list(itertools.islice(entries, chunk))
-        if not dealt:
-            return
-        if number % count == own:
-            yield number, dealt
-
-
-def _share(total: int, chunk: int, own: int, count: int) -> int:
-    """How many lines that is."""
-    return sum(min(chunk, total - start) for start in range(own * chunk, total, count * chunk))
 
 
 def _checked(journal: Journal, entries: Iterator[Entry]) -> int:
@@ -220,20 +197,6 @@ def _is_finished(target: Path, begun: Mapping[str, Any], source: Path, total: in
         return False
     with open_journal(target, begun) as journal:
         return journal.lines == total and _checked(journal, _entries(source)) == total
-
-
-def _join(shares: Sequence[Path], target: Path, begun: Mapping[str, Any], chunk: int) -> None:
-    """Puts the shares' chunks together in turn, as they were dealt out, and removes the shares."""
-    with contextlib.ExitStack() as stack, open_journal(target, begun, overwrite=True) as joined:
-        files = [stack.enter_context(share.open(encoding="utf-8")) for share in shares]
-        for file in itertools.cycle(files):
-            lines = [json.loads(line) for line in itertools.islice(file, chunk)]
-            joined.append(lines)
-            if len(lines) < chunk:
-                break  # the last chunk, or the empty one after it
-    for share in shares:
-        share.unlink()
-        settings_path(share).unlink(missing_ok=True)
 
 
 def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
@@ -296,19 +259,21 @@ def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
 
 def _sampler(
     judge: Judge, policy: str | Path | None, settings: SamplingSettings
-) -> TransformersSampler:
+) -> TransformersSampler | VLLMSampler:
+    if policy is None and isinstance(judge.scorer, VLLMScorer):
+        return VLLMSampler(judge.scorer.engine, judge.encoder, settings)
     if policy is None:
         model: Any = judge.model
         return TransformersSampler(model, judge.encoder, settings)
     saved = load_judge_settings(policy)
     encoder = ChatEncoder(load_tokenizer(policy), saved.chat_template if saved else None)
     loaded: Any = load_model(policy)
-    loaded.to(next(judge.model.parameters()).device)
+    loaded.to(PartialState().device)
     return TransformersSampler(loaded, encoder, settings)
 
 
 def _with_samples(
-    chunk: Sequence[Entry], sampler: TransformersSampler | None, n: int, seed: int
+    chunk: Sequence[Entry], sampler: TransformersSampler | VLLMSampler | None, n: int, seed: int
 ) -> list[list[str]]:
     asked = [(i, e) for i, e in enumerate(chunk) if e.responses is None]
     own = [list(e.responses or ()) for e in chunk]

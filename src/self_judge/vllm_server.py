@@ -233,10 +233,13 @@ class VLLMServers:
 
         # A server that goes down puts its work back when others may have finished: look again.
         while left and not failures:
+            alive = self._alive()
+            # In turn, and no more than an even part each: else little work would all be the first's.
+            each = min(self.concurrency, -(-left // len(alive)))
             workers = [
                 threading.Thread(target=serve, args=(server,), daemon=True)
-                for server in self._alive()
-                for _ in range(min(self.concurrency, left))
+                for _ in range(each)
+                for server in alive
             ]
             for worker in workers:
                 worker.start()
