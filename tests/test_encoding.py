@@ -232,7 +232,7 @@ def test_contents_are_trimmed_as_the_template_trims_them(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_but_white_space_is_trimmed(family: str) -> None:
-    encoder = encoder_of(family)
+    encoder = ChatEncoder(FAMILIES[family].tokenizer())
     capitals = [user("XX"), assistant("XX")]
     assert encoder.encode_dialogue(capitals).ids == templated(encoder, capitals)
 
@@ -359,6 +359,14 @@ def test_a_query_is_continued_and_gets_no_end() -> None:
     asked = ChatEncoder(closing, CHATML)
     assert tokens(asked, asked.encode_query("a")) == ["<s>", "a"]
     assert tokens(asked, asked.encode_query("<s>a")) == ["<s>", "a"]
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    ending = wrap(backend, CHATML)
+    ending.eos_token = "</s>"
+    ends = ChatEncoder(ending)
+    assert tokens(ends, ends.encode_query("a")) == ["a"]
+    assert tokens(ends, ends.encode_query("")) == ["</s>"], "nothing to continue is no query"
 
 
 # -- hostile text --------------------------------------------------------------------------------

@@ -306,6 +306,14 @@ def test_a_bar_is_shown_where_asked_for_and_only_there(
     assert "judging" in capsys.readouterr().err
 
 
+def test_the_tokens_of_a_pass_can_be_set(
+    model: Any, tokenizer: Any, templates: JudgeTemplates, judge: Judge
+) -> None:
+    small = Judge(model, tokenizer, templates, batch_tokens=100)
+    assert small.packing.shape.batch_tokens == 100
+    same(small.compare(COMPARISONS), judge.compare(COMPARISONS))
+
+
 def test_nothing_to_judge_gives_no_verdicts(judge: Judge) -> None:
     assert judge.compare([]) == []
 
@@ -562,6 +570,9 @@ def test_a_folder_whose_saved_letters_are_not_the_tokenizers_is_refused(
     a, b = judge.letter_ids
     save_judge_settings(folder, encoder, templates, (b, a))
     with pytest.raises(ValueError, match=f"token_id_a={b}"):
+        Judge.from_pretrained(folder, device="cpu")
+    save_judge_settings(folder, encoder, templates, (a, a))
+    with pytest.raises(ValueError, match=f"token_id_b={a}"):
         Judge.from_pretrained(folder, device="cpu")
 
 

@@ -50,6 +50,7 @@ class Reader:
                 assert [depth for _, depth in path] == list(range(len(path)))
                 found[i] = [token for token, _ in path]
             self.tokens.update(zip(own.tolist(), pairs, strict=True))
+            assert set(step.needed.tolist()) <= set(self.tokens)
             if forget:
                 kept = set(step.needed.tolist())
                 self.tokens = {n: t for n, t in self.tokens.items() if n in kept}
@@ -119,6 +120,10 @@ def test_steps_are_about_equally_long_rather_than_full_with_a_rest() -> None:
     assert lengths(30, 2, 60) == [60]
     assert lengths(10, 5, 50) == [50]
     assert lengths(70, 2, 60) == [70, 70]
+    # What two sequences share counts once.
+    shared = list(range(40))
+    both = walk([[*shared, *range(50, 55)], [*shared, *range(60, 65)]], 50, Paths())
+    assert [len(step.token_ids) for step in both] == [50]
 
 
 def test_only_tokens_forgotten_are_computed_again() -> None:

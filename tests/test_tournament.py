@@ -160,6 +160,7 @@ def test_an_undecided_match_is_drawn_by_lot_and_says_so() -> None:
         bracket = play(Undecided(), ["x", "y"], seed=seed)[0]
         (match,) = matches(bracket)
         assert match.by_lot
+        assert {match.a, match.b} == {0, 1}
         assert match.verdict is not None
         assert match.verdict.undecidable_because == "an exact tie"
         winners.append(bracket.winner)

@@ -62,7 +62,6 @@ class EncodedChat:
 @dataclass(frozen=True, slots=True)
 class _Structure:
     ids: tuple[int, ...]
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,12 +369,12 @@ class ChatEncoder:
             # The space before an answer belongs to the answer's first word, as in `_Slot.lead`.
             tail = tail.rstrip(" ")
         if tail:
-            parts.append(self._structure(tail, at_start=cursor == 0))
+            parts.append(self._structure(tail, at_start=False))
         return tuple(parts)
 
     def _structure(self, text: str, at_start: bool) -> _Structure:
         anchor = "" if at_start else self._text.anchor
-        return _Structure(tuple(self._text.encode_after(anchor, text)), text)
+        return _Structure(tuple(self._text.encode_after(anchor, text)))
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         rendered = self.tokenizer.apply_chat_template(

@@ -195,13 +195,12 @@ def prefix_groups(sequences: Sequence[Sequence[int]]) -> list[PrefixGroup]:
     best, start_of, prefix_of = [0], [0], [0]
     for end in range(1, len(arrays) + 1):
         cheapest: tuple[int, int, int] | None = None
-        prefix, total = len(arrays[end - 1]) - 1, 0
+        prefix = len(arrays[end - 1]) - 1
         for start in range(end - 1, max(-1, end - 1 - _LARGEST_GROUP), -1):
             follows = shared[start + 1] if start + 1 < end else prefix
             prefix = min(prefix, follows, len(arrays[start]) - 1)
-            total += len(arrays[start])
-            count = end - start
-            found = (best[start] + total - (count - 1) * prefix, start, prefix)
+            # Fewest tokens are computed where the most are saved.
+            found = (best[start] - (end - start - 1) * prefix, start, prefix)
             cheapest = found if cheapest is None or found < cheapest else cheapest
         assert cheapest is not None
         best.append(cheapest[0])

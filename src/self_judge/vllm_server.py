@@ -234,7 +234,7 @@ class VLLMServers:
         # A server that goes down puts its work back when others may have finished: look again.
         while left and not failures:
             alive = self._alive()
-            # In turn, and no more than an even part each: else little work would all be the first's.
+            # In turn, and an even part each at most: else little work would all be the first's.
             each = min(self.concurrency, -(-left // len(alive)))
             workers = [
                 threading.Thread(target=serve, args=(server,), daemon=True)
