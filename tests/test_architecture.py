@@ -70,6 +70,7 @@ FLOORS: list[set[str]] = [
         "jsft_trainer",
         "tournament",
         "rollouts",
+        "rollouts_ahead",
         "phases",
         "prompts",
         "trainer_config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from conftest import SMALL, TEMPLATES, tiny_llama
+from conftest import SMALL, TEMPLATES, history, tiny_llama
 from fake_vllm import FakeVLLM, serving
 from self_judge import Comparison, Judge, SelfJudgeConfig, SelfJudgeTrainer
+from self_judge.rollouts_ahead import BatchesAhead
 from self_judge.vllm_roles import EngineError
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -236,3 +239,111 @@ def test_settings_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(**changes)
+
+
+# -- samples drawn ahead ---------------------------------------------------------------------------
+
+
+def sampling_models(served: ServedModel) -> list[str]:
+    """Which adapter every response was drawn from, in the order of the requests."""
+    return [body["model"] for _, body in served.requests if body.get("seed") is not None]
+
+
+def test_ahead_every_step_but_the_first_learns_from_the_policy_before_the_last_update(
+    make: Make, served: ServedModel
+) -> None:
+    trainer = make(
+        peft_config=LoraConfig(**LORA),
+        rollouts_ahead=True,
+        max_steps=4,
+        per_device_train_batch_size=2,
+    )
+    trainer.train()
+    assert history(trainer, "rollouts/steps_behind") == [0, 1, 1, 1]
+    models = list(dict.fromkeys(sampling_models(served)))
+    assert len(sampling_models(served)) == 4 * 2 * 2
+    # Two of one policy, which was not updated yet, then those after one and after two updates.
+    assert len(models) == len(served.every_adapter) == 4
+    untaught, again, once, twice = served.every_adapter
+    assert all(torch.equal(untaught[n], again[n]) for n in untaught)
+    assert any(not torch.equal(again[n], once[n]) for n in once)
+    assert any(not torch.equal(once[n], twice[n]) for n in once)
+    assert len(served.adapters) == 1
+
+
+def test_ahead_the_samples_are_those_that_the_earlier_policy_gives_to_that_step(
+    make: Make, served: ServedModel, tmp_path: Path
+) -> None:
+    # With a learning rate of 0 the policy stays what it is, so being ahead changes nothing.
+    on_policy = make(peft_config=LoraConfig(**LORA), learning_rate=0.0)
+    on_policy.train()
+    ahead = make(
+        peft_config=LoraConfig(**LORA),
+        learning_rate=0.0,
+        rollouts_ahead=True,
+        output_dir=str(tmp_path / "ahead"),
+    )
+    ahead.train()
+    for step in (1, 2, 3):
+        assert pairs(ahead, step) == pairs(on_policy, step)
+    assert history(ahead, "loss") == pytest.approx(history(on_policy, "loss"), abs=1e-6)
+
+
+def test_ahead_servers_sample_while_the_update_goes_on(make: Make, served: ServedModel) -> None:
+    class Patient(TrainerCallback):
+        """Holds the first update until the next step's samples are asked for."""
+
+        def __init__(self) -> None:
+            self.asked: list[int] = []
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+            deadline = time.monotonic() + 20
+            expected = 2 * 2 * min(state.global_step + 2, state.max_steps)
+            while len(sampling_models(served)) < expected and time.monotonic() < deadline:
+                time.sleep(0.01)
+            self.asked.append(len(sampling_models(served)))
+
+    trainer = make(
+        peft_config=LoraConfig(**LORA), rollouts_ahead=True, per_device_train_batch_size=2
+    )
+    patient = Patient()
+    trainer.add_callback(patient)
+    trainer.train()
+    assert patient.asked == [8, 12, 12]
+
+
+def test_ahead_over_the_end_of_an_epoch_a_step_samples_for_itself(
+    make: Make, served: ServedModel
+) -> None:
+    trainer = make(peft_config=LoraConfig(**LORA), rollouts_ahead=True, max_steps=5)
+    trainer.train()  # 8 prompts, 4 a step
+    assert history(trainer, "rollouts/steps_behind") == [0, 1, 0, 1, 0]
+    assert len(pairs(trainer, 5)) == 4
+
+
+def test_ahead_an_error_of_the_servers_ends_the_run(make: Make, served: ServedModel) -> None:
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            served.broken = True
+
+    trainer = make(peft_config=LoraConfig(**LORA), rollouts_ahead=True)
+    trainer.vllm.engine.servers[0].retry_wait = 0.001  # type: ignore[union-attr]
+    trainer.add_callback(Breaks())
+    with pytest.raises(EngineError, match="no vLLM server answers any more"):
+        trainer.train()
+
+
+def test_only_servers_sample_ahead(tmp_path: Path) -> None:
+    for changes in ({}, {"use_vllm": True}):
+        with pytest.raises(ValueError, match="rollouts_ahead needs use_vllm with vllm_mode=server"):
+            SelfJudgeConfig(str(tmp_path), rollouts_ahead=True, **changes)
+
+
+def test_a_pass_of_data_gives_the_batches_of_a_step_and_of_the_next() -> None:
+    ahead = BatchesAhead()
+    data = iter(range(7))
+    assert ahead.take(data, 2) == ([0, 1], [2, 3])
+    assert ahead.take(data, 2) == ([2, 3], [4, 5])
+    assert ahead.take(data, 2) == ([4, 5], [6])
+    assert ahead.take(data, 1) == ([6], [])
+    assert ahead.take(iter(range(3)), 2) == ([0, 1], [2])

@@ -249,6 +249,8 @@ class SelfJudgeArgs:
         use_vllm: whether vLLM samples, and with LoRA judges too.
         vllm_mode: an engine in every training process (`colocate`), or servers (`server`).
         vllm_server_base_url: URL of the server, or a list of replicas.
+        rollouts_ahead: whether servers sample for the next step while this one updates: one step
+            off-policy, not corrected.
         vllm_server_timeout: seconds to wait for them to be up.
         vllm_gpu_memory_utilization: the colocated engine's share of the GPU's memory.
         vllm_max_model_length: tokens that the colocated engine holds of a sequence; `None`: as
@@ -288,6 +290,7 @@ class SelfJudgeArgs:
     use_vllm: bool = False
     vllm_mode: VLLMMode = "colocate"
     vllm_server_base_url: str | list[str] | None = None
+    rollouts_ahead: bool = False
     vllm_server_timeout: float = 240.0
     vllm_gpu_memory_utilization: float = 0.3
     vllm_max_model_length: int | None = None
@@ -323,6 +326,11 @@ class SelfJudgeArgs:
         _require(
             not self.use_vllm or self.vllm_mode != "server" or bool(self.vllm_server_base_url),
             "vllm_mode: server needs vllm_server_base_url, the URL of a `vllm serve`, or a list",
+        )
+        _require(
+            not self.rollouts_ahead or (self.use_vllm and self.vllm_mode == "server"),
+            "rollouts_ahead needs use_vllm: true and vllm_mode: server: only servers can sample "
+            "while this process updates",
         )
         _require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")

@@ -28,7 +28,7 @@ from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
 from self_judge.batch_shape import settled_tokens
-from self_judge.comparison import Comparison
+from self_judge.comparison import Comparison, Response
 from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
 from self_judge.lockstep import LockstepPacking, check_processes, most_of
@@ -54,6 +54,7 @@ from self_judge.rollouts import (
     rollout_totals,
     write_rollouts,
 )
+from self_judge.rollouts_ahead import BatchesAhead, SamplesAhead
 from self_judge.run_folder import rollout_file, thin_rollouts
 from self_judge.run_log import RunLog, kl_estimate
 from self_judge.sampling import Sampler, TransformersSampler, stable_seed
@@ -259,6 +260,8 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
             scorer.packing = self._lockstep
         self.clock = StepClock(self.accelerator, self._metrics["train"])
         self.add_callback(self.clock)
+        self._batches_ahead, self._samples_ahead = BatchesAhead(), SamplesAhead()
+        self._next_batches: list[Any] = []
         self._step_batches: list[Any] = []
         self._step_inputs: list[dict[str, torch.Tensor]] | None = None
         self._sampled_tokens = 0
@@ -324,6 +327,10 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         They are rolled out at the first of them (in `_prepare_inputs`), not here: resuming from a
         checkpoint restores the random state only after this prefetch.
         """
+        if self.args.rollouts_ahead:
+            source, number = args[0], args[1]
+            now, self._next_batches = self._batches_ahead.take(source, number)
+            args = (iter(now), *args[1:])
         batches, count = super().get_batch_samples(*args, **kwargs)
         self._step_batches, self._step_inputs = batches, None
         return batches, count
@@ -400,14 +407,12 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         records = [int(r) for batch in batches for r in batch["record"]]
         prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
         contexts = [context for batch in batches for context in batch["context"]]
-        # A record's samples depend on the seed, the step and the record alone: not on the batch it
-        # is in, the number of processes or a resume in between.
-        seeds = [stable_seed(self.args.seed, self.state.global_step, r) for r in records]
+        seeds = self._seeds(batches, self.state.global_step)
         times, k = self.args.rollouts_per_update, self.args.num_generations
-        with self.clock.phase("sampling"), self._sampler() as sampler:
-            responses = sampler.sample(prompts, times * k, seeds)
-            if isinstance(sampler, TransformersSampler):  # less, if memory was full
-                self.args.generation_batch_size = sampler.batch_size
+        with self.clock.phase("sampling"):
+            ahead = self._samples_ahead.take(batches)
+            responses = self._sampled(batches) if ahead is None else ahead
+        self._metrics["train"]["rollouts/steps_behind"].append(float(ahead is not None))
         self._sampled_tokens = sum(len(r.ids) for own in responses for r in own)
         # Every rollout of a prompt has samples and lots of its own.
         each = [(i, t) for i in range(len(prompts)) for t in range(times)]
@@ -427,8 +432,40 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
             )
             if self._lockstep is not None:
                 self._lockstep.finish()
+        self._begin_next()
         own = iter(rollouts)
         return [[next(own) for _ in range(times * len(b["record"]))] for b in batches]
+
+    def _seeds(self, batches: Sequence[dict[str, Any]], step: int) -> list[int]:
+        # A record's samples depend on the seed, the step and the record alone: not on the batch it
+        # is in, the number of processes or a resume in between.
+        records = [int(r) for batch in batches for r in batch["record"]]
+        return [stable_seed(self.args.seed, step, r) for r in records]
+
+    def _sampled(self, batches: Sequence[dict[str, Any]]) -> list[list[Response]]:
+        prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
+        n = self.args.rollouts_per_update * self.args.num_generations
+        with self._sampler() as sampler:
+            responses = sampler.sample(prompts, n, self._seeds(batches, self.state.global_step))
+            if isinstance(sampler, TransformersSampler):  # less, if memory was full
+                self.args.generation_batch_size = sampler.batch_size
+        return responses
+
+    def _begin_next(self) -> None:
+        """Has servers sample for the next step while this one updates, if asked to."""
+        batches, last = self._next_batches, self.state.global_step + 1 >= self.state.max_steps
+        if not self.args.rollouts_ahead or self.vllm is None or last:
+            return
+        with self.clock.phase("sampling"):
+            # No process may still sample from the policy that is replaced.
+            self.accelerator.wait_for_everyone()
+            sampler = self.vllm.sampler(self._reference())
+        if not batches:  # an epoch ends
+            return
+        prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
+        n = self.args.rollouts_per_update * self.args.num_generations
+        seeds = self._seeds(batches, self.state.global_step + 1)
+        self._samples_ahead.start(batches, lambda: sampler.sample(prompts, n, seeds))
 
     @contextmanager
     def _sampler(self) -> Iterator[Sampler]:

@@ -127,6 +127,13 @@ class SelfJudgeConfig(DPOConfig):
         default=None,
         metadata={"help": "URL of the server, or of several replicas (http://host:port)."},
     )
+    rollouts_ahead: bool = field(
+        default=False,
+        metadata={
+            "help": "Have servers sample for the next step while this one updates, one step "
+            "off-policy and uncorrected (vllm_mode=server)."
+        },
+    )
     vllm_server_timeout: float = field(
         default=240.0, metadata={"help": "Seconds to wait for the servers to be up."}
     )
@@ -223,6 +230,11 @@ class SelfJudgeConfig(DPOConfig):
             raise ValueError(
                 "vllm_gpu_memory_utilization must be in (0, 1], got "
                 f"{self.vllm_gpu_memory_utilization}"
+            )
+        if self.rollouts_ahead and not (self.use_vllm and self.vllm_mode == "server"):
+            raise ValueError(
+                "rollouts_ahead needs use_vllm with vllm_mode=server: only servers can sample "
+                "while this process updates"
             )
         if not self.use_vllm:
             return
