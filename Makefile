@@ -72,7 +72,7 @@ $(EXTRAS_READY): pyproject.toml constraints.txt
 test-extras: $(EXTRAS_READY)  ## DeepSpeed and bitsandbytes on the CPU, in an environment of their own
 	$(EXTRAS_VENV)/bin/python -m pytest -m 'slow or not slow' tests/test_deepspeed.py tests/test_qlora.py
 
-mutants: $(READY)  ## does some test notice a small change to the code that decides? (half an hour)
+mutants: $(READY)  ## does some test notice a small change to the code that decides? (forty minutes)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutation]'
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=brief $(BIN)/mutmut run
 	$(BIN)/mutmut results
