@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from self_judge.estimates import GIB, GPUS, Setting, Sharding, Work, memory, seconds
-from self_judge.model_size import kept_activations, size_of
+from self_judge.model_size import FourBits, kept_activations, size_of
 
 PROMPT, RESPONSE, NEW, TEMPLATE = 200, 200, 256, 150  # tokens; a response is at most NEW long
 
@@ -52,12 +52,12 @@ def model_of(lora: bool) -> Any:
 
 def row(
     title: str, work: Work, gpu: str, processes: int = 1, sharding: Sharding = "none", *,
-    lora: bool = True, judge_apart: bool = False,
+    lora: bool = True, judge_apart: bool = False, four_bits: FourBits = "no",
 ) -> None:  # fmt: skip
     """Prints one line of the table."""
     model = model_of(lora)
-    size = size_of(model)
-    setting = Setting(lora, judge_apart, True, True, "adamw_torch", processes, sharding)
+    size = size_of(model, four_bits)
+    setting = Setting(lora, judge_apart, True, True, "adamw_torch", processes, sharding, four_bits)
     kept = kept_activations(model, *work.largest, bf16=True)
     held, took = (
         memory(size, kept, work, setting, GPUS[gpu]),
@@ -76,6 +76,8 @@ def main() -> None:
     print("machine, run, sharding, memory of one GPU, seconds a step (sampling, judging, update)")
     row("JSFT, LoRA", jsft(2, 64), "rtx-4090")
     row("self-training, LoRA", self_training(2, 32, 8), "rtx-4090")
+    row("JSFT, QLoRA", jsft(4, 32), "rtx-4090", four_bits="plain")
+    row("self-training, QLoRA", self_training(4, 16, 32), "rtx-4090", four_bits="plain")
     row("JSFT, LoRA", jsft(8, 16), "a100-80gb")
     for gpu in ("a100-80gb", "h100"):
         row("self-training, LoRA", self_training(8, 8, 64), gpu)
