@@ -35,7 +35,7 @@ AXES = {
 
 def step_seconds(given: argparse.Namespace, encoder: Any, point: dict[str, int]) -> dict[str, Any]:
     """Seconds of each phase of the second step, and the tokens sampled in it a second."""
-    template = next(iter(bench.templates_of().to_dict()["judge_templates"].values()))
+    template = next(iter(bench.templates_of().to_dict()["judge"].values()))
     templates = {f"principle {i}": {**template, "user": template["user"] + " " * i}
                  for i in range(point["principles"])}  # fmt: skip
     rows = [
