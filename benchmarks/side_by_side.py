@@ -176,6 +176,20 @@ def way(packing: Packing) -> str:
     return f"{packing.describe()}; passes of {tokens} tokens"
 
 
+def quiet(given: argparse.Namespace) -> dict[str, Any]:
+    """A trainer's settings by which it computes in the model's own dtype and writes nothing."""
+    return {
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": given.device == "cpu",
+        "report_to": "none",
+        "save_strategy": "no",
+        "save_rollouts": False,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+
+
 def lora() -> LoraConfig:
     """The adapter of both sides."""
     return LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")

@@ -15,11 +15,10 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from conftest import ROOT, TEMPLATES, byte_bpe, tiny_llama, wrap
-from self_judge import ChatEncoder, JudgeTemplates
+from conftest import ROOT, tiny_llama
 from self_judge.checkpoints import flaw
 from self_judge.lockstep import LockstepPacking, check_processes
-from self_judge.models import load_model, save_judge_settings
+from self_judge.models import load_model
 from test_packing import build, sharing
 
 
@@ -157,64 +156,49 @@ def test_one_process_that_is_told_to_stop_ends_all_after_the_same_step(
     assert column(on, "loss") == pytest.approx(column(undisturbed, "loss"), abs=1e-6)
 
 
-@pytest.mark.slow
-def test_a_tournament_is_shared_out_and_joined_in_order(tmp_path: Path) -> None:
-    tokenizer = wrap(byte_bpe())
-    folder, encoder, templates = (
-        tmp_path / "judge",
-        ChatEncoder(tokenizer),
-        JudgeTemplates(TEMPLATES),
-    )
-    tiny_llama(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
-    source = tmp_path / "in.jsonl"
-    given = [{"context": f"what is {i}?", "responses": ["yes", "no", f"{i}"]} for i in range(600)]
+def written_by_one_and_by_two(
+    command: str, given: list[dict[str, Any]], judge: Path, folder: Path, *options: str
+) -> list[list[str]]:
+    """The lines that a command writes in one process, in two, and in two that find them there."""
+    source = folder / "in.jsonl"
     source.write_text("\n".join(map(json.dumps, given)))
     outputs = []
-    for processes, file in ((1, "single"), (2, "ddp")):
-        outputs.append(tmp_path / f"{processes}.jsonl")
+    for processes, file in ((1, "single"), (2, "ddp"), (2, "ddp")):
+        target = folder / f"{processes}.jsonl"
         done = launched(
-            file, processes, "--module", "self_judge.cli", "tournament", str(source),
-            str(outputs[-1]), "--model", str(folder), "--max-length", "200",
+            file, processes, "--module", "self_judge.cli", command, str(source), str(target),
+            "--model", str(judge), *options,
         )  # fmt: skip
-        assert outputs[-1].is_file(), done.stderr[-4000:]
-    assert outputs[0].read_text() == outputs[1].read_text()
-    assert len(outputs[0].read_text().splitlines()) == 600
-    assert [path.name for path in tmp_path.glob("2.jsonl.*")] == ["2.jsonl.settings.json"]
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert target.is_file(), done.stderr[-4000:]
+        outputs.append(target.read_text().splitlines())
+    assert [path.name for path in folder.glob("2.jsonl.*")] == ["2.jsonl.settings.json"]
+    return outputs
 
 
 @pytest.mark.slow
-def test_judging_in_bulk_is_shared_out_and_joined_in_order(tmp_path: Path) -> None:
-    tokenizer = wrap(byte_bpe())
-    folder, encoder, templates = (
-        tmp_path / "judge",
-        ChatEncoder(tokenizer),
-        JudgeTemplates(TEMPLATES),
+def test_a_tournament_is_shared_out_and_joined_in_order(saved_judge: Path, tmp_path: Path) -> None:
+    given = [{"context": f"what is {i}?", "responses": ["yes", "no", f"{i}"]} for i in range(600)]
+    options = ("--max-length", "200")
+    one, two, again = written_by_one_and_by_two(
+        "tournament", given, saved_judge, tmp_path, *options
     )
-    tiny_llama(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
-    source = tmp_path / "in.jsonl"
-    source.write_text(
-        "".join(
-            json.dumps({"context": f"what is {i}?", "response_a": "yes", "response_b": f"no {i}"})
-            + "\n"
-            for i in range(300)
-        )
-    )
-    outputs = []
-    for processes, file in ((1, "single"), (2, "ddp")):
-        target = tmp_path / f"{processes}.jsonl"
-        done = launched(
-            file, processes, "--module", "self_judge.cli", "judge", str(source), str(target),
-            "--model", str(folder), "--chunk", "32",
-        )  # fmt: skip
-        assert target.is_file(), done.stderr[-4000:]
-        outputs.append(target.read_text())
-    assert outputs[0] == outputs[1]
-    assert len(outputs[0].splitlines()) == 300
-    assert [p.name for p in tmp_path.glob("2.jsonl.*")] == ["2.jsonl.settings.json"]
+    assert one == two == again
+    assert len(one) == 600
+
+
+@pytest.mark.slow
+def test_judging_in_bulk_is_shared_out_and_joined_in_order(
+    saved_judge: Path, tmp_path: Path
+) -> None:
+    given = [
+        {"context": f"what is {i}?", "response_a": "yes", "response_b": f"no {i}"}
+        for i in range(300)
+    ]
+    options = ("--chunk", "32")
+    one, two, again = written_by_one_and_by_two("judge", given, saved_judge, tmp_path, *options)
+    assert one == two == again
+    assert len(one) == 300
 
 
 # -- what is asked for is what runs ----------------------------------------------------------------

@@ -103,15 +103,22 @@ class JudgeChoice:
     def load(self) -> Judge:
         """The judge; under `accelerate launch` on this process's device."""
         args, saved = self.template_args(), load_judge_settings(self.model)
-        encoder = None
-        if args is not None:
-            tokenizer = load_tokenizer(
-                self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-            chat = args.chat or (saved.chat_template if saved else None)
-            encoder = ChatEncoder(tokenizer, chat, args.user, args.assistant)
+        tokenizer = load_tokenizer(
+            self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        chat = (args.chat if args else None) or (saved.chat_template if saved else None)
+        markers = (args.user, args.assistant) if args else ()
+        encoder = ChatEncoder(tokenizer, chat, *markers)
         if self.servers:
-            return self._served(encoder)
+            own = saved if args is None else None
+            return Judge(
+                VLLMScorer(VLLMServers(self.servers)),
+                encoder,
+                self.judge_templates(),
+                token_id_a=own.token_id_a if own else None,
+                token_id_b=own.token_id_b if own else None,
+                max_length=self.max_length,
+            )
         state = PartialState(cpu=not torch.cuda.is_available())
         return Judge.from_pretrained(
             self.model,
@@ -124,24 +131,6 @@ class JudgeChoice:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             device=state.device if state.num_processes > 1 else None,
-        )
-
-    def _served(self, encoder: ChatEncoder | None) -> Judge:
-        """The tokenizer and templates are read here, the letters from the servers."""
-        saved = load_judge_settings(self.model)
-        if encoder is None:
-            tokenizer = load_tokenizer(
-                self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-            encoder = ChatEncoder(tokenizer, saved.chat_template if saved else None)
-        own = saved if saved is not None and self.templates is None else None
-        return Judge(
-            VLLMScorer(VLLMServers(self.servers)),
-            encoder,
-            self.judge_templates(),
-            token_id_a=own.token_id_a if own else None,
-            token_id_b=own.token_id_b if own else None,
-            max_length=self.max_length,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -243,8 +232,10 @@ def judge_in_bulk(
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     console = console or Console(stderr=True)
     shares = shares or Shares(output, chunk)
-    if shares.count > 1 and not overwrite and _is_joined(cases(), output, settings):
-        return sum(1 for _ in cases()), math.nan
+    if shares.count > 1 and not overwrite:
+        whole = shares.agreed(lambda: _joined(cases(), output, settings))
+        if whole is not None:
+            return whole, math.nan
     with open_journal(shares.path, settings, overwrite=overwrite) as journal:
         total, done = _checked(cases(), journal, shares)
         own = shares.size(total)
@@ -266,13 +257,13 @@ def judge_in_bulk(
     return total, rate * shares.count
 
 
-def _is_joined(cases: Iterator[Case], output: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether an earlier call of several processes finished."""
+def _joined(cases: Iterator[Case], output: Path, settings: Mapping[str, Any]) -> int | None:
+    """The number of lines, if an earlier call of several processes wrote all of them."""
     if not output.exists() or not settings_path(output).exists():
-        return False
+        return None
     with open_journal(output, settings) as journal:
         total, done = _checked(cases, journal, Shares(output, 1))
-        return done == total
+        return total if done == total else None
 
 
 def _judge(

@@ -124,10 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     tournament.add_argument(
         "--overwrite", action="store_true", help="begin anew instead of going on"
     )
-    tournament.add_argument(
-        "--vllm-server", nargs="+", default=[], metavar="URL",
-        help="replicas of `vllm serve MODEL` that compute, in place of this process",
-    )  # fmt: skip
+    _add_servers(tournament)
     tournament.set_defaults(run=_tournament)
 
     report = commands.add_parser("report", help="what runs looked like, as one HTML page")
@@ -202,6 +199,13 @@ def _add_evaluation(commands: argparse._SubParsersAction[argparse.ArgumentParser
     judge.set_defaults(run=_judge)
 
 
+def _add_servers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--vllm-server", nargs="+", default=[], metavar="URL",
+        help="replicas of `vllm serve MODEL` that compute, in place of this process",
+    )  # fmt: skip
+
+
 def _add_judge(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--templates", metavar="FILE",
@@ -213,10 +217,7 @@ def _add_judge(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--packing", default="auto", choices=PACKING, help="how prompts share prefixes"
     )
-    command.add_argument(
-        "--vllm-server", nargs="+", default=[], metavar="URL",
-        help="replicas of `vllm serve MODEL` that compute, in place of this process",
-    )  # fmt: skip
+    _add_servers(command)
     command.add_argument("--revision", metavar="REV", help="of a model on the Hub")
     command.add_argument("--trust-remote-code", action="store_true")
     command.add_argument(

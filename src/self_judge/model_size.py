@@ -87,7 +87,7 @@ class Size:
 
 # bitsandbytes keeps half a byte per weight, and a float32 number per block of 64; nested, these
 # numbers take a byte each.
-_FOUR_BITS = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64}
+_FOUR_BITS = {"plain": 0.5 + 4 / 64, "nested": 0.5 + 1 / 64}
 
 
 def size_of(model: nn.Module, four_bits: FourBits = "no") -> Size:
@@ -114,7 +114,7 @@ def size_of(model: nn.Module, four_bits: FourBits = "no") -> Size:
     layers = int(config.num_hidden_layers)
     saved = 0
     if four_bits != "no":
-        each = _FOUR_BITS[four_bits == "nested"]
+        each = _FOUR_BITS[four_bits]
         layers_of = (
             m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head
         )

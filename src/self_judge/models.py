@@ -243,9 +243,9 @@ def share_as_usual(directory: str | os.PathLike[str]) -> None:
 
 def merged_in_full(model: PeftModel) -> PreTrainedModel:
     """`merged`; of a base in 4 bits, the base as it was saved, which is loaded once more."""
-    if getattr(unwrapped(model), "quantization_method", None) is None:
-        return merged(model)
     base: Any = unwrapped(model)
+    if getattr(base, "quantization_method", None) is None:
+        return merged(model)
     with tempfile.TemporaryDirectory() as adapter:
         model.save_pretrained(adapter)
         return load_model(adapter, dtype=base.dtype)  # type: ignore[return-value]
@@ -351,7 +351,7 @@ def vocabulary_fits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) 
 def within_context(config: PreTrainedConfig, max_length: int | None) -> int | None:
     """`max_length`, or the positions that the model was made for where these are fewer.
 
-    Beyond them learned positions fail, and rotary ones give what nobody trained. Says so once.
+    Beyond them learned positions fail, and rotary ones give what nobody trained; a warning says so.
 
     Args:
         config: the model's.

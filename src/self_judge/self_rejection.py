@@ -119,7 +119,7 @@ def run_tournament(
         console=console or Console(stderr=True),
         disable=shares.own > 0,
     )
-    if not overwrite and _is_finished(target, begun, source, total):
+    if not overwrite and shares.agreed(lambda: _is_finished(target, begun, source, total)):
         return total
     # Before the output is begun: what is wrong with the model leaves nothing behind.
     judge = JudgeChoice(

@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from self_judge.journal import open_journal, settings_path
 
 ItemT = TypeVar("ItemT")
+FoundT = TypeVar("FoundT")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ class Shares:
         """How many of `total` items that is."""
         starts = range(self.own * self.chunk, total, self.count * self.chunk)
         return sum(min(self.chunk, total - start) for start in starts)
+
+    def agreed(self, find: Callable[[], FoundT]) -> FoundT:
+        """What the first process finds, for all: a journal is opened by one process at a time."""
+        if self.count == 1:
+            return find()
+        found: list[Any] = [find() if PartialState().is_main_process else None]
+        return broadcast_object_list(found)[0]
 
     def join(self, settings: Mapping[str, Any]) -> None:
         """Waits for all; the first puts the chunks together as they were dealt. All call it.

@@ -405,13 +405,12 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
     def _roll_out(self, batches: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
         """Samples and judges all prompts of the step at once; one list per micro-batch."""
         records = [int(r) for batch in batches for r in batch["record"]]
-        prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
         contexts = [context for batch in batches for context in batch["context"]]
-        seeds = self._seeds(batches, self.state.global_step)
+        prompts, _, seeds = asked = self._asked(batches, self.state.global_step)
         times, k = self.args.rollouts_per_update, self.args.num_generations
         with self.clock.phase("sampling"):
             ahead = self._samples_ahead.take(batches)
-            responses = self._sampled(batches) if ahead is None else ahead
+            responses = self._sampled(*asked) if ahead is None else ahead
         self._metrics["train"]["rollouts/steps_behind"].append(float(ahead is not None))
         self._sampled_tokens = sum(len(r.ids) for own in responses for r in own)
         # Every rollout of a prompt has samples and lots of its own.
@@ -436,17 +435,22 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         own = iter(rollouts)
         return [[next(own) for _ in range(times * len(b["record"]))] for b in batches]
 
-    def _seeds(self, batches: Sequence[dict[str, Any]], step: int) -> list[int]:
+    def _asked(
+        self, batches: Sequence[dict[str, Any]], step: int
+    ) -> tuple[list[list[int]], int, list[int]]:
+        """The prompts of a step, how many responses each gets, and their seeds."""
+        prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
         # A record's samples depend on the seed, the step and the record alone: not on the batch it
         # is in, the number of processes or a resume in between.
         records = [int(r) for batch in batches for r in batch["record"]]
-        return [stable_seed(self.args.seed, step, r) for r in records]
+        seeds = [stable_seed(self.args.seed, step, r) for r in records]
+        return prompts, self.args.rollouts_per_update * self.args.num_generations, seeds
 
-    def _sampled(self, batches: Sequence[dict[str, Any]]) -> list[list[Response]]:
-        prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
-        n = self.args.rollouts_per_update * self.args.num_generations
+    def _sampled(
+        self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int]
+    ) -> list[list[Response]]:
         with self._sampler() as sampler:
-            responses = sampler.sample(prompts, n, self._seeds(batches, self.state.global_step))
+            responses = sampler.sample(prompts, n, seeds)
             if isinstance(sampler, TransformersSampler):  # less, if memory was full
                 self.args.generation_batch_size = sampler.batch_size
         return responses
@@ -462,10 +466,8 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
             sampler = self.vllm.sampler(self._reference())
         if not batches:  # an epoch ends
             return
-        prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
-        n = self.args.rollouts_per_update * self.args.num_generations
-        seeds = self._seeds(batches, self.state.global_step + 1)
-        self._samples_ahead.start(batches, lambda: sampler.sample(prompts, n, seeds))
+        asked = self._asked(batches, self.state.global_step + 1)
+        self._samples_ahead.start(batches, lambda: sampler.sample(*asked))
 
     @contextmanager
     def _sampler(self) -> Iterator[Sampler]:
