@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 
 from self_judge.encoding import ChatEncoder
 from self_judge.journal import read_lines
-from self_judge.models import save_judge_settings
+from self_judge.judge_settings import save_judge_settings
 from self_judge.synthetic import judge_templates, preference_records, tiny_model, tiny_tokenizer
 
 

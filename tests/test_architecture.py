@@ -46,6 +46,7 @@ FLOORS: list[set[str]] = [
     },
     {
         "models",
+        "judge_settings",
         "batch_shape",
         "run_attention",
         "packed_passes",
@@ -72,6 +73,7 @@ FLOORS: list[set[str]] = [
         "rollouts",
         "rollouts_ahead",
         "phases",
+        "log_prob_units",
         "prompts",
         "trainer_config",
         "run_log",

@@ -25,7 +25,8 @@ import pytest
 from conftest import ROOT
 from self_judge import ChatEncoder, synthetic
 from self_judge.checkpoints import MANIFEST, UNFINISHED, clear_unfinished, flaw, last_whole
-from self_judge.models import load_tokenizer, save_judge_settings
+from self_judge.judge_settings import save_judge_settings
+from self_judge.models import load_tokenizer
 from self_judge.run_folder import METRICS, ROLLOUTS, read_lines
 
 KINDS = ("train", "jsft")

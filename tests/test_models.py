@@ -11,18 +11,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from conftest import TEMPLATES, byte_bpe, tiny_llama, wrap
-from self_judge import ChatEncoder, JudgeTemplates
+from conftest import byte_bpe, tiny_llama, wrap
 from self_judge.models import (
     ModelError,
     float32_logits,
     frozen_reference,
     in_evaluation_mode,
-    load_judge_settings,
     load_model,
     load_tokenizer,
     merged,
-    save_judge_settings,
     vocabulary_fits,
 )
 
@@ -207,61 +204,6 @@ def test_a_vocabulary_fits_when_every_token_has_an_embedding(model: Any, tokeniz
     vocabulary_fits(tiny_llama(len(tokenizer) + 5), tokenizer)
     with pytest.raises(ModelError, match="resize_token_embeddings"):
         vocabulary_fits(tiny_llama(len(tokenizer) - 1), tokenizer)
-
-
-# -- the judge's settings --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rationale", [None, "\n\nA: {rationale_a}\nB: {rationale_b} {braces} ✓"])
-def test_judge_settings_come_back_as_they_were_saved(
-    tmp_path: Path, encoder: ChatEncoder, rationale: str | None
-) -> None:
-    templates = JudgeTemplates(TEMPLATES, rationale)
-    letters = encoder.letter_ids(templates)
-    path = save_judge_settings(tmp_path / "new" / "folder", encoder, templates, letters)
-    assert [p.name for p in path.parent.iterdir()] == ["judge.json"]
-    saved = load_judge_settings(path.parent)
-    assert saved is not None
-    assert saved.templates.to_dict() == templates.to_dict()
-    assert saved.templates.principles == ("helpful", "honest")
-    assert (saved.token_id_a, saved.token_id_b) == letters
-    assert saved.chat_template == encoder.chat_template
-
-
-def test_a_folder_or_hub_name_without_judge_settings_has_none(tmp_path: Path) -> None:
-    assert load_judge_settings(tmp_path) is None
-    assert load_judge_settings("someone/some-model") is None
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        "[]",
-        "7",
-        '"judge"',
-        "{}",
-        '{"judge": {}, "token_id_a": 1, "token_id_b": 2}',
-        '{"judge": {"p": {"user": "no place for responses", "assistant": "x"}}}',
-    ],
-)
-def test_a_broken_judge_file_is_named_in_one_line(tmp_path: Path, content: str) -> None:
-    (tmp_path / "judge.json").write_text(content)
-    with pytest.raises(ModelError, match=r"judge\.json is not a judge file") as caught:
-        load_judge_settings(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_judge_file_lacking_or_garbling_a_letter_is_refused(
-    tmp_path: Path, encoder: ChatEncoder, templates: JudgeTemplates
-) -> None:
-    path = save_judge_settings(tmp_path, encoder, templates, (1, 2))
-    content = json.loads(path.read_text())
-    for broken in (None, "A", [1]):
-        path.write_text(json.dumps({**content, "token_id_b": broken}))
-        with pytest.raises(ModelError, match="not a judge file"):
-            load_judge_settings(tmp_path)
 
 
 def test_logits_for_judging_are_not_rounded_to_the_models_own_type(

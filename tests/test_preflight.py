@@ -17,7 +17,8 @@ from self_judge.checkpoints import seal
 from self_judge.cli import main
 from self_judge.config import ConfigError, kind_of_run, load_run
 from self_judge.jsft import jsft_dataset
-from self_judge.models import load_tokenizer, save_judge_settings
+from self_judge.judge_settings import save_judge_settings
+from self_judge.models import load_tokenizer
 from self_judge.preflight import Report, check
 from self_judge.preflight_view import neutral, show
 from self_judge.preparation import jsft_wording, load_data
@@ -401,6 +402,10 @@ def test_another_chat_template_or_letter_than_was_taught_is_a_problem(
     chat = json.dumps(CHATML.replace("<|im_start|>", "<|user|>").replace("<|im_end|>", "<|end|>"))
     assert "templates.chat: is not" in problems(
         check(TRAIN, given(taught, data["hh"], f"templates.chat={chat}"))
+    )
+    thinking = given(taught, data["hh"], "templates.chat_template_kwargs={enable_thinking: true}")
+    assert "chat_template_kwargs.enable_thinking: is True, and False is what" in problems(
+        check(TRAIN, thinking)
     )
     wrong = given(taught, data["hh"], "self_judge_args.token_id_a=7")
     assert "token_id_a=7" in problems(check(TRAIN, wrong))

@@ -23,11 +23,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 
 from self_judge.comparison import Comparison, Verdict
 from self_judge.config import PackingChoice, TemplateArgs
-from self_judge.encoding import ChatEncoder
 from self_judge.files import read_raw
 from self_judge.journal import Journal, JournalError, open_journal, settings_path
 from self_judge.judge import Judge, Orders, aggregate
-from self_judge.models import JUDGE_FILE, load_judge_settings, load_tokenizer
+from self_judge.judge_settings import JUDGE_FILE, encoder_as_taught, load_judge_settings
+from self_judge.models import load_tokenizer
 from self_judge.selection import Place
 from self_judge.shares import Shares
 from self_judge.templates import JudgeTemplates, dialogue_text
@@ -106,9 +106,8 @@ class JudgeChoice:
         tokenizer = load_tokenizer(
             self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
-        chat = (args.chat if args else None) or (saved.chat_template if saved else None)
-        markers = (args.user, args.assistant) if args else ()
-        encoder = ChatEncoder(tokenizer, chat, *markers)
+        asked = (args.chat, args.chat_template_kwargs, (args.user, args.assistant)) if args else ()
+        encoder = encoder_as_taught(tokenizer, saved, *asked)
         if self.servers:
             own = saved if args is None else None
             return Judge(
@@ -136,8 +135,10 @@ class JudgeChoice:
     def settings(self) -> dict[str, Any]:
         """What every verdict depends on, as plain data: a resumed run must have the same."""
         templates = json.dumps(self.judge_templates().to_dict(), sort_keys=True)
-        args = self.template_args()
-        chat = json.dumps([args.chat, args.user, args.assistant] if args else None)
+        args, saved = self.template_args(), load_judge_settings(self.model)
+        asked = (args.chat, args.user, args.assistant, args.chat_template_kwargs) if args else ()
+        taught = (saved.chat_template, dict(saved.chat_template_kwargs)) if saved else ()
+        chat = json.dumps([asked, taught], sort_keys=True)
         return {
             "model": self.model,
             "revision": self.revision,

@@ -87,6 +87,7 @@ class TemplateArgs:
             were saved beside the checkpoint.
         decision_rationale: what follows the letter, with `{rationale_a}` and `{rationale_b}`.
         chat: a Jinja chat template, instead of the tokenizer's own.
+        chat_template_kwargs: passed to the chat template, such as `{enable_thinking: true}`.
         user, assistant: turn markers such as `"\\n\\nHuman:"`, for a tokenizer that brings no chat
             template; used only where `chat` is not set either.
         skip_first_token: accepted and unused; masks come from how the ids were built.
@@ -95,6 +96,7 @@ class TemplateArgs:
     judge: dict[str, Any] | None = None
     decision_rationale: str | dict[str, str] | None = None
     chat: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     user: str | None = None
     assistant: str | None = None
     skip_first_token: bool | None = None

@@ -90,9 +90,11 @@ class ChatEncoder:
         user_marker, assistant_marker: plain-text turn markers such as `"\\n\\nHuman:"`; used only
             when neither `chat_template` nor the tokenizer brings a template.
         chat_template_kwargs: passed to the template; `enable_thinking` is off unless set here.
+            Plain JSON values, since they are kept beside the model.
 
     Raises:
-        EncodingError: there is no template, or it drops or repeats contents.
+        EncodingError: there is no template, or it drops or repeats contents; values that are not
+            plain JSON.
     """
 
     def __init__(
@@ -115,14 +117,15 @@ class ChatEncoder:
                 "template: set templates.chat, or the turn markers templates.user and "
                 "templates.assistant"
             )
-        self._template_kwargs = {"enable_thinking": False, **(chat_template_kwargs or {})}
+        given = {"enable_thinking": False, **(chat_template_kwargs or {})}
+        self.chat_template_kwargs = _plain_json(given)
         self._text = ContentTokenizer(tokenizer)
         self._layout = functools.lru_cache(maxsize=512)(self._make_layout)
         self._takes_system = self._check_system_role()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For `datasets.map(num_proc=…)`: caches are made anew in every process.
-        return _rebuilt, (self.tokenizer, self.chat_template, self._template_kwargs)
+        return _rebuilt, (self.tokenizer, self.chat_template, self.chat_template_kwargs)
 
     # -- chats ---------------------------------------------------------------------------------
 
@@ -382,7 +385,7 @@ class ChatEncoder:
             chat_template=self.chat_template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            **self._template_kwargs,
+            **self.chat_template_kwargs,
         )
         return str(rendered)
 
@@ -395,6 +398,15 @@ class ChatEncoder:
         except EncodingError:  # Gemma, for one, refuses it; others drop it, or only sometimes
             return False
         return True
+
+
+def _plain_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(json.dumps(values, allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise EncodingError(
+            f"chat_template_kwargs must be plain JSON values, as judge.json keeps them: {error}"
+        ) from error
 
 
 def _rebuilt(

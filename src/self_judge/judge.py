@@ -19,14 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from self_judge.comparison import Comparison, Side, Verdict
 from self_judge.config import PackingChoice
 from self_judge.encoding import ChatEncoder
-from self_judge.models import (
-    ModelError,
-    is_missing,
-    load_judge_settings,
-    load_model,
-    load_tokenizer,
-    vocabulary_fits,
-)
+from self_judge.judge_settings import encoder_as_taught, load_judge_settings
+from self_judge.models import ModelError, is_missing, load_model, load_tokenizer, vocabulary_fits
 from self_judge.packing import Packing
 from self_judge.scoring import LetterScorer, TransformersScorer
 from self_judge.templates import JudgeTemplates
@@ -168,7 +162,7 @@ class Judge:
         if encoder is None:
             named = {k: model_kwargs[k] for k in _ALSO_TOKENIZER if k in model_kwargs}
             tokenizer = load_tokenizer(name_or_path, **named)
-            encoder = ChatEncoder(tokenizer, saved.chat_template if saved else None)
+            encoder = encoder_as_taught(tokenizer, saved)
         model = load_model(name_or_path, **model_kwargs)
         model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
         return cls(

@@ -1,4 +1,4 @@
-"""Models in and out: load, merge, save; the frozen reference; the judge's settings beside it.
+"""Models in and out: load, merge, save; the frozen reference.
 
 It knows files and weights. It does not know data, prompts or training.
 """
@@ -12,9 +12,8 @@ import logging
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,13 +29,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from self_judge.encoding import ChatEncoder
-from self_judge.templates import JudgeTemplates
-from self_judge.whole_file import written_whole
-
 logger = logging.getLogger(__name__)
 
-JUDGE_FILE = "judge.json"
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
@@ -147,7 +141,7 @@ def load_model(
         told = _lines(error)
         raise ModelError(
             f"the adapter {path} does not fit its base {base_name}, or is damaged: "
-            f"{told[1] if len(told) > 1 else _line(error):.200}"
+            f"{told[1] if len(told) > 1 else in_a_line(error):.200}"
         ) from error
     return merged(model) if merge else model
 
@@ -368,62 +362,13 @@ def within_context(config: PreTrainedConfig, max_length: int | None) -> int | No
     return int(context)
 
 
-@dataclass(frozen=True, slots=True)
-class JudgeSettings:
-    """What a model was taught to judge with; saved beside its checkpoint as `judge.json`."""
-
-    templates: JudgeTemplates
-    token_id_a: int
-    token_id_b: int
-    chat_template: str | None = None
-
-
-def save_judge_settings(
-    directory: str | os.PathLike[str],
-    encoder: ChatEncoder,
-    templates: JudgeTemplates,
-    letter_ids: Sequence[int],
-) -> Path:
-    """Writes the judge's templates, chat template and letter ids into `directory/judge.json`.
-
-    The lead-in of each template is its decision prefix. The file is written whole or not at all.
-    """
-    content = {
-        **templates.to_dict(),
-        "token_id_a": int(letter_ids[0]),
-        "token_id_b": int(letter_ids[1]),
-        "chat_template": encoder.chat_template,
-    }
-    path = Path(directory) / JUDGE_FILE
-    with written_whole(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    return path
-
-
-def load_judge_settings(directory: str | os.PathLike[str]) -> JudgeSettings | None:
-    """Reads what `save_judge_settings` wrote; `None` when the folder has no such file."""
-    path = Path(directory) / JUDGE_FILE
-    if not path.is_file():
-        return None
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return JudgeSettings(
-            JudgeTemplates.from_dict(saved),
-            int(saved["token_id_a"]),
-            int(saved["token_id_b"]),
-            saved.get("chat_template"),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path} is not a judge file written by JSFT: {_line(error)}") from error
-
-
 def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
     """Why a model was not loaded, in a line.
 
     What is plainly a path and is not there is called so: the libraries beneath take it for a
     repository's name, and speak of its spelling.
     """
-    return "there is no such folder" if is_missing(name_or_path) else _line(error)
+    return "there is no such folder" if is_missing(name_or_path) else in_a_line(error)
 
 
 def is_missing(name_or_path: str | os.PathLike[str]) -> bool:
@@ -437,7 +382,8 @@ def _lines(error: BaseException) -> list[str]:
     return [line.strip() for line in str(error).splitlines() if line.strip()]
 
 
-def _line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
+    """The first line that says something, behind the kind of error."""
     text = _lines(error)
     if not text:
         return type(error).__name__

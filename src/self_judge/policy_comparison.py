@@ -31,13 +31,13 @@ from self_judge.bulk_judging import (
     verdict_json,
 )
 from self_judge.comparison import Comparison, Message, Verdict
-from self_judge.encoding import ChatEncoder
 from self_judge.evaluation import bootstrap_counts, bootstrap_mean, proportion
 from self_judge.files import read_raw, reader_of
 from self_judge.journal import JournalError, open_journal, read_lines
 from self_judge.judge_metrics import estimate_json
+from self_judge.judge_settings import encoder_as_taught, load_judge_settings
 from self_judge.length_control import length_controlled_win_rate
-from self_judge.models import load_judge_settings, load_model, load_tokenizer
+from self_judge.models import load_model, load_tokenizer
 from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.selection import Place
 from self_judge.sources import prompt_of, read_prompts
@@ -204,7 +204,7 @@ def _sample(
 
 def _sampler(policy: str, contest: Contest) -> TransformersSampler:
     saved = load_judge_settings(policy)
-    encoder = ChatEncoder(load_tokenizer(policy), saved.chat_template if saved else None)
+    encoder = encoder_as_taught(load_tokenizer(policy), saved)
     model: Any = load_model(policy)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return TransformersSampler(model, encoder, contest.sampling, contest.batch_size)

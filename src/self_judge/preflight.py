@@ -26,9 +26,10 @@ from self_judge.config import JSFTRun, SelfJudgeRun, kind_of_run, load_run
 from self_judge.encoding import ChatEncoder
 from self_judge.estimates import Sharding
 from self_judge.jsft import jsft_dataset
+from self_judge.judge_settings import JudgeSettings
 from self_judge.machine import Machine, fit_to_machine
 from self_judge.model_size import empty_model, size_of
-from self_judge.models import JudgeSettings, vocabulary_fits
+from self_judge.models import vocabulary_fits
 from self_judge.preparation import (
     jsft_config,
     jsft_wording,

@@ -26,8 +26,9 @@ from self_judge.config import (
     check_training_values,
 )
 from self_judge.encoding import ChatEncoder
+from self_judge.judge_settings import JudgeSettings, encoder_as_taught, load_judge_settings
 from self_judge.machine import Machine, detect_machine
-from self_judge.models import JudgeSettings, load_judge_settings, load_tokenizer
+from self_judge.models import load_tokenizer
 from self_judge.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
 from self_judge.templates import JudgeTemplates
 from self_judge.trainer_config import SelfJudgeConfig
@@ -125,7 +126,7 @@ def jsft_wording(run: JSFTRun) -> tuple[ChatEncoder, JudgeTemplates]:
     assert templates is not None  # checked by JSFTRun
     if not run.uses_rationales and templates.has_rationales:
         templates = JudgeTemplates(dict(templates))
-    return _encoder(run, run.templates.chat), templates
+    return _encoder(run, None), templates
 
 
 def self_judge_wording(
@@ -144,17 +145,18 @@ def self_judge_wording(
             f"model.model_name_or_path {name} has no judge.json beside it and templates.judge is "
             "not set: start from a model that JSFT wrote, or give the judge templates"
         )
-    chat = run.templates.chat or (saved.chat_template if saved else None)
-    return _encoder(run, chat), templates, saved
+    return _encoder(run, saved), templates, saved
 
 
-def _encoder(run: JSFTRun | SelfJudgeRun, chat_template: str | None) -> ChatEncoder:
+def _encoder(run: JSFTRun | SelfJudgeRun, saved: JudgeSettings | None) -> ChatEncoder:
     tokenizer = load_tokenizer(
         run.model.model_name_or_path,
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
     )
-    return ChatEncoder(tokenizer, chat_template, run.templates.user, run.templates.assistant)
+    words = run.templates
+    markers = (words.user, words.assistant)
+    return encoder_as_taught(tokenizer, saved, words.chat, words.chat_template_kwargs, markers)
 
 
 # -- data ------------------------------------------------------------------------------------------

@@ -29,11 +29,11 @@ from self_judge.evaluation import JudgeQuality, judge_quality, under_principle
 from self_judge.jsft import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.jsft_trainer import JSFTTrainer
 from self_judge.judge import Judge
+from self_judge.judge_settings import save_judge_settings
 from self_judge.machine import Run, fit_to_machine, threads_for
 from self_judge.models import (
     load_model,
     merged_in_full,
-    save_judge_settings,
     share_as_usual,
     vocabulary_fits,
     within_context,

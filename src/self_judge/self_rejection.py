@@ -17,10 +17,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from self_judge.bulk_judging import JudgeChoice, fingerprint
 from self_judge.comparison import Message
-from self_judge.encoding import ChatEncoder
 from self_judge.journal import Journal, JournalError, open_journal, settings_path
 from self_judge.judge import Judge
-from self_judge.models import load_judge_settings, load_model, load_tokenizer
+from self_judge.judge_settings import encoder_as_taught, load_judge_settings
+from self_judge.models import load_model, load_tokenizer
 from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.shares import Shares
 from self_judge.templates import dialogue_text
@@ -266,7 +266,7 @@ def _sampler(
         model: Any = judge.model
         return TransformersSampler(model, judge.encoder, settings)
     saved = load_judge_settings(policy)
-    encoder = ChatEncoder(load_tokenizer(policy), saved.chat_template if saved else None)
+    encoder = encoder_as_taught(load_tokenizer(policy), saved)
     loaded: Any = load_model(policy)
     loaded.to(PartialState().device)
     return TransformersSampler(loaded, encoder, settings)

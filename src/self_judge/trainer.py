@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import trl
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -31,13 +30,13 @@ from self_judge.batch_shape import settled_tokens
 from self_judge.comparison import Comparison, Response
 from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
+from self_judge.judge_settings import encoder_as_taught, load_judge_settings, save_judge_settings
 from self_judge.lockstep import LockstepPacking, check_processes, most_of
+from self_judge.log_prob_units import LogProbUnits
 from self_judge.models import (
     frozen_reference,
-    load_judge_settings,
     load_tokenizer,
     refuse_pickle,
-    save_judge_settings,
     unwrapped,
     within_context,
 )
@@ -189,9 +188,7 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
             else JudgeTemplates(judge_templates)
         )
         # All that the dataset's preparation needs must stand before TRL's constructor runs it.
-        self.encoder = encoder or ChatEncoder(
-            processing_class, saved.chat_template if saved else None
-        )
+        self.encoder = encoder or encoder_as_taught(processing_class, saved)
         self.encoder.letter_ids(self.judge_templates, token_id_a, token_id_b)
         in_memory = not isinstance(model, (str, PeftModel))
         if ref_model is None and peft_config is None and in_memory:
@@ -266,7 +263,7 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         self._step_inputs: list[dict[str, torch.Tensor]] | None = None
         self._sampled_tokens = 0
         self._shown: list[Rollout] = []
-        self._log_prob_hooks = _LogProbUnits.attach(self)
+        self._log_prob_hooks = LogProbUnits.attach(self)
         self.run_log = RunLog("self_judge", {"judge_templates": dict(self.judge_templates)})
         self.add_callback(self.run_log)
 
@@ -589,62 +586,6 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         if self._log_prob_hooks is not None:
             self._log_prob_hooks.correct_metrics(self)
         return result
-
-
-class _LogProbUnits:
-    """Sums or averages per-token log-probabilities otherwise than the inherited loss does.
-
-    TRL's sigmoid and hinge sum over a response's tokens, its ipo averages. The other convention is
-    had without touching the loss: the log-probabilities that the models return are divided
-    (sigmoid, hinge) or multiplied (ipo) by the number of the response's tokens.
-    """
-
-    def __init__(self, average: bool) -> None:
-        self.average = average
-        self.sums: list[torch.Tensor] = []  # policy, then reference: log π(y|x) as it is
-
-    @classmethod
-    def attach(cls, trainer: SelfJudgeTrainer) -> _LogProbUnits | None:
-        average, (loss_type, *_) = trainer.args.average_log_prob, trainer.loss_types
-        if average is None or average == (loss_type == "ipo"):
-            return None
-        if BEFORE_FUSED_HEAD:
-            raise ValueError(
-                f"average_log_prob={average} with {loss_type} needs TRL 1.16 (Python 3.11), "
-                f"this is {trl.__version__}: leave it unset for TRL's own convention"
-            )
-        units = cls(average)
-        for model in (trainer.model, trainer.ref_model):
-            if model is not None:
-                inner = model.get_base_model() if isinstance(model, PeftModel) else model
-                inner.register_forward_hook(units, with_kwargs=True)
-        return units
-
-    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if not kwargs.get("fused_lm_head"):
-            return output
-        tokens = (kwargs["labels"][:, 1:] != -100).sum(1, keepdim=True).clamp(min=1)
-        self.sums.append(output.log_probs.detach().sum(1))
-        output.log_probs = output.log_probs / tokens if self.average else output.log_probs * tokens
-        return output
-
-    def correct_metrics(self, trainer: SelfJudgeTrainer) -> None:
-        """Logs rewards of summed log-probabilities for the summed ipo, as for other losses."""
-        sums, self.sums = self.sums, []
-        if self.average or len(sums) != 2:
-            return
-        mode = "train" if trainer.model.training else "eval"
-        (chosen, rejected), (ref_chosen, ref_rejected) = (s.chunk(2) for s in sums)
-        rewards = [trainer.beta * (chosen - ref_chosen), trainer.beta * (rejected - ref_rejected)]
-        for key, value in {
-            "rewards/chosen": rewards[0],
-            "rewards/rejected": rewards[1],
-            "rewards/margins": rewards[0] - rewards[1],
-            "rewards/accuracies": (rewards[0] > rewards[1]).float(),
-            "logps/chosen": chosen,
-            "logps/rejected": rejected,
-        }.items():
-            trainer._metrics[mode][key][-1] = trainer.accelerator.gather(value).mean().item()
 
 
 def _pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:

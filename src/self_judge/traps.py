@@ -18,8 +18,8 @@ from self_judge.comparison import Message
 from self_judge.config import JSFTRun, SelfJudgeRun
 from self_judge.encoding import ChatEncoder
 from self_judge.jsft import CUT, NO_FIT, NO_ROOM
+from self_judge.judge_settings import JudgeSettings
 from self_judge.model_size import Size
-from self_judge.models import JudgeSettings
 from self_judge.run_needs import Needs
 from self_judge.selection import first_question
 from self_judge.sources import PreferenceData
@@ -146,6 +146,16 @@ def judge_traps(
             "is not the chat template that the model was taught with (its judge.json); leave it "
             "out to use that",
         )
+    given = encoder.chat_template_kwargs
+    for name in sorted(given.keys() | saved.chat_template_kwargs.keys()):
+        ours, theirs = given.get(name), saved.chat_template_kwargs.get(name)
+        if saved.chat_template_kwargs and ours != theirs:
+            yield Finding(
+                "problem",
+                f"templates.chat_template_kwargs.{name}",
+                f"is {ours!r}, and {theirs!r} is what the model was taught with (its judge.json); "
+                "leave it out to use that",
+            )
 
 
 def _difference(ours: str, theirs: str) -> str:
