@@ -201,6 +201,48 @@ def test_judging_in_bulk_is_shared_out_and_joined_in_order(
     assert len(one) == 300
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["eval", "compare"])
+def test_an_evaluation_is_shared_out_and_written_by_one(
+    command: str, saved_judge: Path, tmp_path: Path
+) -> None:
+    model = str(saved_judge)
+    source = tmp_path / "in.jsonl"
+    if command == "eval":
+        given = [
+            {
+                "input": f"what is {i}?",
+                "output_1": "yes",
+                "output_2": f"no {i}",
+                "label": 1 + i % 2,
+            }
+            for i in range(90)
+        ]
+        words = ["eval", str(source), "--model", model, "--compare", model]
+        files = ["verdicts.jsonl", "compared/verdicts.jsonl"]
+    else:
+        given = [{"prompt": f"what is {i}?"} for i in range(90)]
+        words = ["compare", model, model, "--judge", model, "--prompts", str(source),
+                 "--max-new-tokens", "4", "--sampling-batch-size", "16"]  # fmt: skip
+        files = ["responses_a.jsonl", "responses_b.jsonl", "pairs.jsonl"]
+    source.write_text("\n".join(map(json.dumps, given)))
+    outputs = []
+    for processes, file in ((1, "single"), (2, "ddp"), (2, "ddp")):
+        folder = tmp_path / str(processes)
+        done = launched(
+            file, processes, "--module", "self_judge.cli", *words, "--chunk", "16",
+            "--output", str(folder),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count("written to") == 1
+        told = json.loads((folder / "results.json").read_text())
+        told.pop("pairs_per_second", None)
+        outputs.append([told, *((folder / name).read_text().splitlines() for name in files)])
+        assert not list(folder.rglob("*.jsonl.[01]"))
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert [len(lines) for lines in outputs[0][1:]] == [90] * len(files)
+
+
 # -- what is asked for is what runs ----------------------------------------------------------------
 
 

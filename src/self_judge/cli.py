@@ -284,8 +284,17 @@ def _train(arguments: argparse.Namespace) -> None:
         # For whoever is pre-empted that is the end of a good run.
         if PartialState().is_main_process:
             print(f"{stopped}\ngo on with: {_resuming(sys.argv)}", file=sys.stderr)
-    # NCCL complains of a group that is left behind. DDP's reducer must not outlive the group's
-    # threads, so the trainer goes first.
+    _leave_the_others()
+
+
+def _leave_the_others() -> None:
+    """Ends what binds the processes of a launch, at the end of work that they shared.
+
+    NCCL complains of a group that is left behind, and gloo's threads may abort the interpreter.
+    """
+    from accelerate import PartialState
+
+    # DDP's reducer must not outlive the group's threads, so the trainer goes first.
     gc.collect()
     PartialState().destroy_process_group()
 
@@ -359,6 +368,7 @@ def _tournament(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         servers=tuple(arguments.vllm_server),
     )
+    _leave_the_others()
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -401,6 +411,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         compare=arguments.compare and compared_judge(choice, arguments.compare),
         overwrite=arguments.overwrite,
     )
+    _leave_the_others()
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -425,6 +436,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         chunk=arguments.chunk,
         overwrite=arguments.overwrite,
     )
+    _leave_the_others()
 
 
 def _judge(arguments: argparse.Namespace) -> None:
@@ -438,6 +450,7 @@ def _judge(arguments: argparse.Namespace) -> None:
         chunk=arguments.chunk,
         overwrite=arguments.overwrite,
     )
+    _leave_the_others()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from self_judge.comparison import Verdict
 from self_judge.evaluation_page import evaluation_page, plotly_is_there
 from self_judge.journal import read_lines, settings_path
 from self_judge.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
+from self_judge.shares import Shares
 from self_judge.terminal import neutral
 from self_judge.whole_file import written_whole
 
@@ -78,7 +79,8 @@ def run_eval(
     """Evaluates a judge; returns what it writes to `output/results.json`.
 
     Verdicts go to `output/verdicts.jsonl` as they are made; the same call goes on after an
-    interruption.
+    interruption. Under `accelerate launch` each process judges its share, and the first does the
+    rest.
 
     Args:
         compare: another judge, or the folder of an evaluation that is there already, to compare
@@ -93,6 +95,28 @@ def run_eval(
     output, console = Path(output), console or Console()
     skipped: Counter[str] = Counter()
     rate = _judged(choice, evaluation, output / VERDICTS, skipped, overwrite, "judging")
+    theirs: Path | None = None
+    if isinstance(compare, JudgeChoice):
+        theirs = output / "compared" / VERDICTS
+        _judged(compare, evaluation, theirs, Counter(), overwrite, "judging, other model")
+    elif compare is not None:
+        theirs = compare / VERDICTS
+    shares = Shares.here(output / VERDICTS, evaluation.chunk)
+    return shares.agreed(
+        lambda: _results(choice, evaluation, output, theirs, skipped, rate, console)
+    )
+
+
+def _results(
+    choice: JudgeChoice,
+    evaluation: JudgeEvaluation,
+    output: Path,
+    theirs: Path | None,
+    skipped: Counter[str],
+    rate: float | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Written and shown; `theirs` are the verdicts of a judge to compare with."""
     results: dict[str, Any] = {
         "kind": "judge evaluation",
         "version": __version__,
@@ -102,8 +126,8 @@ def run_eval(
         "pairs_per_second": rate,
         **_tallied(output / VERDICTS, choice.judge_templates().principles),
     }
-    if compare is not None:
-        results["compared_with"] = _compared(compare, evaluation, output, overwrite)
+    if theirs is not None:
+        results["compared_with"] = _compared(output / VERDICTS, theirs)
     with written_whole(output / RESULTS) as file:
         file.write(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print_results(results, console)
@@ -146,6 +170,7 @@ def _judged(
         {**choice.settings(), "max_pairs": evaluation.max_pairs},
         chunk=evaluation.chunk,
         overwrite=overwrite,
+        shares=Shares.here(path, evaluation.chunk),
         title=title,
     )
     return rate if rate == rate else None
@@ -193,25 +218,18 @@ def _tallied(verdicts: Path, principles: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _compared(
-    other: JudgeChoice | Path, evaluation: JudgeEvaluation, output: Path, overwrite: bool
-) -> dict[str, Any]:
-    if isinstance(other, Path):
-        theirs = other / VERDICTS
-    else:
-        theirs = output / "compared" / VERDICTS
-        _judged(other, evaluation, theirs, Counter(), overwrite, "judging, other model")
+def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
     own, settings = (
         json.loads(settings_path(path).read_text(encoding="utf-8"))["settings"]
-        for path in (output / VERDICTS, theirs)
+        for path in (verdicts, theirs)
     )
     principles = settings["principles"]
     overall, subsets = PairedTally(), dict[str, PairedTally]()
-    for ours, line in itertools.zip_longest(read_lines(output / VERDICTS), read_lines(theirs)):
+    for ours, line in itertools.zip_longest(read_lines(verdicts), read_lines(theirs)):
         if ours is None or line is None or ours["digest"] != line["digest"]:
             raise ValueError(
-                f"{theirs} is not about the same pairs as {output / VERDICTS}: evaluate both on "
-                "the same data"
+                f"{theirs} is not about the same pairs as {verdicts}: evaluate both on the same "
+                "data"
             )
         if ours["label"] == "tie":
             continue

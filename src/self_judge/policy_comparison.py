@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -33,13 +34,14 @@ from self_judge.bulk_judging import (
 from self_judge.comparison import Comparison, Message, Verdict
 from self_judge.evaluation import bootstrap_counts, bootstrap_mean, proportion
 from self_judge.files import read_raw, reader_of
-from self_judge.journal import JournalError, open_journal, read_lines
+from self_judge.journal import Journal, JournalError, open_journal, read_lines, settings_path
 from self_judge.judge_metrics import estimate_json
 from self_judge.judge_settings import encoder_as_taught, load_judge_settings
 from self_judge.length_control import length_controlled_win_rate
 from self_judge.models import load_model, load_tokenizer
 from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.selection import Place
+from self_judge.shares import Shares
 from self_judge.sources import prompt_of, read_prompts
 from self_judge.templates import dialogue_text
 from self_judge.terminal import neutral
@@ -101,7 +103,8 @@ def run_compare(
     """Compares two policies; returns what it writes to `output/results.json`.
 
     The pairs with their verdicts stand in `output/pairs.jsonl`, sampled responses in
-    `output/responses_a.jsonl` and `responses_b.jsonl`.
+    `output/responses_a.jsonl` and `responses_b.jsonl`. Under `accelerate launch` each process
+    samples and judges its share.
 
     Raises:
         ValueError: a model, prompts or responses cannot be used, or what is there belongs to
@@ -125,10 +128,23 @@ def run_compare(
         for index, (prompt, a, b) in enumerate(zip(prompts, *responses, strict=True)):
             yield _case(index, prompt, a, b, principles)
 
-    settings = {**judge.settings(), "policies": list(contest.policies)}
+    shares = Shares.here(output / PAIRS, chunk)
     judge_in_bulk(
-        cases, output / PAIRS, judge.load, settings, chunk=chunk, overwrite=overwrite
-    )  # fmt: skip
+        cases,
+        output / PAIRS,
+        judge.load,
+        {**judge.settings(), "policies": list(contest.policies)},
+        chunk=chunk,
+        overwrite=overwrite,
+        shares=shares,
+    )
+    return shares.agreed(lambda: _results(contest, judge, output, console))
+
+
+def _results(
+    contest: Contest, judge: JudgeChoice, output: Path, console: Console
+) -> dict[str, Any]:
+    """Written and shown."""
     results = {
         "kind": "policy comparison",
         "version": __version__,
@@ -159,54 +175,82 @@ def _sample(
         **asdict(contest.sampling),
         "seed": contest.seed,
     }
-    with open_journal(file, settings, overwrite=overwrite) as journal:
-        for number, (line, prompt) in enumerate(
-            zip(journal.read(), prompts, strict=False), start=1
-        ):
-            if line["prompt"] != prompt:
-                raise JournalError(
-                    f"{file}, line {number}: it answers another prompt: give another output, or "
-                    "--overwrite"
+    shares = Shares.here(file, contest.batch_size)
+    if not overwrite and shares.agreed(lambda: _answered(file, settings, prompts)):
+        return
+    with open_journal(shares.path, settings, overwrite=overwrite) as journal:
+        own = [asked for _, dealt in shares.dealt(enumerate(prompts)) for asked in dealt]
+        _checked(journal, [prompt for _, prompt in own])
+        if journal.lines < len(own):
+            journal.cut(journal.lines // contest.batch_size * contest.batch_size)
+            _answer(own, _sampler(policy, contest), journal, side, contest, shares)
+    shares.join(settings)
+
+
+def _answered(
+    file: Path, settings: Mapping[str, Any], prompts: Sequence[Sequence[Message]]
+) -> bool:
+    """Whether an earlier call wrote, or joined, all answers."""
+    if not file.exists() or not settings_path(file).exists():
+        return False
+    with open_journal(file, settings) as journal:
+        _checked(journal, prompts)
+        return journal.lines >= len(prompts)
+
+
+def _checked(journal: Journal, prompts: Sequence[Sequence[Message]]) -> None:
+    """Raises where the lines that are there do not answer these prompts."""
+    for number, (line, prompt) in enumerate(zip(journal.read(), prompts, strict=False), start=1):
+        if line["prompt"] != prompt:
+            raise JournalError(
+                f"{journal.path}, line {number}: it answers another prompt: give another output, "
+                "or --overwrite"
+            )
+
+
+def _answer(
+    asked: Sequence[tuple[int, Sequence[Message]]],
+    sampler: TransformersSampler,
+    journal: Journal,
+    side: str,
+    contest: Contest,
+    shares: Shares,
+) -> None:
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,}/{task.total:,} responses"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(stderr=True),
+        disable=shares.own > 0,
+    )
+    with bar:
+        title = f"{side} answers"
+        task = bar.add_task(title, total=len(asked), completed=journal.lines)
+        todo = iter(asked[journal.lines :])
+        while batch := list(itertools.islice(todo, contest.batch_size)):
+            ids = [sampler.encoder.encode_prompt(prompt) for _, prompt in batch]
+            seeds = [stable_seed(contest.seed, side, index) for index, _ in batch]
+            rows = [
+                {
+                    "prompt": list(prompt),
+                    "response": response.text,
+                    "finished": response.finished,
+                }
+                for (_, prompt), (response,) in zip(
+                    batch, sampler.sample(ids, 1, seeds), strict=True
                 )
-        if journal.lines >= len(prompts):
-            return
-        journal.cut(journal.lines // contest.batch_size * contest.batch_size)
-        sampler = _sampler(policy, contest)
-        bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:,}/{task.total:,} responses"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=Console(stderr=True),
-        )
-        with bar:
-            task = bar.add_task(
-                f"{side} answers", total=len(prompts), completed=journal.lines
-            )  # fmt: skip
-            todo = itertools.islice(enumerate(prompts), journal.lines, None)
-            while batch := list(itertools.islice(todo, contest.batch_size)):
-                ids = [sampler.encoder.encode_prompt(prompt) for _, prompt in batch]
-                seeds = [stable_seed(contest.seed, side, index) for index, _ in batch]
-                rows = [
-                    {
-                        "prompt": list(prompt),
-                        "response": response.text,
-                        "finished": response.finished,
-                    }
-                    for (_, prompt), (response,) in zip(
-                        batch, sampler.sample(ids, 1, seeds), strict=True
-                    )
-                ]
-                journal.append(rows)
-                bar.update(task, advance=len(rows))
+            ]
+            journal.append(rows)
+            bar.update(task, advance=len(rows))
 
 
 def _sampler(policy: str, contest: Contest) -> TransformersSampler:
     saved = load_judge_settings(policy)
     encoder = encoder_as_taught(load_tokenizer(policy), saved)
     model: Any = load_model(policy)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(PartialState(cpu=not torch.cuda.is_available()).device)
     return TransformersSampler(model, encoder, contest.sampling, contest.batch_size)
 
 
