@@ -53,13 +53,17 @@ class Attending:
         return self._added[groups, dtype]
 
 
-def attending(runs: Sequence[Run], device: torch.device) -> list[Attending]:
-    """What attention needs of each run, made once for all layers."""
+def attending(runs: Sequence[Run], device: torch.device, piece: int = _PIECE) -> list[Attending]:
+    """What attention needs of each run, made once for all layers.
+
+    Args:
+        piece: queries of one call at most.
+    """
     found = []
     for run in runs:
         before = [slice(*seen) for seen in run.before]
-        for start in range(run.start, run.stop, _PIECE):
-            stop = min(start + _PIECE, run.stop)
+        for start in range(run.start, run.stop, piece):
+            stop = min(start + piece, run.stop)
             keys = _merged((*before, slice(run.past + run.start, run.past + stop)))
             size = sum(k.stop - k.start for k in keys)
             mask = None
