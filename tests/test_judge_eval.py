@@ -72,6 +72,34 @@ def test_an_evaluation_leaves_numbers_verdicts_and_a_table(
     assert results(output) == told
 
 
+def test_in_a_narrow_terminal_names_are_broken_and_no_number_is_cut(
+    benchmark: Path,
+    saved_judge: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    names = ("overall", "helpfulness", "honesty", "instruction_following", "truthfulness")
+    user = "{context} {response_a} {response_b} "
+    judge = {n: {"user": user + n, "assistant": "It is"} for n in names}
+    templates = tmp_path / "templates.yaml"
+    templates.write_text(json.dumps({"templates": {"judge": judge}}))
+    monkeypatch.setenv("COLUMNS", "80")
+    output = tmp_path / "out"
+    command = ["eval", str(benchmark), "--model", str(saved_judge), "--output", str(output)]
+    assert main([*command, "--templates", str(templates)]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    told = results(output)
+    for report in (told["overall"], *told["subsets"].values()):
+        assert f"{report['calibration']['ece']:.3f}" in printed
+    for accuracy in told["overall"]["principles"].values():
+        low, high = accuracy["ci95"]
+        assert f"{accuracy['value']:.3f} {low:.3f}–{high:.3f}" in printed
+    for pair in told["overall"]["principle_agreement"]["pairwise"]:
+        assert f"({pair['kappa']:.2f})" in printed
+
+
 def test_two_judges_are_compared_pair_by_pair(
     benchmark: Path, saved_judge: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -337,10 +337,10 @@ def _bias_table(results: Mapping[str, Any]) -> Table:
 
 def _subset_table(results: Mapping[str, Any]) -> Table:
     table = _table("the same by subset (intervals: results.json)")
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     shown = [(heading, value) for heading, _, value in _BIASES if heading != "first wins"]
     for heading in (*(heading for heading, _ in shown), "ECE"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     for name, report in results["subsets"].items():
         calibration = report["calibration"] or {"ece": None}
         cells = [value(report) for _, value in shown]
@@ -369,8 +369,11 @@ def _principle_table(overall: Mapping[str, Any]) -> Table:
     title = "principles: accuracy of each alone, and agreement (Cohen's κ) with the others"
     table = _table(title + ("" if kappa is None else f"; Fleiss' κ {kappa:.3f}"))
     names = list(overall["principles"])
-    for heading in ("", "accuracy", *names):
-        table.add_column(_named(heading), justify="left" if not heading else "right")
+    # Where it is narrow, names may be broken; numbers may not.
+    table.add_column("", overflow="fold")
+    table.add_column("accuracy", justify="right", no_wrap=True)
+    for name in names:
+        table.add_column(_named(name), justify="right", overflow="fold", min_width=7)
     pairwise = {}
     for entry in overall["principle_agreement"]["pairwise"]:
         x, y = entry["principles"]
