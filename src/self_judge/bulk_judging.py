@@ -267,6 +267,19 @@ def _joined(cases: Iterator[Case], output: Path, settings: Mapping[str, Any]) ->
         return total if done == total else None
 
 
+def share_bar(things: str, console: Console, shares: Shares) -> Progress:
+    """The bar of a process's share; the first process alone shows one."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,}/{task.total:,} " + things),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=shares.own > 0,
+    )
+
+
 def _judge(
     todo: Iterator[Case],
     journal: Journal,
@@ -276,16 +289,7 @@ def _judge(
     title: str,
     console: Console,
 ) -> None:
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,}/{task.total:,} pairs"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-        disable=shares.own > 0,
-    )
-    with bar:
+    with share_bar("pairs", console, shares) as bar:
         task = bar.add_task(title, total=total, completed=journal.lines)
         while batch := list(itertools.islice(todo, shares.chunk)):
             started = time.perf_counter()

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +27,7 @@ from self_judge.bulk_judging import (
     JudgeChoice,
     fingerprint,
     judge_in_bulk,
+    share_bar,
     verdict_from_json,
     verdict_json,
 )
@@ -216,16 +216,7 @@ def _answer(
     contest: Contest,
     shares: Shares,
 ) -> None:
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,}/{task.total:,} responses"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=Console(stderr=True),
-        disable=shares.own > 0,
-    )
-    with bar:
+    with share_bar("responses", Console(stderr=True), shares) as bar:
         title = f"{side} answers"
         task = bar.add_task(title, total=len(asked), completed=journal.lines)
         todo = iter(asked[journal.lines :])

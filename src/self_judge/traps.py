@@ -146,10 +146,11 @@ def judge_traps(
             "is not the chat template that the model was taught with (its judge.json); leave it "
             "out to use that",
         )
-    given = encoder.chat_template_kwargs
-    for name in sorted(given.keys() | saved.chat_template_kwargs.keys()):
-        ours, theirs = given.get(name), saved.chat_template_kwargs.get(name)
-        if saved.chat_template_kwargs and ours != theirs:
+    # The encoder has every value that was saved, with what the run file sets instead or beside it.
+    given = encoder.chat_template_kwargs if saved.chat_template_kwargs else {}
+    for name, ours in given.items():
+        theirs = saved.chat_template_kwargs.get(name)
+        if ours != theirs:
             yield Finding(
                 "problem",
                 f"templates.chat_template_kwargs.{name}",
