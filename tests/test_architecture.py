@@ -47,6 +47,7 @@ FLOORS: list[set[str]] = [
     {
         "models",
         "judge_settings",
+        "exactness",
         "batch_shape",
         "run_attention",
         "packed_passes",

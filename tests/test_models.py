@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from self_judge.models import (
     load_model,
     load_tokenizer,
     merged,
+    unwrapped,
     vocabulary_fits,
 )
 
@@ -221,10 +223,29 @@ def test_logits_for_judging_are_not_rounded_to_the_models_own_type(
         assert half(IDS).logits.dtype == torch.bfloat16  # afterwards as before
 
 
-def test_a_head_with_an_adapter_or_in_float32_is_left_as_it_is(model: Any) -> None:
+def test_a_float32_head_computes_as_before(model: Any) -> None:
     plain = logits(model)
     with float32_logits(model):
         assert torch.equal(logits(model), plain)
-    wrapped = adapted(model.to(torch.bfloat16), target_modules=["lm_head"])
-    with float32_logits(wrapped):
-        assert logits(wrapped).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str
+)
+def test_a_head_with_an_adapter_gives_float32_logits_too(model: Any, adapter: Any) -> None:
+    wrapped = adapted(model.to(torch.bfloat16), **adapter)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            states = unwrapped(wrapped).model(IDS).last_hidden_state.float()
+        expected = copy.deepcopy(wrapped).float().get_output_embeddings()(states)
+        with float32_logits(wrapped), torch.autocast("cpu", torch.bfloat16):
+            found = wrapped(IDS).logits
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert logits(wrapped).dtype == torch.bfloat16  # afterwards as before
+
+
+def test_a_float64_head_keeps_its_precision(model: Any) -> None:
+    plain = logits(model.double())
+    with float32_logits(model):
+        assert torch.equal(logits(model), plain)

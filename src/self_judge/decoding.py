@@ -16,7 +16,8 @@ from peft import PeftModel
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from self_judge.models import in_evaluation_mode, unwrapped
+from self_judge.exactness import as_called, trial_tokens, warn_once, why_inexact
+from self_judge.models import unwrapped
 from self_judge.packed_passes import takes_positions
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def why_not_shared(model: nn.Module) -> str | None:
     if kind not in known:
         known[kind] = _gate(model) or _trial(model)
         if known[kind]:
-            logger.info("%s samples through generate: %s", type(inner).__name__, known[kind])
+            warn_once(logger, f"{type(inner).__name__} samples through generate: {known[kind]}")
     return known[kind]
 
 
@@ -278,32 +279,25 @@ class _Script:
 
 def _trial(model: nn.Module) -> str | None:
     """Decodes a few tokens, with rows that leave, against every sequence alone."""
-    inner: Any = unwrapped(model)
-    size = inner.get_input_embeddings().weight.shape[0]
-    first, last = size // 4, max(size // 4 + 1, 3 * size // 4)
-    drawn = torch.randint(first, last, (32,), generator=torch.Generator().manual_seed(0)).tolist()
+    called = as_called(model)
+    stop, *drawn = trial_tokens(model, 33)
+    drawn = [token if token != stop else token + 1 for token in drawn]  # nothing else stops
     prompts, copies = [drawn[:4], drawn[4:6], drawn[6:9]], [1, 2, 1]
-    stop = first - 1 if first else last  # what is drawn never stops
     script = [[drawn[9 + row], drawn[13 + row], drawn[17 + row]] for row in range(4)]
     script[1][0] = stop
     device = _device(model)
-    draw = _Script(torch.tensor(script, device=device))
-    found, expected = [], []
-    try:
-        with in_evaluation_mode(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            decode(model, prompts, copies, draw, stop=[stop], pad=stop, max_new_tokens=3)
-            of_row = [0, 1, 1, 2]
-            for step, (rows, logits_BV) in enumerate(draw.logits):
-                for row, logits_V in zip(rows.tolist(), logits_BV, strict=True):
-                    ids = [*prompts[of_row[row]], *script[row][:step]]
-                    alone = model(input_ids=torch.tensor([ids], device=device), use_cache=False)
-                    found.append(logits_V.float())
-                    expected.append(alone.logits[0, -1].float())
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        return f"a trial failed with {type(error).__name__}: {str(error).splitlines()[0]:.160}"
-    found_NV, expected_NV = torch.stack(found), torch.stack(expected)
-    off = ((found_NV - expected_NV).abs().max() / expected_NV.abs().max().clamp(min=1e-6)).item()
-    exact = inner.dtype in (torch.float32, torch.float64)
-    if not off <= (1e-4 if exact else 3e-2):
-        return f"a trial was off by {off:.1e} of the largest logit"
-    return None
+
+    def logits() -> tuple[torch.Tensor, torch.Tensor]:
+        draw = _Script(torch.tensor(script, device=device))
+        decode(called, prompts, copies, draw, stop=[stop], pad=stop, max_new_tokens=3)
+        found, expected = [], []
+        of_row = [0, 1, 1, 2]
+        for step, (rows, logits_BV) in enumerate(draw.logits):
+            for row, logits_V in zip(rows.tolist(), logits_BV, strict=True):
+                ids = [*prompts[of_row[row]], *script[row][:step]]
+                alone = called(input_ids=torch.tensor([ids], device=device), use_cache=False)
+                found.append(logits_V)
+                expected.append(alone.logits[0, -1])
+        return torch.stack(found), torch.stack(expected)
+
+    return why_inexact(model, logits)

@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import tempfile
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -298,32 +299,46 @@ _HEAD_ROWS = 32_768
 
 @contextmanager
 def float32_logits(model: torch.nn.Module) -> Iterator[None]:
-    """Has the model's head give float32 logits, whatever type the model computes in.
+    """Has the model's head compute float32 logits, whatever type the rest computes in.
 
     bfloat16 keeps eight bits: a logit of 20 is rounded to the next eighth, and what a judge says of
-    two letters by as much as it often differs by. A head that is not a plain linear layer (wrapped
-    by an adapter, quantized, sharded) is left as it is.
+    two letters by as much as it often differs by. Autocast is off inside the head: a trainer's
+    model has it in its own `forward`. Every plain linear layer of the head computes so, those of an
+    adapter included, on the weights as they are at the call: gathered, where processes share them.
+    A quantized head is left as it is.
     """
-    head = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
-    weight: Any = getattr(head, "weight", None)
-    plain = type(head) is torch.nn.Linear and type(weight) is torch.nn.Parameter
-    if not plain or weight.dtype not in (torch.bfloat16, torch.float16) or not weight.numel():
-        yield
-        return
-
-    def in_float32(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        rows = [
-            torch.nn.functional.linear(args[0].float(), part.float())
-            for part in module.weight.split(_HEAD_ROWS)
-        ]
-        logits = torch.cat(rows, dim=-1)
-        return logits if module.bias is None else logits + module.bias.float()
-
-    hook = head.register_forward_hook(in_float32)
+    head: Any = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    for layer in head.modules() if head is not None else ():
+        # Accelerate keeps the forward of a layer on a device of its own under this name.
+        own, name = vars(layer), "_old_forward" if hasattr(layer, "_old_forward") else "forward"
+        usual = own.get(name)
+        forward = getattr(usual, "__func__", usual) or type(layer).forward
+        if isinstance(layer, torch.nn.Linear) and forward is torch.nn.Linear.forward:
+            replaced.append((own, name, usual))
+            own[name] = types.MethodType(_linear_in_float32, layer)
     try:
         yield
     finally:
-        hook.remove()
+        for own, name, usual in replaced:
+            if usual is None:
+                del own[name]
+            else:
+                own[name] = usual
+
+
+def _linear_in_float32(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    linear, weight = torch.nn.functional.linear, layer.weight
+    if weight.dtype == torch.float64:
+        return linear(states, weight, layer.bias)
+    bias = None if layer.bias is None else layer.bias.float()
+    with torch.autocast(states.device.type, enabled=False):
+        states = states.float()
+        if weight.dtype == torch.float32:
+            return linear(states, weight, bias)
+        rows = [linear(states, part.float()) for part in weight.split(_HEAD_ROWS)]
+        logits = torch.cat(rows, dim=-1)
+    return logits if bias is None else logits + bias
 
 
 def vocabulary_fits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,7 +20,8 @@ from peft import PeftModel
 from torch import nn
 
 from self_judge.config import PackingChoice
-from self_judge.models import in_evaluation_mode, unwrapped
+from self_judge.exactness import as_called, trial_tokens, warn_once, why_inexact
+from self_judge.models import unwrapped
 from self_judge.packed_passes import (
     Asked,
     Pass,
@@ -132,8 +133,13 @@ class Packing:
             isinstance(self.model, PeftModel),
         )
         if key not in known.decided:
-            known.decided[key] = _decide(self.model, self.choice, key[1], key[2])
-            logger.info(self.describe())
+            decision = known.decided[key] = _decide(self.model, self.choice, key[1], key[2])
+            # Nothing is shared, and nobody asked for that.
+            lost = self.choice == "auto" and decision.route in ("padding", "off")
+            if lost:
+                warn_once(logger, self.describe())
+            else:
+                logger.info(self.describe())
         return known.decided[key]
 
     def describe(self) -> str:
@@ -354,17 +360,11 @@ def _longest_path(config: Any) -> int | None:
     return min(limits, default=None)
 
 
-@torch.no_grad()
 def _trial(model: nn.Module, route: str) -> str | None:
     """Tries the route on two small trees against every sequence alone; `None` if they agree."""
     inner: Any = unwrapped(model)
-    size = inner.get_input_embeddings().weight.shape[0]
-    drawn = torch.randint(
-        size // 4,
-        max(size // 4 + 1, 3 * size // 4),
-        (32,),
-        generator=torch.Generator().manual_seed(0),
-    ).tolist()
+    called = as_called(model)
+    drawn = trial_tokens(model, 32)
     root, other = drawn[:4], drawn[10:13]
     # Rows of nine tokens at most: on longer ones, rounding in bfloat16 could hide a mistake.
     trees = [root + drawn[4:7], root + drawn[4:5] + drawn[7:8], root + drawn[8:9]]
@@ -372,26 +372,22 @@ def _trial(model: nn.Module, route: str) -> str | None:
     wanted = [np.arange(len(s) - 1 if route == "walk" else 0, len(s)) for s in sequences]
     asked = Asked.all_of(sequences, wanted)
     shape = Shape(row_tokens=9, batch_tokens=9 if route in ("runs", "walk") else None)
-    device = next(inner.parameters()).device
-    try:
-        with in_evaluation_mode(inner), torch.autocast(device.type, enabled=False):
-            alone = [
-                inner(input_ids=torch.tensor([s], device=device), use_cache=False).logits[0][w]
-                for s, w in zip(sequences, wanted, strict=True)
-            ]
-            expected = torch.cat(alone).float()
-            found = torch.full_like(expected, torch.nan)
-            for this in _LAYOUTS[route](inner, shape, asked):
-                with selecting(inner, this) as inputs:
-                    logits = inner(**inputs, use_cache=this.caches).logits
-                found[this.wanted.to(found.device)] = logits[0].float()
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        return f"a trial failed with {type(error).__name__}: {str(error).splitlines()[0]:.160}"
-    off = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
-    exact = inner.dtype in (torch.float32, torch.float64)
-    if not off <= (1e-4 if exact else 3e-2):
-        return f"a trial was off by {off:.1e} of the largest logit"
-    return None
+    device = device_of(inner)
+
+    def logits() -> tuple[torch.Tensor, torch.Tensor]:
+        alone = [
+            called(input_ids=torch.tensor([s], device=device), use_cache=False).logits[0][w]
+            for s, w in zip(sequences, wanted, strict=True)
+        ]
+        expected = torch.cat(alone)
+        found = torch.full_like(expected, torch.nan)
+        for this in _LAYOUTS[route](inner, shape, asked):
+            with selecting(inner, this) as inputs:
+                computed = called(**inputs, use_cache=this.caches).logits
+            found[this.wanted.to(found.device)] = computed[0].to(found.dtype)
+        return found, expected
+
+    return why_inexact(model, logits)
 
 
 def needs_one_pass(distributed: Any) -> bool:
