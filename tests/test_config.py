@@ -532,3 +532,12 @@ def test_run_files_are_read_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_packing_off_needs_no_quotes(tmp_path: Path) -> None:
+    # YAML reads a bare `off` as false.
+    file = tmp_path / "run.yaml"
+    file.write_text(f"extends: {CONFIGS / 'hh_jsft.yaml'}\njsft_args: {{packing: off}}\n")
+    assert load_run(file, [], "jsft").jsft_args.packing == "off"
+    run = load_run(CONFIGS / "hh_self_judge.yaml", ["self_judge_args.packing=off"], "self_judge")
+    assert run.self_judge_args.packing == "off"

@@ -161,6 +161,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     if origin is Literal:
+        if value is False and "off" in args:
+            return "off"  # as YAML reads a bare `off`
         if value not in args:
             raise ConfigError(f"{where}: expected {_name(hint)}, got {_shown(value)}")
         return value
