@@ -450,6 +450,46 @@ def test_settings_that_do_not_do_what_they_say(
     assert any("averages log-probabilities" in f.text for f in ipo.findings)
 
 
+def bloom(folder: Path, base: Path) -> Path:
+    """A model whose positions are counted in the row: no tree is exact for it."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    shutil.copytree(base, folder)
+    size = len(load_tokenizer(base))
+    config = BloomConfig(vocab_size=size, hidden_size=32, n_layer=3, n_head=4)
+    BloomForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_prefixes_that_will_not_be_shared_are_warned_of(
+    base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    model = bloom(tmp_path / "bloom", base)
+    own = given(model, data["hh"], "model.attn_implementation=eager")
+    found = warnings(check(JSFT, [*own, "training_args.gradient_checkpointing=true"]))
+    assert "no prefix is shared in the update: no tree: it takes no position ids" in found
+    assert "gradient checkpointing leaves no cache" in found
+    without = warnings(check(JSFT, [*own, "training_args.gradient_checkpointing=false"]))
+    assert "no prefix is shared" not in without
+    forced = problems(check(JSFT, [*own, "jsft_args.packing=tree"]))
+    assert "packing=tree cannot be used: it takes no position ids" in forced
+
+
+def test_bf16_alone_is_no_reason_not_to_share_prefixes(base: Path, data: dict[str, Path]) -> None:
+    for full in ([], ["peft_config=null"]):
+        own = [*given(base, data["hh"]), "training_args.bf16=true", *full]
+        assert "no prefix is shared" not in warnings(check(JSFT, own))
+
+
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_a_model_that_samples_through_generate_is_warned_of(
+    packing: str, taught: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("self_judge.decoding._gate", lambda model: "its cache forgets")
+    own = [*given(taught, data["hh"]), f"self_judge_args.packing={packing}"]
+    assert "by the model's generate: its cache forgets" in warnings(check(TRAIN, own))
+
+
 def test_a_run_that_does_not_fit_into_the_gpu_is_a_problem(
     taught: Path, data: dict[str, Path]
 ) -> None:

@@ -79,7 +79,7 @@ def why_inexact(model: nn.Module, trial: Logits) -> str | None:
     device = next(model.parameters()).device
     # Accelerate's own autocast around a forward, entered again inside itself, would stay on for
     # good: a model that brings it does without the one around.
-    brings_own = hasattr(as_called(model), "_original_forward")
+    brings_own = getattr(as_called(model), "_original_forward", None) is not None
     around = torch.autocast(device.type, enabled=False) if brings_own else nullcontext()
     try:
         with in_evaluation_mode(model), _watched(model) as computes_in, around:

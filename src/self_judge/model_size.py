@@ -58,6 +58,49 @@ def empty_model(
     return model
 
 
+# Parameters of a shallow model at most: half a second of random numbers on two cores.
+_SHALLOW = 300_000_000
+
+
+def shallow_model(
+    model: PreTrainedModel,
+    *,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | None:
+    """One layer of each kind that a model has, as wide as they are, with random weights.
+
+    It can share prefixes in the ways that the whole model can, and is made in a second.
+
+    Args:
+        model: the whole model, on the meta device or not; its configuration and dtype count.
+
+    Returns:
+        The model in evaluation mode; `None` where it would be large, or where its configuration
+        does not allow fewer layers.
+    """
+    config: Any = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or ()))
+    if kinds:
+        text.layer_types = kinds
+    text.num_hidden_layers = max(1, len(kinds))
+    text.vocab_size = min(512, text.vocab_size)
+    text.pad_token_id = None
+    asked: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": model.dtype}
+    if attn_implementation:
+        asked["attn_implementation"] = attn_implementation
+    try:
+        with init_empty_weights():
+            empty = AutoModelForCausalLM.from_config(config, **asked)
+        if sum(p.numel() for p in empty.parameters()) > _SHALLOW:
+            return None
+        shallow: PreTrainedModel = AutoModelForCausalLM.from_config(config, **asked)
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError):
+        return None  # lists with an entry for every layer, code of the model's own
+    return shallow.eval()
+
+
 @dataclass(frozen=True, slots=True)
 class Size:
     """A model in numbers.

@@ -311,7 +311,8 @@ def float32_logits(model: torch.nn.Module) -> Iterator[None]:
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     for layer in head.modules() if head is not None else ():
         # Accelerate keeps the forward of a layer on a device of its own under this name.
-        own, name = vars(layer), "_old_forward" if hasattr(layer, "_old_forward") else "forward"
+        own = vars(layer)
+        name = "_old_forward" if "_old_forward" in own else "forward"
         usual = own.get(name)
         forward = getattr(usual, "__func__", usual) or type(layer).forward
         if isinstance(layer, torch.nn.Linear) and forward is torch.nn.Linear.forward:

@@ -28,7 +28,7 @@ from self_judge.estimates import Sharding
 from self_judge.jsft import jsft_dataset
 from self_judge.judge_settings import JudgeSettings
 from self_judge.machine import Machine, fit_to_machine
-from self_judge.model_size import empty_model, size_of
+from self_judge.model_size import empty_model, shallow_model, size_of
 from self_judge.models import vocabulary_fits
 from self_judge.preparation import (
     jsft_config,
@@ -188,6 +188,7 @@ class _Check:
         except _RefusedError:
             return
         self._about(args, model, encoder)
+        self._packing(args, model)
         self.report.findings += traps.setting_traps(self.run, args)
         self.report.findings += traps.chat_traps(encoder)
         if isinstance(self.run, SelfJudgeRun):
@@ -215,6 +216,21 @@ class _Check:
     def _problem(self, about: str, error: object) -> None:
         text = " ".join(str(error).split())
         self.report.findings.append(Finding("problem", about, text))
+
+    def _packing(self, args: Any, whole: Any) -> None:
+        asked = self.run.model
+        model: Any = shallow_model(
+            whole,
+            attn_implementation=asked.attn_implementation,
+            trust_remote_code=asked.trust_remote_code,
+        )
+        if model is None:
+            text = "how prefixes are shared is tried on the model itself when the run starts"
+            self.report.findings.append(Finding("note", "packing", text))
+            return
+        adapter = lora_config(self.run.peft_config)
+        model = model if adapter is None else get_peft_model(model, adapter)
+        self.report.findings += traps.packing_traps(model, self.run, args)
 
     def _or_refused(self, about: str, make: Any, *given: Any) -> Any:
         """What `make` gives; a refusal becomes a problem of the report."""

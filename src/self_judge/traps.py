@@ -11,15 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from self_judge.checkpoints import LAST, last_whole
 from self_judge.comparison import Message
 from self_judge.config import JSFTRun, SelfJudgeRun
+from self_judge.decoding import why_not_shared
 from self_judge.encoding import ChatEncoder
 from self_judge.jsft import CUT, NO_FIT, NO_ROOM
 from self_judge.judge_settings import JudgeSettings
 from self_judge.model_size import Size
+from self_judge.models import unwrapped
+from self_judge.packed_passes import device_of
+from self_judge.packing import Packing
 from self_judge.run_needs import Needs
 from self_judge.selection import first_question
 from self_judge.sources import PreferenceData
@@ -200,6 +206,44 @@ def model_traps(
             "full fine-tuning of half-precision weights rounds small updates away: "
             "set model.dtype to float32 (training_args.bf16 still computes in bfloat16)",
         )
+
+
+def packing_traps(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
+    """Ways of sharing prefixes that the run asks for and that will not be exact for its model.
+
+    Args:
+        model: with the weights of the run's dtype, as few layers as show it (`shallow_model`) and
+            the run's adapter.
+        args: the training arguments as on this machine.
+    """
+    jsft = isinstance(run, JSFTRun)
+    choice = run.jsft_args.packing if isinstance(run, JSFTRun) else run.self_judge_args.packing
+    about = "jsft_args.packing" if jsft else "self_judge_args.packing"
+    inner: Any = unwrapped(model)
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    autocast = torch.autocast(device_of(inner).type, dtype, enabled=args.bf16 or args.fp16)
+    if args.gradient_checkpointing:
+        inner.gradient_checkpointing_enable()
+    with autocast:
+        # A judge needs no gradients: it may take a way that an update may not.
+        for what, gradients in (("judging", False), ("update", True))[int(jsft) :]:
+            try:
+                decision = Packing(model, choice, gradients=gradients).decision
+            except ValueError as error:
+                yield Finding("problem", about, str(error))
+                return
+            if choice == "auto" and decision.route in ("padding", "off"):
+                yield Finding(
+                    "warning", about, f"no prefix is shared in the {what}: {decision.reason}"
+                )
+        if isinstance(run, SelfJudgeRun) and not run.self_judge_args.use_vllm:
+            why = why_not_shared(model)
+            if why is not None:
+                yield Finding(
+                    "warning",
+                    "sampling",
+                    f"every response computes its prompt again, by the model's generate: {why}",
+                )
 
 
 def setting_traps(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
