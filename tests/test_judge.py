@@ -225,6 +225,21 @@ def test_next_token_logits_are_of_the_token_after_each_prompt(model: Any) -> Non
             torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_a_judge_attends_without_cudnn(
+    model: Any, tokenizer: Any, templates: JudgeTemplates, packing: Any
+) -> None:
+    judge = Judge(model, tokenizer, templates, packing=packing)
+    judge.letter_probabilities([[5]])  # tries the model once
+    allowed: list[bool] = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    judge.letter_probabilities([[5, 6, 7], [5, 6, 8]])
+    assert allowed
+    assert not any(allowed)
+
+
 def test_logits_to_keep_is_used_where_the_model_has_it(model: Any) -> None:
     seen: list[Any] = []
     model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))

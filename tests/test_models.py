@@ -23,6 +23,7 @@ from self_judge.models import (
     merged,
     unwrapped,
     vocabulary_fits,
+    without_cudnn_attention,
 )
 
 IDS = torch.tensor([[5, 60, 70, 80, 90]])
@@ -249,3 +250,15 @@ def test_a_float64_head_keeps_its_precision(model: Any) -> None:
     plain = logits(model.double())
     with float32_logits(model):
         assert torch.equal(logits(model), plain)
+
+
+def test_attention_keeps_from_cudnn_until_the_outermost_block_ends() -> None:
+    allowed = torch.backends.cuda.cudnn_sdp_enabled
+    assert allowed()
+    with without_cudnn_attention():
+        with without_cudnn_attention():
+            assert not allowed()
+        assert not allowed()
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert allowed()

@@ -289,6 +289,21 @@ def test_under_a_mask_a_tournament_round_goes_through_a_cache_and_a_comparison_t
         torch.testing.assert_close(found[i], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("choice", ["auto", "tree", "cache", "padding"])
+def test_no_packed_pass_and_no_prefix_of_one_attends_through_cudnn(choice: Any) -> None:
+    model = build("llama")
+    packing = Packing(model, choice)
+    assert packing.decision.route != "off"
+    allowed: list[bool] = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    list(packing.next_token_logits(sharing(4)))
+    assert allowed
+    assert not any(allowed)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 

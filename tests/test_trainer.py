@@ -362,6 +362,27 @@ def test_gradient_checkpointing_changes_nothing(make: Make, model: Any) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_training_keeps_from_cudnn_even_where_a_backward_pass_computes_again(
+    make: Make, model: Any, reentrant: bool
+) -> None:
+    trainer = make(
+        max_steps=1,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    seen: set[tuple[bool, bool]] = set()
+
+    def watch(*_: Any) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        seen.add((in_backward, torch.backends.cuda.cudnn_sdp_enabled()))
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(watch)
+    trainer.train()
+    assert seen == {(False, False), (True, False)}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_undecidable_pairs_keep_their_row_without_gradient(make: Make, monkeypatch: Any) -> None:
     trainer = make(max_steps=1)
     start = weights(trainer.model)

@@ -293,6 +293,23 @@ def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Keeps PyTorch's attention from cuDNN, which only CUDA devices have.
+
+    On recent GPUs PyTorch prefers cuDNN, which builds a plan for every shape it has not met, in
+    tens of milliseconds. Packed rows, and keys that grow with each decoded token, hardly ever have
+    the same shape twice. The backward pass uses the kernel of its forward pass, but gradient
+    checkpointing computes forward passes again in it: so a training stays within this as a whole.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 # Rows of the head's matrix made float32 at a time: a quarter of a GiB at a width of 2,048.
 _HEAD_ROWS = 32_768
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from self_judge.batch_shape import busy_tokens
+from self_judge.models import without_cudnn_attention
 from self_judge.prefix_trees import (
     Ints,
     PrefixGroup,
@@ -107,12 +108,13 @@ def selecting(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
     backbone = inner.base_model
     before: torch.Tensor | None = None
     inputs = dict(this.inputs)
-    if this.prefix is not None:
-        before, cache = _prefix_states(backbone, this.prefix)
-        inputs |= cache
     runs = attending_by_runs(inner) if "prefix_runs" in inputs else nullcontext()
-    with runs, _selected(backbone, this.states, before, with_cache=this.prefix is not None):
-        yield inputs
+    with runs, without_cudnn_attention():
+        if this.prefix is not None:
+            before, cache = _prefix_states(backbone, this.prefix)
+            inputs |= cache
+        with _selected(backbone, this.states, before, with_cache=this.prefix is not None):
+            yield inputs
 
 
 # -- ways of sharing -------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from self_judge.checkpoints import (
     remove,
     seal,
 )
-from self_judge.models import share_as_usual
+from self_judge.models import share_as_usual, without_cudnn_attention
 from self_judge.whole_file import written_whole
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class ResumableTraining(Base):
         self._skipped = 0
         # Transformers does so in the constructor: whatever draws in between would change the run.
         set_seed(self.args.seed)
-        with _stopping(self):
+        with _stopping(self), without_cudnn_attention():
             return super().train(found, *args, **kwargs)
 
     def _checked(self, asked: str | bool) -> Path:

@@ -15,7 +15,12 @@ import torch
 
 from self_judge.batch_shape import busy_tokens
 from self_judge.config import PackingChoice
-from self_judge.models import float32_logits, in_evaluation_mode, unwrapped
+from self_judge.models import (
+    float32_logits,
+    in_evaluation_mode,
+    unwrapped,
+    without_cudnn_attention,
+)
 from self_judge.out_of_memory import halved
 from self_judge.packing import Packing
 
@@ -86,7 +91,11 @@ class TransformersScorer:
     ) -> torch.Tensor:
         """See `LetterScorer.letter_probabilities`."""
         letters_N2 = torch.empty(len(prompts), 2)
-        with in_evaluation_mode(self.model), float32_logits(self.model):
+        with (
+            in_evaluation_mode(self.model),
+            float32_logits(self.model),
+            without_cudnn_attention(),
+        ):
             left = list(range(len(prompts)))
             while left:
                 computed: set[int] = set()
