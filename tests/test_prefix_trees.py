@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from self_judge.prefix_trees import (
@@ -72,30 +75,77 @@ def test_every_unique_prefix_stands_once(sequences: list[list[int]]) -> None:
     assert sum(len(r) for r in rows) == len(prefixes)
 
 
-@given(SEQUENCES, st.integers(1, 40))
-def test_no_row_is_longer_than_allowed_but_for_a_sequence_that_is(
-    sequences: list[list[int]], row_tokens: int
+@given(SEQUENCES, st.integers(1, 40), st.sampled_from([0.0, 0.01, 1.0]), st.booleans())
+def test_no_row_is_longer_than_allowed_but_for_a_sequence_or_a_pair_that_is(
+    sequences: list[list[int]], row_tokens: int, cost: float, split_pairs: bool
 ) -> None:
-    rows = prefix_rows(sequences, row_tokens)
-    for row in [*rows, *joined(rows, row_tokens)]:
-        assert len(row) <= row_tokens or len({tuple(p) for p in row.places.values()}) == 1
+    rows = prefix_rows(sequences, row_tokens, cost, split_pairs=split_pairs)
+    for row in rows:
+        members = len({tuple(p) for p in row.places.values()})
+        assert len(row) <= row_tokens or members <= (1 if split_pairs else 2)
+    longest = max(map(len, rows))
+    assert max(map(len, joined(rows, row_tokens))) <= max(row_tokens, longest)
 
 
-@given(SEQUENCES, st.integers(1, 30))
+@given(SEQUENCES, st.integers(1, 30), st.booleans())
 def test_an_oversized_tree_is_split_so_that_the_fewest_tokens_are_computed(
-    sequences: list[list[int]], row_tokens: int
+    sequences: list[list[int]], row_tokens: int, split_pairs: bool
 ) -> None:
     ordered = sorted(set(map(tuple, sequences)))
+    whole = 1 if split_pairs else 2
 
-    def tokens(run: Sequence[tuple[int, ...]]) -> int:
-        return len({s[: n + 1] for s in run for n in range(len(s))})
+    def tokens(stretch: Sequence[tuple[int, ...]]) -> int:
+        return len({s[: n + 1] for s in stretch for n in range(len(s))})
 
     least = [0]
     for end in range(1, len(ordered) + 1):
-        runs = [(start, tokens(ordered[start:end])) for start in range(end)]
-        fitting = [(s, n) for s, n in runs if n <= row_tokens or s == end - 1]
+        stretches = [(start, tokens(ordered[start:end])) for start in range(end)]
+        fitting = [(s, n) for s, n in stretches if n <= row_tokens or s >= end - whole]
         least.append(min(least[s] + n for s, n in fitting))
-    assert sum(len(r) for r in prefix_rows(sequences, row_tokens)) == least[-1]
+    rows = prefix_rows(sequences, row_tokens, split_pairs=split_pairs)
+    assert sum(len(r) for r in rows) == least[-1]
+
+
+def pairs(draw: random.Random, count: int, longest: int) -> list[list[int]]:
+    """Pairs of sequences with a prefix of any length in common, from a prompt of their own."""
+    found = []
+    for number in range(count):
+        a, b = (draw.randint(1, longest) for _ in range(2))
+        prefix = [number, *draw.choices(range(100, 10_000), k=draw.randint(0, min(a, b)))]
+        found += [(prefix + draw.choices(range(100, 10_000), k=n))[:n] for n in (a, b)]
+    return found
+
+
+def unique_tokens(sequences: Sequence[Sequence[int]]) -> int:
+    """Nodes of the one prefix tree, counted without it."""
+    ordered = [np.array(s) for s in sorted(map(tuple, sequences))]
+    shared = itertools.starmap(shared_length, itertools.pairwise(ordered))
+    return sum(map(len, ordered)) - sum(shared)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 6),
+    st.sampled_from([300, 2048, 4096]),
+    st.sampled_from([1, 1024, 16_384]),
+    st.sampled_from([0.0, 1e-4, 2e-3, 1.0]),
+)
+def test_pairs_are_never_split_by_a_limit_nor_by_what_attention_costs(
+    seed: int, count: int, longest: int, row_tokens: int, cost: float
+) -> None:
+    sequences = pairs(random.Random(seed), count, longest)
+    rows = prefix_rows(sequences, row_tokens, cost)
+    assert sum(map(len, rows)) <= 1.05 * unique_tokens(sequences)
+
+
+def test_two_sequences_of_900_that_share_500_stand_in_one_row_of_1300() -> None:
+    prefix = list(range(500))
+    sequences = [prefix + [own] * 400 for own in (1, 2)]
+    for row_tokens, cost in ((1, 0.0), (1024, 1.0), (16_384, 1e-4)):
+        assert [len(row) for row in prefix_rows(sequences, row_tokens, cost)] == [1300]
+    split = prefix_rows(sequences, 1299, split_pairs=True)  # as after full memory
+    assert [len(row) for row in split] == [900, 900]
 
 
 def test_branches_are_kept_apart_where_attention_across_them_costs_more_than_the_prefix() -> None:
@@ -177,31 +227,55 @@ def test_prefix_groups_cover_all_and_leave_every_sequence_a_token(
         assert all(len(sequences[i]) > group.prefix for i in group.members)
 
 
-@given(SEQUENCES, st.integers(1, 60), st.integers(1, 4))
-def test_batches_keep_all_rows_within_their_limits(
-    sequences: list[list[int]], batch_tokens: int, batch_rows: int
+COSTS = st.sampled_from([None, 0.0, 1e-3, 1.0])
+
+
+@given(SEQUENCES, st.integers(1, 60), COSTS, st.booleans())
+def test_batches_keep_all_trees_within_their_limit(
+    sequences: list[list[int]], batch_tokens: int, cost: float | None, one: bool
 ) -> None:
     rows = prefix_rows(sequences, 10, 1.0)
-    batched = batches(rows, batch_tokens, batch_rows)
-    assert sorted(map(id, rows)) == sorted(id(r) for b in batched for r in b)
+    batched = batches(rows, batch_tokens, cost, one=one)
+    assert read_back([row for batch in batched for row in batch]) == dict(enumerate(sequences))
+    assert sum(len(row) for batch in batched for row in batch) == sum(map(len, rows))
+    assert len(batched) == 1 or not one
     for batch in batched:
-        assert len(batch) <= batch_rows
-        assert len(batch) == 1 or len(batch) * len(batch[0]) <= batch_tokens
-        assert len(batch[0]) == max(map(len, batch))
+        longest = max(map(len, batch))
+        assert len(batch) * longest <= batch_tokens or len(batch) == 1 or one
+        assert longest <= batch_tokens or longest <= max(map(len, rows))
+        for row in batch:
+            assert (fast_mask(row) == slow_mask(row)).all()
 
 
-def test_rows_of_like_lengths_fill_a_batch_with_padding_counted() -> None:
-    def lengths(*limits: int | None) -> list[list[int]]:
-        batch_tokens, batch_rows = limits
-        assert batch_rows is not None
-        batched = batches(in_lengths(3, 5, 4, 5), batch_tokens, batch_rows)
-        return [[len(row) for row in batch] for batch in batched]
+def in_batches(lengths: Sequence[int], *limits: Any, **how: Any) -> list[list[int]]:
+    return [[len(row) for row in b] for b in batches(in_lengths(*lengths), *limits, **how)]
 
-    assert lengths(10, 4) == [[5, 5], [4, 3]]
-    assert lengths(15, 4) == [[5, 5, 4], [3]]
-    assert lengths(14, 4) == [[5, 5], [4, 3]]
-    assert lengths(20, 3) == [[5, 5, 4], [3]]
-    assert lengths(None, 4) == [[5, 5, 4, 3]]
+
+def test_rows_of_like_lengths_are_one_pass_where_trees_cannot_be_joined() -> None:
+    # Twelve rows of 40 would be one pass; 2 × 40 and 10 × 8 compute a third of that.
+    assert in_batches([40, 38, *[8] * 10], 480) == [[40, 38], [8] * 10]
+    # A pass has a price: three tokens of padding are less.
+    assert in_batches([10, 9, 8], 480) == [[10, 9, 8]]
+    assert in_batches([10, 9, 8], 20) == [[10], [9, 8]]
+    assert in_batches([10, 9, 8], 1) == [[10], [9], [8]]
+    assert in_batches([10, 2], 1, one=True) == [[10, 2]]
+
+
+def test_short_trees_stand_where_there_would_be_padding_under_a_mask() -> None:
+    assert in_batches([10, 6, 4, 5, 5], 480, 1e-3) == [[10, 10, 10]]
+    # Longer rows cost attention, padding costs tokens.
+    assert in_batches([10, 9, 1, 9, 1], 480, 1.0) == [[10, 10, 10]]
+    assert in_batches([9, 9, 9, 9, 9], 480, 1.0) == [[9, 9, 9, 9, 9]]
+    assert in_batches([10, 6, 6, 6, 2], 480, 1e-4) == [[30]]
+    assert in_batches([10, 6, 6, 6, 2], 20, 1.0, one=True) == [[10, 8, 6, 6]]
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=12))
+def test_one_pass_of_many_trees_is_little_padded_where_attention_is_cheap(
+    lengths: list[int],
+) -> None:
+    ((*rows,),) = in_batches(lengths, 5000, 0.0, one=True)
+    assert len(rows) * max(rows) == sum(lengths)
 
 
 def test_shared_length_counts_from_the_start() -> None:

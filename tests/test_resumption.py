@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,37 @@ def test_judging_goes_on_with_half_as_much_and_finds_the_same(
     for verdict, known in zip(found, expected, strict=True):
         assert verdict.score_a == pytest.approx(known.score_a, abs=1e-5)
         assert verdict.preferred == known.preferred
+
+
+@pytest.mark.parametrize("packing", ["auto", "tree", "cache", "padding"])
+def test_judging_comes_down_to_one_prompt_where_memory_has_no_room_for_a_pair(
+    packing: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from self_judge import Comparison
+
+    monkeypatch.setattr("self_judge.packing._by_runs", lambda packing: False)
+    judge = make(packing=packing).judge
+    judge.packing.shape = replace(judge.packing.shape, batch_tokens=1000)
+    asked = [Comparison(f"what is {i}?", f"{i} it is", f"no, {i + 1}" * 3) for i in range(2)]
+    expected = judge.compare(asked)
+    prompts = [
+        ids
+        for principle in judge.templates
+        for one in asked
+        for ids in judge.encoder.encode_orders(judge.templates, principle, one, None) or ()
+    ]
+    inner, longest = judge.scorer.model.forward, max(map(len, prompts))
+
+    def small(*args: Any, **kwargs: Any) -> Any:
+        held = kwargs.get("attention_mask", kwargs["input_ids"]).shape[-1]
+        if kwargs["input_ids"].shape[0] * held > longest:
+            raise torch.OutOfMemoryError(FULL)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(judge.scorer.model, "forward", small)
+    for verdict, known in zip(judge.compare(asked), expected, strict=True):
+        assert verdict.score_a == pytest.approx(known.score_a, abs=1e-5)
+    monkeypatch.setattr(judge.scorer.model, "forward", inner)
 
 
 def test_a_prompt_that_alone_fills_the_memory_is_the_error_that_it_is(

@@ -119,7 +119,9 @@ def _matrices(inner: nn.Module) -> list[torch.Tensor]:
     for module in inner.modules():
         if type(module) is nn.Linear and module is not head:
             weight = module.weight.detach()
-            if type(weight) is torch.Tensor and weight.is_floating_point() and weight.numel():
+            # A shard may be flat, or empty.
+            whole = type(weight) is torch.Tensor and weight.dim() == 2 and weight.numel()
+            if whole and weight.is_floating_point():
                 found.setdefault(tuple(weight.shape), weight)
     return list(found.values())
 

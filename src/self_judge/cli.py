@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from self_judge.bulk_judging import JudgeChoice
     from self_judge.config import RunKind
 
+_BATCH_SIZE = "prompts per pass where they are not packed (default: 8)"
 PACKING = ("auto", "tree", "cache", "padding", "off")  # config.PackingChoice, not imported yet
 _OVERRIDES = "any value of the file, as key.path=value"
 
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     tournament.add_argument("--max-new-tokens", type=int, default=768)
     tournament.add_argument("--temperature", type=float, default=1.0)
     tournament.add_argument("--top-p", type=float, default=0.9)
-    tournament.add_argument("--batch-size", type=int, default=8, help="judge prompts per pass")
+    tournament.add_argument("--batch-size", type=int, default=8, help=_BATCH_SIZE)
     tournament.add_argument("--max-length", type=int, help="tokens of a judge prompt at most")
     tournament.add_argument("--seed", type=int, default=0)
     tournament.add_argument("--brackets", action="store_true", help="write the brackets as well")
@@ -211,7 +212,7 @@ def _add_judge(command: argparse.ArgumentParser) -> None:
         "--templates", metavar="FILE",
         help="YAML with judge templates, for a model that has no judge.json, or instead of it",
     )  # fmt: skip
-    command.add_argument("--batch-size", type=int, default=8, help="rows per pass (default: 8)")
+    command.add_argument("--batch-size", type=int, default=8, help=_BATCH_SIZE)
     command.add_argument("--max-length", type=int, help="tokens of a judge prompt at most")
     command.add_argument("--dtype", default="auto", help="of the weights (default: as saved)")
     command.add_argument(

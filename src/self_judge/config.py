@@ -221,7 +221,8 @@ class SelfJudgeArgs:
     Args:
         token_id_a, token_id_b: ids of the letters; derived from the tokenizer where left out, and
             checked against it where given.
-        judge_batch_size: judge prompts, or prefix trees of them, in one forward pass on one device.
+        judge_batch_size: judge prompts in one forward pass on one device where prompts are not
+            packed; twice as many where processes share the model. Packed passes go by tokens.
         packing: how sequences share prefixes in judging and in the update (see `Packing`): `auto`,
             `tree`, `cache`, `padding`, or `off`.
         generation_batch_size: responses sampled together on one device at most.

@@ -42,7 +42,8 @@ class Judge:
         encoder: a `ChatEncoder`, or a tokenizer whose own chat template is used.
         templates: the judge templates, or a mapping `{principle: {system, user, assistant}}`.
         token_id_a, token_id_b: checked against the ids derived from the tokenizer, if given.
-        batch_size: rows per forward pass: judge prompts, or prefix trees of them when packed.
+        batch_size: judge prompts per forward pass of a model that cannot be packed, or is not to
+            be; packed passes go by `batch_tokens`.
         max_length: tokens of a judge prompt at most; never more than the model's context length,
             which is the default.
         packing: how prompts share prefixes (see `Packing`); `auto` takes what is exact.

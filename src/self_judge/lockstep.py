@@ -62,15 +62,24 @@ class LockstepPacking(Packing):
     After its last call each process calls `finish`, which returns when all have.
 
     Args:
-        model, choice, batch_rows: see `Packing`; `off` is taken as `padding`.
+        model, choice: see `Packing`; `off` is taken as `padding`.
+        batch_rows: half the prompts of a pass: both orders of a comparison share a row.
         most: the largest of a number over all processes.
+        batch_tokens: tokens of a row at most.
     """
 
     def __init__(
-        self, model: torch.nn.Module, choice: PackingChoice, *, batch_rows: int, most: Most
+        self,
+        model: torch.nn.Module,
+        choice: PackingChoice,
+        *,
+        batch_rows: int,
+        most: Most,
+        batch_tokens: int | None = None,
     ) -> None:
         chosen: PackingChoice = "padding" if choice == "off" else choice
-        super().__init__(model, chosen, batch_rows=batch_rows, one_pass=True)
+        super().__init__(model, chosen, batch_tokens=batch_tokens, one_pass=True)
+        self.batch_rows = batch_rows
         self.most = most
 
     @property
@@ -89,7 +98,7 @@ class LockstepPacking(Packing):
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """As `Packing` does, in passes of so many rows, each announced to the others."""
-        size = 2 * self.shape.batch_rows  # both orders of a comparison share a row
+        size = 2 * self.batch_rows
         for start in range(0, len(sequences), size):
             self.most(1)
             for numbers, logits in super().next_token_logits(sequences[start : start + size]):

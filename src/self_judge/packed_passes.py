@@ -32,18 +32,29 @@ from self_judge.run_attention import attending_by_runs
 
 _BLOCK = 128  # FlexAttention's
 # A dense mask has attention computed at every pair of tokens, at a lower rate than a matrix
-# product: measured with SmolLM2-135M on two cores (benchmarks/RESULTS.md).
-_DENSE_ATTENTION = 2.0
+# product: by how much lower. On a CPU measured with SmolLM2-135M on two cores
+# (benchmarks/RESULTS.md). Elsewhere an estimate, for an H100 in bfloat16: the memory-efficient
+# kernel, the only fused one that takes a mask, makes some 130 of the 650 TFLOP/s of a large matrix
+# product; its backward pass is slower still, and small models' products are slower, too.
+_DENSE_ATTENTION = {"cpu": 2.0}
+_DENSE_ATTENTION_ELSEWHERE = 5.0
+# Tokens in the cache of one group: 16 GiB of keys and values for Llama 2 7B in bfloat16, 4 GiB for
+# Llama 3 8B, where four query heads share them.
+_CACHED_TOKENS = 32_768
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How large a forward pass may be; see `Packing`."""
+    """How large a forward pass may be; see `Packing`.
 
-    row_tokens: int = 1024
-    batch_rows: int = 8
+    Attributes:
+        split_pairs: whether `batch_tokens` holds for two sequences that share a prefix as well,
+            as after full memory; a single sequence is never cut.
+    """
+
     batch_tokens: int | None = None
     one_pass: bool = False
+    split_pairs: bool = False
 
 
 class Asked(NamedTuple):
@@ -128,19 +139,20 @@ def pass_tokens(inner: Any, shape: Shape) -> int:
     return shape.batch_tokens or busy_tokens(inner)
 
 
-def _batched(inner: Any, shape: Shape, rows: Sequence[Row]) -> list[list[Row]]:
-    if shape.one_pass:
-        return [sorted(rows, key=len, reverse=True)]
-    return batches(rows, pass_tokens(inner, shape), shape.batch_rows)
+def _dense_cost(inner: Any) -> float:
+    """What one more key under a dense mask costs a token, in units of all its other work."""
+    slower = _DENSE_ATTENTION.get(device_of(inner).type, _DENSE_ATTENTION_ELSEWHERE)
+    return slower * attention_share(inner)
 
 
 def tree_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
     blocks = attention(inner) == "flex_attention"
-    cost = 0.0 if blocks else _DENSE_ATTENTION * attention_share(inner)
-    rows = prefix_rows(asked.sequences, shape.row_tokens, cost)
+    cost = 0.0 if blocks else _dense_cost(inner)
+    most = pass_tokens(inner, shape)
+    rows = prefix_rows(asked.sequences, most, cost, split_pairs=shape.split_pairs)
     if blocks:
-        rows = joined(rows, shape.row_tokens)
-    for batch in _batched(inner, shape, rows):
+        rows = joined(rows, most)
+    for batch in batches(rows, most, cost, one=shape.one_pass):
         ids, positions, ends = stacked(batch, _BLOCK if blocks else 1)
         device = device_of(inner)
         mask = (_block_mask if blocks else functools.partial(_dense_mask, inner))(ends.to(device))
@@ -161,13 +173,13 @@ def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) 
     Returns:
         Their indices.
     """
-    cost = _DENSE_ATTENTION * attention_share(inner)
+    cost, most = _dense_cost(inner), pass_tokens(inner, shape)
     cached: list[int] = []
     for group in prefix_groups(sequences):
         if len(group.members) <= 2:
             continue  # one comparison in both orders: two passes save nothing over one
         own = [sequences[i] for i in group.members]
-        lengths = [len(row) for row in prefix_rows(own, shape.row_tokens, cost)]
+        lengths = [len(row) for row in prefix_rows(own, most, cost)]
         branches = [len(s) - group.prefix for s in own]
         met = group.prefix**2 + sum(b * (group.prefix + b) for b in branches)
         if 1.2 * (group.prefix + sum(branches) + cost * met) < sum(
@@ -189,7 +201,7 @@ def _dense_mask(inner: Any, ends_BL: torch.Tensor) -> torch.Tensor:
 
 def padded_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
     rows = [_single(i, s) for i, s in enumerate(asked.sequences)]
-    for batch in _batched(inner, shape, rows):
+    for batch in batches(rows, pass_tokens(inner, shape), one=shape.one_pass):
         # Padded on the right: under a causal mask, padding can reach nothing.
         ids, _, _ = stacked(batch)
         lengths = torch.tensor([len(r) for r in batch])
@@ -202,7 +214,15 @@ def padded_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
 
 
 def cache_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
-    groups = prefix_groups(asked.sequences)
+    # Keys and values are held for every branch, its prefix included: a limit of memory, which
+    # divides no group earlier than it must, as every part computes the prefix again.
+    most = 2 * pass_tokens(inner, shape)
+    whole = most if shape.split_pairs else max(most, _CACHED_TOKENS)
+    groups = [
+        part
+        for group in prefix_groups(asked.sequences)
+        for part in _parts(group, asked.sequences, whole, 1 if shape.split_pairs else 2)
+    ]
     alone = [i for g in groups if not g.prefix for i in g.members]
     if alone:
         yield from padded_passes(inner, shape, asked.only(alone))
@@ -210,14 +230,25 @@ def cache_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
     shared.sort(key=lambda g: (g.prefix, len(g.members)), reverse=True)
     batch: list[PrefixGroup] = []
     for group in shared:
-        size = sum(len(asked.sequences[i]) for g in [*batch, group] for i in g.members)
-        rows = sum(len(g.members) for g in [*batch, group])
-        if batch and (size > 2 * pass_tokens(inner, shape) or rows > 2 * shape.batch_rows):
+        together = [*batch, group]
+        width = max(len(asked.sequences[i]) - g.prefix for g in together for i in g.members)
+        held = sum(len(g.members) for g in together) * (together[0].prefix + width)
+        if batch and held > most:
             yield _cached(inner, batch, asked)
             batch = []
         batch.append(group)
     if batch:
         yield _cached(inner, batch, asked)
+
+
+def _parts(
+    group: PrefixGroup, sequences: Sequence[Sequence[int]], most: int, least: int
+) -> list[PrefixGroup]:
+    """A group in parts of so many tokens at most, and so many members at least."""
+    size = max(least, most // max(len(sequences[i]) for i in group.members))
+    starts = range(0, len(group.members), size)
+    parts = [group.members[start : start + size] for start in starts]
+    return [PrefixGroup(group.prefix if len(own) > 1 else 0, own) for own in parts]
 
 
 def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Asked) -> Pass:

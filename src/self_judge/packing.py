@@ -86,10 +86,9 @@ class Packing:
         model: a causal language model, in any wrapper (PEFT, DDP, FSDP).
         choice: `auto` takes the first of tree, cache and padding that is exact for the model;
             another is forced, `off` packs nothing.
-        row_tokens: tokens of a packed row at most.
-        batch_rows: rows of a forward pass at most.
         batch_tokens: tokens of a forward pass at most, padding included; default: what keeps the
-            device busy, by measurement (`batch_shape.busy_tokens`).
+            device busy, by measurement (`batch_shape.busy_tokens`). A pass holds one sequence, and
+            two that share a prefix, whatever their length.
         gradients: whether gradients will flow (a cache does not go with gradient checkpointing).
         one_pass: everything in one forward pass, as sharded models need whose processes must make
             the same number of passes (see `LockstepPacking` for judging).
@@ -103,8 +102,6 @@ class Packing:
         model: nn.Module,
         choice: PackingChoice = "auto",
         *,
-        row_tokens: int = 1024,
-        batch_rows: int = 8,
         batch_tokens: int | None = None,
         gradients: bool = False,
         one_pass: bool = False,
@@ -114,7 +111,7 @@ class Packing:
         self.inner: Any = unwrapped(model)
         self.choice = choice
         self.gradients = gradients
-        self.shape = Shape(row_tokens, batch_rows, batch_tokens, one_pass)
+        self.shape = Shape(batch_tokens, one_pass)
         self._memory: Memory | None = None
         if choice not in ("auto", "padding", "off"):
             refused = _refused(model, choice)
@@ -371,7 +368,7 @@ def _trial(model: nn.Module, route: str) -> str | None:
     sequences = [*trees, other + drawn[13:15], other + drawn[15:18]]
     wanted = [np.arange(len(s) - 1 if route == "walk" else 0, len(s)) for s in sequences]
     asked = Asked.all_of(sequences, wanted)
-    shape = Shape(row_tokens=9, batch_tokens=9 if route in ("runs", "walk") else None)
+    shape = Shape(9 if route in ("runs", "walk") else 18)
     device = device_of(inner)
 
     def logits() -> tuple[torch.Tensor, torch.Tensor]:

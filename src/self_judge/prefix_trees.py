@@ -5,6 +5,7 @@ Pure: token ids in, layouts out. It knows no model, no attention and no torch.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -46,20 +47,32 @@ def shared_length(a: Ints, b: Ints) -> int:
     return int(differs.argmax()) if differs.any() else n
 
 
+# A pair that shares one part in so many of its tokens stays in one row: a shorter prefix, repeated,
+# adds less than 5 %.
+_LEAST_SHARED = 20
+
+
 def prefix_rows(
-    sequences: Sequence[Sequence[int]], row_tokens: int, attention_cost: float = 0.0
+    sequences: Sequence[Sequence[int]],
+    row_tokens: int,
+    attention_cost: float = 0.0,
+    *,
+    split_pairs: bool = False,
 ) -> list[Row]:
     """One tree per row, so that the rows together cost least.
 
-    Sequences are sorted, so that a tree is a run of neighbours, and the runs are chosen by dynamic
-    programming: a row of L tokens costs `L + attention_cost · L²`. Where two neighbours are put
-    into different rows, the prefix they share is computed once more: that is how a tree that would
-    be too large, or whose attention across branches would cost more than the prefix, is split.
+    Sequences are sorted, so that a tree is a stretch of neighbours, and the stretches are chosen by
+    dynamic programming: a row of L tokens costs `L + attention_cost · L²`. Where two neighbours are
+    put into different rows, the prefix they share is computed once more: that is how a tree that
+    would be too large, or whose attention across branches would cost more than the prefix, is
+    split. Two sequences that share a twentieth of their tokens or more have a row of their own
+    rather than two rows, whatever its length and its attention cost.
 
     Args:
         sequences: token ids, each with at least one token. Equal ones share all their places.
-        row_tokens: tokens of a row at most; a longer sequence has a row of its own.
+        row_tokens: tokens of a row at most; a pair, or a single sequence, may be longer.
         attention_cost: what one more key costs a token, in units of all its other work.
+        split_pairs: whether the limit and the cost hold for pairs as well.
 
     Raises:
         ValueError: a sequence without tokens, or `row_tokens` below 1.
@@ -75,6 +88,7 @@ def prefix_rows(
     arrays = [np.array(s, dtype=np.int64) for s in ordered]
     shared = _shared_with_previous(arrays)
     lengths = [len(a) for a in arrays]
+    alone = [n + attention_cost * n * n for n in lengths]
     best, start_of = [0.0], [0]
     for end in range(1, len(arrays) + 1):
         cheapest, begins, tokens = float("inf"), end - 1, 0
@@ -82,9 +96,14 @@ def prefix_rows(
             # A row that starts one earlier has that sequence's own tokens more.
             follows = shared[start + 1] if start + 1 < end else 0
             tokens += lengths[start] - follows
-            if tokens > row_tokens and start < end - 1:
+            pair = start == end - 2 and not split_pairs
+            if tokens > row_tokens and start < end - 1 and not pair:
                 break
-            cost = best[start] + tokens + attention_cost * tokens * tokens
+            cost = tokens + attention_cost * tokens * tokens
+            if pair and follows * _LEAST_SHARED >= tokens:
+                # Never dearer than two rows, less the tokens that are saved.
+                cost = min(cost, alone[start] + alone[start + 1] - follows)
+            cost += best[start]
             if cost < cheapest:
                 cheapest, begins = cost, start
         best.append(cheapest)
@@ -127,25 +146,36 @@ def _row(arrays: Sequence[Ints], shared: Sequence[int], numbers: Sequence[Sequen
 
 
 def joined(rows: Iterable[Row], row_tokens: int) -> list[Row]:
-    """Several trees per row, by best-fit decreasing: for attention that skips what no token sees.
+    """Several trees per row, by best-fit decreasing: no tree sees another.
 
     No row gets longer than `row_tokens`, but for one that is longer already.
     """
-    bins: list[list[Row]] = []
-    room: list[int] = []
-    for row in sorted(rows, key=len, reverse=True):
-        fitting = [i for i, left in enumerate(room) if left >= len(row)]
-        if fitting:
-            tightest = min(fitting, key=lambda i: room[i])
-            bins[tightest].append(row)
-            room[tightest] -= len(row)
+    trees = sorted(rows, key=len, reverse=True)
+    return [
+        _one_after_the_other([trees[i] for i in own])
+        for own in _bins([len(tree) for tree in trees], row_tokens)
+    ]
+
+
+def _bins(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Which of some lengths, sorted from the longest, go into one bin; by best fit."""
+    bins: list[list[int]] = []
+    left: list[tuple[int, int]] = []  # sorted: the room left in a bin, and its number
+    for i, length in enumerate(lengths):
+        tightest = bisect.bisect_left(left, (length, -1))
+        if tightest < len(left):
+            rest, number = left.pop(tightest)
+            bins[number].append(i)
         else:
-            bins.append([row])
-            room.append(row_tokens - len(row))
-    return [_one_after_the_other(trees) for trees in bins]
+            rest, number = room, len(bins)
+            bins.append([i])
+        bisect.insort(left, (rest - length, number))
+    return bins
 
 
 def _one_after_the_other(trees: Sequence[Row]) -> Row:
+    if len(trees) == 1:
+        return trees[0]
     starts = np.cumsum([0, *(len(t) for t in trees)]).tolist()
     return Row(
         np.concatenate([t.token_ids for t in trees]),
@@ -155,20 +185,89 @@ def _one_after_the_other(trees: Sequence[Row]) -> Row:
     )
 
 
-def batches(rows: Iterable[Row], batch_tokens: int | None, batch_rows: int) -> list[list[Row]]:
-    """Rows of like lengths together, longest first, at most so many rows and tokens with padding.
+# What a pass costs beyond its tokens, as a part of the tokens that keep a device busy: between the
+# 1/40 by which the matrices are slower at half as many, and the 1/12 measured for a whole model on
+# two CPU cores.
+_PRICE_OF_A_PASS = 1 / 16
 
-    A row longer than `batch_tokens` is a batch of its own; `None` sets no limit.
+
+def batches(
+    rows: Iterable[Row],
+    batch_tokens: int,
+    attention_cost: float | None = None,
+    *,
+    one: bool = False,
+) -> list[list[Row]]:
+    """Rows of like lengths together, longest first, so that all passes cost least with padding.
+
+    Where trees may be joined, a pass holds rows of one length, and shorter trees stand one after
+    the other where there would be padding: under a dense mask they cost the same there.
+
+    Args:
+        rows: one tree each.
+        batch_tokens: tokens of a pass at most, padding included; a longer row has a pass of its
+            own.
+        attention_cost: of a dense mask, see `prefix_rows`; `None`: rows are not joined.
+        one: whether everything goes into one pass, whatever its size. Then no row is joined to
+            more than `batch_tokens`.
     """
-    batched: list[list[Row]] = []
-    for row in sorted(rows, key=len, reverse=True):
-        last = batched[-1] if batched else []
-        fits = batch_tokens is None or (last and (len(last) + 1) * len(last[0]) <= batch_tokens)
-        if last and fits and len(last) < batch_rows:
-            last.append(row)
-        else:
-            batched.append([row])
-    return batched
+    ordered = sorted(rows, key=len, reverse=True)
+    lengths = [len(row) for row in ordered]
+    cuts = [(0, len(ordered))] if one else _stretches(lengths, batch_tokens, attention_cost)
+    stretches = [ordered[start:end] for start, end in cuts]
+    if attention_cost is None:
+        return stretches
+    return [_filled(own, batch_tokens, attention_cost, one=one) for own in stretches]
+
+
+def _stretches(
+    lengths: Sequence[int], batch_tokens: int, attention_cost: float | None
+) -> list[tuple[int, int]]:
+    """Sorted lengths, cut into passes that together cost least, by dynamic programming."""
+    price = _PRICE_OF_A_PASS * batch_tokens
+    longest = np.array(lengths, dtype=np.int64)
+    tokens = np.concatenate([[0], longest.cumsum()])
+    # From here on, rows are so short that two of them fit into one as long as the first.
+    halves = np.searchsorted(-longest, -(longest // 2))
+    best, start_of = np.zeros(len(tokens)), np.zeros(len(tokens), dtype=np.int64)
+    for end in range(1, len(tokens)):
+        first = min(end - 1, int(np.searchsorted(tokens, tokens[end] - batch_tokens)))
+        here = slice(first, end)
+        count = end - np.arange(first, end)
+        if attention_cost is not None:
+            count = np.minimum(count, halves[here] - np.arange(first, end))
+        padded = np.maximum(tokens[end] - tokens[here], count * longest[here])
+        cost = best[here] + padded * (1 + (attention_cost or 0.0) * longest[here]) + price
+        cost[:-1][padded[:-1] > batch_tokens] = np.inf
+        start_of[end] = first + int(cost.argmin())
+        best[end] = cost.min()
+    cuts, end = [], len(lengths)
+    while end:
+        cuts.append((int(start_of[end]), end))
+        end = int(start_of[end])
+    return cuts[::-1]
+
+
+def _filled(
+    trees: Sequence[Row], batch_tokens: int, attention_cost: float, *, one: bool
+) -> list[Row]:
+    """Trees in rows of the length at which these cost least; one row of all has no padding."""
+    lengths = [len(tree) for tree in trees]
+    total, longest = sum(lengths), lengths[0]
+    most = max(longest, min(total, batch_tokens) if one else total)
+    cheapest, chosen = float("inf"), [list(range(len(trees)))]
+    room = longest
+    while total * (1 + attention_cost * room) < cheapest:
+        bins = _bins(lengths, room)
+        length = max(sum(lengths[i] for i in own) for own in bins)
+        padded = length * len(bins)
+        cost = padded * (1 + attention_cost * length)
+        if cost < cheapest and (one or padded <= batch_tokens or len(bins) == 1):
+            cheapest, chosen = cost, bins
+        if room == most:
+            break
+        room = min(most, room + max(1, room // 10))
+    return [_one_after_the_other([trees[i] for i in own]) for own in chosen]
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,7 +190,11 @@ def self_judge_work(
         judged=comparisons * unique,
         judge_prompts=comparisons * principles * 2,
         judge_length=unique / max(1, principles),
-        judge_at_once=round(min(own.judge_batch_size * longest, 16_384)),
+        judge_at_once=round(
+            own.judge_batch_size * longest
+            if own.packing == "off"
+            else min(max(16_384, 2 * longest), comparisons * unique)
+        ),
     )
 
 

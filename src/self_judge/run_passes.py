@@ -21,8 +21,9 @@ from self_judge.run_attention import attending
 
 def run_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
     """As `tree_passes`, run by run: trees stand in one row, and cost each other nothing."""
-    rows = prefix_rows(asked.sequences, shape.row_tokens)
-    together = sum(map(len, rows)) if shape.one_pass else pass_tokens(inner, shape)
+    most = pass_tokens(inner, shape)
+    rows = prefix_rows(asked.sequences, most, split_pairs=shape.split_pairs)
+    together = sum(map(len, rows)) if shape.one_pass else most
     for row in joined(rows, together):
         ids, positions, _ = stacked([row])
         yield pass_over(_inputs(inner, ids, positions, runs_of(row)), [row], asked)

@@ -58,7 +58,7 @@ class TransformersScorer:
 
     Args:
         model: a causal language model (or `PeftModel`).
-        batch_size: rows per forward pass: prompts, or prefix trees of them when packed.
+        batch_size: prompts per forward pass of a model that cannot be packed, or is not to be.
         packing: how prompts share prefixes (see `Packing`); `auto` takes what is exact.
         batch_tokens: tokens of a packed forward pass at most; default: by measurement.
 
@@ -80,7 +80,7 @@ class TransformersScorer:
         self.max_length: int | None = getattr(
             config.get_text_config(), "max_position_embeddings", None
         )
-        self.packing = Packing(model, packing, batch_rows=batch_size, batch_tokens=batch_tokens)
+        self.packing = Packing(model, packing, batch_tokens=batch_tokens)
 
     @torch.no_grad()
     def letter_probabilities(
@@ -115,7 +115,7 @@ class TransformersScorer:
         return self.packing.next_token_logits(prompts) if packed else self._unpacked(prompts)
 
     def _take_less(self, error: RuntimeError) -> None:
-        """Smaller passes after full memory; raises what that cannot help.
+        """Smaller passes after full memory, down to one prompt; raises what that cannot help.
 
         Processes that share a model make their passes together, so one alone cannot change its own.
         """
@@ -129,8 +129,7 @@ class TransformersScorer:
         self.packing.shape = replace(
             shape,
             batch_tokens=halved("judging", tokens, "tokens", error),
-            batch_rows=max(1, shape.batch_rows // 2),
-            row_tokens=max(1, shape.row_tokens // 2),
+            split_pairs=True,
         )
 
     def _unpacked(

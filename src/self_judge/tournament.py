@@ -248,7 +248,7 @@ def tournament_rejection_sampling(  # type: ignore[misc]
         contexts: what the judge is shown as the dialogue (see `templates.dialogue_text`).
         responses: the responses to each context; their numbers may differ. A single one wins.
         max_length: tokens of a judge prompt at most.
-        judge_batch_size: judge prompts per forward pass.
+        judge_batch_size: see `batch_size` of `Judge`.
         seed: fixes the draw, and the lots where the judge cannot decide.
         judge: a ready `Judge`, in place of model, tokenizer and templates.
         return_brackets: also return one `Bracket` per context.

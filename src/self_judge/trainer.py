@@ -252,7 +252,11 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         self._lockstep: LockstepPacking | None = None
         if self.most is not int and isinstance(scorer, TransformersScorer):
             self._lockstep = LockstepPacking(
-                scorer.model, config.packing, batch_rows=config.judge_batch_size, most=self.most
+                scorer.model,
+                config.packing,
+                batch_rows=config.judge_batch_size,
+                most=self.most,
+                batch_tokens=tokens,
             )
             scorer.packing = self._lockstep
         self.clock = StepClock(self.accelerator, self._metrics["train"])

@@ -62,7 +62,11 @@ class SelfJudgeConfig(DPOConfig):
         metadata={"help": "Tokens in their KV cache at most, prompts and responses together."},
     )
     judge_batch_size: int = field(
-        default=8, metadata={"help": "Judge prompts per forward pass on one device."}
+        default=8,
+        metadata={
+            "help": "Judge prompts per forward pass on one device where prompts are not packed; "
+            "twice as many where processes share the model. Packed passes go by tokens."
+        },
     )
     packing: PackingChoice = field(
         default="auto",

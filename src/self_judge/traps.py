@@ -403,7 +403,7 @@ def memory_traps(needs: Needs) -> Iterator[Finding]:
                 "update": "lower per_device_train_batch_size, turn on gradient_checkpointing, "
                 "use LoRA, or shard (--sharding)",
                 "sampling": "lower generation_batch_size or max_new_tokens",
-                "judging": "lower judge_batch_size",
+                "judging": "lower max_length, or judge_batch_size with packing: off",
             }[needs.memory.largest_phase],
         )
 
