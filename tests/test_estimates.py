@@ -113,7 +113,7 @@ def test_what_autograd_keeps_is_what_a_real_pass_keeps(lora: bool) -> None:
 
     inner = model.get_base_model() if lora else model
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        mask = torch.ones(2, 1, 24, 24, dtype=torch.bool)
+        mask = torch.zeros(2, 1, 24, 24)
         inner.model(input_ids=torch.zeros(2, 24, dtype=torch.long), attention_mask=mask)
     kept = kept_activations(model, 2, 24)
     assert kept.counted

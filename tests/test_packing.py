@@ -27,6 +27,7 @@ from self_judge.packed_passes import (
     Pass,
     Shape,
     cache_passes,
+    selecting,
     tree_mask,
     tree_passes,
 )
@@ -440,6 +441,31 @@ def test_trees_of_unlike_lengths_leave_little_padding_under_a_mask() -> None:
     asked = Asked.all_of(sequences, [np.arange(len(s)) for s in sequences])
     passes = list(tree_passes(build("llama"), Shape(16_384), asked))
     assert sum(this.inputs["input_ids"].numel() for this in passes) <= 1.05 * sum(lengths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_share_one_mask_for_their_backward_passes(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing_module, "_by_runs", lambda packing: False)
+    model, length = build("llama"), 37  # no multiple of 8
+    asked = Asked.all_of([[5] * length, [5] * 20 + [6]], [np.arange(length), np.arange(21)])
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    masks: set[int] = set()
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        if saved.shape[-2:] == (38, 38):
+            assert saved.dtype == dtype
+            masks.add(saved.untyped_storage().data_ptr())
+        return saved
+
+    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        (this,) = tree_passes(model, Shape(100), asked)
+        assert this.inputs["attention_mask"].stride(2) % 8 == 0  # else CUDA's kernels copy it
+        with selecting(model, this) as inputs:
+            logits = model(**inputs).logits
+    assert logits.requires_grad
+    assert len(masks) == 1
 
 
 # -- what is refused -------------------------------------------------------------------------------

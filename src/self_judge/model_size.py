@@ -253,9 +253,10 @@ def _followed(inner: Any, own: set[int], rows: int, tokens: int, bf16: bool) -> 
             seen[storage._cdata] = storage  # held, so that no other takes its place
         return tensor
 
+    computed_in = torch.bfloat16 if bf16 else inner.dtype
     inputs = {
         "input_ids": torch.zeros(rows, tokens, dtype=torch.long),
-        "attention_mask": torch.ones(rows, 1, tokens, tokens, dtype=torch.bool),
+        "attention_mask": torch.zeros(rows, 1, tokens, tokens, dtype=computed_in),
         "use_cache": False,
     }
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)

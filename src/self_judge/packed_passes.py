@@ -190,12 +190,20 @@ def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) 
 
 
 def _dense_mask(inner: Any, ends_BL: torch.Tensor) -> torch.Tensor:
+    """What to add to scores, in the type that attention computes in, `(B, 1, L, L)`.
+
+    Of a boolean mask SDPA makes such a one in every layer, and keeps each for the backward pass;
+    eager attention adds a mask, and a boolean one would be silently wrong. CUDA's kernels copy
+    a mask whose rows do not begin at a multiple of 8.
+    """
     allowed = tree_mask(ends_BL)
-    if attention(inner) == "sdpa":
-        return allowed
-    # Eager attention adds the mask: a boolean one would be silently wrong.
+    kind = allowed.device.type
     dtype = inner.dtype if inner.dtype.is_floating_point else torch.float32
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    if attention(inner) == "sdpa" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    rows, _, length, _ = allowed.shape
+    wide = -(-length // 8) * 8
+    mask = torch.zeros(rows, 1, length, wide, dtype=dtype, device=allowed.device)[..., :length]
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
