@@ -50,6 +50,7 @@ FLOORS: list[set[str]] = [
         "exactness",
         "batch_shape",
         "run_attention",
+        "flex_attention",
         "packed_passes",
         "run_passes",
         "packing",

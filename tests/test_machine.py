@@ -116,6 +116,18 @@ def test_deepspeed_is_dropped_where_it_cannot_work(change: dict[str, bool], told
     assert warnings[0].startswith(told)
 
 
+def test_flex_attention_trains_on_a_gpu_only() -> None:
+    run = uf_jsft("model.attn_implementation=flex_attention", "training_args.deepspeed=null")
+    fitted, warnings = fit_to_machine(run, Machine(bf16=True))
+    assert warnings == [
+        "FlexAttention has no backward pass on a CPU: attention runs on SDPA instead"
+    ]
+    assert fitted.model.attn_implementation == "sdpa"
+    kept, warnings = fit_to_machine(run, BOX)
+    assert warnings == []
+    assert kept.model.attn_implementation == "flex_attention"
+
+
 def test_flash_attention_that_is_not_installed_is_told_from_a_missing_gpu() -> None:
     _, warnings = fit_to_machine(uf_jsft(FLASH), dataclasses.replace(BOX, flash_attn=False))
     assert warnings == ["flash-attn is not installed: attention runs on SDPA instead"]

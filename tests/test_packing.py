@@ -247,20 +247,6 @@ def test_every_way_that_can_be_forced_gives_the_same_numbers(choice: Any) -> Non
                 torch.testing.assert_close(row, alone(model, sequences[i])[-1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow  # compiles
-def test_flex_attention_takes_several_trees_in_one_row() -> None:
-    model, sequences = build("llama", "flex_attention"), sharing(5)
-    plain = copy.deepcopy(model)
-    plain.set_attn_implementation("sdpa")
-    packing = Packing(model)
-    assert packing.decision.route == "tree", packing.decision
-    passes = list(packing.next_token_logits(sequences))
-    assert len(passes) == 1
-    for i, row in zip(*passes[0], strict=True):
-        with torch.no_grad():
-            torch.testing.assert_close(row, alone(plain, sequences[i])[-1], rtol=0, atol=1e-4)
-
-
 def test_a_shared_token_is_computed_once_and_only_last_positions_reach_the_head() -> None:
     model = build("llama")
     prefix = list(range(3, 43))

@@ -112,6 +112,11 @@ def fit_to_machine(run: Run, machine: Machine) -> tuple[Run, list[str]]:
         reason = "flash-attn is not installed" if on_gpu else "flash-attn needs a CUDA GPU"
         warnings.append(f"{reason}: attention runs on SDPA instead")
         model = dataclasses.replace(model, attn_implementation="sdpa")
+    if attention == "flex_attention" and not on_gpu:
+        warnings.append(
+            "FlexAttention has no backward pass on a CPU: attention runs on SDPA instead"
+        )
+        model = dataclasses.replace(model, attn_implementation="sdpa")
 
     dtype = _fit_precision(training, model.dtype, on_gpu, machine.bf16, warnings)
     model = dataclasses.replace(model, dtype=dtype)

@@ -6,7 +6,6 @@ decided in `packing.py`.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from self_judge.batch_shape import busy_tokens
+from self_judge.flex_attention import NAME, ROW_MULTIPLE, tree_blocks
 from self_judge.models import without_cudnn_attention
 from self_judge.prefix_trees import (
     Ints,
@@ -30,7 +30,6 @@ from self_judge.prefix_trees import (
 )
 from self_judge.run_attention import attending_by_runs
 
-_BLOCK = 128  # FlexAttention's
 # A dense mask has attention computed at every pair of tokens, at a lower rate than a matrix
 # product: by how much lower. On a CPU measured with SmolLM2-135M on two cores
 # (benchmarks/RESULTS.md). Elsewhere an estimate, for an H100 in bfloat16: the memory-efficient
@@ -146,16 +145,21 @@ def _dense_cost(inner: Any) -> float:
 
 
 def tree_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
-    blocks = attention(inner) == "flex_attention"
+    blocks = attention(inner) == NAME
     cost = 0.0 if blocks else _dense_cost(inner)
     most = pass_tokens(inner, shape)
     rows = prefix_rows(asked.sequences, most, cost, split_pairs=shape.split_pairs)
     if blocks:
-        rows = joined(rows, most)
-    for batch in batches(rows, most, cost, one=shape.one_pass):
-        ids, positions, ends = stacked(batch, _BLOCK if blocks else 1)
+        # Blocks that no token sees are skipped: all trees of a pass stand in one row.
+        size = sum(map(len, rows)) if shape.one_pass else most
+        batched = [[row] for row in joined(rows, size)]
+    else:
+        batched = batches(rows, most, cost, one=shape.one_pass)
+    for batch in batched:
+        ids, positions, ends = stacked(batch, ROW_MULTIPLE if blocks else 1)
         device = device_of(inner)
-        mask = (_block_mask if blocks else functools.partial(_dense_mask, inner))(ends.to(device))
+        ends = ends.to(device)
+        mask = tree_blocks(ends[0]) if blocks else _dense_mask(inner, ends)
         inputs = {
             "input_ids": ids.to(device),
             "position_ids": positions.to(device),
@@ -318,16 +322,6 @@ def tree_mask(ends_BL: torch.Tensor) -> torch.Tensor:
     place_L = torch.arange(ends_BL.shape[1], device=ends_BL.device)
     before = place_L[None, :] <= place_L[:, None]
     return (before & (place_L[:, None] < ends_BL[:, None, :]))[:, None]
-
-
-def _block_mask(ends_BL: torch.Tensor) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def sees(b: Any, h: Any, q: Any, k: Any) -> Any:
-        return (k <= q) & (q < ends_BL[b, k])
-
-    rows, length = ends_BL.shape
-    return create_block_mask(sees, rows, None, length, length, device=ends_BL.device)
 
 
 def _single(index: int, sequence: Sequence[int]) -> Row:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from self_judge import flex_attention
 from self_judge.config import PackingChoice
 from self_judge.exactness import as_called, trial_tokens, warn_once, why_inexact
 from self_judge.models import unwrapped
@@ -193,7 +194,7 @@ class Packing:
     def _may_cache(self) -> bool:
         """Whether many branches may go through a cache where trees are exact as well."""
         free = self.choice == "auto" and not self.gradients and not self.shape.one_pass
-        dense = attention(self.inner) != "flex_attention"
+        dense = attention(self.inner) != flex_attention.NAME
         return free and dense and _refused(self.model, "cache") is None
 
     @contextmanager
@@ -313,6 +314,12 @@ def _gate(model: nn.Module, route: str) -> str | None:
         return "an encoder-decoder model"
     if route == "padding":
         return None
+    if attention(inner) == flex_attention.NAME:
+        if route == "cache":
+            return "FlexAttention would be compiled for many lengths of a cache"
+        refused = flex_attention.refusal(inner, device_of(inner))
+        if refused:
+            return refused
     if route == "cache":
         if config.model_type == "jamba":
             return "Jamba's cache does not keep what its state needs"
@@ -372,16 +379,18 @@ def _trial(model: nn.Module, route: str) -> str | None:
     device = device_of(inner)
 
     def logits() -> tuple[torch.Tensor, torch.Tensor]:
-        alone = [
-            called(input_ids=torch.tensor([s], device=device), use_cache=False).logits[0][w]
-            for s, w in zip(sequences, wanted, strict=True)
-        ]
+        with flex_attention.eager_instead(inner):
+            alone = [
+                called(input_ids=torch.tensor([s], device=device), use_cache=False).logits[0][w]
+                for s, w in zip(sequences, wanted, strict=True)
+            ]
         expected = torch.cat(alone)
         found = torch.full_like(expected, torch.nan)
-        for this in _LAYOUTS[route](inner, shape, asked):
-            with selecting(inner, this) as inputs:
-                computed = called(**inputs, use_cache=this.caches).logits
-            found[this.wanted.to(found.device)] = computed[0].to(found.dtype)
+        with nullcontext() if route == "tree" else flex_attention.eager_instead(inner):
+            for this in _LAYOUTS[route](inner, shape, asked):
+                with selecting(inner, this) as inputs:
+                    computed = called(**inputs, use_cache=this.caches).logits
+                found[this.wanted.to(found.device)] = computed[0].to(found.dtype)
         return found, expected
 
     return why_inexact(model, logits)
