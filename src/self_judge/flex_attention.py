@@ -79,8 +79,8 @@ def refusal(inner: Any, device: torch.device) -> str | None:
 
 
 @contextmanager
-def eager_instead(inner: Any) -> Iterator[None]:
-    """Has a model with FlexAttention attend eagerly within the block; does nothing to others.
+def sdpa_instead(inner: Any) -> Iterator[None]:
+    """Has a model with FlexAttention attend by SDPA within the block; does nothing to others.
 
     Transformers' own FlexAttention is compiled for every new kind of length, which a comparison of
     a few short sequences is not worth.
@@ -89,7 +89,7 @@ def eager_instead(inner: Any) -> Iterator[None]:
     if usual != NAME:
         yield
         return
-    inner.set_attn_implementation("eager")
+    inner.set_attn_implementation("sdpa")
     try:
         yield
     finally:

@@ -379,14 +379,14 @@ def _trial(model: nn.Module, route: str) -> str | None:
     device = device_of(inner)
 
     def logits() -> tuple[torch.Tensor, torch.Tensor]:
-        with flex_attention.eager_instead(inner):
+        with flex_attention.sdpa_instead(inner):
             alone = [
                 called(input_ids=torch.tensor([s], device=device), use_cache=False).logits[0][w]
                 for s, w in zip(sequences, wanted, strict=True)
             ]
         expected = torch.cat(alone)
         found = torch.full_like(expected, torch.nan)
-        with nullcontext() if route == "tree" else flex_attention.eager_instead(inner):
+        with nullcontext() if route == "tree" else flex_attention.sdpa_instead(inner):
             for this in _LAYOUTS[route](inner, shape, asked):
                 with selecting(inner, this) as inputs:
                     computed = called(**inputs, use_cache=this.caches).logits
