@@ -1,16 +1,24 @@
-"""A server that speaks as much of vLLM's HTTP as the client uses; a rule in place of a model."""
+"""Stand-ins for vLLM: a server with as much of its HTTP as the client uses, by a rule in place of
+a model; and its `LLM` in this process, over a model.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
+import torch
+from peft import PeftModel
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 STOP = 7
 
@@ -129,3 +137,98 @@ def serving(fake: FakeVLLM) -> Iterator[FakeVLLM]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class FakeLLM:
+    """vLLM's `LLM` in this process over a real model, as far as the colocated engine uses it.
+
+    Like vLLM's, it drops its weights where it sleeps at level 2, and answers nothing while asleep.
+
+    Attributes:
+        started: every engine of this process.
+        slept: the levels it was asked to sleep at.
+    """
+
+    started: ClassVar[list[FakeLLM]] = []
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        self.settings = settings
+        config = AutoConfig.from_pretrained(model)
+        self.model = AutoModelForCausalLM.from_config(config).eval()
+        self.adapters: dict[int, str] = {}
+        self.slept: list[int] = []
+        self.asleep = False
+        self.llm_engine = self
+        FakeLLM.started.append(self)
+
+    def sleep(self, level: int) -> None:
+        assert self.settings["enable_sleep_mode"]
+        self.slept.append(level)
+        self.asleep = True
+        if level == 2:
+            for parameter in self.model.parameters():
+                parameter.data.fill_(torch.nan)
+
+    def wake_up(self) -> None:
+        self.asleep = False
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        assert method == "reload_weights"
+        assert not self.asleep
+        self.model.load_state_dict(dict(kwargs["weights_iterator"]), strict=False)
+
+    def apply_model(self, call: Any) -> None:
+        call(self.model)
+
+    def reset_prefix_cache(self) -> None:
+        pass
+
+    def add_lora(self, request: Any) -> None:
+        self.adapters[request.lora_int_id] = request.folder
+
+    def remove_lora(self, number: int) -> None:
+        del self.adapters[number]
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[Any], params: list[Any], use_tqdm: bool, lora_request: Any
+    ) -> list[Any]:
+        assert not self.asleep
+        model: Any = self.model
+        if lora_request is not None:
+            folder = self.adapters[lora_request.lora_int_id]
+            model = PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+        outputs = []
+        for prompt, param in zip(prompts, params, strict=True):
+            ids = list(prompt["prompt_token_ids"])
+            logprobs = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            listed = getattr(param, "logprob_token_ids", [])
+            read = {t: SimpleNamespace(logprob=logprobs[t].item()) for t in listed}
+            generator = torch.Generator().manual_seed(getattr(param, "seed", 0))
+            start = len(ids)
+            while len(ids) - start < param.max_tokens:
+                probabilities = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+                ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+                if ids[-1] in getattr(param, "stop_token_ids", ()):
+                    break
+            output = SimpleNamespace(token_ids=ids[start:], logprobs=[read])
+            outputs.append(SimpleNamespace(outputs=[output]))
+        return outputs
+
+
+def install(monkeypatch: Any, llm: Any = FakeLLM) -> None:
+    """Makes `import vllm` find as much of it as the colocated engine imports."""
+    FakeLLM.started.clear()
+
+    def lora_request(name: str, number: int, folder: str) -> SimpleNamespace:
+        return SimpleNamespace(name=name, lora_int_id=number, folder=folder)
+
+    for name, parts in {
+        "vllm": {"LLM": llm, "SamplingParams": SimpleNamespace},
+        "vllm.lora": {},
+        "vllm.lora.request": {"LoRARequest": lora_request},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(parts)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("self_judge.vllm_engine.find_spec", lambda name: True)

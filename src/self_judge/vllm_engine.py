@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,13 +43,15 @@ class VLLMEngine:
         max_num_seqs: sequences computed together at most.
         max_lora_rank: the largest rank of an adapter; 0: no adapter will be loaded.
         max_loras: adapters in use at one time.
-        gpu_memory_utilization: the share of the GPU's memory for weights, activations and cache. On
-            a CPU the cache has 1 GiB, or what VLLM_CPU_KVCACHE_SPACE says.
-        sleep_mode: whether it can `sleep`; GPUs only.
+        gpu_memory_utilization: the share of all of the GPU's memory, whatever is free of it, for
+            weights, activations and cache. On a CPU the cache has 1 GiB, or what
+            VLLM_CPU_KVCACHE_SPACE says.
+        sleep_level: what `sleep` does with the weights, on GPUs only. 0: it does nothing; 1: they
+            wait in the CPU's memory; 2: they are dropped, and `load_weights` must follow `wake_up`.
         trust_remote_code: passed to vLLM.
 
     Raises:
-        EngineError: vLLM is not installed, or does not take the model.
+        EngineError: vLLM is not installed, does not take the model, or has too little memory.
     """
 
     def __init__(
@@ -63,13 +65,14 @@ class VLLMEngine:
         max_lora_rank: int = 0,
         max_loras: int = 1,
         gpu_memory_utilization: float = 0.3,
-        sleep_mode: bool = False,
+        sleep_level: Literal[0, 1, 2] = 0,
         trust_remote_code: bool = False,
     ) -> None:
         require_vllm()
         self.max_model_length = max_model_length
         self.dtype = dtype
-        self.sleep_mode = sleep_mode
+        self.sleep_level = sleep_level
+        self._dropped = False  # the weights, by sleep
         self._adapters: dict[str, Any] = {}
         self._next_id = 1
         self._began_group = not torch.distributed.is_initialized()
@@ -78,7 +81,7 @@ class VLLMEngine:
             "max_model_len": max_model_length,
             "max_num_seqs": max_num_seqs,
             "gpu_memory_utilization": gpu_memory_utilization,
-            "enable_sleep_mode": sleep_mode,
+            "enable_sleep_mode": sleep_level > 0,
             "enable_prefix_caching": True,
             "generation_config": "vllm",  # the model's own sampling settings stay out
             "logprobs_mode": "raw_logprobs",
@@ -107,10 +110,12 @@ class VLLMEngine:
             _name_the_architecture(config, Path(folder))
             from vllm import LLM
 
+            memory = _memory(gpu_memory_utilization)
             try:
                 self.llm = LLM(model=folder, **settings)
             except (ValueError, RuntimeError, NotImplementedError) as error:
-                raise EngineError(f"vLLM does not take this model: {error}") from error
+                why = " ".join(str(error).split())
+                raise EngineError(f"vLLM does not start with this model: {why}{memory}") from error
         self.load_weights(weights)
 
     def sample(
@@ -154,6 +159,8 @@ class VLLMEngine:
         adapter: str | None,
         done: Callable[[int], object],
     ) -> list[Any]:
+        if self._dropped:
+            raise EngineError("vLLM slept at level 2, which drops the weights: call load_weights")
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             list(params),
@@ -187,15 +194,17 @@ class VLLMEngine:
         if not torch.cuda.is_available():
             self.llm.apply_model(_repack_head)
         self.llm.reset_prefix_cache()
+        self._dropped = False
 
     def sleep(self) -> None:
-        """See `Engine.sleep`: weights wait in the CPU's memory, the cache is dropped."""
-        if self.sleep_mode:
-            self.llm.sleep(level=1)
+        """See `Engine.sleep`: the cache is dropped, and the weights as `sleep_level` says."""
+        if self.sleep_level:
+            self.llm.sleep(level=self.sleep_level)
+            self._dropped = self.sleep_level == 2
 
     def wake_up(self) -> None:
         """See `Engine.wake_up`."""
-        if self.sleep_mode:
+        if self.sleep_level:
             self.llm.wake_up()
 
     def close(self) -> None:
@@ -208,6 +217,19 @@ class VLLMEngine:
         if self._began_group:  # else it is the training's own
             destroy_distributed_environment()
         gc.collect()
+
+
+def _memory(utilization: float) -> str:
+    """What the engine asks of the GPU's memory, and what is free, to add to an error."""
+    if not torch.cuda.is_available():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    gib = 2**30
+    return (
+        f" (vllm_gpu_memory_utilization {utilization:g} asks for {utilization * total / gib:.1f} "
+        f"GiB of all {total / gib:.1f} GiB of this GPU; {free / gib:.1f} GiB were free before the "
+        "start: lower it where that is less, raise it where the weights do not fit)"
+    )
 
 
 def require_vllm() -> None:

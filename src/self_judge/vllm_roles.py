@@ -75,7 +75,10 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Frees the accelerator's memory until `wake_up`, where the engine can."""
+        """Frees the accelerator's memory until `wake_up`, where the engine can.
+
+        Adapters stay loaded. An engine may drop its own weights, if `load_weights` always follows.
+        """
         ...
 
     def wake_up(self) -> None:

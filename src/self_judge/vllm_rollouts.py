@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -116,8 +116,14 @@ class VLLMRollouts:
             max_lora_rank=max((lora_rank(self.model, a) for a in loras), default=0),
             max_loras=max(1, len(loras)),
             gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
-            sleep_mode=self.args.vllm_enable_sleep_mode,
+            sleep_level=self._sleep_level(),
         )
+
+    def _sleep_level(self) -> Literal[0, 1, 2]:
+        """Below an adapter the base stays what it is; the weights of full training never do."""
+        if not self.args.vllm_enable_sleep_mode:
+            return 0
+        return 1 if self.adapted else 2
 
     def _servers(self) -> Engine:
         if self.adapted:
