@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -22,6 +23,7 @@ from self_judge.models import load_tokenizer
 from self_judge.preflight import Report, check
 from self_judge.preflight_view import neutral, show
 from self_judge.preparation import jsft_wording, load_data
+from self_judge.traps import engine_traps
 
 JSFT = str(ROOT / "configs" / "hh_jsft.yaml")
 TRAIN = str(ROOT / "configs" / "hh_self_judge.yaml")
@@ -499,6 +501,48 @@ def test_a_run_that_does_not_fit_into_the_gpu_is_a_problem(
     ]
     report = check(TRAIN, given(taught, data["hh"], *sizes), gpu="l4")
     assert "lower generation_batch_size" in problems(report)
+
+
+def test_a_colocated_engine_is_set_beside_what_training_leaves(
+    taught: Path, data: dict[str, Path]
+) -> None:
+    def found(*more: str, gpu: str | None = "h100") -> dict[str, tuple[str, str]]:
+        own = given(taught, data["hh"], "self_judge_args.use_vllm=true", *more)
+        report = check(TRAIN, own, gpu=gpu)
+        return {f.about: (f.level, f.text) for f in report.findings}
+
+    fits = found()
+    level, text = fits["vllm_gpu_memory_utilization"]
+    assert level == "note"
+    assert "takes 24.0 GiB, this share of all 80 GiB, and does not start where less is" in text
+    assert "compiles and captures graphs" in fits["use_vllm"][1]
+    whole = "self_judge_args.vllm_gpu_memory_utilization=1.0"
+    level, text = found(whole)["vllm_gpu_memory_utilization"]
+    assert (level, text[-8:]) == ("problem", "lower it")  # CUDA itself takes some
+    level, text = found("self_judge_args.vllm_gpu_memory_utilization=0.000001")[
+        "vllm_gpu_memory_utilization"
+    ]
+    assert (level, text[-8:]) == ("problem", "raise it")
+    server = ["self_judge_args.vllm_mode=server", "self_judge_args.vllm_server_base_url=http://x"]
+    for elsewhere in (found(*server), found(gpu=None)):
+        assert "vllm_gpu_memory_utilization" not in elsewhere
+
+
+def test_an_engine_that_sleeps_leaves_its_memory_to_the_update(
+    taught: Path, data: dict[str, Path]
+) -> None:
+    overrides = given(taught, data["hh"], "self_judge_args.use_vllm=true")
+    run = load_run(TRAIN, overrides, "self_judge")
+    report = check(TRAIN, overrides, gpu="h100")
+    assert report.needs is not None
+    large = dataclasses.replace(report.needs.memory, activations=70 * 2**30)
+    needs = dataclasses.replace(report.needs, memory=large)
+    (engine, _) = engine_traps(run.self_judge_args, needs, bf16=True)
+    assert engine.level == "warning"
+    assert engine.text.endswith("lower it, or set vllm_enable_sleep_mode")
+    asleep = dataclasses.replace(run.self_judge_args, vllm_enable_sleep_mode=True)
+    (engine, _) = engine_traps(asleep, needs, bf16=True)
+    assert engine.level == "note"
 
 
 # -- a real model --------------------------------------------------------------------------------

@@ -255,7 +255,7 @@ class SelfJudgeArgs:
         rollouts_ahead: whether servers sample for the next step while this one updates: one step
             off-policy, not corrected.
         vllm_server_timeout: seconds to wait for them to be up.
-        vllm_gpu_memory_utilization: the colocated engine's share of the GPU's memory.
+        vllm_gpu_memory_utilization: the colocated engine's share of all of the GPU's memory.
         vllm_max_model_length: tokens that the colocated engine holds of a sequence; `None`: as
             `max_length` says.
         vllm_enable_sleep_mode: whether the colocated engine frees the GPU's memory during updates.

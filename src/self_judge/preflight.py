@@ -448,6 +448,8 @@ class _Check:
             + (" (the mean of the data's better ones)" if responses else ""),
         )
         report.findings += traps.memory_traps(report.needs)
+        if own.use_vllm and own.vllm_mode == "colocate" and self.machine.cuda:
+            report.findings += traps.engine_traps(own, report.needs, setting.bf16)
 
     def _judge_prompts(
         self,

@@ -142,7 +142,7 @@ class SelfJudgeConfig(DPOConfig):
         default=240.0, metadata={"help": "Seconds to wait for the servers to be up."}
     )
     vllm_gpu_memory_utilization: float = field(
-        default=0.3, metadata={"help": "The colocated engine's share of the GPU's memory."}
+        default=0.3, metadata={"help": "The colocated engine's share of all of the GPU's memory."}
     )
     vllm_max_model_length: int | None = field(
         default=None,

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from self_judge.checkpoints import LAST, last_whole
 from self_judge.comparison import Message
-from self_judge.config import JSFTRun, SelfJudgeRun
+from self_judge.config import JSFTRun, SelfJudgeArgs, SelfJudgeRun
 from self_judge.decoding import why_not_shared
 from self_judge.encoding import ChatEncoder
 from self_judge.jsft import CUT, NO_FIT, NO_ROOM
@@ -406,6 +406,44 @@ def memory_traps(needs: Needs) -> Iterator[Finding]:
                 "judging": "lower max_length, or judge_batch_size with packing: off",
             }[needs.memory.largest_phase],
         )
+
+
+def engine_traps(own: SelfJudgeArgs, needs: Needs, bf16: bool) -> Iterator[Finding]:
+    """A colocated engine of vLLM, which takes its share of a GPU from what training leaves.
+
+    Args:
+        bf16: whether the engine computes in two bytes per weight.
+    """
+    total, memory, size = needs.device_memory, needs.memory, needs.size
+    taken = own.vllm_gpu_memory_utilization * total
+    weights = 2 * size.parameters if bf16 else size.weight_bytes
+    # The engine starts before there are gradients and optimizer states.
+    at_start = memory.weights + memory.reference + memory.resident
+    update = memory.held + memory.activations + memory.head
+    asleep = own.vllm_enable_sleep_mode
+    beside = max(at_start, memory.held if asleep else update)
+    gib = 2**30
+    level: Level = "note"
+    text = (
+        f"the engine takes {taken / gib:.1f} GiB, this share of all {total / gib:.0f} GiB, and "
+        f"does not start where less is free; about {at_start / gib:.1f} GiB are taken before it "
+        f"starts, {beside / gib:.1f} GiB at most beside it"
+    )
+    if weights > taken:
+        level = "problem"
+        text += f"; its own copy of the weights alone is {weights / gib:.1f} GiB: raise it"
+    elif at_start + taken > total:
+        level, text = "problem", f"{text}: lower it"
+    elif beside + taken > total:
+        level = "warning"
+        text += ": lower it" + ("" if asleep else ", or set vllm_enable_sleep_mode")
+    yield Finding(level, "vllm_gpu_memory_utilization", text)
+    yield Finding(
+        "note",
+        "use_vllm",
+        "the estimate leaves out the start of the engine, which compiles and captures graphs "
+        "(minutes, and memory beside its share), and takes sampling to be as slow as without vLLM",
+    )
 
 
 def share_trap(
