@@ -163,7 +163,7 @@ def main() -> None:
             if len(p.context) + len(p.response_a) + len(p.response_b) <= given.characters
         ][: given.pairs]
     judge = Judge(
-        load_model(given.model, dtype=getattr(torch, given.dtype)),
+        load_model(given.model, dtype=getattr(torch, given.dtype), device="auto"),
         bench.encoder_of(given),
         JudgeTemplates(dict(templates)),
         max_length=2048,

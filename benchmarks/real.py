@@ -144,7 +144,9 @@ def tournament(
     records = held_out.records[:prompts]
     encoder = ChatEncoder(load_tokenizer(policy))
     sampler = TransformersSampler(
-        load_model(policy, dtype=dtype), encoder, SamplingSettings(max_new_tokens=64, top_p=0.9)
+        load_model(policy, dtype=dtype, device="auto"),
+        encoder,
+        SamplingSettings(max_new_tokens=64, top_p=0.9),
     )
     sampled = sampler.sample(
         [encoder.encode_prompt(r.prompt) for r in records], 4, seeds=0, progress=True

@@ -147,11 +147,12 @@ def reference(model: torch.nn.Module, prompts: list[list[int]], letters: Any) ->
     """One prompt at a time, no padding, all logits, double precision."""
     exact = tiny_copy(model).double()
     with torch.no_grad():
-        rows = [exact(torch.tensor([p])).logits[0, -1].softmax(-1) for p in prompts]
+        ids = [torch.tensor([p], device=exact.device) for p in prompts]
+        rows = [exact(own).logits[0, -1].softmax(-1).cpu() for own in ids]
     return torch.stack(rows)[:, list(letters)]
 
 
-def tiny_copy(model: torch.nn.Module) -> torch.nn.Module:
+def tiny_copy(model: Any) -> Any:
     import copy
 
     return copy.deepcopy(model).eval()
@@ -221,7 +222,7 @@ def test_next_token_logits_are_of_the_token_after_each_prompt(model: Any) -> Non
     with torch.no_grad():
         logits_BV = next_token_logits(model, prompts)
         for row, prompt in zip(logits_BV, prompts, strict=True):
-            alone = model(torch.tensor([prompt])).logits[0, -1]
+            alone = model(torch.tensor([prompt], device=model.device)).logits[0, -1].cpu()
             torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -526,6 +527,14 @@ def test_a_judge_is_loaded_with_the_templates_saved_beside_the_model(
     loaded = Judge.from_pretrained(folder, device="cpu")
     assert loaded.templates.principles == judge.templates.principles
     same(loaded.compare(COMPARISONS), judge.compare(COMPARISONS))
+
+
+def test_a_judge_judges_on_the_device_of_its_process(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("self_judge.models.own_device", lambda: torch.device("meta"))
+    judge = Judge.from_pretrained(folder)
+    assert {p.device.type for p in judge.model.parameters()} == {"meta"}
 
 
 def test_a_judge_is_loaded_with_the_chat_template_that_it_was_taught_under(

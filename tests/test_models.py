@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
@@ -21,6 +22,7 @@ from self_judge.models import (
     load_model,
     load_tokenizer,
     merged,
+    own_device,
     unwrapped,
     vocabulary_fits,
     without_cudnn_attention,
@@ -31,7 +33,7 @@ IDS = torch.tensor([[5, 60, 70, 80, 90]])
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS).logits
+        return model(IDS.to(model.device)).logits.cpu()
 
 
 def adapted(model: Any, **changes: Any) -> Any:
@@ -115,6 +117,55 @@ def test_an_adapter_that_names_no_base_is_refused(adapter: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
     with pytest.raises(ModelError, match="does not name its base"):
         load_model(adapter)
+
+
+# -- where a model stands --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine that seems to have four GPUs, where Accelerate was not set up yet."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    PartialState._reset_state()
+    return monkeypatch
+
+
+def test_each_process_of_a_launch_computes_on_a_gpu_of_its_own(
+    four_gpus: pytest.MonkeyPatch,
+) -> None:
+    assert own_device() == torch.device("cuda", 0)
+    for process, gpu in ((1, 1), (3, 3), (5, 1)):
+        four_gpus.setenv("LOCAL_RANK", str(process))
+        assert own_device() == torch.device("cuda", gpu)
+    assert not PartialState._shared_state, "asking where to compute sets no processes up"
+
+
+def test_a_run_that_was_told_to_use_the_cpu_computes_there(four_gpus: pytest.MonkeyPatch) -> None:
+    four_gpus.setenv("ACCELERATE_USE_CPU", "true")
+    assert own_device() == torch.device("cpu")
+    four_gpus.delenv("ACCELERATE_USE_CPU")
+    PartialState(cpu=True)  # as a training with use_cpu does
+    assert own_device() == torch.device("cpu")
+
+
+def test_a_model_is_loaded_to_where_it_samples(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("self_judge.models.own_device", lambda: torch.device("meta"))
+    there, left = load_model(base, device="auto"), load_model(base)
+    assert {p.device.type for p in there.parameters()} == {"meta"}
+    assert {p.device.type for p in left.parameters()} == {"cpu"}, "a trainer places it"
+
+
+def test_an_adapter_is_read_to_where_its_base_stands(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_gpu() -> str:
+        raise AssertionError("PEFT chose a device")
+
+    monkeypatch.setattr("peft.peft_model.infer_device", first_gpu)
+    assert load_model(adapter).device.type == "cpu"
 
 
 # -- the frozen reference --------------------------------------------------------------------------
@@ -215,13 +266,13 @@ def test_logits_for_judging_are_not_rounded_to_the_models_own_type(
     monkeypatch.setattr("self_judge.models._HEAD_ROWS", 50)  # several parts
     half = model.to(torch.bfloat16)
     with torch.no_grad():
-        states = half.model(IDS).last_hidden_state
+        states = half.model(IDS.to(half.device)).last_hidden_state
         expected = states.double() @ half.lm_head.weight.double().T
         with float32_logits(half):
-            found = half(IDS).logits
+            found = half(IDS.to(half.device)).logits
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-        assert half(IDS).logits.dtype == torch.bfloat16  # afterwards as before
+        assert logits(half).dtype == torch.bfloat16  # afterwards as before
 
 
 def test_a_float32_head_computes_as_before(model: Any) -> None:

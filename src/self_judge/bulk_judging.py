@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -118,7 +116,6 @@ class JudgeChoice:
                 token_id_b=own.token_id_b if own else None,
                 max_length=self.max_length,
             )
-        state = PartialState(cpu=not torch.cuda.is_available())
         return Judge.from_pretrained(
             self.model,
             self.judge_templates() if args is not None else None,
@@ -129,7 +126,6 @@ class JudgeChoice:
             dtype=self.dtype,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
-            device=state.device if state.num_processes > 1 else None,
         )
 
     def settings(self) -> dict[str, Any]:

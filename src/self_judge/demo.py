@@ -147,7 +147,7 @@ def _jsft(
     LiveProgress("JSFT         ", console).attach(trainer)
     trainer.train()
     save_jsft(trainer, encoder, templates, merge=False)
-    return load_model(output)
+    return load_model(output, device="auto")
 
 
 def _taught_pairs(record: PreferenceRecord, count: int, seed: int) -> PreferenceRecord:

@@ -132,7 +132,7 @@ class Judge:
         batch_size: int = 8,
         max_length: int | None = None,
         packing: PackingChoice = "auto",
-        device: str | torch.device | None = None,
+        device: str | torch.device | None = "auto",
         **model_kwargs: Any,
     ) -> Judge:
         """Loads a model that was taught to judge, with the templates saved beside it.
@@ -142,8 +142,8 @@ class Judge:
             encoder: another encoder or tokenizer than the saved one.
             token_id_a, token_id_b: checked against the ids derived from the tokenizer; without
                 templates of your own they default to the saved ids.
-            device: defaults to the GPU if there is one.
-            model_kwargs: passed to `models.load_model`.
+            device, model_kwargs: passed to `models.load_model`; `"auto"` is this process's own GPU,
+                or the CPU where there is none.
 
         Raises:
             ValueError: there is no model, no templates, or a letter is not the saved token.
@@ -164,8 +164,7 @@ class Judge:
             named = {k: model_kwargs[k] for k in _ALSO_TOKENIZER if k in model_kwargs}
             tokenizer = load_tokenizer(name_or_path, **named)
             encoder = encoder_as_taught(tokenizer, saved)
-        model = load_model(name_or_path, **model_kwargs)
-        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
+        model = load_model(name_or_path, device=device, **model_kwargs)
         return cls(
             model,
             encoder,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -68,9 +69,26 @@ def load_tokenizer(
     return tokenizer
 
 
+def own_device() -> torch.device:
+    """The device that this process computes on: its own GPU, or the CPU where there is none.
+
+    Several processes of one launch each have another GPU. Where Accelerate was set up already (by a
+    training, or by a command under `accelerate launch`), it is the device that Accelerate uses;
+    otherwise nothing is set up.
+    """
+    if PartialState._shared_state:
+        return PartialState().device
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    if on_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    process = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", process % torch.cuda.device_count())
+
+
 def load_model(
     name_or_path: str | os.PathLike[str],
     *,
+    device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     revision: str | None = None,
@@ -85,6 +103,9 @@ def load_model(
 
     Args:
         name_or_path: a Hub name or a folder; a folder with `adapter_config.json` is an adapter.
+        device: where the weights stand; `"auto"` is `own_device()`, for sampling and judging.
+            `None` is for training: Transformers' own place (the CPU; weights in 4 bits on the
+            current GPU), from where the trainer takes them.
         dtype: `"auto"`, `"float32"`, `"bfloat16"`, … or a `torch.dtype`.
         merge: put an adapter's weights into the base and return a plain model; `False` returns a
             trainable `PeftModel` to continue from.
@@ -99,9 +120,13 @@ def load_model(
             of 4 bits, or bitsandbytes is wanted and not there.
     """
     refuse_pickle(name_or_path)
+    if device == "auto":
+        device = own_device()
     if load_in_4bit:
         dtype = torch.bfloat16 if dtype == "auto" else dtype
         kwargs["quantization_config"] = _four_bits(dtype, bnb_4bit_quant_type, use_bnb_nested_quant)
+        if device is not None:
+            kwargs["device_map"] = {"": device}  # quantized where it stands, and not moved later
     common: dict[str, Any] = {
         "dtype": dtype,
         "revision": revision,
@@ -119,6 +144,8 @@ def load_model(
             raise ModelError(f"cannot load a model from {name_or_path}: {reason}") from error
         if load_in_4bit:
             _keep_trainable(loaded)
+        if device is not None and loaded.device != torch.device(device):
+            loaded.to(torch.device(device))  # type: ignore[arg-type]
         return loaded
     if load_in_4bit and merge:
         raise ModelError(
@@ -130,13 +157,17 @@ def load_model(
         raise ModelError(f"the adapter {path} does not name its base model in adapter_config.json")
     base = load_model(
         base_name,
+        device=device,
         dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         **kwargs,
     )
     try:
-        model = PeftModel.from_pretrained(base, str(path), is_trainable=not merge)
+        # PEFT alone would read the adapter onto the first GPU, whichever the base stands on.
+        model = PeftModel.from_pretrained(
+            base, str(path), is_trainable=not merge, torch_device=str(base.device)
+        )
     except (RuntimeError, ValueError, SafetensorError) as error:
         # PyTorch lists every weight, of which one tells the story.
         told = _lines(error)

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -240,8 +238,7 @@ def _answer(
 def _sampler(policy: str, contest: Contest) -> TransformersSampler:
     saved = load_judge_settings(policy)
     encoder = encoder_as_taught(load_tokenizer(policy), saved)
-    model: Any = load_model(policy)
-    model.to(PartialState(cpu=not torch.cuda.is_available()).device)
+    model: Any = load_model(policy, device="auto")
     return TransformersSampler(model, encoder, contest.sampling, contest.batch_size)
 
 

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -267,8 +266,7 @@ def _sampler(
         return TransformersSampler(model, judge.encoder, settings)
     saved = load_judge_settings(policy)
     encoder = encoder_as_taught(load_tokenizer(policy), saved)
-    loaded: Any = load_model(policy)
-    loaded.to(PartialState().device)
+    loaded: Any = load_model(policy, device="auto")
     return TransformersSampler(loaded, encoder, settings)
 
 

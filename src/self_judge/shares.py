@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from self_judge.journal import open_journal, settings_path
+from self_judge.models import own_device
 
 ItemT = TypeVar("ItemT")
 FoundT = TypeVar("FoundT")
@@ -42,7 +42,7 @@ class Shares:
     @classmethod
     def here(cls, target: Path, chunk: int) -> Shares:
         """Over the processes of this launch; one without a launch."""
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=own_device().type == "cpu")
         return cls(target, chunk, state.num_processes, state.process_index)
 
     @property
