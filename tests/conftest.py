@@ -1,4 +1,8 @@
-"""Tiny tokenizers and models, built here: nothing is downloaded, nothing takes a second."""
+"""Tiny tokenizers and models, built here: nothing is downloaded, nothing takes a second.
+
+`SELF_JUDGE_TEST_DEVICE=cuda` has them stand, train and judge on the GPU; tests marked `cpu` are
+skipped there.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+os.environ.setdefault("SELF_JUDGE_TEST_DEVICE", "cpu")
+os.environ.setdefault("ACCELERATE_USE_CPU", str(os.environ["SELF_JUDGE_TEST_DEVICE"] == "cpu"))
 
 import pytest
 import torch
@@ -31,8 +36,18 @@ _CACHE = tempfile.TemporaryDirectory(prefix="self-judge-")
 os.environ["SELF_JUDGE_CACHE"] = _CACHE.name
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
+DEVICE = os.environ["SELF_JUDGE_TEST_DEVICE"]
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE != "cpu":
+        skip = pytest.mark.skip(reason=f"about the CPU, and these tests run on {DEVICE}")
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(skip)
+
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -166,6 +181,11 @@ def templates() -> JudgeTemplates:
     return JudgeTemplates(TEMPLATES)
 
 
+def on_test_device(model: Any) -> Any:
+    """The model on `SELF_JUDGE_TEST_DEVICE`; what a test calls it with goes to `model.device`."""
+    return model.to(DEVICE)
+
+
 def tiny_llama(vocabulary: int, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     settings = {
@@ -179,7 +199,7 @@ def tiny_llama(vocabulary: int, seed: int = 0, **changes: Any) -> LlamaForCausal
         "initializer_range": 0.3,  # far from uniform: mistakes show
         **changes,
     }
-    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    return on_test_device(LlamaForCausalLM(LlamaConfig(**settings)).eval())
 
 
 @pytest.fixture

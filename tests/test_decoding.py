@@ -48,7 +48,10 @@ class Greedy:
         assert len(ids_BT) == len(logits_BV) == len(self.rows)
         self.asked.append(len(self.rows))
         # Rows that share a prompt part ways: the row's number takes part in the choice.
-        favoured = torch.arange(logits_BV.shape[1]) % len(ROWS) == self.rows[:, None]
+        favoured = (
+            torch.arange(logits_BV.shape[1], device=logits_BV.device) % len(ROWS)
+            == self.rows[:, None]
+        )
         return (logits_BV + 0.7 * favoured).argmax(-1)
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -60,7 +63,8 @@ def alone(model: Any, row: int, new: int, stop: int = STOP) -> list[int]:
     ids = list(PROMPTS[ROWS[row]])
     for _ in range(new):
         with torch.no_grad():
-            logits_V = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            output = model(torch.tensor([ids], device=model.device), use_cache=False)
+        logits_V = output.logits[0, -1].cpu()
         favoured = torch.arange(len(logits_V)) % len(ROWS) == row
         ids.append(int((logits_V + 0.7 * favoured).argmax()))
         if ids[-1] == stop:

@@ -16,6 +16,7 @@ from self_judge.checkpoints import flaw
 from test_processes import ONE, TWO, column, launch, result, same_weights
 
 pytestmark = [
+    pytest.mark.cpu,
     pytest.mark.slow,
     pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"

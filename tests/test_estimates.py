@@ -92,7 +92,7 @@ def test_matrices_are_what_every_token_is_multiplied_with() -> None:
 
 def test_the_cache_is_as_large_as_said() -> None:
     model = tiny_llama(100)
-    cache = model(torch.arange(10)[None], use_cache=True).past_key_values
+    cache = model(torch.arange(10, device=model.device)[None], use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == 10 * size_of(model).cache_bytes
 
@@ -113,8 +113,9 @@ def test_what_autograd_keeps_is_what_a_real_pass_keeps(lora: bool) -> None:
 
     inner = model.get_base_model() if lora else model
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        mask = torch.zeros(2, 1, 24, 24)
-        inner.model(input_ids=torch.zeros(2, 24, dtype=torch.long), attention_mask=mask)
+        mask = torch.zeros(2, 1, 24, 24, device=model.device)
+        ids = torch.zeros(2, 24, dtype=torch.long, device=model.device)
+        inner.model(input_ids=ids, attention_mask=mask)
     kept = kept_activations(model, 2, 24)
     assert kept.counted
     assert kept.kept == pytest.approx(sum(s.nbytes() for s in seen.values()), rel=0.02)

@@ -19,6 +19,7 @@ from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn.attention import flex_attention
 
+from conftest import DEVICE, on_test_device
 from self_judge import packed_passes
 from self_judge import packing as packing_module
 from self_judge.packed_head import pack_fused_head
@@ -98,7 +99,7 @@ def build(name: str, attention: str = "sdpa", seed: int = 0) -> Any:
     for parameter in model.parameters():  # initial weights are so small that logits hardly differ
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-    return model.eval()
+    return on_test_device(model.eval())
 
 
 def sharing(seed: int, longest_prefix: int = 9) -> list[list[int]]:
@@ -123,7 +124,7 @@ def fresh() -> int:
 
 
 def alone(model: Any, ids: Sequence[int]) -> torch.Tensor:
-    return model(torch.tensor([list(ids)]), use_cache=False).logits[0]
+    return model(torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0]
 
 
 # -- logits ----------------------------------------------------------------------------------------
@@ -153,6 +154,7 @@ def test_under_a_mask_logits_are_those_of_a_separate_pass(
     test_next_token_logits_are_those_of_a_separate_pass(name, "sdpa")
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "name", [n for n, route in ROUTES.items() if route == "tree" and "gemma 2" not in n]
 )
@@ -173,6 +175,7 @@ def test_trees_are_attended_run_by_run_and_walked_in_small_steps(name: str) -> N
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.cpu
 def test_what_is_remembered_is_not_computed_again() -> None:
     model = build("llama")
     computed: list[int] = []
@@ -548,7 +551,8 @@ def batch_of(sequences: Sequence[Sequence[int]], seed: int) -> dict[str, torch.T
         ids[row, :n], mask[row, :n] = torch.tensor(sequence), 1
         start = draw.randint(0, n)
         labels[row, start:n] = ids[row, start:n]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
 
 def relative(found: Any, expected: Any) -> float:
@@ -580,6 +584,7 @@ def test_log_probabilities_and_gradients_are_those_of_separate_passes(
     batch = batch_of(sharing(seed), seed)
     output = model(**batch, fused_lm_head=True)
     weight = torch.randn(output.log_probs.shape, generator=torch.Generator().manual_seed(seed))
+    weight = weight.to(output.log_probs.device)
     (output.log_probs * weight).sum().backward()
     for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         logits = alone(plain, batch["input_ids"][row, :length])[:-1]
@@ -710,7 +715,7 @@ def test_a_batch_that_cannot_be_packed_goes_to_the_model_as_it_is() -> None:
 @FUSED
 def test_every_other_call_of_the_model_is_as_before() -> None:
     packed, plain = fused_pair(build("llama"))
-    ids = torch.tensor([[5, 6, 7]])
+    ids = torch.tensor([[5, 6, 7]], device=packed.device)
     assert torch.equal(packed.eval()(ids).logits, plain.eval()(ids).logits)
     made = [m.generate(ids, max_new_tokens=4, do_sample=False) for m in (packed, plain)]
     assert torch.equal(*made)

@@ -21,6 +21,8 @@ from self_judge.lockstep import LockstepPacking, check_processes
 from self_judge.models import load_model
 from test_packing import build, sharing
 
+pytestmark = pytest.mark.cpu
+
 
 def launch(
     out: Path, file: str = "single", processes: int = 1, **asked: Any

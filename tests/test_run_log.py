@@ -129,7 +129,7 @@ def test_the_kl_estimate_is_that_of_the_log_probabilities(
         ratios = []
         for r in (r for batch in rollouts for r in batch if r.decided):
             for response in (r.chosen, r.rejected):
-                ids = torch.tensor([[*r.prompt_ids, *response.ids]])
+                ids = torch.tensor([[*r.prompt_ids, *response.ids]], device=self.model.device)
                 with torch.no_grad():
                     policy = self.model(input_ids=ids).logits
                     with self.model.disable_adapter():

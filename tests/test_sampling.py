@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from conftest import byte_bpe, tiny_llama, wrap
+from conftest import byte_bpe, on_test_device, tiny_llama, wrap
 from self_judge import ChatEncoder
 from self_judge.comparison import Response
 from self_judge.sampling import (
@@ -48,7 +48,7 @@ class EndsOften(LlamaForCausalLM):
 def model(tokenizer: Any) -> LlamaForCausalLM:
     model = EndsOften(tiny_llama(len(tokenizer)).config).eval()
     model.load_state_dict(tiny_llama(len(tokenizer)).state_dict())
-    return model
+    return on_test_device(model)
 
 
 def sampler(
@@ -125,7 +125,10 @@ def test_seeds_are_the_same_on_every_machine() -> None:
 def exact_next(model: Any, ids: list[int], s: SamplingSettings) -> torch.Tensor:
     """The distribution that should be sampled from, written down anew, in double precision."""
     with torch.no_grad():
-        logits_V = model(torch.tensor([ids])).logits[0, -1].double() / s.temperature
+        logits_V = (
+            model(torch.tensor([ids], device=model.device)).logits[0, -1].cpu().double()
+            / s.temperature
+        )
     if s.top_k:
         logits_V[logits_V < logits_V.sort(descending=True).values[s.top_k - 1]] = -torch.inf
     p_V = logits_V.softmax(-1)

@@ -77,7 +77,7 @@ def test_loss_and_gradient_on_a_fixed_pair_are_those_of_trl(
 
 def log_probability(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
     """log π(response | prompt) in float64, token by token, unpadded."""
-    ids = torch.tensor([prompt + response])
+    ids = torch.tensor([prompt + response], device=model.device)
     logits = copy.deepcopy(model).double()(ids).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1)[range(len(response)), response]
 
