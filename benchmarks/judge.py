@@ -21,11 +21,13 @@ SIDES = ("packed", "plain, padded batches of 8")
 
 
 @torch.no_grad()
-def plain(model: Any, prompts: Sequence[Sequence[int]], letters: Sequence[int]) -> torch.Tensor:
-    """p(A) and p(B) after each prompt, in batches of 8 as they come."""
+def plain(
+    model: Any, prompts: Sequence[Sequence[int]], letters: Sequence[int], size: int = 8
+) -> torch.Tensor:
+    """p(A) and p(B) after each prompt, in batches of `size` as they come."""
     found = []
-    for start in range(0, len(prompts), 8):
-        batch = prompts[start : start + 8]
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
         longest = max(map(len, batch))
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -40,13 +42,13 @@ def plain(model: Any, prompts: Sequence[Sequence[int]], letters: Sequence[int]) 
             use_cache=False,
             logits_to_keep=1,
         ).logits[:, -1]
-        found.append(logits.float().softmax(-1)[:, list(letters)].cpu())
-    return torch.cat(found)
+        found.append(logits.float().softmax(-1)[:, list(letters)])
+    return torch.cat(found).cpu()
 
 
-def computed(prompts: Sequence[Sequence[int]]) -> int:
+def computed(prompts: Sequence[Sequence[int]], size: int = 8) -> int:
     """Tokens that the plain judge computes, padding included."""
-    batches = [prompts[i : i + 8] for i in range(0, len(prompts), 8)]
+    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     return sum(len(b) * max(map(len, b)) for b in batches)
 
 
