@@ -49,8 +49,6 @@ PARTS = (
     Part("flex", "flex", 90),
     Part("evidence", "evidence", 420),
 )
-
-
 TINY_WORLD = Part("tiny_world", "project", 60)  # what a dry run works on
 
 
