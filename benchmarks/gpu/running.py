@@ -63,7 +63,8 @@ def run(parts: Sequence[Part], check: Check, until: float) -> bool:
     # The processes find what this one finds.
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*dict.fromkeys(part.module for part in PARTS)])
+    modules = dict.fromkeys(["measuring", *(part.module for part in PARTS)])
+    context.set_forkserver_preload([*modules])
     whole, forked = True, True
     for part in parts:
         left = until - time.monotonic()
