@@ -64,7 +64,7 @@ def main() -> None:
     seconds, losses = bench.alternating(sides, given)
     per_batch = [examples[i : i + given.batch] for i in range(0, len(examples), given.batch)]
     # What the loss needs: every example up to its last trained token.
-    needed = [[needed_of(e) for e in batch] for batch in per_batch]
+    needed = [[_needed(e) for e in batch] for batch in per_batch]
     inner = trainers["packed"].model.get_base_model()
     rate = bench.matrix_rate(inner)
     targets = [sum(label != -100 for e in batch for label in e["labels"]) for batch in per_batch]
@@ -79,8 +79,7 @@ def main() -> None:
     )
 
 
-def needed_of(example: dict[str, Any]) -> list[int]:
-    """What the loss of an example needs: its ids before the last trained token."""
+def _needed(example: dict[str, Any]) -> list[int]:
     trained = [i for i, label in enumerate(example["labels"]) if label != -100]
     ids: list[int] = example["input_ids"][: max(trained)]
     return ids

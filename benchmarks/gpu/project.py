@@ -20,7 +20,6 @@ from measuring import Check
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import side_by_side as bench
-from jsft import needed_of
 from judge import agreement, computed, plain
 from self_judge import (
     ChatEncoder,
@@ -210,6 +209,12 @@ def pairs_of(check: Check, encoder: ChatEncoder, count: int) -> list[Any]:
         )
         for r in records(check, count)
     ]
+
+
+def needed_of(example: dict[str, Any]) -> list[int]:
+    """What the loss of a JSFT example needs: its ids before the last trained token."""
+    trained = [i for i, label in enumerate(example["labels"]) if label != -100]
+    return list(example["input_ids"][: max(trained)])
 
 
 def split(folder: Path, into: Path, held_out: int) -> tuple[Path, Path]:
