@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -60,6 +60,26 @@ def trial_tokens(model: nn.Module, count: int) -> list[int]:
     first, stop = size // 4, max(size // 4 + 1, 3 * size // 4)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(first, stop, (count,), generator=generator).tolist()
+
+
+def padded_logits(called: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Logits `(T, V)` of each sequence, from one batch with padding on the right.
+
+    What a trial is set beside: such a batch takes attention's kernels for a mask, as most ways do.
+    A sequence by itself takes others, which differ in bfloat16 by more than a mistake may.
+
+    Args:
+        called: see `as_called`.
+    """
+    device = next(called.parameters()).device
+    ids_BT = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, sequence in enumerate(sequences):
+        ids_BT[row, : len(sequence)] = torch.tensor(sequence)
+        mask_BT[row, : len(sequence)] = 1
+    inputs = {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
+    logits_BTV = called(**inputs, use_cache=False).logits
+    return [row[: len(s)] for row, s in zip(logits_BTV, sequences, strict=True)]
 
 
 @torch.no_grad()

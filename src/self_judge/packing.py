@@ -21,7 +21,7 @@ from torch import nn
 
 from self_judge import flex_attention
 from self_judge.config import PackingChoice
-from self_judge.exactness import as_called, trial_tokens, warn_once, why_inexact
+from self_judge.exactness import as_called, padded_logits, trial_tokens, warn_once, why_inexact
 from self_judge.models import unwrapped
 from self_judge.packed_passes import (
     Asked,
@@ -365,7 +365,7 @@ def _longest_path(config: Any) -> int | None:
 
 
 def _trial(model: nn.Module, route: str) -> str | None:
-    """Tries the route on two small trees against every sequence alone; `None` if they agree."""
+    """Tries the route on two small trees beside a padded batch; `None` if they agree."""
     inner: Any = unwrapped(model)
     called = as_called(model)
     drawn = trial_tokens(model, 32)
@@ -376,15 +376,11 @@ def _trial(model: nn.Module, route: str) -> str | None:
     wanted = [np.arange(len(s) - 1 if route == "walk" else 0, len(s)) for s in sequences]
     asked = Asked.all_of(sequences, wanted)
     shape = Shape(9 if route in ("runs", "walk") else 18)
-    device = device_of(inner)
 
     def logits() -> tuple[torch.Tensor, torch.Tensor]:
         with flex_attention.sdpa_instead(inner):
-            alone = [
-                called(input_ids=torch.tensor([s], device=device), use_cache=False).logits[0][w]
-                for s, w in zip(sequences, wanted, strict=True)
-            ]
-        expected = torch.cat(alone)
+            padded = padded_logits(called, sequences)
+        expected = torch.cat([logits[w] for logits, w in zip(padded, wanted, strict=True)])
         found = torch.full_like(expected, torch.nan)
         with nullcontext() if route == "tree" else flex_attention.sdpa_instead(inner):
             for this in _LAYOUTS[route](inner, shape, asked):
