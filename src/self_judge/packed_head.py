@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,15 +20,17 @@ from torch import nn
 
 from self_judge.config import PackingChoice
 from self_judge.models import unwrapped
-from self_judge.packed_passes import selecting
+from self_judge.packed_passes import selecting, to_device
 from self_judge.packing import Packing
+from self_judge.prefix_trees import Ints
 
 # The last TRL for Python 3.10 has no fused LM head: its batches stay padded.
 BEFORE_FUSED_HEAD = Version(trl.__version__) < Version("1.16")
 
 # What TRL's fused head returns per token; see trl.trainer.utils.FusedCausalLMOutput.
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_UNDERSTOOD = {"input_ids", "attention_mask", "labels", "use_cache", "num_items_in_batch"}
+_TENSORS = ("input_ids", "attention_mask", "labels")
+_UNDERSTOOD = {*_TENSORS, "use_cache", "num_items_in_batch"}
 
 
 def pack_fused_head(
@@ -68,27 +70,50 @@ def pack_fused_head(
             return fused_forward(*args, **kwargs)
         # PEFT hands on every argument it knows, most of them as None.
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
-        if args or not _packable(inner, kwargs) or packing.decision.route == "off":
+        batch = None if args or not _packable(inner, kwargs) else _Batch.of(kwargs)
+        if batch is None or packing.decision.route == "off":
             return fused_forward(*args, fused_lm_head=True, **kwargs)
-        return _packed(packing, fused_forward, **kwargs)
+        return _packed(packing, fused_forward, batch, **kwargs)
 
     inner.forward = types.MethodType(forward, inner)
     return packing
 
 
 def _packable(inner: Any, kwargs: dict[str, Any]) -> bool:
-    if kwargs.keys() - _UNDERSTOOD or not {"input_ids", "labels"} <= kwargs.keys():
+    if kwargs.keys() - _UNDERSTOOD or not kwargs.keys() >= set(_TENSORS):
         return False
     if getattr(inner.config.get_text_config(), "output_router_logits", False):
         return False
-    mask = kwargs.get("attention_mask")
-    # Rows are padded on the right, as both of the project's collators do.
-    return mask is not None and mask.dim() == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all())
+    shapes = {kwargs[name].shape for name in _TENSORS}
+    return len(shapes) == 1 and len(*shapes) == 2
+
+
+class _Batch(NamedTuple):
+    """A batch on the CPU: reading each number where it stands would wait for the device each time.
+
+    Attributes:
+        ids_BT, mask_BT, labels_BT: as the model was called with them.
+    """
+
+    ids_BT: Ints
+    mask_BT: Ints
+    labels_BT: Ints
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any]) -> _Batch | None:
+        """One copy for all; `None` for rows that are not padded on the right.
+
+        Both of the project's collators pad there.
+        """
+        tensors = torch.stack([kwargs[name].long() for name in _TENSORS])
+        batch = cls(*tensors.cpu().numpy())
+        return batch if (batch.mask_BT[:, 1:] <= batch.mask_BT[:, :-1]).all() else None
 
 
 def _packed(
     packing: Packing,
     fused_forward: Callable[..., Any],
+    batch: _Batch,
     *,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -97,43 +122,45 @@ def _packed(
     num_items_in_batch: Any = None,
 ) -> Any:
     device = input_ids.device
-    lengths = attention_mask.sum(1).tolist()
-    sequences = [row[:n] for row, n in zip(input_ids.tolist(), lengths, strict=True)]
-    targets_BT = labels[:, 1:]
-    mask_BT = targets_BT != -100
-    places = mask_BT.cpu().numpy()
+    lengths = batch.mask_BT.sum(1)
+    sequences = [row[:n].tolist() for row, n in zip(batch.ids_BT, lengths, strict=True)]
+    targets_BT = batch.labels_BT[:, 1:]
+    places_BT = targets_BT != -100
     # The state at t scores the token at t + 1. Rows without a target are not computed.
-    wanted = [row.nonzero()[0] for row in places]
-    targets = targets_BT[mask_BT]
+    wanted = [row.nonzero()[0] for row in places_BT]
+    targets = targets_BT[places_BT]
     nothing = not len(targets)
     if nothing:
         # One score, taken times zero: the output stays connected to the model's parameters.
         sequences, wanted = [[*sequences[0][:1]]], [np.array([0])]
-        targets = input_ids[0, :1]
+        targets = batch.ids_BT[0, :1]
     values: dict[str, list[torch.Tensor]] = {name: [] for name in _PER_TOKEN}
     numbers: list[torch.Tensor] = []
     output: Any = None
     for this in packing.passes(sequences, wanted):
-        number = this.wanted.to(device)
+        own = to_device(torch.from_numpy(targets[this.wanted.numpy()]), device)
         with selecting(packing.inner, this) as inputs:
-            output = fused_forward(**inputs, shift_labels=targets[number][None], fused_lm_head=True)
-        numbers.append(number)
+            output = fused_forward(**inputs, shift_labels=own[None], fused_lm_head=True)
+        numbers.append(this.wanted)
         for name in _PER_TOKEN:
             value = getattr(output, name)
             if value is not None:
                 values[name].append(value[0])
-    order = torch.cat(numbers)
-    cells = mask_BT.flatten().nonzero()[:, 0]
+    mask_BT = labels[:, 1:] != -100
+    cells = None
+    if not nothing:
+        order = torch.cat(numbers).numpy()
+        cells = to_device(torch.from_numpy(places_BT.ravel().nonzero()[0][order]), device)
     fields: dict[str, Any] = {}
     for name, parts in values.items():
         if not parts:
             continue
         value = torch.cat(parts).to(device)
         full = torch.zeros(mask_BT.numel(), dtype=value.dtype, device=device)
-        if nothing:
+        if cells is None:
             full = full + 0 * value.sum() if value.is_floating_point() else full
         else:
-            full = full.index_put((cells[order],), value)
+            full = full.index_put((cells,), value)
         fields[name] = full.view(mask_BT.shape)
     count = mask_BT.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return type(output)(loss=-fields["log_probs"].sum() / count, label_mask=mask_BT, **fields)

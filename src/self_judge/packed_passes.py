@@ -134,6 +134,13 @@ def device_of(inner: nn.Module) -> torch.device:
     return next(inner.parameters()).device
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device, without waiting for what the device still has to do."""
+    if device.type in ("cpu", "mps"):  # MPS would read the memory after it is free
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def pass_tokens(inner: Any, shape: Shape) -> int:
     return shape.batch_tokens or busy_tokens(inner)
 
@@ -158,11 +165,11 @@ def tree_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
     for batch in batched:
         ids, positions, ends = stacked(batch, ROW_MULTIPLE if blocks else 1)
         device = device_of(inner)
-        ends = ends.to(device)
+        ends = to_device(ends, device)
         mask = tree_blocks(ends[0]) if blocks else _dense_mask(inner, ends)
         inputs = {
-            "input_ids": ids.to(device),
-            "position_ids": positions.to(device),
+            "input_ids": to_device(ids, device),
+            "position_ids": to_device(positions, device),
             "attention_mask": mask,
         }
         yield pass_over(inputs, batch, asked)
@@ -219,8 +226,8 @@ def padded_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
         lengths = torch.tensor([len(r) for r in batch])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         inputs = {
-            "input_ids": ids.to(device_of(inner)),
-            "attention_mask": mask.to(device_of(inner)),
+            "input_ids": to_device(ids, device_of(inner)),
+            "attention_mask": to_device(mask, device_of(inner)),
         }
         yield pass_over(inputs, batch, asked)
 
@@ -292,24 +299,24 @@ def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Asked) -> Pass:
     starts = torch.tensor([[g.prefix] for g, _, _ in members])
     positions = (seen_prefixes.cumsum(-1) - 1).clamp(min=0)
     inputs = {
-        "input_ids": branches.to(device),
-        "attention_mask": torch.cat([seen_prefixes[of_group], seen_branches], 1).to(device),
-        "position_ids": (starts + torch.arange(width)).to(device),
+        "input_ids": branches,
+        "attention_mask": torch.cat([seen_prefixes[of_group], seen_branches], 1),
+        "position_ids": starts + torch.arange(width),
     }
     prefix = {
-        "input_ids": prefixes.to(device),
-        "attention_mask": seen_prefixes.to(device),
-        "position_ids": positions.to(device),
-        "branches": of_group.to(device),
+        "input_ids": prefixes,
+        "attention_mask": seen_prefixes,
+        "position_ids": positions,
+        "branches": of_group,
     }
     if not takes_positions(inner):
         inputs.pop("position_ids")
         prefix.pop("position_ids")
     return Pass(
-        inputs,
-        torch.as_tensor(np.concatenate(states)).to(device),
+        {name: to_device(value, device) for name, value in inputs.items()},
+        to_device(torch.as_tensor(np.concatenate(states)), device),
         torch.as_tensor(np.concatenate(numbers)),
-        prefix,
+        {name: to_device(value, device) for name, value in prefix.items()},
     )
 
 
@@ -352,7 +359,7 @@ def pass_over(inputs: dict[str, Any], batch: Sequence[Row], asked: Asked) -> Pas
             states.append(i * width + places[at])
             numbers.append(asked.offsets[s] + np.arange(len(at)))
     device = inputs["input_ids"].device
-    where = torch.as_tensor(np.concatenate(states)).to(device)
+    where = to_device(torch.as_tensor(np.concatenate(states)), device)
     return Pass(inputs, where, torch.as_tensor(np.concatenate(numbers)))
 
 

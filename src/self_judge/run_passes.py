@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from self_judge.packed_passes import Asked, Pass, Shape, device_of, pass_over, pass_tokens, stacked
+from self_judge.packed_passes import (
+    Asked,
+    Pass,
+    Shape,
+    device_of,
+    pass_over,
+    pass_tokens,
+    stacked,
+    to_device,
+)
 from self_judge.prefix_trees import Ints, joined, prefix_rows
 from self_judge.prefix_walks import Paths, Run, Step, runs_of, walk
 from self_judge.run_attention import attending
@@ -34,8 +43,8 @@ def _inputs(
 ) -> dict[str, Any]:
     device = device_of(inner)
     return {
-        "input_ids": ids.to(device),
-        "position_ids": positions.to(device),
+        "input_ids": to_device(ids, device),
+        "position_ids": to_device(positions, device),
         "prefix_runs": attending(runs, device),
     }
 
@@ -94,7 +103,7 @@ def _chosen(block: _Block, numbers: Ints) -> _Block:
     held = np.isin(block.numbers, numbers)
     if held.all():
         return block
-    places = torch.from_numpy(held.nonzero()[0]).to(block.layers[0][0].device)
+    places = to_device(torch.from_numpy(held.nonzero()[0]), block.layers[0][0].device)
     own = [(k.index_select(2, places), v.index_select(2, places)) for k, v in block.layers]
     return _Block(block.numbers[held], own)
 
@@ -133,7 +142,7 @@ def walk_passes(
                 inputs["past_key_values"] = cache
             yield Pass(
                 inputs,
-                torch.tensor(list(step.last.values())).to(device_of(inner)),
+                to_device(torch.tensor(list(step.last.values())), device_of(inner)),
                 torch.tensor([asked.offsets[i] for i in step.last]),
             )
             held = states.numbers
