@@ -11,7 +11,7 @@ import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from self_judge import decoding
-from self_judge.decoding import decode, why_not_shared
+from self_judge.decoding import _RoomyLayer, decode, why_not_shared
 from test_packing import CONFIGS, SIZES, build
 
 STOP = 5
@@ -85,7 +85,6 @@ def test_every_row_is_what_its_prompt_alone_gives(
         pytest.skip("Bloom has no SDPA")
     monkeypatch.setitem(CONFIGS, name, FAMILIES[name])
     monkeypatch.setattr(decoding, "_PREFILL_TOKENS", {"cpu": 12})  # several passes, then joined
-    monkeypatch.setattr(decoding, "_ROOM", 3)  # the cache has to grow
     model = build(name, attention)
     assert why_not_shared(model) is None
     # A stop token that some rows come to and others do not, so that rows leave.
@@ -116,6 +115,74 @@ def test_finished_rows_leave_the_batch() -> None:
     rows = [shape[0] for shape in seen][-6:]
     assert rows == [7, 5, 5, 3, 2, 1]  # a quarter of the batch at a time
     assert len(draw.asked) == len(ROWS)  # and nothing is computed after the last has finished
+
+
+@pytest.mark.parametrize("every", [2, 3, 8])
+def test_how_often_is_looked_for_finished_rows_changes_no_continuation(
+    every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama")
+
+    class Ends(Greedy):
+        """Row r stops at step r."""
+
+        def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+            token_B = super().__call__(ids_BT, logits_BV)
+            token_B = torch.where(token_B == STOP, STOP + 1, token_B)
+            return torch.where(len(self.asked) > self.rows, STOP, token_B)
+
+    expected, looked = continued(model, Ends(), 16), Ends()
+    assert [len(ids) for ids in expected] == [1, 2, 3, 4, 5, 6, 7]
+    monkeypatch.setattr(decoding, "_LOOK_EVERY", {"cpu": every})
+    assert continued(model, looked, 16) == expected
+    assert len(looked.asked) == -(-7 // every) * every  # up to the look after the last has finished
+    assert set(looked.asked[:every]) == {len(ROWS)}
+    assert all(n < len(ROWS) for n in looked.asked[2 * every :])
+
+
+def test_a_batch_takes_the_memory_of_its_cache_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", {"cpu": 12})
+    model, rows = build("llama"), []
+    memory: set[tuple[tuple[int, int], ...]] = set()
+
+    class Watches(Greedy):
+        def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+            ends = len(self.asked) >= 2 * self.rows
+            return torch.where(ends, STOP, super().__call__(ids_BT, logits_BV))
+
+    def watch(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        layers = kwargs["past_key_values"].layers
+        if isinstance(layers[0], _RoomyLayer):
+            held = [states for layer in layers for states in (layer.keys, layer.values)]
+            rows.append(len(held[0]))
+            storages = [states.untyped_storage() for states in held]
+            memory.add(tuple((s.data_ptr(), s.nbytes()) for s in storages))
+
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+    continued(model, Watches(), 16)
+    hook.remove()
+    assert rows[0] == len(ROWS)
+    assert rows[-1] == 1  # the others have left
+    (once,) = memory
+    # As much as the longest prompt and its new tokens need.
+    tokens = max(map(len, PROMPTS)) + 16
+    assert {nbytes for _, nbytes in once} == {len(ROWS) * tokens * 2 * 8 * 4}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma 2, windows in turn"])
+def test_under_autocast_the_cache_holds_what_attention_computes_with(name: str) -> None:
+    model, types = build(name), set()
+
+    def watch(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        layers = [x for x in kwargs["past_key_values"].layers if isinstance(x, _RoomyLayer)]
+        types.update(states.dtype for layer in layers for states in (layer.keys, layer.values))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [alone(model, row, 8) for row in range(len(ROWS))]
+        hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+        assert continued(model, Greedy()) == expected
+        hook.remove()
+    assert types == {torch.bfloat16}
 
 
 def test_a_prompts_tokens_are_computed_once_and_reach_the_head_at_the_last_position() -> None:
@@ -196,8 +263,12 @@ def test_logits_that_are_not_numbers_are_no_proof() -> None:
     assert "a trial was off by" in (why_not_shared(model) or "")
 
 
+@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("others", [0, 3])
-def test_processes_in_step_go_on_until_the_last_has_finished(others: int) -> None:
+def test_processes_in_step_go_on_until_the_last_has_finished(
+    others: int, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_LOOK_EVERY", {"cpu": every})
     model = build("llama")
 
     class Ends(Greedy):
@@ -213,7 +284,10 @@ def test_processes_in_step_go_on_until_the_last_has_finished(others: int) -> Non
 
     passes: list[int] = []
     hook = model.register_forward_hook(lambda *_: passes.append(1))
-    found = decode(model, PROMPTS, COPIES, Ends(), stop=[STOP], pad=0, max_new_tokens=9, most=most)
+    found = decode(model, PROMPTS, COPIES, Ends(), stop=[STOP], pad=0, max_new_tokens=16, most=most)
     hook.remove()
     assert found == [[STOP]] * len(ROWS)
-    assert len(passes) == 1 + others  # one prefill whatever the lengths, then as the others go
+    assert asked == [0] * (1 + others)
+    assert (
+        len(passes) == (1 + others) * every
+    )  # one prefill whatever the lengths, then as the others go

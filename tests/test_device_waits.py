@@ -1,4 +1,4 @@
-"""A GPU has work ahead: the update rarely waits for what it has computed."""
+"""A GPU has work ahead: sampling and the update rarely wait for what it has computed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import tiny_llama
 from device_waits import DEVICE, DeviceWaits, Elsewhere, elsewhere
+from self_judge import ChatEncoder, sampling
 from self_judge.packed_head import pack_fused_head
 from self_judge.packed_passes import to_device
+from self_judge.sampling import SamplingSettings, TransformersSampler
 from test_packing import FUSED, batch_of, build, sharing
 
 CALLS: dict[str, tuple[Callable[[Any], Any], int]] = {
@@ -37,6 +40,35 @@ def test_the_counter_counts_what_a_gpu_is_waited_for(name: str) -> None:
     with DeviceWaits() as waits:
         call(Elsewhere(torch.tensor([[1, 2, 3], [3, 2, 1]])))
     assert waits.count == expected, waits.at
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2},
+    ],
+    ids=str,
+)
+def test_sampling_waits_at_most_once_per_eight_tokens(
+    encoder: ChatEncoder, tokenizer: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The trial on which this rests is not what is counted.
+    monkeypatch.setattr(sampling, "why_not_shared", lambda model: None)
+    prompts = [[70, 71, 72], [80], [90, 91, 92, 93, 94, 95, 96, 97], [100, 101]]
+
+    def sampler(model: Any) -> TransformersSampler:
+        return TransformersSampler(model, encoder, SamplingSettings(max_new_tokens=48, **settings))
+
+    expected = sampler(tiny_llama(len(tokenizer))).sample(prompts, 3)
+    model = elsewhere(tiny_llama(len(tokenizer)))
+    with DeviceWaits() as waits:
+        found = sampler(model).sample(prompts, 3)
+    assert found == expected
+    longest = max(len(r.ids) for own in found for r in own)
+    assert longest > 30
+    assert waits.count <= longest / 8 + 1, waits.at
 
 
 @FUSED

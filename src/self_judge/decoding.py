@@ -8,17 +8,19 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from self_judge.exactness import as_called, trial_tokens, warn_once, why_inexact
-from self_judge.models import unwrapped
-from self_judge.packed_passes import takes_positions
+from self_judge.models import unwrapped, without_cudnn_attention
+from self_judge.packed_passes import takes_positions, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,10 @@ Most = Callable[[int], int]
 # Two cores are busy with about this many tokens; a GPU needs more of them.
 _PREFILL_TOKENS = {"cpu": 1024}
 _PREFILL_TOKENS_ELSEWHERE = 16_384
-_ROOM = 64  # tokens by which a cache grows at once
+# Tokens between two looks at which rows have finished. A look waits for a GPU, which has nothing to
+# do then until the next pass is launched; on a CPU it is free, and a pass too many is not.
+_LOOK_EVERY = {"cpu": 1}
+_LOOK_EVERY_ELSEWHERE = 8
 _LEAVE_AT = 0.75  # share of unfinished rows below which the finished ones leave the batch
 
 
@@ -72,47 +77,76 @@ def decode(
         The new ids of every row.
     """
     device = _device(model)
+    every = _LOOK_EVERY.get(device.type, _LOOK_EVERY_ELSEWHERE)
     longest = max(map(len, prompts))
     of_row = [i for i, n in enumerate(copies) for _ in range(n)]
-    rows = len(of_row)
-    ids_BT = torch.full((rows, longest + max_new_tokens), pad)
+    rows = list(range(len(of_row)))  # those that are left
+    ids_BT = torch.full((len(rows), longest + max_new_tokens), pad)
     seen_BT = torch.ones_like(ids_BT)
     for row, i in enumerate(of_row):
         start = longest - len(prompts[i])
         ids_BT[row, start:longest] = torch.tensor(list(prompts[i]))
         seen_BT[row, :start] = 0
-    ids_BT, seen_BT = ids_BT.to(device), seen_BT.to(device)
-    lengths_B1 = torch.tensor([[len(prompts[i])] for i in of_row], device=device)
-    stops = torch.tensor(list(stop), device=device)
-    new_BT = torch.full((rows, max_new_tokens), pad, device=device)
-    row_B = torch.arange(rows, device=device)  # where each row that is left stands in `new_BT`
-    unfinished_B = torch.ones(rows, dtype=torch.bool, device=device)
+    ids_BT, seen_BT = to_device(ids_BT, device), to_device(seen_BT, device)
+    lengths_B1 = to_device(torch.tensor([[len(prompts[i])] for i in of_row]), device)
+    stops = to_device(torch.tensor(list(stop)), device)
+    new_BT = torch.full((len(rows), max_new_tokens), pad, device=device)
+    row_B = torch.arange(len(rows), device=device)
+    unfinished_B = torch.ones(len(rows), dtype=torch.bool, device=device)
+    positions = takes_positions(unwrapped(model))
 
-    logits_BV, cache = _prefilled(model, prompts, of_row, one_pass=most is not int)
-    for step in range(max_new_tokens):
-        at = longest + step
-        token_B = draw(ids_BT[:, :at], logits_BV)
-        token_B = torch.where(unfinished_B, token_B, pad)
-        new_BT[row_B, step] = token_B
-        ids_BT[:, at] = token_B
-        unfinished_B &= ~torch.isin(token_B, stops)
-        left = int(unfinished_B.sum())
-        if step + 1 == max_new_tokens or not most(left):
-            break
-        if 0 < left <= _LEAVE_AT * len(row_B):
-            kept = unfinished_B.nonzero()[:, 0]
-            cache.batch_select_indices(kept)
-            draw.keep(kept)
-            ids_BT, seen_BT, lengths_B1 = ids_BT[kept], seen_BT[kept], lengths_B1[kept]
-            row_B, unfinished_B = row_B[kept], unfinished_B[kept]
-        inputs = {"input_ids": ids_BT[:, at : at + 1], "attention_mask": seen_BT[:, : at + 1]}
-        if takes_positions(unwrapped(model)):
-            inputs["position_ids"] = lengths_B1 + step
-        output = model(**inputs, past_key_values=cache, use_cache=True)
-        logits_BV, cache = output.logits[:, -1], output.past_key_values
-    new = new_BT.tolist()
+    with without_cudnn_attention():
+        logits_BV, cache = _prefilled(
+            model, prompts, of_row, longest + max_new_tokens, one_pass=most is not int
+        )
+        for step in range(max_new_tokens):
+            at = longest + step
+            token_B = torch.where(unfinished_B, draw(ids_BT[:, :at], logits_BV), pad)
+            new_BT[row_B, step] = token_B
+            ids_BT[:, at] = token_B
+            unfinished_B &= ~(token_B[:, None] == stops).any(1)
+            if step + 1 == max_new_tokens:
+                break
+            if (step + 1) % every == 0:
+                left = [place for place, goes_on in enumerate(unfinished_B.tolist()) if goes_on]
+                if not most(len(left)):
+                    break
+                if 0 < len(left) <= _LEAVE_AT * len(rows):
+                    rows = [rows[place] for place in left]
+                    kept = to_device(torch.tensor(left), device)
+                    cache.batch_select_indices(kept)
+                    draw.keep(kept)
+                    ids_BT, seen_BT, lengths_B1 = ids_BT[kept], seen_BT[kept], lengths_B1[kept]
+                    row_B, unfinished_B = row_B[kept], unfinished_B[kept]
+            inputs = {"input_ids": ids_BT[:, at : at + 1], "attention_mask": seen_BT[:, : at + 1]}
+            if positions:
+                inputs["position_ids"] = lengths_B1 + step
+            with _masks(any(len(prompts[of_row[row]]) < longest for row in rows)):
+                output = model(**inputs, past_key_values=cache, use_cache=True)
+            logits_BV, cache = output.logits[:, -1], output.past_key_values
+        new = new_BT.tolist()
     ends = [next((t + 1 for t, x in enumerate(ids) if x in stop), len(ids)) for ids in new]
     return [ids[:end] for ids, end in zip(new, ends, strict=True)]
+
+
+@contextmanager
+def _masks(padded: bool) -> Iterator[None]:
+    """Tells Transformers whether rows are padded, for which it would read its mask at every pass.
+
+    It leaves the mask of SDPA out where nothing is padded; that stays so.
+    """
+    usual = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        if padded:
+            return usual(*args, **{**kwargs, "allow_is_causal_skip": False})
+        return usual(*args, **{**kwargs, "attention_mask": None})
+
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = told
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = usual
 
 
 def why_not_shared(model: nn.Module) -> str | None:
@@ -133,58 +167,101 @@ def why_not_shared(model: nn.Module) -> str | None:
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[bool, str | None]] = weakref.WeakKeyDictionary()
 
 
+class _PromptLayer(DynamicLayer):
+    """Keys and values of prompts, in the type that attention computes in.
+
+    Under autocast, keys that were rotated are float32, the usual layer makes the values so as well,
+    and attention rounds both whenever it meets them.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+
+
+def _empty_cache(model: nn.Module) -> Any:
+    cache = DynamicCache(config=unwrapped(model).config)  # type: ignore[arg-type]
+    cache.layers = [_PromptLayer() if type(x) is DynamicLayer else x for x in cache.layers]
+    return cache
+
+
 class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for the tokens to come: growing by one token copies nothing."""
+    """Keys and values with room for the tokens to come, in which rows and tokens move up in place.
+
+    So a batch takes its memory once: nothing grows, and rows that leave need no second cache.
+
+    Args:
+        rooms: keys and values, `(B, H, tokens, D)` each.
+        length: tokens that are in them.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+    def __init__(self, rooms: Sequence[torch.Tensor], length: int) -> None:
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self._take(keys, values, length)
+        self.lazy_initialization(*rooms)
+        self._take(rooms, length)
 
-    def _take(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        self.room = keys, values
-        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+    def _take(self, rooms: Sequence[torch.Tensor], length: int) -> None:
+        self.rooms = rooms
+        self.keys, self.values = (room[:, :, :length] for room in rooms)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         before = self.keys.shape[-2]
         after = before + key_states.shape[-2]
-        keys, values = self.room
-        if after > keys.shape[-2]:
-            more = (0, 0, 0, after - keys.shape[-2] + _ROOM)
-            keys, values = nn.functional.pad(keys, more), nn.functional.pad(values, more)
-        keys[:, :, before:after] = key_states
-        values[:, :, before:after] = value_states
-        self._take(keys, values, after)
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[:, :, before:after] = states
+        self._take(self.rooms, after)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        keys, values = self.room
-        self._take(keys[indices], values[indices], self.keys.shape[-2])
+        for states in (self.keys, self.values):
+            states[: len(indices)] = states[indices]
+        self._take([room[: len(indices)] for room in self.rooms], self.keys.shape[-2])
 
 
 def _prefilled(
-    model: nn.Module, prompts: Sequence[Sequence[int]], of_row: Sequence[int], *, one_pass: bool
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    of_row: Sequence[int],
+    tokens: int,
+    *,
+    one_pass: bool,
 ) -> tuple[torch.Tensor, Any]:
-    """Logits `(B, V)` after each row's prompt, and a cache with a row for each."""
+    """Logits `(B, V)` after each row's prompt, and a cache with a row for each.
+
+    Args:
+        tokens: for how many there is room in a row of the cache.
+    """
+    device = _device(model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    empty = DynamicCache(config=unwrapped(model).config)  # type: ignore[arg-type]
     # Windows and the like are filled in one pass, and spread as the cache itself does it.
-    whole = all(type(layer) is DynamicLayer for layer in empty.layers)
+    whole = all(type(layer) is _PromptLayer for layer in _empty_cache(model).layers)
     parts = _parts(model, prompts, order) if whole and not one_pass else [order]
     results = [_prefill(model, [prompts[i] for i in part]) for part in parts]
     place = {i: at for at, i in enumerate(order)}
-    source_B = torch.tensor([place[i] for i in of_row], device=_device(model))
-    logits_BV = torch.cat([logits for logits, _ in results])[source_B]
+    source = [place[i] for i in of_row]
+    source_B = to_device(torch.tensor(source), device)
+    spread = []  # by part: rows of the batch, and where in the part they come from
+    first = 0
+    for part in parts:
+        rows = [row for row, i in enumerate(source) if first <= i < first + len(part)]
+        own = torch.tensor([rows, [source[row] - first for row in rows]])
+        spread.append(to_device(own, device))
+        first += len(part)
+    longest = len(prompts[order[0]])
     caches = [cache for _, cache in results]
-    if not whole:
-        caches[0].reorder_cache(source_B)
-        return logits_BV, caches[0]
-    return logits_BV, _joined(caches, source_B, max(map(len, prompts)))
+    for number, layer in enumerate(caches[0].layers):
+        if type(layer) is _PromptLayer and layer.is_initialized:
+            layers = [cache.layers[number] for cache in caches]
+            caches[0].layers[number] = _joined(layers, spread, len(of_row), longest, tokens)
+        else:
+            layer.reorder_cache(source_B)
+    return torch.cat([logits for logits, _ in results])[source_B], caches[0]
 
 
 def _parts(
@@ -214,33 +291,41 @@ def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[torch.
     inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": seen_BT}
     if takes_positions(inner):
         inputs["position_ids"] = (seen_BT.cumsum(1) - 1).clamp(min=0)
-    inputs = {name: value.to(_device(model)) for name, value in inputs.items()}
+    inputs = {name: to_device(value, _device(model)) for name, value in inputs.items()}
     if "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
         inputs["logits_to_keep"] = 1
-    output = model(**inputs, use_cache=True)
+    with _masks(min(map(len, prompts)) < longest):
+        output = model(**inputs, past_key_values=_empty_cache(model), use_cache=True)
     return output.logits[:, -1], output.past_key_values
 
 
-def _joined(caches: Sequence[Any], source_B: torch.Tensor, longest: int) -> Any:
-    """One cache of all rows, from caches of some prompts each; padded on the left."""
-    sizes = [cache.layers[0].keys.shape[0] for cache in caches]
-    first_of_part = [sum(sizes[:n]) for n in range(len(sizes))]
-    joined = DynamicCache()
-    for number in range(len(caches[0].layers)):
-        layers = [cache.layers[number] for cache in caches]
-        rooms = []
-        for name in ("keys", "values"):
-            states = [getattr(layer, name) for layer in layers]
-            _, heads, _, size = states[0].shape
-            room = states[0].new_zeros(len(source_B), heads, longest + _ROOM, size)
-            for start, state in zip(first_of_part, states, strict=True):
-                rows = ((source_B >= start) & (source_B < start + len(state))).nonzero()[:, 0]
-                room[rows, :, longest - state.shape[2] : longest] = state[source_B[rows] - start]
-            rooms.append(room)
-        joined.layers.append(_RoomyLayer(rooms[0], rooms[1], longest))
-        for layer in layers:
-            layer.reset()  # its memory is free at once
-    return joined
+def _joined(
+    layers: Sequence[DynamicLayer],
+    spread: Sequence[torch.Tensor],
+    rows: int,
+    longest: int,
+    tokens: int,
+) -> _RoomyLayer:
+    """One layer's keys and values of all rows, from those of some prompts each; padded on the left.
+
+    Args:
+        layers: they are emptied.
+        spread: for each of them, rows of the batch and where in the layer they come from, `(2, R)`.
+        longest: tokens of the longest prompt.
+        tokens: for how many there is room.
+    """
+    rooms = []
+    for name in ("keys", "values"):
+        states = [getattr(layer, name) for layer in layers]
+        _, heads, _, size = states[0].shape
+        room = states[0].new_empty(rows, heads, tokens, size)
+        room[:, :, :longest].zero_()
+        for (to, of), state in zip(spread, states, strict=True):
+            room[to, :, longest - state.shape[2] : longest] = state[of]
+        rooms.append(room)
+    for layer in layers:
+        layer.reset()  # its memory is free at once
+    return _RoomyLayer(rooms, longest)
 
 
 def _device(model: nn.Module) -> torch.device:

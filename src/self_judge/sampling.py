@@ -33,8 +33,9 @@ from transformers.generation.logits_process import (
 from self_judge.comparison import Response
 from self_judge.decoding import Most, decode, why_not_shared
 from self_judge.encoding import ChatEncoder
-from self_judge.models import in_evaluation_mode
+from self_judge.models import in_evaluation_mode, without_cudnn_attention
 from self_judge.out_of_memory import halved
+from self_judge.packed_passes import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,7 @@ class TransformersSampler:
         batches = self._batches([len(p) for p in prompts], n)
         sharded = self.most is not int
         bar = tqdm(total=n * len(prompts), desc="sampling", unit="resp", disable=not progress)
-        with in_evaluation_mode(self.model), bar:
+        with in_evaluation_mode(self.model), without_cudnn_attention(), bar:
             number, rounds = 0, self.most(len(batches))
             while number < rounds:
                 if number >= len(batches):  # in step with processes that have more to do
@@ -263,8 +264,8 @@ class TransformersSampler:
         padding = [longest - len(prompt) for prompt, seeds in rows for _ in seeds]
         draw = _Draw(
             self.settings,
-            torch.tensor([seed for _, seeds in rows for seed in seeds], device=device),
-            torch.tensor(padding, device=device),
+            to_device(torch.tensor([seed for _, seeds in rows for seed in seeds]), device),
+            to_device(torch.tensor(padding), device),
         )
         if why_not_shared(self.model) is None:
             return decode(
@@ -298,8 +299,8 @@ class TransformersSampler:
         )
         with _without_own_generation_settings(self.model):
             output_BT = self.model.generate(  # type: ignore[operator]
-                input_ids=ids_BT.to(device),
-                attention_mask=mask_BT.to(device),
+                input_ids=to_device(ids_BT, device),
+                attention_mask=to_device(mask_BT, device),
                 generation_config=config,
                 logits_processor=processors,
                 synced_gpus=self.most is not int,
@@ -380,6 +381,8 @@ class _TopP(TopPLogitsWarper):
     likeliest = 256
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.device.type != "cpu":  # where sorting is fast, and reading waits
+            return super().__call__(input_ids, scores)
         top_BK = scores.topk(min(self.likeliest, scores.size(-1))).values
         p_BK = (top_BK - scores.logsumexp(-1, keepdim=True)).exp()
         before_BK = p_BK.cumsum(-1) - p_BK
@@ -413,7 +416,8 @@ def seeded_gumbel(seeds_B: torch.Tensor, step: int, size: int) -> torch.Tensor:
         step: the step; every step of a seed has noise of its own.
         size: numbers per row.
     """
-    rows_B1 = _mix_(seeds_B[:, None] + _mix_(torch.tensor(step, device=seeds_B.device)))
+    # The step stays a scalar of the CPU, which no device waits for.
+    rows_B1 = _mix_(seeds_B[:, None] + _mix_(torch.tensor(step)))
     index_V = torch.arange(size, device=seeds_B.device)
     bits_BV = _mix_(rows_B1 + index_V * -7046029254386353131)  # 2^64 / golden ratio, as int64
     # 32 random bits, centred in their cell: never 0, so no infinite noise; where float32 rounds the
