@@ -11,7 +11,7 @@ import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from self_judge import decoding
-from self_judge.decoding import _RoomyLayer, decode, why_not_shared
+from self_judge.decoding import _RoomyLayer, cache_bytes, decode, why_not_shared
 from test_packing import CONFIGS, SIZES, build
 
 STOP = 5
@@ -182,6 +182,8 @@ def test_under_autocast_the_cache_holds_what_attention_computes_with(name: str) 
         hook = model.register_forward_pre_hook(watch, with_kwargs=True)
         assert continued(model, Greedy()) == expected
         hook.remove()
+        if name == "llama":
+            assert cache_bytes(model) == 2 * 2 * 2 * 8 * 2  # layers, K and V, heads, size, bytes
     assert types == {torch.bfloat16}
 
 
@@ -261,6 +263,19 @@ def test_logits_that_are_not_numbers_are_no_proof() -> None:
     model = build("llama")
     torch.nn.init.constant_(model.lm_head.weight, torch.nan)
     assert "a trial was off by" in (why_not_shared(model) or "")
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "gpt2", "deepseek v3, latent attention"])
+def test_what_a_token_takes_in_the_cache_is_found_for_every_kind_of_attention(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIGS, name, FAMILIES[name])
+    model = build(name)
+    cache = model(torch.tensor([PROMPTS[0]]), use_cache=True).past_key_values
+    held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+    assert cache_bytes(model) == held / len(PROMPTS[0])
+    if name == "llama":
+        assert cache_bytes(model) == 2 * 2 * 2 * 8 * 4  # layers, K and V, heads, size, bytes
 
 
 @pytest.mark.parametrize("every", [1, 3])

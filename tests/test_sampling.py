@@ -19,14 +19,16 @@ from transformers import (
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from conftest import byte_bpe, on_test_device, tiny_llama, wrap
-from self_judge import ChatEncoder
+from self_judge import ChatEncoder, sampling
 from self_judge.comparison import Response
+from self_judge.decoding import cache_bytes
 from self_judge.sampling import (
     SamplingSettings,
     TransformersSampler,
     _TopP,
     seeded_gumbel,
     stable_seed,
+    tokens_that_fit,
 )
 
 PROMPTS = [[70, 71, 72], [80], [90, 91, 92, 93, 94, 95, 96, 97], [100, 101]]
@@ -257,6 +259,32 @@ def test_batches_hold_a_prompts_samples_together_within_their_limits(
         model, encoder, SamplingSettings(max_new_tokens=12), 64, batch_tokens=30
     )
     assert narrow.sample(PROMPTS, 3, seeds=4) == expected
+
+
+def test_by_default_a_cache_holds_what_fits_beside_the_weights() -> None:
+    gib = 2**30
+    llama_2_7b, llama_3_8b = 2**19, 2**17  # bytes a token in half precision: 32 heads, and 8
+    assert tokens_that_fit(llama_2_7b, 13 * gib, 79 * gib) == 33 * 2048
+    assert tokens_that_fit(llama_3_8b, 15 * gib, 79 * gib) == 32 * 8192
+    assert tokens_that_fit(llama_2_7b, 13 * gib, 23 * gib) == 5 * 2048
+    assert tokens_that_fit(2 * llama_2_7b, 26 * gib, None) == 4 * 1024  # on a CPU, in float32
+    assert tokens_that_fit(llama_2_7b, 79 * gib, 79 * gib) == 1
+
+
+def test_batches_go_by_the_bytes_of_the_cache_unless_tokens_are_given(
+    model: Any, encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = sampler(model, encoder, max_new_tokens=10)
+    expected = draw.sample(PROMPTS, 3, seeds=4)
+    assert draw._batches([30, 10], 4) == [[(0, range(4)), (1, range(4))]]
+    per_token = cache_bytes(model)
+    monkeypatch.setattr(sampling, "_CPU_CACHE", 80 * per_token)
+    assert draw._batches([30, 10], 4) == [
+        [(0, range(2))],
+        [(0, range(2, 4))],
+        [(1, range(4))],
+    ]
+    assert draw.sample(PROMPTS, 3, seeds=4) == expected
 
 
 def test_a_model_that_cannot_share_prompts_samples_through_its_own_generate(

@@ -226,7 +226,8 @@ class SelfJudgeArgs:
         packing: how sequences share prefixes in judging and in the update (see `Packing`): `auto`,
             `tree`, `cache`, `padding`, or `off`.
         generation_batch_size: responses sampled together on one device at most.
-        generation_batch_tokens: tokens in their KV cache at most, prompts and responses together.
+        generation_batch_tokens: tokens in their KV cache at most, prompts and responses together;
+            `None`: by the bytes they take of the device's memory (see `TransformersSampler`).
         max_length: tokens of prompt and response together, and of a judge prompt.
         max_new_tokens: tokens of a sampled response.
         temperature, top_p, top_k, min_p, repetition_penalty: of sampling; `top_k` 0, `min_p` 0 and
@@ -268,7 +269,7 @@ class SelfJudgeArgs:
     judge_batch_size: int = 8
     packing: PackingChoice = "auto"
     generation_batch_size: int = 64
-    generation_batch_tokens: int = 65_536
+    generation_batch_tokens: int | None = None
     max_length: int = 2048
     max_new_tokens: int = 768
     temperature: float = 1.0

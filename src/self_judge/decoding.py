@@ -149,6 +149,25 @@ def _masks(padded: bool) -> Iterator[None]:
         ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = usual
 
 
+@torch.no_grad()
+def cache_bytes(model: nn.Module) -> int | None:
+    """Bytes of keys and values per token of one sequence, found by a pass over one token.
+
+    A configuration does not say it: latent attention and layers that share their keys go by names
+    of their own, and autocast computes in another type than that of the weights.
+
+    Args:
+        model: in evaluation mode; see `why_not_shared`.
+
+    Returns:
+        `None` where the cache does not tell.
+    """
+    _, cache = _prefill(model, [[0]])
+    layers = [x for x in cache.layers if isinstance(x, DynamicLayer) and x.is_initialized]
+    held: list[Any] = [states for layer in layers for states in (layer.keys, layer.values)]
+    return sum(states.nbytes for states in held) or None
+
+
 def why_not_shared(model: nn.Module) -> str | None:
     """Why `decode` would not be exact for a model, from its kind and a trial; `None` if it is.
 

@@ -31,7 +31,7 @@ from transformers.generation.logits_process import (
 )
 
 from self_judge.comparison import Response
-from self_judge.decoding import Most, decode, why_not_shared
+from self_judge.decoding import Most, cache_bytes, decode, why_not_shared
 from self_judge.encoding import ChatEncoder
 from self_judge.models import in_evaluation_mode, without_cudnn_attention
 from self_judge.out_of_memory import halved
@@ -152,8 +152,11 @@ class TransformersSampler:
         encoder: gives the tokens at which an answer ends, and decodes.
         settings: how to draw.
         batch_size: responses sampled together at most.
-        batch_tokens: tokens held in the cache at most, as (longest prompt + `max_new_tokens`) ×
-            responses; a single prompt's samples are split where they alone are more.
+        batch_tokens: tokens held in the KV cache at most, as (longest prompt + `max_new_tokens`) ×
+            responses; a single prompt's samples are split where they alone are more. Default: as
+            many as fit into half of what the model's weights leave of a GPU's memory, or into
+            4 GiB on a CPU. That goes by the memory that the device has, not by what is free: the
+            same prompts share a batch after a resume.
         most: for a sharded model, the largest of a number over all processes: then each makes as
             many forward passes as the others, whatever it samples.
 
@@ -168,12 +171,12 @@ class TransformersSampler:
         settings: SamplingSettings,
         batch_size: int = 64,
         *,
-        batch_tokens: int = 65_536,
+        batch_tokens: int | None = None,
         most: Most = int,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"sampling batch size must be at least 1, got {batch_size}")
-        if batch_tokens < 1:
+        if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"sampling batch tokens must be at least 1, got {batch_tokens}")
         self.stop = stop_tokens(encoder)
         self.model = model
@@ -208,10 +211,10 @@ class TransformersSampler:
         """
         drawn_from = rows_to_sample(prompts, n, seeds)
         responses: list[list[Response]] = [[] for _ in prompts]
-        batches = self._batches([len(p) for p in prompts], n)
         sharded = self.most is not int
         bar = tqdm(total=n * len(prompts), desc="sampling", unit="resp", disable=not progress)
         with in_evaluation_mode(self.model), without_cudnn_attention(), bar:
+            batches = self._batches([len(p) for p in prompts], n)
             number, rounds = 0, self.most(len(batches))
             while number < rounds:
                 if number >= len(batches):  # in step with processes that have more to do
@@ -240,10 +243,11 @@ class TransformersSampler:
 
     def _batches(self, lengths: Sequence[int], n: int) -> list[list[tuple[int, range]]]:
         """Prompts with the numbers of their samples, longest first, within the batch's limits."""
+        limit = self.batch_tokens or _cache_tokens(self.model)
         batches: list[list[tuple[int, range]]] = []
         room = 0  # responses that the last batch may still take
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            fit = max(1, self.batch_tokens // (lengths[i] + self.settings.max_new_tokens))
+            fit = max(1, limit // (lengths[i] + self.settings.max_new_tokens))
             most = min(self.batch_size, fit)
             for start in range(0, n, most):
                 samples = range(start, min(start + most, n))
@@ -306,6 +310,34 @@ class TransformersSampler:
                 synced_gpus=self.most is not int,
             )
         return output_BT[:, longest:].tolist()
+
+
+# Where a model's cache does not say how large it becomes.
+_CACHE_TOKENS = 65_536
+_CPU_CACHE = 4 * 2**30  # bytes
+
+
+def _cache_tokens(model: torch.nn.Module) -> int:
+    per_token = cache_bytes(model) if why_not_shared(model) is None else None
+    if per_token is None:
+        return _CACHE_TOKENS
+    device = next(model.parameters()).device
+    memory = None
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    return tokens_that_fit(per_token, sum(p.nbytes for p in model.parameters()), memory)
+
+
+def tokens_that_fit(per_token: int, weights: int, memory: int | None) -> int:
+    """How many tokens a KV cache may hold by default; at least 1.
+
+    Args:
+        per_token: bytes of its keys and values, of all layers.
+        weights: bytes of the model.
+        memory: bytes that its device has for tensors alone; `None` on a CPU, which has other work.
+    """
+    room = _CPU_CACHE if memory is None else (memory - weights) // 2
+    return max(1, room // per_token)
 
 
 def _split(batch: Sequence[tuple[int, range]], most: int) -> list[list[tuple[int, range]]]:

@@ -57,9 +57,12 @@ class SelfJudgeConfig(DPOConfig):
     generation_batch_size: int = field(
         default=64, metadata={"help": "Responses sampled together on one device at most."}
     )
-    generation_batch_tokens: int = field(
-        default=65_536,
-        metadata={"help": "Tokens in their KV cache at most, prompts and responses together."},
+    generation_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens in their KV cache at most, prompts and responses together; unset: by "
+            "the bytes they take of the device's memory."
+        },
     )
     judge_batch_size: int = field(
         default=8,
@@ -187,16 +190,13 @@ class SelfJudgeConfig(DPOConfig):
             "rollouts_per_update",
             "judge_batch_size",
             "generation_batch_size",
-            "generation_batch_tokens",
             "max_skipped_steps",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("rollout_files", "rollout_pairs"):
+        for name in ("generation_batch_tokens", "rollout_files", "rollout_pairs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, or None for all, got {getattr(self, name)}"
-                )
+                raise ValueError(f"{name} must be at least 1, or None, got {getattr(self, name)}")
         if self.max_length is not None and self.max_new_tokens >= self.max_length:
             raise ValueError(
                 f"max_new_tokens ({self.max_new_tokens}) must be below max_length "
