@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -72,8 +71,8 @@ def alone(model: Any, row: int, new: int, stop: int = STOP) -> list[int]:
     return ids[len(PROMPTS[ROWS[row]]) :]
 
 
-def continued(model: Any, draw: Any, new: int = 8, stop: Sequence[int] = (STOP,)) -> Any:
-    return decode(model, PROMPTS, COPIES, draw, stop=stop, pad=0, max_new_tokens=new)
+def continued(model: Any, draw: Any, new: int = 8, **settings: Any) -> Any:
+    return decode(model, PROMPTS, COPIES, draw, stop=[STOP], pad=0, max_new_tokens=new, **settings)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -118,9 +117,7 @@ def test_finished_rows_leave_the_batch() -> None:
 
 
 @pytest.mark.parametrize("every", [2, 3, 8])
-def test_how_often_is_looked_for_finished_rows_changes_no_continuation(
-    every: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_often_is_looked_for_finished_rows_changes_no_continuation(every: int) -> None:
     model = build("llama")
 
     class Ends(Greedy):
@@ -133,8 +130,7 @@ def test_how_often_is_looked_for_finished_rows_changes_no_continuation(
 
     expected, looked = continued(model, Ends(), 16), Ends()
     assert [len(ids) for ids in expected] == [1, 2, 3, 4, 5, 6, 7]
-    monkeypatch.setattr(decoding, "_LOOK_EVERY", {"cpu": every})
-    assert continued(model, looked, 16) == expected
+    assert continued(model, looked, 16, look_every=every) == expected
     assert len(looked.asked) == -(-7 // every) * every  # up to the look after the last has finished
     assert set(looked.asked[:every]) == {len(ROWS)}
     assert all(n < len(ROWS) for n in looked.asked[2 * every :])
@@ -280,10 +276,7 @@ def test_what_a_token_takes_in_the_cache_is_found_for_every_kind_of_attention(
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("others", [0, 3])
-def test_processes_in_step_go_on_until_the_last_has_finished(
-    others: int, every: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoding, "_LOOK_EVERY", {"cpu": every})
+def test_processes_in_step_go_on_until_the_last_has_finished(others: int, every: int) -> None:
     model = build("llama")
 
     class Ends(Greedy):
@@ -299,7 +292,7 @@ def test_processes_in_step_go_on_until_the_last_has_finished(
 
     passes: list[int] = []
     hook = model.register_forward_hook(lambda *_: passes.append(1))
-    found = decode(model, PROMPTS, COPIES, Ends(), stop=[STOP], pad=0, max_new_tokens=16, most=most)
+    found = continued(model, Ends(), 16, most=most, look_every=every)
     hook.remove()
     assert found == [[STOP]] * len(ROWS)
     assert asked == [0] * (1 + others)

@@ -306,6 +306,21 @@ def test_a_model_that_cannot_share_prompts_samples_through_its_own_generate(
     assert len({r.ids for own in responses for r in own}) > 4
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_sampling_keeps_attention_from_cudnn(
+    model: Any, encoder: ChatEncoder, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "why_not_shared", lambda _: None if shared else "for this test")
+    allowed: list[bool] = []
+    model.register_forward_pre_hook(
+        lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    sampler(model, encoder).sample(PROMPTS)
+    assert len(allowed) > 1
+    assert not any(allowed)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_more_samples_begin_with_the_same_ones(model: Any, encoder: ChatEncoder) -> None:
     draw = sampler(model, encoder)
     few, many = draw.sample(PROMPTS, 2, seeds=3), draw.sample(PROMPTS, 5, seeds=3)
