@@ -7,9 +7,10 @@ Forward and backward pass of the same examples (SFT, and judging in both orders)
 
 from __future__ import annotations
 
+import argparse
 import functools
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from trl import SFTConfig, SFTTrainer
@@ -20,9 +21,17 @@ from self_judge.jsft import jsft_dataset
 from self_judge.jsft_trainer import JSFTTrainer, TwinSampler
 
 
-def main() -> None:
-    """Both trainers' own loss on the same batches."""
-    given = bench.arguments(__doc__, ("packed", "SFTTrainer"), batches=3, batch=8, length=1024)
+class Examples(NamedTuple):
+    """Real examples, twins together, as a dataset and in padded batches."""
+
+    tokenizer: Any
+    dataset: Any
+    batches: list[list[dict[str, Any]]]
+    inputs: list[dict[str, torch.Tensor]]
+
+
+def examples_of(given: argparse.Namespace) -> Examples:
+    """`given.batches` of `given.batch` examples of at most `given.length` tokens."""
     encoder, templates = bench.encoder_of(given), bench.templates_of()
     dataset, _ = jsft_dataset(
         bench.records_of(given, given.batch * given.batches),
@@ -33,48 +42,60 @@ def main() -> None:
     )
     order = list(TwinSampler(dataset["twin"], seed=0))[: given.batch * given.batches]
     examples = [dataset[i] for i in order]
-    collate = JudgeAugmentedSFTCollator(encoder.tokenizer)
-    batches = [collate(examples[i : i + given.batch]) for i in range(0, len(order), given.batch)]
-    inputs = [{k: v.to(given.device) for k, v in batch.items()} for batch in batches]
+    batches = [examples[i : i + given.batch] for i in range(0, len(order), given.batch)]
+    collated = [JudgeAugmentedSFTCollator(encoder.tokenizer)(batch) for batch in batches]
+    inputs = [{k: v.to(given.device) for k, v in batch.items()} for batch in collated]
+    return Examples(encoder.tokenizer, dataset, batches, inputs)
 
-    def make(kind: Any) -> Any:
-        torch.manual_seed(0)
-        trainer = kind(
-            model=bench.model_of(given),
-            args=SFTConfig(
-                tempfile.mkdtemp(),
-                max_length=None,
-                bf16=False,
-                gradient_checkpointing=False,
-                report_to="none",
-                use_cpu=given.device == "cpu",
-            ),
-            data_collator=collate,
-            train_dataset=dataset,
-            processing_class=encoder.tokenizer,
-            peft_config=bench.lora(),
-        )
-        trainer.model.train()
-        return trainer
 
+def trainer_of(
+    kind: Any, given: argparse.Namespace, examples: Examples, *, lora: bool = True, **settings: Any
+) -> Any:
+    """A trainer of the kind, with the LoRA of all benchmarks or of all weights."""
+    torch.manual_seed(0)
+    trainer = kind(
+        model=bench.model_of(given),
+        args=SFTConfig(
+            tempfile.mkdtemp(),
+            max_length=None,
+            gradient_checkpointing=False,
+            report_to="none",
+            use_cpu=given.device == "cpu",
+            **{"bf16": False, **settings},
+        ),
+        data_collator=JudgeAugmentedSFTCollator(examples.tokenizer),
+        train_dataset=examples.dataset,
+        processing_class=examples.tokenizer,
+        peft_config=bench.lora() if lora else None,
+    )
+    trainer.model.train()
+    return trainer
+
+
+def needed_flops(inner: Any, examples: Examples) -> float:
+    """Of a forward pass: every example up to its last trained token, shared tokens once a batch."""
+    needed = [[_needed(e) for e in batch] for batch in examples.batches]
+    targets = [sum(t != -100 for e in batch for t in e["labels"]) for batch in examples.batches]
+    return sum(bench.flops(inner, n, t) for n, t in zip(needed, targets, strict=True))
+
+
+def main() -> None:
+    """Both trainers' own loss on the same batches."""
+    given = bench.arguments(__doc__, ("packed", "SFTTrainer"), batches=3, batch=8, length=1024)
+    examples = examples_of(given)
     kinds = {"packed": JSFTTrainer, "SFTTrainer": SFTTrainer}
-    trainers = {n: make(kind) for n, kind in kinds.items() if n in given.sides}
+    trainers = {n: trainer_of(k, given, examples) for n, k in kinds.items() if n in given.sides}
 
-    sides = {n: functools.partial(bench.losses_of, t, inputs) for n, t in trainers.items()}
+    sides = {n: functools.partial(bench.losses_of, t, examples.inputs) for n, t in trainers.items()}
     seconds, losses = bench.alternating(sides, given)
-    per_batch = [examples[i : i + given.batch] for i in range(0, len(examples), given.batch)]
-    # What the loss needs: every example up to its last trained token.
-    needed = [[_needed(e) for e in batch] for batch in per_batch]
     inner = trainers["packed"].model.get_base_model()
-    rate = bench.matrix_rate(inner)
-    targets = [sum(label != -100 for e in batch for label in e["labels"]) for batch in per_batch]
-    work = sum(2 * bench.flops(inner, n, t) for n, t in zip(needed, targets, strict=True))
+    unique = [bench.unique_tokens([_needed(e) for e in batch]) for batch in examples.batches]
     bench.report(
-        f"JSFT of {len(examples)} examples, LoRA",
+        f"JSFT of {sum(map(len, examples.batches))} examples, LoRA",
         given,
         seconds,
-        limit=sum(b["input_ids"].numel() for b in batches) / sum(map(bench.unique_tokens, needed)),
-        floor=work / rate,
+        limit=sum(b["input_ids"].numel() for b in examples.inputs) / sum(unique),
+        floor=2 * needed_flops(inner, examples) / bench.matrix_rate(inner),
         notes=[bench.way(trainers["packed"].packing), bench.gap(losses)],
     )
 

@@ -46,9 +46,9 @@ def arguments(
     description: str | None,
     sides: Sequence[str],
     argv: Sequence[str] | None = None,
-    **defaults: int,
+    **defaults: int | str,
 ) -> argparse.Namespace:
-    """The options that all have, and one number per default.
+    """The options that all have, and one per default, of its type.
 
     `memory` is the peak of each side, measured at once: in processes of their own, while this one
     holds no model yet. `sides` are those to run here: one of them in such a process.
@@ -62,7 +62,7 @@ def arguments(
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="run one side once, for its peak memory")
     for name, value in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     given = parser.parse_args(argv)
     given.device = "cuda" if torch.cuda.is_available() else "cpu"
     if not given.data.is_dir():
@@ -200,11 +200,16 @@ def unique_tokens(sequences: Sequence[Sequence[int]]) -> int:
     return sum(len(r) for r in prefix_rows(sequences, sys.maxsize))
 
 
-def matrix_rate(model: Any, tokens: int = 1024) -> float:
-    """FLOPs per second at which this machine multiplies the model's own matrices."""
+def matrix_rate(model: Any, tokens: int = 1024, dtype: torch.dtype | None = None) -> float:
+    """FLOPs per second at which this machine multiplies the model's own matrices.
+
+    Args:
+        dtype: what they are multiplied in; default: their own.
+    """
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     shapes = {tuple(m.weight.shape) for m in layers}
     weights = [next(m.weight for m in layers if tuple(m.weight.shape) == s) for s in shapes]
+    weights = [w.to(dtype or w.dtype) for w in weights]
     counts = [sum(tuple(m.weight.shape) == s for m in layers) for s in shapes]
     inputs = [torch.randn(tokens, w.shape[1], dtype=w.dtype, device=w.device) for w in weights]
     total, work = 0.0, 0.0
