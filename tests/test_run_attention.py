@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -97,22 +101,133 @@ def test_a_long_run_is_attended_to_in_pieces_that_meet_no_key_after_them() -> No
     torch.testing.assert_close(by_runs(query, key, value, runs=runs), expected)
 
 
-def test_gradients_are_those_of_dense_attention() -> None:
-    [row] = prefix_rows([[1, 2, 3, 4], [1, 2, 5], [1, 6, 7]], 100)
-    tensors = [
-        states(0, 1, 4, len(row), 8),
-        states(1, 1, 2, len(row), 8),
-        states(2, 1, 2, len(row), 8),
-    ]
-    pull = states(3, 1, len(row), 4, 8)
-    gradients = []
-    for attend in (
-        lambda *t: by_runs(*t, runs=attending(runs_of(row), CPU), scaling=0.5),
-        lambda *t: plainly(*t, torch.from_numpy(slow_mask(row)), 0.5),
-    ):
+def gradients(attend: Any, tensors: Sequence[torch.Tensor], pull: torch.Tensor) -> list[Any]:
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    return [*torch.autograd.grad((attend(*leaves) * pull).sum(), leaves)]
+
+
+def drawn_row(seed: int, dtype: torch.dtype, heads: tuple[int, int] = (9, 3)) -> Any:
+    """A random row of trees with long runs and single tokens, its states and a pull; its mask."""
+    numbers = random.Random(seed)
+    sequences: list[list[int]] = [[1]]
+    for _ in range(8):
+        path = numbers.choice(sequences)
+        length = numbers.choice([1, 2, 30, 300])
+        sequences.append([*path[: numbers.randrange(len(path) + 1)], *range(9, 9 + length)])
+    [row] = joined(prefix_rows(sequences, 10_000), 10_000)
+    query = states(seed, 1, heads[0], len(row), 16).to(dtype)
+    key, value = (states(seed + i, 1, heads[1], len(row), 16).to(dtype) for i in (1, 2))
+    pull = states(seed + 3, 1, len(row), heads[0], 16).to(dtype)
+    return attending(runs_of(row), CPU), (query, key, value), pull, torch.tensor(slow_mask(row))
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@given(SEQUENCES, HEADS, st.integers(0, 999))
+def test_gradients_are_those_of_dense_attention(
+    sequences: list[list[int]], heads: tuple[int, int], seed: int
+) -> None:
+    for row in joined(prefix_rows(sequences, 40), 100):
+        tensors = [states(seed + i, 1, heads[i > 0], len(row), 8) for i in range(3)]
+        pull = states(seed + 3, 1, len(row), heads[0], 8)
+        runs, mask = attending(runs_of(row), CPU, piece=2), torch.from_numpy(slow_mask(row))
+        torch.testing.assert_close(
+            gradients(partial(by_runs, runs=runs, scaling=0.5), tensors, pull),
+            gradients(partial(plainly, mask=mask, scaling=0.5), tensors, pull),
+        )
+
+
+@given(SEQUENCES, st.integers(1, 20), HEADS, st.integers(0, 999))
+def test_gradients_reach_the_keys_of_earlier_steps(
+    sequences: list[list[int]], step_tokens: int, heads: tuple[int, int], seed: int
+) -> None:
+    for step in walk(sequences, step_tokens, Paths()):
+        own, keys = len(step.token_ids), len(step.past) + len(step.token_ids)
+        tensors = [states(seed, 1, heads[0], own, 8)]
+        tensors += [states(seed + i, 1, heads[1], keys, 8) for i in (1, 2)]
+        pull = states(seed + 3, 1, own, heads[0], 8)
+        runs = attending(step.runs, CPU)
+        mask = torch.cat([torch.from_numpy(seen(run, keys)) for run in step.runs])
+        torch.testing.assert_close(
+            gradients(partial(by_runs, runs=runs, scaling=0.3), tensors, pull),
+            gradients(partial(plainly, mask=mask, scaling=0.3), tensors, pull),
+        )
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_are_as_near_to_float64_as_with_a_node_for_each_run(
+    dtype: torch.dtype, limit: float, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, tensors, pull, mask = drawn_row(seed, dtype)
+    expected = gradients(
+        partial(plainly, mask=mask, scaling=0.25), [t.double() for t in tensors], pull.double()
+    )
+    found = gradients(partial(by_runs, runs=runs), tensors, pull)
+    monkeypatch.setattr("self_judge.run_attention._in_one_node", lambda *_: False)
+    by_nodes = gradients(partial(by_runs, runs=runs), tensors, pull)
+    for one, many, exact in zip(found, by_nodes, expected, strict=True):
+        assert one.dtype == dtype
+        assert off(one, exact) < limit
+        assert off(one, exact) < 1.1 * off(many, exact) + 1e-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_are_the_same_with_and_without_gradients(dtype: torch.dtype) -> None:
+    runs, tensors, _, _ = drawn_row(0, dtype)
+    with torch.no_grad():
+        expected = by_runs(*tensors, runs=runs)
+    found = by_runs(*(t.clone().requires_grad_() for t in tensors), runs=runs)
+    assert found.grad_fn is not None
+    assert torch.equal(found, expected)
+
+
+def test_autocast_computes_in_its_own_type_and_gives_gradients_in_that_of_the_states() -> None:
+    runs, tensors, pull, _ = drawn_row(0, torch.float32)
+    query, key, value = tensors
+    mixed = (query, key, value.bfloat16())  # rotary embeddings leave float32, a projection does not
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(partial(by_runs, runs=runs), mixed, pull)
+        values = by_runs(*mixed, runs=runs)
+    half = [t.bfloat16() for t in tensors]
+    assert torch.equal(values, by_runs(*half, runs=runs))
+    assert [g.dtype for g in found] == [t.dtype for t in mixed]
+    expected = gradients(partial(by_runs, runs=runs), half, pull)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other.to(one.dtype))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_survive_checkpointing_and_a_second_use(reentrant: bool) -> None:
+    runs, tensors, pull, _ = drawn_row(1, torch.float32, (4, 2))
+
+    def twice(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        first = by_runs(query, key, value, runs=runs)
+        return by_runs(first.transpose(1, 2), key, value, runs=runs)
+
+    def checkpointed(*states: torch.Tensor) -> Any:
+        return torch.utils.checkpoint.checkpoint(twice, *states, use_reentrant=reentrant)
+
+    if reentrant:  # which goes with `backward` alone
         leaves = [t.clone().requires_grad_() for t in tensors]
-        gradients.append(torch.autograd.grad((attend(*leaves) * pull).sum(), leaves))
-    torch.testing.assert_close(gradients[0], gradients[1])
+        (checkpointed(*leaves) * pull).sum().backward()
+        found = [leaf.grad for leaf in leaves]
+    else:
+        found = gradients(checkpointed, tensors, pull)
+    for one, other in zip(found, gradients(twice, tensors, pull), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_keys_and_values_are_kept_once_for_the_backward_pass() -> None:
+    runs, tensors, _, _ = drawn_row(0, torch.float32)
+    kept: list[torch.Tensor] = []
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attended = by_runs(*leaves, runs=runs)
+    sums = attended[..., 0].numel()
+    assert sum(t.numel() for t in kept) == sum(t.numel() for t in (*tensors, attended)) + sums
 
 
 def test_attention_is_without_dropout_unless_asked_for() -> None:
@@ -122,6 +237,11 @@ def test_attention_is_without_dropout_unless_asked_for() -> None:
     assert torch.equal(by_runs(*tensors, runs=runs), by_runs(*tensors, runs=runs))
     dropped = by_runs(*tensors, runs=runs, dropout=0.5)
     assert not torch.allclose(dropped, by_runs(*tensors, runs=runs))
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    torch.manual_seed(0)
+    expected = by_runs(*tensors, runs=runs, dropout=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(by_runs(*leaves, runs=runs, dropout=0.5), expected)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from self_judge.prefix_walks import Run
@@ -42,14 +43,18 @@ class Attending:
     mask: torch.Tensor | None
     _added: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
+    def rows(self, groups: int) -> slice:
+        """Its queries, where each token has a row per head of a group."""
+        return slice(groups * self.queries.start, groups * self.queries.stop)
+
     def added(self, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """The mask as numbers to add, once per group of heads; the same one for all layers."""
+        """The mask as numbers to add, each row once per head of a group; one for all layers."""
         if self.mask is None:
             return None
         if (groups, dtype) not in self._added:
             forbidden = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
             forbidden.masked_fill_(~self.mask, -torch.inf)
-            self._added[groups, dtype] = forbidden.repeat(groups, 1)
+            self._added[groups, dtype] = forbidden.repeat_interleave(groups, 0)
         return self._added[groups, dtype]
 
 
@@ -114,23 +119,130 @@ def run_attention(
     """
     if prefix_runs is None or softcap is not None or position_bias is not None:
         raise ValueError("the model does not attend by runs")
-    batch, heads, _, size = query.shape
-    # Heads that share keys and values follow each other: stood end to end they are one head with
-    # more queries, and nothing is copied for each of them.
     shared = key.shape[1]
-    groups = heads // shared
-    attended = [
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        computed = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (states.to(computed) for states in (query, key, value))
+    if not dropout and _in_one_node(query, key, value):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attended: torch.Tensor = _RunAttention.apply(query, key, value, prefix_runs, scale)
+        return attended, None
+    rows = _rows(query.transpose(1, 2), shared, query.dtype)
+    groups = query.shape[1] // shared
+    pieces = [
         nn.functional.scaled_dot_product_attention(
-            query[:, :, run.queries].reshape(batch, shared, -1, size),
+            rows[:, :, run.rows(groups)],
             _joined(key, run.keys),
             _joined(value, run.keys),
             attn_mask=run.added(groups, query.dtype),
             dropout_p=dropout,
             scale=scaling,
-        ).reshape(batch, heads, -1, value.shape[-1])
+        )
         for run in prefix_runs
     ]
-    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+    return _tokens(torch.cat(pieces, dim=2), query.shape[1]), None
+
+
+def _rows(states: torch.Tensor, shared: int, dtype: torch.dtype) -> torch.Tensor:
+    """`(1, L, H, D)` as `(1, shared, L * H / shared, D)`, so that a stretch of tokens is a view.
+
+    Heads that share keys and values follow each other: as rows of one head with more queries, they
+    have nothing copied for each of them.
+    """
+    split = states.unflatten(2, (shared, -1)).transpose(1, 2)
+    rows = split.to(dtype, memory_format=torch.contiguous_format)
+    return rows.reshape(1, shared, -1, states.shape[-1])
+
+
+def _tokens(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """The rows of `_rows` as `(1, L, H, D)` again, contiguous."""
+    split = rows.unflatten(2, (-1, heads // rows.shape[1])).transpose(1, 2)
+    return split.reshape(1, -1, heads, rows.shape[-1]).contiguous()
+
+
+def _in_one_node(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `_RunAttention` can do it, and its backward pass is wanted."""
+    states = (query, key, value)
+    return (
+        query.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and any(s.requires_grad for s in states)
+        and len({(s.dtype, s.shape[-1]) for s in states}) == 1
+        and all(s.stride(-1) == 1 for s in states)
+    )
+
+
+class _RunAttention(torch.autograd.Function):
+    """All runs of a row as one node of the graph, on a CPU.
+
+    With a node for each run, every run keeps a copy of all keys and values before it, and its
+    backward pass makes new gradients for all of them. Here keys and values are kept once, and their
+    gradients are added in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        runs: Sequence[Attending],
+        scale: float,
+    ) -> torch.Tensor:
+        shared, groups = key.shape[1], query.shape[1] // key.shape[1]
+        rows = _rows(query.transpose(1, 2), shared, query.dtype)
+        attended = query.new_empty(query.transpose(1, 2).shape)
+        split = attended.unflatten(2, (shared, groups)).transpose(1, 2)
+        sums = []
+        for run in runs:
+            piece, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                rows[:, :, run.rows(groups)],
+                _joined(key, run.keys),
+                _joined(value, run.keys),
+                attn_mask=run.added(groups, query.dtype),
+                scale=scale,
+            )
+            split[:, :, run.queries] = piece.unflatten(2, (-1, groups))
+            sums.append(logsumexp)
+        ctx.save_for_backward(rows, key, value, attended, *sums)
+        ctx.runs, ctx.scale = runs, scale
+        return attended
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, pull: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, key, value, attended, *sums = ctx.saved_tensors
+        shared, heads = key.shape[1], attended.shape[2]
+        # In half precision the float32 kernel is faster, and rounds once in place of once a run.
+        dtype = torch.promote_types(key.dtype, torch.float32)
+        given, own = rows.dtype, rows.to(dtype)
+        keys, values = key.to(dtype), value.to(dtype)
+        results, pulls = (_rows(s, shared, dtype) for s in (attended, pull))
+        for_rows, for_keys, for_values = (torch.zeros_like(s) for s in (own, keys, values))
+        groups = heads // shared
+        for run, logsumexp in zip(ctx.runs, sums, strict=True):
+            place = run.rows(groups)
+            for_piece, *for_seen = (
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    pulls[:, :, place],
+                    own[:, :, place],
+                    _joined(keys, run.keys),
+                    _joined(values, run.keys),
+                    results[:, :, place],
+                    logsumexp,
+                    0.0,
+                    False,
+                    attn_mask=run.added(groups, dtype),
+                    scale=ctx.scale,
+                )
+            )
+            for_rows[:, :, place] = for_piece
+            sizes = [k.stop - k.start for k in run.keys]
+            for whole, seen in zip((for_keys, for_values), for_seen, strict=True):
+                for k, part in zip(run.keys, seen.split(sizes, dim=2), strict=True):
+                    whole[:, :, k] += part
+        for_query = _tokens(for_rows, heads).transpose(1, 2)
+        return for_query.to(given), for_keys.to(given), for_values.to(given), None, None
 
 
 def _joined(states: torch.Tensor, places: Sequence[slice]) -> torch.Tensor:
