@@ -51,6 +51,7 @@ FLOORS: list[set[str]] = [
         "batch_shape",
         "run_attention",
         "flex_attention",
+        "lora_layers",
         "packed_passes",
         "run_passes",
         "packing",

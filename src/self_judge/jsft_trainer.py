@@ -16,6 +16,7 @@ from trl import SFTTrainer
 from self_judge.batch_shape import settled_tokens
 from self_judge.config import PackingChoice
 from self_judge.lockstep import check_processes
+from self_judge.lora_layers import lighten
 from self_judge.models import refuse_pickle, unwrapped
 from self_judge.packed_head import pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
@@ -83,6 +84,7 @@ class JSFTTrainer(ResumableTraining, SFTTrainer):
         self.on_saved = on_saved
         check_processes(self.accelerator)
         model: Any = self.model
+        lighten(model)
         one_pass = needs_one_pass(self.accelerator.distributed_type)
         self.packing: Packing | None = None
         if packing != "off":

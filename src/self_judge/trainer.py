@@ -33,6 +33,7 @@ from self_judge.judge import Judge
 from self_judge.judge_settings import encoder_as_taught, load_judge_settings, save_judge_settings
 from self_judge.lockstep import LockstepPacking, check_processes, most_of
 from self_judge.log_prob_units import LogProbUnits
+from self_judge.lora_layers import lighten
 from self_judge.models import (
     frozen_reference,
     load_tokenizer,
@@ -214,6 +215,7 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
             **trainer_arguments,
         )
         check_processes(self.accelerator)
+        lighten(self.model)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
                 "no parameter of the model takes gradients (PEFT leaves a merged model frozen): "
