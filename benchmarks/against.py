@@ -172,11 +172,17 @@ def wait_for_turns(given: argparse.Namespace) -> None:
 
     def turn() -> dict[str, Any]:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         found = work.run()
-        seconds = time.perf_counter() - started
+        seconds, busy = time.perf_counter() - started, time.process_time() - busy
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        return {"seconds": seconds, "found": found, "faults": faults, "peak": bench.peak(given)}
+        return {
+            "seconds": seconds,
+            "busy": busy,
+            "found": found,
+            "faults": faults,
+            "peak": bench.peak(given),
+        }
 
     asked: dict[str, Callable[[], Any]] = {
         "turn": turn,
@@ -277,6 +283,7 @@ def report(
         medians.append(statistics.median(seconds))
         print(f"  {name:<14} {medians[-1]:7.2f} s (of {len(seconds)}: {min(seconds):.2f}–"
               f"{max(seconds):.2f}), {100 * flops / rate / medians[-1]:.0f} % of the floor, "
+              f"{statistics.median(t['busy'] for t in own[1:]):.1f} s of all cores, "
               f"{own[-1]['faults'] / 1e6:.2f} million page faults, "
               f"{own[-1]['peak']:.2f} GiB peak")  # fmt: skip
     print(f"  ratio {medians[1] / medians[0]:.2f}")
