@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from peft import LoraConfig, get_peft_model
 from conftest import TEMPLATES, Make, weights
 from self_judge import Comparison, Judge, exactness
 from self_judge.decoding import why_not_shared
-from self_judge.models import frozen_reference
+from self_judge.models import frozen_reference, load_model
+from self_judge.packed_head import pack_fused_head
 from self_judge.packing import _LAYOUTS, Packing
 from self_judge.scoring import TransformersScorer
 
@@ -264,3 +267,20 @@ def test_a_mistake_is_caught_in_bf16_as_well(
     for own in (copy.deepcopy(model).to(BF16), wrapped_in_autocast(copy.deepcopy(model))):
         with pytest.raises(ValueError, match="a trial was off by"):
             Packing(own, "tree")
+
+
+@pytest.mark.slow
+def test_smollm2_in_full_fine_tuning_in_bf16_packs_trees_and_decodes_with_shared_prompts() -> None:
+    from accelerate import Accelerator
+    from trl.trainer.utils import add_fused_lm_head
+
+    folder = Path(os.environ.get("SELF_JUDGE_SMOLLM2") or "no such folder")
+    if not (folder / "config.json").is_file():
+        pytest.skip("SELF_JUDGE_SMOLLM2 does not name a folder with SmolLM2")
+    model: Any = load_model(folder, dtype=torch.float32)
+    add_fused_lm_head(model)
+    updates, judging = pack_fused_head(model), Packing(model)
+    assert updates is not None
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    assert updates.decision.route == judging.decision.route == "tree"
+    assert why_not_shared(model) is None

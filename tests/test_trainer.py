@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer
 
 from conftest import TEMPLATES, Make, history, same, tiny_llama, weights
 from self_judge import SelfJudgeCollator, SelfJudgeConfig, SelfJudgeTrainer
+from self_judge import trainer as trainer_module
 from self_judge.judge_settings import load_judge_settings
 from self_judge.models import load_model, merged
 from self_judge.rollouts import preference_batch
@@ -577,3 +578,22 @@ def test_without_templates_anywhere_it_says_what_to_pass(make: Make) -> None:
 def test_letters_given_wrongly_are_refused_with_both_readings(make: Make) -> None:
     with pytest.raises(ValueError, match=r"token_id_a=5 is \[5 .*but after the judge's lead-in"):
         make(token_id_a=5)
+
+
+@pytest.mark.parametrize("kind", [None, "FSDP"])
+def test_the_frozen_copy_is_made_where_the_model_is_trained(
+    kind: str | None, make: Make, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(type(model), "to", lambda self, device: events.append("placed") or self)
+
+    def copied(given: Any) -> Any:
+        events.append("copied")
+        raise KeyboardInterrupt  # what comes after is not looked at
+
+    monkeypatch.setattr(trainer_module, "frozen_reference", copied)
+    if kind is not None:  # as the launcher says it; these place the weights themselves
+        monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(KeyboardInterrupt):
+        make(model=model)
+    assert events == (["copied"] if kind else ["placed", "copied"])

@@ -29,6 +29,7 @@ from self_judge import (
     SelfJudgeTrainer,
     synthetic,
 )
+from self_judge import packing as packing_module
 from self_judge.config import load_run
 from self_judge.decoding import why_not_shared
 from self_judge.files import read_raw
@@ -58,6 +59,7 @@ __all__ = [
     "TransformersScorer",
     "TwinSampler",
     "agreement",
+    "attending_by_segments",
     "bench",
     "computed",
     "evaluate_judge",
@@ -163,6 +165,17 @@ def backbone_tokens(model: Any) -> Iterator[list[int]]:
         yield seen
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def attending_by_segments(chosen: bool) -> Iterator[None]:
+    """Trees segment by segment, whatever the device, or under masks, while inside."""
+    usual = packing_module._by_runs
+    packing_module._by_runs = lambda packing: chosen
+    try:
+        yield
+    finally:
+        packing_module._by_runs = usual
 
 
 @contextlib.contextmanager

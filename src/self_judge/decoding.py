@@ -10,6 +10,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -132,24 +133,35 @@ def decode(
     return [ids[:end] for ids, end in zip(new, ends, strict=True)]
 
 
+# Whether the rows of a pass are padded; `None` outside of passes of this module.
+_PADDED: ContextVar[bool | None] = ContextVar("padded", default=None)
+_SDPA_MASK = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _told_mask(*args: Any, **kwargs: Any) -> Any:
+    padded = _PADDED.get()
+    if padded is None:
+        return _SDPA_MASK(*args, **kwargs)
+    if padded:
+        return _SDPA_MASK(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return _SDPA_MASK(*args, **{**kwargs, "attention_mask": None})
+
+
+ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _told_mask
+
+
 @contextmanager
 def _masks(padded: bool) -> Iterator[None]:
     """Tells Transformers whether rows are padded, for which it would read its mask at every pass.
 
-    It leaves the mask of SDPA out where nothing is padded; that stays so.
+    It leaves the mask of SDPA out where nothing is padded; that stays so. Passes of other threads
+    make their masks as usual.
     """
-    usual = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-
-    def told(*args: Any, **kwargs: Any) -> Any:
-        if padded:
-            return usual(*args, **{**kwargs, "allow_is_causal_skip": False})
-        return usual(*args, **{**kwargs, "attention_mask": None})
-
-    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = told
+    token = _PADDED.set(padded)
     try:
         yield
     finally:
-        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = usual
+        _PADDED.reset(token)
 
 
 @torch.no_grad()

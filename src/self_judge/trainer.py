@@ -8,6 +8,7 @@ give the same numbers in the same places. How pairs are sampled and judged: `rol
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -202,6 +203,7 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
                     )
                 logger.warning("ZeRO-3: the judge is loaded from %s, not copied from memory", name)
             else:
+                _place(model, config)
                 ref_model = frozen_reference(model)  # type: ignore[type-var, assignment]
         super().__init__(
             model=model,
@@ -592,6 +594,20 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         if self._log_prob_hooks is not None:
             self._log_prob_hooks.correct_metrics(self)
         return result
+
+
+def _place(model: Any, config: SelfJudgeConfig) -> None:
+    """Moves a model to where it is trained, so that its copy is made there and not in host memory.
+
+    Sharded models are placed by FSDP and DeepSpeed, others by their device map or in 4 bits.
+    """
+    asked = (os.environ.get(f"ACCELERATE_USE_{kind}", "") for kind in ("FSDP", "DEEPSPEED"))
+    sharded = config.fsdp or config.deepspeed or any(a.lower() in ("1", "true") for a in asked)
+    placed = sharded or any(
+        getattr(model, name, None) for name in ("hf_device_map", "quantization_method")
+    )
+    if config.place_model_on_device is not False and not placed:
+        model.to(config.device)
 
 
 def _pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:
