@@ -17,7 +17,7 @@ from self_judge.batch_shape import settled_tokens
 from self_judge.config import PackingChoice
 from self_judge.lockstep import check_processes
 from self_judge.lora_layers import lighten
-from self_judge.models import refuse_pickle, unwrapped
+from self_judge.models import keep_freed_memory, refuse_pickle, unwrapped
 from self_judge.packed_head import pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
 from self_judge.resumption import ResumableTraining
@@ -85,6 +85,7 @@ class JSFTTrainer(ResumableTraining, SFTTrainer):
         check_processes(self.accelerator)
         model: Any = self.model
         lighten(model)
+        keep_freed_memory(self.accelerator.device)
         one_pass = needs_one_pass(self.accelerator.distributed_type)
         self.packing: Packing | None = None
         if packing != "off":

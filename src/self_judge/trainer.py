@@ -37,6 +37,7 @@ from self_judge.log_prob_units import LogProbUnits
 from self_judge.lora_layers import lighten
 from self_judge.models import (
     frozen_reference,
+    keep_freed_memory,
     load_tokenizer,
     refuse_pickle,
     unwrapped,
@@ -218,6 +219,7 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         )
         check_processes(self.accelerator)
         lighten(self.model)
+        keep_freed_memory(self.accelerator.device)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
                 "no parameter of the model takes gradients (PEFT leaves a merged model frozen): "
