@@ -19,6 +19,7 @@ PACKAGE = Path(self_judge.__file__).parent
 
 FLOORS: list[set[str]] = [
     {
+        "errors",
         "comparison",
         "templates",
         "config",
@@ -113,12 +114,16 @@ FLOORS: list[set[str]] = [
     },
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+)
 HEAVY = ("torch", "trl", "peft", "accelerate", "transformers.modeling_utils")
 
 
 def tree(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    return ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
 
 
 def imported(module: str) -> set[str]:
@@ -135,9 +140,10 @@ def imported(module: str) -> set[str]:
 
 def arrows(module: str) -> set[str]:
     """The modules of this package that a module leans on."""
-    own = {name.split(".")[1] for name in imported(module) if name.startswith("self_judge.")}
+    own = {name[11:] for name in imported(module) if name.startswith("self_judge.")}
     # `from self_judge import Judge` leans on where Judge lives.
-    return {self_judge._HOME_OF.get(name, name) for name in own} & {*FLOOR_OF, *MODULES}
+    own = {f"{self_judge._HOME_OF.get(name, name)}." for name in own}
+    return {other for other in MODULES if any(name.startswith(f"{other}.") for name in own)}
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str] | None:

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import SHARED
 from self_judge.benchmark_data import BenchmarkSource, LabeledComparison, read_comparisons
-from self_judge.selection import DataError
+from self_judge.errors import DataError
 
 
 def read(

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from conftest import SHARED, tiny_llama
+from self_judge.errors import ModelError
 from self_judge.estimates import GIB, GPUS, Setting, Work, gpu_like, memory, seconds
 from self_judge.model_size import Kept, Size, empty_model, kept_activations, size_of
-from self_judge.models import ModelError
 from self_judge.run_needs import comparisons_per_prompt
 
 COMMON: dict[str, Any] = {

@@ -13,12 +13,12 @@ from conftest import CHATML, ROOT, TEMPLATES, Make
 from self_judge import ChatEncoder, Judge, JudgeTemplates
 from self_judge.bulk_judging import JudgeChoice
 from self_judge.config import load_run
+from self_judge.errors import ModelError
 from self_judge.judge_settings import (
     encoder_as_taught,
     load_judge_settings,
     save_judge_settings,
 )
-from self_judge.models import ModelError
 from self_judge.preparation import jsft_wording, self_judge_wording
 
 # A template that is told how to address the model.

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from conftest import byte_bpe, tiny_llama, wrap
+from self_judge.errors import ModelError
 from self_judge.models import (
-    ModelError,
     float32_logits,
     frozen_reference,
     in_evaluation_mode,

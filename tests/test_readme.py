@@ -170,7 +170,8 @@ def test_the_tree_lists_exactly_the_modules_with_a_phrase_each() -> None:
     rows = [re.split(r" {2,}", line.strip()) for line in tree.splitlines()]
     assert all(len(row) == 2 and row[1] for row in rows[1:]), "each file has a phrase"
     inside = [line.strip().split()[0] for line in tree.splitlines() if line.startswith("  ")]
-    modules = [path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]
+    files = (path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+    modules = [name for name in files if not name.endswith("__init__.py")]
     assert sorted(inside) == sorted(modules)
     for beside in (row[0] for row in rows if row[0] not in inside):
         assert (ROOT / beside).exists(), beside

@@ -30,15 +30,15 @@ from conftest import ROOT, TEMPLATES, byte_bpe, tiny_llama, wrap
 from self_judge import ChatEncoder, Judge, SelfJudgeConfig, SelfJudgeTrainer, synthetic
 from self_judge.cli import main
 from self_judge.comparison import Response
-from self_judge.encoding import EncodingError
+from self_judge.errors import ConfigError, EncodingError, ModelError
 from self_judge.judge import aggregate
 from self_judge.model_size import empty_model
-from self_judge.models import ModelError, load_model
+from self_judge.models import load_model
 from self_judge.policy_weights import save_adapter
 from self_judge.rollouts import Rollout
 from self_judge.terminal import neutral
 from self_judge.trainer import _pairs_table
-from self_judge.typed_yaml import ConfigError, apply_override, read_yaml
+from self_judge.typed_yaml import apply_override, read_yaml
 
 PACKAGE = ROOT / "src" / "self_judge"
 # Clears the screen, sets the title, colours by a C1 code, turns the reading direction, hides.
@@ -158,7 +158,7 @@ def test_nothing_is_written_as_csv(demo: Path) -> None:
     """A formula in a response cannot run in a spreadsheet: no output is one's own format."""
     suffixes = {path.suffix for path in demo.rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".jsonl", ".html", ".safetensors", ".jinja", ".bin", ".md"}
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         names = {
             getattr(node, "attr", None) or getattr(node, "name", None)
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

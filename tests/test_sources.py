@@ -17,9 +17,10 @@ import pytest
 from self_judge import ChatEncoder, JudgeTemplates
 from self_judge.comparison import PreferenceRecord
 from self_judge.dialogues import parse_dialogue, select_hh, select_preference
+from self_judge.errors import DataError
 from self_judge.files import read_raw
 from self_judge.jsft import jsft_examples, record_from_json, record_to_json
-from self_judge.selection import DataError, is_held_out, judge_context
+from self_judge.selection import is_held_out, judge_context
 from self_judge.sources import (
     Source,
     load_preferences,

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 
 from fake_vllm import STOP, FakeVLLM, serving
 from self_judge import Comparison, Judge
+from self_judge.errors import EngineError
 from self_judge.policy_weights import (
     AdapterError,
     adapter_tensors,
@@ -26,7 +27,7 @@ from self_judge.policy_weights import (
     save_adapter,
 )
 from self_judge.sampling import SamplingSettings
-from self_judge.vllm_roles import EngineError, SamplingRequest, VLLMSampler, VLLMScorer
+from self_judge.vllm_roles import SamplingRequest, VLLMSampler, VLLMScorer
 from self_judge.vllm_server import VLLMServers
 
 SETTINGS = SamplingSettings(max_new_tokens=4, temperature=0.7, top_p=0.9, top_k=5)

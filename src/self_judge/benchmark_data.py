@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from self_judge.comparison import Comparison, LabeledPair
 from self_judge.dialogues import select_hh, select_preference
+from self_judge.errors import DataError
 from self_judge.files import read_raw, reader_of, split_of
-from self_judge.selection import DataError, Place, Selection, judge_context
+from self_judge.selection import Place, Selection, judge_context
 from self_judge.sources import kind_of
 from self_judge.templates import dialogue_text
 from self_judge.ultrafeedback import select_ultrafeedback

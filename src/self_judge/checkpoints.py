@@ -22,10 +22,6 @@ UNFINISHED = ".unfinished"
 LAST = (True, "true", "True", "auto")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be gone on from; the message names it and says why."""
-
-
 def seal(folder: Path) -> None:
     """Brings a folder to disk and writes down which files it holds, and how large they are."""
     files = {

@@ -22,6 +22,7 @@ from jinja2.exceptions import TemplateError as JinjaError
 
 from self_judge.comparison import Comparison, Message
 from self_judge.content_tokens import ContentTokenizer
+from self_judge.errors import EncodingError
 from self_judge.templates import JudgeTemplates, turns_of
 
 if TYPE_CHECKING:
@@ -40,10 +41,6 @@ _SYSTEM_SHAPES: tuple[tuple[tuple[str, ...], Ending], ...] = (
     (("system", "user", "assistant"), "closed"),
     (("system", "user", "assistant", "user"), "prompt"),
 )
-
-
-class EncodingError(ValueError):
-    """A tokenizer or chat template that cannot serve; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from self_judge.selection import DataError
+from self_judge.errors import DataError
 
 Record = dict[str, Any]
 

@@ -13,11 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from self_judge.errors import JournalError
 from self_judge.whole_file import written_whole
-
-
-class JournalError(ValueError):
-    """A file that cannot be gone on with; the message says why and what to do."""
 
 
 class Journal:

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from self_judge.comparison import Comparison, Side, Verdict
 from self_judge.config import PackingChoice
 from self_judge.encoding import ChatEncoder
+from self_judge.errors import ModelError
 from self_judge.judge_settings import encoder_as_taught, load_judge_settings
-from self_judge.models import ModelError, is_missing, load_model, load_tokenizer, vocabulary_fits
+from self_judge.models import is_missing, load_model, load_tokenizer, vocabulary_fits
 from self_judge.packing import Packing
 from self_judge.scoring import LetterScorer, TransformersScorer
 from self_judge.templates import JudgeTemplates

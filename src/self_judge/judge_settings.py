@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from self_judge.encoding import ChatEncoder
-from self_judge.models import ModelError, in_a_line
+from self_judge.errors import ModelError, in_a_line
 from self_judge.templates import JudgeTemplates
 from self_judge.whole_file import written_whole
 

@@ -33,14 +33,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from self_judge.errors import ModelError, _lines, in_a_line
+
 logger = logging.getLogger(__name__)
 
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
-
-
-class ModelError(ValueError):
-    """A checkpoint that cannot be used; the message says which, why and what to do."""
 
 
 def load_tokenizer(
@@ -459,17 +457,3 @@ def is_missing(name_or_path: str | os.PathLike[str]) -> bool:
     name = str(name_or_path)
     local = name.startswith((".", "/", "~")) or name.count("/") > 1
     return local and not Path(name).exists()
-
-
-def _lines(error: BaseException) -> list[str]:
-    return [line.strip() for line in str(error).splitlines() if line.strip()]
-
-
-def in_a_line(error: BaseException) -> str:
-    """The first line that says something, behind the kind of error."""
-    text = _lines(error)
-    if not text:
-        return type(error).__name__
-    # A first line that ends in a colon has its point in the next ones.
-    told = " ".join(text) if text[0].endswith(":") else text[0]
-    return f"{type(error).__name__}: {told:.300}"

@@ -30,9 +30,10 @@ from self_judge.bulk_judging import (
     verdict_json,
 )
 from self_judge.comparison import Comparison, Message, Verdict
+from self_judge.errors import JournalError
 from self_judge.evaluation import bootstrap_counts, bootstrap_mean, proportion
 from self_judge.files import read_raw, reader_of
-from self_judge.journal import Journal, JournalError, open_journal, read_lines, settings_path
+from self_judge.journal import Journal, open_journal, read_lines, settings_path
 from self_judge.judge_metrics import estimate_json
 from self_judge.judge_settings import encoder_as_taught, load_judge_settings
 from self_judge.length_control import length_controlled_win_rate

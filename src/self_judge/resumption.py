@@ -29,7 +29,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from self_judge.checkpoints import (
     UNFINISHED,
-    CheckpointError,
     clear_unfinished,
     flaw,
     last_whole,
@@ -38,6 +37,7 @@ from self_judge.checkpoints import (
     remove,
     seal,
 )
+from self_judge.errors import CheckpointError
 from self_judge.models import share_as_usual, without_cudnn_attention
 from self_judge.whole_file import written_whole
 

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from self_judge.comparison import Message, PreferenceRecord
+from self_judge.errors import DataError
 from self_judge.templates import dialogue_text
 
 _ROLES = ("system", "user", "assistant", "tool")
-
-
-class DataError(ValueError):
-    """Data that cannot be used: the message says which source, which record and which field."""
 
 
 @dataclass(frozen=True, slots=True)

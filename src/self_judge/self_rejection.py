@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from self_judge.bulk_judging import JudgeChoice, fingerprint
 from self_judge.comparison import Message
-from self_judge.journal import Journal, JournalError, open_journal, settings_path
+from self_judge.errors import JournalError
+from self_judge.journal import Journal, open_journal, settings_path
 from self_judge.judge import Judge
 from self_judge.judge_settings import encoder_as_taught, load_judge_settings
 from self_judge.models import load_model, load_tokenizer

@@ -15,14 +15,9 @@ from typing import Any, Literal
 
 from self_judge.comparison import Message, PreferenceRecord
 from self_judge.dialogues import select_hh, select_preference, starts_with_human
+from self_judge.errors import DataError
 from self_judge.files import read_raw, reader_of
-from self_judge.selection import (
-    DataError,
-    Place,
-    first_question,
-    is_held_out,
-    judge_context,
-)
+from self_judge.selection import Place, first_question, is_held_out, judge_context
 from self_judge.ultrafeedback import select_ultrafeedback
 
 Kind = Literal["auto", "hh", "ultrafeedback", "preference"]

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from self_judge.comparison import Comparison, Message
+from self_judge.errors import TemplateError
 
 _COMPARISON_FIELDS = ("context", "response_a", "response_b")
 _RATIONALE_FIELDS = ("rationale_a", "rationale_b")
 _ROLE_LABELS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 # With words after it: a label alone at the end opens the answer, it is no turn.
 _TURN_START = re.compile(r"\n\n(?=(?:Human|Assistant): *\S)")
-
-
-class TemplateError(ValueError):
-    """A judge template that cannot work; the message names the principle and what is missing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from self_judge.errors import ConfigError
+
 # Names that older versions of Transformers and TRL used, and that people still type.
 _RENAMED = {
     "warmup_ratio": "warmup_steps (a number below 1 is a share of all steps)",
@@ -30,10 +32,6 @@ _RENAMED = {
     "torch_dtype": "dtype",
     "use_flash_attention_2": "attn_implementation: flash_attention_2",
 }
-
-
-class ConfigError(ValueError):
-    """A run configuration that cannot work; one line: where, what, and what to do."""
 
 
 def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -21,13 +21,9 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from self_judge.errors import EngineError
 from self_judge.sampling import SamplingSettings
-from self_judge.vllm_roles import (
-    EngineError,
-    SamplingRequest,
-    request_parameters,
-    scoring_parameters,
-)
+from self_judge.vllm_roles import SamplingRequest, request_parameters, scoring_parameters
 
 _CPU_CACHE_BYTES = 1 << 30
 

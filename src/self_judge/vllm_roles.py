@@ -17,11 +17,8 @@ from tqdm.auto import tqdm
 
 from self_judge.comparison import Response
 from self_judge.encoding import ChatEncoder
+from self_judge.errors import EngineError
 from self_judge.sampling import SamplingSettings, rows_to_sample, sampled_response, stop_tokens
-
-
-class EngineError(ValueError):
-    """An engine that cannot do what is asked; the message says which, why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
