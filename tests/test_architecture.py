@@ -20,7 +20,7 @@ PACKAGE = Path(self_judge.__file__).parent
 FLOORS: list[set[str]] = [
     {
         "errors",
-        "comparison",
+        "datatypes",
         "templates",
         "config",
         "machine",
@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
         "run_folder",
         "journal",
         "checkpoints",
-        "terminal",
+        "console",
     },
     {
         "content_tokens",
@@ -192,7 +192,7 @@ def test_no_modules_lean_on_each_other_in_a_circle() -> None:
 
 def test_the_drawing_sees_arrows_and_circles() -> None:
     # Were the reading of imports broken, the tests above would pass on anything.
-    assert {"comparison", "encoding", "models", "templates"} <= arrows("judge")
+    assert {"datatypes", "encoding", "models", "templates"} <= arrows("judge")
     assert {"judge", "rollouts", "sampling"} <= arrows("trainer")
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}}) is None

@@ -11,7 +11,7 @@ import torch
 
 from conftest import TEMPLATES
 from self_judge import ChatEncoder, Comparison, JudgeAugmentedSFTCollator, JudgeTemplates
-from self_judge.comparison import LabeledPair, PreferenceRecord
+from self_judge.datatypes import LabeledPair, PreferenceRecord
 from self_judge.jsft import (
     CUT,
     NO_FIT,

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from conftest import tiny_llama
 from self_judge import ChatEncoder, JudgeAugmentedSFTCollator, JudgeTemplates
-from self_judge.comparison import LabeledPair, Message, PreferenceRecord
+from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 from self_judge.jsft import jsft_dataset
 from self_judge.jsft_trainer import JSFTTrainer, TwinSampler
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from self_judge.comparison import Verdict
+from self_judge.datatypes import Verdict
 from self_judge.evaluation import bootstrap_counts
 from self_judge.judge import aggregate
 from self_judge.judge_metrics import (

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from self_judge import cli
-from self_judge.comparison import Response
+from self_judge.datatypes import Response
 from self_judge.judge import aggregate
 from self_judge.policy_comparison import outcome
 from self_judge.report import CHARTS, json_block, page, write_report

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 
 from conftest import Make, history, same, weights
-from self_judge.comparison import Response
+from self_judge.datatypes import Response
 from self_judge.resumption import NotFiniteError
 from self_judge.sampling import SamplingSettings, TransformersSampler
 

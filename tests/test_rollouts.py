@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from self_judge import Comparison, Verdict
-from self_judge.comparison import Response
+from self_judge.datatypes import Response
 from self_judge.rollouts import (
     Rollout,
     judged_rollouts,

@@ -20,7 +20,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from conftest import byte_bpe, on_test_device, tiny_llama, wrap
 from self_judge import ChatEncoder, sampling
-from self_judge.comparison import Response
+from self_judge.datatypes import Response
 from self_judge.decoding import cache_bytes
 from self_judge.sampling import (
     SamplingSettings,

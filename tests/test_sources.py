@@ -15,7 +15,7 @@ import datasets
 import pytest
 
 from self_judge import ChatEncoder, JudgeTemplates
-from self_judge.comparison import PreferenceRecord
+from self_judge.datatypes import PreferenceRecord
 from self_judge.dialogues import parse_dialogue, select_hh, select_preference
 from self_judge.errors import DataError
 from self_judge.files import read_raw

@@ -11,7 +11,7 @@ from statistics import correlation, mean
 import pytest
 
 from self_judge import synthetic
-from self_judge.comparison import Comparison
+from self_judge.datatypes import Comparison
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 COW = "What does the cow eat? End with Thanks."

@@ -13,14 +13,14 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "ChatEncoder": "encoding",
-    "Comparison": "comparison",
+    "Comparison": "datatypes",
     "Judge": "judge",
     "JudgeAugmentedSFTCollator": "jsft",
     "JudgeTemplates": "templates",
     "SelfJudgeCollator": "prompts",
     "SelfJudgeConfig": "trainer_config",
     "SelfJudgeTrainer": "trainer",
-    "Verdict": "comparison",
+    "Verdict": "datatypes",
     "tournament_rejection_sampling": "tournament",
 }
 __all__ = [*sorted(_HOME_OF), "__version__"]

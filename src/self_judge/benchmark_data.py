@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from self_judge.comparison import Comparison, LabeledPair
+from self_judge.datatypes import Comparison, LabeledPair
 from self_judge.dialogues import select_hh, select_preference
 from self_judge.errors import DataError
 from self_judge.files import read_raw, reader_of, split_of

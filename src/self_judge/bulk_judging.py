@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from self_judge.comparison import Comparison, Verdict
 from self_judge.config import PackingChoice, TemplateArgs
+from self_judge.console import neutral
+from self_judge.datatypes import Comparison, Verdict
 from self_judge.errors import ConfigError, JournalError
 from self_judge.files import read_raw
 from self_judge.journal import Journal, open_journal, settings_path
@@ -30,7 +31,6 @@ from self_judge.models import load_tokenizer
 from self_judge.selection import Place
 from self_judge.shares import Shares
 from self_judge.templates import JudgeTemplates, dialogue_text
-from self_judge.terminal import neutral
 from self_judge.typed_yaml import build, read_yaml
 from self_judge.vllm_roles import VLLMScorer
 from self_judge.vllm_server import VLLMServers

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from self_judge.comparison import Comparison, Side, Verdict
+from self_judge.datatypes import Comparison, Side, Verdict
 from self_judge.evaluation import proportion
 from self_judge.judge_metrics import estimate_json
 

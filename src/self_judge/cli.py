@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from self_judge import __version__
-from self_judge.terminal import neutral
+from self_judge.console import neutral
 
 if TYPE_CHECKING:
     from self_judge.bulk_judging import JudgeChoice

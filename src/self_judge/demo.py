@@ -27,7 +27,8 @@ from trl import SFTConfig
 
 from self_judge import synthetic
 from self_judge.calibration import judged_line
-from self_judge.comparison import Comparison, PreferenceRecord
+from self_judge.console import neutral
+from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.encoding import ChatEncoder
 from self_judge.evaluation import Estimate, JudgeQuality, bootstrap_mean, judge_quality, win_rate
 from self_judge.judge import Judge
@@ -39,7 +40,6 @@ from self_judge.run_folder import BRACKETS, JUDGED
 from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.self_rejection import bracket_json
 from self_judge.templates import JudgeTemplates
-from self_judge.terminal import neutral
 from self_judge.tournament import judged_knockouts
 from self_judge.trainer import SelfJudgeTrainer
 from self_judge.trainer_config import SelfJudgeConfig

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError as JinjaError
 
-from self_judge.comparison import Comparison, Message
 from self_judge.content_tokens import ContentTokenizer
+from self_judge.datatypes import Comparison, Message
 from self_judge.errors import EncodingError
 from self_judge.templates import JudgeTemplates, turns_of
 

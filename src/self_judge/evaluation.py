@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest, bootstrap
 
-from self_judge.comparison import Verdict
+from self_judge.datatypes import Verdict
 from self_judge.judge import aggregate
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from self_judge.comparison import Comparison, LabeledPair, Message, PreferenceRecord
+from self_judge.datatypes import Comparison, LabeledPair, Message, PreferenceRecord
 from self_judge.encoding import ChatEncoder
 from self_judge.selection import judge_context
 from self_judge.templates import JudgeTemplates

@@ -16,8 +16,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from self_judge.comparison import Comparison, Side, Verdict
 from self_judge.config import PackingChoice
+from self_judge.datatypes import Comparison, Side, Verdict
 from self_judge.encoding import ChatEncoder
 from self_judge.errors import ModelError
 from self_judge.judge_settings import encoder_as_taught, load_judge_settings

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from scipy.stats import binomtest
 
-from self_judge.comparison import Verdict
+from self_judge.datatypes import Verdict
 from self_judge.evaluation import Estimate, bootstrap_counts, proportion, under_principle
 
 Label = Literal["a", "b", "tie"]

@@ -29,7 +29,8 @@ from self_judge.bulk_judging import (
     verdict_from_json,
     verdict_json,
 )
-from self_judge.comparison import Comparison, Message, Verdict
+from self_judge.console import neutral
+from self_judge.datatypes import Comparison, Message, Verdict
 from self_judge.errors import JournalError
 from self_judge.evaluation import bootstrap_counts, bootstrap_mean, proportion
 from self_judge.files import read_raw, reader_of
@@ -43,7 +44,6 @@ from self_judge.selection import Place
 from self_judge.shares import Shares
 from self_judge.sources import prompt_of, read_prompts
 from self_judge.templates import dialogue_text
-from self_judge.terminal import neutral
 from self_judge.whole_file import written_whole
 
 PAIRS, RESULTS = "pairs.jsonl", "results.json"

@@ -21,8 +21,8 @@ from datasets.utils import (
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from self_judge import traps
-from self_judge.comparison import Comparison, PreferenceRecord
 from self_judge.config import JSFTRun, SelfJudgeRun, kind_of_run, load_run
+from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.encoding import ChatEncoder
 from self_judge.estimates import Sharding
 from self_judge.jsft import jsft_dataset

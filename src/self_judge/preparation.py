@@ -15,7 +15,6 @@ import torch
 from peft import LoraConfig
 from trl import SFTConfig
 
-from self_judge.comparison import PreferenceRecord
 from self_judge.config import (
     ConfigError,
     DatasetArgs,
@@ -25,6 +24,7 @@ from self_judge.config import (
     accumulation_steps,
     check_training_values,
 )
+from self_judge.datatypes import PreferenceRecord
 from self_judge.encoding import ChatEncoder
 from self_judge.judge_settings import JudgeSettings, encoder_as_taught, load_judge_settings
 from self_judge.machine import Machine, detect_machine

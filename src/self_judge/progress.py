@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from self_judge.terminal import neutral
+from self_judge.console import neutral
 
 # What is logged -> what it is called on the line, in this order. A narrow terminal shows the first.
 _SHOWN = {

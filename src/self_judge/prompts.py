@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from self_judge.comparison import Message
+from self_judge.datatypes import Message
 from self_judge.encoding import ChatEncoder
 from self_judge.templates import dialogue_text
 

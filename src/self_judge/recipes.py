@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from self_judge.checkpoints import LAST, files_written_whole, last_whole
-from self_judge.comparison import Comparison, PreferenceRecord
 from self_judge.config import JSFTRun, PackingChoice, SelfJudgeRun
+from self_judge.console import neutral
+from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.encoding import ChatEncoder
 from self_judge.evaluation import JudgeQuality, judge_quality, under_principle
 from self_judge.jsft import JudgeAugmentedSFTCollator, jsft_dataset
@@ -54,7 +55,6 @@ from self_judge.progress import LiveProgress
 from self_judge.run_folder import RUN
 from self_judge.selection import judge_context
 from self_judge.templates import JudgeTemplates
-from self_judge.terminal import neutral
 from self_judge.trainer import SelfJudgeTrainer
 from self_judge.whole_file import written_whole
 

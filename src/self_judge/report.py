@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from self_judge import __version__
+from self_judge.console import neutral
 from self_judge.report_data import Limits, ReportData, collect
-from self_judge.terminal import neutral
 from self_judge.whole_file import written_whole
 
 

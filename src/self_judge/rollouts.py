@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from self_judge.comparison import Comparison, Response, Verdict
+from self_judge.datatypes import Comparison, Response, Verdict
 from self_judge.sampling import stable_seed
 from self_judge.tournament import Bracket, Compare, knockouts
 from self_judge.whole_file import written_whole

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from self_judge.comparison import Response
+from self_judge.datatypes import Response
 
 Samples = list[list[Response]]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from self_judge.comparison import Comparison, Response, Verdict
 from self_judge.config import JSFTRun, SelfJudgeRun
+from self_judge.datatypes import Comparison, Response, Verdict
 from self_judge.estimates import (
     GPUS,
     Device,

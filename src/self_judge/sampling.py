@@ -30,7 +30,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from self_judge.comparison import Response
+from self_judge.datatypes import Response
 from self_judge.decoding import Most, cache_bytes, decode, why_not_shared
 from self_judge.encoding import ChatEncoder
 from self_judge.models import in_evaluation_mode, without_cudnn_attention

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from self_judge.comparison import Message, PreferenceRecord
+from self_judge.datatypes import Message, PreferenceRecord
 from self_judge.errors import DataError
 from self_judge.templates import dialogue_text
 

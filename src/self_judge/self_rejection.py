@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from self_judge.bulk_judging import JudgeChoice, fingerprint
-from self_judge.comparison import Message
+from self_judge.datatypes import Message
 from self_judge.errors import JournalError
 from self_judge.journal import Journal, open_journal, settings_path
 from self_judge.judge import Judge

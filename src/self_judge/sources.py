@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from self_judge.comparison import Message, PreferenceRecord
+from self_judge.datatypes import Message, PreferenceRecord
 from self_judge.dialogues import select_hh, select_preference, starts_with_human
 from self_judge.errors import DataError
 from self_judge.files import read_raw, reader_of

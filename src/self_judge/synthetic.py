@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from self_judge.comparison import LabeledPair, Message, PreferenceRecord
+from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 from self_judge.templates import JudgeTemplates
 from self_judge.whole_file import written_whole
 from self_judge.world import (

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from self_judge.comparison import Comparison, Message
+from self_judge.datatypes import Comparison, Message
 from self_judge.errors import TemplateError
 
 _COMPARISON_FIELDS = ("context", "response_a", "response_b")

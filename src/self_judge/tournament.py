@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from self_judge.comparison import Comparison, Verdict
+from self_judge.datatypes import Comparison, Verdict
 from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
 from self_judge.sampling import stable_seed

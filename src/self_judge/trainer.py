@@ -28,7 +28,8 @@ from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
 from self_judge.batch_shape import settled_tokens
-from self_judge.comparison import Comparison, Response
+from self_judge.console import neutral
+from self_judge.datatypes import Comparison, Response
 from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
 from self_judge.judge_settings import encoder_as_taught, load_judge_settings, save_judge_settings
@@ -62,7 +63,6 @@ from self_judge.run_log import RunLog, kl_estimate
 from self_judge.sampling import Sampler, TransformersSampler, stable_seed
 from self_judge.scoring import TransformersScorer
 from self_judge.templates import JudgeTemplates
-from self_judge.terminal import neutral
 from self_judge.trainer_config import SelfJudgeConfig, as_self_judge_config, with_values
 from self_judge.update_parts import UpdateInParts
 from self_judge.vllm_rollouts import VLLMRollouts

@@ -16,8 +16,8 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from self_judge.checkpoints import LAST, last_whole
-from self_judge.comparison import Message
 from self_judge.config import JSFTRun, SelfJudgeArgs, SelfJudgeRun
+from self_judge.datatypes import Message
 from self_judge.decoding import why_not_shared
 from self_judge.encoding import ChatEncoder
 from self_judge.jsft import CUT, NO_FIT, NO_ROOM

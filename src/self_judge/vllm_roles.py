@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
-from self_judge.comparison import Response
+from self_judge.datatypes import Response
 from self_judge.encoding import ChatEncoder
 from self_judge.errors import EngineError
 from self_judge.sampling import SamplingSettings, rows_to_sample, sampled_response, stop_tokens

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import save_file
 
+from self_judge.console import neutral
 from self_judge.errors import EngineError
 from self_judge.sampling import SamplingSettings
-from self_judge.terminal import neutral
 from self_judge.vllm_roles import SamplingRequest, request_parameters, scoring_parameters
 
 logger = logging.getLogger(__name__)
