@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from conftest import byte_bpe, tiny_llama, wrap
-from self_judge.checkpoints import flaw
+from self_judge.storage.atomic import flaw
 from test_processes import ONE, TWO, column, launch, result, same_weights
 
 pytestmark = [

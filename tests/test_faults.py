@@ -24,10 +24,10 @@ import pytest
 
 from conftest import ROOT
 from self_judge import ChatEncoder, synthetic
-from self_judge.checkpoints import MANIFEST, UNFINISHED, clear_unfinished, flaw, last_whole
 from self_judge.judge_settings import save_judge_settings
 from self_judge.models import load_tokenizer
-from self_judge.run_folder import METRICS, ROLLOUTS, read_lines
+from self_judge.storage.atomic import MANIFEST, UNFINISHED, clear_unfinished, flaw, last_whole
+from self_judge.storage.run_dir import METRICS, ROLLOUTS, read_lines
 
 KINDS = ("train", "jsft")
 STEPS = 8
@@ -178,7 +178,7 @@ MOMENTS: dict[str, list[Any]] = {
     "before a checkpoint is sealed": ["self_judge.resumption:seal", 2, "before"],
     "before a checkpoint has its name": ["self_judge.resumption:put_in_place", 2, "before"],
     "before old checkpoints are removed": ["self_judge.resumption:remove", 1, "before"],
-    "while an old checkpoint is removed": ["self_judge.checkpoints:shutil.rmtree", 9, "before"],
+    "while an old checkpoint is removed": ["self_judge.storage.atomic:shutil.rmtree", 9, "before"],
     "while a number is logged": ["self_judge.run_log:append_line", 2, "after"],
     "before the trained model is in place": ["self_judge.resumption:move_files", 1, "before"],
 }
@@ -377,8 +377,8 @@ def test_judging_in_bulk_that_is_killed_again_and_again_has_one_line_per_input_i
     assert len(expected.read_text().splitlines()) == BULK
     argv, output = bulk(what, _made(tmp_path / "killed"), place.model)
     for moment in (
-        ["self_judge.journal:Journal.append", 3, "after"],
-        ["self_judge.journal:Journal._note", 2, "before"],
+        ["self_judge.storage.jsonl:Journal.append", 3, "after"],
+        ["self_judge.storage.jsonl:Journal._note", 2, "before"],
         ["self_judge.judge:Judge.compare", 2, "after"],
     ):
         assert place.command(argv, die_at=moment) == -signal.SIGKILL, place.command.said

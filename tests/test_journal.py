@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from self_judge.errors import JournalError
-from self_judge.journal import open_journal, read_lines, settings_path
+from self_judge.storage.jsonl import open_journal, read_lines, settings_path
 
 SETTINGS = {"model": "m", "max_length": None}
 

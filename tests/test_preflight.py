@@ -14,7 +14,6 @@ from rich.console import Console
 
 from conftest import CHATML, ROOT, SHARED, byte_bpe, tiny_llama, wrap
 from self_judge import synthetic
-from self_judge.checkpoints import seal
 from self_judge.cli import main
 from self_judge.config import ConfigError, kind_of_run, load_run
 from self_judge.jsft import jsft_dataset
@@ -23,6 +22,7 @@ from self_judge.models import load_tokenizer
 from self_judge.preflight import Report, check
 from self_judge.preflight_view import neutral, show
 from self_judge.preparation import jsft_wording, load_data
+from self_judge.storage.atomic import seal
 from self_judge.traps import engine_traps
 
 JSFT = str(ROOT / "configs" / "hh_jsft.yaml")

@@ -17,7 +17,7 @@ from self_judge.policy_comparison import outcome
 from self_judge.report import CHARTS, json_block, page, write_report
 from self_judge.report_data import Limits, ReportData, collect
 from self_judge.rollouts import Rollout, rollout_metrics, rollout_totals, write_rollouts
-from self_judge.run_folder import BRACKETS, METRICS, append_line, read_lines, rollout_file
+from self_judge.storage.run_dir import BRACKETS, METRICS, append_line, read_lines, rollout_file
 
 QUIET = Console(quiet=True)
 HOSTILE = (

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from self_judge.run_folder import (
+from self_judge.storage.run_dir import (
     METRICS,
     append_line,
     is_kept,

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from self_judge.whole_file import written_whole
+from self_judge.storage.whole_file import written_whole
 
 logger = logging.getLogger(__name__)
 

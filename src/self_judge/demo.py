@@ -36,14 +36,14 @@ from self_judge.models import frozen_reference, load_model
 from self_judge.progress import LiveProgress
 from self_judge.recipes import jsft_trainer, save_jsft
 from self_judge.report import plotly_is_there, write_report
-from self_judge.run_folder import BRACKETS, JUDGED
 from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.self_rejection import bracket_json
+from self_judge.storage.run_dir import BRACKETS, JUDGED
+from self_judge.storage.whole_file import written_whole
 from self_judge.templates import JudgeTemplates
 from self_judge.tournament import judged_knockouts
 from self_judge.trainer import SelfJudgeTrainer
 from self_judge.trainer_config import SelfJudgeConfig
-from self_judge.whole_file import written_whole
 
 SIZES = (1, 4, 16)  # N of self-rejection
 SHOWN_BRACKETS = 12  # tournaments kept for the report

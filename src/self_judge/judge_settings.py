@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from self_judge.encoding import ChatEncoder
 from self_judge.errors import ModelError, in_a_line
+from self_judge.storage.whole_file import written_whole
 from self_judge.templates import JudgeTemplates
-from self_judge.whole_file import written_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

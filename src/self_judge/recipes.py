@@ -21,7 +21,6 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from self_judge.checkpoints import LAST, files_written_whole, last_whole
 from self_judge.config import JSFTRun, PackingChoice, SelfJudgeRun
 from self_judge.console import neutral
 from self_judge.datatypes import Comparison, PreferenceRecord
@@ -52,11 +51,12 @@ from self_judge.preparation import (
     this_machine,
 )
 from self_judge.progress import LiveProgress
-from self_judge.run_folder import RUN
 from self_judge.selection import judge_context
+from self_judge.storage.atomic import LAST, files_written_whole, last_whole
+from self_judge.storage.run_dir import RUN
+from self_judge.storage.whole_file import written_whole
 from self_judge.templates import JudgeTemplates
 from self_judge.trainer import SelfJudgeTrainer
-from self_judge.whole_file import written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from self_judge import __version__
 from self_judge.console import neutral
 from self_judge.report_data import Limits, ReportData, collect
-from self_judge.whole_file import written_whole
+from self_judge.storage.whole_file import written_whole
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

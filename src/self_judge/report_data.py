@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from self_judge.calibration import calibration, confidences, share
-from self_judge.run_folder import METRICS, RUN, loads, read_lines, rollout_files
+from self_judge.storage.run_dir import METRICS, RUN, loads, read_lines, rollout_files
 
 RESULTS = "results.json"
 

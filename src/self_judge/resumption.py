@@ -1,6 +1,6 @@
 """What lets a training be killed at any moment and go on as if nothing had been: for both trainers.
 
-Checkpoints are written whole or not at all (`checkpoints.py`) and checked before one is gone on
+Checkpoints are written whole or not at all (`storage/atomic.py`) and checked before one is gone on
 from; they hold what had not been logged yet; SIGTERM ends a run after its step; numbers that are
 not finite never reach the weights. It changes nothing about a run in which none of this happens.
 """
@@ -27,7 +27,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from self_judge.checkpoints import (
+from self_judge.errors import CheckpointError
+from self_judge.models import share_as_usual, without_cudnn_attention
+from self_judge.storage.atomic import (
     UNFINISHED,
     clear_unfinished,
     flaw,
@@ -37,9 +39,7 @@ from self_judge.checkpoints import (
     remove,
     seal,
 )
-from self_judge.errors import CheckpointError
-from self_judge.models import share_as_usual, without_cudnn_attention
-from self_judge.whole_file import written_whole
+from self_judge.storage.whole_file import written_whole
 
 if TYPE_CHECKING:
     Base = Trainer

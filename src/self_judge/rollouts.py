@@ -17,8 +17,8 @@ import torch
 
 from self_judge.datatypes import Comparison, Response, Verdict
 from self_judge.sampling import stable_seed
+from self_judge.storage.whole_file import written_whole
 from self_judge.tournament import Bracket, Compare, knockouts
-from self_judge.whole_file import written_whole
 
 PairSelection = Literal["best_worst", "best_random"]
 

@@ -18,8 +18,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from self_judge import __version__
-from self_judge.run_folder import METRICS, RUN, append_line, rewind
-from self_judge.whole_file import written_whole
+from self_judge.storage.run_dir import METRICS, RUN, append_line, rewind
+from self_judge.storage.whole_file import written_whole
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 

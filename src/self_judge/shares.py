@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from self_judge.journal import open_journal, settings_path
 from self_judge.models import own_device
+from self_judge.storage.jsonl import open_journal, settings_path
 
 ItemT = TypeVar("ItemT")
 FoundT = TypeVar("FoundT")

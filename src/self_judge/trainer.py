@@ -58,10 +58,10 @@ from self_judge.rollouts import (
     write_rollouts,
 )
 from self_judge.rollouts_ahead import BatchesAhead, SamplesAhead
-from self_judge.run_folder import rollout_file, thin_rollouts
 from self_judge.run_log import RunLog, kl_estimate
 from self_judge.sampling import Sampler, TransformersSampler, stable_seed
 from self_judge.scoring import TransformersScorer
+from self_judge.storage.run_dir import rollout_file, thin_rollouts
 from self_judge.templates import JudgeTemplates
 from self_judge.trainer_config import SelfJudgeConfig, as_self_judge_config, with_values
 from self_judge.update_parts import UpdateInParts

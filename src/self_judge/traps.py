@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from self_judge.checkpoints import LAST, last_whole
 from self_judge.config import JSFTRun, SelfJudgeArgs, SelfJudgeRun
 from self_judge.datatypes import Message
 from self_judge.decoding import why_not_shared
@@ -29,6 +28,7 @@ from self_judge.packing import Packing
 from self_judge.run_needs import Needs
 from self_judge.selection import first_question
 from self_judge.sources import PreferenceData
+from self_judge.storage.atomic import LAST, last_whole
 from self_judge.templates import JudgeTemplates
 
 Level = Literal["problem", "warning", "note"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from self_judge.errors import JournalError
-from self_judge.whole_file import written_whole
+from self_judge.storage.whole_file import written_whole
 
 
 class Journal:

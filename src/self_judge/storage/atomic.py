@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from self_judge.whole_file import sync, written_whole
+from self_judge.storage.whole_file import sync, written_whole
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"

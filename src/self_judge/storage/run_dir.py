@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from self_judge.whole_file import written_whole
+from self_judge.storage.whole_file import written_whole
 
 METRICS = "metrics.jsonl"
 RUN = "run.json"
