@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_judge import ChatEncoder, JudgeTemplates, synthetic
-from self_judge.judge_settings import save_judge_settings
+from self_judge.prompting.judge_json import save_judge_settings
 
 settings.register_profile("brief", max_examples=10, deadline=None)
 settings.register_profile("quick", max_examples=40, deadline=None)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from self_judge.demo import DemoSettings, run_demo
-from self_judge.judge_settings import load_judge_settings
+from self_judge.prompting.judge_json import load_judge_settings
 
 TINY = DemoSettings(
     jsft_records=60,

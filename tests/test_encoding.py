@@ -33,8 +33,8 @@ from chat_templates import (
 )
 from conftest import CHATML, SHARED, TEMPLATES, byte_bpe, sentencepiece_bpe, unigram, wrap
 from self_judge import ChatEncoder, Comparison, JudgeTemplates
-from self_judge.encoding import marker_template
 from self_judge.errors import EncodingError
+from self_judge.prompting.chat_encoder import marker_template
 
 KINDS = {"byte": byte_bpe, "sentencepiece": sentencepiece_bpe, "unigram": unigram}
 

@@ -24,8 +24,8 @@ import pytest
 
 from conftest import ROOT
 from self_judge import ChatEncoder, synthetic
-from self_judge.judge_settings import save_judge_settings
 from self_judge.models import load_tokenizer
+from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.storage.atomic import MANIFEST, UNFINISHED, clear_unfinished, flaw, last_whole
 from self_judge.storage.run_dir import METRICS, ROLLOUTS, read_lines
 

@@ -21,9 +21,9 @@ from self_judge import ChatEncoder, Comparison, Judge, JudgeTemplates, synthetic
 from self_judge.cli import main
 from self_judge.config import ConfigError, load_run
 from self_judge.errors import ModelError
-from self_judge.judge_settings import save_judge_settings
 from self_judge.model_size import empty_model, size_of
 from self_judge.models import load_model, load_tokenizer
+from self_judge.prompting.judge_json import save_judge_settings
 from test_bad_input import place  # noqa: F401
 
 with_bitsandbytes = pytest.mark.skipif(

@@ -18,8 +18,8 @@ from self_judge import Judge, synthetic
 from self_judge.cli import main, train_main
 from self_judge.config import load_run
 from self_judge.datatypes import Comparison
-from self_judge.judge_settings import load_judge_settings
 from self_judge.models import load_model
+from self_judge.prompting.judge_json import load_judge_settings
 from self_judge.recipes import evaluate_judge, run_jsft, run_self_judge
 
 KIND_OF = {"hh": "hh", "uf": "ultrafeedback", "uf_pr": "ultrafeedback"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from conftest import TEMPLATES
 from self_judge import Comparison, JudgeTemplates
 from self_judge.errors import TemplateError
-from self_judge.templates import JudgeTemplate, dialogue_text, substitute, turns_of
+from self_judge.prompting.judge_templates import JudgeTemplate, dialogue_text, substitute, turns_of
 
 USER = "{context} {response_a} {response_b}"
 RATIONALE = " A: {rationale_a} B: {rationale_b}"

@@ -12,11 +12,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "ChatEncoder": "encoding",
+    "ChatEncoder": "prompting.chat_encoder",
     "Comparison": "datatypes",
     "Judge": "judge",
     "JudgeAugmentedSFTCollator": "jsft",
-    "JudgeTemplates": "templates",
+    "JudgeTemplates": "prompting.judge_templates",
     "SelfJudgeCollator": "prompts",
     "SelfJudgeConfig": "trainer_config",
     "SelfJudgeTrainer": "trainer",

@@ -18,9 +18,9 @@ from self_judge.datatypes import Comparison, LabeledPair
 from self_judge.dialogues import select_hh, select_preference
 from self_judge.errors import DataError
 from self_judge.files import read_raw, reader_of, split_of
+from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.selection import Place, Selection, judge_context
 from self_judge.sources import kind_of
-from self_judge.templates import dialogue_text
 from self_judge.ultrafeedback import select_ultrafeedback
 
 Label = Literal["a", "b", "tie"]

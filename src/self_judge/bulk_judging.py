@@ -25,12 +25,12 @@ from self_judge.datatypes import Comparison, Verdict
 from self_judge.errors import ConfigError, JournalError
 from self_judge.files import read_raw
 from self_judge.judge import Judge, Orders, aggregate
-from self_judge.judge_settings import JUDGE_FILE, encoder_as_taught, load_judge_settings
 from self_judge.models import load_tokenizer
+from self_judge.prompting.judge_json import JUDGE_FILE, encoder_as_taught, load_judge_settings
+from self_judge.prompting.judge_templates import JudgeTemplates, dialogue_text
 from self_judge.selection import Place
 from self_judge.shares import Shares
 from self_judge.storage.jsonl import Journal, open_journal, settings_path
-from self_judge.templates import JudgeTemplates, dialogue_text
 from self_judge.typed_yaml import build, read_yaml
 from self_judge.vllm_roles import VLLMScorer
 from self_judge.vllm_server import VLLMServers

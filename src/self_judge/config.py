@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from self_judge.errors import ConfigError
-from self_judge.templates import JudgeTemplates
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.typed_yaml import apply_override, build, convert, first_line, read_yaml, unknown_key
 
 SourceKind = Literal["auto", "hh", "ultrafeedback", "preference"]

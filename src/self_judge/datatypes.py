@@ -24,7 +24,7 @@ class Comparison:
     """A context and two responses to it, in the order in which they are named, not shown.
 
     Args:
-        context: what the judge is shown as the dialogue so far (see `templates.dialogue_text`).
+        context: what the judge is shown as the dialogue (see `judge_templates.dialogue_text`).
         response_a: the response called *a*; it is shown first in the given order.
         response_b: the response called *b*.
     """

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from self_judge.datatypes import Comparison, LabeledPair, Message, PreferenceRecord
-from self_judge.encoding import ChatEncoder
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.selection import judge_context
-from self_judge.templates import JudgeTemplates
 
 if TYPE_CHECKING:
     from datasets import Dataset

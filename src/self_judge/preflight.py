@@ -23,10 +23,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from self_judge import traps
 from self_judge.config import JSFTRun, SelfJudgeRun, kind_of_run, load_run
 from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.encoding import ChatEncoder
 from self_judge.estimates import Sharding
 from self_judge.jsft import jsft_dataset
-from self_judge.judge_settings import JudgeSettings
 from self_judge.machine import Machine, fit_to_machine
 from self_judge.model_size import empty_model, shallow_model, size_of
 from self_judge.models import vocabulary_fits
@@ -40,6 +38,9 @@ from self_judge.preparation import (
     self_judge_wording,
     this_machine,
 )
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_json import JudgeSettings
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompts import PromptPreparer
 from self_judge.run_needs import (
     Needs,
@@ -53,7 +54,6 @@ from self_judge.run_needs import (
 from self_judge.samples import Figures, Sample, figures_of, jsft_samples, sample_of
 from self_judge.selection import judge_context
 from self_judge.sources import PreferenceData
-from self_judge.templates import JudgeTemplates
 from self_judge.traps import Finding, share_trap
 
 T = TypeVar("T")

@@ -25,12 +25,12 @@ from self_judge.config import (
     check_training_values,
 )
 from self_judge.datatypes import PreferenceRecord
-from self_judge.encoding import ChatEncoder
-from self_judge.judge_settings import JudgeSettings, encoder_as_taught, load_judge_settings
 from self_judge.machine import Machine, detect_machine
 from self_judge.models import load_tokenizer
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_json import JudgeSettings, encoder_as_taught, load_judge_settings
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
-from self_judge.templates import JudgeTemplates
 from self_judge.trainer_config import SelfJudgeConfig
 
 Say = Callable[[str], None]

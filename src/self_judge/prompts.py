@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from self_judge.datatypes import Message
-from self_judge.encoding import ChatEncoder
-from self_judge.templates import dialogue_text
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_templates import dialogue_text
 
 COLUMNS = ("record", "prompt_ids", "context", "chosen_ids", "rejected_ids")
 

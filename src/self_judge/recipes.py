@@ -24,12 +24,10 @@ from trl import SFTConfig
 from self_judge.config import JSFTRun, PackingChoice, SelfJudgeRun
 from self_judge.console import neutral
 from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.encoding import ChatEncoder
 from self_judge.evaluation import JudgeQuality, judge_quality, under_principle
 from self_judge.jsft import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.jsft_trainer import JSFTTrainer
 from self_judge.judge import Judge
-from self_judge.judge_settings import save_judge_settings
 from self_judge.machine import Run, fit_to_machine, threads_for
 from self_judge.models import (
     load_model,
@@ -51,11 +49,13 @@ from self_judge.preparation import (
     this_machine,
 )
 from self_judge.progress import LiveProgress
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_json import save_judge_settings
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.selection import judge_context
 from self_judge.storage.atomic import LAST, files_written_whole, last_whole
 from self_judge.storage.run_dir import RUN
 from self_judge.storage.whole_file import written_whole
-from self_judge.templates import JudgeTemplates
 from self_judge.trainer import SelfJudgeTrainer
 
 logger = logging.getLogger(__name__)

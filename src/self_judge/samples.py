@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from self_judge.encoding import ChatEncoder
+from self_judge.prompting.chat_encoder import ChatEncoder
 
 
 @dataclass(frozen=True, slots=True)

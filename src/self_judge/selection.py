@@ -13,7 +13,7 @@ from typing import Any
 
 from self_judge.datatypes import Message, PreferenceRecord
 from self_judge.errors import DataError
-from self_judge.templates import dialogue_text
+from self_judge.prompting.judge_templates import dialogue_text
 
 _ROLES = ("system", "user", "assistant", "tool")
 

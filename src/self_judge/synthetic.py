@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.storage.whole_file import written_whole
-from self_judge.templates import JudgeTemplates
 from self_judge.world import (
     ABSURD,
     CLOSERS,

@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from self_judge.datatypes import Comparison, Verdict
-from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.sampling import stable_seed
-from self_judge.templates import JudgeTemplates
 
 Compare = Callable[[list[Comparison]], list[Verdict]]
 Seek = Literal["best", "worst"]
@@ -245,7 +245,7 @@ def tournament_rejection_sampling(  # type: ignore[misc]
         tokenizer: its tokenizer (or a `ChatEncoder`); not needed with a folder.
         judge_templates: `{principle: {system, user, assistant}}`; not needed with a folder.
         token_id_a, token_id_b: checked against the derived ids, if given.
-        contexts: what the judge is shown as the dialogue (see `templates.dialogue_text`).
+        contexts: what the judge is shown as the dialogue (see `judge_templates.dialogue_text`).
         responses: the responses to each context; their numbers may differ. A single one wins.
         max_length: tokens of a judge prompt at most.
         judge_batch_size: see `batch_size` of `Judge`.

@@ -30,9 +30,7 @@ from trl.trainer.utils import use_adapter
 from self_judge.batch_shape import settled_tokens
 from self_judge.console import neutral
 from self_judge.datatypes import Comparison, Response
-from self_judge.encoding import ChatEncoder
 from self_judge.judge import Judge
-from self_judge.judge_settings import encoder_as_taught, load_judge_settings, save_judge_settings
 from self_judge.lockstep import LockstepPacking, check_processes, most_of
 from self_judge.log_prob_units import LogProbUnits
 from self_judge.lora_layers import lighten
@@ -47,6 +45,13 @@ from self_judge.models import (
 from self_judge.packed_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing import Packing, needs_one_pass
 from self_judge.phases import StepClock
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_json import (
+    encoder_as_taught,
+    load_judge_settings,
+    save_judge_settings,
+)
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompts import COLUMNS, PromptPreparer, SelfJudgeCollator, fits
 from self_judge.resumption import ResumableTraining
 from self_judge.rollouts import (
@@ -62,7 +67,6 @@ from self_judge.run_log import RunLog, kl_estimate
 from self_judge.sampling import Sampler, TransformersSampler, stable_seed
 from self_judge.scoring import TransformersScorer
 from self_judge.storage.run_dir import rollout_file, thin_rollouts
-from self_judge.templates import JudgeTemplates
 from self_judge.trainer_config import SelfJudgeConfig, as_self_judge_config, with_values
 from self_judge.update_parts import UpdateInParts
 from self_judge.vllm_rollouts import VLLMRollouts

@@ -18,18 +18,18 @@ from transformers.trainer_utils import get_last_checkpoint
 from self_judge.config import JSFTRun, SelfJudgeArgs, SelfJudgeRun
 from self_judge.datatypes import Message
 from self_judge.decoding import why_not_shared
-from self_judge.encoding import ChatEncoder
 from self_judge.jsft import CUT, NO_FIT, NO_ROOM
-from self_judge.judge_settings import JudgeSettings
 from self_judge.model_size import Size
 from self_judge.models import unwrapped
 from self_judge.packed_passes import device_of
 from self_judge.packing import Packing
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_json import JudgeSettings
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.run_needs import Needs
 from self_judge.selection import first_question
 from self_judge.sources import PreferenceData
 from self_judge.storage.atomic import LAST, last_whole
-from self_judge.templates import JudgeTemplates
 
 Level = Literal["problem", "warning", "note"]
 

@@ -16,8 +16,8 @@ import torch
 from tqdm.auto import tqdm
 
 from self_judge.datatypes import Response
-from self_judge.encoding import ChatEncoder
 from self_judge.errors import EngineError
+from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.sampling import SamplingSettings, rows_to_sample, sampled_response, stop_tokens
 
 

@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from self_judge.encoding import ChatEncoder
 from self_judge.errors import EngineError
 from self_judge.models import in_evaluation_mode
 from self_judge.policy_weights import (
@@ -28,6 +27,7 @@ from self_judge.policy_weights import (
     lora_rank,
     save_adapter,
 )
+from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.scoring import next_token_logits
 from self_judge.trainer_config import SelfJudgeConfig
 from self_judge.vllm_engine import VLLMEngine

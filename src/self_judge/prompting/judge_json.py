@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from self_judge.encoding import ChatEncoder
 from self_judge.errors import ModelError, in_a_line
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.storage.whole_file import written_whole
-from self_judge.templates import JudgeTemplates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

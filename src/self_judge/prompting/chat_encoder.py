@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError as JinjaError
 
-from self_judge.content_tokens import ContentTokenizer
 from self_judge.datatypes import Comparison, Message
 from self_judge.errors import EncodingError
-from self_judge.templates import JudgeTemplates, turns_of
+from self_judge.prompting.judge_templates import JudgeTemplates, turns_of
+from self_judge.prompting.text_tokenizer import ContentTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,7 @@
 """Judge templates: checked once, rendered in one place for training and for judging.
 
 Turns a `Comparison` into chat messages whose last one is the unfinished assistant turn. It does not
-know tokens: `encoding.py` turns the messages into ids.
+know tokens: `prompting/chat_encoder.py` turns the messages into ids.
 """
 
 from __future__ import annotations
