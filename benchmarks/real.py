@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from self_judge import ChatEncoder, Judge, tournament_rejection_sampling
-from self_judge.config import load_run
+from self_judge.config.schema import load_run
 from self_judge.evaluation import JudgeQuality
 from self_judge.models import load_model, load_tokenizer
 from self_judge.recipes import evaluate_judge, run_jsft, run_self_judge

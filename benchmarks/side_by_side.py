@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from self_judge import ChatEncoder, Comparison, Judge, JudgeTemplates
 from self_judge.batch_shape import busy_tokens
-from self_judge.config import load_run
+from self_judge.config.schema import load_run
 from self_judge.models import load_model, load_tokenizer
 from self_judge.packed_passes import attention_share
 from self_judge.packing import Packing

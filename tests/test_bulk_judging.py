@@ -28,7 +28,7 @@ from self_judge.bulk_judging import (
     verdict_json,
 )
 from self_judge.cli import PACKING, main
-from self_judge.config import PackingChoice
+from self_judge.config.schema import PackingChoice
 from self_judge.judge import aggregate
 from self_judge.shares import Shares
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from self_judge.config import (
+from self_judge.config.schema import (
     LOSS_TYPES,
     ConfigError,
     JSFTRun,
@@ -524,8 +524,8 @@ def test_a_global_batch_that_does_not_divide_says_what_would(
 def test_run_files_are_read_without_torch() -> None:
     program = (
         "import sys\n"
-        "from self_judge import machine\n"
-        "from self_judge.config import load_run\n"
+        "from self_judge.config import hardware\n"
+        "from self_judge.config.schema import load_run\n"
         f"load_run({str(CONFIGS / 'uf_jsft_pr.yaml')!r}, [], 'jsft')\n"
         "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'accelerate'}\n"
         "sys.exit(str(sorted(heavy & set(sys.modules))) if heavy & set(sys.modules) else 0)\n"

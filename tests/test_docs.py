@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from self_judge import Verdict, config
+from self_judge import Verdict
+from self_judge.config import schema
 from test_architecture import FLOORS, MODULES
 
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -18,12 +19,12 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 JUDGING = (ROOT / "docs" / "judging.md").read_text(encoding="utf-8")
 
 TABLES: dict[str, type] = {
-    "### `model`": config.ModelArgs,
-    "### `dataset`": config.DatasetArgs,
-    "#### One source, under `sources` or `eval`": config.SourceArgs,
-    "### `templates`": config.TemplateArgs,
-    "### `jsft_args`": config.JSFTArgs,
-    "### `self_judge_args`": config.SelfJudgeArgs,
+    "### `model`": schema.ModelArgs,
+    "### `dataset`": schema.DatasetArgs,
+    "#### One source, under `sources` or `eval`": schema.SourceArgs,
+    "### `templates`": schema.TemplateArgs,
+    "### `jsft_args`": schema.JSFTArgs,
+    "### `self_judge_args`": schema.SelfJudgeArgs,
 }
 
 
@@ -65,12 +66,12 @@ def test_every_key_of_a_run_file_stands_in_the_tables_with_its_default(heading: 
 def test_every_settings_class_and_section_is_described() -> None:
     settings = {
         c
-        for name, c in vars(config).items()
+        for name, c in vars(schema).items()
         if name.endswith("Args") and dataclasses.is_dataclass(c)
     }
     assert settings == set(TABLES.values())
     sections = {
-        f.name for c in (config.JSFTRun, config.SelfJudgeRun) for f in dataclasses.fields(c)
+        f.name for c in (schema.JSFTRun, schema.SelfJudgeRun) for f in dataclasses.fields(c)
     }
     assert {row[0].strip("`") for row in rows(section(CONFIGURATION, "## Sections"))} == sections
 

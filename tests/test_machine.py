@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from self_judge.config import JSFTRun, load_run
-from self_judge.machine import (
+from self_judge.config.hardware import (
     Machine,
     cpu_has_bf16,
     detect_machine,
@@ -17,6 +16,7 @@ from self_judge.machine import (
     launch_over_gpus,
     threads_for,
 )
+from self_judge.config.schema import JSFTRun, load_run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LAPTOP = Machine(cpu_count=8)

@@ -19,7 +19,7 @@ from accelerate.commands.launch import launch_command_parser
 import self_judge
 from conftest import ROOT, tiny_llama
 from self_judge import cli, synthetic
-from self_judge.config import RunKind, kind_of_run, load_run
+from self_judge.config.schema import RunKind, kind_of_run, load_run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -16,7 +16,7 @@ from peft import PeftModel
 from conftest import ROOT
 from self_judge import Judge, synthetic
 from self_judge.cli import main, train_main
-from self_judge.config import load_run
+from self_judge.config.schema import load_run
 from self_judge.datatypes import Comparison
 from self_judge.models import load_model
 from self_judge.prompting.judge_json import load_judge_settings

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from conftest import ROOT, TEMPLATES, byte_bpe, tiny_llama, wrap
 from self_judge import ChatEncoder, Judge, SelfJudgeConfig, SelfJudgeTrainer, synthetic
 from self_judge.cli import main
+from self_judge.config.yaml import apply_override, read_yaml
 from self_judge.console import neutral
 from self_judge.datatypes import Response
 from self_judge.errors import ConfigError, EncodingError, ModelError
@@ -38,7 +39,6 @@ from self_judge.models import load_model
 from self_judge.policy_weights import save_adapter
 from self_judge.rollouts import Rollout
 from self_judge.trainer import _pairs_table
-from self_judge.typed_yaml import apply_override, read_yaml
 
 PACKAGE = ROOT / "src" / "self_judge"
 # Clears the screen, sets the title, colours by a C1 code, turns the reading direction, hides.

@@ -30,7 +30,7 @@ from self_judge import (
     synthetic,
 )
 from self_judge import packing as packing_module
-from self_judge.config import load_run
+from self_judge.config.schema import load_run
 from self_judge.decoding import why_not_shared
 from self_judge.files import read_raw
 from self_judge.jsft import jsft_dataset

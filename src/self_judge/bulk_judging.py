@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from self_judge.config import PackingChoice, TemplateArgs
+from self_judge.config.schema import PackingChoice, TemplateArgs
+from self_judge.config.yaml import build, read_yaml
 from self_judge.console import neutral
 from self_judge.datatypes import Comparison, Verdict
 from self_judge.errors import ConfigError, JournalError
@@ -31,7 +32,6 @@ from self_judge.prompting.judge_templates import JudgeTemplates, dialogue_text
 from self_judge.selection import Place
 from self_judge.shares import Shares
 from self_judge.storage.jsonl import Journal, open_journal, settings_path
-from self_judge.typed_yaml import build, read_yaml
 from self_judge.vllm_roles import VLLMScorer
 from self_judge.vllm_server import VLLMServers
 

@@ -19,7 +19,7 @@ from self_judge.console import neutral
 
 if TYPE_CHECKING:
     from self_judge.bulk_judging import JudgeChoice
-    from self_judge.config import RunKind
+    from self_judge.config.schema import RunKind
 
 _BATCH_SIZE = "prompts per pass where they are not packed (default: 8)"
 PACKING = ("auto", "tree", "cache", "padding", "off")  # config.PackingChoice, not imported yet
@@ -255,7 +255,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from self_judge.config import load_run
+    from self_judge.config.schema import load_run
 
     # Checked before torch is imported, so that a mistake in the file shows at once.
     if arguments.kind == "jsft":
@@ -266,7 +266,7 @@ def _train(arguments: argparse.Namespace) -> None:
     import torch
     from accelerate import PartialState
 
-    from self_judge.machine import launch_over_gpus
+    from self_judge.config.hardware import launch_over_gpus
 
     command = launch_over_gpus(sys.argv, torch.cuda.device_count())
     if command is not None:
@@ -311,7 +311,7 @@ def _resuming(argv: Sequence[str]) -> str:
 
 def _check(arguments: argparse.Namespace) -> int:
     """Exit status 1 where the run would go wrong."""
-    from self_judge.config import kind_of_run, load_run
+    from self_judge.config.schema import kind_of_run, load_run
 
     # A mistake in the file shows before torch is imported.
     load_run(

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from self_judge.config import PackingChoice
+from self_judge.config.schema import PackingChoice
 from self_judge.datatypes import Comparison, Side, Verdict
 from self_judge.errors import ModelError
 from self_judge.models import is_missing, load_model, load_tokenizer, vocabulary_fits

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from self_judge.config import PackingChoice
+from self_judge.config.schema import PackingChoice
 from self_judge.decoding import Most
 from self_judge.packing import Decision, Packing, needs_one_pass
 

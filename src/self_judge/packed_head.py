@@ -18,7 +18,7 @@ import trl
 from packaging.version import Version
 from torch import nn
 
-from self_judge.config import PackingChoice
+from self_judge.config.schema import PackingChoice
 from self_judge.models import unwrapped
 from self_judge.packed_passes import selecting, to_device
 from self_judge.packing import Packing

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import nn
 
 from self_judge import flex_attention
-from self_judge.config import PackingChoice
+from self_judge.config.schema import PackingChoice
 from self_judge.exactness import as_called, padded_logits, trial_tokens, warn_once, why_inexact
 from self_judge.models import unwrapped
 from self_judge.packed_passes import (

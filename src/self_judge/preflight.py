@@ -21,11 +21,11 @@ from datasets.utils import (
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from self_judge import traps
-from self_judge.config import JSFTRun, SelfJudgeRun, kind_of_run, load_run
+from self_judge.config.hardware import Machine, fit_to_machine
+from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
 from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.estimates import Sharding
 from self_judge.jsft import jsft_dataset
-from self_judge.machine import Machine, fit_to_machine
 from self_judge.model_size import empty_model, shallow_model, size_of
 from self_judge.models import vocabulary_fits
 from self_judge.preparation import (

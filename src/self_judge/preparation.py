@@ -15,7 +15,8 @@ import torch
 from peft import LoraConfig
 from trl import SFTConfig
 
-from self_judge.config import (
+from self_judge.config.hardware import Machine, detect_machine
+from self_judge.config.schema import (
     ConfigError,
     DatasetArgs,
     JSFTRun,
@@ -25,7 +26,6 @@ from self_judge.config import (
     check_training_values,
 )
 from self_judge.datatypes import PreferenceRecord
-from self_judge.machine import Machine, detect_machine
 from self_judge.models import load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings, encoder_as_taught, load_judge_settings

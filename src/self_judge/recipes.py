@@ -21,14 +21,14 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from self_judge.config import JSFTRun, PackingChoice, SelfJudgeRun
+from self_judge.config.hardware import Run, fit_to_machine, threads_for
+from self_judge.config.schema import JSFTRun, PackingChoice, SelfJudgeRun
 from self_judge.console import neutral
 from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.evaluation import JudgeQuality, judge_quality, under_principle
 from self_judge.jsft import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.jsft_trainer import JSFTTrainer
 from self_judge.judge import Judge
-from self_judge.machine import Run, fit_to_machine, threads_for
 from self_judge.models import (
     load_model,
     merged_in_full,

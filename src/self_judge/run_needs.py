@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from self_judge.config import JSFTRun, SelfJudgeRun
+from self_judge.config.hardware import Machine
+from self_judge.config.schema import JSFTRun, SelfJudgeRun
 from self_judge.datatypes import Comparison, Response, Verdict
 from self_judge.estimates import (
     GPUS,
@@ -29,7 +30,6 @@ from self_judge.estimates import (
     seconds,
     this_cpu,
 )
-from self_judge.machine import Machine
 from self_judge.model_size import FourBits, Kept, Size, kept_activations, size_of
 from self_judge.rollouts import PairSelection, select_pairs
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from self_judge.batch_shape import busy_tokens
-from self_judge.config import PackingChoice
+from self_judge.config.schema import PackingChoice
 from self_judge.models import (
     float32_logits,
     in_evaluation_mode,

@@ -15,11 +15,11 @@ import torch
 from transformers import TrainingArguments
 from trl import DPOConfig
 
-from self_judge.config import LOSS_TYPES, PackingChoice, VLLMMode
+from self_judge.config.schema import LOSS_TYPES, PackingChoice, VLLMMode
+from self_judge.config.yaml import unknown_key
 from self_judge.packing import check_choice
 from self_judge.rollouts import PairSelection
 from self_judge.sampling import SamplingSettings
-from self_judge.typed_yaml import unknown_key
 
 
 @dataclass

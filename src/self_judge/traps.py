@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from self_judge.config import JSFTRun, SelfJudgeArgs, SelfJudgeRun
+from self_judge.config.schema import JSFTRun, SelfJudgeArgs, SelfJudgeRun
 from self_judge.datatypes import Message
 from self_judge.decoding import why_not_shared
 from self_judge.jsft import CUT, NO_FIT, NO_ROOM

@@ -1,7 +1,7 @@
 """YAML files into typed dataclasses: `extends`, `key.path=value` overrides, and precise messages.
 
 Knows types and keys, and names the nearest key for a wrong one. It does not know what the keys
-mean: the sections of a run stand in `config.py`.
+mean: the sections of a run stand in `schema.py`.
 """
 
 from __future__ import annotations

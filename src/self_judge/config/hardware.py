@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from self_judge.config import JSFTRun, SelfJudgeRun
+from self_judge.config.schema import JSFTRun, SelfJudgeRun
 
 Run = TypeVar("Run", JSFTRun, SelfJudgeRun)
 

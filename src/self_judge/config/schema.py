@@ -1,7 +1,7 @@
 """Typed run configurations, from a YAML file, the files it extends, and `key.path=value` overrides.
 
 Knows what a run may ask for and says at once what is wrong with it. It does not know torch, the
-trainers or the machine: `machine.py` fits a run to the machine, `recipes.py` carries it out.
+trainers or the machine: `hardware.py` fits a run to the machine, `recipes.py` carries it out.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from self_judge.config.yaml import (
+    apply_override,
+    build,
+    convert,
+    first_line,
+    read_yaml,
+    unknown_key,
+)
 from self_judge.errors import ConfigError
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.typed_yaml import apply_override, build, convert, first_line, read_yaml, unknown_key
 
 SourceKind = Literal["auto", "hh", "ultrafeedback", "preference"]
 RunKind = Literal["jsft", "self_judge"]
