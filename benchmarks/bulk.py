@@ -23,10 +23,15 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from self_judge.data.synthetic import (
+    judge_templates,
+    preference_records,
+    tiny_model,
+    tiny_tokenizer,
+)
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.storage.jsonl import read_lines
-from self_judge.synthetic import judge_templates, preference_records, tiny_model, tiny_tokenizer
 
 
 @dataclass

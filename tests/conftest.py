@@ -24,7 +24,8 @@ from hypothesis import settings
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_judge import ChatEncoder, JudgeTemplates, synthetic
+from self_judge import ChatEncoder, JudgeTemplates
+from self_judge.data import synthetic
 from self_judge.prompting.judge_json import save_judge_settings
 
 settings.register_profile("brief", max_examples=10, deadline=None)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import SHARED
-from self_judge.benchmark_data import BenchmarkSource, LabeledComparison, read_comparisons
+from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
 from self_judge.errors import DataError
 
 

@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from self_judge import ChatEncoder, synthetic
+from self_judge import ChatEncoder
+from self_judge.data import synthetic
 from self_judge.models import load_tokenizer
 from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.storage.atomic import MANIFEST, UNFINISHED, clear_unfinished, flaw, last_whole

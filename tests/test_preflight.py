@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from conftest import CHATML, ROOT, SHARED, byte_bpe, tiny_llama, wrap
-from self_judge import synthetic
 from self_judge.cli import main
 from self_judge.config.schema import ConfigError, kind_of_run, load_run
+from self_judge.data import synthetic
 from self_judge.jsft import jsft_dataset
 from self_judge.models import load_tokenizer
 from self_judge.preflight import Report, check

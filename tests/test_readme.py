@@ -18,8 +18,9 @@ from accelerate.commands.launch import launch_command_parser
 
 import self_judge
 from conftest import ROOT, tiny_llama
-from self_judge import cli, synthetic
+from self_judge import cli
 from self_judge.config.schema import RunKind, kind_of_run, load_run
+from self_judge.data import synthetic
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

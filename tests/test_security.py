@@ -27,10 +27,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from conftest import ROOT, TEMPLATES, byte_bpe, tiny_llama, wrap
-from self_judge import ChatEncoder, Judge, SelfJudgeConfig, SelfJudgeTrainer, synthetic
+from self_judge import ChatEncoder, Judge, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.cli import main
 from self_judge.config.yaml import apply_override, read_yaml
 from self_judge.console import neutral
+from self_judge.data import synthetic
 from self_judge.datatypes import Response
 from self_judge.errors import ConfigError, EncodingError, ModelError
 from self_judge.judge import aggregate

@@ -15,20 +15,20 @@ import datasets
 import pytest
 
 from self_judge import ChatEncoder, JudgeTemplates
-from self_judge.datatypes import PreferenceRecord
-from self_judge.dialogues import parse_dialogue, select_hh, select_preference
-from self_judge.errors import DataError
-from self_judge.files import read_raw
-from self_judge.jsft import jsft_examples, record_from_json, record_to_json
-from self_judge.selection import is_held_out, judge_context
-from self_judge.sources import (
+from self_judge.data.dialogues import parse_dialogue, select_hh, select_preference
+from self_judge.data.files import read_raw
+from self_judge.data.records import is_held_out, judge_context
+from self_judge.data.sources import (
     Source,
     load_preferences,
     read_prompts,
     select_records,
     to_self_judge_rows,
 )
-from self_judge.ultrafeedback import select_ultrafeedback
+from self_judge.data.ultrafeedback import select_ultrafeedback
+from self_judge.datatypes import PreferenceRecord
+from self_judge.errors import DataError
+from self_judge.jsft import jsft_examples, record_from_json, record_to_json
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.exists(), reason=f"the real data is not at {DATA}")
@@ -842,7 +842,7 @@ def test_prompts_are_read_from_texts_messages_and_turns(tmp_path: Path) -> None:
 def test_reading_local_data_needs_neither_torch_nor_datasets(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", lines(1))
     program = (
-        "import sys; from self_judge.sources import load_preferences; "
+        "import sys; from self_judge.data.sources import load_preferences; "
         f"load_preferences({path!r}); print([m for m in ('torch', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run(

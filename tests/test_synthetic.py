@@ -10,7 +10,7 @@ from statistics import correlation, mean
 
 import pytest
 
-from self_judge import synthetic
+from self_judge.data import synthetic
 from self_judge.datatypes import Comparison
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -222,5 +222,5 @@ def test_the_tiny_model_has_about_a_million_parameters_and_comes_from_its_seed(t
 
 
 def test_importing_the_world_does_not_import_torch():
-    code = "import sys, self_judge.synthetic; sys.exit('torch' in sys.modules)"
+    code = "import sys, self_judge.data.synthetic; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -396,7 +396,7 @@ def _choice(arguments: argparse.Namespace, model: str) -> JudgeChoice:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from self_judge.benchmark_data import BenchmarkSource
+    from self_judge.data.benchmarks import BenchmarkSource
     from self_judge.judge_eval import JudgeEvaluation, compared_judge, run_eval
 
     splits = tuple(name.strip() for name in arguments.split.split(",") if name.strip())

@@ -125,7 +125,7 @@ class PreferenceRecord:
         pairs: the labeled pairs to learn judging from (and to evaluate on); may be empty.
         source, index: where the record came from, for messages about it.
         context: what the judge is shown as the dialogue, where that is not the whole prompt (see
-            `selection.judge_context`); `None`: it is.
+            `records.judge_context`); `None`: it is.
     """
 
     prompt: tuple[Message, ...]

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, LabeledPair, Message, PreferenceRecord
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.selection import judge_context
 
 if TYPE_CHECKING:
     from datasets import Dataset

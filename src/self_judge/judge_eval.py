@@ -19,7 +19,6 @@ from rich.table import Table
 from rich.text import Text
 
 from self_judge import __version__
-from self_judge.benchmark_data import BenchmarkSource, LabeledComparison, read_comparisons
 from self_judge.bulk_judging import (
     CHUNK,
     Case,
@@ -29,6 +28,7 @@ from self_judge.bulk_judging import (
     verdict_json,
 )
 from self_judge.console import neutral
+from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
 from self_judge.datatypes import Verdict
 from self_judge.evaluation_page import evaluation_page, plotly_is_there
 from self_judge.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit

@@ -23,6 +23,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from self_judge import traps
 from self_judge.config.hardware import Machine, fit_to_machine
 from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
+from self_judge.data.records import judge_context
+from self_judge.data.sources import PreferenceData
 from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.estimates import Sharding
 from self_judge.jsft import jsft_dataset
@@ -52,8 +54,6 @@ from self_judge.run_needs import (
     setting_of,
 )
 from self_judge.samples import Figures, Sample, figures_of, jsft_samples, sample_of
-from self_judge.selection import judge_context
-from self_judge.sources import PreferenceData
 from self_judge.traps import Finding, share_trap
 
 T = TypeVar("T")

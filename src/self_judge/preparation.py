@@ -25,12 +25,12 @@ from self_judge.config.schema import (
     accumulation_steps,
     check_training_values,
 )
+from self_judge.data.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
 from self_judge.datatypes import PreferenceRecord
 from self_judge.models import load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings, encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
 from self_judge.trainer_config import SelfJudgeConfig
 
 Say = Callable[[str], None]

@@ -24,6 +24,7 @@ from trl import SFTConfig
 from self_judge.config.hardware import Run, fit_to_machine, threads_for
 from self_judge.config.schema import JSFTRun, PackingChoice, SelfJudgeRun
 from self_judge.console import neutral
+from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.evaluation import JudgeQuality, judge_quality, under_principle
 from self_judge.jsft import JudgeAugmentedSFTCollator, jsft_dataset
@@ -52,7 +53,6 @@ from self_judge.progress import LiveProgress
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.selection import judge_context
 from self_judge.storage.atomic import LAST, files_written_whole, last_whole
 from self_judge.storage.run_dir import RUN
 from self_judge.storage.whole_file import written_whole

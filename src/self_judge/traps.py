@@ -16,6 +16,8 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from self_judge.config.schema import JSFTRun, SelfJudgeArgs, SelfJudgeRun
+from self_judge.data.records import first_question
+from self_judge.data.sources import PreferenceData
 from self_judge.datatypes import Message
 from self_judge.decoding import why_not_shared
 from self_judge.jsft import CUT, NO_FIT, NO_ROOM
@@ -27,8 +29,6 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.run_needs import Needs
-from self_judge.selection import first_question
-from self_judge.sources import PreferenceData
 from self_judge.storage.atomic import LAST, last_whole
 
 Level = Literal["problem", "warning", "note"]

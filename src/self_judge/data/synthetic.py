@@ -1,7 +1,7 @@
 """The synthetic world as data: records in every format, its judge templates, a tiny model.
 
 The embedded default of the demo and of many tests. The world itself and its gold rubric stand in
-`world.py`; this module imports no torch before a model is asked for.
+`toy_world.py`; this module imports no torch before a model is asked for.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
-from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.storage.whole_file import written_whole
-from self_judge.world import (
+from self_judge.data.toy_world import (
     ABSURD,
     CLOSERS,
     FACTS,
@@ -32,6 +29,9 @@ from self_judge.world import (
     is_held_out,
     task_of,
 )
+from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
+from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.storage.whole_file import written_whole
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -14,14 +14,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from self_judge.data.dialogues import select_hh, select_preference
+from self_judge.data.files import read_raw, reader_of, split_of
+from self_judge.data.records import Place, Selection, judge_context
+from self_judge.data.sources import kind_of
+from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import Comparison, LabeledPair
-from self_judge.dialogues import select_hh, select_preference
 from self_judge.errors import DataError
-from self_judge.files import read_raw, reader_of, split_of
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.selection import Place, Selection, judge_context
-from self_judge.sources import kind_of
-from self_judge.ultrafeedback import select_ultrafeedback
 
 Label = Literal["a", "b", "tie"]
 _ANNOTATORS = ("annotator1", "annotator2", "annotator3")

@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from self_judge.data.records import Place, Selection, merge_turns
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
-from self_judge.selection import Place, Selection, merge_turns
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _LAST_ANSWER = "\n\nAssistant:"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from self_judge.data.records import Place, Selection
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
-from self_judge.selection import Place, Selection
 
 # "Text 1 is better than Text 3": the annotator compares with responses the judge will not see.
 _OTHER_TEXTS = re.compile(r"\bTexts?\b")

@@ -13,12 +13,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from self_judge.data.dialogues import select_hh, select_preference, starts_with_human
+from self_judge.data.files import read_raw, reader_of
+from self_judge.data.records import Place, first_question, is_held_out, judge_context
+from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import Message, PreferenceRecord
-from self_judge.dialogues import select_hh, select_preference, starts_with_human
 from self_judge.errors import DataError
-from self_judge.files import read_raw, reader_of
-from self_judge.selection import Place, first_question, is_held_out, judge_context
-from self_judge.ultrafeedback import select_ultrafeedback
 
 Kind = Literal["auto", "hh", "ultrafeedback", "preference"]
 Subset = Literal["train", "held_out", "all"]
