@@ -19,9 +19,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import side_by_side as bench
 from self_judge import Judge
-from self_judge.packed_passes import pass_tokens
-from self_judge.prefix_walks import Paths, Step, walk
-from self_judge.run_attention import attending, run_attention
+from self_judge.packing.chunked_prefill import Paths, Step, walk
+from self_judge.packing.passes import pass_tokens
+from self_judge.packing.segment_attention import attending, run_attention
 
 PIECES = (64, 128, 256, 512)
 

@@ -23,14 +23,14 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from self_judge import ChatEncoder, Comparison, Judge, JudgeTemplates
-from self_judge.batch_shape import busy_tokens
 from self_judge.config.schema import load_run
 from self_judge.data.records import judge_context
 from self_judge.data.sources import load_preferences
 from self_judge.models import load_model, load_tokenizer
-from self_judge.packed_passes import attention_share
-from self_judge.packing import Packing
-from self_judge.prefix_trees import prefix_rows
+from self_judge.packing.packing import Packing
+from self_judge.packing.pass_size import busy_tokens
+from self_judge.packing.passes import attention_share
+from self_judge.packing.prefix_tree import prefix_rows
 
 ROOT = Path(__file__).parents[1]
 # Only the shape counts for speed: weights are random.

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from self_judge import batch_shape
-from self_judge.batch_shape import busy_tokens, settled_tokens
+from self_judge.packing import pass_size
+from self_judge.packing.pass_size import busy_tokens, settled_tokens
 
 
 class Model(nn.Module):
@@ -28,7 +28,7 @@ class Model(nn.Module):
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SELF_JUDGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(batch_shape, "_MEASURED", {})
+    monkeypatch.setattr(pass_size, "_MEASURED", {})
 
 
 def saturating_at(tokens: int):  # type: ignore[no-untyped-def]
@@ -52,14 +52,14 @@ def test_one_matrix_of_every_shape_is_measured_and_the_head_is_not() -> None:
     assert busy_tokens(model, measure) == 512
     assert busy_tokens(model, measure) == 512
     assert shapes[0] == [(8, 4), (4, 8)]
-    assert len(shapes) == len(batch_shape._CANDIDATES)  # and only once for the model
+    assert len(shapes) == len(pass_size._CANDIDATES)  # and only once for the model
 
 
 def test_a_machine_is_measured_once_and_later_processes_take_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert busy_tokens(Model(6), saturating_at(512)) == 1024
-    monkeypatch.setattr(batch_shape, "_MEASURED", {})  # another process
+    monkeypatch.setattr(pass_size, "_MEASURED", {})  # another process
     assert busy_tokens(Model(6), saturating_at(4096)) == 1024
 
 
@@ -77,7 +77,7 @@ def test_a_pass_holds_no_more_than_was_tried() -> None:
 
 
 def test_this_machine_is_measured() -> None:
-    assert busy_tokens(Model(64)) in batch_shape._CANDIDATES
+    assert busy_tokens(Model(64)) in pass_size._CANDIDATES
 
 
 def test_a_run_that_goes_on_keeps_its_passes(tmp_path: Path) -> None:

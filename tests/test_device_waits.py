@@ -11,8 +11,8 @@ import torch
 from conftest import tiny_llama
 from device_waits import DEVICE, DeviceWaits, Elsewhere, elsewhere
 from self_judge import ChatEncoder, sampling
-from self_judge.packed_head import pack_fused_head
-from self_judge.packed_passes import to_device
+from self_judge.packing.fused_head import pack_fused_head
+from self_judge.packing.passes import to_device
 from self_judge.sampling import SamplingSettings, TransformersSampler
 from test_packing import FUSED, batch_of, build, sharing
 

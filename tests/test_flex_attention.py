@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
 
-from self_judge.flex_attention import (
+from self_judge.packing.flex_attention import (
     NAME,
     ROW_MULTIPLE,
     UnfusedError,
@@ -26,9 +26,9 @@ from self_judge.flex_attention import (
     tree_attention,
     tree_blocks,
 )
-from self_judge.packed_passes import stacked, tree_mask
-from self_judge.packing import Packing
-from self_judge.prefix_trees import joined, prefix_rows
+from self_judge.packing.packing import Packing
+from self_judge.packing.passes import stacked, tree_mask
+from self_judge.packing.prefix_tree import joined, prefix_rows
 from test_packing import SIZES, alone, build, fresh, sharing
 
 COMPILES = [
@@ -271,7 +271,7 @@ def test_masks_of_transformers_own_go_transformers_way(monkeypatch: Any) -> None
     assert AttentionInterface()[NAME] is tree_attention
     given: list[Any] = []
     monkeypatch.setattr(
-        "self_judge.flex_attention.flex_attention_forward",
+        "self_judge.packing.flex_attention.flex_attention_forward",
         lambda *tensors, **others: given.append((tensors, others)) or "theirs",
     )
     query, module = states(1, 4, 256, 16), nn.Module()

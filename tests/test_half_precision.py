@@ -15,11 +15,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from conftest import TEMPLATES, Make, weights
-from self_judge import Comparison, Judge, exactness
+from self_judge import Comparison, Judge
 from self_judge.decoding import why_not_shared
 from self_judge.models import frozen_reference, load_model
-from self_judge.packed_head import pack_fused_head
-from self_judge.packing import _LAYOUTS, Packing
+from self_judge.packing import exactness
+from self_judge.packing.fused_head import pack_fused_head
+from self_judge.packing.packing import _LAYOUTS, Packing
 from self_judge.scoring import TransformersScorer
 
 BF16 = torch.bfloat16

@@ -20,10 +20,12 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn.attention import flex_attention
 
 from conftest import DEVICE, on_test_device
-from self_judge import packed_passes
-from self_judge import packing as packing_module
-from self_judge.packed_head import pack_fused_head
-from self_judge.packed_passes import (
+from self_judge.packing import packing as packing_module
+from self_judge.packing import passes as packed_passes
+from self_judge.packing.chunked_prefill import Paths, walk
+from self_judge.packing.fused_head import pack_fused_head
+from self_judge.packing.packing import Packing, needs_one_pass
+from self_judge.packing.passes import (
     Asked,
     Pass,
     Shape,
@@ -32,10 +34,8 @@ from self_judge.packed_passes import (
     tree_mask,
     tree_passes,
 )
-from self_judge.packing import Packing, needs_one_pass
-from self_judge.prefix_trees import shared_length
-from self_judge.prefix_walks import Paths, walk
-from self_judge.run_passes import run_passes, walk_passes
+from self_judge.packing.prefix_tree import shared_length
+from self_judge.packing.segment_passes import run_passes, walk_passes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 120,
@@ -520,7 +520,7 @@ def test_a_wrong_name_is_answered_with_the_right_ones() -> None:
 
 def test_the_choice_and_its_reason_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     model = build("bloom, ALiBi", "eager")
-    with caplog.at_level("INFO", logger="self_judge.packing"):
+    with caplog.at_level("INFO", logger="self_judge.packing.packing"):
         for _ in range(3):
             list(Packing(model).next_token_logits([[3, 4, 5], [3, 4, 6]]))
     (line,) = [r.getMessage() for r in caplog.records]

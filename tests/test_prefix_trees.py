@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from self_judge.prefix_trees import (
+from self_judge.packing.prefix_tree import (
     Row,
     batches,
     joined,

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from self_judge.prefix_trees import joined, prefix_rows
-from self_judge.prefix_walks import Paths, Run, Step, runs_of, walk
-from self_judge.run_attention import attending
+from self_judge.packing.chunked_prefill import Paths, Run, Step, runs_of, walk
+from self_judge.packing.prefix_tree import joined, prefix_rows
+from self_judge.packing.segment_attention import attending
 from test_prefix_trees import SEQUENCES, slow_mask
 
 

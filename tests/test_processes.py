@@ -308,7 +308,7 @@ def test_a_shared_model_that_cannot_be_packed_is_refused() -> None:
     packing = LockstepPacking(model, "off", batch_rows=2, most=int)
     assert packing.decision.route == "padding"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("self_judge.packing._decide", lambda *_: bare)
-        patch.setattr("self_judge.packing._KNOWN", {})
+        patch.setattr("self_judge.packing.packing._decide", lambda *_: bare)
+        patch.setattr("self_judge.packing.packing._KNOWN", {})
         with pytest.raises(ValueError, match="spread over processes cannot judge: no backbone"):
             packing.decision  # noqa: B018

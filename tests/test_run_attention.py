@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from self_judge.prefix_trees import joined, prefix_rows
-from self_judge.prefix_walks import Paths, runs_of, walk
-from self_judge.run_attention import Attending, attending, run_attention
+from self_judge.packing.chunked_prefill import Paths, runs_of, walk
+from self_judge.packing.prefix_tree import joined, prefix_rows
+from self_judge.packing.segment_attention import Attending, attending, run_attention
 from test_prefix_trees import SEQUENCES, slow_mask
 from test_prefix_walks import seen
 
@@ -166,7 +166,7 @@ def test_gradients_are_as_near_to_float64_as_with_a_node_for_each_run(
         partial(plainly, mask=mask, scaling=0.25), [t.double() for t in tensors], pull.double()
     )
     found = gradients(partial(by_runs, runs=runs), tensors, pull)
-    monkeypatch.setattr("self_judge.run_attention._in_one_node", lambda *_: False)
+    monkeypatch.setattr("self_judge.packing.segment_attention._in_one_node", lambda *_: False)
     by_nodes = gradients(partial(by_runs, runs=runs), tensors, pull)
     for one, many, exact in zip(found, by_nodes, expected, strict=True):
         assert one.dtype == dtype

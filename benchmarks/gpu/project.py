@@ -28,7 +28,6 @@ from self_judge import (
     SelfJudgeConfig,
     SelfJudgeTrainer,
 )
-from self_judge import packing as packing_module
 from self_judge.config.schema import load_run
 from self_judge.data import synthetic
 from self_judge.data.files import read_raw
@@ -38,9 +37,10 @@ from self_judge.decoding import why_not_shared
 from self_judge.jsft import jsft_dataset
 from self_judge.jsft_trainer import JSFTTrainer, TwinSampler
 from self_judge.models import load_model, load_tokenizer
-from self_judge.packed_head import pack_fused_head
-from self_judge.packed_passes import selecting
-from self_judge.packing import Packing
+from self_judge.packing import packing as packing_module
+from self_judge.packing.fused_head import pack_fused_head
+from self_judge.packing.packing import Packing
+from self_judge.packing.passes import selecting
 from self_judge.recipes import evaluate_judge, run_jsft, run_self_judge
 from self_judge.rollouts import preference_batch
 from self_judge.sampling import SamplingSettings, TransformersSampler, seeded_gumbel

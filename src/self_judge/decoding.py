@@ -19,9 +19,15 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from self_judge.exactness import as_called, padded_logits, trial_tokens, warn_once, why_inexact
 from self_judge.models import unwrapped, without_cudnn_attention
-from self_judge.packed_passes import takes_positions, to_device
+from self_judge.packing.exactness import (
+    as_called,
+    padded_logits,
+    trial_tokens,
+    warn_once,
+    why_inexact,
+)
+from self_judge.packing.passes import takes_positions, to_device
 
 logger = logging.getLogger(__name__)
 

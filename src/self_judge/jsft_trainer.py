@@ -13,13 +13,13 @@ import torch
 from torch.utils.data import Sampler
 from trl import SFTTrainer
 
-from self_judge.batch_shape import settled_tokens
 from self_judge.config.schema import PackingChoice
 from self_judge.lockstep import check_processes
 from self_judge.lora_layers import lighten
 from self_judge.models import keep_freed_memory, refuse_pickle, unwrapped
-from self_judge.packed_head import pack_fused_head
-from self_judge.packing import Packing, needs_one_pass
+from self_judge.packing.fused_head import pack_fused_head
+from self_judge.packing.packing import Packing, needs_one_pass
+from self_judge.packing.pass_size import settled_tokens
 from self_judge.resumption import ResumableTraining
 from self_judge.run_log import RunLog
 

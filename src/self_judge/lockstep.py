@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from self_judge.config.schema import PackingChoice
 from self_judge.decoding import Most
-from self_judge.packing import Decision, Packing, needs_one_pass
+from self_judge.packing.packing import Decision, Packing, needs_one_pass
 
 
 def check_processes(accelerator: Accelerator) -> None:

@@ -11,7 +11,7 @@ import torch
 import trl
 from peft import PeftModel
 
-from self_judge.packed_head import BEFORE_FUSED_HEAD
+from self_judge.packing.fused_head import BEFORE_FUSED_HEAD
 
 
 class LogProbUnits:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 
-from self_judge.batch_shape import busy_tokens
 from self_judge.config.schema import PackingChoice
 from self_judge.models import (
     float32_logits,
@@ -22,7 +21,8 @@ from self_judge.models import (
     without_cudnn_attention,
 )
 from self_judge.out_of_memory import halved
-from self_judge.packing import Packing
+from self_judge.packing.packing import Packing
+from self_judge.packing.pass_size import busy_tokens
 
 
 class LetterScorer(Protocol):

@@ -1,8 +1,9 @@
 """SelfJudgeTrainer: TRL's DPOTrainer whose batches are the policy's own judged responses.
 
 It replaces where the batch comes from, and nothing else: losses, metrics, PEFT, distributed
-preparation and checkpoints are inherited. Its forward passes share prefixes (`packed_head.py`) and
-give the same numbers in the same places. How pairs are sampled and judged: `rollouts.py`.
+preparation and checkpoints are inherited. Its forward passes share prefixes
+(`packing/fused_head.py`) and give the same numbers in the same places. How pairs are sampled and
+judged: `rollouts.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from trl import DPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
-from self_judge.batch_shape import settled_tokens
 from self_judge.console import neutral
 from self_judge.datatypes import Comparison, Response
 from self_judge.judge import Judge
@@ -42,8 +42,9 @@ from self_judge.models import (
     unwrapped,
     within_context,
 )
-from self_judge.packed_head import BEFORE_FUSED_HEAD, pack_fused_head
-from self_judge.packing import Packing, needs_one_pass
+from self_judge.packing.fused_head import BEFORE_FUSED_HEAD, pack_fused_head
+from self_judge.packing.packing import Packing, needs_one_pass
+from self_judge.packing.pass_size import settled_tokens
 from self_judge.phases import StepClock
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import (

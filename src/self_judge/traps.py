@@ -23,8 +23,8 @@ from self_judge.decoding import why_not_shared
 from self_judge.jsft import CUT, NO_FIT, NO_ROOM
 from self_judge.model_size import Size
 from self_judge.models import unwrapped
-from self_judge.packed_passes import device_of
-from self_judge.packing import Packing
+from self_judge.packing.packing import Packing
+from self_judge.packing.passes import device_of
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
 from self_judge.prompting.judge_templates import JudgeTemplates

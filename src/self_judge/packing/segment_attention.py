@@ -1,7 +1,7 @@
 """Attention run by run: what a prefix tree's mask allows, and nothing that it forbids, is computed.
 
 A dense mask has a kernel compute every pair of tokens of a row and throw most of them away. Here
-each run of a tree (`prefix_walks.Run`) meets its ancestors and itself in one call of PyTorch's
+each run of a tree (`chunked_prefill.Run`) meets its ancestors and itself in one call of PyTorch's
 scaled dot-product attention. Transformers' attention interface hands it the runs that the model was
 called with; whether a model passes them on is tried in `packing.py`.
 """
@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-from self_judge.prefix_walks import Run
+from self_judge.packing.chunked_prefill import Run
 
 NAME = "self_judge_runs"
 

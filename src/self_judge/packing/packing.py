@@ -19,11 +19,17 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from self_judge import flex_attention
 from self_judge.config.schema import PackingChoice
-from self_judge.exactness import as_called, padded_logits, trial_tokens, warn_once, why_inexact
 from self_judge.models import unwrapped
-from self_judge.packed_passes import (
+from self_judge.packing import flex_attention
+from self_judge.packing.exactness import (
+    as_called,
+    padded_logits,
+    trial_tokens,
+    warn_once,
+    why_inexact,
+)
+from self_judge.packing.passes import (
     Asked,
     Pass,
     Shape,
@@ -36,8 +42,8 @@ from self_judge.packed_passes import (
     takes_positions,
     tree_passes,
 )
-from self_judge.prefix_trees import Ints
-from self_judge.run_passes import Memory, run_passes, walk_passes
+from self_judge.packing.prefix_tree import Ints
+from self_judge.packing.segment_passes import Memory, run_passes, walk_passes
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +94,7 @@ class Packing:
         choice: `auto` takes the first of tree, cache and padding that is exact for the model;
             another is forced, `off` packs nothing.
         batch_tokens: tokens of a forward pass at most, padding included; default: what keeps the
-            device busy, by measurement (`batch_shape.busy_tokens`). A pass holds one sequence, and
+            device busy, by measurement (`pass_size.busy_tokens`). A pass holds one sequence, and
             two that share a prefix, whatever their length.
         gradients: whether gradients will flow (a cache does not go with gradient checkpointing).
         one_pass: everything in one forward pass, as sharded models need whose processes must make

@@ -1,6 +1,6 @@
 """Passes whose attention goes run by run: trees in one row, and walks that lean on earlier passes.
 
-As in `packed_passes.py`, the way is taken as given; `packing.py` decides whether it is exact.
+As in `passes.py`, the way is taken as given; `packing.py` decides whether it is exact.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from self_judge.packed_passes import (
+from self_judge.packing.chunked_prefill import Paths, Run, Step, runs_of, walk
+from self_judge.packing.passes import (
     Asked,
     Pass,
     Shape,
@@ -23,9 +24,8 @@ from self_judge.packed_passes import (
     stacked,
     to_device,
 )
-from self_judge.prefix_trees import Ints, joined, prefix_rows
-from self_judge.prefix_walks import Paths, Run, Step, runs_of, walk
-from self_judge.run_attention import attending
+from self_judge.packing.prefix_tree import Ints, joined, prefix_rows
+from self_judge.packing.segment_attention import attending
 
 
 def run_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
@@ -58,7 +58,7 @@ class _Block(NamedTuple):
 
 
 class KeysAndValues:
-    """Keys and values of tokens by their number (see `prefix_walks.Step`), of every layer."""
+    """Keys and values of tokens by their number (see `chunked_prefill.Step`), of every layer."""
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []

@@ -1,6 +1,6 @@
 """Prefix walks: the one prefix tree of many sequences, in steps, no token of it computed twice.
 
-Pure: token ids in, layouts out. Where `prefix_trees.py` lays whole trees into rows, a walk goes
+Pure: token ids in, layouts out. Where `prefix_tree.py` lays whole trees into rows, a walk goes
 through a tree of any size depth first and leans on what earlier steps computed: the keys and values
 of a step's ancestors. It knows no model, no attention and no torch.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from self_judge.prefix_trees import Ints, Row, shared_length
+from self_judge.packing.prefix_tree import Ints, Row, shared_length
 
 _NOTHING: Ints = np.empty(0, dtype=np.int64)
 

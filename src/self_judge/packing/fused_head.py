@@ -20,9 +20,9 @@ from torch import nn
 
 from self_judge.config.schema import PackingChoice
 from self_judge.models import unwrapped
-from self_judge.packed_passes import selecting, to_device
-from self_judge.packing import Packing
-from self_judge.prefix_trees import Ints
+from self_judge.packing.packing import Packing
+from self_judge.packing.passes import selecting, to_device
+from self_judge.packing.prefix_tree import Ints
 
 # The last TRL for Python 3.10 has no fused LM head: its batches stay padded.
 BEFORE_FUSED_HEAD = Version(trl.__version__) < Version("1.16")
