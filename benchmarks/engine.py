@@ -21,10 +21,10 @@ from peft import get_peft_model
 
 import side_by_side as bench
 from self_judge import Judge
+from self_judge.inference.sampling import Sampler, SamplingSettings, TransformersSampler
+from self_judge.inference.vllm.colocated import VLLMEngine
+from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.policy_weights import adapter_tensors, checkpoint_weights, save_adapter
-from self_judge.sampling import Sampler, SamplingSettings, TransformersSampler
-from self_judge.vllm_engine import VLLMEngine
-from self_judge.vllm_roles import VLLMSampler, VLLMScorer
 
 LENGTH = 1024
 

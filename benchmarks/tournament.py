@@ -16,7 +16,7 @@ import side_by_side as bench
 from judge import SIDES, computed, plain
 from self_judge import Comparison, Judge, Verdict
 from self_judge.data.records import judge_context
-from self_judge.sampling import SamplingSettings, TransformersSampler
+from self_judge.inference.sampling import SamplingSettings, TransformersSampler
 from self_judge.tournament import knockouts
 
 

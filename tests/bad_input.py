@@ -17,8 +17,8 @@ import transformers.training_args
 from conftest import ROOT, TEMPLATES, Make, byte_bpe, tiny_llama, wrap
 from self_judge import ChatEncoder, Judge, JudgeTemplates, SelfJudgeConfig
 from self_judge import tournament_rejection_sampling as play
+from self_judge.inference.sampling import stop_tokens
 from self_judge.models import load_model, load_tokenizer
-from self_judge.sampling import stop_tokens
 
 JSFT = str(ROOT / "configs" / "hh_jsft.yaml")
 TRAIN = str(ROOT / "configs" / "hh_self_judge.yaml")

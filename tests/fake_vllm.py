@@ -231,4 +231,4 @@ def install(monkeypatch: Any, llm: Any = FakeLLM) -> None:
         module = ModuleType(name)
         vars(module).update(parts)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("self_judge.vllm_engine.find_spec", lambda name: True)
+    monkeypatch.setattr("self_judge.inference.vllm.colocated.find_spec", lambda name: True)

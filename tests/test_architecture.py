@@ -58,17 +58,17 @@ FLOORS: list[set[str]] = [
         "packing.packing",
         "packing.fused_head",
         "policy_weights",
-        "decoding",
-        "lockstep",
-        "sampling",
-        "scoring",
+        "inference.decoding",
+        "inference.lockstep",
+        "inference.sampling",
+        "inference.letter_scoring",
         "model_size",
         "out_of_memory",
         "estimates",
         "judge",
-        "vllm_roles",
-        "vllm_engine",
-        "vllm_server",
+        "inference.vllm.protocol",
+        "inference.vllm.colocated",
+        "inference.vllm.client",
     },
     {
         "jsft",
@@ -195,7 +195,7 @@ def test_the_drawing_sees_arrows_and_circles() -> None:
     assert {"datatypes", "prompting.chat_encoder", "models", "prompting.judge_templates"} <= arrows(
         "judge"
     )
-    assert {"judge", "rollouts", "sampling"} <= arrows("trainer")
+    assert {"judge", "rollouts", "inference.sampling"} <= arrows("trainer")
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}}) is None
 

@@ -9,8 +9,8 @@ import torch
 import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from self_judge import decoding
-from self_judge.decoding import _RoomyLayer, cache_bytes, decode, why_not_shared
+from self_judge.inference import decoding
+from self_judge.inference.decoding import _RoomyLayer, cache_bytes, decode, why_not_shared
 from test_packing import CONFIGS, SIZES, build
 
 STOP = 5

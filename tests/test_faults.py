@@ -171,7 +171,7 @@ def left(folder: Path) -> dict[str, Any]:
 # A call in the program, how often it has happened, and whether the process dies before it, after it
 # or with half of a file written.
 MOMENTS: dict[str, list[Any]] = {
-    "while sampling": ["self_judge.sampling:TransformersSampler.sample", 3, "before"],
+    "while sampling": ["self_judge.inference.sampling:TransformersSampler.sample", 3, "before"],
     "while judging": ["self_judge.judge:Judge.compare", 4, "after"],
     "after the weights changed": ["torch.optim:AdamW.step", 5, "after"],
     "with half of the weights written": ["peft.peft_model:safe_save_file", 2, "half"],

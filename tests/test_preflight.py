@@ -487,7 +487,7 @@ def test_bf16_alone_is_no_reason_not_to_share_prefixes(base: Path, data: dict[st
 def test_a_model_that_samples_through_generate_is_warned_of(
     packing: str, taught: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("self_judge.decoding._gate", lambda model: "its cache forgets")
+    monkeypatch.setattr("self_judge.inference.decoding._gate", lambda model: "its cache forgets")
     own = [*given(taught, data["hh"]), f"self_judge_args.packing={packing}"]
     assert "by the model's generate: its cache forgets" in warnings(check(TRAIN, own))
 

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from conftest import ROOT, tiny_llama
-from self_judge.lockstep import LockstepPacking, check_processes
+from self_judge.inference.lockstep import LockstepPacking, check_processes
 from self_judge.models import load_model
 from self_judge.storage.atomic import flaw
 from test_packing import build, sharing

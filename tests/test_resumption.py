@@ -16,8 +16,8 @@ from peft import LoraConfig
 
 from conftest import Make, history, same, weights
 from self_judge.datatypes import Response
+from self_judge.inference.sampling import SamplingSettings, TransformersSampler
 from self_judge.resumption import NotFiniteError
-from self_judge.sampling import SamplingSettings, TransformersSampler
 
 LORA = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."

@@ -19,10 +19,11 @@ from transformers import (
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from conftest import byte_bpe, on_test_device, tiny_llama, wrap
-from self_judge import ChatEncoder, sampling
+from self_judge import ChatEncoder
 from self_judge.datatypes import Response
-from self_judge.decoding import cache_bytes
-from self_judge.sampling import (
+from self_judge.inference import sampling
+from self_judge.inference.decoding import cache_bytes
+from self_judge.inference.sampling import (
     SamplingSettings,
     TransformersSampler,
     _TopP,

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from conftest import TEMPLATES
 from self_judge import Comparison, Judge, JudgeTemplates, Verdict, tournament_rejection_sampling
+from self_judge.inference.sampling import stable_seed
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import save_judge_settings
-from self_judge.sampling import stable_seed
 from self_judge.tournament import Bracket, Match, judged_knockouts, knockouts, pairings
 
 

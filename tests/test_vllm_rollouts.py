@@ -220,7 +220,7 @@ def test_a_server_that_holds_too_few_tokens_is_named(make: Make, served: ServedM
 
 
 def test_an_absent_vllm_is_one_line_with_what_to_install(make: Make, monkeypatch: Any) -> None:
-    monkeypatch.setattr("self_judge.vllm_engine.find_spec", lambda name: None)
+    monkeypatch.setattr("self_judge.inference.vllm.colocated.find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"pip install 'self-judge\[vllm\]'"):
         make(vllm_mode="colocate", peft_config=LoraConfig(**LORA))
 

@@ -18,6 +18,9 @@ from peft import LoraConfig, get_peft_model
 from fake_vllm import STOP, FakeVLLM, serving
 from self_judge import Comparison, Judge
 from self_judge.errors import EngineError
+from self_judge.inference.sampling import SamplingSettings
+from self_judge.inference.vllm.client import VLLMServers
+from self_judge.inference.vllm.protocol import SamplingRequest, VLLMSampler, VLLMScorer
 from self_judge.policy_weights import (
     AdapterError,
     adapter_tensors,
@@ -26,9 +29,6 @@ from self_judge.policy_weights import (
     lora_rank,
     save_adapter,
 )
-from self_judge.sampling import SamplingSettings
-from self_judge.vllm_roles import SamplingRequest, VLLMSampler, VLLMScorer
-from self_judge.vllm_server import VLLMServers
 
 SETTINGS = SamplingSettings(max_new_tokens=4, temperature=0.7, top_p=0.9, top_k=5)
 

@@ -33,7 +33,9 @@ from self_judge.data import synthetic
 from self_judge.data.files import read_raw
 from self_judge.data.records import judge_context
 from self_judge.data.sources import load_preferences
-from self_judge.decoding import why_not_shared
+from self_judge.inference.decoding import why_not_shared
+from self_judge.inference.letter_scoring import TransformersScorer
+from self_judge.inference.sampling import SamplingSettings, TransformersSampler, seeded_gumbel
 from self_judge.jsft import jsft_dataset
 from self_judge.jsft_trainer import JSFTTrainer, TwinSampler
 from self_judge.models import load_model, load_tokenizer
@@ -43,8 +45,6 @@ from self_judge.packing.packing import Packing
 from self_judge.packing.passes import selecting
 from self_judge.recipes import evaluate_judge, run_jsft, run_self_judge
 from self_judge.rollouts import preference_batch
-from self_judge.sampling import SamplingSettings, TransformersSampler, seeded_gumbel
-from self_judge.scoring import TransformersScorer
 from self_judge.tournament import knockouts
 
 __all__ = [

@@ -26,14 +26,14 @@ from self_judge.data.files import read_raw
 from self_judge.data.records import Place
 from self_judge.datatypes import Comparison, Verdict
 from self_judge.errors import ConfigError, JournalError
+from self_judge.inference.vllm.client import VLLMServers
+from self_judge.inference.vllm.protocol import VLLMScorer
 from self_judge.judge import Judge, Orders, aggregate
 from self_judge.models import load_tokenizer
 from self_judge.prompting.judge_json import JUDGE_FILE, encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates, dialogue_text
 from self_judge.shares import Shares
 from self_judge.storage.jsonl import Journal, open_journal, settings_path
-from self_judge.vllm_roles import VLLMScorer
-from self_judge.vllm_server import VLLMServers
 
 CHUNK = 64  # comparisons judged between two writes: what a kill costs at most
 

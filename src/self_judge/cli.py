@@ -416,8 +416,8 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    from self_judge.inference.sampling import SamplingSettings
     from self_judge.policy_comparison import Contest, run_compare
-    from self_judge.sampling import SamplingSettings
 
     run_compare(
         Contest(

@@ -30,6 +30,7 @@ from self_judge.console import neutral
 from self_judge.data import synthetic
 from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.evaluation import Estimate, JudgeQuality, bootstrap_mean, judge_quality, win_rate
+from self_judge.inference.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.judge import Judge
 from self_judge.models import frozen_reference, load_model
 from self_judge.progress import LiveProgress
@@ -37,7 +38,6 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.recipes import jsft_trainer, save_jsft
 from self_judge.report import plotly_is_there, write_report
-from self_judge.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.self_rejection import bracket_json
 from self_judge.storage.run_dir import BRACKETS, JUDGED
 from self_judge.storage.whole_file import written_whole

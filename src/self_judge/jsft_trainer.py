@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from trl import SFTTrainer
 
 from self_judge.config.schema import PackingChoice
-from self_judge.lockstep import check_processes
+from self_judge.inference.lockstep import check_processes
 from self_judge.lora_layers import lighten
 from self_judge.models import keep_freed_memory, refuse_pickle, unwrapped
 from self_judge.packing.fused_head import pack_fused_head

@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from self_judge.config.schema import PackingChoice
 from self_judge.datatypes import Comparison, Side, Verdict
 from self_judge.errors import ModelError
+from self_judge.inference.letter_scoring import LetterScorer, TransformersScorer
 from self_judge.models import is_missing, load_model, load_tokenizer, vocabulary_fits
 from self_judge.packing.packing import Packing
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.scoring import LetterScorer, TransformersScorer
 
 # One principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)
 Orders = tuple[tuple[float, float], tuple[float, float]]

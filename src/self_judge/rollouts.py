@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from self_judge.datatypes import Comparison, Response, Verdict
-from self_judge.sampling import stable_seed
+from self_judge.inference.sampling import stable_seed
 from self_judge.storage.whole_file import written_whole
 from self_judge.tournament import Bracket, Compare, knockouts
 

@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from self_judge.datatypes import Comparison, Verdict
+from self_judge.inference.sampling import stable_seed
 from self_judge.judge import Judge
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.sampling import stable_seed
 
 Compare = Callable[[list[Comparison]], list[Verdict]]
 Seek = Literal["best", "worst"]

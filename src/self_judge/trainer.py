@@ -30,8 +30,10 @@ from trl.trainer.utils import use_adapter
 
 from self_judge.console import neutral
 from self_judge.datatypes import Comparison, Response
+from self_judge.inference.letter_scoring import TransformersScorer
+from self_judge.inference.lockstep import LockstepPacking, check_processes, most_of
+from self_judge.inference.sampling import Sampler, TransformersSampler, stable_seed
 from self_judge.judge import Judge
-from self_judge.lockstep import LockstepPacking, check_processes, most_of
 from self_judge.log_prob_units import LogProbUnits
 from self_judge.lora_layers import lighten
 from self_judge.models import (
@@ -65,8 +67,6 @@ from self_judge.rollouts import (
 )
 from self_judge.rollouts_ahead import BatchesAhead, SamplesAhead
 from self_judge.run_log import RunLog, kl_estimate
-from self_judge.sampling import Sampler, TransformersSampler, stable_seed
-from self_judge.scoring import TransformersScorer
 from self_judge.storage.run_dir import rollout_file, thin_rollouts
 from self_judge.trainer_config import SelfJudgeConfig, as_self_judge_config, with_values
 from self_judge.update_parts import UpdateInParts

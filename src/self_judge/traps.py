@@ -19,7 +19,7 @@ from self_judge.config.schema import JSFTRun, SelfJudgeArgs, SelfJudgeRun
 from self_judge.data.records import first_question
 from self_judge.data.sources import PreferenceData
 from self_judge.datatypes import Message
-from self_judge.decoding import why_not_shared
+from self_judge.inference.decoding import why_not_shared
 from self_judge.jsft import CUT, NO_FIT, NO_ROOM
 from self_judge.model_size import Size
 from self_judge.models import unwrapped

@@ -19,6 +19,10 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from self_judge.errors import EngineError
+from self_judge.inference.letter_scoring import next_token_logits
+from self_judge.inference.vllm.client import VLLMServers
+from self_judge.inference.vllm.colocated import VLLMEngine
+from self_judge.inference.vllm.protocol import Engine, VLLMSampler, VLLMScorer
 from self_judge.models import in_evaluation_mode
 from self_judge.policy_weights import (
     adapter_tensors,
@@ -28,11 +32,7 @@ from self_judge.policy_weights import (
     save_adapter,
 )
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.scoring import next_token_logits
 from self_judge.trainer_config import SelfJudgeConfig
-from self_judge.vllm_engine import VLLMEngine
-from self_judge.vllm_roles import Engine, VLLMSampler, VLLMScorer
-from self_judge.vllm_server import VLLMServers
 
 logger = logging.getLogger(__name__)
 

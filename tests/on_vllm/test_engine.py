@@ -20,10 +20,10 @@ from peft import LoraConfig, get_peft_model
 
 from on_vllm.conftest import ASKED, LORA, PAIRS, TEMPLATES
 from self_judge import ChatEncoder, Judge
+from self_judge.inference.sampling import SamplingSettings, TransformersSampler
+from self_judge.inference.vllm.colocated import VLLMEngine
+from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.policy_weights import adapter_tensors, checkpoint_weights, save_adapter
-from self_judge.sampling import SamplingSettings, TransformersSampler
-from self_judge.vllm_engine import VLLMEngine
-from self_judge.vllm_roles import VLLMSampler, VLLMScorer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

@@ -1,7 +1,7 @@
 """Scorers: judge prompts in, the probabilities of two letters as the next token out.
 
-They know token ids and what computes them: here a Transformers model, in `vllm_roles.py` an engine.
-They do not know what the letters stand for.
+They know token ids and what computes them: here a Transformers model, in `vllm/protocol.py` an
+engine. They do not know what the letters stand for.
 """
 
 from __future__ import annotations

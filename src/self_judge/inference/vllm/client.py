@@ -22,8 +22,12 @@ from safetensors.torch import save_file
 
 from self_judge.console import neutral
 from self_judge.errors import EngineError
-from self_judge.sampling import SamplingSettings
-from self_judge.vllm_roles import SamplingRequest, request_parameters, scoring_parameters
+from self_judge.inference.sampling import SamplingSettings
+from self_judge.inference.vllm.protocol import (
+    SamplingRequest,
+    request_parameters,
+    scoring_parameters,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """vLLM in two roles: an adapter (or the engine's own weights) samples, the bare base judges.
 
 It knows what is asked of an engine and how the answers are read. Which engine it is, in this
-process (`vllm_engine.py`) or behind URLs (`vllm_server.py`), it does not know.
+process (`colocated.py`) or behind URLs (`client.py`), it does not know.
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ from tqdm.auto import tqdm
 
 from self_judge.datatypes import Response
 from self_judge.errors import EngineError
+from self_judge.inference.sampling import (
+    SamplingSettings,
+    rows_to_sample,
+    sampled_response,
+    stop_tokens,
+)
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.sampling import SamplingSettings, rows_to_sample, sampled_response, stop_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,12 @@ import torch
 from transformers import PretrainedConfig
 
 from self_judge.errors import EngineError
-from self_judge.sampling import SamplingSettings
-from self_judge.vllm_roles import SamplingRequest, request_parameters, scoring_parameters
+from self_judge.inference.sampling import SamplingSettings
+from self_judge.inference.vllm.protocol import (
+    SamplingRequest,
+    request_parameters,
+    scoring_parameters,
+)
 
 _CPU_CACHE_BYTES = 1 << 30
 

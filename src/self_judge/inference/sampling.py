@@ -31,7 +31,7 @@ from transformers.generation.logits_process import (
 )
 
 from self_judge.datatypes import Response
-from self_judge.decoding import Most, cache_bytes, decode, why_not_shared
+from self_judge.inference.decoding import Most, cache_bytes, decode, why_not_shared
 from self_judge.models import in_evaluation_mode, without_cudnn_attention
 from self_judge.out_of_memory import halved
 from self_judge.packing.passes import to_device
