@@ -17,7 +17,7 @@ from judge import SIDES, computed, plain
 from self_judge import Comparison, Judge, Verdict
 from self_judge.data.records import judge_context
 from self_judge.inference.sampling import SamplingSettings, TransformersSampler
-from self_judge.tournament import knockouts
+from self_judge.judging.tournament import knockouts
 
 
 def main() -> None:

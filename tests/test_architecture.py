@@ -65,7 +65,7 @@ FLOORS: list[set[str]] = [
         "model_size",
         "out_of_memory",
         "estimates",
-        "judge",
+        "judging.judge",
         "inference.vllm.protocol",
         "inference.vllm.colocated",
         "inference.vllm.client",
@@ -73,7 +73,7 @@ FLOORS: list[set[str]] = [
     {
         "jsft",
         "jsft_trainer",
-        "tournament",
+        "judging.tournament",
         "rollouts",
         "rollouts_ahead",
         "phases",
@@ -127,7 +127,7 @@ def tree(module: str) -> ast.Module:
 
 
 def imported(module: str) -> set[str]:
-    """Every name that a module imports, wherever in it: `self_judge.judge`, `trl.DPOTrainer`, …"""
+    """Every name that a module imports, wherever in it: `self_judge.models`, `trl.DPOTrainer`, …"""
     names: set[str] = set()
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
@@ -193,9 +193,9 @@ def test_no_modules_lean_on_each_other_in_a_circle() -> None:
 def test_the_drawing_sees_arrows_and_circles() -> None:
     # Were the reading of imports broken, the tests above would pass on anything.
     assert {"datatypes", "prompting.chat_encoder", "models", "prompting.judge_templates"} <= arrows(
-        "judge"
+        "judging.judge"
     )
-    assert {"judge", "rollouts", "inference.sampling"} <= arrows("trainer")
+    assert {"judging.judge", "rollouts", "inference.sampling"} <= arrows("trainer")
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}}) is None
 

@@ -29,7 +29,7 @@ from self_judge.bulk_judging import (
 )
 from self_judge.cli import PACKING, main
 from self_judge.config.schema import PackingChoice
-from self_judge.judge import aggregate
+from self_judge.judging.judge import aggregate
 from self_judge.shares import Shares
 
 

@@ -14,7 +14,7 @@ from self_judge.evaluation import (
     under_principle,
     win_rate,
 )
-from self_judge.judge import aggregate
+from self_judge.judging.judge import aggregate
 
 
 def verdict(first: float, second: float):  # type: ignore[no-untyped-def]

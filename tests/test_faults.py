@@ -172,7 +172,7 @@ def left(folder: Path) -> dict[str, Any]:
 # or with half of a file written.
 MOMENTS: dict[str, list[Any]] = {
     "while sampling": ["self_judge.inference.sampling:TransformersSampler.sample", 3, "before"],
-    "while judging": ["self_judge.judge:Judge.compare", 4, "after"],
+    "while judging": ["self_judge.judging.judge:Judge.compare", 4, "after"],
     "after the weights changed": ["torch.optim:AdamW.step", 5, "after"],
     "with half of the weights written": ["peft.peft_model:safe_save_file", 2, "half"],
     "with the optimizer's state half written": ["torch:save", 3, "half"],
@@ -380,7 +380,7 @@ def test_judging_in_bulk_that_is_killed_again_and_again_has_one_line_per_input_i
     for moment in (
         ["self_judge.storage.jsonl:Journal.append", 3, "after"],
         ["self_judge.storage.jsonl:Journal._note", 2, "before"],
-        ["self_judge.judge:Judge.compare", 2, "after"],
+        ["self_judge.judging.judge:Judge.compare", 2, "after"],
     ):
         assert place.command(argv, die_at=moment) == -signal.SIGKILL, place.command.said
         # What the disk had of a line when the machine went down.

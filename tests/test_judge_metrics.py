@@ -12,7 +12,6 @@ from scipy.stats import bootstrap
 
 from self_judge.datatypes import Verdict
 from self_judge.evaluation import bootstrap_counts
-from self_judge.judge import aggregate
 from self_judge.judge_metrics import (
     JudgedPair,
     JudgeTally,
@@ -22,6 +21,7 @@ from self_judge.judge_metrics import (
     credit,
     fleiss_kappa,
 )
+from self_judge.judging.judge import aggregate
 
 
 def orders(first: float, second: float):  # type: ignore[no-untyped-def]

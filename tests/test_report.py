@@ -12,7 +12,7 @@ from rich.console import Console
 
 from self_judge import cli
 from self_judge.datatypes import Response
-from self_judge.judge import aggregate
+from self_judge.judging.judge import aggregate
 from self_judge.policy_comparison import outcome
 from self_judge.report import CHARTS, json_block, page, write_report
 from self_judge.report_data import Limits, ReportData, collect

@@ -34,7 +34,7 @@ from self_judge.console import neutral
 from self_judge.data import synthetic
 from self_judge.datatypes import Response
 from self_judge.errors import ConfigError, EncodingError, ModelError
-from self_judge.judge import aggregate
+from self_judge.judging.judge import aggregate
 from self_judge.model_size import empty_model
 from self_judge.models import load_model
 from self_judge.policy_weights import save_adapter

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from conftest import TEMPLATES
 from self_judge import Comparison, Judge, JudgeTemplates, Verdict, tournament_rejection_sampling
 from self_judge.inference.sampling import stable_seed
+from self_judge.judging.tournament import Bracket, Match, judged_knockouts, knockouts, pairings
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import save_judge_settings
-from self_judge.tournament import Bracket, Match, judged_knockouts, knockouts, pairings
 
 
 class ByValue:
@@ -328,7 +328,7 @@ def test_what_is_asked_of_the_judge_reaches_it(
         judges.append(judge)
         return judged_knockouts(judge, contexts, *rest, **others)
 
-    monkeypatch.setattr("self_judge.tournament.judged_knockouts", kept)
+    monkeypatch.setattr("self_judge.judging.tournament.judged_knockouts", kept)
     one = {"helpful": TEMPLATES["helpful"]}
     arguments.update(judge_templates=one, max_length=300, judge_batch_size=3)
     if given == "folder":
@@ -398,7 +398,7 @@ def test_contexts_are_played_together_as_far_as_memory_allows(
         def remembering(self) -> Any:
             return nullcontext()
 
-    monkeypatch.setattr("self_judge.tournament._MATCHES_TOGETHER", 4)
+    monkeypatch.setattr("self_judge.judging.tournament._MATCHES_TOGETHER", 4)
 
     def first_rounds(*sizes: int) -> list[int]:
         judge = Counting()
@@ -417,7 +417,8 @@ def test_rounds_judged_through_a_memory_give_the_same_brackets(
     monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, templates: JudgeTemplates
 ) -> None:
     judge = Judge(model, tokenizer, templates)
-    monkeypatch.setattr("self_judge.tournament._MATCHES_TOGETHER", 5)  # several groups of contexts
+    together = "self_judge.judging.tournament._MATCHES_TOGETHER"
+    monkeypatch.setattr(together, 5)  # several groups of contexts
     contexts = [f"Human: what about {word}?" for word in ("otters", "rain", "the sea", "soup")]
     responses = [
         [f"{c[-6:]} answer {k}" for k in range(n)]

@@ -38,6 +38,7 @@ from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.sampling import SamplingSettings, TransformersSampler, seeded_gumbel
 from self_judge.jsft import jsft_dataset
 from self_judge.jsft_trainer import JSFTTrainer, TwinSampler
+from self_judge.judging.tournament import knockouts
 from self_judge.models import load_model, load_tokenizer
 from self_judge.packing import packing as packing_module
 from self_judge.packing.fused_head import pack_fused_head
@@ -45,7 +46,6 @@ from self_judge.packing.packing import Packing
 from self_judge.packing.passes import selecting
 from self_judge.recipes import evaluate_judge, run_jsft, run_self_judge
 from self_judge.rollouts import preference_batch
-from self_judge.tournament import knockouts
 
 __all__ = [
     "JSFTTrainer",

@@ -14,14 +14,14 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "ChatEncoder": "prompting.chat_encoder",
     "Comparison": "datatypes",
-    "Judge": "judge",
+    "Judge": "judging.judge",
     "JudgeAugmentedSFTCollator": "jsft",
     "JudgeTemplates": "prompting.judge_templates",
     "SelfJudgeCollator": "prompts",
     "SelfJudgeConfig": "trainer_config",
     "SelfJudgeTrainer": "trainer",
     "Verdict": "datatypes",
-    "tournament_rejection_sampling": "tournament",
+    "tournament_rejection_sampling": "judging.tournament",
 }
 __all__ = [*sorted(_HOME_OF), "__version__"]
 

@@ -28,7 +28,7 @@ from self_judge.datatypes import Comparison, Verdict
 from self_judge.errors import ConfigError, JournalError
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMScorer
-from self_judge.judge import Judge, Orders, aggregate
+from self_judge.judging.judge import Judge, Orders, aggregate
 from self_judge.models import load_tokenizer
 from self_judge.prompting.judge_json import JUDGE_FILE, encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates, dialogue_text

@@ -31,7 +31,8 @@ from self_judge.data import synthetic
 from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.evaluation import Estimate, JudgeQuality, bootstrap_mean, judge_quality, win_rate
 from self_judge.inference.sampling import SamplingSettings, TransformersSampler, stable_seed
-from self_judge.judge import Judge
+from self_judge.judging.judge import Judge
+from self_judge.judging.tournament import judged_knockouts
 from self_judge.models import frozen_reference, load_model
 from self_judge.progress import LiveProgress
 from self_judge.prompting.chat_encoder import ChatEncoder
@@ -41,7 +42,6 @@ from self_judge.report import plotly_is_there, write_report
 from self_judge.self_rejection import bracket_json
 from self_judge.storage.run_dir import BRACKETS, JUDGED
 from self_judge.storage.whole_file import written_whole
-from self_judge.tournament import judged_knockouts
 from self_judge.trainer import SelfJudgeTrainer
 from self_judge.trainer_config import SelfJudgeConfig
 

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.stats import binomtest, bootstrap
 
 from self_judge.datatypes import Verdict
-from self_judge.judge import aggregate
+from self_judge.judging.judge import aggregate
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.evaluation import JudgeQuality, judge_quality, under_principle
 from self_judge.jsft import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.jsft_trainer import JSFTTrainer
-from self_judge.judge import Judge
+from self_judge.judging.judge import Judge
 from self_judge.models import (
     load_model,
     merged_in_full,

@@ -17,8 +17,8 @@ import torch
 
 from self_judge.datatypes import Comparison, Response, Verdict
 from self_judge.inference.sampling import stable_seed
+from self_judge.judging.tournament import Bracket, Compare, knockouts
 from self_judge.storage.whole_file import written_whole
-from self_judge.tournament import Bracket, Compare, knockouts
 
 PairSelection = Literal["best_worst", "best_random"]
 

@@ -19,13 +19,13 @@ from self_judge.datatypes import Message
 from self_judge.errors import JournalError
 from self_judge.inference.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
-from self_judge.judge import Judge
+from self_judge.judging.judge import Judge
+from self_judge.judging.tournament import Bracket, judged_knockouts
 from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting.judge_json import encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.shares import Shares
 from self_judge.storage.jsonl import Journal, open_journal, settings_path
-from self_judge.tournament import Bracket, judged_knockouts
 
 # Lines in memory at a time: all their matches of a round are judged together.
 CHUNK = 256

@@ -33,7 +33,7 @@ from self_judge.datatypes import Comparison, Response
 from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.lockstep import LockstepPacking, check_processes, most_of
 from self_judge.inference.sampling import Sampler, TransformersSampler, stable_seed
-from self_judge.judge import Judge
+from self_judge.judging.judge import Judge
 from self_judge.log_prob_units import LogProbUnits
 from self_judge.lora_layers import lighten
 from self_judge.models import (
