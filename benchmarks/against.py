@@ -42,7 +42,7 @@ import side_by_side as bench
 from self_judge import Comparison, Judge, SelfJudgeTrainer
 from self_judge.data.records import judge_context
 from self_judge.inference.sampling import SamplingSettings, TransformersSampler
-from self_judge.jsft_trainer import JSFTTrainer
+from self_judge.training.jsft.trainer import JSFTTrainer
 
 
 @dataclasses.dataclass

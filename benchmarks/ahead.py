@@ -18,7 +18,7 @@ from datasets import Dataset
 
 import side_by_side as bench
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
-from self_judge.vllm_rollouts import VLLMRollouts
+from self_judge.training.self_training.vllm_sync import VLLMRollouts
 
 SIDES = ("ahead", "in turn")
 STEPS = 3

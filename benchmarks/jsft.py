@@ -17,8 +17,8 @@ from trl import SFTConfig, SFTTrainer
 
 import side_by_side as bench
 from self_judge import JudgeAugmentedSFTCollator
-from self_judge.jsft import jsft_dataset
-from self_judge.jsft_trainer import JSFTTrainer, TwinSampler
+from self_judge.training.jsft.examples import jsft_dataset
+from self_judge.training.jsft.trainer import JSFTTrainer, TwinSampler
 
 
 class Examples(NamedTuple):

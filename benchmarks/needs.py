@@ -22,7 +22,7 @@ from self_judge import SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.estimates import GIB, Setting, Work, memory, seconds, this_cpu
 from self_judge.model_size import empty_model, kept_activations, size_of
 from self_judge.packing.prefix_tree import prefix_rows
-from self_judge.rollouts import preference_batch
+from self_judge.training.self_training.rollouts import preference_batch
 
 SETTINGS: dict[str, dict[str, bool]] = {
     "LoRA": {"adapter": True, "checkpointing": False},

@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 
 import side_by_side as bench
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
-from self_judge.rollouts import preference_batch
+from self_judge.training.self_training.rollouts import preference_batch
 
 
 class Pairs(NamedTuple):

@@ -52,12 +52,12 @@ FLOORS: list[set[str]] = [
         "packing.pass_size",
         "packing.segment_attention",
         "packing.flex_attention",
-        "lora_layers",
+        "training.lora_layers",
         "packing.passes",
         "packing.segment_passes",
         "packing.packing",
         "packing.fused_head",
-        "policy_weights",
+        "training.self_training.policy_weights",
         "inference.decoding",
         "inference.lockstep",
         "inference.sampling",
@@ -71,24 +71,24 @@ FLOORS: list[set[str]] = [
         "inference.vllm.client",
     },
     {
-        "jsft",
-        "jsft_trainer",
+        "training.jsft.examples",
+        "training.jsft.trainer",
         "judging.tournament",
-        "rollouts",
-        "rollouts_ahead",
-        "phases",
-        "log_prob_units",
-        "prompts",
-        "trainer_config",
-        "run_log",
-        "resumption",
-        "update_parts",
-        "preparation",
+        "training.self_training.rollouts",
+        "training.self_training.rollouts_ahead",
+        "training.phases",
+        "training.self_training.logprob_units",
+        "training.self_training.prompts",
+        "training.self_training.config",
+        "training.callbacks",
+        "training.checkpointing",
+        "training.oom_retry",
+        "training.setup",
         "samples",
         "run_needs",
         "traps",
-        "trainer",
-        "vllm_rollouts",
+        "training.self_training.trainer",
+        "training.self_training.vllm_sync",
         "evaluation",
         "calibration",
         "judge_metrics",
@@ -103,7 +103,7 @@ FLOORS: list[set[str]] = [
         "preflight_view",
         "self_rejection",
         "demo",
-        "progress",
+        "training.progress",
         "shares",
         "bulk_judging",
         "judge_eval",
@@ -195,7 +195,9 @@ def test_the_drawing_sees_arrows_and_circles() -> None:
     assert {"datatypes", "prompting.chat_encoder", "models", "prompting.judge_templates"} <= arrows(
         "judging.judge"
     )
-    assert {"judging.judge", "rollouts", "inference.sampling"} <= arrows("trainer")
+    assert {"judging.judge", "training.self_training.rollouts", "inference.sampling"} <= arrows(
+        "training.self_training.trainer"
+    )
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}}) is None
 
@@ -230,13 +232,13 @@ def test_every_public_name_can_be_imported() -> None:
 
 def test_only_the_trainer_knows_trls_dpo_trainer() -> None:
     knowing = [m for m in MODULES if any("DPOTrainer" in name for name in imported(m))]
-    assert knowing == ["trainer"]
+    assert knowing == ["training.self_training.trainer"]
     naming = [
         m
         for m in MODULES
         if any(isinstance(n, ast.Name) and n.id == "DPOTrainer" for n in ast.walk(tree(m)))
     ]
-    assert naming == ["trainer"]
+    assert naming == ["training.self_training.trainer"]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -155,7 +155,7 @@ def test_rationales_come_in_the_order_of_the_letters() -> None:
 def test_every_training_and_adapter_key_is_a_field_of_its_class() -> None:
     trl = pytest.importorskip("trl")
     peft = pytest.importorskip("peft")
-    from self_judge.trainer_config import SelfJudgeConfig
+    from self_judge.training.self_training.config import SelfJudgeConfig
 
     for name in JSFT_FILES + SELF_JUDGE_FILES:
         run = jsft(name) if name in JSFT_FILES else self_judge(name)
@@ -167,7 +167,7 @@ def test_every_training_and_adapter_key_is_a_field_of_its_class() -> None:
 
 def test_self_judge_args_mean_what_the_trainers_settings_of_the_same_name_mean() -> None:
     pytest.importorskip("trl")
-    from self_judge.trainer_config import SelfJudgeConfig
+    from self_judge.training.self_training.config import SelfJudgeConfig
 
     of_the_trainer = {f.name: f.default for f in fields(SelfJudgeConfig)}
     of_the_trainer["loss_type"] = "sigmoid"  # a list there, and the same loss

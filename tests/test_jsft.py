@@ -12,7 +12,7 @@ import torch
 from conftest import TEMPLATES
 from self_judge import ChatEncoder, Comparison, JudgeAugmentedSFTCollator, JudgeTemplates
 from self_judge.datatypes import LabeledPair, PreferenceRecord
-from self_judge.jsft import (
+from self_judge.training.jsft.examples import (
     CUT,
     NO_FIT,
     NO_ROOM,

@@ -17,8 +17,8 @@ from trl import SFTConfig, SFTTrainer
 from conftest import tiny_llama
 from self_judge import ChatEncoder, JudgeAugmentedSFTCollator, JudgeTemplates
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
-from self_judge.jsft import jsft_dataset
-from self_judge.jsft_trainer import JSFTTrainer, TwinSampler
+from self_judge.training.jsft.examples import jsft_dataset
+from self_judge.training.jsft.trainer import JSFTTrainer, TwinSampler
 
 FUSED = pytest.mark.skipif(
     Version(trl.__version__) < Version("1.16"), reason="needs the fused LM head of TRL 1.16"

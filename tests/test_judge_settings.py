@@ -14,12 +14,12 @@ from self_judge import ChatEncoder, Judge, JudgeTemplates
 from self_judge.bulk_judging import JudgeChoice
 from self_judge.config.schema import load_run
 from self_judge.errors import ModelError
-from self_judge.preparation import jsft_wording, self_judge_wording
 from self_judge.prompting.judge_json import (
     encoder_as_taught,
     load_judge_settings,
     save_judge_settings,
 )
+from self_judge.training.setup import jsft_wording, self_judge_wording
 
 # A template that is told how to address the model.
 TOLD = "{{ tone | default('plain') }}: " + CHATML

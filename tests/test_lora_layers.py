@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from conftest import tiny_llama
-from self_judge.lora_layers import lighten
+from self_judge.training.lora_layers import lighten
 
 
 def adapted(dtype: torch.dtype, *, names: tuple[str, ...] = ("default",), **config: Any) -> Any:

@@ -16,8 +16,13 @@ from self_judge.judging.judge import aggregate
 from self_judge.policy_comparison import outcome
 from self_judge.report import CHARTS, json_block, page, write_report
 from self_judge.report_data import Limits, ReportData, collect
-from self_judge.rollouts import Rollout, rollout_metrics, rollout_totals, write_rollouts
 from self_judge.storage.run_dir import BRACKETS, METRICS, append_line, read_lines, rollout_file
+from self_judge.training.self_training.rollouts import (
+    Rollout,
+    rollout_metrics,
+    rollout_totals,
+    write_rollouts,
+)
 
 QUIET = Console(quiet=True)
 HOSTILE = (

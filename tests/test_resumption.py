@@ -17,7 +17,7 @@ from peft import LoraConfig
 from conftest import Make, history, same, weights
 from self_judge.datatypes import Response
 from self_judge.inference.sampling import SamplingSettings, TransformersSampler
-from self_judge.resumption import NotFiniteError
+from self_judge.training.checkpointing import NotFiniteError
 
 LORA = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from self_judge import Comparison, Verdict
 from self_judge.datatypes import Response
-from self_judge.rollouts import (
+from self_judge.training.self_training.rollouts import (
     Rollout,
     judged_rollouts,
     preference_batch,

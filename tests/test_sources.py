@@ -28,7 +28,7 @@ from self_judge.data.sources import (
 from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import DataError
-from self_judge.jsft import jsft_examples, record_from_json, record_to_json
+from self_judge.training.jsft.examples import jsft_examples, record_from_json, record_to_json
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.exists(), reason=f"the real data is not at {DATA}")

@@ -18,10 +18,10 @@ from trl import DPOConfig, DPOTrainer
 
 from conftest import TEMPLATES, Make, history, same, tiny_llama, weights
 from self_judge import SelfJudgeCollator, SelfJudgeConfig, SelfJudgeTrainer
-from self_judge import trainer as trainer_module
 from self_judge.models import load_model, merged
 from self_judge.prompting.judge_json import load_judge_settings
-from self_judge.rollouts import preference_batch
+from self_judge.training.self_training import trainer as trainer_module
+from self_judge.training.self_training.rollouts import preference_batch
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 

@@ -36,8 +36,6 @@ from self_judge.data.sources import load_preferences
 from self_judge.inference.decoding import why_not_shared
 from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.sampling import SamplingSettings, TransformersSampler, seeded_gumbel
-from self_judge.jsft import jsft_dataset
-from self_judge.jsft_trainer import JSFTTrainer, TwinSampler
 from self_judge.judging.tournament import knockouts
 from self_judge.models import load_model, load_tokenizer
 from self_judge.packing import packing as packing_module
@@ -45,7 +43,9 @@ from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import Packing
 from self_judge.packing.passes import selecting
 from self_judge.recipes import evaluate_judge, run_jsft, run_self_judge
-from self_judge.rollouts import preference_batch
+from self_judge.training.jsft.examples import jsft_dataset
+from self_judge.training.jsft.trainer import JSFTTrainer, TwinSampler
+from self_judge.training.self_training.rollouts import preference_batch
 
 __all__ = [
     "JSFTTrainer",

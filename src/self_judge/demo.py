@@ -34,7 +34,6 @@ from self_judge.inference.sampling import SamplingSettings, TransformersSampler,
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import judged_knockouts
 from self_judge.models import frozen_reference, load_model
-from self_judge.progress import LiveProgress
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.recipes import jsft_trainer, save_jsft
@@ -42,8 +41,9 @@ from self_judge.report import plotly_is_there, write_report
 from self_judge.self_rejection import bracket_json
 from self_judge.storage.run_dir import BRACKETS, JUDGED
 from self_judge.storage.whole_file import written_whole
-from self_judge.trainer import SelfJudgeTrainer
-from self_judge.trainer_config import SelfJudgeConfig
+from self_judge.training.progress import LiveProgress
+from self_judge.training.self_training.config import SelfJudgeConfig
+from self_judge.training.self_training.trainer import SelfJudgeTrainer
 
 SIZES = (1, 4, 16)  # N of self-rejection
 SHOWN_BRACKETS = 12  # tournaments kept for the report

@@ -27,23 +27,11 @@ from self_judge.data.records import judge_context
 from self_judge.data.sources import PreferenceData
 from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.estimates import Sharding
-from self_judge.jsft import jsft_dataset
 from self_judge.model_size import empty_model, shallow_model, size_of
 from self_judge.models import vocabulary_fits
-from self_judge.preparation import (
-    jsft_config,
-    jsft_wording,
-    load_data,
-    lora_config,
-    prompt_rows,
-    self_judge_config,
-    self_judge_wording,
-    this_machine,
-)
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.prompts import PromptPreparer
 from self_judge.run_needs import (
     Needs,
     comparisons_per_prompt,
@@ -54,6 +42,18 @@ from self_judge.run_needs import (
     setting_of,
 )
 from self_judge.samples import Figures, Sample, figures_of, jsft_samples, sample_of
+from self_judge.training.jsft.examples import jsft_dataset
+from self_judge.training.self_training.prompts import PromptPreparer
+from self_judge.training.setup import (
+    jsft_config,
+    jsft_wording,
+    load_data,
+    lora_config,
+    prompt_rows,
+    self_judge_config,
+    self_judge_wording,
+    this_machine,
+)
 from self_judge.traps import Finding, share_trap
 
 T = TypeVar("T")

@@ -27,8 +27,6 @@ from self_judge.console import neutral
 from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.evaluation import JudgeQuality, judge_quality, under_principle
-from self_judge.jsft import JudgeAugmentedSFTCollator, jsft_dataset
-from self_judge.jsft_trainer import JSFTTrainer
 from self_judge.judging.judge import Judge
 from self_judge.models import (
     load_model,
@@ -37,7 +35,17 @@ from self_judge.models import (
     vocabulary_fits,
     within_context,
 )
-from self_judge.preparation import (
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_json import save_judge_settings
+from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.storage.atomic import LAST, files_written_whole, last_whole
+from self_judge.storage.run_dir import RUN
+from self_judge.storage.whole_file import written_whole
+from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
+from self_judge.training.jsft.trainer import JSFTTrainer
+from self_judge.training.progress import LiveProgress
+from self_judge.training.self_training.trainer import SelfJudgeTrainer
+from self_judge.training.setup import (
     Say,
     jsft_config,
     jsft_wording,
@@ -49,14 +57,6 @@ from self_judge.preparation import (
     self_judge_wording,
     this_machine,
 )
-from self_judge.progress import LiveProgress
-from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_json import save_judge_settings
-from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.storage.atomic import LAST, files_written_whole, last_whole
-from self_judge.storage.run_dir import RUN
-from self_judge.storage.whole_file import written_whole
-from self_judge.trainer import SelfJudgeTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from self_judge.estimates import (
     this_cpu,
 )
 from self_judge.model_size import FourBits, Kept, Size, kept_activations, size_of
-from self_judge.rollouts import PairSelection, select_pairs
+from self_judge.training.self_training.rollouts import PairSelection, select_pairs
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ from self_judge.data.records import first_question
 from self_judge.data.sources import PreferenceData
 from self_judge.datatypes import Message
 from self_judge.inference.decoding import why_not_shared
-from self_judge.jsft import CUT, NO_FIT, NO_ROOM
 from self_judge.model_size import Size
 from self_judge.models import unwrapped
 from self_judge.packing.packing import Packing
@@ -30,6 +29,7 @@ from self_judge.prompting.judge_json import JudgeSettings
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.run_needs import Needs
 from self_judge.storage.atomic import LAST, last_whole
+from self_judge.training.jsft.examples import CUT, NO_FIT, NO_ROOM
 
 Level = Literal["problem", "warning", "note"]
 

@@ -34,8 +34,6 @@ from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.lockstep import LockstepPacking, check_processes, most_of
 from self_judge.inference.sampling import Sampler, TransformersSampler, stable_seed
 from self_judge.judging.judge import Judge
-from self_judge.log_prob_units import LogProbUnits
-from self_judge.lora_layers import lighten
 from self_judge.models import (
     frozen_reference,
     keep_freed_memory,
@@ -47,7 +45,6 @@ from self_judge.models import (
 from self_judge.packing.fused_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.pass_size import settled_tokens
-from self_judge.phases import StepClock
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import (
     encoder_as_taught,
@@ -55,9 +52,25 @@ from self_judge.prompting.judge_json import (
     save_judge_settings,
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.prompts import COLUMNS, PromptPreparer, SelfJudgeCollator, fits
-from self_judge.resumption import ResumableTraining
-from self_judge.rollouts import (
+from self_judge.storage.run_dir import rollout_file, thin_rollouts
+from self_judge.training.callbacks import RunLog, kl_estimate
+from self_judge.training.checkpointing import ResumableTraining
+from self_judge.training.lora_layers import lighten
+from self_judge.training.oom_retry import UpdateInParts
+from self_judge.training.phases import StepClock
+from self_judge.training.self_training.config import (
+    SelfJudgeConfig,
+    as_self_judge_config,
+    with_values,
+)
+from self_judge.training.self_training.logprob_units import LogProbUnits
+from self_judge.training.self_training.prompts import (
+    COLUMNS,
+    PromptPreparer,
+    SelfJudgeCollator,
+    fits,
+)
+from self_judge.training.self_training.rollouts import (
     Rollout,
     judged_rollouts,
     preference_batch,
@@ -65,12 +78,8 @@ from self_judge.rollouts import (
     rollout_totals,
     write_rollouts,
 )
-from self_judge.rollouts_ahead import BatchesAhead, SamplesAhead
-from self_judge.run_log import RunLog, kl_estimate
-from self_judge.storage.run_dir import rollout_file, thin_rollouts
-from self_judge.trainer_config import SelfJudgeConfig, as_self_judge_config, with_values
-from self_judge.update_parts import UpdateInParts
-from self_judge.vllm_rollouts import VLLMRollouts
+from self_judge.training.self_training.rollouts_ahead import BatchesAhead, SamplesAhead
+from self_judge.training.self_training.vllm_sync import VLLMRollouts
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -19,7 +19,7 @@ from self_judge.config.schema import LOSS_TYPES, PackingChoice, VLLMMode
 from self_judge.config.yaml import unknown_key
 from self_judge.inference.sampling import SamplingSettings
 from self_judge.packing.packing import check_choice
-from self_judge.rollouts import PairSelection
+from self_judge.training.self_training.rollouts import PairSelection
 
 
 @dataclass

@@ -31,7 +31,7 @@ from self_judge.models import load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings, encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.trainer_config import SelfJudgeConfig
+from self_judge.training.self_training.config import SelfJudgeConfig
 
 Say = Callable[[str], None]
 

@@ -24,15 +24,15 @@ from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.colocated import VLLMEngine
 from self_judge.inference.vllm.protocol import Engine, VLLMSampler, VLLMScorer
 from self_judge.models import in_evaluation_mode
-from self_judge.policy_weights import (
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.training.self_training.config import SelfJudgeConfig
+from self_judge.training.self_training.policy_weights import (
     adapter_tensors,
     checkpoint_weights,
     lora_config,
     lora_rank,
     save_adapter,
 )
-from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.trainer_config import SelfJudgeConfig
 
 logger = logging.getLogger(__name__)
 
