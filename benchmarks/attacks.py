@@ -27,7 +27,7 @@ import transformers
 import side_by_side as bench
 from self_judge import Comparison, Judge, JudgeTemplates, Verdict
 from self_judge.data import synthetic
-from self_judge.evaluation import proportion
+from self_judge.evaluation.statistics import proportion
 from self_judge.models import load_model
 
 WAYS = ("attacked first", "attacked second", "both orders")

@@ -30,7 +30,7 @@ from self_judge import ChatEncoder, Judge, tournament_rejection_sampling
 from self_judge.config.schema import load_run
 from self_judge.data.records import judge_context
 from self_judge.data.sources import load_preferences
-from self_judge.evaluation import JudgeQuality
+from self_judge.evaluation.statistics import JudgeQuality
 from self_judge.inference.sampling import SamplingSettings, TransformersSampler
 from self_judge.models import load_model, load_tokenizer
 from self_judge.recipes import evaluate_judge, run_jsft, run_self_judge

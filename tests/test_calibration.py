@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from self_judge import Comparison
-from self_judge.calibration import calibration, confidences, judged_line
+from self_judge.evaluation.calibration import calibration, confidences, judged_line
 from self_judge.judging.judge import aggregate
 
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from self_judge.evaluation import (
+from self_judge.evaluation.statistics import (
     bootstrap_mean,
     judge_quality,
     proportion,

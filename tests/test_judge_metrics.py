@@ -11,8 +11,7 @@ import pytest
 from scipy.stats import bootstrap
 
 from self_judge.datatypes import Verdict
-from self_judge.evaluation import bootstrap_counts
-from self_judge.judge_metrics import (
+from self_judge.evaluation.judge_metrics import (
     JudgedPair,
     JudgeTally,
     Label,
@@ -21,6 +20,7 @@ from self_judge.judge_metrics import (
     credit,
     fleiss_kappa,
 )
+from self_judge.evaluation.statistics import bootstrap_counts
 from self_judge.judging.judge import aggregate
 
 

@@ -25,11 +25,17 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
-from self_judge.calibration import judged_line
 from self_judge.console import neutral
 from self_judge.data import synthetic
 from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.evaluation import Estimate, JudgeQuality, bootstrap_mean, judge_quality, win_rate
+from self_judge.evaluation.calibration import judged_line
+from self_judge.evaluation.statistics import (
+    Estimate,
+    JudgeQuality,
+    bootstrap_mean,
+    judge_quality,
+    win_rate,
+)
 from self_judge.inference.sampling import SamplingSettings, TransformersSampler, stable_seed
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import judged_knockouts

@@ -26,7 +26,7 @@ from self_judge.config.schema import JSFTRun, PackingChoice, SelfJudgeRun
 from self_judge.console import neutral
 from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.evaluation import JudgeQuality, judge_quality, under_principle
+from self_judge.evaluation.statistics import JudgeQuality, judge_quality, under_principle
 from self_judge.judging.judge import Judge
 from self_judge.models import (
     load_model,

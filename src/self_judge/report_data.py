@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from self_judge.calibration import calibration, confidences, share
+from self_judge.evaluation.calibration import calibration, confidences, share
 from self_judge.storage.run_dir import METRICS, RUN, loads, read_lines, rollout_files
 
 RESULTS = "results.json"

@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import bootstrap
 
-from self_judge.evaluation import Estimate
+from self_judge.evaluation.statistics import Estimate
 
 Array = NDArray[np.float64]
 

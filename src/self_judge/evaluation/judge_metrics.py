@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from scipy.stats import binomtest
 
 from self_judge.datatypes import Verdict
-from self_judge.evaluation import Estimate, bootstrap_counts, proportion, under_principle
+from self_judge.evaluation.statistics import Estimate, bootstrap_counts, proportion, under_principle
 
 Label = Literal["a", "b", "tie"]
 BINS = 10  # of confidence, between 0.5 and 1

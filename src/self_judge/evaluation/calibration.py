@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from self_judge.datatypes import Comparison, Side, Verdict
-from self_judge.evaluation import proportion
-from self_judge.judge_metrics import estimate_json
+from self_judge.evaluation.judge_metrics import estimate_json
+from self_judge.evaluation.statistics import proportion
 
 BINS = 10  # of confidence, between 0.5 and 1, which is all that a preferred response can have
 
