@@ -95,8 +95,8 @@ FLOORS: list[set[str]] = [
         "evaluation.length_control",
     },
     {
-        "report",
-        "report_data",
+        "reporting.page",
+        "reporting.collect",
         "serving",
         "recipes",
         "preflight",
@@ -107,7 +107,7 @@ FLOORS: list[set[str]] = [
         "shares",
         "bulk_judging",
         "judge_eval",
-        "evaluation_page",
+        "reporting.evaluation_page",
         "policy_comparison",
         "cli",
         "__main__",
@@ -254,5 +254,5 @@ def test_no_module_swallows_every_error_or_prints(module: str) -> None:
             assert node.type is not None, f"{module}.py:{node.lineno}: a bare except"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "hasattr", f"{module}.py:{node.lineno}: hasattr"
-            if module not in {"cli", "recipes", "report"}:
+            if module not in {"cli", "recipes", "reporting.page"}:
                 assert node.func.id != "print", f"{module}.py:{node.lineno}: print in the library"

@@ -120,7 +120,7 @@ def test_pictures_are_small() -> None:
 
 
 def test_every_chart_of_the_report_is_explained() -> None:
-    from self_judge.report import CHARTS
+    from self_judge.reporting.page import CHARTS
 
     text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
     explained = ", ".join(row[0].lower() for row in rows(section(text, "## Curves")))

@@ -14,8 +14,8 @@ from self_judge import cli
 from self_judge.datatypes import Response
 from self_judge.judging.judge import aggregate
 from self_judge.policy_comparison import outcome
-from self_judge.report import CHARTS, json_block, page, write_report
-from self_judge.report_data import Limits, ReportData, collect
+from self_judge.reporting.collect import Limits, ReportData, collect
+from self_judge.reporting.page import CHARTS, json_block, page, write_report
 from self_judge.storage.run_dir import BRACKETS, METRICS, append_line, read_lines, rollout_file
 from self_judge.training.self_training.rollouts import (
     Rollout,
@@ -246,7 +246,7 @@ def test_without_plotly_the_command_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_of(tmp_path / "run", 1)
-    monkeypatch.setattr("self_judge.report.plotly_is_there", lambda: False)
+    monkeypatch.setattr("self_judge.reporting.page.plotly_is_there", lambda: False)
     assert cli.main(["report", str(run)]) == 2
     assert "pip install 'self-judge[report]'" in capsys.readouterr().err
     assert not (run / "report.html").exists()

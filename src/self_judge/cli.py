@@ -373,8 +373,8 @@ def _tournament(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from self_judge.report import write_report
-    from self_judge.report_data import Limits
+    from self_judge.reporting.collect import Limits
+    from self_judge.reporting.page import write_report
 
     write_report(arguments.paths, arguments.output, Limits(pairs=arguments.pairs))
 

@@ -43,7 +43,7 @@ from self_judge.models import frozen_reference, load_model
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.recipes import jsft_trainer, save_jsft
-from self_judge.report import plotly_is_there, write_report
+from self_judge.reporting.page import plotly_is_there, write_report
 from self_judge.self_rejection import bracket_json
 from self_judge.storage.run_dir import BRACKETS, JUDGED
 from self_judge.storage.whole_file import written_whole

@@ -31,7 +31,7 @@ from self_judge.console import neutral
 from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
 from self_judge.datatypes import Verdict
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
-from self_judge.evaluation_page import evaluation_page, plotly_is_there
+from self_judge.reporting.evaluation_page import evaluation_page, plotly_is_there
 from self_judge.shares import Shares
 from self_judge.storage.jsonl import read_lines, settings_path
 from self_judge.storage.whole_file import written_whole

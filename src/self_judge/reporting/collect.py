@@ -1,7 +1,7 @@
 """Folders of runs → the plain data of a report: series, pairs, brackets, reliability, settings.
 
 It reads what training, tournaments and evaluations wrote, and keeps it small. It knows nothing of
-HTML (`report.py`).
+HTML (`page.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`self-judge report`: runs, tournaments and evaluations → one HTML page that needs no network.
 
 It puts data, style, script and Plotly into one file, and keeps text from the data from ever being
-markup. What is read from where: `report_data.py`; what is drawn: `page/report.js`.
+markup. What is read from where: `collect.py`; what is drawn: `assets/report.js`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.console import Console
 
 from self_judge import __version__
 from self_judge.console import neutral
-from self_judge.report_data import Limits, ReportData, collect
+from self_judge.reporting.collect import Limits, ReportData, collect
 from self_judge.storage.whole_file import written_whole
 
 
@@ -272,7 +272,7 @@ def page(data: ReportData) -> str:
     Text from the data stands in a JSON block alone, in which no markup can begin or end. Scripts
     run by their hash: of everything else on the page nothing can be run, loaded or sent.
     """
-    parts = files("self_judge") / "page"
+    parts = files("self_judge.reporting") / "assets"
     script = _inline((parts / "report.js").read_text(encoding="utf-8"))
     plotly = _inline(_plotly())
     policy = (
