@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from conftest import SHARED, tiny_llama
+from self_judge.check.cost_model import GIB, GPUS, Setting, Work, gpu_like, memory, seconds
+from self_judge.check.model_size import Kept, Size, empty_model, kept_activations, size_of
+from self_judge.check.workload import comparisons_per_prompt
 from self_judge.errors import ModelError
-from self_judge.estimates import GIB, GPUS, Setting, Work, gpu_like, memory, seconds
-from self_judge.model_size import Kept, Size, empty_model, kept_activations, size_of
-from self_judge.run_needs import comparisons_per_prompt
 
 COMMON: dict[str, Any] = {
     "vocab_size": 300,

@@ -13,17 +13,17 @@ import pytest
 from rich.console import Console
 
 from conftest import CHATML, ROOT, SHARED, byte_bpe, tiny_llama, wrap
+from self_judge.check.check import Report, check
+from self_judge.check.findings import engine_traps
+from self_judge.check.view import neutral, show
 from self_judge.cli import main
 from self_judge.config.schema import ConfigError, kind_of_run, load_run
 from self_judge.data import synthetic
 from self_judge.models import load_tokenizer
-from self_judge.preflight import Report, check
-from self_judge.preflight_view import neutral, show
 from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.storage.atomic import seal
 from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.setup import jsft_wording, load_data
-from self_judge.traps import engine_traps
 
 JSFT = str(ROOT / "configs" / "hh_jsft.yaml")
 TRAIN = str(ROOT / "configs" / "hh_self_judge.yaml")

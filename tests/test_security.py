@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, TEMPLATES, byte_bpe, tiny_llama, wrap
 from self_judge import ChatEncoder, Judge, SelfJudgeConfig, SelfJudgeTrainer
+from self_judge.check.model_size import empty_model
 from self_judge.cli import main
 from self_judge.config.yaml import apply_override, read_yaml
 from self_judge.console import neutral
@@ -35,7 +36,6 @@ from self_judge.data import synthetic
 from self_judge.datatypes import Response
 from self_judge.errors import ConfigError, EncodingError, ModelError
 from self_judge.judging.judge import aggregate
-from self_judge.model_size import empty_model
 from self_judge.models import load_model
 from self_judge.training.self_training.policy_weights import save_adapter
 from self_judge.training.self_training.rollouts import Rollout

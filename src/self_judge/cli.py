@@ -324,8 +324,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
-    from self_judge.preflight import check
-    from self_judge.preflight_view import show
+    from self_judge.check.check import check
+    from self_judge.check.view import show
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own
     transformers_logging.set_verbosity_error()

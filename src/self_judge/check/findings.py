@@ -15,19 +15,19 @@ import torch
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
+from self_judge.check.model_size import Size
+from self_judge.check.workload import Needs
 from self_judge.config.schema import JSFTRun, SelfJudgeArgs, SelfJudgeRun
 from self_judge.data.records import first_question
 from self_judge.data.sources import PreferenceData
 from self_judge.datatypes import Message
 from self_judge.inference.decoding import why_not_shared
-from self_judge.model_size import Size
 from self_judge.models import unwrapped
 from self_judge.packing.packing import Packing
 from self_judge.packing.passes import device_of
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.run_needs import Needs
 from self_judge.storage.atomic import LAST, last_whole
 from self_judge.training.jsft.examples import CUT, NO_FIT, NO_ROOM
 

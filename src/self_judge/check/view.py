@@ -12,11 +12,11 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from self_judge.check.check import Report
+from self_judge.check.cost_model import GIB
+from self_judge.check.examples import Piece, Sample
+from self_judge.check.workload import Needs
 from self_judge.console import neutral
-from self_judge.estimates import GIB
-from self_judge.preflight import Report
-from self_judge.run_needs import Needs
-from self_judge.samples import Piece, Sample
 
 _TRAINED, _CONTROL, _QUIET = "bold black on green", "cyan", "dim"
 _LEVELS = {"problem": "bold red", "warning": "yellow", "note": "green"}

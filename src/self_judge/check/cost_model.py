@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from self_judge.model_size import FourBits, Kept, Size
+from self_judge.check.model_size import FourBits, Kept, Size
 
 Sharding = Literal["none", "zero2", "zero3", "fsdp"]
 GIB = 2**30

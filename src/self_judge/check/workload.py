@@ -14,10 +14,7 @@ from typing import Any
 
 import torch
 
-from self_judge.config.hardware import Machine
-from self_judge.config.schema import JSFTRun, SelfJudgeRun
-from self_judge.datatypes import Comparison, Response, Verdict
-from self_judge.estimates import (
+from self_judge.check.cost_model import (
     GPUS,
     Device,
     Memory,
@@ -30,7 +27,10 @@ from self_judge.estimates import (
     seconds,
     this_cpu,
 )
-from self_judge.model_size import FourBits, Kept, Size, kept_activations, size_of
+from self_judge.check.model_size import FourBits, Kept, Size, kept_activations, size_of
+from self_judge.config.hardware import Machine
+from self_judge.config.schema import JSFTRun, SelfJudgeRun
+from self_judge.datatypes import Comparison, Response, Verdict
 from self_judge.training.self_training.rollouts import PairSelection, select_pairs
 
 

@@ -1,7 +1,7 @@
 """What a run would do, found out before anything is trained: `self-judge check`.
 
 It prepares the run as the recipes do, on some of its records, and gives what it saw as plain data.
-How that is shown: `preflight_view.py`.
+How that is shown: `view.py`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,12 @@ from datasets.utils import (
 )
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from self_judge import traps
-from self_judge.config.hardware import Machine, fit_to_machine
-from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
-from self_judge.data.records import judge_context
-from self_judge.data.sources import PreferenceData
-from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.estimates import Sharding
-from self_judge.model_size import empty_model, shallow_model, size_of
-from self_judge.models import vocabulary_fits
-from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_json import JudgeSettings
-from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.run_needs import (
+from self_judge.check import findings as traps
+from self_judge.check.cost_model import Sharding
+from self_judge.check.examples import Figures, Sample, figures_of, jsft_samples, sample_of
+from self_judge.check.findings import Finding, share_trap
+from self_judge.check.model_size import empty_model, shallow_model, size_of
+from self_judge.check.workload import (
     Needs,
     comparisons_per_prompt,
     device_for,
@@ -41,7 +34,15 @@ from self_judge.run_needs import (
     self_judge_work,
     setting_of,
 )
-from self_judge.samples import Figures, Sample, figures_of, jsft_samples, sample_of
+from self_judge.config.hardware import Machine, fit_to_machine
+from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
+from self_judge.data.records import judge_context
+from self_judge.data.sources import PreferenceData
+from self_judge.datatypes import Comparison, PreferenceRecord
+from self_judge.models import vocabulary_fits
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_json import JudgeSettings
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.self_training.prompts import PromptPreparer
 from self_judge.training.setup import (
@@ -54,7 +55,6 @@ from self_judge.training.setup import (
     self_judge_wording,
     this_machine,
 )
-from self_judge.traps import Finding, share_trap
 
 T = TypeVar("T")
 EXAMPLES = 400  # records that are encoded; all are read
@@ -127,7 +127,7 @@ def check(
     Args:
         config, overrides: as for the run.
         examples: records to encode, evenly spread over the data; 0: all.
-        gpu: estimate for this kind of GPU instead of this machine (a key of `estimates.GPUS`).
+        gpu: estimate for this kind of GPU instead of this machine (a key of `cost_model.GPUS`).
         processes: estimate for so many (default: one per GPU of this machine, or this launch's).
         sharding: how they spread what they hold, where a file for the launcher says it.
 
