@@ -316,7 +316,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a demo in small: JSFT, self-training, labeled verdicts, tournaments."""
     from rich.console import Console
 
-    from self_judge.demo import DemoSettings, run_demo
+    from self_judge.commands.demo import DemoSettings, run_demo
 
     folder = tmp_path_factory.mktemp("report") / "demo"
     settings = DemoSettings(

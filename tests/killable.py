@@ -71,10 +71,10 @@ def serve() -> None:
     """One job after the other."""
     import torch
 
-    import self_judge.recipes
+    import self_judge.commands.train
 
     torch.set_num_threads(1)
-    assert self_judge.recipes
+    assert self_judge.commands.train
     for line in sys.stdin:
         process = os.fork()
         if not process:

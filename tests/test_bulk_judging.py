@@ -20,17 +20,17 @@ import yaml
 from conftest import TEMPLATES
 from fake_vllm import FakeVLLM, serving
 from self_judge import Comparison, Judge, Verdict
-from self_judge.bulk_judging import (
+from self_judge.cli import PACKING, main
+from self_judge.commands.judge import (
     JudgeChoice,
     fingerprint,
     run_judge,
     verdict_from_json,
     verdict_json,
 )
-from self_judge.cli import PACKING, main
+from self_judge.commands.shares import Shares
 from self_judge.config.schema import PackingChoice
 from self_judge.judging.judge import aggregate
-from self_judge.shares import Shares
 
 
 def write(path: Path, *given: dict[str, Any]) -> Path:

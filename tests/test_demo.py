@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from self_judge.demo import DemoSettings, run_demo
+from self_judge.commands.demo import DemoSettings, run_demo
 from self_judge.prompting.judge_json import load_judge_settings
 
 TINY = DemoSettings(

@@ -16,12 +16,12 @@ from peft import PeftModel
 from conftest import ROOT
 from self_judge import Judge
 from self_judge.cli import main, train_main
+from self_judge.commands.train import evaluate_judge, run_jsft, run_self_judge
 from self_judge.config.schema import load_run
 from self_judge.data import synthetic
 from self_judge.datatypes import Comparison
 from self_judge.models import load_model
 from self_judge.prompting.judge_json import load_judge_settings
-from self_judge.recipes import evaluate_judge, run_jsft, run_self_judge
 
 KIND_OF = {"hh": "hh", "uf": "ultrafeedback", "uf_pr": "ultrafeedback"}
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from self_judge.demo import run_demo
+from self_judge.commands.demo import run_demo
 from self_judge.reporting.page import write_report
 from self_judge.storage.run_dir import BRACKETS, append_line
 from test_report import HOSTILE, comparison_of, run_of

@@ -28,6 +28,7 @@ from self_judge import (
     SelfJudgeConfig,
     SelfJudgeTrainer,
 )
+from self_judge.commands.train import evaluate_judge, run_jsft, run_self_judge
 from self_judge.config.schema import load_run
 from self_judge.data import synthetic
 from self_judge.data.files import read_raw
@@ -42,7 +43,6 @@ from self_judge.packing import packing as packing_module
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import Packing
 from self_judge.packing.passes import selecting
-from self_judge.recipes import evaluate_judge, run_jsft, run_self_judge
 from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.jsft.trainer import JSFTTrainer, TwinSampler
 from self_judge.training.self_training.rollouts import preference_batch

@@ -18,7 +18,7 @@ from self_judge import __version__
 from self_judge.console import neutral
 
 if TYPE_CHECKING:
-    from self_judge.bulk_judging import JudgeChoice
+    from self_judge.commands.judge import JudgeChoice
     from self_judge.config.schema import RunKind
 
 _BATCH_SIZE = "prompts per pass where they are not packed (default: 8)"
@@ -249,7 +249,7 @@ def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: i
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from self_judge.demo import run_demo
+    from self_judge.commands.demo import run_demo
 
     run_demo(seed=arguments.seed, output=arguments.output)
 
@@ -274,14 +274,14 @@ def _train(arguments: argparse.Namespace) -> None:
         sys.stderr.flush()
         os.execv(command[0], command)
 
-    from self_judge import recipes
+    from self_judge.commands import train
 
     try:
         if arguments.kind == "jsft":
-            recipes.run_jsft(jsft)
+            train.run_jsft(jsft)
         else:
-            recipes.run_self_judge(self_judge)
-    except recipes.TrainingStopped as stopped:
+            train.run_self_judge(self_judge)
+    except train.TrainingStopped as stopped:
         # For whoever is pre-empted that is the end of a good run.
         if PartialState().is_main_process:
             print(f"{stopped}\ngo on with: {_resuming(sys.argv)}", file=sys.stderr)
@@ -350,7 +350,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _tournament(arguments: argparse.Namespace) -> None:
-    from self_judge.self_rejection import run_tournament
+    from self_judge.commands.tournament import run_tournament
 
     run_tournament(
         arguments.input,
@@ -380,7 +380,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _choice(arguments: argparse.Namespace, model: str) -> JudgeChoice:
-    from self_judge.bulk_judging import JudgeChoice
+    from self_judge.commands.judge import JudgeChoice
 
     return JudgeChoice(
         model,
@@ -396,8 +396,8 @@ def _choice(arguments: argparse.Namespace, model: str) -> JudgeChoice:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    from self_judge.commands.eval import JudgeEvaluation, compared_judge, run_eval
     from self_judge.data.benchmarks import BenchmarkSource
-    from self_judge.judge_eval import JudgeEvaluation, compared_judge, run_eval
 
     splits = tuple(name.strip() for name in arguments.split.split(",") if name.strip())
     sources = [
@@ -416,8 +416,8 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    from self_judge.commands.compare import Contest, run_compare
     from self_judge.inference.sampling import SamplingSettings
-    from self_judge.policy_comparison import Contest, run_compare
 
     run_compare(
         Contest(
@@ -441,7 +441,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _judge(arguments: argparse.Namespace) -> None:
-    from self_judge.bulk_judging import run_judge
+    from self_judge.commands.judge import run_judge
 
     run_judge(
         arguments.input,

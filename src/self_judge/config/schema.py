@@ -1,7 +1,8 @@
 """Typed run configurations, from a YAML file, the files it extends, and `key.path=value` overrides.
 
 Knows what a run may ask for and says at once what is wrong with it. It does not know torch, the
-trainers or the machine: `hardware.py` fits a run to the machine, `recipes.py` carries it out.
+trainers or the machine: `hardware.py` fits a run to the machine, `commands/train.py` carries it
+out.
 """
 
 from __future__ import annotations

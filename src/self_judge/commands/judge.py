@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from self_judge.commands.shares import Shares
 from self_judge.config.schema import PackingChoice, TemplateArgs
 from self_judge.config.yaml import build, read_yaml
 from self_judge.console import neutral
@@ -32,7 +33,6 @@ from self_judge.judging.judge import Judge, Orders, aggregate
 from self_judge.models import load_tokenizer
 from self_judge.prompting.judge_json import JUDGE_FILE, encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates, dialogue_text
-from self_judge.shares import Shares
 from self_judge.storage.jsonl import Journal, open_journal, settings_path
 
 CHUNK = 64  # comparisons judged between two writes: what a kill costs at most

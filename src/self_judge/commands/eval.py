@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from self_judge import __version__
-from self_judge.bulk_judging import (
+from self_judge.commands.judge import (
     CHUNK,
     Case,
     JudgeChoice,
@@ -27,12 +27,12 @@ from self_judge.bulk_judging import (
     verdict_from_json,
     verdict_json,
 )
+from self_judge.commands.shares import Shares
 from self_judge.console import neutral
 from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
 from self_judge.datatypes import Verdict
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
 from self_judge.reporting.evaluation_page import evaluation_page, plotly_is_there
-from self_judge.shares import Shares
 from self_judge.storage.jsonl import read_lines, settings_path
 from self_judge.storage.whole_file import written_whole
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from self_judge.bulk_judging import JudgeChoice, fingerprint
+from self_judge.commands.judge import JudgeChoice, fingerprint
+from self_judge.commands.shares import Shares
 from self_judge.datatypes import Message
 from self_judge.errors import JournalError
 from self_judge.inference.sampling import SamplingSettings, TransformersSampler, stable_seed
@@ -24,7 +25,6 @@ from self_judge.judging.tournament import Bracket, judged_knockouts
 from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting.judge_json import encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.shares import Shares
 from self_judge.storage.jsonl import Journal, open_journal, settings_path
 
 # Lines in memory at a time: all their matches of a round are judged together.

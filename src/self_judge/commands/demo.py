@@ -25,6 +25,8 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
+from self_judge.commands.tournament import bracket_json
+from self_judge.commands.train import jsft_trainer, save_jsft
 from self_judge.console import neutral
 from self_judge.data import synthetic
 from self_judge.datatypes import Comparison, PreferenceRecord
@@ -42,9 +44,7 @@ from self_judge.judging.tournament import judged_knockouts
 from self_judge.models import frozen_reference, load_model
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.recipes import jsft_trainer, save_jsft
 from self_judge.reporting.page import plotly_is_there, write_report
-from self_judge.self_rejection import bracket_json
 from self_judge.storage.run_dir import BRACKETS, JUDGED
 from self_judge.storage.whole_file import written_whole
 from self_judge.training.progress import LiveProgress

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from self_judge import __version__
-from self_judge.bulk_judging import (
+from self_judge.commands.judge import (
     CHUNK,
     Case,
     JudgeChoice,
@@ -29,6 +29,7 @@ from self_judge.bulk_judging import (
     verdict_from_json,
     verdict_json,
 )
+from self_judge.commands.shares import Shares
 from self_judge.console import neutral
 from self_judge.data.files import read_raw, reader_of
 from self_judge.data.records import Place
@@ -42,7 +43,6 @@ from self_judge.inference.sampling import SamplingSettings, TransformersSampler,
 from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting.judge_json import encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.shares import Shares
 from self_judge.storage.jsonl import Journal, open_journal, read_lines, settings_path
 from self_judge.storage.whole_file import written_whole
 
