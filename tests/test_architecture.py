@@ -1,7 +1,7 @@
-"""The house: which module may lean on which, and what stays out of the light floors.
+"""The house: which package may lean on which, and what stays out of the light ones.
 
-Every module stands on a floor (docs/architecture.md). It may import from its own floor, without
-cycles, and from the floors below.
+`ORDER` names what stands in the package's folder: modules and packages. A module imports from its
+own package and from what stands earlier, and no modules import each other in a circle.
 """
 
 from __future__ import annotations
@@ -17,107 +17,21 @@ import self_judge
 
 PACKAGE = Path(self_judge.__file__).parent
 
-FLOORS: list[set[str]] = [
-    {
-        "errors",
-        "datatypes",
-        "prompting.judge_templates",
-        "config.schema",
-        "config.hardware",
-        "config.yaml",
-        "storage.whole_file",
-        "storage.run_dir",
-        "storage.jsonl",
-        "storage.atomic",
-        "console",
-    },
-    {
-        "prompting.text_tokenizer",
-        "packing.prefix_tree",
-        "packing.chunked_prefill",
-        "prompting.chat_encoder",
-        "data.sources",
-        "data.records",
-        "data.dialogues",
-        "data.ultrafeedback",
-        "data.files",
-        "data.synthetic",
-        "data.toy_world",
-        "data.benchmarks",
-    },
-    {
-        "models",
-        "prompting.judge_json",
-        "packing.exactness",
-        "packing.pass_size",
-        "packing.segment_attention",
-        "packing.flex_attention",
-        "training.lora_layers",
-        "packing.passes",
-        "packing.segment_passes",
-        "packing.packing",
-        "packing.fused_head",
-        "training.self_training.policy_weights",
-        "inference.decoding",
-        "inference.lockstep",
-        "inference.sampling",
-        "inference.letter_scoring",
-        "check.model_size",
-        "out_of_memory",
-        "check.cost_model",
-        "judging.judge",
-        "inference.vllm.protocol",
-        "inference.vllm.colocated",
-        "inference.vllm.client",
-    },
-    {
-        "training.jsft.examples",
-        "training.jsft.trainer",
-        "judging.tournament",
-        "training.self_training.rollouts",
-        "training.self_training.rollouts_ahead",
-        "training.phases",
-        "training.self_training.logprob_units",
-        "training.self_training.prompts",
-        "training.self_training.config",
-        "training.callbacks",
-        "training.checkpointing",
-        "training.oom_retry",
-        "training.setup",
-        "check.examples",
-        "check.workload",
-        "check.findings",
-        "training.self_training.trainer",
-        "training.self_training.vllm_sync",
-        "evaluation.statistics",
-        "evaluation.calibration",
-        "evaluation.judge_metrics",
-        "evaluation.length_control",
-    },
-    {
-        "reporting.page",
-        "reporting.collect",
-        "serving",
-        "commands.train",
-        "check.check",
-        "check.view",
-        "commands.tournament",
-        "commands.demo",
-        "training.progress",
-        "commands.shares",
-        "commands.judge",
-        "commands.eval",
-        "reporting.evaluation_page",
-        "commands.compare",
-        "cli",
-        "__main__",
-    },
-]
-FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+ORDER = (
+    *("datatypes", "errors", "console", "storage", "prompting", "config", "data"),
+    *("out_of_memory", "models", "packing", "inference", "judging", "training", "evaluation"),
+    *("reporting", "check", "commands", "cli", "__main__"),
+)
+LIGHT = ORDER[: ORDER.index("data") + 1]  # import without torch
+NAMES_AT_THE_ENTRANCE = 22
+MODULES_IN_A_FOLDER = 10
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")
     if path.stem != "__init__"
+)
+PACKAGES = sorted(
+    ".".join(path.parent.relative_to(PACKAGE).parts) for path in PACKAGE.glob("*/**/__init__.py")
 )
 HEAVY = ("torch", "trl", "peft", "accelerate", "transformers.modeling_utils")
 
@@ -173,17 +87,35 @@ def python(code: str) -> str:
     return result.stdout.strip()
 
 
-def test_every_module_stands_on_a_floor() -> None:
-    assert len(FLOOR_OF) == sum(map(len, FLOORS)), "a module stands on two floors"
-    homeless = sorted(set(MODULES) - set(FLOOR_OF))
-    assert not homeless, f"give these a floor here and in docs/architecture.md: {homeless}"
+def rank(module: str) -> int:
+    """Where a module, or the package that holds it, stands in `ORDER`."""
+    return ORDER.index(module.split(".")[0])
+
+
+def test_everything_at_the_entrance_stands_once_in_the_order() -> None:
+    assert sorted(ORDER) == sorted({module.split(".")[0] for module in MODULES})
+
+
+def test_nothing_at_the_entrance_hides_a_module_of_python() -> None:
+    """`python -m self_judge` starts itself again by the path of its file, one process per GPU.
+
+    Python then looks for every module in this folder first.
+    """
+    assert not set(ORDER) & sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_module_leans_on_a_floor_above(module: str) -> None:
-    floor = FLOOR_OF.get(module, len(FLOORS))
-    above = sorted(name for name in arrows(module) if FLOOR_OF.get(name, 0) > floor)
-    assert not above, f"{module} (floor {floor}) imports from above: {above}"
+def test_a_module_imports_from_its_package_and_from_earlier_ones(module: str) -> None:
+    later = sorted(name for name in arrows(module) if rank(name) > rank(module))
+    assert not later, f"{module} imports from what stands later: {later}"
+
+
+def test_folders_stay_small_enough_to_be_read_at_a_glance() -> None:
+    names = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(names) <= NAMES_AT_THE_ENTRANCE, sorted(names)
+    for package in PACKAGES:
+        modules = [name for name in MODULES if name.rpartition(".")[0] == package]
+        assert len(modules) <= MODULES_IN_A_FOLDER, f"{package}: {modules}"
 
 
 def test_no_modules_lean_on_each_other_in_a_circle() -> None:
@@ -192,20 +124,17 @@ def test_no_modules_lean_on_each_other_in_a_circle() -> None:
 
 def test_the_drawing_sees_arrows_and_circles() -> None:
     # Were the reading of imports broken, the tests above would pass on anything.
-    assert {"datatypes", "prompting.chat_encoder", "models", "prompting.judge_templates"} <= arrows(
-        "judging.judge"
-    )
-    assert {"judging.judge", "training.self_training.rollouts", "inference.sampling"} <= arrows(
-        "training.self_training.trainer"
-    )
+    judge, trainer = "judging.judge", "training.self_training.trainer"
+    assert {"datatypes", "prompting.chat_encoder", "models"} <= arrows(judge)
+    assert {judge, "training.self_training.rollouts", "inference.sampling"} <= arrows(trainer)
+    assert rank(judge) < rank(trainer)
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}}) is None
 
 
-def test_the_light_floors_import_without_the_heavy_libraries() -> None:
-    light = sorted((FLOORS[0] | FLOORS[1]) & set(MODULES))
-    names = [f"self_judge.{name}" for name in light]
-    assert len(names) >= 3
+def test_the_light_packages_import_without_the_heavy_libraries() -> None:
+    names = [f"self_judge.{module}" for module in MODULES if module.split(".")[0] in LIGHT]
+    assert len(names) >= len(LIGHT)
     code = (
         f"import importlib, sys, self_judge; self_judge.__dir__()\n"
         f"for name in {names!r}: importlib.import_module(name)\n"
@@ -214,7 +143,6 @@ def test_the_light_floors_import_without_the_heavy_libraries() -> None:
     assert python(code) == "[]"
 
 
-@pytest.mark.skipif("cli" not in MODULES, reason="there is no command line yet")
 def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     code = f"import sys, self_judge.cli; print([n for n in {HEAVY!r} if n in sys.modules])"
     assert python(code) == "[]"
@@ -245,6 +173,14 @@ def test_only_the_trainer_knows_trls_dpo_trainer() -> None:
 def test_every_module_says_what_it_does(module: str) -> None:
     docstring = ast.get_docstring(tree(module)) or ""
     assert len(docstring) > 80, f"{module}.py: what it does, and what it does not know"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_is_one_docstring_of_what_it_knows_and_may_import(package: str) -> None:
+    init = tree(f"{package}.__init__")
+    docstring = ast.get_docstring(init) or ""
+    assert len(init.body) == 1, "a name has one place: import it from its module"
+    assert all(words in docstring for words in ("It knows", "not", "import")), package
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from conftest import ROOT
 from self_judge import Verdict
 from self_judge.config import schema
-from test_architecture import FLOORS, MODULES
+from test_architecture import ORDER, PACKAGES, tree
 
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -76,15 +77,15 @@ def test_every_settings_class_and_section_is_described() -> None:
     assert {row[0].strip("`") for row in rows(section(CONFIGURATION, "## Sections"))} == sections
 
 
-def test_the_drawing_of_the_house_has_every_module_on_its_floor() -> None:
+def test_the_drawing_of_the_house_has_every_package_in_its_order_as_it_describes_itself() -> None:
     drawing = ARCHITECTURE[ARCHITECTURE.index("```text\n") :].split("```")[1]
-    drawn: list[set[str]] = []
-    for line in drawing.splitlines()[1:]:
-        if line.startswith("floor "):
-            drawn.append(set())
-        elif line.strip():
-            drawn[-1].add(line.split()[0])
-    assert drawn == [floor & set(MODULES) for floor in FLOORS]
+    drawn = [line.split(maxsplit=1) for line in drawing.splitlines()[1:]]
+    inner = {name.split(".")[1]: name for name in PACKAGES if "." in name}
+    assert [name for name, _ in drawn if name not in inner] == list(ORDER)
+    said = {inner.get(name, name): phrase for name, phrase in drawn}
+    for package in PACKAGES:
+        docstring = ast.get_docstring(tree(f"{package}.__init__")) or ""
+        assert said[package] == docstring.splitlines()[0].rstrip("."), package
 
 
 def test_every_override_of_the_seam_is_in_the_text() -> None:

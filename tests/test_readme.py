@@ -168,11 +168,14 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
 
 def test_the_tree_lists_exactly_the_modules_with_a_phrase_each() -> None:
     (tree,) = [block for block in blocks(README, "text") if "src/self_judge/" in block]
-    rows = [re.split(r" {2,}", line.strip()) for line in tree.splitlines()]
-    assert all(len(row) == 2 and row[1] for row in rows[1:]), "each file has a phrase"
-    inside = [line.strip().split()[0] for line in tree.splitlines() if line.startswith("  ")]
-    files = (path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-    modules = [name for name in files if not name.endswith("__init__.py")]
-    assert sorted(inside) == sorted(modules)
-    for beside in (row[0] for row in rows if row[0] not in inside):
-        assert (ROOT / beside).exists(), beside
+    found, folders = [], [Path()]
+    for line in tree.splitlines():
+        name, *phrase = re.split(r" {2,}", line.strip())
+        assert phrase or name == "src/self_judge/", f"each file has a phrase: {name}"
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[: depth + 1], folders[depth] / name]
+        assert (ROOT / folders[-1]).exists(), folders[-1]
+        if depth and name.endswith(".py"):
+            found.append(ROOT / folders[-1])
+    modules = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(found) == sorted(modules)

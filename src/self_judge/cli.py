@@ -1,4 +1,4 @@
-"""The command `self-judge`. Argument parsing and error lines only; the work is in `recipes`.
+"""The command `self-judge`. Argument parsing and error lines only; the work is in `commands`.
 
 Heavy imports wait until a command needs them, so that help and usage errors are instant.
 """

@@ -1,6 +1,6 @@
 """What a prepared run needs on a device: steps, tokens, judge calls, memory and time.
 
-It turns a run's settings and the lengths of its examples into the work of a step, for `estimates`.
+It turns a run's settings and the lengths of its examples into the work of a step, for `cost_model`.
 It does not know text or data.
 """
 

@@ -1,6 +1,6 @@
 """`self-judge tournament`: JSON lines in, JSON lines out, the best of N responses per line.
 
-It knows files and the order of the work; sampling, judging and brackets are on floors below.
+It knows files and the order of the work; sampling, judging and brackets are in earlier packages.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Wiring only: a run's configuration to data, models and trainers, and its results to disk.
 
-Every step that knows something lives on a floor below; here they are put in order.
+Every step that knows something stands in an earlier package; this module puts them in order.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ class ReportData:
         runs: name, kind, series by metric, run.json and data.json of every run.
         pairs: sampled pairs with their verdicts; see `rollouts.write_rollouts`.
         brackets: tournaments with their contexts and responses.
-        judges: how good a judge was on labeled pairs, with its reliability; see `calibration`.
-        comparisons: how often one policy answers better than another; see `policy_comparison`.
+        judges: how good a judge was on labeled pairs, with its reliability.
+        comparisons: how often one policy answers better than another.
         notes: what was left out, for people.
     """
 
