@@ -1,10 +1,11 @@
 """This checkout against another commit: the same work in turn, each side in a process of its own.
 
-Both processes run this checkout's benchmarks, each on its own `src`, and wait for their turn. The
-rate of the model's matrix products is measured after every round; the floor is the FLOPs of the
-unique tokens at that rate. SmolLM2 on real HH records, LoRA r 8 on all linear layers in training.
+Each process runs the benchmarks of its own commit, which know where its modules are, on the same
+model and data, and waits for its turn. Commits before 850bd10 lack this script. The rate of the
+model's matrix products is measured after every round; the floor is the FLOPs of the unique tokens
+at that rate. SmolLM2 on real HH records, LoRA r 8 on all linear layers in training.
 
-    python benchmarks/against.py --work jsft [--dtype bf16] [--rounds 5] [--commit 9c45c09]
+    python benchmarks/against.py --work jsft [--dtype bf16] [--rounds 5] [--commit 94f1291]
 
 `--work` is one of
 - `jsft`, `update`: forward and backward pass, as `jsft.py` and `update.py` do on the packed side;
@@ -193,13 +194,19 @@ def wait_for_turns(given: argparse.Namespace) -> None:
         print(json.dumps(asked[line.strip()]()), file=answers, flush=True)
 
 
+PARTS = ("src", "benchmarks", "configs")  # what a side needs of its commit
+PLACES = ("model", "data", "tools")  # options of which the default lies beside the checkout
+
+
 class Side:
     """A process that works when told to."""
 
-    def __init__(self, tree: Path) -> None:
+    def __init__(self, tree: Path, given: argparse.Namespace) -> None:
         environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "SELF_JUDGE_TURNS": str(tree)}
+        # By default they are beside the checkout; the last one given counts.
+        places = [f"--{name}={Path(getattr(given, name)).absolute()}" for name in PLACES]
         self.process = subprocess.Popen(
-            [sys.executable, *sys.argv],
+            [sys.executable, str(tree / "benchmarks/against.py"), *sys.argv[1:], *places],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -226,10 +233,10 @@ class Side:
 
 @contextlib.contextmanager
 def sources_of(commit: str) -> Iterator[Path]:
-    """A folder with `src` as it is in a commit."""
+    """A folder with the sources of a commit: `src`, its benchmarks and the run files they read."""
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "src.tar"
-        command = ["git", "-C", str(bench.ROOT), "archive", "-o", str(archive), commit, "src"]
+        command = ["git", "-C", str(bench.ROOT), "archive", "-o", str(archive), commit, *PARTS]
         subprocess.run(command, check=True)
         shutil.unpack_archive(archive, folder, filter="data")
         yield Path(folder)
@@ -238,7 +245,7 @@ def sources_of(commit: str) -> Iterator[Path]:
 def main() -> None:
     """Both sides in turn, and the rate after every round."""
     given = bench.arguments(
-        __doc__, (), work="jsft", commit="9c45c09", batches=1, batch=8, length=1024
+        __doc__, (), work="jsft", commit="94f1291", batches=1, batch=8, length=1024
     )
     if given.work not in WORKS or given.dtype not in ("float32", "bf16"):
         sys.exit(f"--work is one of {', '.join(WORKS)}, --dtype float32 or bf16")
@@ -252,7 +259,7 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the folder is removed
     with sources_of(given.commit) as tree:
-        sides = {"this checkout": Side(bench.ROOT), given.commit: Side(tree)}
+        sides = {"this checkout": Side(bench.ROOT, given), given.commit: Side(tree, given)}
         here = sides["this checkout"]
         flops = here.ask("flops")
         turns: dict[str, list[Any]] = {name: [side.ask("turn")] for name, side in sides.items()}

@@ -79,8 +79,7 @@ def model_of(given: argparse.Namespace) -> Any:
     """The model named, or one of the shape asked for."""
     dtype = getattr(torch, given.dtype)
     if given.shape is None:
-        # By names that older commits know, too (against.py).
-        return load_model(given.model, dtype=dtype).to(given.device)
+        return load_model(given.model, dtype=dtype, device=given.device)
     known = AutoConfig.from_pretrained(given.model)
     config = LlamaConfig(vocab_size=known.vocab_size, max_position_embeddings=4096,
                          **SHAPES[given.shape])  # fmt: skip
