@@ -9,20 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from datasets import Dataset
 from exact import gradients, routes
 from measuring import Check, clean, gib, peak, timed
 from project import (
     Judge,
-    SelfJudgeConfig,
-    SelfJudgeTrainer,
     bench,
     encoder_of,
     pairs_of,
     preference_batch,
-    quiet_training,
     records,
     shaped,
+    updating,
 )
 
 
@@ -81,16 +78,7 @@ def _update(check: Check, shape: str, attention: str) -> dict[str, Any]:
     encoder = encoder_of(check)
     batch = preference_batch(pairs_of(check, encoder, 2 if check.tiny else 8), 0, max_length=1024)
     inputs = [{k: v.to(check.device) for k, v in batch.items()}]
-    trainer: Any = SelfJudgeTrainer(
-        model=shaped(check, shape, attention),
-        args=SelfJudgeConfig(
-            **quiet_training(check, max_length=1024, max_new_tokens=64, save_rollouts=False)
-        ),
-        processing_class=encoder.tokenizer,
-        judge_templates=bench.templates_of(),
-        train_dataset=Dataset.from_list([{"query": "a"}] * 2),
-        peft_config=bench.lora(),
-    )
+    trainer: Any = updating(check, shaped(check, shape, attention))
     trainer.model.train()
 
     def step() -> list[float]:

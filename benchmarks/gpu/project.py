@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from measuring import Check
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -77,6 +78,7 @@ __all__ = [
     "run_self_judge",
     "seeded_gumbel",
     "selecting",
+    "updating",
     "why_not_shared",
 ]
 
@@ -150,6 +152,19 @@ def quiet_training(check: Check, **changes: Any) -> dict[str, Any]:
         "disable_tqdm": True,
         **changes,
     }
+
+
+def updating(check: Check, model: Any, **changes: Any) -> SelfJudgeTrainer:
+    """A self-training with LoRA whose updates are measured; it samples nothing."""
+    asked = {"max_length": 1024, "max_new_tokens": 64, "save_rollouts": False, **changes}
+    return SelfJudgeTrainer(
+        model=model,
+        args=SelfJudgeConfig(**quiet_training(check, **asked)),
+        processing_class=encoder_of(check).tokenizer,
+        judge_templates=bench.templates_of(),
+        train_dataset=Dataset.from_list([{"query": "a"}] * 2),
+        peft_config=bench.lora(),
+    )
 
 
 @contextlib.contextmanager

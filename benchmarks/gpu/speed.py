@@ -30,8 +30,6 @@ from project import (
     Judge,
     JudgeAugmentedSFTCollator,
     SamplingSettings,
-    SelfJudgeConfig,
-    SelfJudgeTrainer,
     TransformersSampler,
     TwinSampler,
     agreement,
@@ -49,6 +47,7 @@ from project import (
     quiet_training,
     records,
     shaped,
+    updating,
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -217,22 +216,17 @@ def _update(check: Check, shape: str) -> None:
     padded = sum(b["input_ids"].numel() for b in batches)
 
     def make(name: str, checkpointing: bool) -> Any:
-        common = quiet_training(check, gradient_checkpointing=checkpointing, max_length=1024)
-        shared = {"processing_class": encoder.tokenizer, "peft_config": bench.lora()}
         if name == "packed":
-            return SelfJudgeTrainer(
-                model=shaped(check, shape),
-                args=SelfJudgeConfig(**common, max_new_tokens=64, save_rollouts=False),
-                judge_templates=bench.templates_of(),
-                train_dataset=Dataset.from_list([{"query": "a"}] * 2),
-                **shared,
-            )
+            return updating(check, shaped(check, shape), gradient_checkpointing=checkpointing)
         rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
         return DPOTrainer(
             model=shaped(check, shape),
-            args=DPOConfig(**common),
+            args=DPOConfig(
+                **quiet_training(check, gradient_checkpointing=checkpointing, max_length=1024)
+            ),
             train_dataset=Dataset.from_list(rows),
-            **shared,
+            processing_class=encoder.tokenizer,
+            peft_config=bench.lora(),
         )
 
     # The reference's forward and the policy's, and in the backward pass of LoRA once more: the

@@ -10,22 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from measuring import Check, seconds_of
 from project import (
     ROOT,
     Judge,
     SamplingSettings,
-    SelfJudgeConfig,
-    SelfJudgeTrainer,
     TransformersSampler,
     bench,
     encoder_of,
     pairs_of,
     preference_batch,
-    quiet_training,
     records,
     shaped,
+    updating,
 )
 from torch.profiler import ProfilerActivity, profile
 
@@ -50,16 +47,7 @@ def waits(check: Check) -> None:
     with check.errors_told(what="update"):
         batch = preference_batch(pairs_of(check, encoder, pairs)[:8], 0, max_length=1024)
         inputs = [{k: v.to(check.device) for k, v in batch.items()}] * 2
-        trainer = SelfJudgeTrainer(
-            model=shaped(check, "smollm2"),
-            args=SelfJudgeConfig(
-                **quiet_training(check, max_length=1024, max_new_tokens=64, save_rollouts=False)
-            ),
-            processing_class=encoder.tokenizer,
-            judge_templates=bench.templates_of(),
-            train_dataset=Dataset.from_list([{"query": "a"}] * 2),
-            peft_config=bench.lora(),
-        )
+        trainer = updating(check, shaped(check, "smollm2"))
         trainer.model.train()
 
         def update() -> None:
