@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
 
 
 class JournalError(ValueError):
-    """A file that cannot be gone on with; the message says why and what to do."""
+    """A file that cannot be resumed; the message says why and what to do."""
 
 
 def in_a_line(error: BaseException) -> str:

@@ -307,7 +307,7 @@ def _prefilled(
 def _parts(
     model: nn.Module, prompts: Sequence[Sequence[int]], order: Sequence[int]
 ) -> list[list[int]]:
-    """Prompts of like lengths, in passes of so many tokens."""
+    """Groups prompts of similar lengths into passes within the token budget."""
     budget = _PREFILL_TOKENS.get(_device(model).type, _PREFILL_TOKENS_ELSEWHERE)
     parts: list[list[int]] = []
     for i in order:  # longest first

@@ -1,4 +1,4 @@
-"""JSON lines that grow chunk by chunk, and are gone on with after any interruption.
+"""JSON lines that grow chunk by chunk, and resume after any interruption.
 
 It knows files and lines. It does not know what stands in a line or how it is computed.
 """
