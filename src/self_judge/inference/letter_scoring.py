@@ -23,6 +23,7 @@ from self_judge.models import (
 from self_judge.out_of_memory import halved
 from self_judge.packing.packing import Packing
 from self_judge.packing.pass_size import busy_tokens
+from self_judge.packing.passes import right_padded
 
 
 class LetterScorer(Protocol):
@@ -145,17 +146,11 @@ class TransformersScorer:
 def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Logits of the token after each prompt, shape `(B, V)`.
 
-    Rows are padded on the right: under a causal mask padding can then reach no prompt, whatever
-    the model's kind of position. Only the last positions reach the LM head.
+    Rows are padded on the right. Only the last positions reach the LM head.
     """
     device = next(model.parameters()).device
     lengths = [len(p) for p in prompts]
-    ids_BT = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, : lengths[row]] = torch.tensor(prompt)
-        mask_BT[row, : lengths[row]] = 1
-    inputs = {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
+    inputs = right_padded(prompts, device)
     last_B = torch.tensor([n - 1 for n in lengths], device=device)
     rows_B = torch.arange(len(prompts), device=device)
     if _takes_logits_to_keep(model):

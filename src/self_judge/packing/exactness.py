@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 
 from self_judge.models import in_evaluation_mode, unwrapped
+from self_judge.packing.passes import device_of, right_padded
 
 # Differences allowed, as shares of the largest logit. With SmolLM2 in bfloat16 another order of the
 # same sums moves a logit by up to 2.8e-2; branches that see each other, or tokens at the wrong
@@ -71,13 +72,7 @@ def padded_logits(called: Any, sequences: Sequence[Sequence[int]]) -> list[torch
     Args:
         called: see `as_called`.
     """
-    device = next(called.parameters()).device
-    ids_BT = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, sequence in enumerate(sequences):
-        ids_BT[row, : len(sequence)] = torch.tensor(sequence)
-        mask_BT[row, : len(sequence)] = 1
-    inputs = {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
+    inputs = right_padded(sequences, device_of(called))
     logits_BTV = called(**inputs, use_cache=False).logits
     return [row[: len(s)] for row, s in zip(logits_BTV, sequences, strict=True)]
 

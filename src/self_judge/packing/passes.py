@@ -141,6 +141,21 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def right_padded(
+    sequences: Sequence[Sequence[int]], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Sequences as the inputs of one pass, `(B, T)` each.
+
+    Under a causal mask, padding on the right reaches no sequence, whatever the kind of position.
+    """
+    ids_BT = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, sequence in enumerate(sequences):
+        ids_BT[row, : len(sequence)] = torch.tensor(sequence)
+        mask_BT[row, : len(sequence)] = 1
+    return {"input_ids": to_device(ids_BT, device), "attention_mask": to_device(mask_BT, device)}
+
+
 def pass_tokens(inner: Any, shape: Shape) -> int:
     return shape.batch_tokens or busy_tokens(inner)
 
@@ -263,7 +278,7 @@ def cache_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
 def _parts(
     group: PrefixGroup, sequences: Sequence[Sequence[int]], most: int, least: int
 ) -> list[PrefixGroup]:
-    """A group in parts of so many tokens at most, and so many members at least."""
+    """Splits a group into parts of at most `most` tokens and at least `least` members."""
     size = max(least, most // max(len(sequences[i]) for i in group.members))
     starts = range(0, len(group.members), size)
     parts = [group.members[start : start + size] for start in starts]
