@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from conftest import byte_bpe, tiny_llama, wrap
-from self_judge.storage.atomic import flaw
+from self_judge.storage.atomic import integrity_error
 from test_processes import ONE, TWO, column, launch, result, same_weights
 
 pytestmark = [
@@ -53,7 +53,7 @@ def test_a_run_is_resumed_from_its_checkpoint(file: str, folder: str, tmp_path: 
     asked: dict[str, Any] = {"file": file, "processes": 2, "model": folder}
     saving = {"save_strategy": "steps", "save_steps": 2}
     whole = result(tmp_path / "whole", **asked, args={**TWO, **saving})
-    assert flaw(tmp_path / "whole" / "checkpoint-2") is None
+    assert integrity_error(tmp_path / "whole" / "checkpoint-2") is None
     resumed = result(
         tmp_path / "resumed", **asked, args=TWO, resume=str(tmp_path / "whole" / "checkpoint-2")
     )

@@ -27,7 +27,13 @@ from self_judge import ChatEncoder
 from self_judge.data import synthetic
 from self_judge.models import load_tokenizer
 from self_judge.prompting.judge_json import save_judge_settings
-from self_judge.storage.atomic import MANIFEST, UNFINISHED, clear_unfinished, flaw, last_whole
+from self_judge.storage.atomic import (
+    MANIFEST,
+    UNFINISHED,
+    clear_unfinished,
+    integrity_error,
+    latest_complete,
+)
 from self_judge.storage.run_dir import METRICS, ROLLOUTS, read_lines
 
 KINDS = ("train", "jsft")
@@ -178,7 +184,7 @@ MOMENTS: dict[str, list[Any]] = {
     "with the optimizer's state half written": ["torch:save", 3, "half"],
     "before a checkpoint is sealed": ["self_judge.training.checkpointing:seal", 2, "before"],
     "before a checkpoint has its name": [
-        "self_judge.training.checkpointing:put_in_place",
+        "self_judge.training.checkpointing:commit",
         2,
         "before",
     ],
@@ -201,7 +207,7 @@ def test_killed_anywhere_the_same_command_ends_as_if_nothing_had_been(
     output = tmp_path / "run"
     argv = place.argv("train", output)
     assert place.command(argv, die_at=MOMENTS[moment]) == -signal.SIGKILL, place.command.said
-    assert all(flaw(folder) is None for folder in output.glob("checkpoint-*"))
+    assert all(integrity_error(folder) is None for folder in output.glob("checkpoint-*"))
     assert place.command(argv) == 0, place.command.said
     assert left(output) == place.undisturbed["train"]
     assert not (output / UNFINISHED).exists()
@@ -223,7 +229,7 @@ def test_killed_at_twenty_moments_a_run_ends_as_if_nothing_had_been(
         ended = place.command(argv, signal_after=(signal.SIGKILL, draw.uniform(0.1, 1.0) * whole))
         if ended == -signal.SIGKILL:
             kills += 1
-            found, _ = last_whole(output)
+            found, _ = latest_complete(output)
             steps.add(found.name if found else "none")
             continue
         assert ended == 0, f"seed {seed}: {place.command.said}"
@@ -251,7 +257,7 @@ def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint_and_the_command_to_
     resume = place.command.said.splitlines()[-1]
     assert resume.startswith(f"go on with: self-judge {kind} ")
     assert resume.endswith(" training_args.resume_from_checkpoint=true")
-    assert flaw(output / "checkpoint-3") is None
+    assert integrity_error(output / "checkpoint-3") is None
     assert not list(output.glob("*.safetensors"))  # none that could be taken for trained
     assert place.command(argv) == 0, place.command.said
     expected, found = place.undisturbed[kind], left(output)
@@ -325,7 +331,7 @@ def test_on_a_full_disk_a_run_says_so_in_one_line_and_its_last_checkpoint_stays_
     assert f"; {output / 'checkpoint-2'} is whole. Make room and start" in last
     assert "Traceback" not in place.command.said
     assert [p.name for p in output.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert flaw(output / "checkpoint-2") is None
+    assert integrity_error(output / "checkpoint-2") is None
     (disk / "filler").unlink()
     assert place.command(argv) == 0, place.command.said
     assert left(output) == place.undisturbed[kind]

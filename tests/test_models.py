@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from conftest import byte_bpe, tiny_llama, wrap
 from self_judge.errors import ModelError
 from self_judge.models import (
+    check_vocabulary,
     float32_logits,
     frozen_reference,
     in_evaluation_mode,
@@ -24,7 +25,6 @@ from self_judge.models import (
     merged,
     own_device,
     unwrapped,
-    vocabulary_fits,
     without_cudnn_attention,
 )
 
@@ -253,11 +253,11 @@ def test_a_tokenizer_that_is_not_there_is_named_in_one_line(tmp_path: Path) -> N
 
 
 def test_a_vocabulary_fits_when_every_token_has_an_embedding(model: Any, tokenizer: Any) -> None:
-    vocabulary_fits(model, tokenizer)
-    vocabulary_fits(adapted(model), tokenizer)
-    vocabulary_fits(tiny_llama(len(tokenizer) + 5), tokenizer)
+    check_vocabulary(model, tokenizer)
+    check_vocabulary(adapted(model), tokenizer)
+    check_vocabulary(tiny_llama(len(tokenizer) + 5), tokenizer)
     with pytest.raises(ModelError, match="resize_token_embeddings"):
-        vocabulary_fits(tiny_llama(len(tokenizer) - 1), tokenizer)
+        check_vocabulary(tiny_llama(len(tokenizer) - 1), tokenizer)
 
 
 def test_logits_for_judging_are_not_rounded_to_the_models_own_type(

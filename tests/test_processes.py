@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from conftest import ROOT, tiny_llama
 from self_judge.inference.lockstep import LockstepPacking, check_processes
 from self_judge.models import load_model
-from self_judge.storage.atomic import flaw
+from self_judge.storage.atomic import integrity_error
 from test_packing import build, sharing
 
 pytestmark = pytest.mark.cpu
@@ -148,7 +148,7 @@ def test_one_process_that_is_told_to_stop_ends_all_after_the_same_step(
     told = result(out, file=file, processes=2, args=TWO, told=True, sharded=sharded)
     assert told["stopped"]
     assert [entry["step"] for entry in told["history"]] == [1, 2]
-    assert flaw(out / "checkpoint-2") is None
+    assert integrity_error(out / "checkpoint-2") is None
     on = result(
         out, file=file, processes=2, args=TWO, sharded=sharded, resume=str(out / "checkpoint-2")
     )

@@ -6,6 +6,9 @@ do.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 
 class ConfigError(ValueError):
     """A run configuration that cannot work; one line: where, what, and what to do."""
@@ -51,3 +54,10 @@ def in_a_line(error: BaseException) -> str:
 
 def _lines(error: BaseException) -> list[str]:
     return [line.strip() for line in str(error).splitlines() if line.strip()]
+
+
+def is_missing(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether this is plainly a path, and nothing is there."""
+    name = str(name_or_path)
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return local and not Path(name).exists()

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -33,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from self_judge.errors import ModelError, _lines, in_a_line
+from self_judge.errors import ModelError, _lines, in_a_line, is_missing
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +251,7 @@ def _weights_named_in_config(path: Path) -> str | None:
     return str(named) if named and not str(named).endswith(safe) else None
 
 
-def share_as_usual(directory: str | os.PathLike[str]) -> None:
+def apply_umask(directory: str | os.PathLike[str]) -> None:
     """Gives the safetensors files of a folder the permissions of any new file in it.
 
     Their library makes them for their owner alone, whatever the umask says; a colleague, or a
@@ -407,7 +408,7 @@ def _linear_in_float32(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Te
     return logits if bias is None else logits + bias
 
 
-def vocabulary_fits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises `ModelError` when the tokenizer has ids that the model has no embedding for."""
     # An adapter on the embeddings wraps them.
     embeddings: torch.nn.Module = model.get_input_embeddings()  # type: ignore[operator]
@@ -423,7 +424,7 @@ def vocabulary_fits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) 
         )
 
 
-def within_context(config: PreTrainedConfig, max_length: int | None) -> int | None:
+def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | None:
     """`max_length`, or the positions that the model was made for where these are fewer.
 
     Beyond them learned positions fail, and rotary ones give what nobody trained; a warning says so.
@@ -452,8 +453,27 @@ def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
     return "there is no such folder" if is_missing(name_or_path) else in_a_line(error)
 
 
-def is_missing(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether this is plainly a path, and nothing is there."""
-    name = str(name_or_path)
-    local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    return local and not Path(name).exists()
+def halve_or_raise(stage: str, size: int, unit: str, error: BaseException) -> int:
+    """Half of `size`, after an error that says that memory is full.
+
+    Args:
+        stage: what was being done, as the warning says it.
+        size: how much was done at a time.
+        unit: of what, in the plural.
+        error: what was raised; anything else than full memory is raised again.
+
+    Raises:
+        BaseException: `error` itself, where it is another one, or where there is nothing to halve.
+    """
+    if not (isinstance(error, Exception) and should_reduce_batch_size(error)) or size <= 1:
+        raise error
+    # The traceback holds the tensors of what failed.
+    error.__traceback__ = None
+    clear_device_cache(garbage_collection=True)
+    half = size // 2
+    logger.warning(
+        "out of memory while %s %d %s at a time: from here on %d, with the same result. A smaller "
+        "setting from the start saves this attempt",
+        stage, size, unit, half,
+    )  # fmt: skip
+    return half

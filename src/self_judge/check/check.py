@@ -39,20 +39,20 @@ from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_ru
 from self_judge.data.records import judge_context
 from self_judge.data.sources import PreferenceData
 from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.models import vocabulary_fits
+from self_judge.models import check_vocabulary
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.self_training.prompts import PromptPreparer
 from self_judge.training.setup import (
+    jsft_chat_setup,
     jsft_config,
-    jsft_wording,
     load_data,
     lora_config,
     prompt_rows,
+    self_judge_chat_setup,
     self_judge_config,
-    self_judge_wording,
     this_machine,
 )
 
@@ -184,7 +184,8 @@ class _Check:
         try:
             args = self._or_refused("training_args", make, self.local, self.machine.processes)
             model, adapted = self._model()
-            encoder, templates, saved = self._wording()
+            make = jsft_chat_setup if jsft else self_judge_chat_setup
+            encoder, settings = self._or_refused("templates", make, self.run)
         except _RefusedError:
             return
         self._about(args, model, encoder)
@@ -193,8 +194,9 @@ class _Check:
         self.report.findings += traps.chat_traps(encoder)
         if isinstance(self.run, SelfJudgeRun):
             name = self.run.model.model_name_or_path
-            self.report.findings += traps.judge_traps(templates, encoder, saved, name)
-        letters = self._letters(encoder, templates, saved)
+            self.report.findings += traps.judge_traps(settings.templates, encoder, name)
+        templates = settings.templates
+        letters = self._letters(encoder, settings)
         train = self._data()
         records = _spread(train.records, self.examples or len(train.records))
         self.report.records, self.report.encoded = len(train.records), len(records)
@@ -258,17 +260,9 @@ class _Check:
             return model, model
         return model, self._or_refused("peft_config", get_peft_model, model, config)
 
-    def _wording(self) -> tuple[ChatEncoder, JudgeTemplates, JudgeSettings | None]:
-        if isinstance(self.run, JSFTRun):
-            return *self._or_refused("templates", jsft_wording, self.run), None
-        wording: tuple[ChatEncoder, JudgeTemplates, JudgeSettings | None] = self._or_refused(
-            "templates", self_judge_wording, self.run
-        )
-        return wording
-
     def _about(self, args: Any, model: Any, encoder: ChatEncoder) -> None:
         try:
-            vocabulary_fits(model, encoder.tokenizer)
+            check_vocabulary(model, encoder.tokenizer)
         except ValueError as error:
             self._problem("model", error)
         run, own = self.run, encoder.chat_template == encoder.tokenizer.chat_template
@@ -289,20 +283,10 @@ class _Check:
             "output": str(args.output_dir),
         }
 
-    def _letters(
-        self, encoder: ChatEncoder, templates: JudgeTemplates, saved: JudgeSettings | None
-    ) -> tuple[int, int] | None:
-        given: tuple[int | None, int | None] = (None, None)
-        if isinstance(self.run, SelfJudgeRun):
-            own = self.run.self_judge_args
-            given = own.token_id_a, own.token_id_b
-            if saved is not None:
-                given = (
-                    saved.token_id_a if given[0] is None else given[0],
-                    saved.token_id_b if given[1] is None else given[1],
-                )
+    def _letters(self, encoder: ChatEncoder, settings: JudgeSettings) -> tuple[int, int] | None:
+        templates = settings.templates
         try:
-            ids = encoder.letter_ids(templates, *given)
+            ids = encoder.letter_ids(templates, settings.token_id_a, settings.token_id_b)
         except ValueError as error:
             self._problem("letters", error)
             return None

@@ -26,9 +26,9 @@ from self_judge.models import unwrapped
 from self_judge.packing.packing import Packing
 from self_judge.packing.passes import device_of
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_json import JudgeSettings
+from self_judge.prompting.judge_json import load_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.storage.atomic import LAST, last_whole
+from self_judge.storage.atomic import LAST, latest_complete
 from self_judge.training.jsft.examples import CUT, NO_FIT, NO_ROOM
 
 Level = Literal["problem", "warning", "note"]
@@ -107,10 +107,9 @@ def _trains_end(encoder: ChatEncoder, user: Message, answer: Message) -> bool:
     return bool(trained) and trained[-1] in encoder.stop_token_ids
 
 
-def judge_traps(
-    templates: JudgeTemplates, encoder: ChatEncoder, saved: JudgeSettings | None, name: str
-) -> Iterator[Finding]:
-    """A judge that is asked otherwise than it was taught (self-training)."""
+def judge_traps(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -> Iterator[Finding]:
+    """Judge settings that differ from those the model was trained with (self-training)."""
+    saved = load_judge_settings(name)
     if saved is None:
         yield Finding(
             "warning",
@@ -268,7 +267,7 @@ def setting_traps(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
             "problem", "training_args.output_dir", "is the model's own folder: it would be replaced"
         )
     elif output.is_dir() and args.resume_from_checkpoint in LAST:
-        found, passed_over = last_whole(output)
+        found, passed_over = latest_complete(output)
         for line in passed_over:
             yield Finding("warning", "training_args.resume_from_checkpoint", line)
         if found is not None:

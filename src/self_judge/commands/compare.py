@@ -43,8 +43,8 @@ from self_judge.inference.sampling import SamplingSettings, TransformersSampler,
 from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting.judge_json import encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.storage.atomic import atomic_write
 from self_judge.storage.jsonl import Journal, open_journal, read_lines, settings_path
-from self_judge.storage.whole_file import written_whole
 
 PAIRS, RESULTS = "pairs.jsonl", "results.json"
 _RESPONSE_FIELDS = ("response", "output")
@@ -152,7 +152,7 @@ def _results(
         "sampling": {**asdict(contest.sampling), "seed": contest.seed},
         **outcome(output / PAIRS, contest.seed),
     }
-    with written_whole(output / RESULTS) as written:
+    with atomic_write(output / RESULTS) as written:
         written.write(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     console.print(_table(results))
     written_to = neutral(f"written to {output}: {RESULTS}, {PAIRS}")

@@ -45,8 +45,8 @@ from self_judge.models import frozen_reference, load_model
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.reporting.page import plotly_is_there, write_report
+from self_judge.storage.atomic import atomic_write
 from self_judge.storage.run_dir import BRACKETS, JUDGED
-from self_judge.storage.whole_file import written_whole
 from self_judge.training.progress import LiveProgress
 from self_judge.training.self_training.config import SelfJudgeConfig
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
@@ -111,7 +111,7 @@ def run_demo(
     )
     gold = _gold_scores(judge, policy, encoder, seed, settings, console, output)
     summary = _summary(seed, time.perf_counter() - started, quality, gold)
-    with written_whole(output / "summary.json") as file:
+    with atomic_write(output / "summary.json") as file:
         file.write(json.dumps(summary, indent=2) + "\n")
     console.print(_table(summary))
     told = neutral(f"{summary['seconds']:.0f} s in all; written to {output}/summary.json")
@@ -173,7 +173,7 @@ def _judge_quality(judge: Judge, seed: int, n: int, output: Path) -> JudgeQualit
         pair = next(p for p in record.pairs if p.principle is None)
         cases.append(Comparison(record.prompt[-1]["content"], pair.chosen, pair.rejected))
     verdicts = judge.compare(cases)
-    with written_whole(output / JUDGED) as file:
+    with atomic_write(output / JUDGED) as file:
         for case, verdict in zip(cases, verdicts, strict=True):
             file.write(json.dumps(judged_line(case, verdict, gold="a"), ensure_ascii=False) + "\n")
     return judge_quality(verdicts)
@@ -262,7 +262,7 @@ def _gold_scores(
             best = [texts[b.winner] for texts, b in zip(own, brackets, strict=True)]
         by_size[size] = scores(best)
     principles = list(judge.templates.principles)
-    with written_whole(output / BRACKETS) as file:  # of the largest N
+    with atomic_write(output / BRACKETS) as file:  # of the largest N
         for i, bracket in enumerate(brackets[:SHOWN_BRACKETS]):
             line = {
                 "context": instructions[i],

@@ -33,8 +33,8 @@ from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_
 from self_judge.datatypes import Verdict
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
 from self_judge.reporting.evaluation_page import evaluation_page, plotly_is_there
+from self_judge.storage.atomic import atomic_write
 from self_judge.storage.jsonl import read_lines, settings_path
-from self_judge.storage.whole_file import written_whole
 
 VERDICTS, RESULTS, PAGE = "verdicts.jsonl", "results.json", "index.html"
 
@@ -128,13 +128,13 @@ def _results(
     }
     if theirs is not None:
         results["compared_with"] = _compared(output / VERDICTS, theirs)
-    with written_whole(output / RESULTS) as file:
+    with atomic_write(output / RESULTS) as file:
         file.write(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print_results(results, console)
     told = neutral(f"written to {output}: {RESULTS}, {VERDICTS}")
     console.print(told, end="", markup=False, highlight=False)
     if plotly_is_there():
-        with written_whole(output / PAGE) as file:
+        with atomic_write(output / PAGE) as file:
             file.write(evaluation_page(results))
         console.print(f", {PAGE}", highlight=False)
     else:

@@ -31,7 +31,7 @@ from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMScorer
 from self_judge.judging.judge import Judge, Orders, aggregate
 from self_judge.models import load_tokenizer
-from self_judge.prompting.judge_json import JUDGE_FILE, encoder_as_taught, load_judge_settings
+from self_judge.prompting.judge_json import JudgeSettings, encoder_as_taught, resolve_judge
 from self_judge.prompting.judge_templates import JudgeTemplates, dialogue_text
 from self_judge.storage.jsonl import Journal, open_journal, settings_path
 
@@ -81,46 +81,46 @@ class JudgeChoice:
             raise ConfigError(f"{self.templates}: {error}") from error
         return args
 
-    def judge_templates(self) -> JudgeTemplates:
-        """The templates it judges with.
+    def resolved(self) -> JudgeSettings:
+        """What it judges with.
 
         Raises:
-            ValueError: there are none, or they cannot work.
+            ValueError: there are no templates, or they cannot work.
         """
         args = self.template_args()
-        templates = args.judge_templates() if args else None
-        if templates is not None:
-            return templates
-        saved = load_judge_settings(self.model)
-        if saved is None:
-            raise ValueError(
-                f"{self.model} has no {JUDGE_FILE} beside it (JSFT writes it): give judge "
-                "templates with --templates FILE, e.g. configs/templates/instructions.yaml"
-            )
-        return saved.templates
+        return resolve_judge(
+            self.model,
+            args.judge_templates() if args else None,
+            remedy="give judge templates with --templates FILE, e.g. "
+            "configs/templates/instructions.yaml",
+        )
+
+    def judge_templates(self) -> JudgeTemplates:
+        return self.resolved().templates
 
     def load(self) -> Judge:
         """The judge; under `accelerate launch` on this process's device."""
-        args, saved = self.template_args(), load_judge_settings(self.model)
+        args, settings = self.template_args(), self.resolved()
         tokenizer = load_tokenizer(
             self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
         asked = (args.chat, args.chat_template_kwargs, (args.user, args.assistant)) if args else ()
-        encoder = encoder_as_taught(tokenizer, saved, *asked)
+        encoder = encoder_as_taught(tokenizer, settings, *asked)
         if self.servers:
-            own = saved if args is None else None
             return Judge(
                 VLLMScorer(VLLMServers(self.servers)),
                 encoder,
-                self.judge_templates(),
-                token_id_a=own.token_id_a if own else None,
-                token_id_b=own.token_id_b if own else None,
+                settings.templates,
+                token_id_a=settings.token_id_a,
+                token_id_b=settings.token_id_b,
                 max_length=self.max_length,
             )
         return Judge.from_pretrained(
             self.model,
-            self.judge_templates() if args is not None else None,
+            settings.templates,
             encoder=encoder,
+            token_id_a=settings.token_id_a,
+            token_id_b=settings.token_id_b,
             batch_size=self.batch_size,
             max_length=self.max_length,
             packing=self.packing,
@@ -131,17 +131,18 @@ class JudgeChoice:
 
     def settings(self) -> dict[str, Any]:
         """What every verdict depends on, as plain data: a resumed run must have the same."""
-        templates = json.dumps(self.judge_templates().to_dict(), sort_keys=True)
-        args, saved = self.template_args(), load_judge_settings(self.model)
+        args, settings = self.template_args(), self.resolved()
+        templates = json.dumps(settings.templates.to_dict(), sort_keys=True)
         asked = (args.chat, args.user, args.assistant, args.chat_template_kwargs) if args else ()
-        taught = (saved.chat_template, dict(saved.chat_template_kwargs)) if saved else ()
+        chat_template = settings.chat_template
+        taught = (chat_template, dict(settings.chat_template_kwargs)) if chat_template else ()
         chat = json.dumps([asked, taught], sort_keys=True)
         return {
             "model": self.model,
             "revision": self.revision,
             "weights": fingerprint(self.model),
             "templates": _hash(templates.encode(), chat.encode()),
-            "principles": list(self.judge_templates().principles),
+            "principles": list(settings.templates.principles),
             "max_length": self.max_length,
             "dtype": self.dtype,
         }

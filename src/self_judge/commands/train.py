@@ -29,32 +29,31 @@ from self_judge.datatypes import Comparison, PreferenceRecord
 from self_judge.evaluation.statistics import JudgeQuality, judge_quality, under_principle
 from self_judge.judging.judge import Judge
 from self_judge.models import (
+    apply_umask,
+    check_vocabulary,
+    clamp_to_context,
     load_model,
     merged_in_full,
-    share_as_usual,
-    vocabulary_fits,
-    within_context,
 )
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.storage.atomic import LAST, files_written_whole, last_whole
+from self_judge.storage.atomic import LAST, atomic_files, atomic_write, latest_complete
 from self_judge.storage.run_dir import RUN
-from self_judge.storage.whole_file import written_whole
 from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.training.jsft.trainer import JSFTTrainer
 from self_judge.training.progress import LiveProgress
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from self_judge.training.setup import (
     Say,
+    jsft_chat_setup,
     jsft_config,
-    jsft_wording,
     load_data,
     lora_config,
     pair_rows,
     prompt_rows,
+    self_judge_chat_setup,
     self_judge_config,
-    self_judge_wording,
     this_machine,
 )
 
@@ -80,7 +79,8 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
     run = _fitted(run, say)
     args = jsft_config(run)
     set_seed(args.seed)
-    encoder, templates = jsft_wording(run)
+    encoder, settings = jsft_chat_setup(run)
+    templates = settings.templates
     data, held_out = load_data(run.dataset, say, rationales=run.uses_rationales)
     model = _load_model(run, merge=True)
     trainer = jsft_trainer(
@@ -130,8 +130,8 @@ def jsft_trainer(
         max_skipped_steps: see `ResumableTraining`.
         say: told how many examples there are and what was cut.
     """
-    vocabulary_fits(model, encoder.tokenizer)
-    max_length = within_context(model.config, max_length)
+    check_vocabulary(model, encoder.tokenizer)
+    max_length = clamp_to_context(model.config, max_length)
     letters = encoder.letter_ids(templates)
 
     def encode(chosen: Sequence[PreferenceRecord]) -> tuple[Dataset, dict[str, int]]:
@@ -174,9 +174,9 @@ def save_jsft(
         trainer.save_model(str(output))
         return output
     if trainer.accelerator.is_main_process:
-        with files_written_whole(output, without=ADAPTER_FILES) as folder:
+        with atomic_files(output, without=ADAPTER_FILES) as folder:
             merged_in_full(model).save_pretrained(folder)
-            share_as_usual(folder)
+            apply_umask(folder)
             tokenizer.save_pretrained(folder)
             save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
     trainer.accelerator.wait_for_everyone()
@@ -196,7 +196,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     run = _fitted(run, say)
     args = self_judge_config(run)
     set_seed(args.seed)
-    encoder, templates, _ = self_judge_wording(run)
+    encoder, settings = self_judge_chat_setup(run)
     data, held_out = load_data(run.dataset, say, rationales=False)
     if held_out is None:
         args.eval_strategy = "no"
@@ -207,12 +207,12 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
         args=args,
         processing_class=encoder.tokenizer,
         encoder=encoder,
-        judge_templates=templates,
+        judge_templates=settings.templates,
         train_dataset=Dataset.from_list(prompt_rows(data.records)),
         eval_dataset=Dataset.from_list(pair_rows(held_out.records)) if held_out else None,
         peft_config=lora_config(run.peft_config),
-        token_id_a=run.self_judge_args.token_id_a,
-        token_id_b=run.self_judge_args.token_id_b,
+        token_id_a=settings.token_id_a,
+        token_id_b=settings.token_id_b,
     )
     _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
     _train(trainer, run, args, say, LiveProgress("self-training", _console(console)))
@@ -318,7 +318,7 @@ def _checkpoint(output: Path, asked: str | bool | None, say: Say) -> str | None:
         return None
     if asked not in LAST:
         return str(asked)
-    found, passed_over = last_whole(output)
+    found, passed_over = latest_complete(output)
     for line in passed_over:
         say(f"warning: {line}")
     return str(found) if found is not None else None
@@ -345,5 +345,5 @@ def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
 def _save_json(path: Path, content: Any) -> None:
     if not PartialState().is_main_process:
         return
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

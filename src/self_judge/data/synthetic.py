@@ -31,7 +31,7 @@ from self_judge.data.toy_world import (
 )
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.storage.whole_file import written_whole
+from self_judge.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -229,7 +229,7 @@ def write_dataset(
     path = Path(path)
     if path.suffix != ".jsonl":
         raise ValueError(f"write_dataset writes JSON lines: {path} should end in .jsonl")
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         for record in _EMITTERS[kind](n, seed, split):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return path

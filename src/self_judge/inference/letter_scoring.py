@@ -16,11 +16,11 @@ import torch
 from self_judge.config.schema import PackingChoice
 from self_judge.models import (
     float32_logits,
+    halve_or_raise,
     in_evaluation_mode,
     unwrapped,
     without_cudnn_attention,
 )
-from self_judge.out_of_memory import halved
 from self_judge.packing.packing import Packing
 from self_judge.packing.pass_size import busy_tokens
 from self_judge.packing.passes import right_padded
@@ -123,13 +123,13 @@ class TransformersScorer:
         if self.packing.shape.one_pass:
             raise error
         if self.packing.decision.route == "off":
-            self.batch_size = halved("judging", self.batch_size, "prompts", error)
+            self.batch_size = halve_or_raise("judging", self.batch_size, "prompts", error)
             return
         shape = self.packing.shape
         tokens = shape.batch_tokens or busy_tokens(self.packing.inner)
         self.packing.shape = replace(
             shape,
-            batch_tokens=halved("judging", tokens, "tokens", error),
+            batch_tokens=halve_or_raise("judging", tokens, "tokens", error),
             split_pairs=True,
         )
 

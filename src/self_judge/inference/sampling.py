@@ -32,8 +32,7 @@ from transformers.generation.logits_process import (
 
 from self_judge.datatypes import Response
 from self_judge.inference.decoding import Most, cache_bytes, decode, why_not_shared
-from self_judge.models import in_evaluation_mode, without_cudnn_attention
-from self_judge.out_of_memory import halved
+from self_judge.models import halve_or_raise, in_evaluation_mode, without_cudnn_attention
 from self_judge.packing.passes import to_device
 from self_judge.prompting.chat_encoder import ChatEncoder
 
@@ -229,7 +228,7 @@ class TransformersSampler:
                 except RuntimeError as error:
                     if sharded:  # processes that share a model sample in step
                         raise
-                    self.batch_size = halved("sampling", count, "responses", error)
+                    self.batch_size = halve_or_raise("sampling", count, "responses", error)
                     batches[number:] = [
                         part for b in batches[number:] for part in _split(b, self.batch_size)
                     ]

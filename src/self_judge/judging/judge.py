@@ -18,12 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from self_judge.config.schema import PackingChoice
 from self_judge.datatypes import Comparison, Side, Verdict
-from self_judge.errors import ModelError
 from self_judge.inference.letter_scoring import LetterScorer, TransformersScorer
-from self_judge.models import is_missing, load_model, load_tokenizer, vocabulary_fits
+from self_judge.models import check_vocabulary, load_model, load_tokenizer
 from self_judge.packing.packing import Packing
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_json import encoder_as_taught, load_judge_settings
+from self_judge.prompting.judge_json import encoder_as_taught, resolve_judge
 from self_judge.prompting.judge_templates import JudgeTemplates
 
 # One principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)
@@ -78,7 +77,7 @@ class Judge:
         )
         self.letter_ids = self.encoder.letter_ids(self.templates, token_id_a, token_id_b)
         if isinstance(model, torch.nn.Module):
-            vocabulary_fits(model, self.encoder.tokenizer)
+            check_vocabulary(model, self.encoder.tokenizer)
             model = TransformersScorer(model, batch_size, packing, batch_tokens)
         self.scorer: LetterScorer = model
         limits = [n for n in (max_length, self.scorer.max_length) if n is not None]
@@ -149,29 +148,18 @@ class Judge:
         Raises:
             ValueError: there is no model, no templates, or a letter is not the saved token.
         """
-        saved = load_judge_settings(name_or_path)
-        if templates is None:
-            if saved is None:
-                if is_missing(name_or_path):
-                    raise ModelError(f"{name_or_path}: there is no such folder")
-                raise ValueError(
-                    f"{name_or_path} has no judge.json beside the model (JSFT writes it): pass "
-                    "the judge templates"
-                )
-            templates = saved.templates
-            token_id_a = saved.token_id_a if token_id_a is None else token_id_a
-            token_id_b = saved.token_id_b if token_id_b is None else token_id_b
+        settings = resolve_judge(name_or_path, templates, token_id_a, token_id_b)
         if encoder is None:
             named = {k: model_kwargs[k] for k in _ALSO_TOKENIZER if k in model_kwargs}
             tokenizer = load_tokenizer(name_or_path, **named)
-            encoder = encoder_as_taught(tokenizer, saved)
+            encoder = encoder_as_taught(tokenizer, settings)
         model = load_model(name_or_path, device=device, **model_kwargs)
         return cls(
             model,
             encoder,
-            templates,
-            token_id_a=token_id_a,
-            token_id_b=token_id_b,
+            settings.templates,
+            token_id_a=settings.token_id_a,
+            token_id_b=settings.token_id_b,
             batch_size=batch_size,
             max_length=max_length,
             packing=packing,

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from self_judge.storage.whole_file import written_whole
+from self_judge.storage.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def settled_tokens(inner: nn.Module, folder: str | Path) -> int:
             settled = [int(json.loads(path.read_text(encoding="utf-8"))["tokens"])]
         else:
             settled = [busy_tokens(inner)]
-            with written_whole(path) as file:
+            with atomic_write(path) as file:
                 file.write(json.dumps({"tokens": settled[0]}) + "\n")
     broadcast_object_list(settled)
     return settled[0]

@@ -1,11 +1,12 @@
-"""What lies beside a model that was taught to judge: judge.json, and the encoder that goes with it.
+"""judge.json beside a model, and the settings that a judge runs with.
 
-Whoever judges later, in training or after it, asks with the templates, the chat template and the
-letters that the model learned.
+`resolve_judge` decides which templates, letters and chat template apply: those given, else those
+that the model was trained with.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from self_judge.errors import ModelError, in_a_line
+from self_judge.errors import ModelError, in_a_line, is_missing
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.storage.whole_file import written_whole
+from self_judge.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,11 +27,14 @@ JUDGE_FILE = "judge.json"
 
 @dataclass(frozen=True, slots=True)
 class JudgeSettings:
-    """What a model was taught to judge with; saved beside its checkpoint as `judge.json`."""
+    """What a model judges with; saved beside its checkpoint as `judge.json`.
+
+    `None` for a letter id: nothing to check the id derived from the tokenizer against.
+    """
 
     templates: JudgeTemplates
-    token_id_a: int
-    token_id_b: int
+    token_id_a: int | None = None
+    token_id_b: int | None = None
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -53,7 +57,7 @@ def save_judge_settings(
         "chat_template_kwargs": encoder.chat_template_kwargs,
     }
     path = Path(directory) / JUDGE_FILE
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
 
@@ -75,6 +79,49 @@ def load_judge_settings(directory: str | os.PathLike[str]) -> JudgeSettings | No
     except (KeyError, TypeError, ValueError) as error:
         why = in_a_line(error)
         raise ModelError(f"{path} is not a judge file written by JSFT: {why}") from error
+
+
+def resolve_judge(
+    name_or_path: str | os.PathLike[str] | None,
+    templates: JudgeTemplates | Mapping[str, Any] | None = None,
+    token_id_a: int | None = None,
+    token_id_b: int | None = None,
+    *,
+    remedy: str = "pass the judge templates",
+) -> JudgeSettings:
+    """The settings in force: the templates given, else those saved beside the model.
+
+    Args:
+        name_or_path: folder or Hub name of the judging model; `None` or empty without one.
+        templates: replace the saved ones, and the saved letter ids with them.
+        token_id_a, token_id_b: replace the saved letter ids.
+        remedy: how the caller is given templates; ends the error message.
+
+    Returns:
+        The settings; chat template and its arguments are the saved ones.
+
+    Raises:
+        ValueError: no templates are given or saved.
+        ModelError: there is no such folder, or its `judge.json` is damaged.
+    """
+    saved = load_judge_settings(name_or_path) if name_or_path else None
+    if templates is None:
+        if saved is None:
+            if name_or_path and is_missing(name_or_path):
+                raise ModelError(f"{name_or_path}: there is no such folder")
+            raise ValueError(
+                f"{name_or_path or 'the model'} has no {JUDGE_FILE} beside it (JSFT writes it): "
+                f"{remedy}"
+            )
+        return dataclasses.replace(
+            saved,
+            token_id_a=saved.token_id_a if token_id_a is None else token_id_a,
+            token_id_b=saved.token_id_b if token_id_b is None else token_id_b,
+        )
+    if not isinstance(templates, JudgeTemplates):
+        templates = JudgeTemplates(templates)
+    chat = (saved.chat_template, saved.chat_template_kwargs) if saved else ()
+    return JudgeSettings(templates, token_id_a, token_id_b, *chat)
 
 
 def encoder_as_taught(

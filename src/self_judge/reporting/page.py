@@ -23,7 +23,7 @@ from rich.console import Console
 from self_judge import __version__
 from self_judge.console import neutral
 from self_judge.reporting.collect import Limits, ReportData, collect
-from self_judge.storage.whole_file import written_whole
+from self_judge.storage.atomic import atomic_write
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -243,7 +243,7 @@ def write_report(
     data = collect(sources, limits)
     first = sources[0] if sources[0].is_dir() else sources[0].parent
     target = Path(output) if output is not None else first / "report.html"
-    with written_whole(target) as file:
+    with atomic_write(target) as file:
         file.write(page(data))
     console = console or Console(stderr=True)
     shown = [

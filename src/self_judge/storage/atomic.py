@@ -1,4 +1,4 @@
-"""Checkpoint folders that are there whole or not at all; it knows files, not what stands in them.
+"""Files and checkpoint folders that are complete or absent; it knows paths, not what they hold.
 
 A checkpoint is written into a folder aside, brought to disk, sealed with a manifest and renamed.
 So a folder under its own name is whole, unless something damaged it later: then it no longer is
@@ -8,18 +8,53 @@ what its manifest says.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-from self_judge.storage.whole_file import sync, written_whole
+from typing import TextIO
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
 # What a run's settings may say for the last whole checkpoint, instead of naming one.
 LAST = (True, "true", "True", "auto")
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[TextIO]:
+    """Opens a text file to write aside; it takes its name only once the block has ended well.
+
+    Args:
+        path: the file to be; missing folders are made. What stood there stays until then, and for
+            good when the block raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    try:
+        # All these files are JSON: a lone surrogate, which data may hold and which has no UTF-8,
+        # becomes JSON's own escape.
+        with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def seal(folder: Path) -> None:
@@ -31,13 +66,13 @@ def seal(folder: Path) -> None:
     }
     for name in files:
         sync(folder / name)
-    with written_whole(folder / MANIFEST) as file:
+    with atomic_write(folder / MANIFEST) as file:
         file.write(json.dumps({"files": files}, indent=2) + "\n")
     for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
         sync(path)
 
 
-def flaw(folder: Path) -> str | None:
+def integrity_error(folder: Path) -> str | None:
     """Why a checkpoint cannot be gone on from; `None` for a whole one."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -55,11 +90,11 @@ def flaw(folder: Path) -> str | None:
     return None
 
 
-def last_whole(folder: Path) -> tuple[Path | None, list[str]]:
+def latest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """The whole checkpoint of the most steps, and a line for each later one that is not whole."""
     passed_over: list[str] = []
     for _, path in sorted(_checkpoints(folder), reverse=True):
-        reason = flaw(path)
+        reason = integrity_error(path)
         if reason is None:
             return path, passed_over
         passed_over.append(f"{path} is passed over: {reason}")
@@ -72,7 +107,7 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
             yield int(match[1]), path
 
 
-def put_in_place(finished: Path, target: Path) -> None:
+def commit(finished: Path, target: Path) -> None:
     """Gives a folder that was written aside its name; what stood under it is taken away first."""
     old = _nameless(target) if target.exists() else None
     finished.rename(target)
@@ -82,7 +117,7 @@ def put_in_place(finished: Path, target: Path) -> None:
 
 
 @contextmanager
-def files_written_whole(target: Path, without: Sequence[str] = ()) -> Iterator[Path]:
+def atomic_files(target: Path, without: Sequence[str] = ()) -> Iterator[Path]:
     """A folder to write files into; they replace those of the target once the block has ended well.
 
     Args:

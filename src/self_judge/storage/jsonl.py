@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from self_judge.errors import JournalError
-from self_judge.storage.whole_file import written_whole
+from self_judge.storage.atomic import atomic_write
 
 
 class Journal:
@@ -65,7 +65,7 @@ class Journal:
 
     def _note(self) -> None:
         noted = {"settings": self._settings, "timed": self.timed, "seconds": self.seconds}
-        with written_whole(settings_path(self.path)) as file:
+        with atomic_write(settings_path(self.path)) as file:
             file.write(json.dumps(noted, indent=2) + "\n")
 
 

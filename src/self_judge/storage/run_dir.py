@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from self_judge.storage.whole_file import written_whole
+from self_judge.storage.atomic import atomic_write
 
 METRICS = "metrics.jsonl"
 RUN = "run.json"
@@ -76,7 +76,7 @@ def rewind(folder: Path, step: int) -> None:
     metrics = folder / METRICS
     if metrics.is_file():
         kept = [line for line in read_lines(metrics) if line.get("step", 0) <= step]
-        with written_whole(metrics) as file:
+        with atomic_write(metrics) as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
     for own, path in rollout_files(folder):
         if own > step:

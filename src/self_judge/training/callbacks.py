@@ -18,8 +18,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from self_judge import __version__
+from self_judge.storage.atomic import atomic_write
 from self_judge.storage.run_dir import METRICS, RUN, append_line, rewind
-from self_judge.storage.whole_file import written_whole
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
@@ -50,7 +50,7 @@ class RunLog(TrainerCallback):
             return
         folder = Path(args.output_dir)
         rewind(folder, state.global_step)
-        with written_whole(folder / RUN) as file:
+        with atomic_write(folder / RUN) as file:
             # What has no JSON form (a dtype, an enum) is written as it prints.
             json.dump(self._described(args, state, model), file, indent=2, default=str)
             file.write("\n")

@@ -28,18 +28,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from self_judge.errors import CheckpointError
-from self_judge.models import share_as_usual, without_cudnn_attention
+from self_judge.models import apply_umask, without_cudnn_attention
 from self_judge.storage.atomic import (
     UNFINISHED,
+    atomic_write,
     clear_unfinished,
-    flaw,
-    last_whole,
+    commit,
+    integrity_error,
+    latest_complete,
     move_files,
-    put_in_place,
     remove,
     seal,
 )
-from self_judge.storage.whole_file import written_whole
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -107,7 +107,7 @@ class ResumableTraining(Base):
 
     def _checked(self, asked: str | bool) -> Path:
         if asked is True:
-            path, passed_over = last_whole(Path(str(self.args.output_dir)))
+            path, passed_over = latest_complete(Path(str(self.args.output_dir)))
             for line in passed_over:
                 logger.warning(line)
             if path is None:
@@ -117,7 +117,7 @@ class ResumableTraining(Base):
                 )
             return path
         path = Path(str(asked))
-        reason = "there is no such folder" if not path.is_dir() else flaw(path)
+        reason = "there is no such folder" if not path.is_dir() else integrity_error(path)
         if reason is not None:
             raise CheckpointError(f"{path} cannot be gone on from: {reason}")
         return path
@@ -160,7 +160,7 @@ class ResumableTraining(Base):
             "metrics": dict(self._metrics["train"]),
             "trained_tokens": getattr(self, "_total_train_tokens", None),
         }
-        with written_whole(self._unlogged_file(folder)) as file:
+        with atomic_write(self._unlogged_file(folder)) as file:
             json.dump(kept, file, default=float)
 
     def _unlogged_file(self, folder: Path) -> Path:
@@ -194,7 +194,7 @@ class ResumableTraining(Base):
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
-        share_as_usual(folder)
+        apply_umask(folder)
         if self.on_saved is not None:
             self.on_saved(folder)
 
@@ -223,7 +223,7 @@ class ResumableTraining(Base):
             with _writing(run_folder):
                 self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
                 seal(aside / name)
-                put_in_place(aside / name, run_folder / name)
+                commit(aside / name, run_folder / name)
             for old in self._surplus(run_folder):
                 remove(old)
             clear_unfinished(run_folder)
@@ -304,7 +304,7 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         clear_unfinished(folder)
-        last, _ = last_whole(folder)
+        last, _ = latest_complete(folder)
         why = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"{folder} could not be written to ({why:.200}); "

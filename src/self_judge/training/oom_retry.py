@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
-from self_judge.out_of_memory import halved
+from self_judge.models import halve_or_raise
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -60,7 +60,7 @@ class UpdateInParts(Base):
         if self.accelerator.num_processes > 1:
             raise error
         pairs = self._pairs_at_once or _pairs(prepared)
-        self._pairs_at_once = halved("updating on", pairs, "pairs", error)
+        self._pairs_at_once = halve_or_raise("updating on", pairs, "pairs", error)
 
     def _in_parts(
         self, model: Any, prepared: dict[str, Any], num_items_in_batch: Any

@@ -29,7 +29,7 @@ from self_judge.data.sources import PreferenceData, Subset, load_preferences, to
 from self_judge.datatypes import PreferenceRecord
 from self_judge.models import load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_json import JudgeSettings, encoder_as_taught, load_judge_settings
+from self_judge.prompting.judge_json import JudgeSettings, encoder_as_taught, resolve_judge
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.training.self_training.config import SelfJudgeConfig
 
@@ -120,32 +120,29 @@ def lora_config(settings: dict[str, Any] | None) -> LoraConfig | None:
 # -- words -----------------------------------------------------------------------------------------
 
 
-def jsft_wording(run: JSFTRun) -> tuple[ChatEncoder, JudgeTemplates]:
-    """How a JSFT run turns dialogues into ids, and its judge templates."""
+def jsft_chat_setup(run: JSFTRun) -> tuple[ChatEncoder, JudgeSettings]:
+    """How a JSFT run turns dialogues into ids, and the settings of its judge."""
     templates = run.templates.judge_templates()
     assert templates is not None  # checked by JSFTRun
     if not run.uses_rationales and templates.has_rationales:
         templates = JudgeTemplates(dict(templates))
-    return _encoder(run, None), templates
+    return _encoder(run, None), JudgeSettings(templates)
 
 
-def self_judge_wording(
-    run: SelfJudgeRun,
-) -> tuple[ChatEncoder, JudgeTemplates, JudgeSettings | None]:
-    """The same of a self-training run, and what lies beside its checkpoint.
+def self_judge_chat_setup(run: SelfJudgeRun) -> tuple[ChatEncoder, JudgeSettings]:
+    """The same of a self-training run: the encoder, and the judge's settings.
 
     Raises:
         ValueError: there are judge templates neither in the file nor beside the model.
     """
-    name = run.model.model_name_or_path
-    saved = load_judge_settings(name)
-    templates = run.templates.judge_templates() or (saved.templates if saved else None)
-    if templates is None:
-        raise ValueError(
-            f"model.model_name_or_path {name} has no judge.json beside it and templates.judge is "
-            "not set: start from a model that JSFT wrote, or give the judge templates"
-        )
-    return _encoder(run, saved), templates, saved
+    settings = resolve_judge(
+        run.model.model_name_or_path,
+        run.templates.judge_templates(),
+        run.self_judge_args.token_id_a,
+        run.self_judge_args.token_id_b,
+        remedy="start from a model that JSFT wrote, or set templates.judge",
+    )
+    return _encoder(run, settings), settings
 
 
 def _encoder(run: JSFTRun | SelfJudgeRun, saved: JudgeSettings | None) -> ChatEncoder:

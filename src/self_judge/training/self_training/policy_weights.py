@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from self_judge.models import share_as_usual
+from self_judge.models import apply_umask
 
 
 class AdapterError(ValueError):
@@ -75,7 +75,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     model.peft_config[adapter].save_pretrained(str(folder))
-    share_as_usual(folder)  # a server may run under another user
+    apply_umask(folder)  # a server may run under another user
 
 
 def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

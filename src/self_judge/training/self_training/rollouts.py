@@ -18,7 +18,7 @@ import torch
 from self_judge.datatypes import Comparison, Response, Verdict
 from self_judge.inference.sampling import stable_seed
 from self_judge.judging.tournament import Bracket, Compare, knockouts
-from self_judge.storage.whole_file import written_whole
+from self_judge.storage.atomic import atomic_write
 
 PairSelection = Literal["best_worst", "best_random"]
 
@@ -247,7 +247,7 @@ def write_rollouts(
         principles: names of the principles, in the order of a verdict's probabilities.
         decode: ids of a prompt to its text, control tokens included: what the policy continued.
     """
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         for rollout in rollouts:
             values = {
                 "step": step,

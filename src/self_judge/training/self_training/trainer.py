@@ -35,12 +35,12 @@ from self_judge.inference.lockstep import LockstepPacking, check_processes, most
 from self_judge.inference.sampling import Sampler, TransformersSampler, stable_seed
 from self_judge.judging.judge import Judge
 from self_judge.models import (
+    clamp_to_context,
     frozen_reference,
     keep_freed_memory,
     load_tokenizer,
     refuse_pickle,
     unwrapped,
-    within_context,
 )
 from self_judge.packing.fused_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
@@ -48,7 +48,7 @@ from self_judge.packing.pass_size import settled_tokens
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import (
     encoder_as_taught,
-    load_judge_settings,
+    resolve_judge,
     save_judge_settings,
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
@@ -181,7 +181,7 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
             )
         else:
             about = model.config
-        length = within_context(about, config.max_length)
+        length = clamp_to_context(about, config.max_length)
         config = with_values(config, {"max_length": length})
         processing_class = (
             processing_class or tokenizer or load_tokenizer(name, trust_remote_code=code)
@@ -189,24 +189,19 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
 
-        saved = load_judge_settings(name) if name else None
-        if judge_templates is None:
-            if saved is None:
-                raise ValueError(
-                    f"no judge_templates given, and no judge.json beside the model ({name or '?'}):"
-                    " pass judge_templates, or start from a model that JSFT wrote"
-                )
-            judge_templates = saved.templates
-            token_id_a = saved.token_id_a if token_id_a is None else token_id_a
-            token_id_b = saved.token_id_b if token_id_b is None else token_id_b
-        self.judge_templates = (
-            judge_templates
-            if isinstance(judge_templates, JudgeTemplates)
-            else JudgeTemplates(judge_templates)
+        settings = resolve_judge(
+            name,
+            judge_templates,
+            token_id_a,
+            token_id_b,
+            remedy="pass judge_templates, or start from a model that JSFT wrote",
         )
+        self.judge_templates = settings.templates
         # All that the dataset's preparation needs must stand before TRL's constructor runs it.
-        self.encoder = encoder or encoder_as_taught(processing_class, saved)
-        self.encoder.letter_ids(self.judge_templates, token_id_a, token_id_b)
+        self.encoder = encoder or encoder_as_taught(processing_class, settings)
+        letters = self.encoder.letter_ids(
+            settings.templates, settings.token_id_a, settings.token_id_b
+        )
         in_memory = not isinstance(model, (str, PeftModel))
         if ref_model is None and peft_config is None and in_memory:
             if is_deepspeed_zero3_enabled():
@@ -254,8 +249,8 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
             self.vllm.scorer() if self.vllm is not None and self.vllm.judges else here,
             self.encoder,
             self.judge_templates,
-            token_id_a=token_id_a,
-            token_id_b=token_id_b,
+            token_id_a=letters[0],
+            token_id_b=letters[1],
             batch_size=config.judge_batch_size,
             max_length=config.max_length,
             packing=config.packing,
