@@ -24,7 +24,7 @@ from self_judge import Judge
 from self_judge.inference.sampling import Sampler, SamplingSettings, TransformersSampler
 from self_judge.inference.vllm.colocated import VLLMEngine
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
-from self_judge.training.self_training.policy_weights import (
+from self_judge.training.self_training.vllm_sync import (
     adapter_tensors,
     checkpoint_weights,
     save_adapter,

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import side_by_side as bench
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
-from self_judge.training.phases import PHASES
+from self_judge.training.callbacks import PHASES
 
 BASE = {"prompts": 4, "K": 2, "tokens": 32, "principles": 1, "layers": 30}
 AXES = {

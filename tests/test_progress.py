@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 
-from self_judge.training.progress import LiveProgress
+from self_judge.training.callbacks import LiveProgress
 
 
 def state(step: int) -> Any:

@@ -37,9 +37,9 @@ from self_judge.datatypes import Response
 from self_judge.errors import ConfigError, EncodingError, ModelError
 from self_judge.judging.judge import aggregate
 from self_judge.models import load_model
-from self_judge.training.self_training.policy_weights import save_adapter
 from self_judge.training.self_training.rollouts import Rollout
 from self_judge.training.self_training.trainer import _pairs_table
+from self_judge.training.self_training.vllm_sync import save_adapter
 
 PACKAGE = ROOT / "src" / "self_judge"
 # Clears the screen, sets the title, colours by a C1 code, turns the reading direction, hides.

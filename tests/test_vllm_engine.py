@@ -15,7 +15,7 @@ from fake_vllm import FakeLLM, install
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.errors import EngineError
 from self_judge.inference.vllm.colocated import VLLMEngine
-from self_judge.training.self_training.policy_weights import checkpoint_weights
+from self_judge.training.self_training.vllm_sync import checkpoint_weights
 from test_vllm_rollouts import LORA
 
 

@@ -20,7 +20,7 @@ from conftest import SMALL, TEMPLATES, history, tiny_llama
 from fake_vllm import FakeVLLM, serving
 from self_judge import Comparison, Judge, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.errors import EngineError
-from self_judge.training.self_training.rollouts_ahead import BatchesAhead
+from self_judge.training.self_training.rollouts import BatchesAhead
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 

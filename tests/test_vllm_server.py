@@ -21,7 +21,7 @@ from self_judge.errors import EngineError
 from self_judge.inference.sampling import SamplingSettings
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import SamplingRequest, VLLMSampler, VLLMScorer
-from self_judge.training.self_training.policy_weights import (
+from self_judge.training.self_training.vllm_sync import (
     AdapterError,
     adapter_tensors,
     checkpoint_weights,

@@ -47,7 +47,7 @@ from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.reporting.page import plotly_is_there, write_report
 from self_judge.storage.atomic import atomic_write
 from self_judge.storage.run_dir import BRACKETS, JUDGED
-from self_judge.training.progress import LiveProgress
+from self_judge.training.callbacks import LiveProgress
 from self_judge.training.self_training.config import SelfJudgeConfig
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 

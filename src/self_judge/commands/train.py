@@ -40,9 +40,9 @@ from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.storage.atomic import LAST, atomic_files, atomic_write, latest_complete
 from self_judge.storage.run_dir import RUN
+from self_judge.training.callbacks import LiveProgress
 from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.training.jsft.trainer import JSFTTrainer
-from self_judge.training.progress import LiveProgress
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from self_judge.training.setup import (
     Say,

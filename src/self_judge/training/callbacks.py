@@ -1,7 +1,6 @@
-"""RunLog: a training run writes down what it is and every number it logs, for `self-judge report`.
+"""Callbacks of both trainers: the run's log, the phases of a step, and a live line on the console.
 
-It hears what the trainer tells its callbacks, which is what trackers hear as well. It changes
-nothing about training.
+They hear what the trainer tells its callbacks, as trackers do. They change nothing about training.
 """
 
 from __future__ import annotations
@@ -11,13 +10,28 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+import torch
+from accelerate import Accelerator
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from self_judge import __version__
+from self_judge.console import neutral
 from self_judge.storage.atomic import atomic_write
 from self_judge.storage.run_dir import METRICS, RUN, append_line, rewind
 
@@ -142,3 +156,174 @@ def kl_estimate(
         rejected_rewards
     )
     return rewards / (2 * beta * decided)
+
+
+# In the order of a step. `waiting`: for the slowest process, between judging and the update.
+PHASES = ("sampling", "judging", "reference", "waiting", "update")
+
+
+class StepClock(TrainerCallback):
+    """Times the phases of each optimizer step and logs them when the step ends.
+
+    `time/<phase>` is the time of the slowest process in seconds; of `waiting` it is the longest
+    wait. `tokens_per_second/sampling` and `tokens_per_second/step` are sampled tokens of all
+    processes, over the time of sampling and of the whole step.
+
+    Args:
+        accelerator: joins the processes' times.
+        metrics: lists of values by name, to which each step's are added.
+    """
+
+    def __init__(self, accelerator: Accelerator, metrics: Any) -> None:
+        self.accelerator = accelerator
+        self.metrics = metrics
+        self.tokens = 0
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._rolled_out: float | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts what happens inside as a part of this phase."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+
+    def rolled_out(self, tokens: int) -> None:
+        """The rollout has ended, after so many sampled tokens of this process: the update begins.
+
+        Every process must call it: it waits for the slowest.
+        """
+        with self.phase("waiting"):
+            self.accelerator.wait_for_everyone()
+        self.tokens = tokens
+        self._rolled_out = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forgets what was timed outside of the training loop."""
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._rolled_out = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Adds the step's times to the metrics."""
+        if self._rolled_out is None:
+            return
+        device = self.accelerator.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds["update"] = time.perf_counter() - self._rolled_out
+        own = torch.tensor([*self.seconds.values(), float(self.tokens)], device=device)
+        every = self.accelerator.gather(own[None])
+        slowest = dict(zip(PHASES, every[:, :-1].max(0).values.tolist(), strict=True))
+        # Who waits is not the slowest: a step lasts as long as its work in the slowest process.
+        step = every[:, :-1].sum(1).max().item()
+        tokens = every[:, -1].sum().item()
+        for name, seconds in slowest.items():
+            self.metrics[f"time/{name}"].append(seconds)
+        self.metrics["tokens_per_second/sampling"].append(tokens / max(slowest["sampling"], 1e-9))
+        self.metrics["tokens_per_second/step"].append(tokens / max(step, 1e-9))
+        self._rolled_out = None
+
+
+# What is logged -> what it is called on the line, in this order. A narrow terminal shows the first.
+_SHOWN = {
+    "loss": "loss",
+    "judge/margin": "judge margin",
+    "judge/order_agreement": "orders agree",
+    "judge/undecidable": "undecidable",
+    "rewards/accuracies": "reward accuracy",
+    "completions/mean_length": "tokens",
+    "objective/kl": "KL",
+    "mean_token_accuracy": "token accuracy",
+    "grad_norm": "gradient",
+    "eval_loss": "held-out loss",
+    "eval_rewards/accuracies": "held-out reward accuracy",
+}
+
+
+class _WithNumbers(Progress):
+    """A bar with a line of numbers below it."""
+
+    numbers = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.numbers:
+            yield Text(f"  {self.numbers}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
+class LiveProgress(TrainerCallback):
+    """One bar for one call of `train`, in place of the Trainer's own bar and printed dictionaries.
+
+    Args:
+        title: what is going on.
+        console: where to draw; where it is not a terminal, every log is a line of text.
+    """
+
+    def __init__(self, title: str, console: Console) -> None:
+        self.title = neutral(title)
+        self.console = console
+        self.latest: dict[str, float] = {}
+        self.bar = _WithNumbers(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+        )
+
+    def attach(self, trainer: Trainer) -> None:
+        """Takes the place of the callbacks that print."""
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.begun, self.first = time.perf_counter(), state.global_step
+        if self.console.is_terminal:
+            self.bar.start()
+            self.task = self.bar.add_task(
+                self.title, total=state.max_steps, completed=state.global_step
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.console.is_terminal:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        self.latest.update((key, logs[key]) for key in _SHOWN if key in logs)
+        if self.console.is_terminal:
+            self.bar.numbers = _numbers(self.latest)
+        else:
+            self.console.print(
+                f"{self.title.strip()}: {self._pace(state)}; {_numbers(logs)}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leaves the terminal as it was; to be called where training ends with an error."""
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def _pace(self, state: Any) -> str:
+        done = state.global_step - self.first
+        seconds = (time.perf_counter() - self.begun) / max(done, 1)
+        left = timedelta(seconds=round(seconds * (state.max_steps - state.global_step)))
+        return f"step {state.global_step}/{state.max_steps}, {seconds:.3g} s a step, {left} left"
+
+
+def _numbers(logs: dict[str, float]) -> str:
+    # Self-training logs the token accuracy too; there it says little.
+    left_out = {"mean_token_accuracy"} if "judge/margin" in logs else set()
+    shown = [(key, name) for key, name in _SHOWN.items() if key in logs and key not in left_out]
+    return " · ".join(f"{name} {logs[key]:.3g}" for key, name in shown)

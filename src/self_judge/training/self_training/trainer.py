@@ -53,11 +53,10 @@ from self_judge.prompting.judge_json import (
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.storage.run_dir import rollout_file, thin_rollouts
-from self_judge.training.callbacks import RunLog, kl_estimate
+from self_judge.training.callbacks import RunLog, StepClock, kl_estimate
 from self_judge.training.checkpointing import ResumableTraining
 from self_judge.training.lora_layers import lighten
 from self_judge.training.oom_retry import UpdateInParts
-from self_judge.training.phases import StepClock
 from self_judge.training.self_training.config import (
     SelfJudgeConfig,
     as_self_judge_config,
@@ -71,14 +70,15 @@ from self_judge.training.self_training.prompts import (
     fits,
 )
 from self_judge.training.self_training.rollouts import (
+    BatchesAhead,
     Rollout,
+    SamplesAhead,
     judged_rollouts,
     preference_batch,
     rollout_metrics,
     rollout_totals,
     write_rollouts,
 )
-from self_judge.training.self_training.rollouts_ahead import BatchesAhead, SamplesAhead
 from self_judge.training.self_training.vllm_sync import VLLMRollouts
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
-"""VLLMRollouts: a training's policy and judge in vLLM, brought up to date before every rollout.
+"""The policy and judge in vLLM: the model in training hands over its adapter, or all its weights.
 
-It knows the model in training and an engine. It does not know what is sampled or judged.
+It knows the model in training and an engine. It does not know what is sampled or judged. Sharded
+parameters (DeepSpeed ZeRO-3, FSDP2) are gathered one at a time; every process takes part.
 """
 
 from __future__ import annotations
@@ -16,23 +17,113 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from self_judge.errors import EngineError
 from self_judge.inference.letter_scoring import next_token_logits
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.colocated import VLLMEngine
 from self_judge.inference.vllm.protocol import Engine, VLLMSampler, VLLMScorer
-from self_judge.models import in_evaluation_mode
+from self_judge.models import apply_umask, in_evaluation_mode
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.training.self_training.config import SelfJudgeConfig
-from self_judge.training.self_training.policy_weights import (
-    adapter_tensors,
-    checkpoint_weights,
-    lora_config,
-    lora_rank,
-    save_adapter,
-)
+
+
+class AdapterError(ValueError):
+    """An adapter that an engine cannot hold beside its base."""
+
+
+def lora_config(model: PeftModel, adapter: str) -> LoraConfig:
+    """The configuration of an adapter that an engine can load at run time.
+
+    Raises:
+        AdapterError: it is no LoRA, or has parts that vLLM cannot load.
+    """
+    config: Any = model.peft_config[adapter]
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    reasons = {
+        f"it is {kind}, not LoRA": not isinstance(config, LoraConfig) or kind != "LORA",
+        f"modules_to_save={config.modules_to_save}": bool(config.modules_to_save),
+        "use_dora=True": bool(getattr(config, "use_dora", False)),
+        f"bias={getattr(config, 'bias', 'none')!r}": getattr(config, "bias", "none") != "none",
+        "trainable_token_indices": bool(getattr(config, "trainable_token_indices", None)),
+    }
+    wrong = [reason for reason, holds in reasons.items() if holds]
+    if wrong:
+        raise AdapterError(
+            f"use_vllm: vLLM cannot load this adapter beside its base ({', '.join(wrong)}); use a "
+            "plain LoRA, or leave use_vllm out"
+        )
+    return config
+
+
+def lora_rank(model: PeftModel, adapter: str) -> int:
+    """The largest rank in an adapter."""
+    config = lora_config(model, adapter)
+    return max([config.r, *(config.rank_pattern or {}).values()])
+
+
+def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter under the names of its file, whole, on the CPU."""
+    own = (
+        name for name, _ in model.named_parameters() if _is_lora(name) and f".{adapter}." in name
+    )
+    gathered = {name: tensor.cpu() for name, tensor in _whole(model, set(own))}
+    return {
+        name: tensor.contiguous()
+        for name, tensor in get_peft_model_state_dict(
+            model, state_dict=gathered, adapter_name=adapter, save_embedding_layers=False
+        ).items()
+    }
+
+
+def save_adapter(
+    model: PeftModel, adapter: str, tensors: dict[str, torch.Tensor], folder: Path
+) -> None:
+    """Writes an adapter's two files, as PEFT would."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    model.peft_config[adapter].save_pretrained(str(folder))
+    apply_umask(folder)  # a server may run under another user
+
+
+def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """All weights by their names in a checkpoint, one at a time; of a `PeftModel` its base's."""
+    own = {name for name, _ in model.named_parameters() if not _is_lora(name)}
+    for name, tensor in _whole(model, own):
+        if isinstance(model, PeftModel):
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        # What checkpointing and FSDP put into names is in no checkpoint.
+        name = name.replace("_checkpoint_wrapped_module.", "").replace("_fsdp_wrapped_module.", "")
+        yield name, tensor
+
+
+def _is_lora(name: str) -> bool:
+    return ".lora_" in name
+
+
+def _whole(model: torch.nn.Module, names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in model.named_parameters():
+        if name in names:
+            with _gathered(parameter) as whole:
+                yield name, whole
+
+
+@contextmanager
+def _gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    if isinstance(parameter, DTensor):
+        yield parameter.full_tensor().detach()
+    elif is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter.detach().clone()
+    else:
+        yield parameter.detach()
+
 
 logger = logging.getLogger(__name__)
 
