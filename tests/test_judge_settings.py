@@ -19,7 +19,7 @@ from self_judge.prompting.judge_json import (
     load_judge_settings,
     save_judge_settings,
 )
-from self_judge.training.setup import jsft_wording, self_judge_wording
+from self_judge.training.setup import jsft_chat_setup, self_judge_chat_setup
 
 # A template that is told how to address the model.
 TOLD = "{{ tone | default('plain') }}: " + CHATML
@@ -106,7 +106,7 @@ def test_whoever_loads_a_judge_gives_its_chat_template_the_same_values(
     run = load_run(
         ROOT / "configs" / "hh_self_judge.yaml", [f"model.model_name_or_path={stern}"], "self_judge"
     )
-    assert said(self_judge_wording(run)[0]) == "stern: <"
+    assert said(self_judge_chat_setup(run)[0]) == "stern: <"
     trainer = make(model=load_model(stern), judge_templates=None)
     assert said(trainer.encoder) == "stern: <"
     trainer.train()
@@ -139,7 +139,7 @@ def test_a_run_file_gives_values_to_the_chat_template(base: Path) -> None:
         ],
         "jsft",
     )
-    assert said(jsft_wording(run)[0]) == "kind: <|"
+    assert said(jsft_chat_setup(run)[0]) == "kind: <|"
 
 
 def test_a_judge_file_from_before_values_were_kept_still_loads(stern: Path, tmp_path: Path) -> None:

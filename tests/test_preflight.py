@@ -23,7 +23,7 @@ from self_judge.models import load_tokenizer
 from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.storage.atomic import seal
 from self_judge.training.jsft.examples import jsft_dataset
-from self_judge.training.setup import jsft_wording, load_data
+from self_judge.training.setup import jsft_chat_setup, load_data
 
 JSFT = str(ROOT / "configs" / "hh_jsft.yaml")
 TRAIN = str(ROOT / "configs" / "hh_self_judge.yaml")
@@ -35,7 +35,8 @@ def taught(base: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "taught"
     shutil.copytree(base, folder)
     run = load_run(JSFT, [f"model.model_name_or_path={base}"], "jsft")
-    encoder, templates = jsft_wording(run)
+    encoder, settings = jsft_chat_setup(run)
+    templates = settings.templates
     save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
     return folder
 
@@ -87,7 +88,8 @@ def test_a_sound_jsft_run_has_no_problem(base: Path, data: dict[str, Path]) -> N
 def test_what_is_shown_is_what_the_run_trains_on(base: Path, data: dict[str, Path]) -> None:
     overrides = given(base, data["hh"])
     run = load_run(JSFT, overrides, "jsft")
-    encoder, templates = jsft_wording(run)
+    encoder, settings = jsft_chat_setup(run)
+    templates = settings.templates
     records = load_data(run.dataset, lambda line: None, rationales=False)[0].records
     rows, _ = jsft_dataset(records, encoder, templates, encoder.letter_ids(templates))
     report = check(JSFT, overrides)
