@@ -21,7 +21,8 @@ from peft import get_peft_model
 
 import side_by_side as bench
 from self_judge import Judge
-from self_judge.inference.sampling import Sampler, SamplingSettings, TransformersSampler
+from self_judge.config.self_training import SamplingSettings
+from self_judge.inference.sampling import Sampler, TransformersSampler
 from self_judge.inference.vllm.colocated import VLLMEngine
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.training.self_training.vllm_sync import (

@@ -15,8 +15,9 @@ import torch
 import side_by_side as bench
 from judge import SIDES, computed, plain
 from self_judge import Comparison, Judge, Verdict
+from self_judge.config.self_training import SamplingSettings
 from self_judge.data.records import judge_context
-from self_judge.inference.sampling import SamplingSettings, TransformersSampler
+from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.tournament import knockouts
 
 

@@ -184,7 +184,7 @@ RUN_FILE = [
             "loss_type sigmod: unknown; did you mean sigmoid?", "take the name suggested", TRAIN),
     setting("averaging where the loss has none",
             "self_judge_args.average_log_prob=true self_judge_args.loss_type=robust",
-            "average_log_prob is for sigmoid, hinge or ipo alone, not for robust: leave it null",
+            "average_log_prob is for sigmoid, hinge or ipo alone, not for robust: leave it unset",
             "leave it null", TRAIN),
     setting("sampling without chance", "self_judge_args.temperature=0",
             "temperature must be above 0, got 0.0", "all samples would be the same", TRAIN),

@@ -29,7 +29,7 @@ from self_judge.commands.judge import (
     verdict_json,
 )
 from self_judge.commands.shares import Shares
-from self_judge.config.schema import PackingChoice
+from self_judge.config.self_training import PackingChoice
 from self_judge.judging.judge import aggregate
 
 

@@ -12,16 +12,15 @@ from typing import Any
 import pytest
 
 from self_judge.config.schema import (
-    LOSS_TYPES,
     ConfigError,
     JSFTRun,
-    SelfJudgeArgs,
     SelfJudgeRun,
     accumulation_steps,
     check_training_args,
     check_training_values,
     load_run,
 )
+from self_judge.config.self_training import LOSS_TYPES, SelfJudgeArgs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 JSFT_FILES = ("hh_jsft", "uf_jsft", "uf_jsft_pr")
@@ -366,7 +365,7 @@ def test_only_the_overrides_that_the_message_is_about_are_named(minimal: Path) -
         ("judge_batch_size=0", "judge_batch_size must be at least 1, got 0"),
         ("beta=0", "beta must be above 0, got 0.0"),
         ("loss_type=sigmod", "loss_type sigmod: unknown; did you mean sigmoid?"),
-        ("ignore_index=0", "ignore_index must be -100, which TRL's losses go by, got 0"),
+        ("ignore_index=0", "ignore_index must be -100, the label that TRL's losses skip, got 0"),
         ("generation_batch_size=0", "generation_batch_size must be at least 1, got 0"),
         ("rollouts_per_update=0", "rollouts_per_update must be at least 1, got 0"),
         ("generation_batch_tokens=0", "generation_batch_tokens must be at least 1, got 0"),

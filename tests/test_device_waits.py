@@ -11,8 +11,9 @@ import torch
 from conftest import tiny_llama
 from device_waits import DEVICE, DeviceWaits, Elsewhere, elsewhere
 from self_judge import ChatEncoder
+from self_judge.config.self_training import SamplingSettings
 from self_judge.inference import sampling
-from self_judge.inference.sampling import SamplingSettings, TransformersSampler
+from self_judge.inference.sampling import TransformersSampler
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.passes import to_device
 from test_packing import FUSED, batch_of, build, sharing

@@ -15,8 +15,9 @@ import torch
 from peft import LoraConfig
 
 from conftest import Make, history, same, weights
+from self_judge.config.self_training import SamplingSettings
 from self_judge.datatypes import Response
-from self_judge.inference.sampling import SamplingSettings, TransformersSampler
+from self_judge.inference.sampling import TransformersSampler
 from self_judge.training.checkpointing import NotFiniteError
 
 LORA = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}

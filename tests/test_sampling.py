@@ -20,17 +20,12 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from conftest import byte_bpe, on_test_device, tiny_llama, wrap
 from self_judge import ChatEncoder
-from self_judge.datatypes import Response
+from self_judge.config.self_training import SamplingSettings
+from self_judge.datatypes import Response, stable_seed
 from self_judge.inference import sampling
 from self_judge.inference.decoding import cache_bytes
-from self_judge.inference.sampling import (
-    SamplingSettings,
-    TransformersSampler,
-    _TopP,
-    seeded_gumbel,
-    stable_seed,
-    tokens_that_fit,
-)
+from self_judge.inference.logits_processors import TopP, seeded_gumbel
+from self_judge.inference.sampling import TransformersSampler, tokens_that_fit
 
 PROMPTS = [[70, 71, 72], [80], [90, 91, 92, 93, 94, 95, 96, 97], [100, 101]]
 
@@ -208,7 +203,7 @@ def test_the_nucleus_is_that_of_transformers(spread: float, top_p: float) -> Non
     scores_BV = spread * torch.randn(6, 2000, generator=drawn)
     scores_BV[0, :1500] = -torch.inf  # as top-k leaves it
     expected_BV = TopPLogitsWarper(top_p)(torch.empty(0), scores_BV)
-    assert torch.equal(_TopP(top_p)(torch.empty(0), scores_BV), expected_BV)
+    assert torch.equal(TopP(top_p)(torch.empty(0), scores_BV), expected_BV)
 
 
 # -- seeds and batches -----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import TEMPLATES
 from self_judge import Comparison, Judge, JudgeTemplates, Verdict, tournament_rejection_sampling
-from self_judge.inference.sampling import stable_seed
+from self_judge.datatypes import stable_seed
 from self_judge.judging.tournament import Bracket, Match, judged_knockouts, knockouts, pairings
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import save_judge_settings

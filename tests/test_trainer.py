@@ -537,14 +537,14 @@ def test_long_dialogues_lose_their_oldest_exchanges_and_hopeless_prompts_are_lef
         ({"top_p": 1.5}, "top_p must be in"),
         ({"sync_ref_model": True}, "the judge is the frozen reference"),
         ({"precompute_ref_log_probs": True}, "the responses do not exist yet"),
-        ({"ignore_index": 0}, "leave it out"),
+        ({"ignore_index": 0}, "ignore_index must be -100"),
         ({"judge_batch_size": 0}, "judge_batch_size must be at least 1"),
-        ({"pair_selection": "first"}, "best_worst or best_random"),
+        ({"pair_selection": "first"}, "pair_selection must be one of"),
         (
             {"loss_type": "nonsense", "max_steps": 1},
             "loss_type nonsense: unknown; known are",
         ),
-        ({"loss_type": "robust", "average_log_prob": True}, "sigmoid, hinge and ipo"),
+        ({"loss_type": "robust", "average_log_prob": True}, "sigmoid, hinge or ipo alone"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(

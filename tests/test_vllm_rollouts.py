@@ -228,7 +228,7 @@ def test_an_absent_vllm_is_one_line_with_what_to_install(make: Make, monkeypatch
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vllm_mode": "serve"}, "vllm_mode must be colocate or server"),
+        ({"vllm_mode": "serve"}, "vllm_mode must be one of colocate, server"),
         ({"vllm_server_base_url": None}, "needs vllm_server_base_url"),
         ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization must be in"),
         ({"vllm_max_model_length": 100}, "must be at least max_length"),

@@ -17,8 +17,8 @@ from peft import LoraConfig, get_peft_model
 
 from fake_vllm import STOP, FakeVLLM, serving
 from self_judge import Comparison, Judge
+from self_judge.config.self_training import SamplingSettings
 from self_judge.errors import EngineError
-from self_judge.inference.sampling import SamplingSettings
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import SamplingRequest, VLLMSampler, VLLMScorer
 from self_judge.training.self_training.vllm_sync import (

@@ -31,13 +31,15 @@ from self_judge import (
 )
 from self_judge.commands.train import evaluate_judge, run_jsft, run_self_judge
 from self_judge.config.schema import load_run
+from self_judge.config.self_training import SamplingSettings
 from self_judge.data import synthetic
 from self_judge.data.files import read_raw
 from self_judge.data.records import judge_context
 from self_judge.data.sources import load_preferences
 from self_judge.inference.decoding import why_not_shared
 from self_judge.inference.letter_scoring import TransformersScorer
-from self_judge.inference.sampling import SamplingSettings, TransformersSampler, seeded_gumbel
+from self_judge.inference.logits_processors import seeded_gumbel
+from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.tournament import knockouts
 from self_judge.models import load_model, load_tokenizer
 from self_judge.packing import packing as packing_module

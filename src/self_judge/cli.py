@@ -417,7 +417,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from self_judge.commands.compare import Contest, run_compare
-    from self_judge.inference.sampling import SamplingSettings
+    from self_judge.config.self_training import SamplingSettings
 
     run_compare(
         Contest(

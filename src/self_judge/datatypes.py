@@ -5,6 +5,7 @@ Plain data. This module knows neither tokens, models nor templates, and imports 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -134,3 +135,9 @@ class PreferenceRecord:
     source: str
     index: int
     context: str | None = None
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed from anything printable; the same in every process and on every machine."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -20,7 +20,8 @@ from peft import LoraConfig, get_peft_model
 
 from on_vllm.conftest import ASKED, LORA, PAIRS, TEMPLATES
 from self_judge import ChatEncoder, Judge
-from self_judge.inference.sampling import SamplingSettings, TransformersSampler
+from self_judge.config.self_training import SamplingSettings
+from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.colocated import VLLMEngine
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.training.self_training.vllm_sync import (

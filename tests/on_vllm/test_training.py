@@ -17,7 +17,8 @@ from peft import LoraConfig
 
 from on_vllm.conftest import ASKED, LORA, PAIRS, TEMPLATES
 from self_judge import ChatEncoder, Judge, SelfJudgeConfig, SelfJudgeTrainer
-from self_judge.inference.sampling import SamplingSettings, TransformersSampler
+from self_judge.config.self_training import SamplingSettings
+from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]

@@ -17,7 +17,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from self_judge.check.model_size import Size
 from self_judge.check.workload import Needs
-from self_judge.config.schema import JSFTRun, SelfJudgeArgs, SelfJudgeRun
+from self_judge.config.schema import JSFTRun, SelfJudgeRun
+from self_judge.config.self_training import SelfJudgeArgs
 from self_judge.data.records import first_question
 from self_judge.data.sources import PreferenceData
 from self_judge.datatypes import Message

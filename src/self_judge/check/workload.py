@@ -30,8 +30,9 @@ from self_judge.check.cost_model import (
 from self_judge.check.model_size import FourBits, Kept, Size, kept_activations, size_of
 from self_judge.config.hardware import Machine
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
+from self_judge.config.self_training import PairSelection
 from self_judge.datatypes import Comparison, Response, Verdict
-from self_judge.training.self_training.rollouts import PairSelection, select_pairs
+from self_judge.training.self_training.rollouts import select_pairs
 
 
 @dataclass(frozen=True, slots=True)

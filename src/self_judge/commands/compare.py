@@ -30,16 +30,17 @@ from self_judge.commands.judge import (
     verdict_json,
 )
 from self_judge.commands.shares import Shares
+from self_judge.config.self_training import SamplingSettings
 from self_judge.console import neutral
 from self_judge.data.files import read_raw, reader_of
 from self_judge.data.records import Place
 from self_judge.data.sources import prompt_of, read_prompts
-from self_judge.datatypes import Comparison, Message, Verdict
+from self_judge.datatypes import Comparison, Message, Verdict, stable_seed
 from self_judge.errors import JournalError
 from self_judge.evaluation.judge_metrics import estimate_json
 from self_judge.evaluation.length_control import length_controlled_win_rate
 from self_judge.evaluation.statistics import bootstrap_counts, bootstrap_mean, proportion
-from self_judge.inference.sampling import SamplingSettings, TransformersSampler, stable_seed
+from self_judge.inference.sampling import TransformersSampler
 from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting.judge_json import encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import dialogue_text

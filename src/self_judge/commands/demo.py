@@ -27,9 +27,10 @@ from trl import SFTConfig
 
 from self_judge.commands.tournament import bracket_json
 from self_judge.commands.train import jsft_trainer, save_jsft
+from self_judge.config.self_training import SamplingSettings
 from self_judge.console import neutral
 from self_judge.data import synthetic
-from self_judge.datatypes import Comparison, PreferenceRecord
+from self_judge.datatypes import Comparison, PreferenceRecord, stable_seed
 from self_judge.evaluation.calibration import judged_line
 from self_judge.evaluation.statistics import (
     Estimate,
@@ -38,7 +39,7 @@ from self_judge.evaluation.statistics import (
     judge_quality,
     win_rate,
 )
-from self_judge.inference.sampling import SamplingSettings, TransformersSampler, stable_seed
+from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import judged_knockouts
 from self_judge.models import frozen_reference, load_model

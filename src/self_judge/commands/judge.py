@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from self_judge.commands.shares import Shares
-from self_judge.config.schema import PackingChoice, TemplateArgs
+from self_judge.config.schema import TemplateArgs
+from self_judge.config.self_training import PackingChoice
 from self_judge.config.yaml import build, read_yaml
 from self_judge.console import neutral
 from self_judge.data.files import read_raw

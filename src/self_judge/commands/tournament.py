@@ -16,9 +16,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from self_judge.commands.judge import JudgeChoice, fingerprint
 from self_judge.commands.shares import Shares
-from self_judge.datatypes import Message
+from self_judge.config.self_training import SamplingSettings
+from self_judge.datatypes import Message, stable_seed
 from self_judge.errors import JournalError
-from self_judge.inference.sampling import SamplingSettings, TransformersSampler, stable_seed
+from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import Bracket, judged_knockouts

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from self_judge.config.hardware import Run, fit_to_machine, threads_for
-from self_judge.config.schema import JSFTRun, PackingChoice, SelfJudgeRun
+from self_judge.config.schema import JSFTRun, SelfJudgeRun
+from self_judge.config.self_training import PackingChoice
 from self_judge.console import neutral
 from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, PreferenceRecord

@@ -18,6 +18,12 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from self_judge.config.self_training import (
+    PackingChoice,
+    SelfJudgeArgs,
+    require,
+    require_at_least,
+)
 from self_judge.config.yaml import (
     apply_override,
     build,
@@ -31,27 +37,6 @@ from self_judge.prompting.judge_templates import JudgeTemplates
 
 SourceKind = Literal["auto", "hh", "ultrafeedback", "preference"]
 RunKind = Literal["jsft", "self_judge"]
-PackingChoice = Literal["auto", "tree", "cache", "padding", "off"]
-VLLMMode = Literal["colocate", "server"]
-
-# The pairwise losses of TRL 1.16's DPOTrainer.
-LOSS_TYPES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-)
 
 
 @dataclass(frozen=True)
@@ -103,11 +88,11 @@ class TemplateArgs:
     skip_first_token: bool | None = None
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.user is None) == (self.assistant is None),
             "user and assistant are turn markers that belong together: set both or neither",
         )
-        _require(
+        require(
             self.judge is not None or self.decision_rationale is None,
             "decision_rationale is set but judge is not: set both, or neither",
         )
@@ -143,7 +128,7 @@ class SourceArgs:
     pairs: bool = True
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.sft or self.pairs,
             "sft and pairs are both false: nothing would be read from this source; remove it",
         )
@@ -177,10 +162,9 @@ class DatasetArgs:
     num_proc: int | None = None
 
     def __post_init__(self) -> None:
-        _require(bool(self.sources), "sources is empty: name at least one")
-        _require(0 <= self.held_out < 1, f"held_out is a share in [0, 1), got {self.held_out}")
-        for name in ("max_records", "max_eval_records", "num_proc"):
-            _require_at_least(self, name, 1)
+        require(bool(self.sources), "sources is empty: name at least one")
+        require(0 <= self.held_out < 1, f"held_out is a share in [0, 1), got {self.held_out}")
+        require_at_least(self, max_records=1, max_eval_records=1, num_proc=1)
 
 
 @dataclass(frozen=True)
@@ -210,155 +194,7 @@ class JSFTArgs:
     max_skipped_steps: int = 3
 
     def __post_init__(self) -> None:
-        _require_at_least(self, "max_length", 2)
-        _require_at_least(self, "max_skipped_steps", 1)
-        _require_at_least(self, "global_batch_size", 1)
-
-
-@dataclass(frozen=True)
-class SelfJudgeArgs:
-    """On-policy self-training by self-judgment; defaults from the paper.
-
-    Args:
-        token_id_a, token_id_b: ids of the letters; derived from the tokenizer where left out, and
-            checked against it where given.
-        judge_batch_size: judge prompts in one forward pass on one device where prompts are not
-            packed; twice as many where processes share the model. Packed passes go by tokens.
-        packing: how sequences share prefixes in judging and in the update (see `Packing`): `auto`,
-            `tree`, `cache`, `padding`, or `off`.
-        generation_batch_size: responses sampled together on one device at most.
-        generation_batch_tokens: tokens in their KV cache at most, prompts and responses together;
-            `None`: by the bytes they take of the device's memory (see `TransformersSampler`).
-        max_length: tokens of prompt and response together, and of a judge prompt.
-        max_new_tokens: tokens of a sampled response.
-        temperature, top_p, top_k, min_p, repetition_penalty: of sampling; `top_k` 0, `min_p` 0 and
-            `repetition_penalty` 1 are off.
-        num_generations: responses sampled per prompt (K); more than two are ranked by tournament.
-        rollouts_per_update: pairs learned from per prompt and step, each of K samples of its own.
-        pair_selection: which two of K are learned from.
-        loss_type: one of TRL's pairwise losses, or a list of them.
-        beta: strength of the pull towards the reference.
-        average_log_prob: whether a response's log-probability is averaged over its tokens; `None`:
-            as TRL does for the loss.
-        ignore_index: the label of a token that is not trained on; TRL's losses know only -100.
-        disable_dropout: whether dropout is switched off in policy and reference.
-        global_batch_size: prompts per optimizer step over all processes; the accumulation steps
-            follow from it. `None`: as `training_args` says.
-        log_completions: whether sampled pairs are printed with their verdicts.
-        save_rollouts: whether pairs and verdicts are kept under `output_dir/rollouts`.
-        rollout_files: of at most so many steps, evenly spread over the run, and the last one;
-            `None`: of every step.
-        rollout_pairs: at most so many pairs of a step; `None`: all of the first process.
-        max_skipped_steps: steps in a row that give nothing to learn from (no finite gradient, or
-            no finite verdict) after which training stops.
-        use_vllm: whether vLLM samples, and with LoRA judges too.
-        vllm_mode: an engine in every training process (`colocate`), or servers (`server`).
-        vllm_server_base_url: URL of the server, or a list of replicas.
-        rollouts_ahead: whether servers sample for the next step while this one updates: one step
-            off-policy, not corrected.
-        vllm_server_timeout: seconds to wait for them to be up.
-        vllm_gpu_memory_utilization: the colocated engine's share of all of the GPU's memory.
-        vllm_max_model_length: tokens that the colocated engine holds of a sequence; `None`: as
-            `max_length` says.
-        vllm_enable_sleep_mode: whether the colocated engine frees the GPU's memory during updates.
-        vllm_sync_dir: a folder that training and servers both see, through which adapters and
-            weights are handed over; `None`: in this machine's memory.
-    """
-
-    token_id_a: int | None = None
-    token_id_b: int | None = None
-    judge_batch_size: int = 8
-    packing: PackingChoice = "auto"
-    generation_batch_size: int = 64
-    generation_batch_tokens: int | None = None
-    max_length: int = 2048
-    max_new_tokens: int = 768
-    temperature: float = 1.0
-    top_p: float = 0.9
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    num_generations: int = 2
-    rollouts_per_update: int = 1
-    pair_selection: Literal["best_worst", "best_random"] = "best_worst"
-    loss_type: str | list[str] = "sigmoid"
-    beta: float = 0.1
-    average_log_prob: bool | None = None
-    ignore_index: int = -100
-    disable_dropout: bool = True
-    global_batch_size: int | None = 64
-    log_completions: bool = False
-    save_rollouts: bool = True
-    rollout_files: int | None = 200
-    rollout_pairs: int | None = 64
-    max_skipped_steps: int = 3
-    use_vllm: bool = False
-    vllm_mode: VLLMMode = "colocate"
-    vllm_server_base_url: str | list[str] | None = None
-    rollouts_ahead: bool = False
-    vllm_server_timeout: float = 240.0
-    vllm_gpu_memory_utilization: float = 0.3
-    vllm_max_model_length: int | None = None
-    vllm_enable_sleep_mode: bool = False
-    vllm_sync_dir: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in {
-            "token_id_a": 0,
-            "token_id_b": 0,
-            "judge_batch_size": 1,
-            "generation_batch_size": 1,
-            "generation_batch_tokens": 1,
-            "max_new_tokens": 1,
-            "top_k": 0,
-            "num_generations": 2,
-            "rollouts_per_update": 1,
-            "global_batch_size": 1,
-            "rollout_files": 1,
-            "rollout_pairs": 1,
-            "max_skipped_steps": 1,
-        }.items():
-            _require_at_least(self, name, least)
-        _require(
-            self.max_new_tokens < self.max_length,
-            f"max_new_tokens ({self.max_new_tokens}) must be below max_length ({self.max_length}), "
-            "which holds prompt and response together",
-        )
-        _require(
-            self.token_id_a is None or self.token_id_a != self.token_id_b,
-            f"token_id_a and token_id_b are the same token ({self.token_id_a})",
-        )
-        _require(
-            not self.use_vllm or self.vllm_mode != "server" or bool(self.vllm_server_base_url),
-            "vllm_mode: server needs vllm_server_base_url, the URL of a `vllm serve`, or a list",
-        )
-        _require(
-            not self.rollouts_ahead or (self.use_vllm and self.vllm_mode == "server"),
-            "rollouts_ahead needs use_vllm: true and vllm_mode: server: only servers can sample "
-            "while this process updates",
-        )
-        _require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
-        _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
-        _require(0 <= self.min_p < 1, f"min_p must be in [0, 1), got {self.min_p}")
-        _require(
-            self.repetition_penalty > 0,
-            f"repetition_penalty must be above 0, got {self.repetition_penalty}",
-        )
-        _require(self.beta > 0, f"beta must be above 0, got {self.beta}")
-        _require(
-            self.ignore_index == -100,
-            f"ignore_index must be -100, which TRL's losses go by, got {self.ignore_index}",
-        )
-        losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
-        _require(bool(losses), "loss_type is an empty list")
-        for loss in losses:
-            _require(loss in LOSS_TYPES, f"loss_type {unknown_key(loss, LOSS_TYPES)}")
-        _require(
-            self.average_log_prob is None
-            or (len(losses) == 1 and losses[0] in ("sigmoid", "hinge", "ipo")),
-            f"average_log_prob is for sigmoid, hinge or ipo alone, not for {self.loss_type}: leave "
-            "it null",
-        )
+        require_at_least(self, max_length=2, max_skipped_steps=1, global_batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -382,12 +218,12 @@ class JSFTRun(_Run):
 
     def __post_init__(self) -> None:
         _check_sections(self, self.jsft_args, "jsft_args")
-        _require(self.templates.judge is not None, "templates.judge is missing: JSFT needs it")
-        _require(
+        require(self.templates.judge is not None, "templates.judge is missing: JSFT needs it")
+        require(
             not self.dataset.rationales or self.templates.decision_rationale is not None,
             "dataset.rationales is true but templates.decision_rationale is not set",
         )
-        _require(
+        require(
             not self.dataset.rationales or self.dataset.principles,
             "dataset.rationales is true but dataset.principles is false: rationales are given per "
             "principle",
@@ -568,26 +404,16 @@ def accumulation_steps(global_batch_size: int, per_device: int, processes: int) 
 
 def _check_sections(run: _Run, own: JSFTArgs | SelfJudgeArgs, section: str) -> None:
     """What is said twice would be said differently one day: one key lives in one section."""
-    _require(
+    require(
         not run.model.load_in_4bit or run.peft_config is not None,
         "model.load_in_4bit is true but peft_config is not set: weights in 4 bits are not trained, "
         "an adapter on them is",
     )
     names = {f.name for f in dataclasses.fields(own)}
     for key in run.training_args:
-        _require(key not in names, f"training_args.{key}: set {section}.{key} instead")
-    _require(
+        require(key not in names, f"training_args.{key}: set {section}.{key} instead")
+    require(
         own.global_batch_size is None or "gradient_accumulation_steps" not in run.training_args,
         "training_args.gradient_accumulation_steps follows from "
         f"{section}.global_batch_size: leave one out ({section}.global_batch_size=null)",
     )
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
-
-
-def _require_at_least(args: Any, name: str, least: int) -> None:
-    value = getattr(args, name)
-    _require(value is None or value >= least, f"{name} must be at least {least}, got {value}")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from self_judge.config.schema import PackingChoice
+from self_judge.config.self_training import PackingChoice
 from self_judge.models import (
     float32_logits,
     halve_or_raise,

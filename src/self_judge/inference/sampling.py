@@ -6,11 +6,8 @@ tokens follow one another: `decoding.py`.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,62 +15,17 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
 )
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from self_judge.datatypes import Response
+from self_judge.config.self_training import SamplingSettings
+from self_judge.datatypes import Response, stable_seed
 from self_judge.inference.decoding import Most, cache_bytes, decode, why_not_shared
+from self_judge.inference.logits_processors import TokenSampler
 from self_judge.models import halve_or_raise, in_evaluation_mode, without_cudnn_attention
 from self_judge.packing.passes import to_device
 from self_judge.prompting.chat_encoder import ChatEncoder
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingSettings:
-    """How responses are drawn. What is not set here is off: no model's own settings mix in.
-
-    Attributes:
-        max_new_tokens: tokens of a response at most.
-        temperature: 0 takes the most likely token.
-        top_p, top_k, min_p: 1.0, 0 and 0.0 switch them off.
-        repetition_penalty: 1.0 switches it off.
-    """
-
-    max_new_tokens: int = 768
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
-        if not 0 <= self.min_p < 1:
-            raise ValueError(f"min_p must be in [0, 1), got {self.min_p}")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
-
-
-def stable_seed(*parts: object) -> int:
-    """A 63-bit seed from anything printable; the same in every process and on every machine."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class Sampler(Protocol):
@@ -265,7 +217,7 @@ class TransformersSampler:
         device = next(self.model.parameters()).device
         longest = max(len(prompt) for prompt, _ in rows)
         padding = [longest - len(prompt) for prompt, seeds in rows for _ in seeds]
-        draw = _Draw(
+        draw = TokenSampler(
             self.settings,
             to_device(torch.tensor([seed for _, seeds in rows for seed in seeds]), device),
             to_device(torch.tensor(padding), device),
@@ -295,7 +247,7 @@ class TransformersSampler:
             mask_BT[row, longest - len(prompt) :] = 1
         config = GenerationConfig(
             max_new_tokens=self.settings.max_new_tokens,
-            do_sample=False,  # sampling is the argmax over `_SeededGumbel`
+            do_sample=False,  # sampling is the argmax over the noisy logits
             use_cache=True,
             eos_token_id=list(self.stop),
             pad_token_id=pad,
@@ -353,117 +305,6 @@ def _split(batch: Sequence[tuple[int, range]], most: int) -> list[list[tuple[int
             parts[-1].append((i, taken))
             room -= len(taken)
     return parts
-
-
-class _Draw:
-    """The next token of each row by the settings; see `decoding.Draw`."""
-
-    def __init__(
-        self, settings: SamplingSettings, seeds_B: torch.Tensor, padding_B: torch.Tensor
-    ) -> None:
-        s = settings
-        self.penalty = _RepetitionPenalty(s.repetition_penalty, padding_B)
-        self.gumbel = _SeededGumbel(seeds_B)
-        self.processors = LogitsProcessorList()
-        if s.repetition_penalty != 1.0:
-            self.processors.append(self.penalty)
-        if s.temperature == 0:
-            return
-        if s.temperature != 1.0:
-            self.processors.append(TemperatureLogitsWarper(s.temperature))
-        if s.top_k:
-            self.processors.append(TopKLogitsWarper(s.top_k))
-        if s.top_p < 1.0:
-            self.processors.append(_TopP(s.top_p))
-        if s.min_p > 0.0:
-            self.processors.append(MinPLogitsWarper(s.min_p))
-        self.processors.append(self.gumbel)
-
-    def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-        return self.processors(ids_BT, logits_BV.float()).argmax(-1)  # type: ignore[arg-type]
-
-    def keep(self, rows: torch.Tensor) -> None:
-        self.penalty.padding_B = self.penalty.padding_B[rows]
-        self.gumbel.seeds_B = self.gumbel.seeds_B[rows]
-
-
-class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
-    """The penalty on what a row says, not on its padding: that may be EOS, and comes and goes with
-    the length of other prompts in the batch."""
-
-    def __init__(self, penalty: float, padding_B: torch.Tensor) -> None:
-        super().__init__(penalty)
-        self.padding_B = padding_B
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        columns_T = torch.arange(input_ids.size(1), device=input_ids.device)
-        padding_BT = columns_T < self.padding_B[:, None]
-        # A token counts once, however often it occurs: padding may repeat the row's last.
-        own_BT = torch.where(padding_BT, input_ids[:, -1:], input_ids)
-        return super().__call__(own_BT, scores)
-
-
-class _TopP(TopPLogitsWarper):
-    """The same nucleus without sorting the vocabulary, which took a tenth of sampling's time.
-
-    Where the likeliest few hundred tokens of a row do not hold the nucleus, all are sorted.
-    """
-
-    likeliest = 256
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if scores.device.type != "cpu":  # where sorting is fast, and reading waits
-            return super().__call__(input_ids, scores)
-        top_BK = scores.topk(min(self.likeliest, scores.size(-1))).values
-        p_BK = (top_BK - scores.logsumexp(-1, keepdim=True)).exp()
-        before_BK = p_BK.cumsum(-1) - p_BK
-        if not bool((before_BK[:, -1] + p_BK[:, -1] >= self.top_p).all()):
-            return super().__call__(input_ids, scores)
-        least_B1 = top_BK.masked_fill(before_BK >= self.top_p, torch.inf).amin(-1, keepdim=True)
-        return scores.masked_fill(scores < least_B1, self.filter_value)
-
-
-class _SeededGumbel(LogitsProcessor):
-    """Adds Gumbel noise drawn from each row's own seed: the argmax is then an exact sample.
-
-    The noise is a function of (seed, step, token), so it needs no generator state per row.
-    """
-
-    def __init__(self, seeds_B: torch.Tensor) -> None:
-        self.seeds_B = seeds_B
-        self.step = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        noise_BV = seeded_gumbel(self.seeds_B, self.step, scores.size(-1))
-        self.step += 1
-        return scores.float() + noise_BV
-
-
-def seeded_gumbel(seeds_B: torch.Tensor, step: int, size: int) -> torch.Tensor:
-    """Standard Gumbel noise by a counter-based generator (splitmix64), shape `(B, size)`, float32.
-
-    Args:
-        seeds_B: int64 seeds.
-        step: the step; every step of a seed has noise of its own.
-        size: numbers per row.
-    """
-    # The step stays a scalar of the CPU, which no device waits for.
-    rows_B1 = _mix_(seeds_B[:, None] + _mix_(torch.tensor(step)))
-    index_V = torch.arange(size, device=seeds_B.device)
-    bits_BV = _mix_(rows_B1 + index_V * -7046029254386353131)  # 2^64 / golden ratio, as int64
-    # 32 random bits, centred in their cell: never 0, so no infinite noise; where float32 rounds the
-    # largest to 1, the exponential is clamped. In place, since every step of sampling pays for it.
-    uniform_BV = bits_BV.bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF).float()
-    uniform_BV.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-    exponential_BV = uniform_BV.neg_().log1p_().neg_()
-    return exponential_BV.log_().neg_()
-
-
-def _mix_(x: torch.Tensor) -> torch.Tensor:
-    """The finalizer of splitmix64, in place, on int64, whose products wrap as unsigned ones do."""
-    x.bitwise_xor_((x >> 30) & 0x3FFFFFFFF).mul_(-4658895280553007687)
-    x.bitwise_xor_((x >> 27) & 0x1FFFFFFFFF).mul_(-7723592293110705685)
-    return x.bitwise_xor_((x >> 31) & 0x1FFFFFFFF)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from self_judge.config.schema import PackingChoice
+from self_judge.config.self_training import PackingChoice
 from self_judge.datatypes import Comparison, Side, Verdict
 from self_judge.inference.letter_scoring import LetterScorer, TransformersScorer
 from self_judge.models import check_vocabulary, load_model, load_tokenizer

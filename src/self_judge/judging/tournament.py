@@ -14,8 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from self_judge.datatypes import Comparison, Verdict
-from self_judge.inference.sampling import stable_seed
+from self_judge.datatypes import Comparison, Verdict, stable_seed
 from self_judge.judging.judge import Judge
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates

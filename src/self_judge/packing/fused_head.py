@@ -18,7 +18,7 @@ import trl
 from packaging.version import Version
 from torch import nn
 
-from self_judge.config.schema import PackingChoice
+from self_judge.config.self_training import PackingChoice
 from self_judge.models import unwrapped
 from self_judge.packing.packing import Packing
 from self_judge.packing.passes import selecting, to_device

@@ -12,14 +12,14 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
 
-from self_judge.config.schema import PackingChoice
+from self_judge.config.self_training import PackingChoice, require_choice
 from self_judge.models import unwrapped
 from self_judge.packing import flex_attention
 from self_judge.packing.exactness import (
@@ -58,13 +58,6 @@ _LAYOUTS: dict[str, Callable[..., Iterator[Pass]]] = {
     "cache": cache_passes,
     "padding": padded_passes,
 }
-
-
-def check_choice(choice: str) -> None:
-    """Raises `ValueError` on what is no way of packing."""
-    known = get_args(PackingChoice)
-    if choice not in known:
-        raise ValueError(f"packing must be one of {', '.join(known)}, got {choice!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +106,7 @@ class Packing:
         gradients: bool = False,
         one_pass: bool = False,
     ) -> None:
-        check_choice(choice)
+        require_choice("packing", choice, PackingChoice)
         self.model = model
         self.inner: Any = unwrapped(model)
         self.choice = choice

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import save_file
 
+from self_judge.config.self_training import SamplingSettings
 from self_judge.console import neutral
 from self_judge.errors import EngineError
-from self_judge.inference.sampling import SamplingSettings
 from self_judge.inference.vllm.protocol import (
     SamplingRequest,
     request_parameters,

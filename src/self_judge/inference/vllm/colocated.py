@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from self_judge.config.self_training import SamplingSettings
 from self_judge.errors import EngineError
-from self_judge.inference.sampling import SamplingSettings
 from self_judge.inference.vllm.protocol import (
     SamplingRequest,
     request_parameters,

@@ -15,14 +15,10 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
+from self_judge.config.self_training import SamplingSettings
 from self_judge.datatypes import Response
 from self_judge.errors import EngineError
-from self_judge.inference.sampling import (
-    SamplingSettings,
-    rows_to_sample,
-    sampled_response,
-    stop_tokens,
-)
+from self_judge.inference.sampling import rows_to_sample, sampled_response, stop_tokens
 from self_judge.prompting.chat_encoder import ChatEncoder
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Sampler
 from trl import SFTTrainer
 
-from self_judge.config.schema import PackingChoice
+from self_judge.config.self_training import PackingChoice
 from self_judge.inference.lockstep import check_processes
 from self_judge.models import keep_freed_memory, refuse_pickle, unwrapped
 from self_judge.packing.fused_head import pack_fused_head

@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from self_judge.datatypes import Comparison, Response, Verdict
-from self_judge.inference.sampling import stable_seed
+from self_judge.config.self_training import PairSelection
+from self_judge.datatypes import Comparison, Response, Verdict, stable_seed
 from self_judge.judging.tournament import Bracket, Compare, knockouts
 from self_judge.storage.atomic import atomic_write
-
-PairSelection = Literal["best_worst", "best_random"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,10 +29,10 @@ from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
 from self_judge.console import neutral
-from self_judge.datatypes import Comparison, Response
+from self_judge.datatypes import Comparison, Response, stable_seed
 from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.lockstep import LockstepPacking, check_processes, most_of
-from self_judge.inference.sampling import Sampler, TransformersSampler, stable_seed
+from self_judge.inference.sampling import Sampler, TransformersSampler
 from self_judge.judging.judge import Judge
 from self_judge.models import (
     clamp_to_context,

@@ -1,0 +1,292 @@
+"""Settings of sampling and self-training, each declared and checked once.
+
+A run file's `self_judge_args` (`SelfJudgeArgs`) and the trainer's `SelfJudgeConfig` inherit
+`SelfTrainingSettings`. It knows values and their limits, not torch or TRL.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from self_judge.config.yaml import unknown_key
+from self_judge.errors import ConfigError
+
+PackingChoice = Literal["auto", "tree", "cache", "padding", "off"]
+PairSelection = Literal["best_worst", "best_random"]
+VLLMMode = Literal["colocate", "server"]
+
+# The pairwise losses of TRL 1.16's DPOTrainer.
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
+    *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises `ConfigError` with the message unless the condition holds."""
+    if not holds:
+        raise ConfigError(message)
+
+
+def require_at_least(settings: Any, **least: int) -> None:
+    """Raises `ConfigError` for the first of the named values that is below its minimum."""
+    for name, minimum in least.items():
+        value = getattr(settings, name)
+        require(
+            value is None or value >= minimum, f"{name} must be at least {minimum}, got {value}"
+        )
+
+
+def require_choice(name: str, value: object, choices: Any) -> None:
+    """Raises `ConfigError` for a value that the `Literal` does not have."""
+    known = get_args(choices)
+    require(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """How responses are drawn. What is not set here is off: no model's own settings mix in.
+
+    Attributes:
+        max_new_tokens: tokens of a response at most.
+        temperature: 0 takes the most likely token.
+        top_p, top_k, min_p: 1.0, 0 and 0.0 switch them off.
+        repetition_penalty: 1.0 switches it off.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    max_new_tokens: int = 768
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_at_least(self, max_new_tokens=1, top_k=0)
+        require(
+            0 <= self.temperature < math.inf,
+            f"temperature must be 0 or a positive number, got {self.temperature}",
+        )
+        require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        require(0 <= self.min_p < 1, f"min_p must be in [0, 1), got {self.min_p}")
+        require(
+            self.repetition_penalty > 0,
+            f"repetition_penalty must be above 0, got {self.repetition_penalty}",
+        )
+
+
+def _field(default: Any, help: str, choices: Any = None) -> Any:
+    """A field with the help text that `HfArgumentParser` shows."""
+    more = {} if choices is None else {"choices": list(get_args(choices))}
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class SelfTrainingSettings:
+    """Sampling, judging and what a run keeps; defaults from the paper. Fields carry their help."""
+
+    num_generations: int = _field(2, "Responses sampled per prompt, at least 2 (K).")
+    rollouts_per_update: int = _field(
+        1, "Pairs learned from per prompt and step, each of num_generations own samples."
+    )
+    pair_selection: PairSelection = _field(
+        "best_worst", "Which two of K > 2 responses to learn from.", PairSelection
+    )
+    max_new_tokens: int = _field(768, "Tokens of a response at most.")
+    temperature: float = _field(1.0, "Sampling temperature, above 0.")
+    top_p: float = _field(0.9, "Nucleus sampling; 1.0 is off.")
+    top_k: int = _field(0, "Top-k sampling; 0 is off.")
+    min_p: float = _field(0.0, "Min-p sampling; 0.0 is off.")
+    repetition_penalty: float = _field(1.0, "Penalty on tokens that have come before; 1.0 is off.")
+    generation_batch_size: int = _field(64, "Responses sampled together on one device at most.")
+    generation_batch_tokens: int | None = _field(
+        None,
+        "Tokens in their KV cache at most, prompts and responses together; unset: by the bytes "
+        "they take of the device's memory.",
+    )
+    judge_batch_size: int = _field(
+        8,
+        "Judge prompts per forward pass on one device where prompts are not packed; twice as many "
+        "where processes share the model. Packed passes go by tokens.",
+    )
+    packing: PackingChoice = _field(
+        "auto",
+        "How sequences share prefixes in judging and in the update: auto takes tree masks, a KV "
+        "cache or sorted padding, whichever is exact for the model; off packs nothing.",
+        PackingChoice,
+    )
+    max_length: int | None = _field(
+        2048, "Tokens of prompt + response, and of a judge prompt, at most."
+    )
+    average_log_prob: bool | None = _field(
+        None,
+        "Average log-probabilities over a response's tokens (True) or sum them (False). Unset: as "
+        "TRL's loss has it (sigmoid and hinge sum, ipo averages; the ipo of the original method "
+        "sums).",
+    )
+    ignore_index: int = _field(-100, "Label of positions without loss; only -100 is possible.")
+    log_completions: bool = _field(False, "Print sampled pairs with their verdicts when logging.")
+    save_rollouts: bool = _field(
+        True, "Write pairs and verdicts under output_dir/rollouts, a file a step."
+    )
+    rollout_files: int | None = _field(
+        200, "Keep the files of at most N steps, evenly spread, and of the last one."
+    )
+    rollout_pairs: int | None = _field(64, "Keep at most N pairs of a step.")
+    max_skipped_steps: int = _field(
+        3,
+        "Stop after N steps in a row without a finite gradient or a finite verdict: there is "
+        "nothing to learn from.",
+    )
+
+    use_vllm: bool = _field(False, "Sample with vLLM, and with LoRA judge there too.")
+    vllm_mode: VLLMMode = _field(
+        "colocate",
+        "An engine in every training process (colocate), or servers that run elsewhere (server).",
+        VLLMMode,
+    )
+    vllm_server_base_url: list[str] | None = _field(
+        None, "URL of the server, or of several replicas (http://host:port)."
+    )
+    rollouts_ahead: bool = _field(
+        False,
+        "Have servers sample for the next step while this one updates, one step off-policy and "
+        "uncorrected (vllm_mode=server).",
+    )
+    vllm_server_timeout: float = _field(240.0, "Seconds to wait for the servers to be up.")
+    vllm_gpu_memory_utilization: float = _field(
+        0.3, "The colocated engine's share of all of the GPU's memory."
+    )
+    vllm_max_model_length: int | None = _field(
+        None, "Tokens the colocated engine holds of a sequence; max_length if unset."
+    )
+    vllm_enable_sleep_mode: bool = _field(
+        False, "The colocated engine frees the GPU's memory during updates."
+    )
+    vllm_sync_dir: str | None = _field(
+        None,
+        "Folder that training and servers both see, through which adapters and weights are handed "
+        "over; unset: in this machine's memory.",
+    )
+
+    def check(self) -> None:
+        """Raises `ConfigError` for values that contradict each other or the method."""
+        self.sampling()  # checks the sampling settings
+        require(
+            self.temperature > 0,
+            f"temperature must be above 0, got {self.temperature}: without chance all samples of a "
+            "prompt are the same",
+        )
+        require_at_least(
+            self,
+            num_generations=2,
+            rollouts_per_update=1,
+            judge_batch_size=1,
+            generation_batch_size=1,
+            generation_batch_tokens=1,
+            rollout_files=1,
+            rollout_pairs=1,
+            max_skipped_steps=1,
+        )
+        require_choice("pair_selection", self.pair_selection, PairSelection)
+        require_choice("packing", self.packing, PackingChoice)
+        require_choice("vllm_mode", self.vllm_mode, VLLMMode)
+        require(
+            self.max_length is None or self.max_new_tokens < self.max_length,
+            f"max_new_tokens ({self.max_new_tokens}) must be below max_length ({self.max_length}), "
+            "which holds prompt and response together",
+        )
+        require(
+            self.ignore_index == -100,
+            f"ignore_index must be -100, the label that TRL's losses skip, got {self.ignore_index}",
+        )
+        self._check_vllm()
+
+    def _check_vllm(self) -> None:
+        require(
+            0 < self.vllm_gpu_memory_utilization <= 1,
+            f"vllm_gpu_memory_utilization must be in (0, 1], got "
+            f"{self.vllm_gpu_memory_utilization}",
+        )
+        servers = self.use_vllm and self.vllm_mode == "server"
+        require(
+            servers or not self.rollouts_ahead,
+            "rollouts_ahead needs use_vllm with vllm_mode=server: only servers can sample "
+            "while this process updates",
+        )
+        require(
+            not servers or bool(self.vllm_server_base_url),
+            "vllm_mode=server needs vllm_server_base_url, the URL of a `vllm serve`, or a list",
+        )
+        least = self.max_length or self.max_new_tokens + 1
+        require(
+            not self.use_vllm or (self.vllm_max_model_length or least) >= least,
+            f"vllm_max_model_length ({self.vllm_max_model_length}) must be at least max_length "
+            f"({least})",
+        )
+
+    def check_losses(self, losses: Sequence[str]) -> None:
+        """Raises `ConfigError` for an unknown loss, or one that `average_log_prob` contradicts."""
+        require(bool(losses), "loss_type is an empty list")
+        for loss in losses:
+            require(loss in LOSS_TYPES, f"loss_type {unknown_key(loss, LOSS_TYPES)}")
+        require(
+            self.average_log_prob is None
+            or (len(losses) == 1 and losses[0] in ("sigmoid", "hinge", "ipo")),
+            "average_log_prob is for sigmoid, hinge or ipo alone, not for "
+            f"{', '.join(losses)}: leave it unset",
+        )
+
+    def sampling(self) -> SamplingSettings:
+        """The sampler's part of the settings."""
+        return SamplingSettings(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+
+@dataclass
+class SelfJudgeArgs(SelfTrainingSettings):
+    """A run file's `self_judge_args`: on-policy self-training by self-judgment.
+
+    Args:
+        token_id_a, token_id_b: ids of the letters; derived from the tokenizer where left out, and
+            checked against it where given.
+        loss_type: one of TRL's pairwise losses, or a list of them.
+        beta: strength of the pull towards the reference.
+        disable_dropout: whether dropout is switched off in policy and reference.
+        global_batch_size: prompts per optimizer step over all processes; the accumulation steps
+            follow from it. `None`: as `training_args` says.
+
+    Raises:
+        ConfigError: values that contradict each other or the method.
+    """
+
+    token_id_a: int | None = None
+    token_id_b: int | None = None
+    max_length: int = 2048
+    loss_type: str | list[str] = "sigmoid"
+    beta: float = 0.1
+    disable_dropout: bool = True
+    global_batch_size: int | None = 64
+    vllm_server_base_url: str | list[str] | None = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        require_at_least(self, token_id_a=0, token_id_b=0, global_batch_size=1)
+        require(
+            self.token_id_a is None or self.token_id_a != self.token_id_b,
+            f"token_id_a and token_id_b are the same token ({self.token_id_a})",
+        )
+        require(self.beta > 0, f"beta must be above 0, got {self.beta}")
+        self.check()
+        self.check_losses([self.loss_type] if isinstance(self.loss_type, str) else self.loss_type)
