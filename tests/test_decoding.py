@@ -292,7 +292,7 @@ def test_processes_in_step_go_on_until_the_last_has_finished(others: int, every:
 
     passes: list[int] = []
     hook = model.register_forward_hook(lambda *_: passes.append(1))
-    found = continued(model, Ends(), 16, most=most, look_every=every)
+    found = continued(model, Ends(), 16, max_over_ranks=most, look_every=every)
     hook.remove()
     assert found == [[STOP]] * len(ROWS)
     assert asked == [0] * (1 + others)

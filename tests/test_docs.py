@@ -132,7 +132,7 @@ def test_every_chart_of_the_report_is_explained() -> None:
 
 
 def test_what_the_logs_are_called_is_what_the_text_calls_them() -> None:
-    from self_judge.training.self_training.rollouts import rollout_metrics, rollout_totals
+    from self_judge.training.self_training.rollout_log import rollout_metrics, rollout_totals
 
     said = set(re.findall(r"`((?:judge|completions|time)/[^`]+)`", ARCHITECTURE))
     for name in rollout_metrics(rollout_totals([], ["helpfulness"])):

@@ -15,14 +15,10 @@ from transformers import LlamaForCausalLM
 
 from conftest import byte_bpe, tiny_llama, wrap
 from self_judge.errors import ModelError
-from self_judge.models import (
-    check_vocabulary,
+from self_judge.models import check_vocabulary, frozen_reference, load_model, load_tokenizer, merged
+from self_judge.runtime import (
     float32_logits,
-    frozen_reference,
     in_evaluation_mode,
-    load_model,
-    load_tokenizer,
-    merged,
     own_device,
     unwrapped,
     without_cudnn_attention,
@@ -263,7 +259,7 @@ def test_a_vocabulary_fits_when_every_token_has_an_embedding(model: Any, tokeniz
 def test_logits_for_judging_are_not_rounded_to_the_models_own_type(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("self_judge.models._HEAD_ROWS", 50)  # several parts
+    monkeypatch.setattr("self_judge.runtime._HEAD_ROWS", 50)  # several parts
     half = model.to(torch.bfloat16)
     with torch.no_grad():
         states = half.model(IDS.to(half.device)).last_hidden_state

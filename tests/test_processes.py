@@ -283,7 +283,7 @@ def test_passes_are_announced_and_finished_together() -> None:
         calls.append(own)
         return own or int(calls.count(0) <= 2)
 
-    packing = LockstepPacking(model, "auto", batch_rows=3, most=most)
+    packing = LockstepPacking(model, "auto", batch_rows=3, max_over_ranks=most)
     assert packing.decision.route == "tree"
     passes: list[int] = []
     hook = model.register_forward_hook(lambda *_: passes.append(1))
@@ -305,7 +305,7 @@ def test_passes_are_announced_and_finished_together() -> None:
 def test_a_shared_model_that_cannot_be_packed_is_refused() -> None:
     model: Any = build("llama")
     bare = SimpleNamespace(route="off", reason="no backbone")
-    packing = LockstepPacking(model, "off", batch_rows=2, most=int)
+    packing = LockstepPacking(model, "off", batch_rows=2, max_over_ranks=int)
     assert packing.decision.route == "padding"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("self_judge.packing.packing._decide", lambda *_: bare)

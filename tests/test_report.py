@@ -17,12 +17,12 @@ from self_judge.judging.judge import aggregate
 from self_judge.reporting.collect import Limits, ReportData, collect
 from self_judge.reporting.page import CHARTS, json_block, page, write_report
 from self_judge.storage.run_dir import BRACKETS, METRICS, append_line, read_lines, rollout_file
-from self_judge.training.self_training.rollouts import (
-    Rollout,
+from self_judge.training.self_training.rollout_log import (
     rollout_metrics,
     rollout_totals,
     write_rollouts,
 )
+from self_judge.training.self_training.rollouts import Rollout
 
 QUIET = Console(quiet=True)
 HOSTILE = (

@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 
 from self_judge import Comparison, Verdict
 from self_judge.datatypes import Response
+from self_judge.training.self_training.rollout_log import (
+    rollout_metrics,
+    rollout_totals,
+    write_rollouts,
+)
 from self_judge.training.self_training.rollouts import (
     Rollout,
     judged_rollouts,
     preference_batch,
-    rollout_metrics,
-    rollout_totals,
     select_pairs,
-    write_rollouts,
 )
 from test_tournament import ByValue, Undecided
 

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from conftest import SMALL, TEMPLATES
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.storage.run_dir import METRICS, RUN, read_lines, rollout_files
-from self_judge.training.callbacks import kl_estimate
+from self_judge.training.self_training.rollout_log import kl_estimate
 
 
 def trained(

@@ -20,7 +20,6 @@ from conftest import TEMPLATES, Make, history, same, tiny_llama, weights
 from self_judge import SelfJudgeCollator, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.models import load_model, merged
 from self_judge.prompting.judge_json import load_judge_settings
-from self_judge.training.self_training import trainer as trainer_module
 from self_judge.training.self_training.rollouts import preference_batch
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -178,7 +177,7 @@ def test_the_references_log_probabilities_from_the_rollout_are_those_of_the_loss
         lambda model, inputs: asked.append(len(inputs["input_ids"])) or compute(model, inputs),
     )
     trainer.model.train()
-    trainer._step_batches = batches
+    trainer.get_batch_samples(iter(batches), 2, trainer.args.device)
     given = trainer._prepare_inputs(batches[0])
     # Packing takes the step in one go; padded, a micro-batch is a pass.
     assert asked == ([8] if packing == "auto" else [4, 4])
@@ -591,7 +590,7 @@ def test_the_frozen_copy_is_made_where_the_model_is_trained(
         events.append("copied")
         raise KeyboardInterrupt  # what comes after is not looked at
 
-    monkeypatch.setattr(trainer_module, "frozen_reference", copied)
+    monkeypatch.setattr("self_judge.models.frozen_reference", copied)
     if kind is not None:  # as the launcher says it; these place the weights themselves
         monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     with pytest.raises(KeyboardInterrupt):

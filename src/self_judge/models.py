@@ -6,23 +6,16 @@ It knows files and weights. It does not know data, prompts or training.
 from __future__ import annotations
 
 import copy
-import ctypes
 import importlib.util
 import json
 import logging
 import os
-import platform
 import shlex
 import tempfile
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -32,9 +25,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from self_judge.errors import ModelError, _lines, in_a_line, is_missing
+from self_judge.runtime import own_device, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -68,22 +64,6 @@ def load_tokenizer(
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def own_device() -> torch.device:
-    """The device that this process computes on: its own GPU, or the CPU where there is none.
-
-    Several processes of one launch each have another GPU. Where Accelerate was set up already (by a
-    training, or by a command under `accelerate launch`), it is the device that Accelerate uses;
-    otherwise nothing is set up.
-    """
-    if PartialState._shared_state:
-        return PartialState().device
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    if on_cpu or not torch.cuda.is_available():
-        return torch.device("cpu")
-    process = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", process % torch.cuda.device_count())
 
 
 def load_model(
@@ -292,16 +272,6 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return plain
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The causal language model under all wrappers (DDP, PEFT), with its adapters' layers in it."""
-    inner: Any = model
-    while isinstance(inner, PeftModel) or isinstance(
-        getattr(inner, "module", None), torch.nn.Module
-    ):
-        inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner.module
-    return inner
-
-
 def frozen_reference(model: ModelT) -> ModelT:
     """A copy of the model as it is now, in evaluation mode and without gradients.
 
@@ -311,101 +281,6 @@ def frozen_reference(model: ModelT) -> ModelT:
     reference = copy.deepcopy(model)
     reference.requires_grad_(False)
     return reference.eval()
-
-
-@contextmanager
-def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode and every module of it back into the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """Keeps PyTorch's attention from cuDNN, which only CUDA devices have.
-
-    On recent GPUs PyTorch prefers cuDNN, which builds a plan for every shape it has not met, in
-    tens of milliseconds. Packed rows, and keys that grow with each decoded token, hardly ever have
-    the same shape twice. The backward pass uses the kernel of its forward pass, but gradient
-    checkpointing computes forward passes again in it: so a training stays within this as a whole.
-    """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-# Of glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """Has this process keep the memory that it frees, for training on a CPU.
-
-    glibc gives large blocks back at once, and the system clears every page of the next one: half a
-    million page faults in a step of SmolLM2. Other C libraries and other devices are left alone.
-    """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_MAX, 0)
-    libc.mallopt(_TRIM_THRESHOLD, -1)
-
-
-# Rows of the head's matrix made float32 at a time: a quarter of a GiB at a width of 2,048.
-_HEAD_ROWS = 32_768
-
-
-@contextmanager
-def float32_logits(model: torch.nn.Module) -> Iterator[None]:
-    """Has the model's head compute float32 logits, whatever type the rest computes in.
-
-    bfloat16 keeps eight bits: a logit of 20 is rounded to the next eighth, and what a judge says of
-    two letters by as much as it often differs by. Autocast is off inside the head: a trainer's
-    model has it in its own `forward`. Every plain linear layer of the head computes so, those of an
-    adapter included, on the weights as they are at the call: gathered, where processes share them.
-    A quantized head is left as it is.
-    """
-    head: Any = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
-    for layer in head.modules() if head is not None else ():
-        # Accelerate keeps the forward of a layer on a device of its own under this name.
-        own = vars(layer)
-        name = "_old_forward" if "_old_forward" in own else "forward"
-        usual = own.get(name)
-        forward = getattr(usual, "__func__", usual) or type(layer).forward
-        if isinstance(layer, torch.nn.Linear) and forward is torch.nn.Linear.forward:
-            replaced.append((own, name, usual))
-            own[name] = types.MethodType(_linear_in_float32, layer)
-    try:
-        yield
-    finally:
-        for own, name, usual in replaced:
-            if usual is None:
-                del own[name]
-            else:
-                own[name] = usual
-
-
-def _linear_in_float32(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    linear, weight = torch.nn.functional.linear, layer.weight
-    if weight.dtype == torch.float64:
-        return linear(states, weight, layer.bias)
-    bias = None if layer.bias is None else layer.bias.float()
-    with torch.autocast(states.device.type, enabled=False):
-        states = states.float()
-        if weight.dtype == torch.float32:
-            return linear(states, weight, bias)
-        rows = [linear(states, part.float()) for part in weight.split(_HEAD_ROWS)]
-        logits = torch.cat(rows, dim=-1)
-    return logits if bias is None else logits + bias
 
 
 def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -453,27 +328,34 @@ def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
     return "there is no such folder" if is_missing(name_or_path) else in_a_line(error)
 
 
-def halve_or_raise(stage: str, size: int, unit: str, error: BaseException) -> int:
-    """Half of `size`, after an error that says that memory is full.
-
-    Args:
-        stage: what was being done, as the warning says it.
-        size: how much was done at a time.
-        unit: of what, in the plural.
-        error: what was raised; anything else than full memory is raised again.
+def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
+    """The judge and reference of a model in memory; `None` under ZeRO-3, where TRL loads it.
 
     Raises:
-        BaseException: `error` itself, where it is another one, or where there is nothing to halve.
+        ValueError: a model under ZeRO-3 that has no name to load it by.
     """
-    if not (isinstance(error, Exception) and should_reduce_batch_size(error)) or size <= 1:
-        raise error
-    # The traceback holds the tensors of what failed.
-    error.__traceback__ = None
-    clear_device_cache(garbage_collection=True)
-    half = size // 2
-    logger.warning(
-        "out of memory while %s %d %s at a time: from here on %d, with the same result. A smaller "
-        "setting from the start saves this attempt",
-        stage, size, unit, half,
-    )  # fmt: skip
-    return half
+    if is_deepspeed_zero3_enabled():  # sharded parameters cannot be copied
+        name = model.config.name_or_path
+        if not name:
+            raise ValueError(
+                "under ZeRO-3 the judge is loaded by the model's name, and this model has none: "
+                "pass a ref_model, or the folder of the model"
+            )
+        logger.warning("ZeRO-3: the judge is loaded from %s, not copied from memory", name)
+        return None
+    _place(model, args)
+    return frozen_reference(model)
+
+
+def _place(model: Any, args: TrainingArguments) -> None:
+    """Moves a model to where it is trained, so that its copy is made there and not in host memory.
+
+    Sharded models are placed by FSDP and DeepSpeed, others by their device map or in 4 bits.
+    """
+    asked = (os.environ.get(f"ACCELERATE_USE_{kind}", "") for kind in ("FSDP", "DEEPSPEED"))
+    sharded = args.fsdp or args.deepspeed or any(a.lower() in ("1", "true") for a in asked)
+    placed = sharded or any(
+        getattr(model, name, None) for name in ("hf_device_map", "quantization_method")
+    )
+    if args.place_model_on_device is not False and not placed:
+        model.to(args.device)

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from self_judge.errors import ModelError
-from self_judge.models import refuse_pickle, unwrapped, why
+from self_judge.models import refuse_pickle, why
+from self_judge.runtime import unwrapped
 
 # Whether frozen linear layers are kept in 4 bits, and whether the numbers that takes are small too.
 FourBits: TypeAlias = Literal["no", "plain", "nested"]

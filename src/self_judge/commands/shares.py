@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from self_judge.models import own_device
+from self_judge.runtime import own_device
 from self_judge.storage.jsonl import open_journal, settings_path
 
 ItemT = TypeVar("ItemT")

@@ -19,7 +19,6 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from self_judge.models import unwrapped, without_cudnn_attention
 from self_judge.packing.exactness import (
     as_called,
     padded_logits,
@@ -28,10 +27,12 @@ from self_judge.packing.exactness import (
     why_inexact,
 )
 from self_judge.packing.passes import takes_positions, to_device
+from self_judge.runtime import unwrapped, without_cudnn_attention
 
 logger = logging.getLogger(__name__)
 
-Most = Callable[[int], int]
+# The largest of a number over the processes that share a model.
+MaxOverRanks = Callable[[int], int]
 """The largest of a number over all processes; `int` itself where there is one process."""
 
 # Two cores are busy with about this many tokens; a GPU needs more of them.
@@ -64,7 +65,7 @@ def decode(
     stop: Sequence[int],
     pad: int,
     max_new_tokens: int,
-    most: Most = int,
+    max_over_ranks: MaxOverRanks | None = None,
     look_every: int | None = None,
 ) -> list[list[int]]:
     """Continues every prompt `copies` times, until a stop token (included) or the limit.
@@ -78,8 +79,8 @@ def decode(
         copies: how often each is continued.
         draw: chooses tokens; its rows are the first prompt's copies, then the second's, ….
         stop, pad: tokens that end a row; what fills rows on the left.
-        most: with a sharded model, the largest of a number over all processes, so that each makes
-            as many forward passes as the others.
+        max_over_ranks: with a sharded model, the largest of a number over all processes, so that
+            each makes as many forward passes as the others.
         look_every: tokens between two looks at which rows have finished, which changes no row;
             default: 1 on a CPU, 8 elsewhere.
 
@@ -107,7 +108,7 @@ def decode(
 
     with without_cudnn_attention():
         logits_BV, cache = _prefilled(
-            model, prompts, of_row, longest + max_new_tokens, one_pass=most is not int
+            model, prompts, of_row, longest + max_new_tokens, one_pass=max_over_ranks is not None
         )
         for step in range(max_new_tokens):
             at = longest + step
@@ -119,7 +120,7 @@ def decode(
                 break
             if (step + 1) % every == 0:
                 left = [place for place, goes_on in enumerate(unfinished_B.tolist()) if goes_on]
-                if not most(len(left)):
+                if not (max_over_ranks(len(left)) if max_over_ranks else left):
                     break
                 if 0 < len(left) <= _LEAVE_AT * len(rows):
                     rows = [rows[place] for place in left]

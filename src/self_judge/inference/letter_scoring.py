@@ -14,16 +14,16 @@ from typing import Any, Protocol
 import torch
 
 from self_judge.config.self_training import PackingChoice
-from self_judge.models import (
+from self_judge.packing.packing import Packing
+from self_judge.packing.pass_size import busy_tokens
+from self_judge.packing.passes import right_padded
+from self_judge.runtime import (
     float32_logits,
     halve_or_raise,
     in_evaluation_mode,
     unwrapped,
     without_cudnn_attention,
 )
-from self_judge.packing.packing import Packing
-from self_judge.packing.pass_size import busy_tokens
-from self_judge.packing.passes import right_padded
 
 
 class LetterScorer(Protocol):

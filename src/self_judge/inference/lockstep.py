@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from self_judge.config.self_training import PackingChoice
-from self_judge.inference.decoding import Most
+from self_judge.inference.decoding import MaxOverRanks
 from self_judge.packing.packing import Decision, Packing, needs_one_pass
 
 
@@ -43,17 +43,17 @@ def check_processes(accelerator: Accelerator) -> None:
             )
 
 
-def most_of(accelerator: Accelerator) -> Most:
-    """The largest of a number over all processes where they share a model; else the number."""
+def max_over_ranks(accelerator: Accelerator) -> MaxOverRanks | None:
+    """The largest of a number over all processes where they share a model; else `None`."""
     if accelerator.num_processes == 1 or not needs_one_pass(accelerator.distributed_type):
-        return int
+        return None
 
-    def most(own: int) -> int:
+    def largest(own: int) -> int:
         number = torch.tensor(own, device=accelerator.device)
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
         return int(number)
 
-    return most
+    return largest
 
 
 class LockstepPacking(Packing):
@@ -64,7 +64,7 @@ class LockstepPacking(Packing):
     Args:
         model, choice: see `Packing`; `off` is taken as `padding`.
         batch_rows: half the prompts of a pass: both orders of a comparison share a row.
-        most: the largest of a number over all processes.
+        max_over_ranks: the largest of a number over all processes.
         batch_tokens: tokens of a row at most.
     """
 
@@ -74,13 +74,13 @@ class LockstepPacking(Packing):
         choice: PackingChoice,
         *,
         batch_rows: int,
-        most: Most,
+        max_over_ranks: MaxOverRanks,
         batch_tokens: int | None = None,
     ) -> None:
         chosen: PackingChoice = "padding" if choice == "off" else choice
         super().__init__(model, chosen, batch_tokens=batch_tokens, one_pass=True)
         self.batch_rows = batch_rows
-        self.most = most
+        self.max_over_ranks = max_over_ranks
 
     @property
     def decision(self) -> Decision:
@@ -100,12 +100,12 @@ class LockstepPacking(Packing):
         """As `Packing` does, in passes of so many rows, each announced to the others."""
         size = 2 * self.batch_rows
         for start in range(0, len(sequences), size):
-            self.most(1)
+            self.max_over_ranks(1)
             for numbers, logits in super().next_token_logits(sequences[start : start + size]):
                 yield [start + n for n in numbers], logits
 
     def finish(self) -> None:
         """Goes along with the passes of the processes that are not done yet."""
-        while self.most(0):
+        while self.max_over_ranks(0):
             passed: Any = super().next_token_logits([[0]])
             list(passed)

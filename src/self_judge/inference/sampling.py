@@ -21,11 +21,11 @@ from transformers import (
 
 from self_judge.config.self_training import SamplingSettings
 from self_judge.datatypes import Response, stable_seed
-from self_judge.inference.decoding import Most, cache_bytes, decode, why_not_shared
+from self_judge.inference.decoding import MaxOverRanks, cache_bytes, decode, why_not_shared
 from self_judge.inference.logits_processors import TokenSampler
-from self_judge.models import halve_or_raise, in_evaluation_mode, without_cudnn_attention
 from self_judge.packing.passes import to_device
 from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.runtime import halve_or_raise, in_evaluation_mode, without_cudnn_attention
 
 
 class Sampler(Protocol):
@@ -108,8 +108,8 @@ class TransformersSampler:
             many as fit into half of what the model's weights leave of a GPU's memory, or into
             4 GiB on a CPU. That goes by the memory that the device has, not by what is free: the
             same prompts share a batch after a resume.
-        most: for a sharded model, the largest of a number over all processes: then each makes as
-            many forward passes as the others, whatever it samples.
+        max_over_ranks: for a sharded model, the largest of a number over all processes: then each
+            makes as many forward passes as the others, whatever it samples.
 
     Raises:
         ValueError: a batch size is below 1, or no token ends an answer.
@@ -123,7 +123,7 @@ class TransformersSampler:
         batch_size: int = 64,
         *,
         batch_tokens: int | None = None,
-        most: Most = int,
+        max_over_ranks: MaxOverRanks | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"sampling batch size must be at least 1, got {batch_size}")
@@ -135,7 +135,7 @@ class TransformersSampler:
         self.settings = settings
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
-        self.most = most
+        self.max_over_ranks = max_over_ranks
 
     @torch.no_grad()
     def sample(
@@ -162,11 +162,12 @@ class TransformersSampler:
         """
         drawn_from = rows_to_sample(prompts, n, seeds)
         responses: list[list[Response]] = [[] for _ in prompts]
-        sharded = self.most is not int
         bar = tqdm(total=n * len(prompts), desc="sampling", unit="resp", disable=not progress)
         with in_evaluation_mode(self.model), without_cudnn_attention(), bar:
             batches = self._batches([len(p) for p in prompts], n)
-            number, rounds = 0, self.most(len(batches))
+            number, rounds = 0, len(batches)
+            if self.max_over_ranks is not None:
+                rounds = self.max_over_ranks(rounds)
             while number < rounds:
                 if number >= len(batches):  # in step with processes that have more to do
                     self._sampled([(self.stop[:1], [0])])
@@ -178,7 +179,7 @@ class TransformersSampler:
                 try:
                     drawn = iter(self._sampled(rows))
                 except RuntimeError as error:
-                    if sharded:  # processes that share a model sample in step
+                    if self.max_over_ranks is not None:  # they sample in step
                         raise
                     self.batch_size = halve_or_raise("sampling", count, "responses", error)
                     batches[number:] = [
@@ -231,7 +232,7 @@ class TransformersSampler:
                 stop=stop,
                 pad=pad,
                 max_new_tokens=self.settings.max_new_tokens,
-                most=self.most,
+                max_over_ranks=self.max_over_ranks,
             )
         return self._generated([p for p, seeds in rows for _ in seeds], draw.processors, pad)
 
@@ -258,7 +259,7 @@ class TransformersSampler:
                 attention_mask=to_device(mask_BT, device),
                 generation_config=config,
                 logits_processor=processors,
-                synced_gpus=self.most is not int,
+                synced_gpus=self.max_over_ranks is not None,
             )
         return output_BT[:, longest:].tolist()
 

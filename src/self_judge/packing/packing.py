@@ -20,7 +20,6 @@ from peft import PeftModel
 from torch import nn
 
 from self_judge.config.self_training import PackingChoice, require_choice
-from self_judge.models import unwrapped
 from self_judge.packing import flex_attention
 from self_judge.packing.exactness import (
     as_called,
@@ -44,6 +43,7 @@ from self_judge.packing.passes import (
 )
 from self_judge.packing.prefix_tree import Ints
 from self_judge.packing.segment_passes import Memory, run_passes, walk_passes
+from self_judge.runtime import unwrapped
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from self_judge.models import without_cudnn_attention
 from self_judge.packing.flex_attention import NAME, ROW_MULTIPLE, tree_blocks
 from self_judge.packing.pass_size import busy_tokens
 from self_judge.packing.prefix_tree import (
@@ -29,6 +28,7 @@ from self_judge.packing.prefix_tree import (
     prefix_rows,
 )
 from self_judge.packing.segment_attention import attending_by_runs
+from self_judge.runtime import without_cudnn_attention
 
 # A dense mask has attention computed at every pair of tokens, at a lower rate than a matrix
 # product: by how much lower. On a CPU measured with SmolLM2-135M on two cores

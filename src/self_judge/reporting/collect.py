@@ -50,7 +50,7 @@ class ReportData:
 
     Attributes:
         runs: name, kind, series by metric, run.json and data.json of every run.
-        pairs: sampled pairs with their verdicts; see `rollouts.write_rollouts`.
+        pairs: sampled pairs with their verdicts; see `rollout_log.write_rollouts`.
         brackets: tournaments with their contexts and responses.
         judges: how good a judge was on labeled pairs, with its reliability.
         comparisons: how often one policy answers better than another.

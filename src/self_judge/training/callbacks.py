@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -123,39 +123,6 @@ def _changed(args: Any) -> dict[str, Any]:
         if getattr(args, field.name) != default and field.name in values:
             changed[field.name] = values[field.name]
     return changed
-
-
-def kl_estimate(
-    chosen_rewards: Sequence[float],
-    rejected_rewards: Sequence[float],
-    undecidable: Sequence[float],
-    beta: float,
-) -> float | None:
-    """KL(policy ‖ reference) in nats per response, estimated from what the loss computed anyway.
-
-    The policy sampled both responses of a pair itself, so the mean of log π(y|x) − log π_ref(y|x)
-    over them estimates the divergence without further passes (the estimator k1 of Schulman,
-    "Approximating KL Divergence"). Unbiased for K = 2 at temperature 1 and top_p 1; with K > 2 only
-    the best and the worst response are counted. Undecidable pairs have empty rows, hence reward 0,
-    and are taken out by the share of decided ones.
-
-    Args:
-        chosen_rewards, rejected_rewards: β (log π − log π_ref), means over batches of equal size.
-        undecidable: share of undecidable pairs per optimizer step.
-        beta: β.
-
-    Returns:
-        `None` where there is no decided pair to estimate from.
-    """
-    if not (chosen_rewards and rejected_rewards and undecidable):
-        return None
-    decided = 1.0 - sum(undecidable) / len(undecidable)
-    if decided <= 0:
-        return None
-    rewards = sum(chosen_rewards) / len(chosen_rewards) + sum(rejected_rewards) / len(
-        rejected_rewards
-    )
-    return rewards / (2 * beta * decided)
 
 
 # In the order of a step. `waiting`: for the slowest process, between judging and the update.

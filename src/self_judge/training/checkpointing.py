@@ -28,7 +28,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from self_judge.errors import CheckpointError
-from self_judge.models import apply_umask, without_cudnn_attention
+from self_judge.models import apply_umask
+from self_judge.runtime import without_cudnn_attention
 from self_judge.storage.atomic import (
     UNFINISHED,
     atomic_write,

@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
-from self_judge.models import halve_or_raise
+from self_judge.runtime import halve_or_raise
 
 if TYPE_CHECKING:
     Base = Trainer
 else:
     Base = object
+
+
+# A micro-batch's number within its optimizer step, among its columns.
+MICRO_BATCH = "micro_batch"
 
 
 class UpdateInParts(Base):
@@ -35,7 +39,7 @@ class UpdateInParts(Base):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """As Transformers'; a step in which memory was full is done again from its first batch."""
         model.train()  # as the inherited step does, which comes too late for the next line
-        place = next((i for i, b in enumerate(self._step_batches) if b is inputs), 0)
+        place = inputs.get(MICRO_BATCH, 0)
         prepared = self._prepare_inputs(inputs)
         if place == 0:  # what was sampled and judged is counted by now, once
             self._counted = {key: len(v) for key, v in self._metrics["train"].items()}

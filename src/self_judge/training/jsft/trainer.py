@@ -15,10 +15,11 @@ from trl import SFTTrainer
 
 from self_judge.config.self_training import PackingChoice
 from self_judge.inference.lockstep import check_processes
-from self_judge.models import keep_freed_memory, refuse_pickle, unwrapped
+from self_judge.models import refuse_pickle
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.pass_size import settled_tokens
+from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.training.callbacks import RunLog
 from self_judge.training.checkpointing import ResumableTraining
 from self_judge.training.lora_layers import lighten

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 from trl import DPOConfig
 
 from self_judge.config.self_training import SelfTrainingSettings, require
+from self_judge.models import clamp_to_context, refuse_pickle
 
 
 @dataclass
@@ -70,10 +70,31 @@ def as_self_judge_config(
     return SelfJudgeConfig(**{key: value for key, value in values.items() if key in names})
 
 
-def with_values(args: SelfJudgeConfig, values: Mapping[str, Any]) -> SelfJudgeConfig:
-    """A copy with other values, checked again."""
+def with_values(args: SelfJudgeConfig, **values: Any) -> SelfJudgeConfig:
+    """A copy with other values, checked again; `None` leaves a setting as it is."""
     changed = copy.copy(args)
     for key, value in values.items():
-        setattr(changed, key, value)
+        if value is not None:
+            setattr(changed, key, value)
     changed.check()
     return changed
+
+
+def trusts_code(config: SelfJudgeConfig) -> bool:
+    return bool(getattr(config, "trust_remote_code", False))
+
+
+def for_model(config: SelfJudgeConfig, model: Any) -> SelfJudgeConfig:
+    """The settings with safe loading of a named model, and a `max_length` within its context."""
+    if isinstance(model, str):
+        refuse_pickle(model)
+        loading = {"use_safetensors": True, **(config.model_init_kwargs or {})}  # type: ignore[dict-item]
+        config = with_values(config, model_init_kwargs=loading)
+        about = AutoConfig.from_pretrained(
+            model,
+            trust_remote_code=trusts_code(config),
+            revision=loading.get("revision") or "main",
+        )
+    else:
+        about = model.config
+    return with_values(config, max_length=clamp_to_context(about, config.max_length))

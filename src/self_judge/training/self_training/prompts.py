@@ -5,14 +5,19 @@ It knows the row formats of the method and of TRL. It does not sample, judge or 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from datasets import IterableDataset
 
 from self_judge.datatypes import Message
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import dialogue_text
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("record", "prompt_ids", "context", "chosen_ids", "rejected_ids")
 
@@ -130,9 +135,46 @@ class PromptPreparer:
         return [*self.encoder.encode_content(response), *end]
 
 
-def fits(row: Mapping[str, Any]) -> bool:
+def has_prompt(row: Mapping[str, Any]) -> bool:
     """Whether a prepared prompt left room for a response."""
     return len(row["prompt_ids"]) > 0
+
+
+def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) -> Any:
+    """Adds the ids of each prompt and the judge's context; leaves a prepared dataset alone.
+
+    Args:
+        dataset: a `Dataset` or an `IterableDataset` of rows; see `SelfJudgeTrainer`.
+        args: a `SelfJudgeConfig`.
+        name: of the dataset, for messages; `train` has no given responses.
+
+    Raises:
+        ValueError: a row that cannot be used, or no prompt fits into `max_length`.
+    """
+    if {"record", "prompt_ids", "context"} <= set(next(iter(dataset))):
+        return dataset
+    prepare = PromptPreparer(
+        encoder, args.max_length, args.max_new_tokens, name, with_responses=name != "train"
+    )
+    mapped: dict[str, Any] = {"with_indices": True, "remove_columns": dataset.column_names}
+    with PartialState().main_process_first():
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(prepare, **mapped).filter(has_prompt)
+        workers = {"num_proc": args.dataset_num_proc}
+        prepared = dataset.map(prepare, desc=f"Encoding {name} prompts", **mapped, **workers)
+        kept = prepared.filter(has_prompt, **workers)
+    if not len(kept):
+        raise ValueError(
+            f"no prompt of the {name} dataset fits: max_length {args.max_length} less "
+            f"max_new_tokens {args.max_new_tokens} leaves too few tokens"
+        )
+    if len(kept) < len(prepared):
+        logger.warning(
+            "%s dataset: %d of %d prompts do not fit into max_length - max_new_tokens and are left "
+            "out",
+            name, len(prepared) - len(kept), len(prepared),
+        )  # fmt: skip
+    return kept
 
 
 def _messages(prompt: Any, index: int, dataset_name: str) -> list[Message]:

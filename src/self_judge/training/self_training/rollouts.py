@@ -5,21 +5,24 @@ Three verbs: sample, judge, collate. It does not know the loss or the optimizer.
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from self_judge.config.self_training import PairSelection
 from self_judge.datatypes import Comparison, Response, Verdict, stable_seed
+from self_judge.inference.lockstep import LockstepPacking
+from self_judge.inference.sampling import Sampler, TransformersSampler
+from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import Bracket, Compare, knockouts
-from self_judge.storage.atomic import atomic_write
+from self_judge.training.callbacks import StepClock
+from self_judge.training.self_training.config import SelfJudgeConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,122 +177,24 @@ def preference_batch(
     }
 
 
-def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> dict[str, float]:
-    """Sums over rollouts, so that processes can add theirs up; `rollout_metrics` divides them."""
-    judged = [r.verdict for r in rollouts if r.decided and r.verdict is not None]
-    lengths = [len(x.ids) for r in rollouts for x in (r.chosen, r.rejected)]
-    totals = {
-        "pairs": float(len(rollouts)),
-        "decided": float(len(judged)),
-        "margin": math.fsum(v.margin for v in judged),
-        "orders_agree": float(sum(v.orders_agree for v in judged)),
-        "broken": float(sum(is_broken(r) for r in rollouts)),
-        "responses": float(len(lengths)),
-        "tokens": float(sum(lengths)),
-        "finished": float(sum(x.finished for r in rollouts for x in (r.chosen, r.rejected))),
-        "chosen_tokens": float(sum(len(r.chosen.ids) for r in rollouts)),
-        "rejected_tokens": float(sum(len(r.rejected.ids) for r in rollouts)),
-    }
-    for p, principle in enumerate(principles):
-        wins = 0.0
-        for verdict in judged:
-            (aa, ab), (ba, bb) = verdict.probabilities[p]
-            difference = (aa + bb) - (ab + ba)
-            wins += 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
-        totals[f"wins/{principle}"] = wins
-    return totals
+def evaluation_batch(
+    inputs: Mapping[str, Any], pad_token_id: int, max_length: int | None, multiple: int | None
+) -> dict[str, torch.Tensor]:
+    """The preference batch of prepared records with given responses; see `preference_batch`.
 
-
-def is_broken(rollout: Rollout) -> bool:
-    """Whether nothing can be learned since something failed: no tokens, or scores not finite."""
-    if not (rollout.chosen.ids and rollout.rejected.ids):
-        return True
-    verdict = rollout.verdict
-    return verdict is not None and bool(verdict.probabilities) and not math.isfinite(verdict.margin)
-
-
-def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
-    """The logged means, from (summed) `rollout_totals`.
-
-    Margin, order agreement and the principles' win rates are over decided pairs; a principle's win
-    rate is the share of pairs in which it sides with the verdict.
+    Raises:
+        ValueError: a record lacks one of its two responses; it is named.
     """
-    decided, responses = max(totals["decided"], 1.0), max(totals["responses"], 1.0)
-    pairs = max(totals["pairs"], 1.0)
-    metrics = {
-        "judge/margin": totals["margin"] / decided,
-        "judge/order_agreement": totals["orders_agree"] / decided,
-        "judge/undecidable": 1.0 - totals["decided"] / pairs,
-        "judge/broken": totals["broken"] / pairs,
-        "completions/mean_length": totals["tokens"] / responses,
-        "completions/finished": totals["finished"] / responses,
-        "completions/chosen_length": totals["chosen_tokens"] / pairs,
-        "completions/rejected_length": totals["rejected_tokens"] / pairs,
-    }
-    for name, value in totals.items():
-        if name.startswith("wins/"):
-            metrics[f"judge/win_rate/{name.removeprefix('wins/')}"] = value / decided
-    return metrics
-
-
-def write_rollouts(
-    path: Path,
-    rollouts: Iterable[Rollout],
-    step: int,
-    principles: Sequence[str],
-    decode: Callable[[Sequence[int]], str],
-) -> None:
-    """Writes one JSON line per rollout; the file is whole or not there.
-
-    Args:
-        step: the optimizer step that learns from them, from 1 on.
-        principles: names of the principles, in the order of a verdict's probabilities.
-        decode: ids of a prompt to its text, control tokens included: what the policy continued.
-    """
-    with atomic_write(path) as file:
-        for rollout in rollouts:
-            values = {
-                "step": step,
-                **_as_json(rollout),
-                "principles": list(principles),
-                "prompt": decode(rollout.prompt_ids),
-            }
-            file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _as_json(rollout: Rollout) -> dict[str, Any]:
-    verdict = rollout.verdict
-    return {
-        "record": rollout.record,
-        "context": rollout.context,
-        "chosen": rollout.chosen.text,
-        "rejected": rollout.rejected.text,
-        "chosen_tokens": len(rollout.chosen.ids),
-        "rejected_tokens": len(rollout.rejected.ids),
-        "chosen_finished": rollout.chosen.finished,
-        "rejected_finished": rollout.rejected.finished,
-        "decided": rollout.decided,
-        "margin": verdict.margin if rollout.decided and verdict else None,
-        "orders_agree": verdict.orders_agree if verdict else None,
-        # JSON knows no NaN: what is not finite is null.
-        "probabilities": [
-            [[p if math.isfinite(p) else None for p in letters] for letters in orders]
-            for orders in verdict.probabilities
-        ]
-        if verdict
-        else None,
-        "undecidable_because": _why_undecided(rollout),
-    }
-
-
-def _why_undecided(rollout: Rollout) -> str | None:
-    if rollout.decided:
-        return None
-    if rollout.verdict is None:
-        return "equal texts"
-    if not (rollout.chosen.ids and rollout.rejected.ids):
-        return "a response without a token"
-    return rollout.verdict.undecidable_because or "the verdict contradicts the tournament"
+    for side in ("chosen", "rejected"):
+        missing = next((i for i, ids in enumerate(inputs[f"{side}_ids"]) if not ids), None)
+        if missing is not None:
+            raise ValueError(
+                f"record {int(inputs['record'][missing])} of the evaluation data has no "
+                f"{side!r} response: evaluation compares given pairs"
+            )
+    columns = (inputs["prompt_ids"], inputs["chosen_ids"], inputs["rejected_ids"])
+    pairs = [(p, c, r, True) for p, c, r in zip(*columns, strict=True)]
+    return preference_batch(pairs, pad_token_id, max_length, multiple)
 
 
 Samples = list[list[Response]]
@@ -357,3 +262,111 @@ class SamplesAhead:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
         self._drawn = None
+
+
+class RolloutPipeline:
+    """The prompts of an optimizer step in, judged pairs out: samples, judges, and keeps the time.
+
+    Args:
+        judge: compares the responses.
+        settings: of the run; a sampler that had to halve its batches halves them here too.
+        clock: times the phases; the metrics go where its own go.
+        sampler: within it, what samples from the policy as it is at this step.
+        reference: within it, the judge's weights are in force.
+        lockstep: the packing of a judge that processes share.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        settings: SelfJudgeConfig,
+        clock: StepClock,
+        *,
+        sampler: Callable[[], AbstractContextManager[Sampler]],
+        reference: Callable[[], AbstractContextManager[None]],
+        lockstep: LockstepPacking | None = None,
+    ) -> None:
+        self.judge, self.settings, self.clock = judge, settings, clock
+        self.sampler, self.reference, self.lockstep = sampler, reference, lockstep
+        self.sampled_tokens = 0
+        self._batches, self._samples = BatchesAhead(), SamplesAhead()
+        self._next: list[Any] = []
+
+    def take(self, source: Iterator[Any], count: int) -> list[Any]:
+        """A step's batches; with rollouts ahead those of the next step are drawn and held."""
+        now, self._next = self._batches.take(source, count)
+        return now
+
+    def roll_out(
+        self, batches: Sequence[Mapping[str, Any]], step: int, *, last: bool = False
+    ) -> list[list[Rollout]]:
+        """Samples and judges all prompts of a step at once.
+
+        Args:
+            batches: the step's micro-batches of prepared prompts; see `SelfJudgeCollator`.
+            step: optimizer steps done so far; part of every seed.
+            last: no step follows, so nothing is sampled ahead.
+
+        Returns:
+            One list of rollouts per micro-batch.
+        """
+        records = [int(r) for batch in batches for r in batch["record"]]
+        contexts = [context for batch in batches for context in batch["context"]]
+        prompts, _, seeds = asked = self._asked(batches, step)
+        times, k = self.settings.rollouts_per_update, self.settings.num_generations
+        with self.clock.phase("sampling"):
+            ahead = self._samples.take(batches)
+            responses = self._sampled(*asked) if ahead is None else ahead
+        self.clock.metrics["rollouts/steps_behind"].append(float(ahead is not None))
+        self.sampled_tokens = sum(len(r.ids) for own in responses for r in own)
+        # Every rollout of a prompt has samples and lots of its own.
+        each = [(i, t) for i in range(len(prompts)) for t in range(times)]
+        # The matches of a tournament have contexts and responses in common, a single one has not.
+        rounds = self.judge.remembering() if k > 2 else nullcontext()
+        with self.clock.phase("judging"), self.reference(), rounds:
+            if self.lockstep is not None:
+                self.lockstep.decision  # noqa: B018  trying it is for all processes at once
+            rollouts = judged_rollouts(
+                self.judge.compare,
+                [records[i] for i, _ in each],
+                [prompts[i] for i, _ in each],
+                [contexts[i] for i, _ in each],
+                [responses[i][t * k : (t + 1) * k] for i, t in each],
+                [stable_seed(seeds[i], "again", t) if t else seeds[i] for i, t in each],
+                self.settings.pair_selection,
+            )
+            if self.lockstep is not None:
+                self.lockstep.finish()
+        if self.settings.rollouts_ahead and not last:
+            self._sample_ahead(step + 1)
+        own = iter(rollouts)
+        return [[next(own) for _ in range(times * len(b["record"]))] for b in batches]
+
+    def _asked(
+        self, batches: Sequence[Mapping[str, Any]], step: int
+    ) -> tuple[list[list[int]], int, list[int]]:
+        """The prompts of a step, how many responses each gets, and their seeds."""
+        prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
+        # A record's samples depend on the seed, the step and the record alone: not on the batch it
+        # is in, the number of processes or a resume in between.
+        records = [int(r) for batch in batches for r in batch["record"]]
+        seeds = [stable_seed(self.settings.seed, step, r) for r in records]
+        return prompts, self.settings.rollouts_per_update * self.settings.num_generations, seeds
+
+    def _sampled(self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int]) -> Samples:
+        with self.sampler() as sampler:
+            responses = sampler.sample(prompts, n, seeds)
+            if isinstance(sampler, TransformersSampler):  # less, if memory was full
+                self.settings.generation_batch_size = sampler.batch_size
+        return responses
+
+    def _sample_ahead(self, step: int) -> None:
+        """Has servers sample for the next step while this one updates."""
+        with self.clock.phase("sampling"):
+            # No process may still sample from the policy that is replaced.
+            self.clock.accelerator.wait_for_everyone()
+            with self.sampler() as servers:  # they stay when the context ends
+                draw = servers.sample
+        if self._next:  # else an epoch ends
+            asked, batches = self._asked(self._next, step), self._next
+            self._samples.start(batches, lambda: draw(*asked))

@@ -2,46 +2,33 @@
 
 It replaces where the batch comes from, and nothing else: losses, metrics, PEFT, distributed
 preparation and checkpoints are inherited. Its forward passes share prefixes
-(`packing/fused_head.py`) and give the same numbers in the same places. How pairs are sampled and
-judged: `rollouts.py`.
+(`packing/fused_head.py`) and give the same numbers in the same places. `rollouts.py` samples and
+judges the pairs.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
-from self_judge.console import neutral
-from self_judge.datatypes import Comparison, Response, stable_seed
+from self_judge.datatypes import Comparison
 from self_judge.inference.letter_scoring import TransformersScorer
-from self_judge.inference.lockstep import LockstepPacking, check_processes, most_of
+from self_judge.inference.lockstep import LockstepPacking, check_processes, max_over_ranks
 from self_judge.inference.sampling import Sampler, TransformersSampler
 from self_judge.judging.judge import Judge
-from self_judge.models import (
-    clamp_to_context,
-    frozen_reference,
-    keep_freed_memory,
-    load_tokenizer,
-    refuse_pickle,
-    unwrapped,
-)
+from self_judge.models import load_tokenizer, reference_in_memory
 from self_judge.packing.fused_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.pass_size import settled_tokens
@@ -52,32 +39,32 @@ from self_judge.prompting.judge_json import (
     save_judge_settings,
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.storage.run_dir import rollout_file, thin_rollouts
-from self_judge.training.callbacks import RunLog, StepClock, kl_estimate
+from self_judge.training.callbacks import RunLog, StepClock
 from self_judge.training.checkpointing import ResumableTraining
 from self_judge.training.lora_layers import lighten
-from self_judge.training.oom_retry import UpdateInParts
+from self_judge.training.oom_retry import MICRO_BATCH, UpdateInParts
 from self_judge.training.self_training.config import (
     SelfJudgeConfig,
     as_self_judge_config,
+    for_model,
+    trusts_code,
     with_values,
 )
 from self_judge.training.self_training.logprob_units import LogProbUnits
-from self_judge.training.self_training.prompts import (
-    COLUMNS,
-    PromptPreparer,
-    SelfJudgeCollator,
-    fits,
+from self_judge.training.self_training.prompts import COLUMNS, SelfJudgeCollator, prepare_dataset
+from self_judge.training.self_training.rollout_log import (
+    kl_estimate,
+    metrics_over_processes,
+    pairs_table,
+    write_rollouts,
 )
 from self_judge.training.self_training.rollouts import (
-    BatchesAhead,
     Rollout,
-    SamplesAhead,
-    judged_rollouts,
+    RolloutPipeline,
+    evaluation_batch,
     preference_batch,
-    rollout_metrics,
-    rollout_totals,
-    write_rollouts,
 )
 from self_judge.training.self_training.vllm_sync import VLLMRollouts
 
@@ -154,41 +141,28 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         if processing_class is not None and tokenizer is not None:
             raise ValueError("tokenizer and processing_class are two names of one argument")
         name = model if isinstance(model, str) else str(model.config.name_or_path)
-        config = as_self_judge_config(args, name)
-        given = {
-            "disable_dropout": disable_dropout,
-            "judge_batch_size": judge_batch_size,
-            "max_length": max_length,
-            "max_new_tokens": max_new_tokens,
-            "top_p": top_p,
-            "temperature": temperature,
-            "num_generations": num_generations,
-            "loss_type": [loss_type] if isinstance(loss_type, str) else loss_type,
-            "beta": beta,
-            "average_log_prob": average_log_prob,
-            "ignore_index": ignore_index,
-        }
         config = with_values(
-            config, {key: value for key, value in given.items() if value is not None}
+            as_self_judge_config(args, name),
+            disable_dropout=disable_dropout,
+            judge_batch_size=judge_batch_size,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            top_p=top_p,
+            temperature=temperature,
+            num_generations=num_generations,
+            loss_type=[loss_type] if isinstance(loss_type, str) else loss_type,
+            beta=beta,
+            average_log_prob=average_log_prob,
+            ignore_index=ignore_index,
         )
-        code = bool(getattr(config, "trust_remote_code", False))
-        if isinstance(model, str):
-            refuse_pickle(model)
-            loading = {"use_safetensors": True, **(config.model_init_kwargs or {})}  # type: ignore[dict-item]
-            config = with_values(config, {"model_init_kwargs": loading})
-            about = AutoConfig.from_pretrained(
-                model, trust_remote_code=code, revision=loading.get("revision") or "main"
-            )
-        else:
-            about = model.config
-        length = clamp_to_context(about, config.max_length)
-        config = with_values(config, {"max_length": length})
+        config = for_model(config, model)
         processing_class = (
-            processing_class or tokenizer or load_tokenizer(name, trust_remote_code=code)
+            processing_class
+            or tokenizer
+            or load_tokenizer(name, trust_remote_code=trusts_code(config))
         )
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
-
         settings = resolve_judge(
             name,
             judge_templates,
@@ -202,19 +176,8 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         letters = self.encoder.letter_ids(
             settings.templates, settings.token_id_a, settings.token_id_b
         )
-        in_memory = not isinstance(model, (str, PeftModel))
-        if ref_model is None and peft_config is None and in_memory:
-            if is_deepspeed_zero3_enabled():
-                # Sharded parameters cannot be copied: TRL loads the reference by the model's name.
-                if not name:
-                    raise ValueError(
-                        "under ZeRO-3 the judge is loaded by the model's name, and this model has "
-                        "none: pass a ref_model, or the folder of the model"
-                    )
-                logger.warning("ZeRO-3: the judge is loaded from %s, not copied from memory", name)
-            else:
-                _place(model, config)
-                ref_model = frozen_reference(model)  # type: ignore[type-var, assignment]
+        if ref_model is None and peft_config is None and not isinstance(model, (str, PeftModel)):
+            ref_model = reference_in_memory(model, config)
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -226,6 +189,10 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
             peft_config=peft_config,
             **trainer_arguments,
         )
+        self._set_up(config, letters)
+
+    def _set_up(self, config: SelfJudgeConfig, letters: tuple[int, int]) -> None:
+        """The judge, the passes of both models and the rollouts, once TRL has placed the models."""
         check_processes(self.accelerator)
         lighten(self.model)
         keep_freed_memory(self.accelerator.device)
@@ -262,25 +229,28 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
                 self.packing = pack_fused_head(
                     own, config.packing, one_pass=one_pass, batch_tokens=tokens
                 )
-        self.most = most_of(self.accelerator)
-        scorer = self.judge.scorer
-        self._lockstep: LockstepPacking | None = None
-        if self.most is not int and isinstance(scorer, TransformersScorer):
-            self._lockstep = LockstepPacking(
+        self.max_over_ranks = max_over_ranks(self.accelerator)
+        scorer, lockstep = self.judge.scorer, None
+        if self.max_over_ranks is not None and isinstance(scorer, TransformersScorer):
+            scorer.packing = lockstep = LockstepPacking(
                 scorer.model,
                 config.packing,
                 batch_rows=config.judge_batch_size,
-                most=self.most,
+                max_over_ranks=self.max_over_ranks,
                 batch_tokens=tokens,
             )
-            scorer.packing = self._lockstep
         self.clock = StepClock(self.accelerator, self._metrics["train"])
         self.add_callback(self.clock)
-        self._batches_ahead, self._samples_ahead = BatchesAhead(), SamplesAhead()
-        self._next_batches: list[Any] = []
+        self.pipeline = RolloutPipeline(
+            self.judge,
+            config,
+            self.clock,
+            sampler=self._sampler,
+            reference=self._reference,
+            lockstep=lockstep,
+        )
         self._step_batches: list[Any] = []
         self._step_inputs: list[dict[str, torch.Tensor]] | None = None
-        self._sampled_tokens = 0
         self._shown: list[Rollout] = []
         self._log_prob_hooks = LogProbUnits.attach(self)
         self.run_log = RunLog("self_judge", {"judge_templates": dict(self.judge_templates)})
@@ -291,45 +261,7 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
-        """Adds the ids of each prompt and the judge's context; leaves a prepared dataset alone."""
-        if {"record", "prompt_ids", "context"} <= set(next(iter(dataset))):
-            return dataset
-        prepare = PromptPreparer(
-            self.encoder,
-            args.max_length,
-            args.max_new_tokens,
-            dataset_name,
-            with_responses=dataset_name != "train",  # the name under which TRL prepares it
-        )
-        with PartialState().main_process_first():
-            if isinstance(dataset, IterableDataset):
-                return dataset.map(
-                    prepare, with_indices=True, remove_columns=dataset.column_names
-                ).filter(fits)
-            described = {"num_proc": args.dataset_num_proc}
-            prepared = dataset.map(
-                prepare,
-                with_indices=True,
-                remove_columns=dataset.column_names,
-                desc=f"Encoding {dataset_name} prompts",
-                **described,
-            )
-            kept = prepared.filter(fits, **described)
-        dropped = len(prepared) - len(kept)
-        if not len(kept):
-            raise ValueError(
-                f"no prompt of the {dataset_name} dataset fits: max_length {args.max_length} less "
-                f"max_new_tokens {args.max_new_tokens} leaves too few tokens"
-            )
-        if dropped:
-            logger.warning(
-                "%s dataset: %d of %d prompts do not fit into max_length - max_new_tokens and are "
-                "left out",
-                dataset_name,
-                dropped,
-                len(prepared),
-            )
-        return kept
+        return prepare_dataset(dataset, self.encoder, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -338,16 +270,17 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
     # -- the step --------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Remembers all micro-batches of the coming optimizer step.
+        """Numbers all micro-batches of the coming optimizer step.
 
         They are rolled out at the first of them (in `_prepare_inputs`), not here: resuming from a
         checkpoint restores the random state only after this prefetch.
         """
         if self.args.rollouts_ahead:
-            source, number = args[0], args[1]
-            now, self._next_batches = self._batches_ahead.take(source, number)
-            args = (iter(now), *args[1:])
+            source, number, *rest = args
+            args = (iter(self.pipeline.take(source, number)), number, *rest)
         batches, count = super().get_batch_samples(*args, **kwargs)
+        for number, batch in enumerate(batches):
+            batch[MICRO_BATCH] = number
         self._step_batches, self._step_inputs = batches, None
         return batches, count
 
@@ -355,13 +288,15 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         if "input_ids" in inputs:
             return inputs  # prepared already
         if not self.model.training:
-            return super()._prepare_inputs(self._evaluation_batch(inputs))
-        place = next((i for i, b in enumerate(self._step_batches) if b is inputs), None)
-        if place is None:  # called from outside the training loop
-            self._step_batches, self._step_inputs, place = [inputs], None, 0
+            pad, multiple = self._tokenizer.pad_token_id, self.args.pad_to_multiple_of
+            batch = evaluation_batch(inputs, pad, self.args.max_length, multiple)  # type: ignore[arg-type]
+            return super()._prepare_inputs(batch)
+        number = inputs.get(MICRO_BATCH)
+        if number is None:  # called from outside the training loop
+            self._step_batches, self._step_inputs, number = [inputs], None, 0
         if self._step_inputs is None:
             self._step_inputs = self._rolled_out(self._step_batches)
-        return super()._prepare_inputs(dict(self._step_inputs[place]))
+        return super()._prepare_inputs(dict(self._step_inputs[number]))
 
     def _rolled_out(self, batches: Sequence[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
         """TRL's batch for each micro-batch of the step, with the reference's log-probabilities."""
@@ -371,7 +306,7 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         if not BEFORE_FUSED_HEAD and self._log_prob_hooks is None:
             with self.clock.phase("reference"):
                 self._add_reference(rollouts, inputs)
-        self.clock.rolled_out(self._sampled_tokens)
+        self.clock.rolled_out(self.pipeline.sampled_tokens)
         self._record([r for own in rollouts for r in own])
         return inputs
 
@@ -402,88 +337,9 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         for batch, c, r in zip(inputs, chosen.split(sizes), rejected.split(sizes), strict=True):
             batch["ref_chosen_logps"], batch["ref_rejected_logps"] = c, r
 
-    def _evaluation_batch(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        for side in ("chosen", "rejected"):
-            missing = next((i for i, ids in enumerate(inputs[f"{side}_ids"]) if not ids), None)
-            if missing is not None:
-                raise ValueError(
-                    f"record {int(inputs['record'][missing])} of the evaluation data has no "
-                    f"{side!r} response: evaluation compares given pairs"
-                )
-        columns = (inputs["prompt_ids"], inputs["chosen_ids"], inputs["rejected_ids"])
-        return preference_batch(
-            [(p, c, r, True) for p, c, r in zip(*columns, strict=True)],
-            self._tokenizer.pad_token_id,
-            max_length=self.args.max_length,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]
-        )
-
     def _roll_out(self, batches: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
-        """Samples and judges all prompts of the step at once; one list per micro-batch."""
-        records = [int(r) for batch in batches for r in batch["record"]]
-        contexts = [context for batch in batches for context in batch["context"]]
-        prompts, _, seeds = asked = self._asked(batches, self.state.global_step)
-        times, k = self.args.rollouts_per_update, self.args.num_generations
-        with self.clock.phase("sampling"):
-            ahead = self._samples_ahead.take(batches)
-            responses = self._sampled(*asked) if ahead is None else ahead
-        self._metrics["train"]["rollouts/steps_behind"].append(float(ahead is not None))
-        self._sampled_tokens = sum(len(r.ids) for own in responses for r in own)
-        # Every rollout of a prompt has samples and lots of its own.
-        each = [(i, t) for i in range(len(prompts)) for t in range(times)]
-        # The matches of a tournament have contexts and responses in common, a single one has not.
-        rounds = self.judge.remembering() if k > 2 else nullcontext()
-        with self.clock.phase("judging"), self._reference(), rounds:
-            if self._lockstep is not None:
-                self._lockstep.decision  # noqa: B018  trying it is for all processes at once
-            rollouts = judged_rollouts(
-                self.judge.compare,
-                [records[i] for i, _ in each],
-                [prompts[i] for i, _ in each],
-                [contexts[i] for i, _ in each],
-                [responses[i][t * k : (t + 1) * k] for i, t in each],
-                [stable_seed(seeds[i], "again", t) if t else seeds[i] for i, t in each],
-                self.args.pair_selection,
-            )
-            if self._lockstep is not None:
-                self._lockstep.finish()
-        self._begin_next()
-        own = iter(rollouts)
-        return [[next(own) for _ in range(times * len(b["record"]))] for b in batches]
-
-    def _asked(
-        self, batches: Sequence[dict[str, Any]], step: int
-    ) -> tuple[list[list[int]], int, list[int]]:
-        """The prompts of a step, how many responses each gets, and their seeds."""
-        prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
-        # A record's samples depend on the seed, the step and the record alone: not on the batch it
-        # is in, the number of processes or a resume in between.
-        records = [int(r) for batch in batches for r in batch["record"]]
-        seeds = [stable_seed(self.args.seed, step, r) for r in records]
-        return prompts, self.args.rollouts_per_update * self.args.num_generations, seeds
-
-    def _sampled(
-        self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int]
-    ) -> list[list[Response]]:
-        with self._sampler() as sampler:
-            responses = sampler.sample(prompts, n, seeds)
-            if isinstance(sampler, TransformersSampler):  # less, if memory was full
-                self.args.generation_batch_size = sampler.batch_size
-        return responses
-
-    def _begin_next(self) -> None:
-        """Has servers sample for the next step while this one updates, if asked to."""
-        batches, last = self._next_batches, self.state.global_step + 1 >= self.state.max_steps
-        if not self.args.rollouts_ahead or self.vllm is None or last:
-            return
-        with self.clock.phase("sampling"):
-            # No process may still sample from the policy that is replaced.
-            self.accelerator.wait_for_everyone()
-            sampler = self.vllm.sampler(self._reference())
-        if not batches:  # an epoch ends
-            return
-        asked = self._asked(batches, self.state.global_step + 1)
-        self._samples_ahead.start(batches, lambda: sampler.sample(*asked))
+        step = self.state.global_step
+        return self.pipeline.roll_out(batches, step, last=step + 1 >= self.state.max_steps)
 
     @contextmanager
     def _sampler(self) -> Iterator[Sampler]:
@@ -491,14 +347,20 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         if self.vllm is not None:
             yield self.vllm.sampler(self._reference())
             return
-        with self._policy() as policy:
+        # Generating in training mode under gradient checkpointing would silently drop the cache.
+        checkpointing: dict[str, Any] = {}
+        if not BEFORE_FUSED_HEAD:  # the TRL before takes no such argument
+            checkpointing["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
+        with unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, gather_deepspeed3_params=True, **checkpointing
+        ) as policy:
             yield TransformersSampler(
                 policy,
                 self.encoder,
                 self.args.sampling(),
                 self.args.generation_batch_size,
                 batch_tokens=self.args.generation_batch_tokens,
-                most=self.most,
+                max_over_ranks=self.max_over_ranks,
             )
 
     def _vllm_rollouts(self) -> VLLMRollouts:
@@ -516,17 +378,6 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         )
 
     @contextmanager
-    def _policy(self) -> Iterator[Any]:
-        # Generating in training mode under gradient checkpointing would silently drop the cache.
-        checkpointing: dict[str, Any] = {}
-        if not BEFORE_FUSED_HEAD:  # the TRL before takes no such argument
-            checkpointing["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
-        with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gather_deepspeed3_params=True, **checkpointing
-        ) as policy:
-            yield policy
-
-    @contextmanager
     def _reference(self) -> Iterator[None]:
         """Puts the judge's weights in force: TRL's own rule for the reference of a `PeftModel`."""
         if self.ref_model is not None:
@@ -539,20 +390,9 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
     # -- what people see -------------------------------------------------------------------------
 
     def _record(self, rollouts: list[Rollout]) -> None:
-        totals = rollout_totals(rollouts, self.judge_templates.principles)
-        lengths = [float(len(x.ids)) for r in rollouts for x in (r.chosen, r.rejected)]
-        device = self.accelerator.device
-        summed = self.accelerator.reduce(
-            torch.tensor(list(totals.values()), device=device, dtype=torch.float32), "sum"
+        metrics, self.nothing_judged = metrics_over_processes(
+            rollouts, self.judge_templates.principles, self.accelerator
         )
-        extremes = self.accelerator.gather(
-            torch.tensor([[min(lengths), max(lengths)]], device=device)
-        )
-        over_all = dict(zip(totals, summed.tolist(), strict=True))
-        self.nothing_judged = over_all["broken"] == over_all["pairs"]
-        metrics = rollout_metrics(over_all)
-        metrics["completions/min_length"] = extremes[:, 0].min().item()
-        metrics["completions/max_length"] = extremes[:, 1].max().item()
         for key, value in metrics.items():
             self._metrics["train"][key].append(value)
         self._shown = rollouts
@@ -571,7 +411,7 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.log_completions and self._shown and self.model.training:
             if self.accelerator.is_main_process:
-                Console().print(_pairs_table(self._shown[:4], self.state.global_step))
+                Console().print(pairs_table(self._shown[:4], self.state.global_step))
             self._shown = []
         # Averaged or reweighted log-probabilities are none of a response.
         if self.model.training and self.args.ld_alpha is None and not self._averages():
@@ -605,30 +445,3 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         if self._log_prob_hooks is not None:
             self._log_prob_hooks.correct_metrics(self)
         return result
-
-
-def _place(model: Any, config: SelfJudgeConfig) -> None:
-    """Moves a model to where it is trained, so that its copy is made there and not in host memory.
-
-    Sharded models are placed by FSDP and DeepSpeed, others by their device map or in 4 bits.
-    """
-    asked = (os.environ.get(f"ACCELERATE_USE_{kind}", "") for kind in ("FSDP", "DEEPSPEED"))
-    sharded = config.fsdp or config.deepspeed or any(a.lower() in ("1", "true") for a in asked)
-    placed = sharded or any(
-        getattr(model, name, None) for name in ("hf_device_map", "quantization_method")
-    )
-    if config.place_model_on_device is not False and not placed:
-        model.to(config.device)
-
-
-def _pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:
-    table = Table(title=f"sampled pairs at step {step}", show_lines=True)
-    for heading in ("context", "chosen", "rejected"):
-        table.add_column(heading, ratio=1, overflow="fold")
-    table.add_column("margin", justify="right", no_wrap=True)
-    for r in rollouts:
-        margin = f"{r.verdict.margin:+.3f}" if r.decided and r.verdict else "undecidable"
-        shown = (r.context[-400:], r.chosen.text[:400], r.rejected.text[:400])
-        # Text, not markup: brackets in a response are just brackets.
-        table.add_row(*(Text(neutral(s)) for s in shown), margin)
-    return table

@@ -27,8 +27,9 @@ from self_judge.inference.letter_scoring import next_token_logits
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.colocated import VLLMEngine
 from self_judge.inference.vllm.protocol import Engine, VLLMSampler, VLLMScorer
-from self_judge.models import apply_umask, in_evaluation_mode
+from self_judge.models import apply_umask
 from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.runtime import in_evaluation_mode
 from self_judge.training.self_training.config import SelfJudgeConfig
 
 

@@ -1,0 +1,207 @@
+"""What people see of rollouts: metrics over all processes, a file per step, a table on the console.
+
+It reads judged pairs. It does not sample, judge or train.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.table import Table
+from rich.text import Text
+
+from self_judge.console import neutral
+from self_judge.storage.atomic import atomic_write
+from self_judge.training.self_training.rollouts import Rollout
+
+
+def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> dict[str, float]:
+    """Sums over rollouts, so that processes can add theirs up; `rollout_metrics` divides them."""
+    judged = [r.verdict for r in rollouts if r.decided and r.verdict is not None]
+    lengths = [len(x.ids) for r in rollouts for x in (r.chosen, r.rejected)]
+    totals = {
+        "pairs": float(len(rollouts)),
+        "decided": float(len(judged)),
+        "margin": math.fsum(v.margin for v in judged),
+        "orders_agree": float(sum(v.orders_agree for v in judged)),
+        "broken": float(sum(is_broken(r) for r in rollouts)),
+        "responses": float(len(lengths)),
+        "tokens": float(sum(lengths)),
+        "finished": float(sum(x.finished for r in rollouts for x in (r.chosen, r.rejected))),
+        "chosen_tokens": float(sum(len(r.chosen.ids) for r in rollouts)),
+        "rejected_tokens": float(sum(len(r.rejected.ids) for r in rollouts)),
+    }
+    for p, principle in enumerate(principles):
+        wins = 0.0
+        for verdict in judged:
+            (aa, ab), (ba, bb) = verdict.probabilities[p]
+            difference = (aa + bb) - (ab + ba)
+            wins += 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
+        totals[f"wins/{principle}"] = wins
+    return totals
+
+
+def is_broken(rollout: Rollout) -> bool:
+    """Whether nothing can be learned since something failed: no tokens, or scores not finite."""
+    if not (rollout.chosen.ids and rollout.rejected.ids):
+        return True
+    verdict = rollout.verdict
+    return verdict is not None and bool(verdict.probabilities) and not math.isfinite(verdict.margin)
+
+
+def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """The logged means, from (summed) `rollout_totals`.
+
+    Margin, order agreement and the principles' win rates are over decided pairs; a principle's win
+    rate is the share of pairs in which it sides with the verdict.
+    """
+    decided, responses = max(totals["decided"], 1.0), max(totals["responses"], 1.0)
+    pairs = max(totals["pairs"], 1.0)
+    metrics = {
+        "judge/margin": totals["margin"] / decided,
+        "judge/order_agreement": totals["orders_agree"] / decided,
+        "judge/undecidable": 1.0 - totals["decided"] / pairs,
+        "judge/broken": totals["broken"] / pairs,
+        "completions/mean_length": totals["tokens"] / responses,
+        "completions/finished": totals["finished"] / responses,
+        "completions/chosen_length": totals["chosen_tokens"] / pairs,
+        "completions/rejected_length": totals["rejected_tokens"] / pairs,
+    }
+    for name, value in totals.items():
+        if name.startswith("wins/"):
+            metrics[f"judge/win_rate/{name.removeprefix('wins/')}"] = value / decided
+    return metrics
+
+
+def write_rollouts(
+    path: Path,
+    rollouts: Iterable[Rollout],
+    step: int,
+    principles: Sequence[str],
+    decode: Callable[[Sequence[int]], str],
+) -> None:
+    """Writes one JSON line per rollout; the file is whole or not there.
+
+    Args:
+        step: the optimizer step that learns from them, from 1 on.
+        principles: names of the principles, in the order of a verdict's probabilities.
+        decode: ids of a prompt to its text, control tokens included: what the policy continued.
+    """
+    with atomic_write(path) as file:
+        for rollout in rollouts:
+            values = {
+                "step": step,
+                **_as_json(rollout),
+                "principles": list(principles),
+                "prompt": decode(rollout.prompt_ids),
+            }
+            file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _as_json(rollout: Rollout) -> dict[str, Any]:
+    verdict = rollout.verdict
+    return {
+        "record": rollout.record,
+        "context": rollout.context,
+        "chosen": rollout.chosen.text,
+        "rejected": rollout.rejected.text,
+        "chosen_tokens": len(rollout.chosen.ids),
+        "rejected_tokens": len(rollout.rejected.ids),
+        "chosen_finished": rollout.chosen.finished,
+        "rejected_finished": rollout.rejected.finished,
+        "decided": rollout.decided,
+        "margin": verdict.margin if rollout.decided and verdict else None,
+        "orders_agree": verdict.orders_agree if verdict else None,
+        # JSON knows no NaN: what is not finite is null.
+        "probabilities": [
+            [[p if math.isfinite(p) else None for p in letters] for letters in orders]
+            for orders in verdict.probabilities
+        ]
+        if verdict
+        else None,
+        "undecidable_because": _why_undecided(rollout),
+    }
+
+
+def _why_undecided(rollout: Rollout) -> str | None:
+    if rollout.decided:
+        return None
+    if rollout.verdict is None:
+        return "equal texts"
+    if not (rollout.chosen.ids and rollout.rejected.ids):
+        return "a response without a token"
+    return rollout.verdict.undecidable_because or "the verdict contradicts the tournament"
+
+
+def kl_estimate(
+    chosen_rewards: Sequence[float],
+    rejected_rewards: Sequence[float],
+    undecidable: Sequence[float],
+    beta: float,
+) -> float | None:
+    """KL(policy ‖ reference) in nats per response, estimated from what the loss computed anyway.
+
+    The policy sampled both responses of a pair itself, so the mean of log π(y|x) − log π_ref(y|x)
+    over them estimates the divergence without further passes (the estimator k1 of Schulman,
+    "Approximating KL Divergence"). Unbiased for K = 2 at temperature 1 and top_p 1; with K > 2 only
+    the best and the worst response are counted. Undecidable pairs have empty rows, hence reward 0,
+    and are taken out by the share of decided ones.
+
+    Args:
+        chosen_rewards, rejected_rewards: β (log π − log π_ref), means over batches of equal size.
+        undecidable: share of undecidable pairs per optimizer step.
+        beta: β.
+
+    Returns:
+        `None` where there is no decided pair to estimate from.
+    """
+    if not (chosen_rewards and rejected_rewards and undecidable):
+        return None
+    decided = 1.0 - sum(undecidable) / len(undecidable)
+    if decided <= 0:
+        return None
+    rewards = sum(chosen_rewards) / len(chosen_rewards) + sum(rejected_rewards) / len(
+        rejected_rewards
+    )
+    return rewards / (2 * beta * decided)
+
+
+def metrics_over_processes(
+    rollouts: Sequence[Rollout], principles: Sequence[str], accelerator: Accelerator
+) -> tuple[dict[str, float], bool]:
+    """The metrics of a step over all processes, and whether it has no rollout to learn from.
+
+    Every process must call it.
+    """
+    totals = rollout_totals(rollouts, principles)
+    lengths = [float(len(x.ids)) for r in rollouts for x in (r.chosen, r.rejected)]
+    device = accelerator.device
+    summed = accelerator.reduce(
+        torch.tensor(list(totals.values()), device=device, dtype=torch.float32), "sum"
+    )
+    extremes = accelerator.gather(torch.tensor([[min(lengths), max(lengths)]], device=device))
+    over_all = dict(zip(totals, summed.tolist(), strict=True))
+    metrics = rollout_metrics(over_all)
+    metrics["completions/min_length"] = extremes[:, 0].min().item()
+    metrics["completions/max_length"] = extremes[:, 1].max().item()
+    return metrics, over_all["broken"] == over_all["pairs"]
+
+
+def pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:
+    """Sampled pairs with their margins, for the console."""
+    table = Table(title=f"sampled pairs at step {step}", show_lines=True)
+    for heading in ("context", "chosen", "rejected"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    table.add_column("margin", justify="right", no_wrap=True)
+    for r in rollouts:
+        margin = f"{r.verdict.margin:+.3f}" if r.decided and r.verdict else "undecidable"
+        shown = (r.context[-400:], r.chosen.text[:400], r.rejected.text[:400])
+        # Text, not markup: brackets in a response are just brackets.
+        table.add_row(*(Text(neutral(s)) for s in shown), margin)
+    return table
