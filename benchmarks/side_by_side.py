@@ -28,7 +28,7 @@ from self_judge.data.records import judge_context
 from self_judge.data.sources import load_preferences
 from self_judge.models import load_model, load_tokenizer
 from self_judge.packing.packing import Packing
-from self_judge.packing.pass_size import busy_tokens
+from self_judge.packing.pass_size import tokens_per_pass
 from self_judge.packing.passes import attention_share
 from self_judge.packing.prefix_tree import prefix_rows
 
@@ -172,7 +172,7 @@ def gap(results: Sequence[Sequence[float]]) -> str:
 
 def way(packing: Packing) -> str:
     """How prefixes were shared, and in passes of how many tokens."""
-    tokens = packing.shape.batch_tokens or busy_tokens(packing.inner)
+    tokens = packing.shape.batch_tokens or tokens_per_pass(packing.inner)
     return f"{packing.describe()}; passes of {tokens} tokens"
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,6 @@ settings.register_profile("brief", max_examples=10, deadline=None)
 settings.register_profile("quick", max_examples=40, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
-# What is measured of this machine is kept for the tests alone.
-_CACHE = tempfile.TemporaryDirectory(prefix="self-judge-")
-os.environ["SELF_JUDGE_CACHE"] = _CACHE.name
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
 DEVICE = os.environ["SELF_JUDGE_TEST_DEVICE"]

@@ -51,7 +51,7 @@ class Command:
             stdout=subprocess.PIPE,
             text=True,
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "SELF_JUDGE_CACHE": str(folder / "cache")},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
     def __call__(

@@ -367,7 +367,9 @@ def test_shared_tokens_of_pairs_of_any_length_are_computed_once(
             return
         passes = list(LAYOUTS[layout](model, Shape(batch_tokens), asked))
     found = sum(map(computed_of, passes))
-    assert nodes(sequences) <= found <= 1.05 * nodes(sequences)
+    # A branch of a cache has a token, also where its whole sequence is the beginning of the other.
+    again = count if layout == "cache" else 0
+    assert nodes(sequences) <= found <= 1.05 * nodes(sequences) + again
     assert sorted(n for this in passes for n in this.wanted.tolist()) == [*range(len(sequences))]
 
 

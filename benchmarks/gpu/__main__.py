@@ -58,7 +58,6 @@ def main() -> int:
         print("no CUDA device: torch sees none (a dry run on the CPU: --tiny)", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="self-judge-gpu-") as folder:
-        os.environ["SELF_JUDGE_CACHE"] = folder
         if given.tiny:
             given.model, given.data = Path(folder, "model"), Path(folder, "data")
             given.shapes = "smollm2"

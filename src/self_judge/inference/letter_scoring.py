@@ -15,7 +15,7 @@ import torch
 
 from self_judge.config.self_training import PackingChoice
 from self_judge.packing.packing import Packing
-from self_judge.packing.pass_size import busy_tokens
+from self_judge.packing.pass_size import tokens_per_pass
 from self_judge.packing.passes import right_padded
 from self_judge.runtime import (
     float32_logits,
@@ -61,7 +61,7 @@ class TransformersScorer:
         model: a causal language model (or `PeftModel`).
         batch_size: prompts per forward pass of a model that cannot be packed, or is not to be.
         packing: how prompts share prefixes (see `Packing`); `auto` takes what is exact.
-        batch_tokens: tokens of a packed forward pass at most; default: by measurement.
+        batch_tokens: tokens of a packed forward pass at most; default: `tokens_per_pass`.
 
     Raises:
         ValueError: `packing` is not exact for the model.
@@ -126,7 +126,7 @@ class TransformersScorer:
             self.batch_size = halve_or_raise("judging", self.batch_size, "prompts", error)
             return
         shape = self.packing.shape
-        tokens = shape.batch_tokens or busy_tokens(self.packing.inner)
+        tokens = shape.batch_tokens or tokens_per_pass(self.packing.inner)
         self.packing.shape = replace(
             shape,
             batch_tokens=halve_or_raise("judging", tokens, "tokens", error),

@@ -47,7 +47,7 @@ class Judge:
         max_length: tokens of a judge prompt at most; never more than the model's context length,
             which is the default.
         packing: how prompts share prefixes (see `Packing`); `auto` takes what is exact.
-        batch_tokens: tokens of a packed forward pass at most; default: by measurement.
+        batch_tokens: tokens of a packed forward pass at most; default: `tokens_per_pass`.
 
     Raises:
         ValueError: a template or letter cannot work (see `JudgeTemplates`, `ChatEncoder`), the

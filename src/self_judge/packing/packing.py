@@ -86,9 +86,9 @@ class Packing:
         model: a causal language model, in any wrapper (PEFT, DDP, FSDP).
         choice: `auto` takes the first of tree, cache and padding that is exact for the model;
             another is forced, `off` packs nothing.
-        batch_tokens: tokens of a forward pass at most, padding included; default: what keeps the
-            device busy, by measurement (`pass_size.busy_tokens`). A pass holds one sequence, and
-            two that share a prefix, whatever their length.
+        batch_tokens: tokens of a forward pass at most, padding included; default:
+            `pass_size.tokens_per_pass`. A pass holds one sequence, and two that share a prefix,
+            whatever their length.
         gradients: whether gradients will flow (a cache does not go with gradient checkpointing).
         one_pass: everything in one forward pass, as sharded models need whose processes must make
             the same number of passes (see `LockstepPacking` for judging).

@@ -1,115 +1,104 @@
-"""How many tokens a forward pass should hold: measured on the device that it runs on.
+"""How many tokens a forward pass holds: a fixed figure per kind of device and width of model.
 
-It knows a model's matrices and a clock, not what the tokens are or how they are laid out.
+It knows a model's matrices and, where asked, a clock. It does not know what the tokens are.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from self_judge.errors import ConfigError
 from self_judge.storage.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 
 FILE = "batch_shape.json"
-# Where nothing can be measured: sharded or quantized matrices.
-_DEFAULT = {"cpu": 1024}
-_DEFAULT_ELSEWHERE = 16_384
+ASKED = "SELF_JUDGE_TOKENS_PER_PASS"
+# From which width of the hidden states on a pass holds how many tokens. On two CPU cores the
+# matrices of SmolLM2-135M (576 wide) are busy at 512 tokens, and judging is 8 % faster in passes of
+# 1,024, no faster in 2,048; tiny models are busy at 2,048. The figures elsewhere are estimates.
+_ON_CPU = {0: 4096, 256: 1024}
+_ELSEWHERE = {0: 16_384, 4096: 8192}
 _CANDIDATES = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 _SECONDS = 0.5
 _GOOD_ENOUGH = 0.95
 
 Measure = Callable[[list[torch.Tensor], int], float]
-_MEASURED: dict[tuple[object, ...], int] = {}
 
 
-def busy_tokens(inner: nn.Module, measure: Measure | None = None) -> int:
-    """How many tokens a pass should hold: twice the fewest that keep the model's matrices busy.
+def tokens_per_pass(inner: nn.Module) -> int:
+    """How many tokens a pass of a model holds.
 
-    Busy is 95 % of the best rate. A pass also has a price that does not depend on its tokens, and
-    small work between the matrices: on two CPU cores with a model of 135M, passes of 1,024 tokens
-    were 8 % faster than the 512 at which the matrices were busy, and 2,048 no faster.
+    Which sequences share a pass is part of the rounding of their numbers. So the figure depends on
+    the kind of device and the width of the model alone, unless `$SELF_JUDGE_TOKENS_PER_PASS` gives
+    a number or `measure`; see `measured_tokens_per_pass`.
 
-    Measured once per machine for all models of one shape, dtype and device, in half a second:
-    which sequences share a pass is part of the rounding of their numbers, so that runs of the same
-    seed must find the same figure. It is kept under `$SELF_JUDGE_CACHE` (default:
-    `~/.cache/self_judge`), where it can be.
+    Args:
+        inner: the model under all wrappers.
+
+    Raises:
+        ConfigError: the environment variable is neither a positive number nor `measure`.
+    """
+    asked = os.environ.get(ASKED, "")
+    if asked == "measure":
+        return measured_tokens_per_pass(inner)
+    if asked:
+        if not asked.isdecimal() or int(asked) < 1:
+            raise ConfigError(f"{ASKED}={asked}: give a number of tokens, or measure")
+        return int(asked)
+    config: Any = getattr(inner, "config", None)
+    width = getattr(config.get_text_config(), "hidden_size", None) if config is not None else None
+    on_cpu = next(inner.parameters()).device.type == "cpu"
+    figures = _ON_CPU if on_cpu else _ELSEWHERE
+    return max((least, n) for least, n in figures.items() if least <= (width or 1024))[1]
+
+
+def measured_tokens_per_pass(inner: nn.Module, measure: Measure | None = None) -> int:
+    """Twice the fewest tokens at which the model's matrices reach 95 % of their best rate.
+
+    Twice, because a pass also has a cost that does not depend on its tokens. Another measurement
+    may give another figure, and so other rounding.
 
     Args:
         inner: the model under all wrappers.
         measure: gives the tokens per second of some matrices (default: by the clock).
     """
-    device = next(inner.parameters()).device
     matrices = _matrices(inner)
-    if not matrices or device.type == "meta":
-        return _DEFAULT.get(device.type, _DEFAULT_ELSEWHERE)
-    shapes = tuple(sorted(tuple(m.shape) for m in matrices))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    key = (device.type, name, str(matrices[0].dtype), shapes)
-    if key not in _MEASURED:
-        kept = _cache() / f"batch-shape-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
-        _MEASURED[key] = _kept_or(
-            kept, lambda: _smallest_good(matrices, measure or _tokens_per_second)
-        )
-        logger.info("%d tokens keep the matrices busy on %s", _MEASURED[key], device)
-    return min(2 * _MEASURED[key], _CANDIDATES[-1])
+    if not matrices or matrices[0].device.type == "meta":  # all sharded or quantized
+        return 1024
+    tokens = min(2 * _smallest_good(matrices, measure or _tokens_per_second), _CANDIDATES[-1])
+    logger.info("passes of %d tokens keep the matrices busy", tokens)
+    return tokens
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("SELF_JUDGE_CACHE", "~/.cache/self_judge")).expanduser()
-
-
-def _kept_or(path: Path, measured: Callable[[], int]) -> int:
-    """The figure in a file; else a new one, which goes there. The first to write wins."""
-    if path.is_file():
-        return int(json.loads(path.read_text(encoding="utf-8"))["tokens"])
-    tokens = measured()
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps({"tokens": tokens}) + "\n", encoding="utf-8")
-        with contextlib.suppress(FileExistsError):
-            os.link(aside, path)
-        aside.unlink()
-        return int(json.loads(path.read_text(encoding="utf-8"))["tokens"])
-    except OSError as error:
-        logger.warning("the measured size of a pass is not kept: %s", error)
-        return tokens
-
-
-def settled_tokens(inner: nn.Module, folder: str | Path) -> int:
-    """`busy_tokens` of a run, the same for all its processes and after a resume.
-
-    Which sequences share a pass is part of the rounding of their numbers, so a run that goes on
-    must go on in the same passes: the figure is kept in the run's folder.
+def pinned_tokens_per_pass(inner: nn.Module, folder: str | Path) -> int:
+    """`tokens_per_pass` of a run, the same for all its processes and after a resume.
 
     Args:
         folder: the run's folder; the first process reads or writes `batch_shape.json` there.
     """
     path = Path(folder) / FILE
-    settled = [0]
+    pinned = [0]
     if PartialState().is_main_process:
         if path.is_file():
-            settled = [int(json.loads(path.read_text(encoding="utf-8"))["tokens"])]
+            pinned = [int(json.loads(path.read_text(encoding="utf-8"))["tokens"])]
         else:
-            settled = [busy_tokens(inner)]
+            pinned = [tokens_per_pass(inner)]
             with atomic_write(path) as file:
-                file.write(json.dumps({"tokens": settled[0]}) + "\n")
-    broadcast_object_list(settled)
-    return settled[0]
+                file.write(json.dumps({"tokens": pinned[0]}) + "\n")
+    broadcast_object_list(pinned)
+    return pinned[0]
 
 
 def _matrices(inner: nn.Module) -> list[torch.Tensor]:

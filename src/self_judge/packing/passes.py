@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from self_judge.packing.flex_attention import NAME, ROW_MULTIPLE, tree_blocks
-from self_judge.packing.pass_size import busy_tokens
+from self_judge.packing.pass_size import tokens_per_pass
 from self_judge.packing.prefix_tree import (
     Ints,
     PrefixGroup,
@@ -157,7 +157,7 @@ def right_padded(
 
 
 def pass_tokens(inner: Any, shape: Shape) -> int:
-    return shape.batch_tokens or busy_tokens(inner)
+    return shape.batch_tokens or tokens_per_pass(inner)
 
 
 def _dense_cost(inner: Any) -> float:

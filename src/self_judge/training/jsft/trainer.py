@@ -18,7 +18,7 @@ from self_judge.inference.lockstep import check_processes
 from self_judge.models import refuse_pickle
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
-from self_judge.packing.pass_size import settled_tokens
+from self_judge.packing.pass_size import pinned_tokens_per_pass
 from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.training.callbacks import RunLog
 from self_judge.training.checkpointing import ResumableTraining
@@ -90,7 +90,7 @@ class JSFTTrainer(ResumableTraining, SFTTrainer):
         one_pass = needs_one_pass(self.accelerator.distributed_type)
         self.packing: Packing | None = None
         if packing != "off":
-            tokens = settled_tokens(unwrapped(model), str(self.args.output_dir))
+            tokens = pinned_tokens_per_pass(unwrapped(model), str(self.args.output_dir))
             self.packing = pack_fused_head(model, packing, one_pass=one_pass, batch_tokens=tokens)
         self.run_log = RunLog("jsft")
         self.add_callback(self.run_log)

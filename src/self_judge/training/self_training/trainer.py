@@ -31,7 +31,7 @@ from self_judge.judging.judge import Judge
 from self_judge.models import load_tokenizer, reference_in_memory
 from self_judge.packing.fused_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
-from self_judge.packing.pass_size import settled_tokens
+from self_judge.packing.pass_size import pinned_tokens_per_pass
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import (
     encoder_as_taught,
@@ -208,7 +208,7 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
         self.on_saved = self._save_judge_settings
         tokens = None
         if config.packing != "off":
-            tokens = settled_tokens(unwrapped(self.model), self.output_dir)
+            tokens = pinned_tokens_per_pass(unwrapped(self.model), self.output_dir)
         one_pass = needs_one_pass(self.accelerator.distributed_type)
         self.vllm = self._vllm_rollouts() if config.use_vllm else None
         here = self.ref_model if self.ref_model is not None else self.model
