@@ -124,7 +124,7 @@ def judging(given: argparse.Namespace) -> Work:
     every = [p for own in prompts for p in own]
 
     def run() -> list[float]:
-        with judge.remembering() if len(rounds) > 1 else contextlib.nullcontext():
+        with judge.prefix_cache() if len(rounds) > 1 else contextlib.nullcontext():
             found = [judge.letter_probabilities(p) for p in prompts]
         return [float(p) for p in torch.cat(found).flatten()]
 

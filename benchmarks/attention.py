@@ -1,6 +1,6 @@
-"""Attention of prefix trees alone: by runs, as judging computes it on a CPU, against other ways.
+"""Attention of prefix trees alone: by segments, as judging on a CPU, against other ways.
 
-The steps are those of judging real HH pairs in both orders; queries, keys and values are random.
+The chunks are those of judging real HH pairs in both orders; queries, keys and values are random.
 Every way gives the same numbers; what it costs is multiplied by the model's layers.
 
     python benchmarks/attention.py [--dtype bfloat16] [--shape 1b] [--pairs 32]
@@ -19,40 +19,40 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import side_by_side as bench
 from self_judge import Judge
-from self_judge.packing.chunked_prefill import Paths, Step, walk
+from self_judge.packing.chunked_prefill import Chunk, PrefixIndex, plan_chunks
 from self_judge.packing.passes import pass_tokens
-from self_judge.packing.segment_attention import attending, run_attention
+from self_judge.packing.segment_attention import attending, segment_attention
 
 PIECES = (64, 128, 256, 512)
 
 
 class Work(NamedTuple):
-    """Random states of one step, `(1, heads, tokens, size)`, and who sees whom, `(L, past + L)`."""
+    """Random states of a chunk, `(1, heads, tokens, size)`, and who sees whom, `(L, past + L)`."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    step: Step
+    chunk: Chunk
     sees: torch.Tensor
 
 
-def work_of(step: Step, config: Any, dtype: torch.dtype, device: str) -> Work:
+def work_of(chunk: Chunk, config: Any, dtype: torch.dtype, device: str) -> Work:
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    length, past = len(step.token_ids), len(step.past)
+    length, past = len(chunk.token_ids), len(chunk.past)
     sees = torch.zeros(length, past + length, dtype=torch.bool)
-    for run in step.runs:
-        for start, stop in run.before:
-            sees[run.start : run.stop, start:stop] = True
-        own = run.stop - run.start
+    for segment in chunk.segments:
+        for start, stop in segment.before:
+            sees[segment.start : segment.stop, start:stop] = True
+        own = segment.stop - segment.start
         causal = torch.ones(own, own, dtype=torch.bool).tril()
-        sees[run.start : run.stop, past + run.start : past + run.stop] = causal
+        sees[segment.start : segment.stop, past + segment.start : past + segment.stop] = causal
     draw = functools.partial(torch.randn, dtype=dtype, device=device)
     return Work(
         draw(1, heads, length, size),
         draw(1, shared, past + length, size),
         draw(1, shared, past + length, size),
-        step,
+        chunk,
         sees.to(device),
     )
 
@@ -60,27 +60,27 @@ def work_of(step: Step, config: Any, dtype: torch.dtype, device: str) -> Work:
 # -- the ways --------------------------------------------------------------------------------------
 
 
-def by_runs(work: Work, piece: int | None = None) -> Callable[[], torch.Tensor]:
-    """As `run_attention` does it, in pieces of its own size or of another one."""
+def by_segments(work: Work, piece: int | None = None) -> Callable[[], torch.Tensor]:
+    """As `segment_attention` does it, in pieces of its own size or of another one."""
     sized = {} if piece is None else {"piece": piece}
-    runs = attending(work.step.runs, work.query.device, **sized)
+    segments = attending(work.chunk.segments, work.query.device, **sized)
     states = (work.query, work.key, work.value)
-    return lambda: run_attention(nn.Module(), *states, None, prefix_runs=runs)[0]
+    return lambda: segment_attention(nn.Module(), *states, None, prefix_segments=segments)[0]
 
 
 def by_matrices(work: Work) -> Callable[[], torch.Tensor]:
-    """The same runs, by two matrix products and a softmax."""
-    runs = attending(work.step.runs, work.query.device)
+    """The same segments, by two matrix products and a softmax."""
+    segments = attending(work.chunk.segments, work.query.device)
     query, key, value, *_ = work
     shared, size = key.shape[1], key.shape[3]
 
     def attend() -> torch.Tensor:
         parts = []
-        for run in runs:
-            own = query[:, :, run.queries].reshape(shared, -1, size) * size**-0.5
-            keys, values = (torch.cat([s[0, :, p] for p in run.keys], 1) for s in (key, value))
+        for segment in segments:
+            own = query[:, :, segment.queries].reshape(shared, -1, size) * size**-0.5
+            keys, values = (torch.cat([s[0, :, p] for p in segment.keys], 1) for s in (key, value))
             scores = own @ keys.mT
-            added = run.added(query.shape[1] // shared, query.dtype)
+            added = segment.added(query.shape[1] // shared, query.dtype)
             if added is not None:
                 scores += added
             found = scores.softmax(-1) @ values
@@ -120,15 +120,17 @@ def main() -> None:
     model = bench.model_of(given).eval()
     judge = Judge(model, bench.encoder_of(given), bench.templates_of(), max_length=1024)
     prompts = bench.judge_prompts(judge, bench.comparisons_of(bench.records_of(given, given.pairs)))
-    steps = walk(prompts, pass_tokens(judge.packing.inner, judge.packing.shape), Paths())
+    chunks = plan_chunks(
+        prompts, pass_tokens(judge.packing.inner, judge.packing.shape), PrefixIndex()
+    )
     torch.manual_seed(0)
     config = model.config.get_text_config()
-    works = [work_of(s, config, model.dtype, given.device) for s in steps]
+    works = [work_of(s, config, model.dtype, given.device) for s in chunks]
     compiled = torch.compile(flex_attention, dynamic=True)
     ways = {
-        "by runs": by_runs,
-        **{f"by runs, pieces of {n}": functools.partial(by_runs, piece=n) for n in PIECES},
-        "by runs, matrix products": by_matrices,
+        "by segments": by_segments,
+        **{f"by segments, pieces of {n}": functools.partial(by_segments, piece=n) for n in PIECES},
+        "by segments, matrix products": by_matrices,
         "dense mask": by_dense_mask,
         "FlexAttention, compiled": functools.partial(by_blocks, compiled=compiled),
     }
@@ -136,7 +138,7 @@ def main() -> None:
     seconds, results = bench.alternating(sides, given)
     layers, seen = config.num_hidden_layers, sum(int(w.sees.sum()) for w in works)
     work = 4.0 * layers * seen * works[0].query.shape[1] * works[0].query.shape[3]
-    print(f"\nattention of {len(works)} steps, {len(prompts)} prompts, times {layers} layers: "
+    print(f"\nattention of {len(works)} chunks, {len(prompts)} prompts, times {layers} layers: "
           f"{given.dtype}, {given.device}, {torch.get_num_threads()} threads")  # fmt: skip
     for (name, times), result in zip(seconds.items(), results, strict=True):
         spent = layers * statistics.median(times)

@@ -46,7 +46,7 @@ def main() -> None:
     shuffled = [random.Random(0).sample(prompts, len(prompts)) for prompts in rounds]
 
     def packed() -> torch.Tensor:
-        with judge.remembering():
+        with judge.prefix_cache():
             return torch.cat([judge.letter_probabilities(p) for p in rounds])
 
     def other() -> torch.Tensor:

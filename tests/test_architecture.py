@@ -192,3 +192,10 @@ def test_no_module_swallows_every_error_or_prints(module: str) -> None:
             assert node.func.id != "hasattr", f"{module}.py:{node.lineno}: hasattr"
             if module not in {"cli", "commands.train", "reporting.page"}:
                 assert node.func.id != "print", f"{module}.py:{node.lineno}: print in the library"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_says_in_one_line_what_it_is(module: str) -> None:
+    first = (ast.get_docstring(tree(module)) or "").split("\n\n")[0]
+    assert first.endswith("."), f"{module}: {first}"
+    assert len(first.splitlines()) == 1, f"{module}: {first}"

@@ -22,20 +22,20 @@ from torch.nn.attention import flex_attention
 from conftest import DEVICE, on_test_device
 from self_judge.packing import packing as packing_module
 from self_judge.packing import passes as packed_passes
-from self_judge.packing.chunked_prefill import Paths, walk
+from self_judge.packing.chunked_prefill import PrefixIndex, plan_chunks
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.passes import (
-    Asked,
     Pass,
     Shape,
+    Wanted,
     cache_passes,
-    selecting,
+    hidden_states_at,
     tree_mask,
     tree_passes,
 )
 from self_judge.packing.prefix_tree import shared_length
-from self_judge.packing.segment_passes import run_passes, walk_passes
+from self_judge.packing.segment_passes import chunked_passes, segment_passes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 120,
@@ -150,7 +150,7 @@ def test_next_token_logits_are_those_of_a_separate_pass(name: str, attention: st
 def test_under_a_mask_logits_are_those_of_a_separate_pass(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing_module, "_by_runs", lambda packing: False)
+    monkeypatch.setattr(packing_module, "_by_segments", lambda packing: False)
     test_next_token_logits_are_those_of_a_separate_pass(name, "sdpa")
 
 
@@ -162,7 +162,7 @@ def test_trees_are_attended_run_by_run_and_walked_in_small_steps(name: str) -> N
     seed = fresh()
     model, sequences = build(name, seed=seed), sharing(seed)
     packing = Packing(model, batch_tokens=7)
-    assert packing.decision.by_runs, packing.decision
+    assert packing.decision.by_segments, packing.decision
     window = packing.decision.longest
     found: dict[int, torch.Tensor] = {}
     for indices, logits in packing.next_token_logits(sequences):
@@ -186,7 +186,7 @@ def test_what_is_remembered_is_not_computed_again() -> None:
     )
     context, first, second, third = list(range(3, 33)), [40, 41], [50, 51, 52], [60]
     rounds = [[context + first + second, context + second + first], [context + first + third]]
-    with packing.remembering():
+    with packing.prefix_cache():
         found = [
             row for own in rounds for _, rows in packing.next_token_logits(own) for row in rows
         ]
@@ -212,7 +212,7 @@ def test_a_small_memory_forgets_and_gives_the_same_numbers() -> None:
     model, draw = build("llama", seed=seed), random.Random(seed)
     packing = Packing(model, batch_tokens=16)
     sequences = sharing(seed)
-    with packing.remembering(limit=2000):
+    with packing.prefix_cache(limit=2000):
         for _ in range(4):
             own = [[*s, draw.randrange(3, 120)] for s in draw.sample(sequences, 5)]
             for indices, logits in packing.next_token_logits(own):
@@ -226,7 +226,7 @@ def test_a_consumer_that_stops_early_leaves_no_path_without_its_states() -> None
     model, draw = build("llama"), random.Random(2)
     packing = Packing(model, batch_tokens=16)
     sequences = [[draw.randrange(3, 120) for _ in range(12)] for _ in range(6)]
-    with packing.remembering():
+    with packing.prefix_cache():
         next(iter(packing.next_token_logits(sequences)))
         found = dict(
             pair
@@ -270,7 +270,7 @@ def test_a_shared_token_is_computed_once_and_only_last_positions_reach_the_head(
 def test_under_a_mask_a_tournament_round_goes_through_a_cache_and_a_comparison_through_a_tree(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packing_module, "_by_runs", lambda packing: False)
+    monkeypatch.setattr(packing_module, "_by_segments", lambda packing: False)
     model, draw = build("llama"), random.Random(6)
 
     def prompts(branches: int) -> list[list[int]]:
@@ -335,8 +335,8 @@ def nodes(sequences: Sequence[Sequence[int]]) -> int:
 
 
 LAYOUTS = {
-    "segments": run_passes,
-    "walk": walk_passes,
+    "segments": segment_passes,
+    "chunks": chunked_passes,
     "tree mask": tree_passes,
     "block mask": tree_passes,
     "cache": cache_passes,
@@ -356,14 +356,14 @@ def test_shared_tokens_of_pairs_of_any_length_are_computed_once(
 ) -> None:
     model, sequences = build("llama"), pairs_up_to(longest, count, random.Random(seed))
     last = [np.array([len(s) - 1]) for s in sequences]
-    asked = Asked.all_of(sequences, last)
+    asked = Wanted.all_of(sequences, last)
     with pytest.MonkeyPatch.context() as patch:
         if layout == "block mask":
             model.config._attn_implementation = "flex_attention"
             patch.setattr(flex_attention, "create_block_mask", lambda *_, **__: None)
-        if layout == "walk":
-            steps = walk(sequences, batch_tokens, Paths())
-            assert sum(len(step.token_ids) for step in steps) == nodes(sequences)
+        if layout == "chunks":
+            chunks = plan_chunks(sequences, batch_tokens, PrefixIndex())
+            assert sum(len(chunk.token_ids) for chunk in chunks) == nodes(sequences)
             return
         passes = list(LAYOUTS[layout](model, Shape(batch_tokens), asked))
     found = sum(map(computed_of, passes))
@@ -376,7 +376,7 @@ def test_shared_tokens_of_pairs_of_any_length_are_computed_once(
 def test_a_cache_is_divided_between_pairs_and_within_one_only_where_memory_was_full() -> None:
     model, prefix = build("llama"), [7] * 16_000
     sequences = [prefix + [8 + i] * 1000 for i in range(3)]
-    asked = Asked.all_of(sequences, [np.array([len(s) - 1]) for s in sequences])
+    asked = Wanted.all_of(sequences, [np.array([len(s) - 1]) for s in sequences])
     found = [computed_of(this) for this in cache_passes(model, Shape(1024), asked)]
     assert sorted(found) == [17_000, 18_000]
     split = Shape(1024, split_pairs=True)
@@ -396,7 +396,7 @@ def test_two_sequences_of_900_that_share_500_compute_1300_tokens(
     from trl.trainer.utils import add_fused_lm_head
 
     if not by_segments:  # as on a GPU
-        monkeypatch.setattr(packing_module, "_by_runs", lambda packing: False)
+        monkeypatch.setattr(packing_module, "_by_segments", lambda packing: False)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, **LONG}))
     draw = random.Random(fresh())
     prefix = draw.choices(range(3, 120), k=500)
@@ -406,7 +406,9 @@ def test_two_sequences_of_900_that_share_500_compute_1300_tokens(
     training = pack_fused_head(model, choice, batch_tokens=batch_tokens)
     assert training is not None
     assert (
-        judging.decision.by_runs == training.decision.by_runs == (by_segments and choice == "tree")
+        judging.decision.by_segments
+        == training.decision.by_segments
+        == (by_segments and choice == "tree")
     )
     computed: list[int] = []
     model.model.register_forward_pre_hook(
@@ -429,7 +431,7 @@ def test_trees_of_unlike_lengths_leave_little_padding_under_a_mask() -> None:
     draw = random.Random(fresh())
     lengths = [1500, 900, 800, 600, 500, 400, 200, 100]
     sequences = [[i, *draw.choices(range(3, 120), k=n - 1)] for i, n in enumerate(lengths, 3)]
-    asked = Asked.all_of(sequences, [np.arange(len(s)) for s in sequences])
+    asked = Wanted.all_of(sequences, [np.arange(len(s)) for s in sequences])
     passes = list(tree_passes(build("llama"), Shape(16_384), asked))
     assert sum(this.inputs["input_ids"].numel() for this in passes) <= 1.05 * sum(lengths)
 
@@ -438,9 +440,9 @@ def test_trees_of_unlike_lengths_leave_little_padding_under_a_mask() -> None:
 def test_layers_share_one_mask_for_their_backward_passes(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing_module, "_by_runs", lambda packing: False)
+    monkeypatch.setattr(packing_module, "_by_segments", lambda packing: False)
     model, length = build("llama"), 37  # no multiple of 8
-    asked = Asked.all_of([[5] * length, [5] * 20 + [6]], [np.arange(length), np.arange(21)])
+    asked = Wanted.all_of([[5] * length, [5] * 20 + [6]], [np.arange(length), np.arange(21)])
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     masks: set[int] = set()
 
@@ -453,7 +455,7 @@ def test_layers_share_one_mask_for_their_backward_passes(
     with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         (this,) = tree_passes(model, Shape(100), asked)
         assert this.inputs["attention_mask"].stride(2) % 8 == 0  # else CUDA's kernels copy it
-        with selecting(model, this) as inputs:
+        with hidden_states_at(model, this) as inputs:
             logits = model(**inputs).logits
     assert logits.requires_grad
     assert len(masks) == 1

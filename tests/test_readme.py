@@ -164,18 +164,3 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
             assert anchor in slugs, f"{document.name} links to {target}"
-
-
-def test_the_tree_lists_exactly_the_modules_with_a_phrase_each() -> None:
-    (tree,) = [block for block in blocks(README, "text") if "src/self_judge/" in block]
-    found, folders = [], [Path()]
-    for line in tree.splitlines():
-        name, *phrase = re.split(r" {2,}", line.strip())
-        assert phrase or name == "src/self_judge/", f"each file has a phrase: {name}"
-        depth = (len(line) - len(line.lstrip())) // 2
-        folders = [*folders[: depth + 1], folders[depth] / name]
-        assert (ROOT / folders[-1]).exists(), folders[-1]
-        if depth and name.endswith(".py"):
-            found.append(ROOT / folders[-1])
-    modules = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
-    assert sorted(found) == sorted(modules)

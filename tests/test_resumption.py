@@ -186,7 +186,7 @@ def test_judging_comes_down_to_one_prompt_where_memory_has_no_room_for_a_pair(
 ) -> None:
     from self_judge import Comparison
 
-    monkeypatch.setattr("self_judge.packing.packing._by_runs", lambda packing: False)
+    monkeypatch.setattr("self_judge.packing.packing._by_segments", lambda packing: False)
     judge = make(packing=packing).judge
     judge.packing.shape = replace(judge.packing.shape, batch_tokens=1000)
     asked = [Comparison(f"what is {i}?", f"{i} it is", f"no, {i + 1}" * 3) for i in range(2)]

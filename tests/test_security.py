@@ -37,8 +37,8 @@ from self_judge.datatypes import Response
 from self_judge.errors import ConfigError, EncodingError, ModelError
 from self_judge.judging.judge import aggregate
 from self_judge.models import load_model
+from self_judge.training.self_training.rollout_log import pairs_table
 from self_judge.training.self_training.rollouts import Rollout
-from self_judge.training.self_training.trainer import _pairs_table
 from self_judge.training.self_training.vllm_sync import save_adapter
 
 PACKAGE = ROOT / "src" / "self_judge"
@@ -149,7 +149,7 @@ def test_the_table_of_sampled_pairs_cannot_steer_the_terminal() -> None:
     answers = (Response((1,), STEERING, True), Response((2,), "no", True))
     rollout = Rollout(0, (1,), STEERING, *answers, verdict, True)
     console = Console(width=200, color_system=None, file=(shown := io.StringIO()))
-    console.print(_pairs_table([rollout], 1))
+    console.print(pairs_table([rollout], 1))
     text = shown.getvalue()
     assert not steers(text)
     assert "\\x1b[2J" in text

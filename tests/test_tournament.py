@@ -349,7 +349,7 @@ def test_the_draw_is_another_for_another_seed_and_for_every_context() -> None:
         def compare(self, comparisons: Any, progress: bool = False) -> list[Verdict]:
             return [Undecided().verdict(c) for c in comparisons]
 
-        def remembering(self) -> Any:
+        def prefix_cache(self) -> Any:
             return nullcontext()
 
     lists = {"contexts": ["the same"] * 12, "responses": [[f"{k}" for k in range(16)]] * 12}
@@ -395,7 +395,7 @@ def test_contexts_are_played_together_as_far_as_memory_allows(
         def compare(self, comparisons: Any, progress: bool = False) -> list[Verdict]:
             return self(comparisons)
 
-        def remembering(self) -> Any:
+        def prefix_cache(self) -> Any:
             return nullcontext()
 
     monkeypatch.setattr("self_judge.judging.tournament._MATCHES_TOGETHER", 4)

@@ -45,7 +45,7 @@ from self_judge.models import load_model, load_tokenizer
 from self_judge.packing import packing as packing_module
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import Packing
-from self_judge.packing.passes import selecting
+from self_judge.packing.passes import hidden_states_at
 from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.jsft.trainer import JSFTTrainer, TwinSampler
 from self_judge.training.self_training.rollouts import preference_batch
@@ -66,6 +66,7 @@ __all__ = [
     "bench",
     "computed",
     "evaluate_judge",
+    "hidden_states_at",
     "jsft_dataset",
     "judge_context",
     "knockouts",
@@ -79,7 +80,6 @@ __all__ = [
     "run_jsft",
     "run_self_judge",
     "seeded_gumbel",
-    "selecting",
     "updating",
     "why_not_shared",
 ]
@@ -187,12 +187,12 @@ def backbone_tokens(model: Any) -> Iterator[list[int]]:
 @contextlib.contextmanager
 def attending_by_segments(chosen: bool) -> Iterator[None]:
     """Trees segment by segment, whatever the device, or under masks, while inside."""
-    usual = packing_module._by_runs
-    packing_module._by_runs = lambda packing: chosen
+    usual = packing_module._by_segments
+    packing_module._by_segments = lambda packing: chosen
     try:
         yield
     finally:
-        packing_module._by_runs = usual
+        packing_module._by_segments = usual
 
 
 @contextlib.contextmanager

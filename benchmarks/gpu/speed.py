@@ -148,7 +148,7 @@ def _judged(
     _say(check, ours, **about, side="packed", unique=unique, **compared, way=way[:240])
     # The way not taken. Rounds of a tournament share a prefix cache only by segments, which a GPU
     # is not given before they were measured on one.
-    segments = not judge.packing.decision.by_runs
+    segments = not judge.packing.decision.by_segments
     side = {"side": "packed, by segments" if segments else "packed, under masks"}
     with check.errors_told(**about, **side), attending_by_segments(segments):
         found = _measured(check, floor, sum(map(len, prompts)), packed)
@@ -189,7 +189,7 @@ def _tournament(check: Check, shape: str) -> None:
     every = [prompt for own_round in rounds for prompt in own_round]
 
     def packed() -> torch.Tensor:
-        with judge.remembering():
+        with judge.prefix_cache():
             return torch.cat([judge.letter_probabilities(own_round) for own_round in rounds])
 
     _judged(check, shape, f"tournament of {responses}", judge, every, packed)

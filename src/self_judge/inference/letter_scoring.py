@@ -25,6 +25,9 @@ from self_judge.runtime import (
     without_cudnn_attention,
 )
 
+Prompts = Sequence[Sequence[int]]  # token ids
+Done = Callable[[int], object]  # called with how many prompts or responses are done
+
 
 class LetterScorer(Protocol):
     """What a judge reads its letters from.
@@ -36,10 +39,7 @@ class LetterScorer(Protocol):
     max_length: int | None
 
     def letter_probabilities(
-        self,
-        prompts: Sequence[Sequence[int]],
-        letter_ids: tuple[int, int],
-        done: Callable[[int], object],
+        self, prompts: Prompts, letter_ids: tuple[int, int], done: Done
     ) -> torch.Tensor:
         """p(A) and p(B) as the next token of each prompt, softmax over the whole vocabulary.
 
@@ -85,10 +85,7 @@ class TransformersScorer:
 
     @torch.no_grad()
     def letter_probabilities(
-        self,
-        prompts: Sequence[Sequence[int]],
-        letter_ids: tuple[int, int],
-        done: Callable[[int], object],
+        self, prompts: Prompts, letter_ids: tuple[int, int], done: Done
     ) -> torch.Tensor:
         """See `LetterScorer.letter_probabilities`."""
         letters_N2 = torch.empty(len(prompts), 2)

@@ -205,14 +205,14 @@ class Judge:
             verdicts.append(aggregate([((f[0], f[1]), (s[0], s[1])) for f, s in _in_twos(rows)]))
         return verdicts
 
-    def remembering(self) -> AbstractContextManager[None]:
+    def prefix_cache(self) -> AbstractContextManager[None]:
         """Within, prompts take up what the call before computed of their beginnings.
 
         For comparisons that follow from one another, as the rounds of a tournament do. The
         verdicts are the same. An engine has a prefix cache of its own.
         """
         if isinstance(self.scorer, TransformersScorer):
-            return self.packing.remembering()
+            return self.packing.prefix_cache()
         return nullcontext()
 
     def letter_probabilities(

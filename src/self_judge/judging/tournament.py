@@ -152,7 +152,7 @@ def judged_knockouts(
         while stop < len(contexts) and (stop == start or matches < _MATCHES_TOGETHER):
             matches += len(responses[stop]) // 2
             stop += 1
-        with judge.remembering():
+        with judge.prefix_cache():
             brackets += knockouts(
                 lambda comparisons: judge.compare(comparisons, progress=progress),
                 contexts[start:stop],

@@ -1,8 +1,8 @@
-"""Prefix walks: the one prefix tree of many sequences, in steps, no token of it computed twice.
+"""Chunked prefill: the one prefix tree of many sequences, in chunks, no token computed twice.
 
-Pure: token ids in, layouts out. Where `prefix_tree.py` lays whole trees into rows, a walk goes
-through a tree of any size depth first and leans on what earlier steps computed: the keys and values
-of a step's ancestors. It knows no model, no attention and no torch.
+Pure: token ids in, layouts out. `prefix_tree.py` lays whole trees into rows; here a tree of any
+size is cut into chunks depth first. A chunk reads the keys and values of its ancestors, which
+earlier chunks computed. It knows no model, no attention and no torch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from self_judge.packing.prefix_tree import Ints, Row, shared_length
 _NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 
-class Run(NamedTuple):
-    """Tokens of a step of which each is the only continuation of the one before it.
+class Segment(NamedTuple):
+    """Tokens of a chunk of which each is the only continuation of the one before it.
 
-    They see the keys in `before`, and one another causally. Keys are counted through what the step
+    They see the keys in `before`, and one another causally. Keys are counted through what the chunk
     was given (`past` of them), then through its own tokens.
 
     Attributes:
-        start, stop: their places among the step's tokens.
-        past: how many keys stand before the step's own.
-        before: ranges of keys of their ancestors outside the run.
+        start, stop: their places among the chunk's tokens.
+        past: how many keys stand before the chunk's own.
+        before: ranges of keys of their ancestors outside the segment.
     """
 
     start: int
@@ -38,30 +38,30 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Chunk:
     """Some tokens of a tree, L of them, in depth-first order.
 
     Attributes:
         token_ids, positions: ids and depths, each `(L,)`.
         first: the number of the first of them among all tokens ever laid out.
         past: numbers of the earlier tokens that they see, in order.
-        runs: what each of them sees.
+        segments: what each of them sees.
         last: by index of a sequence that ends here, the place of its last token.
-        needed: numbers of the tokens so far that later steps see.
+        needed: numbers of the tokens so far that later chunks see.
     """
 
     token_ids: Ints
     positions: Ints
     first: int
     past: Ints
-    runs: tuple[Run, ...]
+    segments: tuple[Segment, ...]
     last: dict[int, int]
     needed: Ints
 
 
 @dataclass(slots=True)
-class Paths:
-    """Sequences that were walked before, and the numbers of their tokens; sorted.
+class PrefixIndex:
+    """Sequences that were computed before, and the numbers of their tokens; sorted.
 
     Attributes:
         count: how many tokens were laid out so far.
@@ -72,7 +72,7 @@ class Paths:
     count: int = 0
 
     def longest_shared(self, sequence: tuple[int, ...]) -> Ints:
-        """The numbers of the longest prefix of a sequence that was walked before."""
+        """The numbers of the longest prefix of a sequence that was computed before."""
         place = bisect.bisect_left(self.sequences, sequence)
         ids = np.array(sequence, dtype=np.int64)
         best = _NOTHING
@@ -93,63 +93,65 @@ class Paths:
 
     def only(self, kept: Ints) -> None:
         """Forgets every token whose number is not in `kept`, and all that comes after it."""
-        sequences, paths = self.sequences, self.numbers
+        sequences, index = self.sequences, self.numbers
         self.sequences, self.numbers = [], []
-        held = [np.isin(numbers, kept) for numbers in paths]
+        held = [np.isin(numbers, kept) for numbers in index]
         lengths = [len(h) if h.all() else int(h.argmin()) for h in held]
-        whole = [(s[:n], p[:n]) for s, p, n in zip(sequences, paths, lengths, strict=True) if n]
+        whole = [(s[:n], p[:n]) for s, p, n in zip(sequences, index, lengths, strict=True) if n]
         self.add([s for s, _ in whole], [p for _, p in whole])
 
 
-def walk(sequences: Sequence[Sequence[int]], step_tokens: int, paths: Paths) -> list[Step]:
-    """The tree of some sequences, less what was walked before, in steps of about equal size.
+def plan_chunks(
+    sequences: Sequence[Sequence[int]], chunk_tokens: int, index: PrefixIndex
+) -> list[Chunk]:
+    """The tree of some sequences, less what was computed before, in chunks of about equal size.
 
     The last token of every sequence is always laid out, so that its state can be had.
 
     Args:
         sequences: token ids, each with at least one token. Equal ones share all their places.
-        step_tokens: tokens of a step at most; a longer sequence is a step of its own.
-        paths: what was walked before; afterwards these sequences as well.
+        chunk_tokens: tokens of a chunk at most; a longer sequence is a chunk of its own.
+        index: what was computed before; afterwards these sequences as well.
 
     Raises:
-        ValueError: a sequence without tokens, or `step_tokens` below 1.
+        ValueError: a sequence without tokens, or `chunk_tokens` below 1.
     """
-    if step_tokens < 1:
-        raise ValueError(f"step_tokens must be at least 1, got {step_tokens}")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     indices: dict[tuple[int, ...], list[int]] = {}
     for i, sequence in enumerate(sequences):
         if not len(sequence):
             raise ValueError(f"sequence {i} has no tokens")
         indices.setdefault(tuple(sequence), []).append(i)
     ordered = sorted(indices)
-    first = paths.count
+    first = index.count
     numbers: list[Ints] = []
     shared: list[int] = []
     ids = _NOTHING
     for sequence in ordered:
         before, ids = ids, np.array(sequence, dtype=np.int64)
         path = numbers[-1][: shared_length(before, ids)] if numbers else _NOTHING
-        known = paths.longest_shared(sequence)
+        known = index.longest_shared(sequence)
         path = (known if len(known) > len(path) else path)[: len(ids) - 1]
-        own = np.arange(paths.count, paths.count + len(ids) - len(path))
-        paths.count += len(own)
+        own = np.arange(index.count, index.count + len(ids) - len(path))
+        index.count += len(own)
         numbers.append(np.concatenate([path, own]))
         shared.append(len(path))
-    paths.add(ordered, numbers)
+    index.add(ordered, numbers)
     lengths = [len(s) - n for s, n in zip(ordered, shared, strict=True)]
-    steps: list[Step] = []
-    for start, stop in _stretches(lengths, step_tokens):
+    chunks: list[Chunk] = []
+    for start, stop in _stretches(lengths, chunk_tokens):
         chosen = range(start, stop)
-        steps.append(
-            _step(
+        chunks.append(
+            _chunk(
                 [np.array(ordered[i][shared[i] :], dtype=np.int64) for i in chosen],
                 numbers[start:stop],
                 [indices[ordered[i]] for i in chosen],
                 first,
             )
         )
-        first += len(steps[-1].token_ids)
-    return _with_needed(steps)
+        first += len(chunks[-1].token_ids)
+    return _with_needed(chunks)
 
 
 def _stretches(lengths: Sequence[int], most: int) -> Iterable[tuple[int, int]]:
@@ -172,12 +174,12 @@ def _stretches(lengths: Sequence[int], most: int) -> Iterable[tuple[int, int]]:
         yield start, len(lengths)
 
 
-def _step(
+def _chunk(
     tokens: Sequence[Ints], numbers: Sequence[Ints], indices: Sequence[Sequence[int]], first: int
-) -> Step:
+) -> Chunk:
     earlier = [n[: len(n) - len(own)] for n, own in zip(numbers, tokens, strict=True)]
     past = np.unique(np.concatenate([n[n < first] for n in earlier]))
-    runs: list[Run] = []
+    segments: list[Segment] = []
     positions: list[Ints] = []
     last: dict[int, int] = {}
     start = 0
@@ -185,51 +187,57 @@ def _step(
         keys = np.where(path < first, np.searchsorted(past, path), path - first + len(past))
         stop = start + len(own)
         ranges = _ranges(keys)
-        if runs and ranges and ranges[-1][1] == len(past) + start:
-            # It goes on where the run before it ends: one run of both.
-            begun = runs.pop()
-            runs.append(Run(begun.start, stop, len(past), begun.before))
+        if segments and ranges and ranges[-1][1] == len(past) + start:
+            # It goes on where the segment before it ends: one segment of both.
+            begun = segments.pop()
+            segments.append(Segment(begun.start, stop, len(past), begun.before))
         else:
-            runs.append(Run(start, stop, len(past), ranges))
+            segments.append(Segment(start, stop, len(past), ranges))
         positions.append(np.arange(len(path), len(all_numbers)))
         last.update(dict.fromkeys(members, stop - 1))
         start = stop
-    return Step(
-        np.concatenate(tokens), np.concatenate(positions), first, past, tuple(runs), last, _NOTHING
+    return Chunk(
+        np.concatenate(tokens),
+        np.concatenate(positions),
+        first,
+        past,
+        tuple(segments),
+        last,
+        _NOTHING,
     )
 
 
-def _with_needed(steps: Sequence[Step]) -> list[Step]:
-    found: list[Step] = []
+def _with_needed(chunks: Sequence[Chunk]) -> list[Chunk]:
+    found: list[Chunk] = []
     later = _NOTHING
-    for step in reversed(steps):
-        end = step.first + len(step.token_ids)
+    for chunk in reversed(chunks):
+        end = chunk.first + len(chunk.token_ids)
         found.append(
-            Step(
-                step.token_ids,
-                step.positions,
-                step.first,
-                step.past,
-                step.runs,
-                step.last,
+            Chunk(
+                chunk.token_ids,
+                chunk.positions,
+                chunk.first,
+                chunk.past,
+                chunk.segments,
+                chunk.last,
                 later[later < end],
             )
         )
-        later = np.union1d(later, step.past)
+        later = np.union1d(later, chunk.past)
     return found[::-1]
 
 
-def runs_of(row: Row) -> tuple[Run, ...]:
-    """The runs of a row of one or more whole trees: it says as much as its attention mask."""
+def segments_of(row: Row) -> tuple[Segment, ...]:
+    """The segments of a row of one or more whole trees: it says as much as its attention mask."""
     # In depth-first order a token one deeper than its neighbour is that neighbour's child.
     starts = np.flatnonzero(np.diff(row.positions, prepend=-2) != 1).tolist()
     path = _NOTHING
-    runs: list[Run] = []
+    segments: list[Segment] = []
     for start, stop in zip(starts, [*starts[1:], len(row)], strict=True):
         path = path[: row.positions[start]]
-        runs.append(Run(start, stop, 0, _ranges(path)))
+        segments.append(Segment(start, stop, 0, _ranges(path)))
         path = np.concatenate([path, np.arange(start, stop)])
-    return tuple(runs)
+    return tuple(segments)
 
 
 def _ranges(places: Ints) -> tuple[tuple[int, int], ...]:

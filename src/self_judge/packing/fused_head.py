@@ -20,7 +20,7 @@ from torch import nn
 
 from self_judge.config.self_training import PackingChoice
 from self_judge.packing.packing import Packing
-from self_judge.packing.passes import selecting, to_device
+from self_judge.packing.passes import hidden_states_at, to_device
 from self_judge.packing.prefix_tree import Ints
 from self_judge.runtime import unwrapped
 
@@ -139,7 +139,7 @@ def _packed(
     output: Any = None
     for this in packing.passes(sequences, wanted):
         own = to_device(torch.from_numpy(targets[this.wanted.numpy()]), device)
-        with selecting(packing.inner, this) as inputs:
+        with hidden_states_at(packing.inner, this) as inputs:
             output = fused_forward(**inputs, shift_labels=own[None], fused_lm_head=True)
         numbers.append(this.wanted)
         for name in _PER_TOKEN:

@@ -29,20 +29,20 @@ from self_judge.packing.exactness import (
     why_inexact,
 )
 from self_judge.packing.passes import (
-    Asked,
     Pass,
     Shape,
+    Wanted,
     attention,
     better_cached,
     cache_passes,
     device_of,
+    hidden_states_at,
     padded_passes,
-    selecting,
     takes_positions,
     tree_passes,
 )
 from self_judge.packing.prefix_tree import Ints
-from self_judge.packing.segment_passes import Memory, run_passes, walk_passes
+from self_judge.packing.segment_passes import PrefixCache, chunked_passes, segment_passes
 from self_judge.runtime import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,8 @@ Route: TypeAlias = Literal["tree", "cache", "padding", "off"]
 _MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _LAYOUTS: dict[str, Callable[..., Iterator[Pass]]] = {
     "tree": tree_passes,
-    "runs": run_passes,
-    "walk": walk_passes,
+    "segments": segment_passes,
+    "chunks": chunked_passes,
     "cache": cache_passes,
     "padding": padded_passes,
 }
@@ -69,14 +69,14 @@ class Decision:
         reason: why this one, in words.
         longest: the longest sequence for which the route is exact; `None` is no limit.
         beyond: the route of longer sequences.
-        by_runs: whether trees are attended run by run rather than under a mask.
+        by_segments: whether trees are attended segment by segment rather than under a mask.
     """
 
     route: Route
     reason: str
     longest: int | None = None
     beyond: Route = "padding"
-    by_runs: bool = False
+    by_segments: bool = False
 
 
 class Packing:
@@ -112,7 +112,7 @@ class Packing:
         self.choice = choice
         self.gradients = gradients
         self.shape = Shape(batch_tokens, one_pass)
-        self._memory: Memory | None = None
+        self._prefix_cache: PrefixCache | None = None
         if choice not in ("auto", "padding", "off"):
             refused = _refused(model, choice)
             if refused:
@@ -125,7 +125,7 @@ class Packing:
         key = (
             self.choice,
             _no_cache(self),
-            _by_runs(self),
+            _by_segments(self),
             attention(self.inner),
             isinstance(self.model, PeftModel),
         )
@@ -156,20 +156,20 @@ class Packing:
         Raises:
             ValueError: packing is off, which has no passes.
         """
-        yield from self._passes(sequences, wanted, "runs")
+        yield from self._passes(sequences, wanted, "segments")
 
     def _passes(
-        self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints], by_runs: str
+        self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints], by_segments: str
     ) -> Iterator[Pass]:
         decision = self.decision
         cut = [
             s[: int(max(w)) + 1] if len(w) else () for s, w in zip(sequences, wanted, strict=True)
         ]
-        asked = Asked.all_of(cut, wanted)
+        asked = Wanted.all_of(cut, wanted)
         limit = decision.longest
         nonempty = [i for i, s in enumerate(cut) if len(s)]
         within = [i for i in nonempty if limit is None or len(cut[i]) <= limit]
-        layout = by_runs if decision.by_runs else decision.route
+        layout = by_segments if decision.by_segments else decision.route
         routes: list[tuple[str, list[int]]] = [(layout, within)]
         if len(within) < len(nonempty):
             if self.shape.one_pass:
@@ -187,7 +187,7 @@ class Packing:
                 continue
             if route == "off":
                 raise ValueError(f"packing is off: {decision.reason}")
-            remembered = {"memory": self._memory} if route == "walk" else {}
+            remembered = {"prefix_cache": self._prefix_cache} if route == "chunks" else {}
             yield from _LAYOUTS[route](self.inner, self.shape, asked.only(chosen), **remembered)
 
     def _may_cache(self) -> bool:
@@ -197,7 +197,7 @@ class Packing:
         return free and dense and _refused(self.model, "cache") is None
 
     @contextmanager
-    def remembering(self, limit: int = 2 * 2**30) -> Iterator[None]:
+    def prefix_cache(self, limit: int = 2 * 2**30) -> Iterator[None]:
         """Within, a sequence takes up what the call before computed of a prefix of it.
 
         Only last positions profit (`next_token_logits`), and only where trees are attended run by
@@ -206,11 +206,11 @@ class Packing:
         Args:
             limit: bytes of keys and values kept at most.
         """
-        before, self._memory = self._memory, Memory(limit)
+        before, self._prefix_cache = self._prefix_cache, PrefixCache(limit)
         try:
             yield
         finally:
-            self._memory = before
+            self._prefix_cache = before
 
     @torch.no_grad()
     def next_token_logits(
@@ -218,8 +218,8 @@ class Packing:
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Logits of the token after each sequence: (indices of sequences, logits `(n, V)`)."""
         last = [np.array([len(s) - 1]) for s in sequences]
-        for this in self._passes(sequences, last, "runs" if self.shape.one_pass else "walk"):
-            with selecting(self.inner, this) as inputs:
+        for this in self._passes(sequences, last, "segments" if self.shape.one_pass else "chunks"):
+            with hidden_states_at(self.inner, this) as inputs:
                 output = self.model(**inputs, use_cache=this.caches)
             yield this.wanted.tolist(), output.logits[0]
 
@@ -251,8 +251,8 @@ def _no_cache(packing: Packing) -> str | None:
     return None
 
 
-def _by_runs(packing: Packing) -> bool:
-    """Whether attending run by run is worth a trial.
+def _by_segments(packing: Packing) -> bool:
+    """Whether attending segment by segment is worth a trial.
 
     On a GPU its many small calls have not been measured; FlexAttention skips there what a mask
     forbids. Checkpointing repeats forward passes when the model attends in its usual way again.
@@ -262,7 +262,7 @@ def _by_runs(packing: Packing) -> bool:
     return attention(inner) == "sdpa" and device_of(inner).type == "cpu" and not checkpointed
 
 
-def _decide(model: nn.Module, choice: str, no_cache: str | None, may_run: bool) -> Decision:
+def _decide(model: nn.Module, choice: str, no_cache: str | None, may_segment: bool) -> Decision:
     inner: Any = unwrapped(model)
     if choice == "off":
         return Decision("off", "asked for")
@@ -281,11 +281,13 @@ def _decide(model: nn.Module, choice: str, no_cache: str | None, may_run: bool) 
             beyond: Route = "padding"
             if limit is not None and choice == "auto" and not no_cache:
                 beyond = "cache" if _refused(model, "cache") is None else "padding"
-            by_runs = route == "tree" and may_run
-            by_runs = by_runs and all(_refused(model, way) is None for way in ("runs", "walk"))
-            how = f"{attention(inner)} attention{', run by run,' if by_runs else ''}"
+            by_segments = route == "tree" and may_segment
+            by_segments = by_segments and all(
+                _refused(model, way) is None for way in ("segments", "chunks")
+            )
+            how = f"{attention(inner)} attention{', segment by segment,' if by_segments else ''}"
             why = "; ".join([*reasons, f"exact with {how} in a trial"])
-            return Decision(route, why, limit, beyond, by_runs)
+            return Decision(route, why, limit, beyond, by_segments)
         if choice != "auto":
             raise ValueError(f"packing={choice} cannot be used: {refused}")
         reasons.append(f"no {route}: {refused}")
@@ -335,7 +337,7 @@ def _gate(model: nn.Module, route: str) -> str | None:
     if attention(inner) not in ("sdpa", "eager", "flex_attention"):
         return f"{attention(inner)} attention takes no mask of one's own"
     # Older models have their attention built in.
-    if route in ("runs", "walk") and not inner._can_set_attn_implementation():
+    if route in ("segments", "chunks") and not inner._can_set_attn_implementation():
         return "its attention cannot be exchanged"
     return None
 
@@ -372,9 +374,9 @@ def _trial(model: nn.Module, route: str) -> str | None:
     # Rows of nine tokens at most: on longer ones, rounding in bfloat16 could hide a mistake.
     trees = [root + drawn[4:7], root + drawn[4:5] + drawn[7:8], root + drawn[8:9]]
     sequences = [*trees, other + drawn[13:15], other + drawn[15:18]]
-    wanted = [np.arange(len(s) - 1 if route == "walk" else 0, len(s)) for s in sequences]
-    asked = Asked.all_of(sequences, wanted)
-    shape = Shape(9 if route in ("runs", "walk") else 18)
+    wanted = [np.arange(len(s) - 1 if route == "chunks" else 0, len(s)) for s in sequences]
+    asked = Wanted.all_of(sequences, wanted)
+    shape = Shape(9 if route in ("segments", "chunks") else 18)
 
     def logits() -> tuple[torch.Tensor, torch.Tensor]:
         with flex_attention.sdpa_instead(inner):
@@ -383,7 +385,7 @@ def _trial(model: nn.Module, route: str) -> str | None:
         found = torch.full_like(expected, torch.nan)
         with nullcontext() if route == "tree" else flex_attention.sdpa_instead(inner):
             for this in _LAYOUTS[route](inner, shape, asked):
-                with selecting(inner, this) as inputs:
+                with hidden_states_at(inner, this) as inputs:
                     computed = called(**inputs, use_cache=this.caches).logits
                 found[this.wanted.to(found.device)] = computed[0].to(found.dtype)
         return found, expected

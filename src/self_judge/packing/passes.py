@@ -27,7 +27,7 @@ from self_judge.packing.prefix_tree import (
     prefix_groups,
     prefix_rows,
 )
-from self_judge.packing.segment_attention import attending_by_runs
+from self_judge.packing.segment_attention import attending_by_segments
 from self_judge.runtime import without_cudnn_attention
 
 # A dense mask has attention computed at every pair of tokens, at a lower rate than a matrix
@@ -56,7 +56,7 @@ class Shape:
     split_pairs: bool = False
 
 
-class Asked(NamedTuple):
+class Wanted(NamedTuple):
     """What hidden states are asked for.
 
     Attributes:
@@ -70,13 +70,13 @@ class Asked(NamedTuple):
     offsets: Sequence[int]
 
     @classmethod
-    def all_of(cls, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints]) -> Asked:
+    def all_of(cls, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints]) -> Wanted:
         return cls(sequences, wanted, np.cumsum([0, *map(len, wanted)])[:-1].tolist())
 
-    def only(self, places: Sequence[int]) -> Asked:
+    def only(self, places: Sequence[int]) -> Wanted:
         """Some of the sequences; the numbers of their positions stay."""
         sequences, wanted, offsets = self
-        return Asked(
+        return Wanted(
             [sequences[i] for i in places],
             [wanted[i] for i in places],
             [offsets[i] for i in places],
@@ -107,7 +107,7 @@ class Pass:
 
 
 @contextmanager
-def selecting(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
+def hidden_states_at(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
     """Makes the backbone return the wanted states alone, shape `(1, W, H)`; gives its inputs.
 
     The model's own head then scores them, with whatever it does to logits.
@@ -118,7 +118,7 @@ def selecting(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
     backbone = inner.base_model
     before: torch.Tensor | None = None
     inputs = dict(this.inputs)
-    runs = attending_by_runs(inner) if "prefix_runs" in inputs else nullcontext()
+    runs = attending_by_segments(inner) if "prefix_segments" in inputs else nullcontext()
     with runs, without_cudnn_attention():
         if this.prefix is not None:
             before, cache = _prefix_states(backbone, this.prefix)
@@ -166,7 +166,7 @@ def _dense_cost(inner: Any) -> float:
     return slower * attention_share(inner)
 
 
-def tree_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
+def tree_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
     blocks = attention(inner) == NAME
     cost = 0.0 if blocks else _dense_cost(inner)
     most = pass_tokens(inner, shape)
@@ -233,7 +233,7 @@ def _dense_mask(inner: Any, ends_BL: torch.Tensor) -> torch.Tensor:
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def padded_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
+def padded_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
     rows = [_single(i, s) for i, s in enumerate(asked.sequences)]
     for batch in batches(rows, pass_tokens(inner, shape), one=shape.one_pass):
         # Padded on the right: under a causal mask, padding can reach nothing.
@@ -247,7 +247,7 @@ def padded_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
         yield pass_over(inputs, batch, asked)
 
 
-def cache_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
+def cache_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
     # Keys and values are held for every branch, its prefix included: a limit of memory, which
     # divides no group earlier than it must, as every part computes the prefix again.
     most = 2 * pass_tokens(inner, shape)
@@ -285,7 +285,7 @@ def _parts(
     return [PrefixGroup(group.prefix if len(own) > 1 else 0, own) for own in parts]
 
 
-def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Asked) -> Pass:
+def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Wanted) -> Pass:
     sequences = asked.sequences
     device = device_of(inner)
     longest = max(g.prefix for g in groups)
@@ -365,7 +365,7 @@ def stacked(batch: Sequence[Row], multiple: int = 1) -> tuple[torch.Tensor, ...]
     return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(ends)
 
 
-def pass_over(inputs: dict[str, Any], batch: Sequence[Row], asked: Asked) -> Pass:
+def pass_over(inputs: dict[str, Any], batch: Sequence[Row], asked: Wanted) -> Pass:
     width = inputs["input_ids"].shape[1]
     states, numbers = [], []
     for i, row in enumerate(batch):

@@ -1,9 +1,9 @@
-"""Attention run by run: what a prefix tree's mask allows, and nothing that it forbids, is computed.
+"""Attention segment by segment: of a prefix tree's mask only what it allows is computed.
 
 A dense mask has a kernel compute every pair of tokens of a row and throw most of them away. Here
-each run of a tree (`chunked_prefill.Run`) meets its ancestors and itself in one call of PyTorch's
-scaled dot-product attention. Transformers' attention interface hands it the runs that the model was
-called with; whether a model passes them on is tried in `packing.py`.
+each segment of a tree (`chunked_prefill.Segment`) meets its ancestors and itself in one call of
+PyTorch's scaled dot-product attention. Transformers' attention interface hands it the segments that
+the model was called with; whether a model passes them on is tried in `packing.py`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-from self_judge.packing.chunked_prefill import Run
+from self_judge.packing.chunked_prefill import Segment
 
-NAME = "self_judge_runs"
+NAME = "self_judge_segments"
 
 
 # PyTorch's kernel skips what a causal mask forbids in blocks of 512 keys, hence hardly anywhere in
-# a run of a few hundred tokens. Queries in pieces of this size meet no key after them.
+# a segment of a few hundred tokens. Queries in pieces of this size meet no key after them.
 _PIECE = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Attending:
-    """A piece of a run as attention needs it.
+    """A piece of a segment as attention needs it.
 
     Attributes:
         queries: its place among the row's tokens.
@@ -58,18 +58,20 @@ class Attending:
         return self._added[groups, dtype]
 
 
-def attending(runs: Sequence[Run], device: torch.device, piece: int = _PIECE) -> list[Attending]:
-    """What attention needs of each run, made once for all layers.
+def attending(
+    segments: Sequence[Segment], device: torch.device, piece: int = _PIECE
+) -> list[Attending]:
+    """What attention needs of each segment, made once for all layers.
 
     Args:
         piece: queries of one call at most.
     """
     found = []
-    for run in runs:
-        before = [slice(*seen) for seen in run.before]
-        for start in range(run.start, run.stop, piece):
-            stop = min(start + piece, run.stop)
-            keys = _merged((*before, slice(run.past + run.start, run.past + stop)))
+    for segment in segments:
+        before = [slice(*seen) for seen in segment.before]
+        for start in range(segment.start, segment.stop, piece):
+            stop = min(start + piece, segment.stop)
+            keys = _merged((*before, slice(segment.past + segment.start, segment.past + stop)))
             size = sum(k.stop - k.start for k in keys)
             mask = None
             if stop - start > 1:
@@ -89,14 +91,14 @@ def _merged(places: Sequence[slice]) -> tuple[slice, ...]:
     return tuple(merged)
 
 
-def run_attention(
+def segment_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    prefix_runs: Sequence[Attending] | None = None,
+    prefix_segments: Sequence[Attending] | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -108,37 +110,37 @@ def run_attention(
     Args:
         query: `(1, H, L, D)`.
         key, value: `(1, H or fewer, past + L, D)`.
-        prefix_runs: the runs of the row, in order.
+        prefix_segments: the segments of the row, in order.
 
     Returns:
         The attended values, `(1, L, H, D)`, and no weights.
 
     Raises:
         ValueError: what plain scaled dot-product attention does not do, or a model that did not
-            pass the runs on.
+            pass the segments on.
     """
-    if prefix_runs is None or softcap is not None or position_bias is not None:
-        raise ValueError("the model does not attend by runs")
+    if prefix_segments is None or softcap is not None or position_bias is not None:
+        raise ValueError("the model does not attend by segments")
     shared = key.shape[1]
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         computed = torch.get_autocast_dtype(query.device.type)
         query, key, value = (states.to(computed) for states in (query, key, value))
     if not dropout and _in_one_node(query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attended: torch.Tensor = _RunAttention.apply(query, key, value, prefix_runs, scale)
+        attended: torch.Tensor = _SegmentAttention.apply(query, key, value, prefix_segments, scale)
         return attended, None
     rows = _rows(query.transpose(1, 2), shared, query.dtype)
     groups = query.shape[1] // shared
     pieces = [
         nn.functional.scaled_dot_product_attention(
-            rows[:, :, run.rows(groups)],
-            _joined(key, run.keys),
-            _joined(value, run.keys),
-            attn_mask=run.added(groups, query.dtype),
+            rows[:, :, segment.rows(groups)],
+            _joined(key, segment.keys),
+            _joined(value, segment.keys),
+            attn_mask=segment.added(groups, query.dtype),
             dropout_p=dropout,
             scale=scaling,
         )
-        for run in prefix_runs
+        for segment in prefix_segments
     ]
     return _tokens(torch.cat(pieces, dim=2), query.shape[1]), None
 
@@ -161,7 +163,7 @@ def _tokens(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _in_one_node(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `_RunAttention` can do it, and its backward pass is wanted."""
+    """Whether `_SegmentAttention` can do it, and its backward pass is wanted."""
     states = (query, key, value)
     return (
         query.device.type == "cpu"
@@ -172,12 +174,12 @@ def _in_one_node(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     )
 
 
-class _RunAttention(torch.autograd.Function):
-    """All runs of a row as one node of the graph, on a CPU.
+class _SegmentAttention(torch.autograd.Function):
+    """All segments of a row as one node of the graph, on a CPU.
 
-    With a node for each run, every run keeps a copy of all keys and values before it, and its
-    backward pass makes new gradients for all of them. Here keys and values are kept once, and their
-    gradients are added in place.
+    With a node for each segment, every segment keeps a copy of all keys and values before it, and
+    its backward pass makes new gradients for all of them. Here keys and values are kept once, and
+    their gradients are added in place.
     """
 
     @staticmethod
@@ -186,7 +188,7 @@ class _RunAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        runs: Sequence[Attending],
+        segments: Sequence[Attending],
         scale: float,
     ) -> torch.Tensor:
         shared, groups = key.shape[1], query.shape[1] // key.shape[1]
@@ -194,18 +196,18 @@ class _RunAttention(torch.autograd.Function):
         attended = query.new_empty(query.transpose(1, 2).shape)
         split = attended.unflatten(2, (shared, groups)).transpose(1, 2)
         sums = []
-        for run in runs:
+        for segment in segments:
             piece, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                rows[:, :, run.rows(groups)],
-                _joined(key, run.keys),
-                _joined(value, run.keys),
-                attn_mask=run.added(groups, query.dtype),
+                rows[:, :, segment.rows(groups)],
+                _joined(key, segment.keys),
+                _joined(value, segment.keys),
+                attn_mask=segment.added(groups, query.dtype),
                 scale=scale,
             )
-            split[:, :, run.queries] = piece.unflatten(2, (-1, groups))
+            split[:, :, segment.queries] = piece.unflatten(2, (-1, groups))
             sums.append(logsumexp)
         ctx.save_for_backward(rows, key, value, attended, *sums)
-        ctx.runs, ctx.scale = runs, scale
+        ctx.segments, ctx.scale = segments, scale
         return attended
 
     @staticmethod
@@ -213,33 +215,33 @@ class _RunAttention(torch.autograd.Function):
     def backward(ctx: Any, pull: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, key, value, attended, *sums = ctx.saved_tensors
         shared, heads = key.shape[1], attended.shape[2]
-        # In half precision the float32 kernel is faster, and rounds once in place of once a run.
+        # In half precision the float32 kernel is faster, and rounds once, not once a segment.
         dtype = torch.promote_types(key.dtype, torch.float32)
         given, own = rows.dtype, rows.to(dtype)
         keys, values = key.to(dtype), value.to(dtype)
         results, pulls = (_rows(s, shared, dtype) for s in (attended, pull))
         for_rows, for_keys, for_values = (torch.zeros_like(s) for s in (own, keys, values))
         groups = heads // shared
-        for run, logsumexp in zip(ctx.runs, sums, strict=True):
-            place = run.rows(groups)
+        for segment, logsumexp in zip(ctx.segments, sums, strict=True):
+            place = segment.rows(groups)
             for_piece, *for_seen = (
                 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                     pulls[:, :, place],
                     own[:, :, place],
-                    _joined(keys, run.keys),
-                    _joined(values, run.keys),
+                    _joined(keys, segment.keys),
+                    _joined(values, segment.keys),
                     results[:, :, place],
                     logsumexp,
                     0.0,
                     False,
-                    attn_mask=run.added(groups, dtype),
+                    attn_mask=segment.added(groups, dtype),
                     scale=ctx.scale,
                 )
             )
             for_rows[:, :, place] = for_piece
-            sizes = [k.stop - k.start for k in run.keys]
+            sizes = [k.stop - k.start for k in segment.keys]
             for whole, seen in zip((for_keys, for_values), for_seen, strict=True):
-                for k, part in zip(run.keys, seen.split(sizes, dim=2), strict=True):
+                for k, part in zip(segment.keys, seen.split(sizes, dim=2), strict=True):
                     whole[:, :, k] += part
         for_query = _tokens(for_rows, heads).transpose(1, 2)
         return for_query.to(given), for_keys.to(given), for_values.to(given), None, None
@@ -250,12 +252,12 @@ def _joined(states: torch.Tensor, places: Sequence[slice]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-AttentionInterface.register(NAME, run_attention)
+AttentionInterface.register(NAME, segment_attention)
 
 
 @contextmanager
-def attending_by_runs(inner: Any) -> Iterator[None]:
-    """Has a causal language model attend by the runs it is called with, within the block."""
+def attending_by_segments(inner: Any) -> Iterator[None]:
+    """Has a causal language model attend by the segments it is called with, within the block."""
     usual = inner.config._attn_implementation
     inner.set_attn_implementation(NAME)
     try:

@@ -1,4 +1,4 @@
-"""Passes whose attention goes run by run: trees in one row, and walks that lean on earlier passes.
+"""Passes that attend segment by segment: trees in one row, and chunks that read earlier passes.
 
 As in `passes.py`, the way is taken as given; `packing.py` decides whether it is exact.
 """
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from self_judge.packing.chunked_prefill import Paths, Run, Step, runs_of, walk
+from self_judge.packing.chunked_prefill import Chunk, PrefixIndex, Segment, plan_chunks, segments_of
 from self_judge.packing.passes import (
-    Asked,
     Pass,
     Shape,
+    Wanted,
     device_of,
     pass_over,
     pass_tokens,
@@ -28,28 +28,28 @@ from self_judge.packing.prefix_tree import Ints, joined, prefix_rows
 from self_judge.packing.segment_attention import attending
 
 
-def run_passes(inner: Any, shape: Shape, asked: Asked) -> Iterator[Pass]:
-    """As `tree_passes`, run by run: trees stand in one row, and cost each other nothing."""
+def segment_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
+    """As `tree_passes`, segment by segment: trees stand in one row, and cost each other nothing."""
     most = pass_tokens(inner, shape)
     rows = prefix_rows(asked.sequences, most, split_pairs=shape.split_pairs)
     together = sum(map(len, rows)) if shape.one_pass else most
     for row in joined(rows, together):
         ids, positions, _ = stacked([row])
-        yield pass_over(_inputs(inner, ids, positions, runs_of(row)), [row], asked)
+        yield pass_over(_inputs(inner, ids, positions, segments_of(row)), [row], asked)
 
 
 def _inputs(
-    inner: Any, ids: torch.Tensor, positions: torch.Tensor, runs: Sequence[Run]
+    inner: Any, ids: torch.Tensor, positions: torch.Tensor, segments: Sequence[Segment]
 ) -> dict[str, Any]:
     device = device_of(inner)
     return {
         "input_ids": to_device(ids, device),
         "position_ids": to_device(positions, device),
-        "prefix_runs": attending(runs, device),
+        "prefix_segments": attending(segments, device),
     }
 
 
-# -- walks -----------------------------------------------------------------------------------------
+# -- chunks ----------------------------------------------------------------------------------------
 
 
 class _Block(NamedTuple):
@@ -58,7 +58,7 @@ class _Block(NamedTuple):
 
 
 class KeysAndValues:
-    """Keys and values of tokens by their number (see `chunked_prefill.Step`), of every layer."""
+    """Keys and values of tokens by their number (see `chunked_prefill.Chunk`), of every layer."""
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
@@ -109,7 +109,7 @@ def _chosen(block: _Block, numbers: Ints) -> _Block:
 
 
 @dataclass(slots=True)
-class Memory:
+class PrefixCache:
     """What earlier calls computed, for later ones whose sequences begin alike.
 
     Attributes:
@@ -117,46 +117,46 @@ class Memory:
     """
 
     limit: int
-    paths: Paths = field(default_factory=Paths)
+    index: PrefixIndex = field(default_factory=PrefixIndex)
     states: KeysAndValues = field(default_factory=KeysAndValues)
 
 
-def walk_passes(
-    inner: Any, shape: Shape, asked: Asked, memory: Memory | None = None
+def chunked_passes(
+    inner: Any, shape: Shape, asked: Wanted, prefix_cache: PrefixCache | None = None
 ) -> Iterator[Pass]:
     """The one tree of all sequences, no token twice; only last positions can be wanted.
 
     Args:
-        memory: what was computed before and is used; afterwards it holds these sequences as well.
+        prefix_cache: what was computed before; afterwards it holds these sequences as well.
     """
-    paths = Paths() if memory is None else memory.paths
-    states = KeysAndValues() if memory is None else memory.states
-    steps = walk(asked.sequences, pass_tokens(inner, shape), paths)
-    if memory is not None and states.nbytes > memory.limit:
-        states.only(np.unique(np.concatenate([step.past for step in steps])))
+    index = PrefixIndex() if prefix_cache is None else prefix_cache.index
+    states = KeysAndValues() if prefix_cache is None else prefix_cache.states
+    chunks = plan_chunks(asked.sequences, pass_tokens(inner, shape), index)
+    if prefix_cache is not None and states.nbytes > prefix_cache.limit:
+        states.only(np.unique(np.concatenate([chunk.past for chunk in chunks])))
     try:
-        for step in steps:
-            inputs = _step_inputs(inner, step)
-            cache = states.cache(step.past)
-            if memory is not None or len(step.past) or len(step.needed):
+        for chunk in chunks:
+            inputs = _chunk_inputs(inner, chunk)
+            cache = states.cache(chunk.past)
+            if prefix_cache is not None or len(chunk.past) or len(chunk.needed):
                 inputs["past_key_values"] = cache
             yield Pass(
                 inputs,
-                to_device(torch.tensor(list(step.last.values())), device_of(inner)),
-                torch.tensor([asked.offsets[i] for i in step.last]),
+                to_device(torch.tensor(list(chunk.last.values())), device_of(inner)),
+                torch.tensor([asked.offsets[i] for i in chunk.last]),
             )
             held = states.numbers
             if "past_key_values" in inputs:
-                states.add(cache, np.arange(step.first, step.first + len(step.token_ids)))
-            if memory is None:
-                states.only(step.needed)
-            elif states.nbytes > memory.limit:
-                states.only(np.union1d(held, step.needed))
+                states.add(cache, np.arange(chunk.first, chunk.first + len(chunk.token_ids)))
+            if prefix_cache is None:
+                states.only(chunk.needed)
+            elif states.nbytes > prefix_cache.limit:
+                states.only(np.union1d(held, chunk.needed))
     finally:
         # A consumer that stops early leaves no path whose states are missing.
-        paths.only(states.numbers)
+        index.only(states.numbers)
 
 
-def _step_inputs(inner: Any, step: Step) -> dict[str, Any]:
-    ids, positions = torch.from_numpy(step.token_ids), torch.from_numpy(step.positions)
-    return _inputs(inner, ids[None], positions[None], step.runs)
+def _chunk_inputs(inner: Any, chunk: Chunk) -> dict[str, Any]:
+    ids, positions = torch.from_numpy(chunk.token_ids), torch.from_numpy(chunk.positions)
+    return _inputs(inner, ids[None], positions[None], chunk.segments)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from self_judge.config.self_training import SamplingSettings
 from self_judge.console import neutral
 from self_judge.errors import EngineError
+from self_judge.inference.letter_scoring import Done, Prompts
 from self_judge.inference.vllm.protocol import (
     SamplingRequest,
     request_parameters,
@@ -98,7 +99,7 @@ class VLLMServers:
         settings: SamplingSettings,
         stop: Sequence[int],
         adapter: str | None,
-        done: Callable[[int], object],
+        done: Done,
     ) -> list[list[int]]:
         """See `Engine.sample`."""
         common = {**request_parameters(settings, stop), "return_token_ids": True}
@@ -116,11 +117,7 @@ class VLLMServers:
         return self._shared_out(one, list(requests), lambda _: done(1))
 
     def next_token_logprobs(
-        self,
-        prompts: Sequence[Sequence[int]],
-        token_ids: Sequence[int],
-        adapter: str | None,
-        done: Callable[[int], object],
+        self, prompts: Prompts, token_ids: Sequence[int], adapter: str | None, done: Done
     ) -> list[list[float]]:
         """See `Engine.next_token_logprobs`."""
         common = {**scoring_parameters(token_ids), "return_tokens_as_token_ids": True}

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +19,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate.utils import patch_environment
 from transformers import PretrainedConfig
 
 from self_judge.config.self_training import SamplingSettings
 from self_judge.errors import EngineError
+from self_judge.inference.letter_scoring import Done, Prompts
 from self_judge.inference.vllm.protocol import (
     SamplingRequest,
     request_parameters,
@@ -110,7 +112,7 @@ class VLLMEngine:
             _name_the_architecture(config, Path(folder))
             from vllm import LLM
 
-            memory = _memory(gpu_memory_utilization)
+            memory = _prefix_cache(gpu_memory_utilization)
             try:
                 self.llm = LLM(model=folder, **settings)
             except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -124,7 +126,7 @@ class VLLMEngine:
         settings: SamplingSettings,
         stop: Sequence[int],
         adapter: str | None,
-        done: Callable[[int], object],
+        done: Done,
     ) -> list[list[int]]:
         """See `Engine.sample`."""
         from vllm import SamplingParams
@@ -139,11 +141,7 @@ class VLLMEngine:
         return [list(output.token_ids) for output in outputs]
 
     def next_token_logprobs(
-        self,
-        prompts: Sequence[Sequence[int]],
-        token_ids: Sequence[int],
-        adapter: str | None,
-        done: Callable[[int], object],
+        self, prompts: Prompts, token_ids: Sequence[int], adapter: str | None, done: Done
     ) -> list[list[float]]:
         """See `Engine.next_token_logprobs`."""
         from vllm import SamplingParams
@@ -153,11 +151,7 @@ class VLLMEngine:
         return [[output.logprobs[0][t].logprob for t in token_ids] for output in outputs]
 
     def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[Any],
-        adapter: str | None,
-        done: Callable[[int], object],
+        self, prompts: Prompts, params: Sequence[Any], adapter: str | None, done: Done
     ) -> list[Any]:
         if self._dropped:
             raise EngineError("vLLM slept at level 2, which drops the weights: call load_weights")
@@ -219,7 +213,7 @@ class VLLMEngine:
         gc.collect()
 
 
-def _memory(utilization: float) -> str:
+def _prefix_cache(utilization: float) -> str:
     """What the engine asks of the GPU's memory, and what is free, to add to an error."""
     if not torch.cuda.is_available():
         return ""
@@ -248,16 +242,8 @@ def _in_this_process() -> Iterator[None]:
     ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         ours["VLLM_LOGGING_LEVEL"] = "ERROR"
-    kept = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
+    with patch_environment(**ours):
         yield
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -7,7 +7,7 @@ process (`colocated.py`) or behind URLs (`client.py`), it does not know.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from self_judge.config.self_training import SamplingSettings
 from self_judge.datatypes import Response
 from self_judge.errors import EngineError
+from self_judge.inference.letter_scoring import Done, Prompts
 from self_judge.inference.sampling import rows_to_sample, sampled_response, stop_tokens
 from self_judge.prompting.chat_encoder import ChatEncoder
 
@@ -45,17 +46,13 @@ class Engine(Protocol):
         settings: SamplingSettings,
         stop: Sequence[int],
         adapter: str | None,
-        done: Callable[[int], object],
+        done: Done,
     ) -> list[list[int]]:
         """The sampled ids of every request, with the token that ended it if one did."""
         ...
 
     def next_token_logprobs(
-        self,
-        prompts: Sequence[Sequence[int]],
-        token_ids: Sequence[int],
-        adapter: str | None,
-        done: Callable[[int], object],
+        self, prompts: Prompts, token_ids: Sequence[int], adapter: str | None, done: Done
     ) -> list[list[float]]:
         """Log-probabilities of `token_ids` after every prompt, over the whole vocabulary."""
         ...
@@ -164,10 +161,7 @@ class VLLMScorer:
         self.max_length: int | None = engine.max_model_length - 1
 
     def letter_probabilities(
-        self,
-        prompts: Sequence[Sequence[int]],
-        letter_ids: tuple[int, int],
-        done: Callable[[int], object],
+        self, prompts: Prompts, letter_ids: tuple[int, int], done: Done
     ) -> torch.Tensor:
         """See `LetterScorer.letter_probabilities`."""
         if not prompts:
@@ -206,17 +200,6 @@ def scoring_parameters(token_ids: Sequence[int]) -> dict[str, Any]:
     `logprob_token_ids` reads the raw distribution over the whole vocabulary; `allowed_token_ids`
     would restrict it in vLLM's `processed_*` modes.
     """
-    return {
-        "n": 1,
-        "max_tokens": 1,
-        "temperature": 0.0,  # the token is not looked at; greedy draws no random number
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "ignore_eos": True,
-        "logprobs": len(token_ids),
-        "logprob_token_ids": list(token_ids),
-    }
+    # The token itself is not looked at; greedy draws no random number.
+    greedy = request_parameters(SamplingSettings(max_new_tokens=1, temperature=0.0), stop=())
+    return {**greedy, "logprobs": len(token_ids), "logprob_token_ids": list(token_ids)}

@@ -322,7 +322,7 @@ class RolloutPipeline:
         # Every rollout of a prompt has samples and lots of its own.
         each = [(i, t) for i in range(len(prompts)) for t in range(times)]
         # The matches of a tournament have contexts and responses in common, a single one has not.
-        rounds = self.judge.remembering() if k > 2 else nullcontext()
+        rounds = self.judge.prefix_cache() if k > 2 else nullcontext()
         with self.clock.phase("judging"), self.reference(), rounds:
             if self.lockstep is not None:
                 self.lockstep.decision  # noqa: B018  trying it is for all processes at once

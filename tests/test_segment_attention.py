@@ -1,4 +1,4 @@
-"""Attention by runs: what a dense mask gives, for any tree and any grouping of heads."""
+"""Attention by segments: what a dense mask gives, for any tree and any grouping of heads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from self_judge.packing.chunked_prefill import Paths, runs_of, walk
+from self_judge.packing.chunked_prefill import PrefixIndex, plan_chunks, segments_of
 from self_judge.packing.prefix_tree import joined, prefix_rows
-from self_judge.packing.segment_attention import Attending, attending, run_attention
-from test_prefix_trees import SEQUENCES, slow_mask
-from test_prefix_walks import seen
+from self_judge.packing.segment_attention import Attending, attending, segment_attention
+from test_chunked_prefill import seen
+from test_prefix_tree import SEQUENCES, slow_mask
 
 CPU = torch.device("cpu")
 HEADS = st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (4, 1)])  # heads, and heads of keys
@@ -43,8 +43,10 @@ def plainly(
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-def by_runs(*tensors: torch.Tensor, runs: list[Attending], **others: Any) -> torch.Tensor:
-    attended, weights = run_attention(nn.Module(), *tensors, None, prefix_runs=runs, **others)
+def by_segments(*tensors: torch.Tensor, segments: list[Attending], **others: Any) -> torch.Tensor:
+    attended, weights = segment_attention(
+        nn.Module(), *tensors, None, prefix_segments=segments, **others
+    )
     assert weights is None
     assert attended.is_contiguous()
     return attended
@@ -65,40 +67,40 @@ def test_a_row_of_trees_is_attended_to_as_through_its_dense_mask(
             states(seed + 1, 1, heads[1], len(row), 8),
             states(seed + 2, 1, heads[1], len(row), 6),
         )
-        runs = attending(runs_of(row), CPU)
-        found = by_runs(query, key, value, runs=runs, scaling=scaling)
+        segments = attending(segments_of(row), CPU)
+        found = by_segments(query, key, value, segments=segments, scaling=scaling)
         expected = plainly(query, key, value, torch.from_numpy(slow_mask(row)), scaling)
         torch.testing.assert_close(found, expected)
         # The masks are made once and serve every layer.
-        again = by_runs(query, key, value, runs=runs, scaling=scaling)
+        again = by_segments(query, key, value, segments=segments, scaling=scaling)
         assert torch.equal(found, again)
 
 
 @given(SEQUENCES, st.integers(1, 20), HEADS, st.integers(0, 999))
 def test_a_step_of_a_walk_is_attended_to_after_the_keys_of_earlier_steps(
-    sequences: list[list[int]], step_tokens: int, heads: tuple[int, int], seed: int
+    sequences: list[list[int]], chunk_tokens: int, heads: tuple[int, int], seed: int
 ) -> None:
-    for step in walk(sequences, step_tokens, Paths()):
-        own, keys = len(step.token_ids), len(step.past) + len(step.token_ids)
+    for chunk in plan_chunks(sequences, chunk_tokens, PrefixIndex()):
+        own, keys = len(chunk.token_ids), len(chunk.past) + len(chunk.token_ids)
         query = states(seed, 1, heads[0], own, 8)
         key, value = states(seed + 1, 1, heads[1], keys, 8), states(seed + 2, 1, heads[1], keys, 8)
-        mask = torch.cat([torch.from_numpy(seen(run, keys)) for run in step.runs])
-        found = by_runs(query, key, value, runs=attending(step.runs, CPU), scaling=0.3)
+        mask = torch.cat([torch.from_numpy(seen(segment, keys)) for segment in chunk.segments])
+        found = by_segments(query, key, value, segments=attending(chunk.segments, CPU), scaling=0.3)
         torch.testing.assert_close(found, plainly(query, key, value, mask, 0.3))
 
 
 def test_a_long_run_is_attended_to_in_pieces_that_meet_no_key_after_them() -> None:
     [row] = prefix_rows([list(range(300)), [*range(150), *range(500, 800)]], 10_000)
-    runs = attending(runs_of(row), CPU)
-    assert max(run.queries.stop - run.queries.start for run in runs) == 128
+    segments = attending(segments_of(row), CPU)
+    assert max(segment.queries.stop - segment.queries.start for segment in segments) == 128
     met = sum(
-        (run.queries.stop - run.queries.start) * sum(k.stop - k.start for k in run.keys)
-        for run in runs
+        (segment.queries.stop - segment.queries.start) * sum(k.stop - k.start for k in segment.keys)
+        for segment in segments
     )
     assert met < 0.75 * len(row) ** 2
     query, key, value = (states(i, 1, 2, len(row), 8) for i in range(3))
     expected = plainly(query, key, value, torch.from_numpy(slow_mask(row)), 8**-0.5)
-    torch.testing.assert_close(by_runs(query, key, value, runs=runs), expected)
+    torch.testing.assert_close(by_segments(query, key, value, segments=segments), expected)
 
 
 def gradients(attend: Any, tensors: Sequence[torch.Tensor], pull: torch.Tensor) -> list[Any]:
@@ -107,7 +109,7 @@ def gradients(attend: Any, tensors: Sequence[torch.Tensor], pull: torch.Tensor) 
 
 
 def drawn_row(seed: int, dtype: torch.dtype, heads: tuple[int, int] = (9, 3)) -> Any:
-    """A random row of trees with long runs and single tokens, its states and a pull; its mask."""
+    """A random row of trees with long segments and single tokens, its states, a pull, its mask."""
     numbers = random.Random(seed)
     sequences: list[list[int]] = [[1]]
     for _ in range(8):
@@ -118,7 +120,7 @@ def drawn_row(seed: int, dtype: torch.dtype, heads: tuple[int, int] = (9, 3)) ->
     query = states(seed, 1, heads[0], len(row), 16).to(dtype)
     key, value = (states(seed + i, 1, heads[1], len(row), 16).to(dtype) for i in (1, 2))
     pull = states(seed + 3, 1, len(row), heads[0], 16).to(dtype)
-    return attending(runs_of(row), CPU), (query, key, value), pull, torch.tensor(slow_mask(row))
+    return attending(segments_of(row), CPU), (query, key, value), pull, torch.tensor(slow_mask(row))
 
 
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -132,26 +134,26 @@ def test_gradients_are_those_of_dense_attention(
     for row in joined(prefix_rows(sequences, 40), 100):
         tensors = [states(seed + i, 1, heads[i > 0], len(row), 8) for i in range(3)]
         pull = states(seed + 3, 1, len(row), heads[0], 8)
-        runs, mask = attending(runs_of(row), CPU, piece=2), torch.from_numpy(slow_mask(row))
+        segments, mask = attending(segments_of(row), CPU, piece=2), torch.from_numpy(slow_mask(row))
         torch.testing.assert_close(
-            gradients(partial(by_runs, runs=runs, scaling=0.5), tensors, pull),
+            gradients(partial(by_segments, segments=segments, scaling=0.5), tensors, pull),
             gradients(partial(plainly, mask=mask, scaling=0.5), tensors, pull),
         )
 
 
 @given(SEQUENCES, st.integers(1, 20), HEADS, st.integers(0, 999))
 def test_gradients_reach_the_keys_of_earlier_steps(
-    sequences: list[list[int]], step_tokens: int, heads: tuple[int, int], seed: int
+    sequences: list[list[int]], chunk_tokens: int, heads: tuple[int, int], seed: int
 ) -> None:
-    for step in walk(sequences, step_tokens, Paths()):
-        own, keys = len(step.token_ids), len(step.past) + len(step.token_ids)
+    for chunk in plan_chunks(sequences, chunk_tokens, PrefixIndex()):
+        own, keys = len(chunk.token_ids), len(chunk.past) + len(chunk.token_ids)
         tensors = [states(seed, 1, heads[0], own, 8)]
         tensors += [states(seed + i, 1, heads[1], keys, 8) for i in (1, 2)]
         pull = states(seed + 3, 1, own, heads[0], 8)
-        runs = attending(step.runs, CPU)
-        mask = torch.cat([torch.from_numpy(seen(run, keys)) for run in step.runs])
+        segments = attending(chunk.segments, CPU)
+        mask = torch.cat([torch.from_numpy(seen(segment, keys)) for segment in chunk.segments])
         torch.testing.assert_close(
-            gradients(partial(by_runs, runs=runs, scaling=0.3), tensors, pull),
+            gradients(partial(by_segments, segments=segments, scaling=0.3), tensors, pull),
             gradients(partial(plainly, mask=mask, scaling=0.3), tensors, pull),
         )
 
@@ -161,13 +163,13 @@ def test_gradients_reach_the_keys_of_earlier_steps(
 def test_gradients_are_as_near_to_float64_as_with_a_node_for_each_run(
     dtype: torch.dtype, limit: float, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs, tensors, pull, mask = drawn_row(seed, dtype)
+    segments, tensors, pull, mask = drawn_row(seed, dtype)
     expected = gradients(
         partial(plainly, mask=mask, scaling=0.25), [t.double() for t in tensors], pull.double()
     )
-    found = gradients(partial(by_runs, runs=runs), tensors, pull)
+    found = gradients(partial(by_segments, segments=segments), tensors, pull)
     monkeypatch.setattr("self_judge.packing.segment_attention._in_one_node", lambda *_: False)
-    by_nodes = gradients(partial(by_runs, runs=runs), tensors, pull)
+    by_nodes = gradients(partial(by_segments, segments=segments), tensors, pull)
     for one, many, exact in zip(found, by_nodes, expected, strict=True):
         assert one.dtype == dtype
         assert off(one, exact) < limit
@@ -176,36 +178,36 @@ def test_gradients_are_as_near_to_float64_as_with_a_node_for_each_run(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_are_the_same_with_and_without_gradients(dtype: torch.dtype) -> None:
-    runs, tensors, _, _ = drawn_row(0, dtype)
+    segments, tensors, _, _ = drawn_row(0, dtype)
     with torch.no_grad():
-        expected = by_runs(*tensors, runs=runs)
-    found = by_runs(*(t.clone().requires_grad_() for t in tensors), runs=runs)
+        expected = by_segments(*tensors, segments=segments)
+    found = by_segments(*(t.clone().requires_grad_() for t in tensors), segments=segments)
     assert found.grad_fn is not None
     assert torch.equal(found, expected)
 
 
 def test_autocast_computes_in_its_own_type_and_gives_gradients_in_that_of_the_states() -> None:
-    runs, tensors, pull, _ = drawn_row(0, torch.float32)
+    segments, tensors, pull, _ = drawn_row(0, torch.float32)
     query, key, value = tensors
     mixed = (query, key, value.bfloat16())  # rotary embeddings leave float32, a projection does not
     with torch.autocast("cpu", torch.bfloat16):
-        found = gradients(partial(by_runs, runs=runs), mixed, pull)
-        values = by_runs(*mixed, runs=runs)
+        found = gradients(partial(by_segments, segments=segments), mixed, pull)
+        values = by_segments(*mixed, segments=segments)
     half = [t.bfloat16() for t in tensors]
-    assert torch.equal(values, by_runs(*half, runs=runs))
+    assert torch.equal(values, by_segments(*half, segments=segments))
     assert [g.dtype for g in found] == [t.dtype for t in mixed]
-    expected = gradients(partial(by_runs, runs=runs), half, pull)
+    expected = gradients(partial(by_segments, segments=segments), half, pull)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other.to(one.dtype))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_survive_checkpointing_and_a_second_use(reentrant: bool) -> None:
-    runs, tensors, pull, _ = drawn_row(1, torch.float32, (4, 2))
+    segments, tensors, pull, _ = drawn_row(1, torch.float32, (4, 2))
 
     def twice(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        first = by_runs(query, key, value, runs=runs)
-        return by_runs(first.transpose(1, 2), key, value, runs=runs)
+        first = by_segments(query, key, value, segments=segments)
+        return by_segments(first.transpose(1, 2), key, value, segments=segments)
 
     def checkpointed(*states: torch.Tensor) -> Any:
         return torch.utils.checkpoint.checkpoint(twice, *states, use_reentrant=reentrant)
@@ -221,11 +223,11 @@ def test_gradients_survive_checkpointing_and_a_second_use(reentrant: bool) -> No
 
 
 def test_keys_and_values_are_kept_once_for_the_backward_pass() -> None:
-    runs, tensors, _, _ = drawn_row(0, torch.float32)
+    segments, tensors, _, _ = drawn_row(0, torch.float32)
     kept: list[torch.Tensor] = []
     leaves = [t.clone().requires_grad_() for t in tensors]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        attended = by_runs(*leaves, runs=runs)
+        attended = by_segments(*leaves, segments=segments)
     sums = attended[..., 0].numel()
     assert sum(t.numel() for t in kept) == sum(t.numel() for t in (*tensors, attended)) + sums
 
@@ -233,20 +235,22 @@ def test_keys_and_values_are_kept_once_for_the_backward_pass() -> None:
 def test_attention_is_without_dropout_unless_asked_for() -> None:
     [row] = prefix_rows([list(range(40))], 100)
     tensors = [states(i, 1, 2, len(row), 8) for i in range(3)]
-    runs = attending(runs_of(row), CPU)
-    assert torch.equal(by_runs(*tensors, runs=runs), by_runs(*tensors, runs=runs))
-    dropped = by_runs(*tensors, runs=runs, dropout=0.5)
-    assert not torch.allclose(dropped, by_runs(*tensors, runs=runs))
+    segments = attending(segments_of(row), CPU)
+    assert torch.equal(
+        by_segments(*tensors, segments=segments), by_segments(*tensors, segments=segments)
+    )
+    dropped = by_segments(*tensors, segments=segments, dropout=0.5)
+    assert not torch.allclose(dropped, by_segments(*tensors, segments=segments))
     leaves = [t.clone().requires_grad_() for t in tensors]
     torch.manual_seed(0)
-    expected = by_runs(*tensors, runs=runs, dropout=0.5)
+    expected = by_segments(*tensors, segments=segments, dropout=0.5)
     torch.manual_seed(0)
-    assert torch.equal(by_runs(*leaves, runs=runs, dropout=0.5), expected)
+    assert torch.equal(by_segments(*leaves, segments=segments, dropout=0.5), expected)
 
 
 @pytest.mark.parametrize(
     "unlike",
-    [{"prefix_runs": None}, {"softcap": 30.0}, {"position_bias": torch.zeros(1, 2, 3, 3)}],
+    [{"prefix_segments": None}, {"softcap": 30.0}, {"position_bias": torch.zeros(1, 2, 3, 3)}],
     ids=lambda unlike: next(iter(unlike)),
 )
 def test_what_plain_attention_does_not_do_is_refused_rather_than_left_out(
@@ -254,6 +258,6 @@ def test_what_plain_attention_does_not_do_is_refused_rather_than_left_out(
 ) -> None:
     [row] = prefix_rows([[1, 2, 3]], 100)
     tensors = [states(i, 1, 2, 3, 8) for i in range(3)]
-    given_runs = {"prefix_runs": attending(runs_of(row), CPU), **unlike}
-    with pytest.raises(ValueError, match="does not attend by runs"):
-        run_attention(nn.Module(), *tensors, None, **given_runs)
+    given_runs = {"prefix_segments": attending(segments_of(row), CPU), **unlike}
+    with pytest.raises(ValueError, match="does not attend by segments"):
+        segment_attention(nn.Module(), *tensors, None, **given_runs)
