@@ -19,7 +19,7 @@ from datasets import Dataset
 
 import side_by_side as bench
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
-from self_judge.check.cost_model import GIB, Setting, Work, memory, seconds, this_cpu
+from self_judge.check.memory import GIB, Setting, Work, memory, seconds, this_cpu
 from self_judge.check.model_size import empty_model, kept_activations, size_of
 from self_judge.packing.prefix_tree import prefix_rows
 from self_judge.training.self_training.rollouts import preference_batch

@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from self_judge.check.cost_model import GIB, GPUS, Setting, Sharding, Work, memory, seconds
+from self_judge.check.memory import GIB, GPUS, Setting, Sharding, Work, memory, seconds
 from self_judge.check.model_size import FourBits, kept_activations, size_of
 
 PROMPT, RESPONSE, NEW, TEMPLATE = 200, 200, 256, 150  # tokens; a response is at most NEW long

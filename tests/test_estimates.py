@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from conftest import SHARED, tiny_llama
-from self_judge.check.cost_model import GIB, GPUS, Setting, Work, gpu_like, memory, seconds
+from self_judge.check.cost import comparisons_per_prompt
+from self_judge.check.memory import GIB, GPUS, Setting, Work, gpu_like, memory, seconds
 from self_judge.check.model_size import Kept, Size, empty_model, kept_activations, size_of
-from self_judge.check.workload import comparisons_per_prompt
 from self_judge.errors import ModelError
 
 COMMON: dict[str, Any] = {

@@ -21,11 +21,7 @@ from datasets.utils import (
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from self_judge.check import findings as traps
-from self_judge.check.cost_model import Sharding
-from self_judge.check.examples import Figures, Sample, figures_of, jsft_samples, sample_of
-from self_judge.check.findings import Finding, share_trap
-from self_judge.check.model_size import empty_model, shallow_model, size_of
-from self_judge.check.workload import (
+from self_judge.check.cost import (
     Needs,
     comparisons_per_prompt,
     device_for,
@@ -34,6 +30,10 @@ from self_judge.check.workload import (
     self_judge_work,
     setting_of,
 )
+from self_judge.check.examples import Figures, Sample, figures_of, jsft_samples, sample_of
+from self_judge.check.findings import Finding, share_trap
+from self_judge.check.memory import Sharding
+from self_judge.check.model_size import empty_model, shallow_model, size_of
 from self_judge.config.hardware import Machine, fit_to_machine
 from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
 from self_judge.data.records import judge_context
@@ -127,7 +127,7 @@ def check(
     Args:
         config, overrides: as for the run.
         examples: records to encode, evenly spread over the data; 0: all.
-        gpu: estimate for this kind of GPU instead of this machine (a key of `cost_model.GPUS`).
+        gpu: estimate for this kind of GPU instead of this machine (a key of `memory.GPUS`).
         processes: estimate for so many (default: one per GPU of this machine, or this launch's).
         sharding: how they spread what they hold, where a file for the launcher says it.
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
+from self_judge.check.cost import Needs
 from self_judge.check.model_size import Size
-from self_judge.check.workload import Needs
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
 from self_judge.config.self_training import SelfJudgeArgs
 from self_judge.data.records import first_question

@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from self_judge.check.check import Report
-from self_judge.check.cost_model import GIB
+from self_judge.check.cost import Needs
 from self_judge.check.examples import Piece, Sample
-from self_judge.check.workload import Needs
+from self_judge.check.memory import GIB
 from self_judge.console import neutral
 
 _TRAINED, _CONTROL, _QUIET = "bold black on green", "cyan", "dim"

@@ -1,6 +1,6 @@
 """What a prepared run needs on a device: steps, tokens, judge calls, memory and time.
 
-It turns a run's settings and the lengths of its examples into the work of a step, for `cost_model`.
+It turns a run's settings and the lengths of its examples into the work of a step, for `memory`.
 It does not know text or data.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from self_judge.check.cost_model import (
+from self_judge.check.memory import (
     GPUS,
     Device,
     Memory,
