@@ -36,6 +36,7 @@ from self_judge.models import check_vocabulary, unwrapped
 from self_judge.packing.prefix_tree import shared_length
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
+from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.self_training.prompts import PromptPreparer
 from self_judge.training.setup import (
@@ -430,7 +431,7 @@ def _judged(
             orders = {
                 principle: both
                 for principle in templates
-                if (both := encoder.encode_orders(templates, principle, comparison, limit))
+                if (both := encode_orders(encoder, templates, principle, comparison, limit))
             }
             if len(orders) < len(templates):
                 continue
