@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from self_judge.data.dialogues import select_hh, select_preference, starts_with_human
 from self_judge.data.files import read_raw, reader_of
-from self_judge.data.records import Place, first_question, is_held_out, judge_context
+from self_judge.data.records import RecordRef, first_question, is_held_out, judge_context
 from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import Message, PreferenceRecord
 from self_judge.errors import DataError
@@ -207,11 +207,11 @@ def select_records(
             break
         counts["read"] += 1
         if known == "hh":
-            selection = select_hh(record, index, with_pairs=pairs, source=label)
+            parsed = select_hh(record, index, with_pairs=pairs, source=label)
         elif known == "preference":
-            selection = select_preference(record, index, with_pairs=pairs, source=label)
+            parsed = select_preference(record, index, with_pairs=pairs, source=label)
         else:
-            selection = select_ultrafeedback(
+            parsed = select_ultrafeedback(
                 record,
                 index,
                 seed=seed,
@@ -220,11 +220,11 @@ def select_records(
                 with_pairs=pairs,
                 source=label,
             )
-        chosen = _on_this_side(selection.record, subset, held_out)
-        if selection.record is not None and chosen is None:
+        chosen = _on_this_side(parsed.record, subset, held_out)
+        if parsed.record is not None and chosen is None:
             counts["other subset"] += 1
             continue
-        counts.update(f"skipped {why}" for why in selection.skipped)
+        counts.update(f"skipped {why}" for why in parsed.skipped)
         if chosen is not None and not sft:
             chosen = replace(chosen, demonstration=None)
         if chosen is not None and chosen.demonstration is None and not chosen.pairs:
@@ -325,7 +325,7 @@ def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Mess
     for index, record in enumerate(read_raw(path)):
         if len(prompts) == max_records:
             break
-        where = Place(path, index)
+        where = RecordRef(path, index)
         messages = prompt_of(record, where)
         if messages is None:
             raise where.error("prompt", f"is missing; there are {sorted(map(str, record))}")
@@ -333,7 +333,7 @@ def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Mess
     return prompts
 
 
-def prompt_of(record: Mapping[str, Any], where: Place) -> list[Message] | None:
+def prompt_of(record: Mapping[str, Any], where: RecordRef) -> list[Message] | None:
     """The prompt of one record, as `read_prompts` finds it; `None` where it has none.
 
     Raises:
