@@ -1,4 +1,4 @@
-"""What `self-judge check` estimates against what is measured: peak memory and time of one update.
+"""What `self-judge check` estimates against what is measured: peak memory of one update.
 
 A preference update of SelfJudgeTrainer (policy, reference, backward pass, optimizer step) on real
 HH pairs, each setting in a process of its own, and the same estimated from the configuration.
@@ -19,7 +19,7 @@ from datasets import Dataset
 
 import side_by_side as bench
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
-from self_judge.check.cost_model import GIB, Setting, Work, memory, seconds, this_cpu
+from self_judge.check.memory import GIB, Setting, Work, memory, this_cpu
 from self_judge.check.model_size import empty_model, kept_activations, size_of
 from self_judge.packing.prefix_tree import prefix_rows
 from self_judge.training.self_training.rollouts import preference_batch
@@ -39,15 +39,16 @@ def main() -> None:
         _measure(given, **SETTINGS[given.only])
         return
     print(f"one update of {given.batch} pairs, {given.dtype}, {torch.get_num_threads()} threads")
-    print(f"{'':<32}{'memory, GiB':>24}{'seconds':>24}")
-    print(f"{'':<32}{'measured':>12}{'estimated':>12}{'measured':>12}{'estimated':>12}")
+    print(f"{'':<32}{'memory, GiB':>24}{'seconds':>12}")
+    print(f"{'':<32}{'measured':>12}{'estimated':>12}{'measured':>12}")
     for name, setting in SETTINGS.items():
         command = [sys.executable, *sys.argv, "--only", name]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peak, spent = map(float, output.rsplit("measured", 1)[1].split())
-        need, expected = _estimate(given, **setting)
-        off = f"({100 * (need / peak - 1):+.0f} %, {100 * (expected / spent - 1):+.0f} %)"
-        print(f"{name:<32}{peak:12.2f}{need:12.2f}{spent:12.1f}{expected:12.1f}   {off}")
+        need = _estimate(given, **setting)
+        print(
+            f"{name:<32}{peak:12.2f}{need:12.2f}{spent:12.1f}   ({100 * (need / peak - 1):+.0f} %)"
+        )
 
 
 def _pairs(given: Any) -> list[tuple[list[int], list[int], list[int], bool]]:
@@ -95,7 +96,7 @@ def _measure(given: Any, adapter: bool, checkpointing: bool) -> None:
     print("measured", bench.peak(given), spent)
 
 
-def _estimate(given: Any, adapter: bool, checkpointing: bool) -> tuple[float, float]:
+def _estimate(given: Any, adapter: bool, checkpointing: bool) -> float:
     model: Any = empty_model(given.model, dtype=given.dtype)
     if adapter:
         from peft import get_peft_model
@@ -106,17 +107,12 @@ def _estimate(given: Any, adapter: bool, checkpointing: bool) -> tuple[float, fl
         sum(len(r) for r in prefix_rows([[*p, *a][:-1], [*p, *b][:-1]], sys.maxsize))
         for p, a, b, _ in pairs
     ]
-    scored = sum(len(a) + len(b) for _, a, b, _ in pairs)
-    length = sum(trees) / len(trees)
     shape = (len(trees), max(trees))  # as the check has it: padded to the longest
-    setting = Setting(
-        adapter=adapter, reference=not adapter, checkpointing=checkpointing, bf16=False
-    )
-    work = Work(sum(trees), scored, length, shape, scored, responses=2 * len(pairs))
-    device = this_cpu(getattr(torch, given.dtype))
-    need = memory(size_of(model), kept_activations(model, *shape), work, setting, device)
-    held = need.held + need.activations + need.head
-    return held / GIB, seconds(size_of(model), work, setting, device).update
+    setting = Setting(reference=not adapter, checkpointing=checkpointing, bf16=False)
+    work = Work(sum(trees), shape, sum(len(a) + len(b) for _, a, b, _ in pairs))
+    kept = kept_activations(model, *shape)
+    need = memory(size_of(model), kept, work, setting, this_cpu())
+    return (need.held + need.phases["update"]) / GIB
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The estimates of docs/scaling.md: memory and seconds of a step of a 7B model on several machines.
+"""The estimates of docs/scaling.md: memory of a step of a 7B model on several machines.
 
 Nothing is loaded or run: the model of Llama 2 7B's shape is empty. The workloads are assumed, and
 stand in the page beside the table.
@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from self_judge.check.cost_model import GIB, GPUS, Setting, Sharding, Work, memory, seconds
+from self_judge.check.memory import GIB, GPUS, Setting, Sharding, Work, memory
 from self_judge.check.model_size import FourBits, kept_activations, size_of
 
 PROMPT, RESPONSE, NEW, TEMPLATE = 200, 200, 256, 150  # tokens; a response is at most NEW long
@@ -24,20 +24,21 @@ PROMPT, RESPONSE, NEW, TEMPLATE = 200, 200, 256, 150  # tokens; a response is at
 def jsft(per_device: int, accumulation: int) -> Work:
     """Examples of 350 tokens on average and 800 at most, of which 60 and 200 are trained."""
     examples = per_device * accumulation
-    return Work(examples * 350, examples * 60, 400, (per_device, 800), per_device * 200)
+    return Work(examples * 350, (per_device, 800), per_device * 200)
 
 
 def self_training(per_device: int, accumulation: int, at_a_time: int) -> Work:
     """Two responses to each prompt, judged in both orders by one principle."""
+    longest = PROMPT + 2 * NEW
     prompts = per_device * accumulation
-    pair = PROMPT + 2 * RESPONSE
-    judged = pair + TEMPLATE
-    shared = 2 * judged - PROMPT - 100
     return Work(
-        prompts * pair, prompts * 2 * RESPONSE, pair, (per_device, PROMPT + 2 * NEW),
-        per_device * 2 * NEW, 2 * prompts, PROMPT, NEW, at_a_time, prompts * shared, 2 * prompts,
-        judged, 16 * (PROMPT + 2 * NEW + TEMPLATE),
-    )  # fmt: skip
+        tokens=prompts * (PROMPT + 2 * RESPONSE),
+        largest=(per_device, longest),
+        largest_scored=per_device * 2 * NEW,
+        sampled_at_once=min(at_a_time, 2 * prompts),
+        sampled_length=PROMPT + NEW,
+        judged_at_once=16 * (longest + TEMPLATE),
+    )
 
 
 def model_of(lora: bool) -> Any:
@@ -57,23 +58,19 @@ def row(
     """Prints one line of the table."""
     model = model_of(lora)
     size = size_of(model, four_bits)
-    setting = Setting(lora, judge_apart, True, True, "adamw_torch", processes, sharding, four_bits)
+    setting = Setting(judge_apart, True, True, "adamw_torch", processes, sharding, four_bits)
     kept = kept_activations(model, *work.largest, bf16=True)
-    held, took = (
-        memory(size, kept, work, setting, GPUS[gpu]),
-        seconds(size, work, setting, GPUS[gpu]),
-    )
+    held = memory(size, kept, work, setting, GPUS[gpu])
     print(
         f"{processes} × {gpu:<10} {title:<24} {sharding:<6} {held.peak / GIB:5.0f} GiB "
-        f"({held.largest_phase}) {took.step:4.0f} s "
-        f"({took.sampling:.0f}, {took.judging:.0f}, {took.update:.0f})",
+        f"({held.largest_phase})",
         flush=True,
     )
 
 
 def main() -> None:
     """All rows, in the page's order."""
-    print("machine, run, sharding, memory of one GPU, seconds a step (sampling, judging, update)")
+    print("machine, run, sharding, memory of one GPU (in which phase)")
     row("JSFT, LoRA", jsft(2, 64), "rtx-4090")
     row("self-training, LoRA", self_training(2, 32, 8), "rtx-4090")
     row("JSFT, QLoRA", jsft(4, 32), "rtx-4090", four_bits="plain")

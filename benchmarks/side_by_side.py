@@ -31,6 +31,7 @@ from self_judge.packing.packing import Packing
 from self_judge.packing.pass_size import tokens_per_pass
 from self_judge.packing.passes import attention_share
 from self_judge.packing.prefix_tree import prefix_rows
+from self_judge.prompting.judge_prompt import encode_orders
 
 ROOT = Path(__file__).parents[1]
 # Only the shape counts for speed: weights are random.
@@ -144,7 +145,7 @@ def _wait(device: Any) -> None:
 def judge_prompts(judge: Judge, comparisons: Sequence[Comparison]) -> list[list[int]]:
     """Ids of every comparison under every principle, in both orders."""
     encoded = [
-        judge.encoder.encode_orders(judge.templates, principle, comparison, judge.max_length)
+        encode_orders(judge.encoder, judge.templates, principle, comparison, judge.max_length)
         for comparison in comparisons
         for principle in judge.templates
     ]

@@ -22,7 +22,7 @@ JUDGING = (ROOT / "docs" / "judging.md").read_text(encoding="utf-8")
 TABLES: dict[str, type] = {
     "### `model`": schema.ModelArgs,
     "### `dataset`": schema.DatasetArgs,
-    "#### One source, under `sources` or `eval`": schema.SourceArgs,
+    "#### One source, under `sources` or `eval`": schema.Source,
     "### `templates`": schema.TemplateArgs,
     "### `jsft_args`": schema.JSFTArgs,
     "### `self_judge_args`": schema.SelfJudgeArgs,
@@ -68,7 +68,7 @@ def test_every_settings_class_and_section_is_described() -> None:
     settings = {
         c
         for name, c in vars(schema).items()
-        if name.endswith("Args") and dataclasses.is_dataclass(c)
+        if name.endswith(("Args", "Source")) and dataclasses.is_dataclass(c)
     }
     assert settings == set(TABLES.values())
     sections = {

@@ -34,7 +34,8 @@ from chat_templates import (
 from conftest import CHATML, SHARED, TEMPLATES, byte_bpe, sentencepiece_bpe, unigram, wrap
 from self_judge import ChatEncoder, Comparison, JudgeTemplates
 from self_judge.errors import EncodingError
-from self_judge.prompting.chat_encoder import marker_template
+from self_judge.prompting.chat_layout import marker_template
+from self_judge.prompting.judge_prompt import encode_orders
 
 KINDS = {"byte": byte_bpe, "sentencepiece": sentencepiece_bpe, "unigram": unigram}
 
@@ -444,8 +445,8 @@ def test_a_judge_prompt_has_its_own_control_tokens_alone_and_every_text_whole(
 
     given = Comparison(*(data.draw(hostile(kind)) for _ in range(3)))
     for principle in templates:  # one of them has a system text
-        benign = encoder.encode_orders(templates, principle, Comparison("is it", "yes", "no"))
-        orders = encoder.encode_orders(templates, principle, given)
+        benign = encode_orders(encoder, templates, principle, Comparison("is it", "yes", "no"))
+        orders = encode_orders(encoder, templates, principle, given)
         assert benign is not None
         assert orders is not None
         for ids, plain in zip(orders, benign, strict=True):
@@ -528,7 +529,7 @@ def test_a_context_of_many_turns_is_cut_without_encoding_it_turn_by_turn(
         return encode(text, anchor)
 
     monkeypatch.setattr(encoder._text, "encode", counted)
-    orders = encoder.encode_orders(templates, "helpful", given, 200)
+    orders = encode_orders(encoder, templates, "helpful", given, 200)
     assert orders is not None
     assert 150 < max(map(len, orders)) <= 200
     assert sum(encoded) < 4 * len(given.context)
@@ -611,7 +612,7 @@ def test_responses_cannot_add_turns_to_a_judge_prompt(kind: str) -> None:
     special = set(encoder.tokenizer.all_special_ids) - {encoder.tokenizer.unk_token_id}
 
     def structure(comparison: Comparison) -> list[list[int]]:
-        orders = encoder.encode_orders(templates, "honest", comparison)
+        orders = encode_orders(encoder, templates, "honest", comparison)
         assert orders is not None
         return [[i for i in ids if i in special] for ids in orders]
 
@@ -679,28 +680,24 @@ def test_a_letter_that_is_not_one_token_is_an_error_that_shows_the_tokens() -> N
 
 
 def test_principles_whose_letters_differ_are_an_error_that_names_both() -> None:
-    encoder = _WordEncoder({"x": [1], "x A": [1, 2], "x B": [1, 3], "y": [4], "y A": [4, 5]})
+    encoder = _word_encoder({"x": [1], "x A": [1, 2], "x B": [1, 3], "y": [4], "y A": [4, 5]})
     templates = JudgeTemplates({p: {**TEMPLATES["helpful"], "assistant": p} for p in ("x", "y")})
     with pytest.raises(EncodingError, match=r"letter 'A' is token \[5 .*'y' but \[2 .*'x'"):
         encoder.letter_ids(templates)
 
 
 def test_letters_that_are_the_same_token_are_an_error() -> None:
-    encoder = _WordEncoder({"x": [1], "x A": [1, 2], "x B": [1, 2]})
+    encoder = _word_encoder({"x": [1], "x A": [1, 2], "x B": [1, 2]})
     templates = JudgeTemplates({"x": {**TEMPLATES["helpful"], "assistant": "x"}})
     with pytest.raises(EncodingError, match="A and B are the same token"):
         encoder.letter_ids(templates)
 
 
-class _WordEncoder(ChatEncoder):
+def _word_encoder(known: dict[str, list[int]]) -> ChatEncoder:
     """Knows the ids of a few texts only: vocabularies that are hard to find."""
-
-    def __init__(self, known: dict[str, list[int]]) -> None:
-        super().__init__(wrap(byte_bpe()))
-        self.known = known
-
-    def encode_content(self, text: str) -> list[int]:
-        return self.known[text]
+    encoder = ChatEncoder(wrap(byte_bpe()))
+    encoder._text.encode = known.__getitem__  # type: ignore[method-assign, assignment]
+    return encoder
 
 
 # -- judge prompts that do not fit ---------------------------------------------------------------
@@ -712,10 +709,10 @@ LONG = Comparison(TURNS + "\n\nHuman: the last question?", "yes " * 5, "no " * 9
 def test_a_long_context_loses_its_oldest_turns_alike_in_both_orders(
     encoder: ChatEncoder, templates: JudgeTemplates
 ) -> None:
-    whole = encoder.encode_orders(templates, "helpful", LONG)
+    whole = encode_orders(encoder, templates, "helpful", LONG)
     assert whole is not None
     room = len(whole[0]) - 30
-    orders = encoder.encode_orders(templates, "helpful", LONG, room)
+    orders = encode_orders(encoder, templates, "helpful", LONG, room)
     assert orders is not None
     first, second = (encoder.tokenizer.decode(ids) for ids in orders)
     assert max(map(len, orders)) <= room
@@ -732,23 +729,23 @@ def test_a_long_context_loses_its_oldest_turns_alike_in_both_orders(
     turns = LONG.context.split("\n\n")
     more = "\n\n".join(turns[len(turns) - len(kept.split("\n\n")) - 1 :])
     longer = Comparison(more, LONG.response_a, LONG.response_b)
-    assert len(encoder.encode_orders(templates, "helpful", longer)[0]) > room  # type: ignore[index]
+    assert len(encode_orders(encoder, templates, "helpful", longer)[0]) > room  # type: ignore[index]
 
 
 def test_a_prompt_of_just_the_length_is_kept_whole(
     encoder: ChatEncoder, templates: JudgeTemplates
 ) -> None:
-    whole = encoder.encode_orders(templates, "helpful", LONG)
+    whole = encode_orders(encoder, templates, "helpful", LONG)
     assert whole is not None
-    assert encoder.encode_orders(templates, "helpful", LONG, max(map(len, whole))) == whole
+    assert encode_orders(encoder, templates, "helpful", LONG, max(map(len, whole))) == whole
 
 
 def test_a_pair_that_cannot_fit_has_no_orders(
     encoder: ChatEncoder, templates: JudgeTemplates
 ) -> None:
-    bare = encoder.encode_orders(templates, "helpful", Comparison("a", "b " * 50, "c"), 40)
+    bare = encode_orders(encoder, templates, "helpful", Comparison("a", "b " * 50, "c"), 40)
     assert bare is None
-    assert encoder.encode_orders(templates, "helpful", LONG, 20) is None
+    assert encode_orders(encoder, templates, "helpful", LONG, 20) is None
 
 
 # -- templates that cannot serve -----------------------------------------------------------------

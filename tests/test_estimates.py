@@ -1,4 +1,4 @@
-"""Estimates: parameters are counted as they are, and memory and time follow from what is done."""
+"""Estimates: parameters are counted as they are, and memory follows from what is held at once."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from conftest import SHARED, tiny_llama
-from self_judge.check.cost_model import GIB, GPUS, Setting, Work, gpu_like, memory, seconds
+from self_judge.check.cost import comparisons_per_prompt, device_for
+from self_judge.check.memory import GIB, GPUS, Setting, Work, memory
 from self_judge.check.model_size import Kept, Size, empty_model, kept_activations, size_of
-from self_judge.check.workload import comparisons_per_prompt
+from self_judge.config.hardware import Machine
 from self_judge.errors import ModelError
 
 COMMON: dict[str, Any] = {
@@ -156,8 +157,8 @@ SIZE = Size(
     cache_bytes=524_288,
 )
 KEPT = Kept(kept=8 * GIB, checkpoints=GIB, layer=GIB // 4, counted=True)
-WORK = Work(tokens=10_000, scored=5_000, length=500, largest=(4, 500), largest_scored=1_000)
-FULL = Setting(adapter=False, bf16=False, checkpointing=False)
+WORK = Work(tokens=10_000, largest=(4, 500), largest_scored=1_000)
+FULL = Setting(bf16=False, checkpointing=False)
 
 
 def test_full_training_holds_weights_gradients_and_two_moments() -> None:
@@ -182,39 +183,37 @@ def test_sharding_divides_what_it_shards() -> None:
     assert of(sharding="fsdp").gradients == 28 * 10**9 // 8
 
 
-def test_checkpointing_trades_memory_for_time() -> None:
+def test_checkpointing_keeps_less_of_the_forward_pass() -> None:
     checkpointed = dataclasses.replace(FULL, checkpointing=True)
     less = memory(SIZE, KEPT, WORK, checkpointed, GPUS["h100"])
     more = memory(SIZE, KEPT, WORK, FULL, GPUS["h100"])
     assert less.activations < more.activations / 4
-    slow, fast = (seconds(SIZE, WORK, s, GPUS["h100"]).update for s in (checkpointed, FULL))
-    assert slow == pytest.approx(fast * 4 / 3)
 
 
-def test_the_update_takes_its_flops_at_the_devices_rate() -> None:
-    device = dataclasses.replace(GPUS["h100"], flops=1e12, update=0.5)
-    lora = dataclasses.replace(FULL, adapter=True)
-    forward = 10_000 * (2 * 6e9 + 4 * 32 * 4096 * 500) + 2 * 1e8 * 5_000
-    assert seconds(SIZE, WORK, lora, device).update == pytest.approx(2 * forward / 0.5e12)
-    assert seconds(SIZE, WORK, FULL, device).update == pytest.approx(3 * forward / 0.5e12)
+def test_the_judge_of_a_full_training_is_a_second_copy_of_the_weights() -> None:
+    held = memory(SIZE, KEPT, WORK, dataclasses.replace(FULL, reference=True), GPUS["h100"])
+    alone = memory(SIZE, KEPT, WORK, FULL, GPUS["h100"])
+    assert (held.reference, alone.reference) == (28 * 10**9, 0)
+    assert held.peak - alone.peak == 28 * 10**9
 
 
-def test_sampling_is_bound_by_the_bytes_that_a_token_reads() -> None:
-    work = dataclasses.replace(WORK, responses=64, prompt=100.0, response=200.0, at_once=64)
-    slow = dataclasses.replace(GPUS["h100"], bandwidth=1e9, layer_seconds=0.0)
-    per_token = (28e9 + 64 * 524_288 * 200) / 1e9
-    spent = seconds(SIZE, work, FULL, slow)
-    assert spent.sampling == pytest.approx(200 * per_token, rel=0.01)
-    twice = dataclasses.replace(work, at_once=32)
-    assert seconds(SIZE, twice, FULL, slow).sampling > 1.8 * spent.sampling
+def test_sampling_holds_the_cache_of_those_that_are_sampled_together() -> None:
+    work = dataclasses.replace(WORK, sampled_at_once=64, sampled_length=300.0)
+    sampling = memory(SIZE, KEPT, work, FULL, GPUS["h100"]).cache
+    assert sampling == 64 * (300 * 524_288 + 32_000 * 16)
+    twice = dataclasses.replace(work, sampled_at_once=32)
+    assert memory(SIZE, KEPT, twice, FULL, GPUS["h100"]).cache == sampling / 2
+    longer = dataclasses.replace(work, sampled_length=3000.0)
+    held = memory(SIZE, KEPT, longer, FULL, GPUS["h100"])
+    assert held.largest_phase == "sampling"
+    assert held.peak == held.held + held.cache
 
 
-def test_gpus_are_known_by_their_drivers_names() -> None:
-    assert gpu_like("NVIDIA A100-SXM4-80GB", 80).flops == GPUS["a100-80gb"].flops
-    assert gpu_like("NVIDIA A10", 24).flops == GPUS["a10"].flops
-    assert gpu_like("NVIDIA L40S", 48).flops == GPUS["l40s"].flops
-    assert gpu_like("NVIDIA GeForce RTX 4090", 24).flops == GPUS["rtx-4090"].flops
-    assert "as A100" in gpu_like("Something New", 24).name
+@pytest.mark.parametrize(("name", "gib"), [("rtx-3090", 24), ("a100-40gb", 40), ("h200", 141)])
+def test_the_memory_of_a_gpu_is_known_by_its_name(name: str, gib: int) -> None:
+    assert device_for(name, Machine()).memory == gib * GIB
+    with pytest.raises(ValueError, match=f"--gpu {name}x: unknown; there are figures for rtx-3090"):
+        device_for(f"{name}x", Machine())
 
 
 @pytest.mark.parametrize(

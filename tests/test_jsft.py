@@ -12,6 +12,7 @@ import torch
 from conftest import TEMPLATES
 from self_judge import ChatEncoder, Comparison, JudgeAugmentedSFTCollator, JudgeTemplates
 from self_judge.datatypes import LabeledPair, PreferenceRecord
+from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.training.jsft.examples import (
     CUT,
     NO_FIT,
@@ -82,7 +83,7 @@ def test_a_judge_example_is_the_judges_prompt_and_trains_the_letter_alone(
 ) -> None:
     examples = jsft_examples(RECORD, encoder, templates, letters)[1:]
     comparison = Comparison(CONTEXT, PAIR.chosen, PAIR.rejected)
-    judged = [encoder.encode_orders(templates, p, comparison) for p in templates]
+    judged = [encode_orders(encoder, templates, p, comparison) for p in templates]
     prompts = [ids for orders in judged if orders for ids in orders]
     for example, prompt, letter in zip(examples, prompts, letters * len(templates), strict=True):
         assert example.input_ids == [*prompt, letter]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from conftest import CHATML, ROOT, SHARED, byte_bpe, tiny_llama, wrap
 from self_judge.check.check import Report, check
-from self_judge.check.findings import engine_traps
+from self_judge.check.findings import engine_findings
 from self_judge.check.view import neutral, show
 from self_judge.cli import main
 from self_judge.config.schema import ConfigError, kind_of_run, load_run
@@ -94,8 +94,8 @@ def test_what_is_shown_is_what_the_run_trains_on(base: Path, data: dict[str, Pat
     rows, _ = jsft_dataset(records, encoder, templates, encoder.letter_ids(templates))
     report = check(JSFT, overrides)
     firsts = [rows[0], rows[1], rows[2]]  # SFT, better first, worse first
-    assert report.samples[0].title.startswith("SFT")
-    for sample, row in zip(report.samples, firsts, strict=True):
+    assert report.examples[0].title.startswith("SFT")
+    for sample, row in zip(report.examples, firsts, strict=True):
         assert [i for p in sample.pieces for i in p.ids] == row["input_ids"]
         labels = [i if p.trained else -100 for p in sample.pieces for i in p.ids]
         assert labels == row["labels"]
@@ -111,11 +111,11 @@ def test_plain_output_marks_exactly_the_trained_text_and_has_no_escape_codes(
     report = check(JSFT, given(base, data["hh"]))
     text = shown(report)
     assert "\x1b" not in text
-    judge = [s for s in report.samples if s.title.startswith("judge")]
+    judge = [s for s in report.examples if s.title.startswith("judge")]
     assert [p.text for s in judge for p in s.pieces if p.trained] == [" A", " B"]
     assert "« A»" in text
     assert "« B»" in text
-    (end,) = [p.text for p in report.samples[0].pieces if p.trained and p.control]
+    (end,) = [p.text for p in report.examples[0].pieces if p.trained and p.control]
     assert end == "<|end|>"
     assert "«<|end|>»" in text
 
@@ -124,11 +124,11 @@ def test_every_principle_is_shown_in_both_orders_with_its_rationale(
     base: Path, data: dict[str, Path]
 ) -> None:
     report = check(str(ROOT / "configs" / "uf_jsft_pr.yaml"), given(base, data["ultrafeedback"]))
-    titles = [s.title for s in report.samples]
+    titles = [s.title for s in report.examples]
     for principle in synthetic.PRINCIPLES:
         assert f"judge, {principle}, better response first: A" in titles
         assert f"judge, {principle}, worse response first: B" in titles
-    trained = [p.text for s in report.samples[1:] for p in s.pieces if p.trained]
+    trained = [p.text for s in report.examples[1:] for p in s.pieces if p.trained]
     assert all("Rationale for Response A:" in text for text in trained)
 
 
@@ -137,13 +137,13 @@ def test_self_training_shows_the_prompt_and_both_orders_of_the_judge(
 ) -> None:
     report = check(TRAIN, given(taught, data["hh"]))
     assert not problems(report)
-    prompt, first, second = report.samples
+    prompt, first, second = report.examples
     assert prompt.pieces[-1].text.endswith("<|assistant|>")
-    assert not any(p.trained for s in report.samples for p in s.pieces)
+    assert not any(p.trained for s in report.examples for p in s.pieces)
     assert "first response first" in first.title
     assert "second response first" in second.title
-    assert report.needs is not None
-    assert report.needs.per_step == {
+    assert report.cost is not None
+    assert report.cost.per_step == {
         "prompts": 64,
         "responses": 128,
         "comparisons": 64,
@@ -154,12 +154,10 @@ def test_self_training_shows_the_prompt_and_both_orders_of_the_judge(
 def test_steps_are_those_that_the_trainer_takes(base: Path, data: dict[str, Path]) -> None:
     sizes = ["training_args.per_device_train_batch_size=4", "jsft_args.global_batch_size=8"]
     report = check(JSFT, given(base, data["hh"], *sizes, "training_args.num_train_epochs=2"))
-    assert report.needs is not None
-    assert report.needs.examples == sum(
-        report.counts[k] for k in ("sft examples", "judge examples")
-    )
-    assert report.needs.steps_per_epoch == -(-report.needs.examples // 8)
-    assert report.needs.steps == 2 * report.needs.steps_per_epoch
+    assert report.cost is not None
+    assert report.cost.examples == sum(report.counts[k] for k in ("sft examples", "judge examples"))
+    assert report.cost.steps_per_epoch == -(-report.cost.examples // 8)
+    assert report.cost.steps == 2 * report.cost.steps_per_epoch
 
 
 def test_of_many_records_some_are_encoded_and_the_report_says_so(
@@ -170,9 +168,9 @@ def test_of_many_records_some_are_encoded_and_the_report_says_so(
     assert part.encoded == 10 < part.records == whole.records
     assert part.sources == whole.sources
     assert f"from 10 of {part.records}" in shown(part)
-    assert part.needs is not None
-    assert whole.needs is not None
-    assert part.needs.examples == pytest.approx(whole.needs.examples, rel=0.1)
+    assert part.cost is not None
+    assert whole.cost is not None
+    assert part.cost.examples == pytest.approx(whole.cost.examples, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +236,7 @@ def test_the_kind_of_a_run_is_told_by_its_content(tmp_path: Path) -> None:
         kind_of_run(neither)
 
 
-# -- traps ---------------------------------------------------------------------------------------
+# -- findings------------------------------------------------------------------------------------
 
 
 def test_no_room_beside_a_response_is_refused_when_the_file_is_read(
@@ -261,7 +259,9 @@ def test_no_room_beside_a_response_is_refused_when_the_file_is_read(
         (["dataset.sources.0.pairs=false"], "no judge example"),
     ],
 )
-def test_jsft_traps(overrides: list[str], message: str, base: Path, data: dict[str, Path]) -> None:
+def test_jsft_findings(
+    overrides: list[str], message: str, base: Path, data: dict[str, Path]
+) -> None:
     assert message in problems(check(JSFT, given(base, data["hh"], *overrides)))
 
 
@@ -290,7 +290,7 @@ OPENS = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
         ("{{ bos_token }}{{ bos_token }}" + ROLES + OPENS, "twice"),
     ],
 )
-def test_chat_template_traps(
+def test_chat_template_findings(
     template: str, message: str, base: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
     model = with_template(base, tmp_path / "model", template)
@@ -536,14 +536,14 @@ def test_an_engine_that_sleeps_leaves_its_memory_to_the_update(
     overrides = given(taught, data["hh"], "self_judge_args.use_vllm=true")
     run = load_run(TRAIN, overrides, "self_judge")
     report = check(TRAIN, overrides, gpu="h100")
-    assert report.needs is not None
-    large = dataclasses.replace(report.needs.memory, activations=70 * 2**30)
-    needs = dataclasses.replace(report.needs, memory=large)
-    (engine, _) = engine_traps(run.self_judge_args, needs, bf16=True)
+    assert report.cost is not None
+    large = dataclasses.replace(report.cost.memory, activations=70 * 2**30)
+    cost = dataclasses.replace(report.cost, memory=large)
+    (engine, _) = engine_findings(run.self_judge_args, cost, bf16=True)
     assert engine.level == "warning"
     assert engine.text.endswith("lower it, or set vllm_enable_sleep_mode")
     asleep = dataclasses.replace(run.self_judge_args, vllm_enable_sleep_mode=True)
-    (engine, _) = engine_traps(asleep, needs, bf16=True)
+    (engine, _) = engine_findings(asleep, cost, bf16=True)
     assert engine.level == "note"
 
 
@@ -559,6 +559,6 @@ def test_smollm2_on_real_dialogues() -> None:
     report = check(JSFT, given(SHARED.parent / "smollm2", source), examples=20)
     assert not problems(report)
     assert report.letters[0].token == "ĠA"
-    assert report.needs is not None
-    assert report.needs.size.parameters == pytest.approx(134.5e6, rel=0.02)
+    assert report.cost is not None
+    assert report.cost.size.parameters == pytest.approx(134.5e6, rel=0.02)
     assert "skipped pair: identical responses" in next(iter(report.sources.values()))

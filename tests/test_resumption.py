@@ -18,6 +18,7 @@ from conftest import Make, history, same, weights
 from self_judge.config.self_training import SamplingSettings
 from self_judge.datatypes import Response
 from self_judge.inference.sampling import TransformersSampler
+from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.training.checkpointing import NotFiniteError
 
 LORA = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
@@ -195,7 +196,7 @@ def test_judging_comes_down_to_one_prompt_where_memory_has_no_room_for_a_pair(
         ids
         for principle in judge.templates
         for one in asked
-        for ids in judge.encoder.encode_orders(judge.templates, principle, one, None) or ()
+        for ids in encode_orders(judge.encoder, judge.templates, principle, one, None) or ()
     ]
     inner, longest = judge.scorer.model.forward, max(map(len, prompts))
 

@@ -15,11 +15,11 @@ import datasets
 import pytest
 
 from self_judge import ChatEncoder, JudgeTemplates
+from self_judge.config.schema import Source
 from self_judge.data.dialogues import parse_dialogue, select_hh, select_preference
 from self_judge.data.files import read_raw
 from self_judge.data.records import is_held_out, judge_context
 from self_judge.data.sources import (
-    Source,
     load_preferences,
     read_prompts,
     select_records,
@@ -785,6 +785,7 @@ def test_pairs_alone_have_no_demonstration() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"kind": "hhh"}, "kind is one of auto, hh, .* got 'hhh'"),
         ({"subset": "dev"}, "subset is 'train', 'held_out' or 'all', got 'dev'"),
         ({"held_out": 1.0}, r"held_out is a share of the prompts in \[0, 1\), got 1.0"),
         ({"subset": "held_out"}, "subset 'held_out' is empty, since held_out is 0"),
@@ -806,10 +807,10 @@ def test_a_source_of_which_nothing_can_be_used_is_an_error_with_the_reasons() ->
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"path": "a", "sorce": 1}, r"unknown sorce; a source has path, split, data_dir"),
-        ({"split": "test"}, r"path is missing"),
-        ({"path": "a", "kind": "hhh"}, r"unknown kind 'hhh'; it is one of auto, hh"),
-        ({"path": "a", "sft": False, "pairs": False}, "neither sft nor pairs"),
+        ({"path": "a", "sorce": 1}, r"sorce: unknown; known are path, split, data_dir"),
+        ({"split": "test"}, r"path: missing"),
+        ({"path": "a", "kind": "hhh"}, r"kind: expected .*auto.*hh.*got text 'hhh'"),
+        ({"path": "a", "sft": False, "pairs": False}, "sft and pairs are both false"),
         ({"path": ".", "name": "en"}, "name 'en' is for a dataset on the Hub"),
         ({"path": ".", "data_dir": "no"}, "no: no such folder"),
     ],

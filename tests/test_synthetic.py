@@ -10,7 +10,7 @@ from statistics import correlation, mean
 
 import pytest
 
-from self_judge.data import synthetic
+from self_judge.data import synthetic, toy_world
 from self_judge.datatypes import Comparison
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -19,7 +19,7 @@ BEST = "I think the cow eats grass. Ask a guide for more. Thanks!"
 
 
 def ratings(instruction: str, response: str) -> dict[str, int]:
-    return {k: v.rating for k, v in synthetic.gold_ratings(instruction, response).items()}
+    return {k: v.rating for k, v in toy_world.gold_ratings(instruction, response).items()}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def tokenizer():
 
 
 def test_the_best_answer_scores_one():
-    assert synthetic.gold_score(COW, BEST) == 1.0
+    assert toy_world.gold_score(COW, BEST) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -67,18 +67,18 @@ def test_an_answer_to_another_question_helps_nobody():
 
 @pytest.mark.parametrize("garbage", ["", "   ", "cow cow cow", "<|end|>{response_a}", "日本 !!"])
 def test_any_text_gets_a_low_gold_score_rather_than_an_error(garbage: str):
-    assert synthetic.gold_score(COW, garbage) <= 0.1
+    assert toy_world.gold_score(COW, garbage) <= 0.1
 
 
 def test_a_cut_off_or_repeated_answer_scores_less():
-    whole = synthetic.gold_score(COW, "The cow eats grass. Ask a guide for more.")
-    assert synthetic.gold_score(COW, "The cow eats grass. Ask a guide") < whole
-    assert synthetic.gold_score(COW, "The cow eats grass. The cow eats grass.") < whole
+    whole = toy_world.gold_score(COW, "The cow eats grass. Ask a guide for more.")
+    assert toy_world.gold_score(COW, "The cow eats grass. Ask a guide") < whole
+    assert toy_world.gold_score(COW, "The cow eats grass. The cow eats grass.") < whole
 
 
 def test_a_foreign_instruction_is_refused_by_name():
     with pytest.raises(ValueError, match=r"not an instruction of the synthetic world: 'Why"):
-        synthetic.gold_score("Why is the sky blue?", "The cow eats grass.")
+        toy_world.gold_score("Why is the sky blue?", "The cow eats grass.")
 
 
 def test_records_depend_on_seed_split_and_index_alone():
@@ -107,7 +107,7 @@ def test_an_unknown_split_is_refused():
 
 def test_demonstrations_are_imperfect_and_length_does_not_tell_the_better_response():
     records = synthetic.records(800, 0)
-    golds = [synthetic.gold_score(r.prompt[0]["content"], r.demonstration or "") for r in records]
+    golds = [toy_world.gold_score(r.prompt[0]["content"], r.demonstration or "") for r in records]
     assert 0.6 < mean(golds) < 0.85
     lengths, scores = [], []
     for record in synthetic.ultrafeedback_records(400, 0):
@@ -121,11 +121,11 @@ def test_the_pair_of_a_principle_is_ordered_by_that_principle():
     for record in synthetic.records(100, 0):
         instruction = record.prompt[0]["content"]
         general, *specific = record.pairs
-        gold = [synthetic.gold_score(instruction, t) for t in (general.chosen, general.rejected)]
+        gold = [toy_world.gold_score(instruction, t) for t in (general.chosen, general.rejected)]
         assert gold[0] > gold[1]
         for pair in specific:
-            chosen = synthetic.gold_ratings(instruction, pair.chosen)[pair.principle]
-            rejected = synthetic.gold_ratings(instruction, pair.rejected)[pair.principle]
+            chosen = toy_world.gold_ratings(instruction, pair.chosen)[pair.principle]
+            rejected = toy_world.gold_ratings(instruction, pair.rejected)[pair.principle]
             assert chosen.rating > rejected.rating
             assert (pair.rationale_chosen, pair.rationale_rejected) == (chosen[1], rejected[1])
 

@@ -8,41 +8,35 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from datasets.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
 )
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 
-from self_judge.check import findings as traps
-from self_judge.check.cost_model import Sharding
-from self_judge.check.examples import Figures, Sample, figures_of, jsft_samples, sample_of
-from self_judge.check.findings import Finding, share_trap
+from self_judge.check import findings
+from self_judge.check.cost import Cost, device_for, jsft_cost, self_judge_cost, setting_of
+from self_judge.check.examples import Example, Figures, example_of, figures_of, first_of_each_kind
+from self_judge.check.findings import Finding, note, problem, warning
+from self_judge.check.memory import Device, Setting, Sharding
 from self_judge.check.model_size import empty_model, shallow_model, size_of
-from self_judge.check.workload import (
-    Needs,
-    comparisons_per_prompt,
-    device_for,
-    jsft_work,
-    needs_of,
-    self_judge_work,
-    setting_of,
-)
 from self_judge.config.hardware import Machine, fit_to_machine
 from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
 from self_judge.data.records import judge_context
-from self_judge.data.sources import PreferenceData
 from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.models import check_vocabulary
+from self_judge.models import check_vocabulary, unwrapped
+from self_judge.packing.prefix_tree import shared_length
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
-from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.self_training.prompts import PromptPreparer
 from self_judge.training.setup import (
@@ -83,9 +77,9 @@ class Report:
         counts: examples by kind, and why examples were cut or left out.
         letter_counts: how often each letter is the answer (JSFT).
         chosen_longer: share of the pairs whose better response is the longer text.
-        figures, samples: of all kinds of sequences.
-        needs: the estimate; `None` where a problem stands before it.
-        findings: traps; the run is wrong if one of them is a problem.
+        figures, examples: of all kinds of sequences.
+        cost: the estimate; `None` where a problem stands before it.
+        findings: the run is wrong if one of them is a problem.
     """
 
     config: str
@@ -100,8 +94,8 @@ class Report:
     letter_counts: dict[str, int] = field(default_factory=dict)
     chosen_longer: float | None = None
     figures: list[Figures] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    needs: Needs | None = None
+    examples: list[Example] = field(default_factory=list)
+    cost: Cost | None = None
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -110,7 +104,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {**dataclasses.asdict(self), "problems": len(self.problems)}
+        found = dataclasses.asdict(self)
+        found |= {"needs": found.pop("cost"), "samples": found.pop("examples")}
+        return {**found, "problems": len(self.problems)}
 
 
 def check(
@@ -127,8 +123,9 @@ def check(
     Args:
         config, overrides: as for the run.
         examples: records to encode, evenly spread over the data; 0: all.
-        gpu: estimate for this kind of GPU instead of this machine (a key of `cost_model.GPUS`).
-        processes: estimate for so many (default: one per GPU of this machine, or this launch's).
+        gpu: estimate for this kind of GPU instead of this machine (a key of `memory.GPUS`).
+        processes: estimate for N processes (default: one per GPU of this machine, or this
+            launch's).
         sharding: how they spread what they hold, where a file for the launcher says it.
 
     Raises:
@@ -138,22 +135,24 @@ def check(
         raise ValueError(f"--examples must be 0 (all) or positive, got {examples}")
     kind = kind_of_run(config, overrides)
     given: Any = load_run(config, overrides, kind)
-    here = this_machine()
     if processes is None:
         gpus = torch.cuda.device_count() if gpu is None else 1
         processes = max(1, gpus, int(os.environ.get("WORLD_SIZE", "1")))
-    there = dataclasses.replace(here, processes=processes)
+    here = dataclasses.replace(this_machine(), processes=processes)
+    there = here
     if gpu is not None:
         there = Machine(True, True, True, True, here.trackers, here.cpu_count, processes)
     run, lacking = fit_to_machine(given, there)
+    report = Report(str(config), kind, findings=[warning("this machine", x) for x in lacking])
     # Settings are built as on this machine, which alone can check them.
-    local, _ = fit_to_machine(given, dataclasses.replace(here, processes=processes))
-    report = Report(str(config), kind)
-    report.findings += [Finding("warning", "this machine", text) for text in lacking]
+    local, _ = fit_to_machine(given, here)
+    device = device_for(gpu, there)
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        _Check(report, run, local, there, gpu, sharding, examples).go()
+        _look(report, _prepared(run, local, there, device, sharding), examples)
+    except _RefusedError as refused:
+        report.findings.append(_refusal(*refused.args))
     finally:
         if shown:
             enable_progress_bars()
@@ -163,360 +162,292 @@ def check(
 
 
 class _RefusedError(Exception):
-    """Without this part there is nothing more to look at."""
+    """What was refused, and the error: without this part there is nothing more to look at."""
 
 
-@dataclass
-class _Check:
-    """One check on its way; every part adds to the report."""
+def _refusal(about: str, error: ValueError | TypeError) -> Finding:
+    return problem(about, " ".join(str(error).split()))
 
-    report: Report
+
+def _or_refused(about: str, make: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    try:
+        return make(*args, **kwargs)
+    except (ValueError, TypeError) as error:
+        raise _RefusedError(about, error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A run as it would start.
+
+    Attributes:
+        run: fitted to `machine`, the one that is asked for.
+        args: the trainer's settings as on this machine.
+        model: empty, with its adapter.
+        setting, device: how and where it trains, for the estimate.
+    """
+
     run: Any
-    local: Any
+    args: Any
+    model: Any
+    encoder: ChatEncoder
+    judge: JudgeSettings
     machine: Machine
-    gpu: str | None
-    sharding: Sharding | None
-    examples: int
+    setting: Setting
+    device: Device
 
-    def go(self) -> None:
-        jsft = isinstance(self.run, JSFTRun)
-        make: Any = jsft_config if jsft else self_judge_config
-        try:
-            args = self._or_refused("training_args", make, self.local, self.machine.processes)
-            model, adapted = self._model()
-            make = jsft_chat_setup if jsft else self_judge_chat_setup
-            encoder, settings = self._or_refused("templates", make, self.run)
-        except _RefusedError:
-            return
-        self._about(args, model, encoder)
-        self._packing(args, model)
-        self.report.findings += traps.setting_traps(self.run, args)
-        self.report.findings += traps.chat_traps(encoder)
-        if isinstance(self.run, SelfJudgeRun):
-            name = self.run.model.model_name_or_path
-            self.report.findings += traps.judge_traps(settings.templates, encoder, name)
-        templates = settings.templates
-        letters = self._letters(encoder, settings)
-        train = self._data()
-        records = _spread(train.records, self.examples or len(train.records))
-        self.report.records, self.report.encoded = len(train.records), len(records)
-        if letters is None:
-            return
-        try:
-            if isinstance(self.run, JSFTRun):
-                self._jsft(self.run, args, adapted, encoder, templates, letters, records)
-            else:
-                self._self_judge(self.run, args, adapted, encoder, templates, records)
-        except _RefusedError:
-            return
-        longest = max((f.tokens["max"] for f in self.report.figures), default=0)
-        own = self.run.jsft_args if jsft else self.run.self_judge_args
-        self.report.findings += traps.model_traps(
-            size_of(adapted), self.run, own.max_length, longest
+
+def _prepared(
+    run: Any, local: Any, machine: Machine, device: Device, sharding: Sharding | None
+) -> _Prepared:
+    jsft, asked = isinstance(run, JSFTRun), run.model
+    make: Any = jsft_config if jsft else self_judge_config
+    args = _or_refused("training_args", make, local, machine.processes)
+    model: Any = empty_model(
+        asked.model_name_or_path,
+        dtype=asked.dtype,
+        revision=asked.revision,
+        trust_remote_code=asked.trust_remote_code,
+    )
+    adapter: Any = _or_refused("peft_config", lora_config, run.peft_config)
+    folder = os.path.join(asked.model_name_or_path, "adapter_config.json")
+    if adapter is None and not jsft and os.path.isfile(folder):
+        adapter = PeftConfig.from_pretrained(asked.model_name_or_path)
+        adapter.inference_mode = False
+    if adapter is not None:
+        model = _or_refused("peft_config", get_peft_model, model, adapter)
+    make = jsft_chat_setup if jsft else self_judge_chat_setup
+    encoder, judge = _or_refused("templates", make, run)
+    setting = setting_of(run, args, machine, sharding, model)
+    return _Prepared(run, args, model, encoder, judge, machine, setting, device)
+
+
+def _look(report: Report, prepared: _Prepared, examples: int) -> None:
+    """Fills the report."""
+    run, args, model, encoder = prepared.run, prepared.args, prepared.model, prepared.encoder
+    templates, found = prepared.judge.templates, report.findings
+    report.about = _about(prepared)
+    try:
+        check_vocabulary(model, encoder.tokenizer)
+    except ValueError as error:
+        found.append(_refusal("model", error))
+    found += _packing(run, args, unwrapped(model))
+    found += findings.setting_findings(run, args)
+    found += findings.chat_findings(encoder)
+    if isinstance(run, SelfJudgeRun):
+        found += findings.judge_findings(templates, encoder, run.model.model_name_or_path)
+    letters = None
+    try:
+        letters = encoder.letter_ids(
+            templates, prepared.judge.token_id_a, prepared.judge.token_id_b
         )
-
-    def _problem(self, about: str, error: object) -> None:
-        text = " ".join(str(error).split())
-        self.report.findings.append(Finding("problem", about, text))
-
-    def _packing(self, args: Any, whole: Any) -> None:
-        asked = self.run.model
-        model: Any = shallow_model(
-            whole,
-            attn_implementation=asked.attn_implementation,
-            trust_remote_code=asked.trust_remote_code,
-        )
-        if model is None:
-            text = "how prefixes are shared is tried on the model itself when the run starts"
-            self.report.findings.append(Finding("note", "packing", text))
-            return
-        adapter = lora_config(self.run.peft_config)
-        model = model if adapter is None else get_peft_model(model, adapter)
-        self.report.findings += traps.packing_traps(model, self.run, args)
-
-    def _or_refused(self, about: str, make: Any, *given: Any) -> Any:
-        """What `make` gives; a refusal becomes a problem of the report."""
-        try:
-            return make(*given)
-        except (ValueError, TypeError) as error:
-            self._problem(about, error)
-            raise _RefusedError from error
-
-    def _model(self) -> tuple[Any, Any]:
-        """The empty model as it is loaded, and with what is trained."""
-        asked = self.run.model
-        model: Any = empty_model(
-            asked.model_name_or_path,
-            dtype=asked.dtype,
-            revision=asked.revision,
-            trust_remote_code=asked.trust_remote_code,
-        )
-        config: Any = self._or_refused("peft_config", lora_config, self.run.peft_config)
-        folder = os.path.join(asked.model_name_or_path, "adapter_config.json")
-        if config is None and isinstance(self.run, SelfJudgeRun) and os.path.isfile(folder):
-            config = PeftConfig.from_pretrained(asked.model_name_or_path)
-            config.inference_mode = False
-        if config is None:
-            return model, model
-        return model, self._or_refused("peft_config", get_peft_model, model, config)
-
-    def _about(self, args: Any, model: Any, encoder: ChatEncoder) -> None:
-        try:
-            check_vocabulary(model, encoder.tokenizer)
-        except ValueError as error:
-            self._problem("model", error)
-        run, own = self.run, encoder.chat_template == encoder.tokenizer.chat_template
-        adapter = run.peft_config and f"LoRA r {run.peft_config.get('r', 8)}"
-        batch = (
-            f"{args.per_device_train_batch_size} × {args.gradient_accumulation_steps} accumulated "
-            f"× {self.machine.processes} processes"
-        )
-        template = "the tokenizer's own" if own else "from the run file or judge.json"
-        if encoder.tokenizer.chat_template is None and run.templates.chat is None:
-            template = "turn markers of the run file"
-        self.report.about = {
-            "model": f"{run.model.model_name_or_path} ({type(model).__name__}, "
-            f"{str(model.dtype).removeprefix('torch.')})",
-            "trained": adapter or "all weights",
-            "batch": batch,
-            "chat template": template,
-            "output": str(args.output_dir),
-        }
-
-    def _letters(self, encoder: ChatEncoder, settings: JudgeSettings) -> tuple[int, int] | None:
-        templates = settings.templates
-        try:
-            ids = encoder.letter_ids(templates, settings.token_id_a, settings.token_id_b)
-        except ValueError as error:
-            self._problem("letters", error)
-            return None
         lead_in = templates[templates.principles[0]].assistant
-        self.report.letters = [
+        report.letters = [
             Letter(x, i, str(encoder.tokenizer.convert_ids_to_tokens(i)), lead_in[-24:])
-            for x, i in zip("AB", ids, strict=True)
+            for x, i in zip("AB", letters, strict=True)
         ]
-        return ids
-
-    def _data(self) -> PreferenceData:
-        rationales = isinstance(self.run, JSFTRun) and self.run.uses_rationales
-        train, held_out = load_data(self.run.dataset, lambda line: None, rationales=rationales)
-        self.report.sources = train.counts_by_source
-        self.report.held_out = held_out.counts_by_source if held_out else {}
-        pairs = [p for r in train.records for p in r.pairs]
-        if pairs:
-            longer = sum(len(p.chosen) > len(p.rejected) for p in pairs)
-            self.report.chosen_longer = longer / len(pairs)
-        self.report.findings += traps.data_traps(train, held_out)
-        return train
-
-    # -- JSFT ----------------------------------------------------------------------------------
-
-    def _jsft(
-        self,
-        run: JSFTRun,
-        args: Any,
-        model: Any,
-        encoder: ChatEncoder,
-        templates: JudgeTemplates,
-        letters: tuple[int, int],
-        records: Sequence[PreferenceRecord],
-    ) -> None:
-        own, report = run.jsft_args, self.report
-        dataset, counts = self._or_refused(
-            "jsft_args.max_length",
-            lambda: jsft_dataset(
-                records, encoder, templates, letters,
-                max_length=own.max_length, ignore_index=own.ignore_index,
-            ),
-        )  # fmt: skip
-        rows = dataset.to_list()
-        report.counts = counts
-        report.samples = jsft_samples(rows, encoder, own.ignore_index)
-        for kind in dict.fromkeys((r["kind"], r["principle"]) for r in rows):
-            chosen = [r for r in rows if (r["kind"], r["principle"]) == kind]
-            found = figures_of(
-                "SFT" if kind[0] == "sft" else f"judge, {kind[1]}",
-                [r["input_ids"] for r in chosen],
-                encoder,
-                [r["labels"] for r in chosen],
-                own.ignore_index,
-            )
-            report.figures += [found] if found else []
-        answers = [
-            next(x for x in r["labels"] if x != own.ignore_index)
-            for r in rows
-            if r["kind"] == "judge"
-        ]
-        report.letter_counts = {x: answers.count(i) for x, i in zip("AB", letters, strict=True)}
-        report.findings += traps.example_traps(counts, report.letter_counts)
-        units = _units(rows, own.ignore_index, shared=own.packing != "off")
-        total = round(len(rows) * report.records / report.encoded)
-        step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        setting = setting_of(
-            run, args, self.machine, self.sharding, adapter=isinstance(model, PeftModel)
-        )
-        report.needs = needs_of(
-            model,
-            jsft_work(units, args),
-            setting,
-            device_for(self.gpu, self.machine, setting.bf16),
-            args,
-            total,
-            {"examples": step * setting.processes},
-            "memory: the longest example of a thousand randomly drawn micro-batches",
-        )
-        report.findings += traps.memory_traps(report.needs)
-
-    # -- self-training -------------------------------------------------------------------------
-
-    def _self_judge(
-        self,
-        run: SelfJudgeRun,
-        args: Any,
-        model: Any,
-        encoder: ChatEncoder,
-        templates: JudgeTemplates,
-        records: Sequence[PreferenceRecord],
-    ) -> None:
-        own, report = run.self_judge_args, self.report
-        prepare = PromptPreparer(encoder, own.max_length, own.max_new_tokens, "train", False)
-        rows = [prepare(row, i) for i, row in enumerate(prompt_rows(records))]
-        kept = [(r, row) for r, row in zip(records, rows, strict=True) if row["prompt_ids"]]
-        whole = [encoder.encode_prompt(r.prompt) for r in records]
-        shorter = sum(
-            len(ids) > len(row["prompt_ids"]) > 0 for ids, row in zip(whole, rows, strict=True)
-        )
-        report.counts = {
-            "prompts": len(kept),
-            "prompts: lost their oldest exchanges": shorter,
-            "prompts: left out, do not fit": len(records) - len(kept),
-        }
-        report.findings += traps.prompt_traps(
-            len(kept), shorter, len(records), own.max_length, own.max_new_tokens
-        )
-        if not kept:
-            raise _RefusedError
-        prompts = [row["prompt_ids"] for _, row in kept]
-        report.samples.append(sample_of("prompt, as it is sampled from", prompts[0], encoder))
-        report.figures += _some(figures_of("prompts", prompts, encoder))
-        context = size_of(model).context
-        limit = min(own.max_length, context or own.max_length)
-        judged = self._judge_prompts(run, [r for r, _ in kept], encoder, templates, limit)
-        responses = [len(encoder.encode_content(p.chosen)) for r, _ in kept for p in r.pairs[:1]]
-        response = sum(responses) / len(responses) if responses else own.max_new_tokens
-        response = min(response, own.max_new_tokens)
-        work = self_judge_work(list(map(len, prompts)), response, judged, run, args, len(templates))
-        # Without an adapter to switch off, the judge is a copy of all weights.
-        adapter = isinstance(model, PeftModel)
-        setting = setting_of(
-            run, args, self.machine, self.sharding, adapter=adapter, reference=not adapter
-        )
-        step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        everywhere = step * setting.processes
-        played = comparisons_per_prompt(own.num_generations, own.pair_selection)
-        report.needs = needs_of(
-            model,
-            work,
-            setting,
-            device_for(self.gpu, self.machine, setting.bf16),
-            args,
-            round(len(kept) * report.records / report.encoded),
-            {
-                "prompts": everywhere,
-                "responses": everywhere * own.num_generations,
-                "comparisons": everywhere * played,
-                "judge prompts": everywhere * played * 2 * len(templates),
-            },
-            f"memory: responses of {own.max_new_tokens} tokens; time: sampling runs to that "
-            f"limit, the responses that are judged and learned from have {response:.0f}"
-            + (" (the mean of the data's better ones)" if responses else ""),
-        )
-        report.findings += traps.memory_traps(report.needs)
-        if own.use_vllm and own.vllm_mode == "colocate" and self.machine.cuda:
-            report.findings += traps.engine_traps(own, report.needs, setting.bf16)
-
-    def _judge_prompts(
-        self,
-        run: SelfJudgeRun,
-        records: Sequence[PreferenceRecord],
-        encoder: ChatEncoder,
-        templates: JudgeTemplates,
-        limit: int,
-    ) -> list[tuple[float, float]]:
-        """Encodes the data's own pairs as the judge will be asked; the lengths of each."""
-        own, report = run.self_judge_args, self.report
-        by_principle: dict[str, list[list[int]]] = {}
-        lengths: list[tuple[float, float]] = []
-        no_fit = tight = total = 0
-        for record in records:
-            for pair in record.pairs[:1]:
-                total += 1
-                case = Comparison(judge_context(record), pair.chosen, pair.rejected)
-                asked = [encoder.encode_orders(templates, p, case, limit) for p in templates]
-                whole = [orders for orders in asked if orders is not None]
-                no_fit += len(whole) < len(asked)
-                if len(whole) < len(asked):
-                    continue
-                for principle, orders in zip(templates, whole, strict=True):
-                    by_principle.setdefault(principle, []).extend(orders)
-                own_tokens = sum(
-                    len(encoder.encode_content(text)) for text in (pair.chosen, pair.rejected)
-                )
-                longest = max(len(ids) for orders in whole for ids in orders)
-                at_limit = longest - own_tokens + 2 * own.max_new_tokens
-                tight += at_limit > limit
-                unique = sum(len(a) + len(b) - _shared(a, b) for a, b in whole)
-                lengths.append((unique, min(at_limit, limit)))
-        for principle, ids in by_principle.items():
-            for place, order in enumerate(("first response first", "second response first")):
-                title = f"judge, {principle}, {order}: the next token is the verdict"
-                report.samples.append(sample_of(title, ids[place], encoder))
-            report.figures += _some(figures_of(f"judge, {principle}", ids, encoder))
-        report.findings += share_trap(
-            "warning", "self_judge_args.max_length", no_fit, total,
-            "of the data's own pairs do not fit into a judge prompt",
-            "such pairs are undecidable; raise max_length",
-        )  # fmt: skip
-        report.findings += share_trap(
-            "warning", "self_judge_args.max_new_tokens", tight, total,
-            f"of the prompts leave no room in a judge prompt for two responses of "
-            f"{own.max_new_tokens} tokens within max_length {limit}",
-            "the judge then loses context, or cannot decide; raise max_length or lower "
-            "max_new_tokens", least=0.05,
-        )  # fmt: skip
-        return lengths
+    except ValueError as error:
+        found.append(_refusal("letters", error))
+    records = _records(report, run, examples)
+    if letters is None:
+        return
+    if isinstance(run, JSFTRun):
+        report.cost = _jsft(report, prepared, letters, records)
+    else:
+        report.cost = _self_judge(report, prepared, records)
+    if report.cost is None:
+        return
+    found += findings.memory_findings(report.cost)
+    own: Any = run.jsft_args if isinstance(run, JSFTRun) else run.self_judge_args
+    if isinstance(run, SelfJudgeRun) and prepared.machine.cuda:
+        found += findings.engine_findings(own, report.cost, prepared.setting.bf16)
+    longest = max(f.tokens["max"] for f in report.figures)
+    found += findings.model_findings(size_of(model), run, own.max_length, longest)
 
 
-def _some(found: T | None) -> list[T]:
-    return [] if found is None else [found]
+def _about(prepared: _Prepared) -> dict[str, str]:
+    run, args, encoder = prepared.run, prepared.args, prepared.encoder
+    inner: Any = unwrapped(prepared.model)
+    template = "from the run file or judge.json"
+    if encoder.chat_template == encoder.tokenizer.chat_template:
+        template = "the tokenizer's own"
+    if encoder.tokenizer.chat_template is None and run.templates.chat is None:
+        template = "turn markers of the run file"
+    return {
+        "model": f"{run.model.model_name_or_path} ({type(inner).__name__}, "
+        f"{str(inner.dtype).removeprefix('torch.')})",
+        "trained": f"LoRA r {run.peft_config.get('r', 8)}" if run.peft_config else "all weights",
+        "batch": f"{args.per_device_train_batch_size} × {args.gradient_accumulation_steps} "
+        f"accumulated × {prepared.machine.processes} processes",
+        "chat template": template,
+        "output": str(args.output_dir),
+    }
 
 
-def _spread(records: Sequence[T], count: int) -> list[T]:
-    """`count` of them, evenly spread."""
-    if count >= len(records):
-        return list(records)
-    return [records[i * len(records) // count] for i in range(count)]
+def _packing(run: Any, args: Any, whole: Any) -> Iterable[Finding]:
+    model: Any = shallow_model(
+        whole,
+        attn_implementation=run.model.attn_implementation,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+    if model is None:
+        text = "how prefixes are shared is tried on the model itself when the run starts"
+        return [note("packing", text)]
+    adapter = lora_config(run.peft_config)
+    model = model if adapter is None else get_peft_model(model, adapter)
+    return findings.packing_findings(model, run, args)
 
 
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences share at their start."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+def _records(report: Report, run: Any, examples: int) -> list[PreferenceRecord]:
+    """Reads all records and gives those that are encoded, evenly spread."""
+    rationales = isinstance(run, JSFTRun) and run.uses_rationales
+    train, held_out = load_data(run.dataset, lambda line: None, rationales=rationales)
+    report.sources = train.counts_by_source
+    report.held_out = held_out.counts_by_source if held_out else {}
+    pairs = [p for r in train.records for p in r.pairs]
+    if pairs:
+        report.chosen_longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs)
+    report.findings += findings.data_findings(train, held_out)
+    report.records = len(train.records)
+    report.encoded = count = min(examples or report.records, report.records)
+    return [train.records[i * report.records // count] for i in range(count)]
+
+
+def _jsft(
+    report: Report,
+    prepared: _Prepared,
+    letters: tuple[int, int],
+    records: Sequence[PreferenceRecord],
+) -> Cost:
+    own, encoder = prepared.run.jsft_args, prepared.encoder
+    ignored = own.ignore_index
+    dataset, report.counts = _or_refused(
+        "jsft_args.max_length",
+        jsft_dataset,
+        records,
+        encoder,
+        prepared.judge.templates,
+        letters,
+        max_length=own.max_length,
+        ignore_index=ignored,
+    )
+    rows = dataset.to_list()
+    report.examples = first_of_each_kind(rows, encoder, ignored)
+    kinds: dict[str, list[Any]] = {}
+    for row in rows:
+        kind = "SFT" if row["kind"] == "sft" else f"judge, {row['principle']}"
+        kinds.setdefault(kind, []).append(row)
+    for kind, same in kinds.items():
+        ids, labels = [r["input_ids"] for r in same], [r["labels"] for r in same]
+        report.figures.append(figures_of(kind, ids, encoder, labels, ignored))
+    answers = Counter(
+        next(x for x in r["labels"] if x != ignored) for r in rows if r["kind"] == "judge"
+    )
+    report.letter_counts = {x: answers[i] for x, i in zip("AB", letters, strict=True)}
+    report.findings += findings.example_findings(report.counts, report.letter_counts)
+    total = round(len(rows) * report.records / report.encoded)
+    units = _units(rows, ignored, shared=own.packing != "off")
+    return jsft_cost(prepared.model, prepared.setting, prepared.device, prepared.args, units, total)
 
 
 def _units(
-    rows: Iterable[dict[str, Any]], ignore_index: int, shared: bool
+    rows: Sequence[dict[str, Any]], ignored: int, shared: bool
 ) -> list[tuple[int, int, int]]:
-    """(examples, tokens, trained tokens) of what is drawn together: twins share their start."""
+    """(examples, tokens, trained tokens) of what is drawn together: a swap shares its start."""
     units: list[tuple[int, int, int]] = []
-    before: list[int] = []
-    for row in rows:
-        ids = row["input_ids"]
-        trained = sum(x != ignore_index for x in row["labels"])
-        if row["twin"] and units and shared:
+    for row, before in zip(rows, [None, *rows]):  # noqa: B905
+        ids, trained = row["input_ids"], sum(x != ignored for x in row["labels"])
+        if row["twin"] and before and shared:
             n, tokens, scored = units[-1]
-            units[-1] = (n + 1, tokens + len(ids) - _shared(before, ids), scored + trained)
+            own = len(ids) - _shared(before["input_ids"], ids)
+            units[-1] = (n + 1, tokens + own, scored + trained)
         else:
             units.append((1, len(ids), trained))
-        before = ids
     return units
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    return shared_length(np.asarray(first), np.asarray(second))
+
+
+def _self_judge(
+    report: Report, prepared: _Prepared, records: Sequence[PreferenceRecord]
+) -> Cost | None:
+    own, encoder = prepared.run.self_judge_args, prepared.encoder
+    prepare = PromptPreparer(encoder, own.max_length, own.max_new_tokens, "train", False)
+    rows = [prepare(row, i)["prompt_ids"] for i, row in enumerate(prompt_rows(records))]
+    prompts = [ids for ids in rows if ids]
+    shorter = sum(
+        len(encoder.encode_prompt(r.prompt)) > len(ids) > 0
+        for r, ids in zip(records, rows, strict=True)
+    )
+    report.counts = {
+        "prompts": len(prompts),
+        "prompts: lost their oldest exchanges": shorter,
+        "prompts: left out, do not fit": len(records) - len(prompts),
+    }
+    report.findings += findings.prompt_findings(len(prompts), shorter, len(records), own)
+    if not prompts:
+        return None
+    report.examples.append(example_of("prompt, as it is sampled from", prompts[0], encoder))
+    report.figures.append(figures_of("prompts", prompts, encoder))
+    kept = [r for r, ids in zip(records, rows, strict=True) if ids]
+    responses, judged = _judged(report, prepared, kept)
+    return self_judge_cost(
+        prepared.model,
+        prepared.setting,
+        prepared.device,
+        prepared.args,
+        own,
+        len(prepared.judge.templates),
+        [len(ids) for ids in prompts],
+        responses,
+        judged,
+        round(len(prompts) * report.records / report.encoded),
+    )
+
+
+def _judged(
+    report: Report, prepared: _Prepared, records: Sequence[PreferenceRecord]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Encodes the data's own pairs as the judge will be asked.
+
+    Returns:
+        The lengths of the better responses, and of each pair that fits (tokens of all its judge
+        prompts with shared ones once, tokens of the longest with responses at their longest).
+    """
+    own, encoder = prepared.run.self_judge_args, prepared.encoder
+    templates = prepared.judge.templates
+    limit = min(own.max_length, size_of(prepared.model).context or own.max_length)
+    asked: dict[str, list[list[int]]] = {principle: [] for principle in templates}
+    responses: list[int] = []
+    judged: list[tuple[int, int]] = []
+    tight = 0
+    for record in records:
+        for pair in record.pairs[:1]:
+            chosen, rejected = map(len, map(encoder.encode_content, (pair.chosen, pair.rejected)))
+            responses.append(chosen)
+            comparison = Comparison(judge_context(record), pair.chosen, pair.rejected)
+            orders = {
+                principle: both
+                for principle in templates
+                if (both := encode_orders(encoder, templates, principle, comparison, limit))
+            }
+            if len(orders) < len(templates):
+                continue
+            for principle, both in orders.items():
+                asked[principle] += both
+            longest = max(len(ids) for both in orders.values() for ids in both)
+            at_limit = longest - chosen - rejected + 2 * own.max_new_tokens
+            tight += at_limit > limit
+            unique = sum(len(a) + len(b) - _shared(a, b) for a, b in orders.values())
+            judged.append((unique, min(at_limit, limit)))
+    for principle, prompts in asked.items() if judged else ():
+        for ids, order in zip(prompts, ("first", "second"), strict=False):
+            title = f"judge, {principle}, {order} response first: the next token is the verdict"
+            report.examples.append(example_of(title, ids, encoder))
+        report.figures.append(figures_of(f"judge, {principle}", prompts, encoder))
+    report.findings += findings.judge_prompt_findings(
+        len(responses) - len(judged), tight, len(responses), own.max_new_tokens, limit
+    )
+    return responses, judged

@@ -1,4 +1,4 @@
-"""What a run trains on, token by token: samples to look at and figures of all that was encoded.
+"""What a run trains on, token by token: examples to look at and figures of all that was encoded.
 
 It reads ids and labels as the trainers get them. It does not know where they come from, or colours.
 """
@@ -6,7 +6,7 @@ It reads ids and labels as the trainers get them. It does not know where they co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -32,7 +32,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Example:
     """One example as the model sees it."""
 
     title: str
@@ -47,32 +47,32 @@ class Sample:
         return sum(len(p.ids) for p in self.pieces if p.trained)
 
 
-def sample_of(
+def example_of(
     title: str,
     ids: Sequence[int],
     encoder: ChatEncoder,
     labels: Sequence[int] | None = None,
     ignore_index: int = -100,
-) -> Sample:
+) -> Example:
     """Cuts a sequence where training or control tokens begin and end.
 
     Without labels none of it is trained.
     """
-    trained = [label != ignore_index for label in labels] if labels else [False] * len(ids)
-    marked = [
-        (t, encoder.is_control(i), i, n) for n, (i, t) in enumerate(zip(ids, trained, strict=True))
+    kinds = [
+        (label != ignore_index, encoder.is_control(i))
+        for i, label in zip(ids, labels or [ignore_index] * len(ids), strict=True)
     ]
     pieces: list[Piece] = []
-    before = ""
-    for (is_trained, control), group in groupby(marked, key=lambda m: m[:2]):
-        own = list(group)
+    before, end = "", 0
+    for (trained, control), group in groupby(kinds):
+        start, end = end, end + len(list(group))
+        own = list(ids[start:end])
         # Decoded from the start: SentencePiece drops the space in front of a text's first word.
-        whole = _decoded(encoder, ids[: own[-1][3] + 1])
+        whole = _decoded(encoder, ids[:end])
         text = whole[len(before) :] if whole.startswith(before) else ""
-        text = text or _decoded(encoder, [m[2] for m in own])
+        pieces.append(Piece(own, text or _decoded(encoder, own), trained, control))
         before = whole
-        pieces.append(Piece([m[2] for m in own], text, is_trained, control))
-    return Sample(title, pieces)
+    return Example(title, pieces)
 
 
 def _decoded(encoder: ChatEncoder, ids: Sequence[int]) -> str:
@@ -80,6 +80,21 @@ def _decoded(encoder: ChatEncoder, ids: Sequence[int]) -> str:
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     return str(text)
+
+
+def first_of_each_kind(
+    rows: Sequence[Mapping[str, Any]], encoder: ChatEncoder, ignore_index: int = -100
+) -> list[Example]:
+    """The first row of `jsft_dataset` of every kind: SFT, and each principle in both orders."""
+    found: dict[str, Example] = {}
+    for row in rows:
+        order = "worse response first: B" if row["twin"] else "better response first: A"
+        title = f"judge, {row['principle']}, {order}"
+        if row["kind"] == "sft":
+            title = "SFT: the dialogue, answers trained"
+        if title not in found:
+            found[title] = example_of(title, row["input_ids"], encoder, row["labels"], ignore_index)
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +119,21 @@ class Figures:
 
 def figures_of(
     kind: str,
-    sequences: Iterable[Sequence[int]],
+    sequences: Sequence[Sequence[int]],
     encoder: ChatEncoder,
-    labels: Iterable[Sequence[int]] = (),
+    labels: Sequence[Sequence[int]] = (),
     ignore_index: int = -100,
-) -> Figures | None:
-    """The figures of some sequences; `None` where there are none."""
+) -> Figures:
+    """The figures of some sequences, at least one; without labels none of them is trained."""
     bos, stops = encoder.tokenizer.bos_token_id, set(encoder.stop_token_ids)
-    lengths, begins, ends = [], [], []
-    for ids in sequences:
-        lengths.append(len(ids))
-        begins.append(sum(i == bos for i in ids) if bos is not None else 0)
-        ends.append(sum(i in stops for i in ids))
-    if not lengths:
-        return None
-    trained = [sum(x != ignore_index for x in own) for own in labels]
+    begins = [sum(i == bos for i in ids) if bos is not None else 0 for ids in sequences]
+    ends = [sum(i in stops for i in ids) for ids in sequences]
+    trained = sum(label != ignore_index for own in labels for label in own)
     return Figures(
         kind,
-        len(lengths),
-        percentiles(lengths),
-        sum(trained) / len(trained) if trained else 0.0,
+        len(sequences),
+        percentiles([len(ids) for ids in sequences]),
+        trained / len(sequences),
         (min(begins), max(begins)),
         (min(ends), max(ends)),
     )
@@ -132,25 +142,5 @@ def figures_of(
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:
     """`p50`, `p90`, `p99` and `max` of at least one number, each of them one of the numbers."""
     ordered = sorted(lengths)
-    places = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    return {name: ordered[math.ceil(p * len(ordered)) - 1] for name, p in places.items()}
-
-
-def jsft_samples(
-    rows: Iterable[Mapping[str, Any]], encoder: ChatEncoder, ignore_index: int = -100
-) -> list[Sample]:
-    """The first row of `jsft_dataset` of every kind: SFT, and each principle in both orders."""
-    found: dict[str, Sample] = {}
-    for row in rows:
-        title = title_of(row)
-        if title not in found:
-            found[title] = sample_of(title, row["input_ids"], encoder, row["labels"], ignore_index)
-    return list(found.values())
-
-
-def title_of(row: Mapping[str, Any]) -> str:
-    """What a row of `jsft_dataset` is, in words."""
-    if row["kind"] == "sft":
-        return "SFT: the dialogue, answers trained"
-    order = "worse response first: B" if row["twin"] else "better response first: A"
-    return f"judge, {row['principle']}, {order}"
+    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    return {name: ordered[math.ceil(p * len(ordered)) - 1] for name, p in shares.items()}

@@ -1,4 +1,4 @@
-"""Traps: settings, templates, models and data with which a run would start, and go wrong.
+"""Settings, templates, models and data with which a run would start, and go wrong.
 
 Every function looks at one thing and gives what it found in words. What makes a run fail at once is
 said by those who fail; this module does not load data or print.
@@ -6,8 +6,9 @@ said by those who fail; this module does not load data or print.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
+from self_judge.check.cost import Cost
+from self_judge.check.memory import GIB
 from self_judge.check.model_size import Size
-from self_judge.check.workload import Needs
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
 from self_judge.config.self_training import SelfJudgeArgs
 from self_judge.data.records import first_question
@@ -51,7 +53,12 @@ class Finding:
     text: str
 
 
-def chat_traps(encoder: ChatEncoder) -> Iterator[Finding]:
+problem = partial(Finding, "problem")
+warning = partial(Finding, "warning")
+note = partial(Finding, "note")
+
+
+def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
     """A template that trains one thing and asks for another, or teaches no end."""
     tokenizer = encoder.tokenizer
     user, answer = Message(role="user", content="a"), Message(role="assistant", content="b")
@@ -59,10 +66,9 @@ def chat_traps(encoder: ChatEncoder) -> Iterator[Finding]:
         prompt = encoder.encode_prompt(asked)
         whole = encoder.encode_dialogue([*asked, answer]).ids
         if whole[: len(prompt)] != prompt:
-            same = next(i for i, (a, b) in enumerate(zip(prompt, [*whole, None])) if a != b)  # noqa: B905
+            same = _shared(prompt, whole)
             shown = [tokenizer.convert_ids_to_tokens(x[same : same + 4]) for x in (prompt, whole)]
-            yield Finding(
-                "problem",
+            yield problem(
                 "chat template",
                 f"its prompt is not a prefix of prompt + answer: at token {same} sampling "
                 f"continues {shown[0]}, training has {shown[1]}. The model is asked what it never "
@@ -72,109 +78,95 @@ def chat_traps(encoder: ChatEncoder) -> Iterator[Finding]:
     bos = tokenizer.bos_token_id
     # Not counted: in ChatML, every turn begins with what some tokenizers call BOS.
     if bos is not None and encoder.encode_prompt([user])[:2] == [bos, bos]:
-        yield Finding(
-            "problem",
+        yield problem(
             "chat template",
             f"a prompt begins with {tokenizer.bos_token!r} twice: let templates.chat write it once",
         )
+    encoded = encoder.encode_dialogue([user, answer])
+    trained = [i for i, m in zip(encoded.ids, encoded.mask, strict=True) if m]
     if not encoder.stop_token_ids:
-        yield Finding(
-            "problem",
+        yield problem(
             "tokenizer",
             "no token ends an answer: there is no end-of-sequence token, and the template closes "
             "no turn with a control token; sampling would run to max_new_tokens. Set "
             "tokenizer.eos_token",
         )
-    elif not _trains_end(encoder, user, answer):
-        yield Finding(
-            "problem",
+    elif not trained or trained[-1] not in encoder.stop_token_ids:
+        yield problem(
             "chat template",
             "the end of an answer is not trained: the template writes no control token after it, "
             "so the model does not learn to stop; let templates.chat close answers with "
             f"{tokenizer.eos_token!r}",
         )
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        yield Finding(
-            "note",
+        yield note(
             "tokenizer",
             f"padding is the end of sequence ({tokenizer.pad_token!r}): harmless here, no mask is "
             "made by looking for it, and ends of answers are trained",
         )
 
 
-def _trains_end(encoder: ChatEncoder, user: Message, answer: Message) -> bool:
-    encoded = encoder.encode_dialogue([user, answer])
-    trained = [i for i, m in zip(encoded.ids, encoded.mask, strict=True) if m]
-    return bool(trained) and trained[-1] in encoder.stop_token_ids
+def _shared(first: Any, second: Any) -> int:
+    """How much two texts or lists of ids have in common from their start."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def judge_traps(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -> Iterator[Finding]:
+def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -> Iterator[Finding]:
     """Judge settings that differ from those the model was trained with (self-training)."""
     saved = load_judge_settings(name)
     if saved is None:
-        yield Finding(
-            "warning",
+        yield warning(
             "templates.judge",
             f"{name} has no judge.json: nothing says that this model was taught to judge by these "
             "templates; start from what JSFT wrote",
         )
         return
-    for principle in templates:
-        if principle not in saved.templates:
-            yield Finding(
-                "problem",
+    for principle, asked in templates.items():
+        taught = saved.templates.get(principle)
+        if taught is None:
+            yield problem(
                 "templates.judge",
                 f"the model was not taught the principle {principle!r}, but "
                 f"{', '.join(saved.templates)} (its judge.json)",
             )
             continue
-        asked, taught = templates[principle], saved.templates[principle]
         for part in ("system", "user", "assistant"):
             ours, theirs = getattr(asked, part) or "", getattr(taught, part) or ""
             if ours != theirs:
-                yield Finding(
-                    "problem",
+                same = _shared(ours, theirs)
+                shown = slice(max(0, same - 12), same + 24)
+                yield problem(
                     "templates.judge",
                     f"{principle}.{part} is not what the model was taught (its judge.json): "
-                    f"{_difference(ours, theirs)}; leave templates.judge null to use that",
+                    f"{ours[shown]!r} here, {theirs[shown]!r} there; leave templates.judge null "
+                    "to use that",
                 )
     left = [p for p in saved.templates if p not in templates]
     if left:
-        yield Finding(
-            "warning",
+        yield warning(
             "templates.judge",
             f"the model was also taught {', '.join(left)}: those principles do not vote",
         )
     if saved.chat_template is not None and saved.chat_template != encoder.chat_template:
-        yield Finding(
-            "problem",
+        yield problem(
             "templates.chat",
             "is not the chat template that the model was taught with (its judge.json); leave it "
             "out to use that",
         )
     # The encoder has every value that was saved, with what the run file sets instead or beside it.
     given = encoder.chat_template_kwargs if saved.chat_template_kwargs else {}
-    for name, ours in given.items():
-        theirs = saved.chat_template_kwargs.get(name)
-        if ours != theirs:
-            yield Finding(
-                "problem",
-                f"templates.chat_template_kwargs.{name}",
-                f"is {ours!r}, and {theirs!r} is what the model was taught with (its judge.json); "
+    for key, value in given.items():
+        theirs = saved.chat_template_kwargs.get(key)
+        if value != theirs:
+            yield problem(
+                f"templates.chat_template_kwargs.{key}",
+                f"is {value!r}, and {theirs!r} is what the model was taught with (its judge.json); "
                 "leave it out to use that",
             )
 
 
-def _difference(ours: str, theirs: str) -> str:
-    same = next(
-        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-        min(len(ours), len(theirs)),
-    )
-    start = max(0, same - 12)
-    return f"{ours[start : same + 24]!r} here, {theirs[start : same + 24]!r} there"
-
-
-def model_traps(
+def model_findings(
     size: Size, run: JSFTRun | SelfJudgeRun, max_length: int, longest: int
 ) -> Iterator[Finding]:
     """A model that cannot learn, or cannot take what it is given.
@@ -184,31 +176,27 @@ def model_traps(
         longest: tokens of the longest one there was.
     """
     if not size.trainable:
-        yield Finding(
-            "problem",
+        yield problem(
             "peft_config" if run.peft_config else "model",
             "no parameter is trained: remove inference_mode, or name target_modules",
         )
     if size.context is not None and max_length > size.context:
-        beyond = longest > size.context
-        yield Finding(
-            "problem" if beyond else "warning",
+        beyond = f", and there are sequences of {longest}" if longest > size.context else ""
+        yield (problem if beyond else warning)(
             "max_length",
-            f"{max_length} tokens are allowed, the model was made for {size.context}"
-            + (f", and there are sequences of {longest}" if beyond else "")
-            + ": lower max_length",
+            f"{max_length} tokens are allowed, the model was made for {size.context}{beyond}: "
+            "lower max_length",
         )
     half = size.weight_bytes < 3 * size.parameters
     if run.peft_config is None and half and size.trainable == size.parameters:
-        yield Finding(
-            "warning",
+        yield warning(
             "model.dtype",
             "full fine-tuning of half-precision weights rounds small updates away: "
             "set model.dtype to float32 (training_args.bf16 still computes in bfloat16)",
         )
 
 
-def packing_traps(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
+def packing_findings(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
     """Ways of sharing prefixes that the run asks for and that will not be exact for its model.
 
     Args:
@@ -230,78 +218,71 @@ def packing_traps(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -> I
             try:
                 decision = Packing(model, choice, gradients=gradients).decision
             except ValueError as error:
-                yield Finding("problem", about, str(error))
+                yield problem(about, str(error))
                 return
             if choice == "auto" and decision.route in ("padding", "off"):
-                yield Finding(
-                    "warning", about, f"no prefix is shared in the {what}: {decision.reason}"
-                )
+                yield warning(about, f"no prefix is shared in the {what}: {decision.reason}")
         if isinstance(run, SelfJudgeRun) and not run.self_judge_args.use_vllm:
             why = why_not_shared(model)
             if why is not None:
-                yield Finding(
-                    "warning",
-                    "sampling",
-                    f"every response computes its prompt again, by the model's generate: {why}",
-                )
+                text = "every response computes its prompt again, by the model's generate"
+                yield warning("sampling", f"{text}: {why}")
 
 
-def setting_traps(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
+def setting_findings(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
     """Settings that are taken and do not do what they say."""
     for key, why in {
         "padding_free": "TRL has it switched off; shared prefixes are packed by `packing`",
         "use_liger_kernel": "deprecated in TRL, and its loss goes past the packed passes",
     }.items():
         if run.training_args.get(key):
-            yield Finding("warning", f"training_args.{key}", f"{why}: leave it out")
+            yield warning(f"training_args.{key}", f"{why}: leave it out")
     if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not (
         run.dataset.eval or run.dataset.held_out
     ):
-        yield Finding(
-            "warning",
+        yield warning(
             "training_args.eval_strategy",
             "there is nothing to evaluate on: dataset.eval is empty and held_out is 0",
         )
-    output = Path(str(args.output_dir))
-    if output.resolve() == Path(run.model.model_name_or_path).resolve():
-        yield Finding(
-            "problem", "training_args.output_dir", "is the model's own folder: it would be replaced"
-        )
-    elif output.is_dir() and args.resume_from_checkpoint in LAST:
-        found, passed_over = latest_complete(output)
-        for line in passed_over:
-            yield Finding("warning", "training_args.resume_from_checkpoint", line)
-        if found is not None:
-            yield Finding(
-                "note", "training_args.resume_from_checkpoint", f"the run goes on from {found}"
-            )
-    elif output.is_dir() and not args.resume_from_checkpoint and get_last_checkpoint(str(output)):
-        yield Finding(
-            "warning",
-            "training_args.output_dir",
-            f"{output} has checkpoints of another run, which this one would mix with: set "
-            "training_args.resume_from_checkpoint=true to go on, or another folder",
-        )
+    yield from _output_findings(Path(str(args.output_dir)), run, args.resume_from_checkpoint)
     if isinstance(run, SelfJudgeRun):
         own = run.self_judge_args
         losses = [own.loss_type] if isinstance(own.loss_type, str) else own.loss_type
         if "ipo" in losses and own.average_log_prob is None:
-            yield Finding(
-                "note",
+            yield note(
                 "self_judge_args.average_log_prob",
                 "TRL's ipo averages log-probabilities over tokens, the method's sums them: "
                 "false for the latter",
             )
 
 
-def data_traps(train: PreferenceData, held_out: PreferenceData | None) -> Iterator[Finding]:
+def _output_findings(
+    output: Path, run: JSFTRun | SelfJudgeRun, resume: str | None
+) -> Iterator[Finding]:
+    key, resume_key = "training_args.output_dir", "training_args.resume_from_checkpoint"
+    if output.resolve() == Path(run.model.model_name_or_path).resolve():
+        yield problem(key, "is the model's own folder: it would be replaced")
+    elif output.is_dir() and resume in LAST:
+        found, passed_over = latest_complete(output)
+        for line in passed_over:
+            yield warning(resume_key, line)
+        if found is not None:
+            yield note(resume_key, f"the run goes on from {found}")
+    elif output.is_dir() and not resume and get_last_checkpoint(str(output)):
+        yield warning(
+            key,
+            f"{output} has checkpoints of another run, which this one would mix with: set "
+            f"{resume_key}=true to go on, or another folder",
+        )
+
+
+def data_findings(train: PreferenceData, held_out: PreferenceData | None) -> Iterator[Finding]:
     """Data that repeats itself between training and evaluation, or is mostly left out."""
     if held_out is not None:
         seen = {first_question(r) for r in train.records}
         shared = sum(first_question(r) in seen for r in held_out.records)
         if shared:
-            yield Finding(
-                "warning",
+            yield warning(
                 "dataset.eval",
                 f"{shared:,} of {len(held_out.records):,} evaluation prompts begin with a question "
                 "that is trained on: the evaluation flatters",
@@ -311,146 +292,143 @@ def data_traps(train: PreferenceData, held_out: PreferenceData | None) -> Iterat
             skipped = sum(n for what, n in counts.items() if what.startswith(f"skipped {noun}"))
             there = skipped + counts.get(f"{noun}s", 0)
             if skipped > there / 10:
-                yield Finding(
-                    "warning",
+                yield warning(
                     "dataset.sources",
                     f"{label}: {skipped:,} of {there:,} {noun}s are skipped; see the reasons above",
                 )
 
 
-def example_traps(counts: dict[str, int], letters: dict[str, int]) -> Iterator[Finding]:
+def example_findings(counts: dict[str, int], letters: dict[str, int]) -> Iterator[Finding]:
     """JSFT examples that are cut or left out, and letters out of balance.
 
     Args:
         counts: of `jsft_dataset`.
         letters: how often each is the answer.
     """
-    for kind in ("sft", "judge"):
+    about = "jsft_args.max_length"
+    for kind, end in (("sft", "they train no end of answer"), ("judge", "rationales lose theirs")):
         kept = counts.get(f"{kind} examples", 0)
         for why in (NO_FIT, NO_ROOM):
             lost = counts.get(f"{kind} examples: {why}", 0)
-            yield from share_trap(
-                "problem" if not kept else "warning",
-                "jsft_args.max_length",
-                lost,
-                kept + lost,
-                f"{kind} examples are left out ({why})",
-                "raise max_length",
-                least=0.0 if not kept else 0.01,
-            )
-        yield from share_trap(
-            "warning",
-            "jsft_args.max_length",
-            counts.get(f"{kind} examples: {CUT}", 0),
-            kept,
-            f"{kind} examples are cut at their end"
-            + (": they train no end of answer" if kind == "sft" else ": rationales lose theirs"),
-            "raise max_length",
-            least=0.01,
-        )
+            text = f"{kind} examples are left out ({why}): raise max_length"
+            if kept:
+                yield from _share(about, lost, kept + lost, text, least=0.01)
+            else:
+                yield from _share(about, lost, lost, text, level="problem")
+        cut = counts.get(f"{kind} examples: {CUT}", 0)
+        text = f"{kind} examples are cut at their end: {end}: raise max_length"
+        yield from _share(about, cut, kept, text, least=0.01)
     if len(set(letters.values())) > 1:
         counted = ", ".join(f"{n:,} {letter}" for letter, n in letters.items())
-        yield Finding(
-            "warning",
-            "jsft_args.max_length",
+        yield warning(
+            about,
             f"the letters are out of balance ({counted}): one order of some pairs is missing, and "
             "the judge learns to prefer a letter",
         )
     if not any(letters.values()):
-        yield Finding(
-            "problem",
+        yield problem(
             "dataset.sources",
             "there is no judge example: the model would learn to answer, not to judge",
         )
 
 
-def prompt_traps(
-    kept: int, shorter: int, of: int, max_length: int, max_new_tokens: int
+def prompt_findings(kept: int, shorter: int, of: int, own: SelfJudgeArgs) -> Iterator[Finding]:
+    """Prompts that do not fit beside a response (self-training).
+
+    Args:
+        kept, shorter, of: how many fit, how many of these lost exchanges, and how many there are.
+    """
+    about, advice = "self_judge_args.max_new_tokens", "raise max_length or lower max_new_tokens"
+    room = f"max_length {own.max_length} - max_new_tokens {own.max_new_tokens} = "
+    room += f"{own.max_length - own.max_new_tokens} tokens"
+    text = f"prompts are longer than {room} and are left out: {advice}"
+    yield from _share(about, of - kept, of, text, level="warning" if kept else "problem")
+    text = f"prompts lose their oldest exchanges to fit into {room}: {advice}"
+    yield from _share(about, shorter, of, text, least=0.01)
+
+
+def judge_prompt_findings(
+    no_fit: int, tight: int, of: int, new: int, limit: int
 ) -> Iterator[Finding]:
-    """Prompts that do not fit beside a response (self-training)."""
-    room = f"max_length {max_length} - max_new_tokens {max_new_tokens} = "
-    room += f"{max_length - max_new_tokens} tokens"
-    yield from share_trap(
-        "warning" if kept else "problem",
-        "self_judge_args.max_new_tokens",
-        of - kept,
-        of,
-        f"prompts are longer than {room} and are left out",
-        "raise max_length or lower max_new_tokens",
-    )
-    yield from share_trap(
-        "warning",
-        "self_judge_args.max_new_tokens",
-        shorter,
-        of,
-        f"prompts lose their oldest exchanges to fit into {room}",
-        "raise max_length or lower max_new_tokens",
-        least=0.01,
-    )
+    """Judge prompts that do not fit (self-training).
+
+    Args:
+        no_fit: how many of the data's own pairs do not fit.
+        tight: how many of the others do not with two responses of `new` tokens.
+        of: how many pairs there are.
+        limit: tokens that a judge prompt may have.
+    """
+    yield from _share(
+        "self_judge_args.max_length", no_fit, of,
+        "of the data's own pairs do not fit into a judge prompt: such pairs are undecidable; "
+        "raise max_length",
+    )  # fmt: skip
+    yield from _share(
+        "self_judge_args.max_new_tokens", tight, of,
+        f"of the prompts leave no room in a judge prompt for two responses of {new} tokens within "
+        f"max_length {limit}: the judge then loses context, or cannot decide; raise max_length or "
+        "lower max_new_tokens", least=0.05,
+    )  # fmt: skip
 
 
-def memory_traps(needs: Needs) -> Iterator[Finding]:
+def memory_findings(cost: Cost) -> Iterator[Finding]:
     """A run that is estimated not to fit; the estimate has been up to a quarter off."""
-    share = needs.memory.peak / needs.device_memory if needs.device_memory else 0.0
-    if share > 0.9:
-        yield Finding(
-            "problem" if share > 1.25 else "warning",
+    memory, there = cost.memory, cost.device_memory
+    if memory.peak > 0.9 * there > 0:
+        advice = {
+            "update": "lower per_device_train_batch_size, turn on gradient_checkpointing, "
+            "use LoRA, or shard (--sharding)",
+            "sampling": "lower generation_batch_size or max_new_tokens",
+            "judging": "lower max_length, or judge_batch_size with packing: off",
+        }[memory.largest_phase]
+        yield (problem if memory.peak > 1.25 * there else warning)(
             "memory",
-            f"about {needs.memory.peak / 2**30:.0f} GiB are needed on each process, "
-            f"{needs.device} has {needs.device_memory / 2**30:.0f}; largest in the "
-            f"{needs.memory.largest_phase}: "
-            + {
-                "update": "lower per_device_train_batch_size, turn on gradient_checkpointing, "
-                "use LoRA, or shard (--sharding)",
-                "sampling": "lower generation_batch_size or max_new_tokens",
-                "judging": "lower max_length, or judge_batch_size with packing: off",
-            }[needs.memory.largest_phase],
+            f"about {memory.peak / GIB:.0f} GiB are needed on each process, {cost.device} has "
+            f"{there / GIB:.0f}; largest in the {memory.largest_phase}: {advice}",
         )
 
 
-def engine_traps(own: SelfJudgeArgs, needs: Needs, bf16: bool) -> Iterator[Finding]:
+def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Finding]:
     """A colocated engine of vLLM, which takes its share of a GPU from what training leaves.
 
     Args:
         bf16: whether the engine computes in two bytes per weight.
     """
-    total, memory, size = needs.device_memory, needs.memory, needs.size
+    if not own.use_vllm or own.vllm_mode != "colocate":
+        return
+    total, memory, size = cost.device_memory, cost.memory, cost.size
     taken = own.vllm_gpu_memory_utilization * total
     weights = 2 * size.parameters if bf16 else size.weight_bytes
     # The engine starts before there are gradients and optimizer states.
     at_start = memory.weights + memory.reference + memory.resident
-    update = memory.held + memory.activations + memory.head
     asleep = own.vllm_enable_sleep_mode
-    beside = max(at_start, memory.held if asleep else update)
-    gib = 2**30
+    beside = max(at_start, memory.held + (0 if asleep else memory.phases["update"]))
     level: Level = "note"
     text = (
-        f"the engine takes {taken / gib:.1f} GiB, this share of all {total / gib:.0f} GiB, and "
-        f"does not start where less is free; about {at_start / gib:.1f} GiB are taken before it "
-        f"starts, {beside / gib:.1f} GiB at most beside it"
+        f"the engine takes {taken / GIB:.1f} GiB, this share of all {total / GIB:.0f} GiB, and "
+        f"does not start where less is free; about {at_start / GIB:.1f} GiB are taken before it "
+        f"starts, {beside / GIB:.1f} GiB at most beside it"
     )
     if weights > taken:
         level = "problem"
-        text += f"; its own copy of the weights alone is {weights / gib:.1f} GiB: raise it"
+        text += f"; its own copy of the weights alone is {weights / GIB:.1f} GiB: raise it"
     elif at_start + taken > total:
         level, text = "problem", f"{text}: lower it"
     elif beside + taken > total:
         level = "warning"
         text += ": lower it" + ("" if asleep else ", or set vllm_enable_sleep_mode")
     yield Finding(level, "vllm_gpu_memory_utilization", text)
-    yield Finding(
-        "note",
+    yield note(
         "use_vllm",
         "the estimate leaves out the start of the engine, which compiles and captures graphs "
-        "(minutes, and memory beside its share), and takes sampling to be as slow as without vLLM",
+        "(minutes, and memory beside its share)",
     )
 
 
-def share_trap(
-    level: Level, about: str, count: int, of: int, what: str, advice: str, least: float = 0.0
-) -> Sequence[Finding]:
-    """A finding where more than a share `least` of things have something; none otherwise."""
-    if not of or count <= least * of:
-        return ()
-    share = f"{count:,} of {of:,} ({100 * count / of:.0f} %)"
-    return (Finding(level, about, f"{share} {what}: {advice}"),)
+def _share(
+    about: str, count: int, of: int, text: str, least: float = 0.0, level: Level = "warning"
+) -> Iterator[Finding]:
+    """A finding where more than a share `least` of things have something."""
+    if of and count > least * of:
+        share = f"{count:,} of {of:,} ({100 * count / of:.0f} %)"
+        yield Finding(level, about, f"{share} {text}")

@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from peft import PeftConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from self_judge.errors import ModelError
@@ -215,14 +216,12 @@ def kept_activations(model: nn.Module, rows: int, tokens: int, *, bf16: bool = F
         bf16: under autocast to bfloat16.
     """
     size = size_of(model)
-    model = copy.deepcopy(model).train()
-    inner: Any = unwrapped(model)
+    inner: Any = unwrapped(copy.deepcopy(model).train())
     half = bf16 or inner.dtype.itemsize == 2
     checkpoints = size.layers * rows * tokens * size.hidden * inner.dtype.itemsize
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            own = _with_fake_parameters(model)
-            kept = _followed(inner, own, rows, tokens, bf16)
+            kept = _followed(inner.base_model, rows, tokens, inner.dtype, bf16)
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
         # Experts are chosen by what the numbers are, and fake tensors have none.
         thumb = 34 * rows * tokens * size.hidden * size.layers * (1 if half else 2)
@@ -230,23 +229,13 @@ def kept_activations(model: nn.Module, rows: int, tokens: int, *, bf16: bool = F
     return Kept(kept, checkpoints, kept // size.layers, counted=True)
 
 
-def _with_fake_parameters(model: nn.Module) -> set[int]:
-    own: set[int] = set()
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is None:
-                continue
-            if id(p) not in made:
-                fake = torch.empty(p.shape, dtype=p.dtype, device="cpu")
-                made[id(p)] = nn.Parameter(fake, requires_grad=p.requires_grad)
-            module._parameters[name] = made[id(p)]
-    for parameter in made.values():
-        own.add(parameter.untyped_storage()._cdata)
-    return own
-
-
-def _followed(inner: Any, own: set[int], rows: int, tokens: int, bf16: bool) -> int:
+def _followed(backbone: nn.Module, rows: int, tokens: int, dtype: torch.dtype, bf16: bool) -> int:
+    """Bytes that a pass over fake tensors keeps for its backward pass, beside the parameters."""
+    parameters = {
+        name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
+        for name, p in backbone.named_parameters()
+    }
+    own = {p.untyped_storage()._cdata for p in parameters.values()}
     seen: dict[int, Any] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -255,14 +244,14 @@ def _followed(inner: Any, own: set[int], rows: int, tokens: int, bf16: bool) -> 
             seen[storage._cdata] = storage  # held, so that no other takes its place
         return tensor
 
-    computed_in = torch.bfloat16 if bf16 else inner.dtype
     inputs = {
         "input_ids": torch.zeros(rows, tokens, dtype=torch.long),
-        "attention_mask": torch.zeros(rows, 1, tokens, tokens, dtype=computed_in),
+        "attention_mask": torch.zeros(
+            rows, 1, tokens, tokens, dtype=torch.bfloat16 if bf16 else dtype
+        ),
         "use_cache": False,
     }
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = inner.base_model(**inputs)
-        del output
+        functional_call(backbone, parameters, (), inputs)
     return sum(storage.nbytes() for storage in seen.values())

@@ -33,7 +33,7 @@ from self_judge.commands.shares import Shares
 from self_judge.config.self_training import SamplingSettings
 from self_judge.console import neutral
 from self_judge.data.files import read_raw, reader_of
-from self_judge.data.records import Place
+from self_judge.data.records import RecordRef
 from self_judge.data.sources import prompt_of, read_prompts
 from self_judge.datatypes import Comparison, Message, Verdict, stable_seed
 from self_judge.errors import JournalError
@@ -248,7 +248,7 @@ def _given(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, A
     """One `{"text", "finished"}` per prompt; where a line names its prompt, it must be that one."""
     found: list[dict[str, Any]] = []
     for index, line in enumerate(itertools.islice(read_raw(str(file)), len(prompts))):
-        where = Place(str(file), index)
+        where = RecordRef(str(file), index)
         name = next((n for n in _RESPONSE_FIELDS if n in line), _RESPONSE_FIELDS[0])
         text = where.text(line, name)
         asked = prompt_of(line, where)

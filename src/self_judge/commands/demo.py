@@ -29,7 +29,7 @@ from self_judge.commands.tournament import bracket_json
 from self_judge.commands.train import jsft_trainer, save_jsft
 from self_judge.config.self_training import SamplingSettings
 from self_judge.console import neutral
-from self_judge.data import synthetic
+from self_judge.data import synthetic, toy_world
 from self_judge.datatypes import Comparison, PreferenceRecord, stable_seed
 from self_judge.evaluation.calibration import judged_line
 from self_judge.evaluation.statistics import (
@@ -247,7 +247,7 @@ def _gold_scores(
     seeds = [stable_seed(seed, "held-out", i) for i in range(len(prompts))]
 
     def scores(texts: Sequence[str]) -> list[float]:
-        return [synthetic.gold_score(i, t) for i, t in zip(instructions, texts, strict=True)]
+        return [toy_world.gold_score(i, t) for i, t in zip(instructions, texts, strict=True)]
 
     jsft_model: Any = judge.model
     with console.status("JSFT answers held-out prompts"):
@@ -271,7 +271,7 @@ def _gold_scores(
                 "winner": bracket.winner,
                 "response": best[i],
                 "principles": principles,
-                "gold_scores": [synthetic.gold_score(instructions[i], t) for t in own[i]],
+                "gold_scores": [toy_world.gold_score(instructions[i], t) for t in own[i]],
                 "bracket": bracket_json(bracket),
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -25,7 +25,7 @@ from self_judge.config.self_training import PackingChoice
 from self_judge.config.yaml import build, read_yaml
 from self_judge.console import neutral
 from self_judge.data.files import read_raw
-from self_judge.data.records import Place
+from self_judge.data.records import RecordRef
 from self_judge.datatypes import Comparison, Verdict
 from self_judge.errors import ConfigError, JournalError
 from self_judge.inference.vllm.client import VLLMServers
@@ -400,7 +400,7 @@ def run_judge(
 
     def cases() -> Iterator[Case]:
         for number, line in enumerate(read_raw(str(source))):
-            yield _case(line, Place(str(source), number), field, principles)
+            yield _case(line, RecordRef(str(source), number), field, principles)
 
     total, _ = judge_in_bulk(
         cases,
@@ -415,7 +415,7 @@ def run_judge(
     return total
 
 
-def _case(line: dict[str, Any], where: Place, field: str, principles: Sequence[str]) -> Case:
+def _case(line: dict[str, Any], where: RecordRef, field: str, principles: Sequence[str]) -> Case:
     if field in line:
         raise where.error(field, "is there already; write the verdict elsewhere with --field NAME")
     if "context" in line:

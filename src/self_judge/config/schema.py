@@ -106,7 +106,7 @@ class TemplateArgs:
 
 
 @dataclass(frozen=True)
-class SourceArgs:
+class Source:
     """One source of preference data.
 
     Args:
@@ -151,9 +151,9 @@ class DatasetArgs:
         num_proc: processes that read the data (`None`: this one).
     """
 
-    sources: list[SourceArgs]
+    sources: list[Source]
     held_out: float = 0.1
-    eval: list[SourceArgs] = field(default_factory=list)
+    eval: list[Source] = field(default_factory=list)
     max_records: int | None = None
     max_eval_records: int | None = None
     principles: bool = False

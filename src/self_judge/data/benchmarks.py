@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from self_judge.data.dialogues import select_hh, select_preference
 from self_judge.data.files import read_raw, reader_of, split_of
-from self_judge.data.records import Place, Selection, judge_context
+from self_judge.data.records import Parsed, RecordRef, judge_context
 from self_judge.data.sources import kind_of
 from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import Comparison, LabeledPair
@@ -93,7 +93,7 @@ def read_comparisons(
             raise DataError(f"{label}: there are no records")
         select = _reader_of(first, label)
         for index, record in enumerate(chain([first], records)):
-            for found in select(record, Place(label, index)):
+            for found in select(record, RecordRef(label, index)):
                 if isinstance(found, str):
                     skipped[found] += 1
                 else:
@@ -158,7 +158,7 @@ class _Found:
 
 
 # What a record gives: comparisons, and reasons (texts) why something was left out.
-_Reader = Callable[[Mapping[str, Any], Place], Iterator["_Found | str"]]
+_Reader = Callable[[Mapping[str, Any], RecordRef], Iterator["_Found | str"]]
 
 
 def _reader_of(record: Mapping[str, Any], label: str) -> _Reader:
@@ -184,7 +184,7 @@ def _reader_of(record: Mapping[str, Any], label: str) -> _Reader:
     return {"hh": _hh, "ultrafeedback": _ultrafeedback, "preference": _preference}[kind]
 
 
-def _llmbar(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+def _llmbar(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
     label = where.number(record["label"], "label")
     if label not in (1, 2):
         raise where.error("label", f"expected 1 or 2, got {record['label']!r}")
@@ -193,7 +193,7 @@ def _llmbar(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
     yield _pair(context, a, b, "a" if label == 1 else "b")
 
 
-def _pandalm(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+def _pandalm(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
     """The majority of three annotators, 0 for a tie."""
     votes = Counter(where.number(record[name], name) for name in _ANNOTATORS)
     if not votes.keys() <= {0, 1, 2}:
@@ -215,7 +215,7 @@ def _pandalm(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
     yield _pair("\n\n".join(asked), a, b, labels[vote])
 
 
-def _mt_bench(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
     """One human vote. The context is the first question; what follows it is the response."""
     labels: dict[Any, Label] = {"model_a": "a", "model_b": "b"}
     winner = where.text(record, "winner")
@@ -239,7 +239,7 @@ def _mt_bench(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]
     yield _pair(dialogue_text(sides[0][:1]), a, b, label, f"turn {turn}")
 
 
-def _hhh_targets(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+def _hhh_targets(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
     """As BIG-bench and the Hub have it: two choices, of which one is labeled 1."""
     targets = record["targets"]
     if not isinstance(targets, Mapping):
@@ -252,31 +252,31 @@ def _hhh_targets(record: Mapping[str, Any], where: Place) -> Iterator[_Found | s
     yield from _preference({**record, **asked}, where)
 
 
-def _hhh(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+def _hhh(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
     asked = {**record, "prompt": where.text(record, "instruction")}
     yield from _preference({k: v for k, v in asked.items() if k != "instruction"}, where)
 
 
-def _preference(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+def _preference(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
     """TRL preference data; `subset` (RewardBench) or `source` (HHH) names its part."""
     named = record.get("subset", record.get("source"))
     subset = named if isinstance(named, str) else ""
     yield from _selected(select_preference(record, where.index, source=where.source), subset)
 
 
-def _hh(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+def _hh(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
     yield from _selected(select_hh(record, where.index, source=where.source), "")
 
 
-def _ultrafeedback(record: Mapping[str, Any], where: Place) -> Iterator[_Found | str]:
+def _ultrafeedback(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
     yield from _selected(select_ultrafeedback(record, where.index, source=where.source), "")
 
 
-def _selected(selection: Selection, subset: str) -> Iterator[_Found | str]:
-    yield from selection.skipped
-    if selection.record is not None:
-        context = judge_context(selection.record)
-        yield from (_drawn(context, pair, subset) for pair in selection.record.pairs)
+def _selected(parsed: Parsed, subset: str) -> Iterator[_Found | str]:
+    yield from parsed.skipped
+    if parsed.record is not None:
+        context = judge_context(parsed.record)
+        yield from (_drawn(context, pair, subset) for pair in parsed.record.pairs)
 
 
 def _drawn(context: str, pair: LabeledPair, subset: str) -> _Found:

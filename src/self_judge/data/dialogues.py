@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from self_judge.data.records import Place, Selection, merge_turns
+from self_judge.data.records import Parsed, RecordRef, merge_turns
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -20,7 +20,7 @@ _DIFFERENT_PREFIX = "the two dialogues differ before the last answer"
 
 def select_hh(
     record: Mapping[str, Any], index: int, *, with_pairs: bool = True, source: str = "hh"
-) -> Selection:
+) -> Parsed:
     """One HH record: `chosen` and `rejected`, each a whole dialogue as text.
 
     The demonstration is the last answer of `chosen`; earlier answers stand in the prompt. With
@@ -29,12 +29,12 @@ def select_hh(
     Raises:
         DataError: a field is missing, is no text, or is not a dialogue that Human opens.
     """
-    where = Place(source, index)
+    where = RecordRef(source, index)
     chosen_text = where.text(record, "chosen")
     chosen = _dialogue(chosen_text, where, "chosen")
     prompt, demonstration, problem = _split_dialogue(chosen)
     if problem:
-        return Selection(None, (f"record: {problem}",))
+        return Parsed(None, (f"record: {problem}",))
     pairs: tuple[LabeledPair, ...] = ()
     skipped: tuple[str, ...] = ()
     if with_pairs:
@@ -50,7 +50,7 @@ def select_hh(
             skipped = (f"pair: {problem}",)
         else:
             pairs = (LabeledPair(demonstration, worse),)
-    return Selection(PreferenceRecord(prompt, demonstration, pairs, source, index), skipped)
+    return Parsed(PreferenceRecord(prompt, demonstration, pairs, source, index), skipped)
 
 
 def parse_dialogue(text: str) -> list[Message]:
@@ -72,7 +72,7 @@ def starts_with_human(text: str) -> bool:
     return text.lstrip().startswith("Human:")
 
 
-def _dialogue(text: str, where: Place, field: str) -> list[Message]:
+def _dialogue(text: str, where: RecordRef, field: str) -> list[Message]:
     try:
         return parse_dialogue(text)
     except ValueError as error:
@@ -99,7 +99,7 @@ def _pair_problem(chosen: str, rejected: str) -> str:
 
 def select_preference(
     record: Mapping[str, Any], index: int, *, with_pairs: bool = True, source: str = "preference"
-) -> Selection:
+) -> Parsed:
     """One record of TRL preference data: `chosen`, `rejected` and perhaps `prompt`.
 
     Standard (texts) or conversational (lists of messages), or a text as prompt with messages as
@@ -109,7 +109,7 @@ def select_preference(
     Raises:
         DataError: a field is missing or has the wrong type, or a response is not the assistant's.
     """
-    where = Place(source, index)
+    where = RecordRef(source, index)
     for field in ("chosen", "rejected"):
         if field not in record:
             raise where.error(field, f"is missing; there are {sorted(map(str, record))}")
@@ -130,22 +130,20 @@ def select_preference(
     asked = bool(prompt) and bool(prompt[-1]["content"].strip())
     prompt = merge_turns(prompt)
     if not asked or not any(m["role"] == "user" for m in prompt):
-        return Selection(
-            None, (f"record: {'no common prompt' if given is None else 'empty prompt'}",)
-        )
+        return Parsed(None, (f"record: {'no common prompt' if given is None else 'empty prompt'}",))
     if prompt[-1]["role"] != "user":
         raise where.error("prompt", f"ends with role {prompt[-1]['role']!r}, expected 'user'")
     if not better:
-        return Selection(None, ("record: empty response",))
+        return Parsed(None, ("record: empty response",))
     problem = "" if same_prompt else _DIFFERENT_PREFIX
     problem = problem or _score_problem(record, where) or _pair_problem(better, worse)
     pairs = (LabeledPair(better, worse),) if with_pairs and not problem else ()
     skipped = (f"pair: {problem}",) if with_pairs and problem else ()
-    return Selection(PreferenceRecord(tuple(prompt), better, pairs, source, index), skipped)
+    return Parsed(PreferenceRecord(tuple(prompt), better, pairs, source, index), skipped)
 
 
 def _standard(
-    record: Mapping[str, Any], given: Any, where: Place
+    record: Mapping[str, Any], given: Any, where: RecordRef
 ) -> tuple[list[Message], str, str]:
     """(prompt, chosen response, rejected response) of texts."""
     chosen, rejected = where.text(record, "chosen"), where.text(record, "rejected")
@@ -175,7 +173,7 @@ def _shared_prefix(a: str, b: str) -> int:
     return length
 
 
-def _whole_dialogue(given: Any, response: Any, field: str, where: Place) -> list[Message]:
+def _whole_dialogue(given: Any, response: Any, field: str, where: RecordRef) -> list[Message]:
     """Prompt and response as one dialogue that ends with the assistant's message.
 
     The response may repeat the prompt, in part or as a whole, or bring its own.
@@ -195,7 +193,7 @@ def _whole_dialogue(given: Any, response: Any, field: str, where: Place) -> list
     return answer
 
 
-def _score_problem(record: Mapping[str, Any], where: Place) -> str:
+def _score_problem(record: Mapping[str, Any], where: RecordRef) -> str:
     metadata = record.get("metadata")
     scores = metadata if isinstance(metadata, Mapping) else {}
     scores = record if "score_chosen" in record else scores

@@ -19,7 +19,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class Parsed:
     """What one raw record gives.
 
     Attributes:
@@ -71,7 +71,7 @@ def merge_turns(messages: Iterable[Message]) -> list[Message]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RecordRef:
     """A record's place, and access to its fields that names the place when something is wrong."""
 
     source: str

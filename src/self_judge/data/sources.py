@@ -7,72 +7,23 @@ it does not know what becomes of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from self_judge.config.schema import Source, SourceKind
+from self_judge.config.yaml import build
 from self_judge.data.dialogues import select_hh, select_preference, starts_with_human
 from self_judge.data.files import read_raw, reader_of
-from self_judge.data.records import Place, first_question, is_held_out, judge_context
+from self_judge.data.records import Parsed, RecordRef, first_question, is_held_out, judge_context
 from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import Message, PreferenceRecord
-from self_judge.errors import DataError
+from self_judge.errors import ConfigError, DataError
 
-Kind = Literal["auto", "hh", "ultrafeedback", "preference"]
 Subset = Literal["train", "held_out", "all"]
-_KINDS = ("auto", "hh", "ultrafeedback", "preference")
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One source of preference data.
-
-    Args:
-        path, split, data_dir, name, revision: where it is; see `files.read_raw`.
-        kind: the format; `"auto"` recognises it from the columns of the first record.
-        sft: whether its better responses are demonstrations.
-        pairs: whether its pairs are used.
-    """
-
-    path: str
-    split: str = "train"
-    data_dir: str | None = None
-    name: str | None = None
-    revision: str | None = None
-    kind: Kind = "auto"
-    sft: bool = True
-    pairs: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.sft and not self.pairs:
-            raise DataError(f"{self.label}: neither sft nor pairs, so nothing would be read")
-        if self.kind not in _KINDS:
-            raise DataError(
-                f"{self.label}: unknown kind {self.kind!r}; it is one of {', '.join(_KINDS)}"
-            )
-
-    @classmethod
-    def parse(cls, given: str | Mapping[str, Any] | Source) -> Source:
-        """A source from its path alone, or from a mapping of its fields."""
-        if isinstance(given, Source):
-            return given
-        if isinstance(given, str):
-            return cls(given)
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(map(str, set(given) - set(known)))
-        if unknown or "path" not in given:
-            problem = f"unknown {', '.join(unknown)}" if unknown else "path is missing"
-            raise DataError(f"source {dict(given)}: {problem}; a source has {', '.join(known)}")
-        return cls(**given)
-
-    @property
-    def label(self) -> str:
-        """What messages and counts call this source."""
-        place = "/".join(part for part in (self.path, self.name, self.data_dir) if part)
-        # A file is read whole, whatever the split.
-        return place if reader_of(Path(self.path)) else f"{place}[{self.split}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +88,8 @@ def load_preferences(
     if not listed:
         raise DataError("no source of preference data is given")
     data = PreferenceData([])
-    for source in map(Source.parse, listed):
+    for source in map(_source_of, listed):
+        label = _label_of(source)
         raw = read_raw(
             source.path,
             split=source.split,
@@ -146,11 +98,11 @@ def load_preferences(
             revision=source.revision,
             num_proc=num_proc,
         )
-        if source.label in data.counts_by_source:
-            raise DataError(f"{source.label}: the source is given twice")
+        if label in data.counts_by_source:
+            raise DataError(f"{label}: the source is given twice")
         selected = select_records(
             raw,
-            label=source.label,
+            label=label,
             kind=source.kind,
             sft=source.sft,
             pairs=source.pairs,
@@ -166,11 +118,29 @@ def load_preferences(
     return data
 
 
+def _source_of(given: str | Mapping[str, Any] | Source) -> Source:
+    if isinstance(given, Source):
+        return given
+    fields = {"path": given} if isinstance(given, str) else dict(given)
+    try:
+        source: Source = build(Source, fields, "")
+    except ConfigError as error:
+        raise DataError(f"source {fields}: {error}") from None
+    return source
+
+
+def _label_of(source: Source) -> str:
+    """What messages and counts call a source."""
+    place = "/".join(part for part in (source.path, source.name, source.data_dir) if part)
+    # A file is read whole, whatever the split.
+    return place if reader_of(Path(source.path)) else f"{place}[{source.split}]"
+
+
 def select_records(
     raw: Iterable[Mapping[str, Any]],
     *,
     label: str,
-    kind: Kind = "auto",
+    kind: SourceKind = "auto",
     sft: bool = True,
     pairs: bool = True,
     subset: Subset = "train",
@@ -187,7 +157,7 @@ def select_records(
     """
     if isinstance(principles, str):
         principles = (principles,)
-    _check_options(subset, held_out, principles, rationales, max_records)
+    _check_options(kind, subset, held_out, principles, rationales, max_records)
     records = iter(raw)
     first = next(records, None)
     if first is None:
@@ -198,6 +168,9 @@ def select_records(
             f"{label}: pairs per principle need ratings per principle (kind ultrafeedback), but "
             f"this source is of kind {known}"
         )
+    parse = _PARSERS[known]
+    if known == "ultrafeedback":
+        parse = partial(parse, seed=seed, principles=principles, rationales=rationales)
     counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
     if pairs and not isinstance(principles, bool):
         counts.update({f"pairs, {principle}": 0 for principle in principles})
@@ -206,25 +179,12 @@ def select_records(
         if len(kept) == max_records:
             break
         counts["read"] += 1
-        if known == "hh":
-            selection = select_hh(record, index, with_pairs=pairs, source=label)
-        elif known == "preference":
-            selection = select_preference(record, index, with_pairs=pairs, source=label)
-        else:
-            selection = select_ultrafeedback(
-                record,
-                index,
-                seed=seed,
-                principles=principles,
-                rationales=rationales,
-                with_pairs=pairs,
-                source=label,
-            )
-        chosen = _on_this_side(selection.record, subset, held_out)
-        if selection.record is not None and chosen is None:
+        parsed = parse(record, index, with_pairs=pairs, source=label)
+        chosen = _on_this_side(parsed.record, subset, held_out)
+        if parsed.record is not None and chosen is None:
             counts["other subset"] += 1
             continue
-        counts.update(f"skipped {why}" for why in selection.skipped)
+        counts.update(f"skipped {why}" for why in parsed.skipped)
         if chosen is not None and not sft:
             chosen = replace(chosen, demonstration=None)
         if chosen is not None and chosen.demonstration is None and not chosen.pairs:
@@ -241,6 +201,11 @@ def select_records(
     return PreferenceData(kept, {label: dict(counts)})
 
 
+_PARSERS: dict[str, Callable[..., Parsed]] = {
+    "hh": select_hh,
+    "preference": select_preference,
+    "ultrafeedback": select_ultrafeedback,
+}
 _COUNTED = ("read", "other subset", "records", "demonstrations", "pairs")
 
 
@@ -265,12 +230,15 @@ def kind_of(record: Mapping[str, Any], label: str) -> Literal["hh", "ultrafeedba
 
 
 def _check_options(
+    kind: str,
     subset: str,
     held_out: float,
     principles: bool | Sequence[str],
     rationales: bool,
     max_records: int | None,
 ) -> None:
+    if kind not in ("auto", *_PARSERS):
+        raise DataError(f"kind is one of auto, {', '.join(_PARSERS)}, got {kind!r}")
     if subset not in ("train", "held_out", "all"):
         raise DataError(f"subset is 'train', 'held_out' or 'all', got {subset!r}")
     if not 0 <= held_out < 1:
@@ -325,7 +293,7 @@ def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Mess
     for index, record in enumerate(read_raw(path)):
         if len(prompts) == max_records:
             break
-        where = Place(path, index)
+        where = RecordRef(path, index)
         messages = prompt_of(record, where)
         if messages is None:
             raise where.error("prompt", f"is missing; there are {sorted(map(str, record))}")
@@ -333,7 +301,7 @@ def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Mess
     return prompts
 
 
-def prompt_of(record: Mapping[str, Any], where: Place) -> list[Message] | None:
+def prompt_of(record: Mapping[str, Any], where: RecordRef) -> list[Message] | None:
     """The prompt of one record, as `read_prompts` finds it; `None` where it has none.
 
     Raises:

@@ -24,9 +24,6 @@ from self_judge.data.toy_world import (
     all_instructions,
     best,
     completions,
-    gold_ratings,
-    gold_score,
-    is_held_out,
     task_of,
 )
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
@@ -37,25 +34,6 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 DatasetKind = Literal["hh", "ultrafeedback", "preference"]
-
-__all__ = [
-    "OVERALL",
-    "PRINCIPLES",
-    "DatasetKind",
-    "Split",
-    "gold_ratings",
-    "gold_score",
-    "hh_records",
-    "instructions",
-    "is_held_out",
-    "judge_templates",
-    "preference_records",
-    "records",
-    "tiny_model",
-    "tiny_tokenizer",
-    "ultrafeedback_records",
-    "write_dataset",
-]
 
 
 # --- the formats ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from self_judge.data.records import Place, Selection
+from self_judge.data.records import Parsed, RecordRef
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 
 # "Text 1 is better than Text 3": the annotator compares with responses the judge will not see.
@@ -40,7 +40,7 @@ def select_ultrafeedback(
     rationales: bool = False,
     with_pairs: bool = True,
     source: str = "ultrafeedback",
-) -> Selection:
+) -> Parsed:
     """One UltraFeedback record: an instruction and its rated completions.
 
     A completion ranks by the mean of its ratings over principles, a tie goes to the longer
@@ -55,20 +55,20 @@ def select_ultrafeedback(
     Raises:
         DataError: a field is missing or has the wrong type.
     """
-    where = Place(source, index)
+    where = RecordRef(source, index)
     instruction = where.text(record, "instruction").strip()
     completions = where.items(record, "completions")
     if not instruction:
-        return Selection(None, ("record: empty prompt",))
+        return Parsed(None, ("record: empty prompt",))
     if not completions:
-        return Selection(None, ("record: no completions",))
+        return Parsed(None, ("record: no completions",))
     rated = [
         completion
         for number, raw in enumerate(completions)
         if (completion := _completion(raw, where, f"completions[{number}]")) is not None
     ]
     if not rated:
-        return Selection(None, ("record: no rated response",))
+        return Parsed(None, ("record: no rated response",))
     best = max(rated, key=lambda c: (c.score, len(c.text)))
     drawn: list[tuple[str, LabeledPair | str]] = []  # (what the pair is about, pair or why none)
     if with_pairs and not principles:
@@ -91,7 +91,7 @@ def select_ultrafeedback(
         context=instruction,
     )
     skipped = (f"pair{about}: {why}" for about, why in drawn if isinstance(why, str))
-    return Selection(selected, tuple(skipped))
+    return Parsed(selected, tuple(skipped))
 
 
 def _principles_of(rated: Sequence[_Completion]) -> list[str]:
@@ -146,7 +146,7 @@ def _speaks_for_itself(completion: _Completion, principle: str) -> bool:
     return bool(rationale) and not _OTHER_TEXTS.search(rationale)
 
 
-def _completion(raw: Any, where: Place, field: str) -> _Completion | None:
+def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
     """One completion, or `None` when it is empty or no principle of it is rated."""
     if not isinstance(raw, Mapping):
         raise where.error(field, f"expected an object, got {type(raw).__name__}")

@@ -23,6 +23,7 @@ from self_judge.models import check_vocabulary, load_model, load_tokenizer
 from self_judge.packing.packing import Packing
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import encoder_as_taught, resolve_judge
+from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
 
 # One principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)
@@ -186,7 +187,7 @@ class Judge:
         fits: list[bool] = []
         for comparison in comparisons:
             encoded = [
-                self.encoder.encode_orders(self.templates, p, comparison, self.max_length)
+                encode_orders(self.encoder, self.templates, p, comparison, self.max_length)
                 for p in self.templates
             ]
             whole = [orders for orders in encoded if orders is not None]

@@ -21,7 +21,7 @@ from self_judge.config.schema import (
     DatasetArgs,
     JSFTRun,
     SelfJudgeRun,
-    SourceArgs,
+    Source,
     accumulation_steps,
     check_training_values,
 )
@@ -165,10 +165,10 @@ def load_data(
     """The training data, and what is held out: the sources under `eval`, or a share of prompts."""
 
     def load(
-        sources: Sequence[SourceArgs], subset: Subset, share: float, most: int | None
+        sources: Sequence[Source], subset: Subset, share: float, most: int | None
     ) -> PreferenceData:
         data = load_preferences(
-            [dataclasses.asdict(source) for source in sources],
+            sources,
             subset=subset,
             held_out=share,
             principles=dataset.principles,

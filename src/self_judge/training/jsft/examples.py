@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, LabeledPair, Message, PreferenceRecord
 from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _judge_examples(
 ) -> list[JSFTExample]:
     room = None if max_length is None else max_length - 1  # for the letter
     comparison = Comparison(context, pair.chosen, pair.rejected)
-    orders = encoder.encode_orders(templates, principle, comparison, room)
+    orders = encode_orders(encoder, templates, principle, comparison, room)
     if orders is None:
         return [JSFTExample("judge", [], [], NO_FIT, principle=principle)] * 2
     rationales: tuple[list[int], list[int]] = ([], [])

@@ -38,6 +38,7 @@ from self_judge.prompting.judge_json import (
     resolve_judge,
     save_judge_settings,
 )
+from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.storage.run_dir import rollout_file, thin_rollouts
@@ -366,7 +367,7 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
     def _vllm_rollouts(self) -> VLLMRollouts:
         principle = self.judge_templates.principles[0]
         asked = Comparison("Where does the otter live?", "In the river.", "In the sky.")
-        orders = self.encoder.encode_orders(self.judge_templates, principle, asked, None)
+        orders = encode_orders(self.encoder, self.judge_templates, principle, asked, None)
         assert orders is not None  # without a limit every prompt fits
         return VLLMRollouts(
             self.model,

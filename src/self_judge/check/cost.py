@@ -1,6 +1,6 @@
-"""What a prepared run needs on a device: steps, tokens, judge calls, memory and time.
+"""What a prepared run costs: steps, tokens, judge calls and memory.
 
-It turns a run's settings and the lengths of its examples into the work of a step, for `cost_model`.
+It turns a run's settings and the lengths of its examples into the work of a step, for `memory`.
 It does not know text or data.
 """
 
@@ -13,47 +13,36 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 
-from self_judge.check.cost_model import (
-    GPUS,
-    Device,
-    Memory,
-    Seconds,
-    Setting,
-    Sharding,
-    Work,
-    gpu_like,
-    memory,
-    seconds,
-    this_cpu,
-)
-from self_judge.check.model_size import FourBits, Kept, Size, kept_activations, size_of
+from self_judge.check.memory import GPUS, Device, Memory, Setting, Sharding, Work, memory, this_cpu
+from self_judge.check.model_size import FourBits, Size, kept_activations, size_of
 from self_judge.config.hardware import Machine
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
-from self_judge.config.self_training import PairSelection
+from self_judge.config.self_training import PairSelection, SelfJudgeArgs
 from self_judge.datatypes import Comparison, Response, Verdict
 from self_judge.training.self_training.rollouts import select_pairs
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
-    """The estimate of a run.
+class Cost:
+    """What a run costs.
 
     Attributes:
-        device, measured: where; whether its rate was measured here or stands in a data sheet.
+        device, device_memory: where, and how many bytes are there (0: nobody knows).
         processes, sharding: over how many processes, and how what is held is spread.
         size: the model.
         examples: training examples (JSFT) or prompts (self-training) of an epoch.
         steps, steps_per_epoch: optimizer steps.
         tokens: that the update computes in all of training; shared prefixes once.
         per_step: what one step does over all processes: examples, responses, judge prompts, …
-        memory, seconds: of one process, of one step.
+        memory: the estimate, of one process.
         activations_counted: whether activations were counted or are a rule of thumb.
-        assumed: what the estimate takes for granted, in words.
+        assumed: what the numbers take for granted, in words.
     """
 
     device: str
-    measured: bool
+    device_memory: int
     processes: int
     sharding: Sharding
     size: Size
@@ -63,17 +52,11 @@ class Needs:
     tokens: int
     per_step: dict[str, int]
     memory: Memory
-    seconds: Seconds
     activations_counted: bool
-    device_memory: int
     assumed: str
 
-    @property
-    def hours(self) -> float:
-        return self.steps * self.seconds.step / 3600
 
-
-def device_for(gpu: str | None, machine: Machine, bf16: bool) -> Device:
+def device_for(gpu: str | None, machine: Machine) -> Device:
     """The device that is asked for, or that of this machine.
 
     Raises:
@@ -85,118 +68,121 @@ def device_for(gpu: str | None, machine: Machine, bf16: bool) -> Device:
         return GPUS[gpu]
     if machine.cuda:
         properties = torch.cuda.get_device_properties(0)
-        return gpu_like(properties.name, properties.total_memory)
-    return this_cpu(torch.bfloat16 if bf16 else torch.float32)
+        return Device(properties.name, properties.total_memory)
+    return this_cpu()
 
 
 def setting_of(
-    run: JSFTRun | SelfJudgeRun,
-    args: Any,
-    machine: Machine,
-    sharding: Sharding | None,
-    *,
-    adapter: bool,
-    reference: bool = False,
+    run: JSFTRun | SelfJudgeRun, args: Any, machine: Machine, sharding: Sharding | None, model: Any
 ) -> Setting:
-    """How a run, fitted to `machine`, trains on it."""
+    """How a run, fitted to `machine`, trains `model` on it."""
     training = run.training_args
     if sharding is None:
         deepspeed = training.get("deepspeed")
-        stage = deepspeed.get("zero_optimization", {}).get("stage") if isinstance(
-            deepspeed, dict
-        ) else None  # fmt: skip
+        config = deepspeed if isinstance(deepspeed, dict) else {}
         named: dict[Any, Sharding] = {2: "zero2", 3: "zero3"}
+        stage = config.get("zero_optimization", {}).get("stage")
         sharding = named.get(stage, "fsdp" if training.get("fsdp") else "none")
+    kept: FourBits = "nested" if run.model.use_bnb_nested_quant else "plain"
     return Setting(
-        adapter=adapter,
-        reference=reference,
+        # Without an adapter to switch off, the judge is a copy of all weights.
+        reference=isinstance(run, SelfJudgeRun) and not isinstance(model, PeftModel),
         checkpointing=bool(args.gradient_checkpointing),
         bf16=bool(training.get("bf16", machine.bf16) or training.get("fp16")),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         processes=machine.processes,
         sharding=sharding,
-        four_bits=_four_bits(run),
+        four_bits=kept if run.model.load_in_4bit else "no",
     )
 
 
-def _four_bits(run: JSFTRun | SelfJudgeRun) -> FourBits:
-    if not run.model.load_in_4bit:
-        return "no"
-    return "nested" if run.model.use_bnb_nested_quant else "plain"
-
-
-def jsft_work(units: Sequence[tuple[int, int, int]], args: Any) -> Work:
-    """The work of a JSFT step on one process.
+def jsft_cost(
+    model: Any,
+    setting: Setting,
+    device: Device,
+    args: Any,
+    units: Sequence[tuple[int, int, int]],
+    examples: int,
+) -> Cost:
+    """The cost of a JSFT run.
 
     Args:
+        model: empty, with its adapter.
         units: (examples, tokens with shared ones once, trained tokens) of what is drawn together.
+        examples: that there are.
     """
-    examples = sum(n for n, _, _ in units)
-    tokens, scored = sum(t for _, t, _ in units), sum(s for _, _, s in units)
+    drawn, tokens, scored = (sum(column) for column in zip(*units, strict=True))
     own = args.per_device_train_batch_size
     step = own * args.gradient_accumulation_steps
-    # Twins are one row of their tree.
-    rows = max(1, round(own * len(units) / examples))
-    return Work(
-        tokens=tokens / examples * step,
-        scored=scored / examples * step,
-        length=tokens / len(units),
+    # An example and its swap are one row of their tree.
+    rows = max(1, round(own * len(units) / drawn))
+    work = Work(
+        tokens=tokens / drawn * step,
         largest=(rows, _longest([t for _, t, _ in units], rows)),
-        largest_scored=math.ceil(scored / examples * own * 2),
+        largest_scored=math.ceil(scored / drawn * own * 2),
     )
+    per_step = {"examples": step * setting.processes}
+    assumed = "memory: the longest example of a thousand randomly drawn micro-batches"
+    return _cost(model, setting, device, args, work, examples, per_step, assumed)
 
 
 def _longest(lengths: Sequence[float], size: int, draws: int = 1000) -> int:
-    """The longest sequence of so many randomly drawn micro-batches; the others are padded to it."""
+    """The longest sequence of N randomly drawn micro-batches; the others are padded to it."""
     chosen = random.Random(0)
     return math.ceil(max(chosen.choices(lengths, k=size * draws)))
 
 
-def self_judge_work(
-    prompts: Sequence[int],
-    response: float,
-    judge_tokens: Sequence[tuple[float, float]],
-    run: SelfJudgeRun,
+def self_judge_cost(
+    model: Any,
+    setting: Setting,
+    device: Device,
     args: Any,
+    own: SelfJudgeArgs,
     principles: int,
-) -> Work:
-    """The work of a self-training step on one process.
+    prompts: Sequence[int],
+    responses: Sequence[int],
+    judged: Sequence[tuple[int, int]],
+    examples: int,
+) -> Cost:
+    """The cost of a self-training run.
 
     Args:
+        model: empty, with its adapter.
         prompts: their lengths.
-        response: tokens of a response, on average.
-        judge_tokens: per comparison, (tokens of all its prompts with shared ones once, tokens of
-            its longest prompt).
+        responses: the lengths of the data's better responses, as far as there are any.
+        judged: per comparison, (tokens of all its prompts with shared ones once, tokens of its
+            longest prompt).
+        examples: prompts that there are.
     """
-    own = run.self_judge_args
-    per_device = args.per_device_train_batch_size
+    new, per_device = own.max_new_tokens, args.per_device_train_batch_size
     step = per_device * args.gradient_accumulation_steps
+    response = min(sum(responses) / len(responses), new) if responses else new
     prompt = sum(prompts) / len(prompts)
-    responses = step * own.num_generations
-    comparisons = step * comparisons_per_prompt(own.num_generations, own.pair_selection)
-    unique = sum(t for t, _ in judge_tokens) / max(1, len(judge_tokens))
-    longest = max((n for _, n in judge_tokens), default=0.0)
-    row = _longest(list(map(float, prompts)), per_device) + 2 * own.max_new_tokens
-    return Work(
+    played = comparisons_per_prompt(own.num_generations, own.pair_selection)
+    unique = sum(tokens for tokens, _ in judged) / max(1, len(judged))
+    longest = max((tokens for _, tokens in judged), default=0)
+    together = min(max(16_384, 2 * longest), step * played * unique)
+    work = Work(
         tokens=step * (prompt + 2 * response),
-        scored=step * 2 * response,
-        length=prompt + 2 * response,
-        largest=(per_device, row),
-        largest_scored=per_device * 2 * own.max_new_tokens,
-        responses=responses,
-        prompt=prompt,
+        largest=(per_device, _longest(prompts, per_device) + 2 * new),
+        largest_scored=per_device * 2 * new,
+        sampled_at_once=min(own.generation_batch_size, step * own.num_generations),
         # A batch is sampled until its longest response ends.
-        response=float(own.max_new_tokens),
-        at_once=own.generation_batch_size,
-        judged=comparisons * unique,
-        judge_prompts=comparisons * principles * 2,
-        judge_length=unique / max(1, principles),
-        judge_at_once=round(
-            own.judge_batch_size * longest
-            if own.packing == "off"
-            else min(max(16_384, 2 * longest), comparisons * unique)
-        ),
+        sampled_length=prompt + new,
+        judged_at_once=round(own.judge_batch_size * longest if own.packing == "off" else together),
     )
+    everywhere = step * setting.processes
+    per_step = {
+        "prompts": everywhere,
+        "responses": everywhere * own.num_generations,
+        "comparisons": everywhere * played,
+        "judge prompts": everywhere * played * 2 * principles,
+    }
+    assumed = (
+        f"memory: responses of {new} tokens; tokens trained: the responses that are learned from "
+        f"have {response:.0f}" + (" (the mean of the data's better ones)" if responses else "")
+    )
+    return _cost(model, setting, device, args, work, examples, per_step, assumed)
 
 
 def comparisons_per_prompt(responses: int, selection: PairSelection) -> int:
@@ -214,25 +200,24 @@ def comparisons_per_prompt(responses: int, selection: PairSelection) -> int:
     return played
 
 
-def needs_of(
+def _cost(
     model: Any,
-    work: Work,
     setting: Setting,
     device: Device,
     args: Any,
+    work: Work,
     examples: int,
     per_step: dict[str, int],
     assumed: str,
-) -> Needs:
-    """Puts the estimate together; `model` is empty, with its adapter."""
+) -> Cost:
     size = size_of(model, setting.four_bits)
-    kept: Kept = kept_activations(model, *work.largest, bf16=setting.bf16)
+    kept = kept_activations(model, *work.largest, bf16=setting.bf16)
     micro = math.ceil(examples / (args.per_device_train_batch_size * setting.processes))
     per_epoch = max(1, math.ceil(micro / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    return Needs(
+    return Cost(
         device=device.name,
-        measured=device.measured,
+        device_memory=device.memory,
         processes=setting.processes,
         sharding=setting.sharding,
         size=size,
@@ -242,8 +227,6 @@ def needs_of(
         tokens=round(steps * work.tokens * setting.processes),
         per_step=per_step,
         memory=memory(size, kept, work, setting, device),
-        seconds=seconds(size, work, setting, device),
         activations_counted=kept.counted,
-        device_memory=device.memory,
         assumed=assumed,
     )
