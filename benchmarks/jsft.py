@@ -18,11 +18,11 @@ from trl import SFTConfig, SFTTrainer
 import side_by_side as bench
 from self_judge import JudgeAugmentedSFTCollator
 from self_judge.training.jsft.examples import jsft_dataset
-from self_judge.training.jsft.trainer import JSFTTrainer, TwinSampler
+from self_judge.training.jsft.trainer import JSFTTrainer, PairSampler
 
 
 class Examples(NamedTuple):
-    """Real examples, twins together, as a dataset and in padded batches."""
+    """Real examples, both orders of a pair together, as a dataset and in padded batches."""
 
     tokenizer: Any
     dataset: Any
@@ -40,7 +40,7 @@ def examples_of(given: argparse.Namespace) -> Examples:
         encoder.letter_ids(templates),
         max_length=given.length,
     )
-    order = list(TwinSampler(dataset["twin"], seed=0))[: given.batch * given.batches]
+    order = list(PairSampler(dataset["swapped"], seed=0))[: given.batch * given.batches]
     examples = [dataset[i] for i in order]
     batches = [examples[i : i + given.batch] for i in range(0, len(order), given.batch)]
     collated = [JudgeAugmentedSFTCollator(encoder.tokenizer)(batch) for batch in batches]

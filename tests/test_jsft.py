@@ -17,9 +17,9 @@ from self_judge.training.jsft.examples import (
     CUT,
     NO_FIT,
     NO_ROOM,
+    ExampleEncoder,
     JSFTExample,
     jsft_dataset,
-    jsft_examples,
     record_from_json,
     record_to_json,
 )
@@ -44,6 +44,10 @@ CONTEXT = "Human: is it\n\nAssistant: yes it was\n\nHuman: what is the capital o
 @pytest.fixture
 def letters(encoder: ChatEncoder, templates: JudgeTemplates) -> tuple[int, int]:
     return encoder.letter_ids(templates)
+
+
+def jsft_examples(record: PreferenceRecord, *settings: Any, **more: Any) -> list[JSFTExample]:
+    return ExampleEncoder(*settings, **more).examples(record)
 
 
 def trained_text(encoder: ChatEncoder, example: JSFTExample) -> str:
@@ -237,7 +241,7 @@ def test_a_dataset_holds_all_examples_in_the_order_of_the_records(
     assert dataset["kind"] == [e.kind for e in expected]
     assert dataset["length"] == [len(e.input_ids) for e in expected]
     assert dataset["principle"] == [e.principle for e in expected]
-    columns = {"input_ids", "labels", "kind", "principle", "length", "twin"}
+    columns = {"input_ids", "labels", "kind", "principle", "length", "swapped"}
     assert set(dataset.column_names) == columns
     pairs = sum(len(r.pairs) for r in records)
     assert counts == {"sft examples": 7, "judge examples": 4 * pairs}

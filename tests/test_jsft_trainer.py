@@ -18,7 +18,7 @@ from conftest import tiny_llama
 from self_judge import ChatEncoder, JudgeAugmentedSFTCollator, JudgeTemplates
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 from self_judge.training.jsft.examples import jsft_dataset
-from self_judge.training.jsft.trainer import JSFTTrainer, TwinSampler
+from self_judge.training.jsft.trainer import JSFTTrainer, PairSampler
 
 FUSED = pytest.mark.skipif(
     Version(trl.__version__) < Version("1.16"), reason="needs the fused LM head of TRL 1.16"
@@ -61,7 +61,7 @@ def make(kind: Any, model: Any, tokenizer: Any, examples: Dataset, folder: Path,
 
 def test_twins_follow_each_other_and_every_example_is_drawn_once() -> None:
     twins = [False, False, True, False, True, False]
-    sampler = TwinSampler(twins, seed=3)
+    sampler = PairSampler(twins, seed=3)
     orders = []
     for epoch in range(4):
         sampler.set_epoch(epoch)
@@ -70,15 +70,15 @@ def test_twins_follow_each_other_and_every_example_is_drawn_once() -> None:
         assert all(order[order.index(i) - 1] == i - 1 for i in (2, 4))
         orders.append(tuple(order))
     assert len(set(orders)) > 1
-    assert list(TwinSampler(twins, seed=3)) == list(orders[0])
+    assert list(PairSampler(twins, seed=3)) == list(orders[0])
 
 
 def test_the_second_order_of_a_pair_is_marked_as_twin(examples: Dataset) -> None:
-    assert sum(examples["twin"]) == sum(kind == "judge" for kind in examples["kind"]) / 2
+    assert sum(examples["swapped"]) == sum(kind == "judge" for kind in examples["kind"]) / 2
     for before, example in itertools.pairwise(examples):
-        if example["twin"]:
+        if example["swapped"]:
             assert before["kind"] == example["kind"] == "judge"
-            assert not before["twin"]
+            assert not before["swapped"]
 
 
 @FUSED
@@ -87,8 +87,8 @@ def test_batches_keep_twins_together(tokenizer: Any, examples: Dataset, tmp_path
         model = tiny_llama(len(tokenizer))
         return make(JSFTTrainer, model, tokenizer, examples, tmp_path, **own)._get_train_sampler()
 
-    assert isinstance(sampler(), TwinSampler)
-    assert not isinstance(sampler(packing="off"), TwinSampler)
+    assert isinstance(sampler(), PairSampler)
+    assert not isinstance(sampler(packing="off"), PairSampler)
 
 
 @FUSED

@@ -28,7 +28,7 @@ from self_judge.data.sources import (
 from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import DataError
-from self_judge.training.jsft.examples import jsft_examples, record_from_json, record_to_json
+from self_judge.training.jsft.examples import ExampleEncoder, record_from_json, record_to_json
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.exists(), reason=f"the real data is not at {DATA}")
@@ -351,7 +351,7 @@ def test_jsft_answers_under_the_system_prompt_and_judges_without_it(
 ) -> None:
     raw = ultrafeedback(completion("good", "Be good.", h="5"), completion("bad", h="1"))
     stored = record_to_json(only(select_ultrafeedback(raw, 0).record))
-    sft, *judged = jsft_examples(record_from_json(stored), encoder, templates, (1, 2))
+    sft, *judged = ExampleEncoder(encoder, templates, (1, 2)).examples(record_from_json(stored))
     assert "Be good." in encoder.tokenizer.decode(sft.input_ids)
     assert len(judged) == 4
     for example in judged:

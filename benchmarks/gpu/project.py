@@ -47,7 +47,7 @@ from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import Packing
 from self_judge.packing.passes import hidden_states_at
 from self_judge.training.jsft.examples import jsft_dataset
-from self_judge.training.jsft.trainer import JSFTTrainer, TwinSampler
+from self_judge.training.jsft.trainer import JSFTTrainer, PairSampler
 from self_judge.training.self_training.rollouts import preference_batch
 
 __all__ = [
@@ -55,12 +55,12 @@ __all__ = [
     "Judge",
     "JudgeAugmentedSFTCollator",
     "Packing",
+    "PairSampler",
     "SamplingSettings",
     "SelfJudgeConfig",
     "SelfJudgeTrainer",
     "TransformersSampler",
     "TransformersScorer",
-    "TwinSampler",
     "agreement",
     "attending_by_segments",
     "bench",

@@ -29,9 +29,9 @@ from project import (
     JSFTTrainer,
     Judge,
     JudgeAugmentedSFTCollator,
+    PairSampler,
     SamplingSettings,
     TransformersSampler,
-    TwinSampler,
     agreement,
     attending_by_segments,
     bench,
@@ -245,7 +245,7 @@ def _jsft(check: Check, shape: str) -> None:
     encoder, templates = encoder_of(check), bench.templates_of()
     letters = encoder.letter_ids(templates)
     dataset, _ = jsft_dataset(records(check, count), encoder, templates, letters, max_length=1024)
-    examples = [dataset[i] for i in list(TwinSampler(dataset["twin"], seed=0))[:count]]
+    examples = [dataset[i] for i in list(PairSampler(dataset["swapped"], seed=0))[:count]]
     collate = JudgeAugmentedSFTCollator(encoder.tokenizer)
     groups = [examples[i : i + size] for i in range(0, len(examples), size)]
     inputs = [{k: v.to(check.device) for k, v in collate(own).items()} for own in groups]

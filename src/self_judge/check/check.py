@@ -357,7 +357,7 @@ def _units(
     units: list[tuple[int, int, int]] = []
     for row, before in zip(rows, [None, *rows]):  # noqa: B905
         ids, trained = row["input_ids"], sum(x != ignored for x in row["labels"])
-        if row["twin"] and before and shared:
+        if row["swapped"] and before and shared:
             n, tokens, scored = units[-1]
             own = len(ids) - _shared(before["input_ids"], ids)
             units[-1] = (n + 1, tokens + own, scored + trained)

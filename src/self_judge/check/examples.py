@@ -88,7 +88,7 @@ def first_of_each_kind(
     """The first row of `jsft_dataset` of every kind: SFT, and each principle in both orders."""
     found: dict[str, Example] = {}
     for row in rows:
-        order = "worse response first: B" if row["twin"] else "better response first: A"
+        order = "worse response first: B" if row["swapped"] else "better response first: A"
         title = f"judge, {row['principle']}, {order}"
         if row["kind"] == "sft":
             title = "SFT: the dialogue, answers trained"

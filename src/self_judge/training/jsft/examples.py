@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from self_judge.data.records import judge_context
@@ -35,7 +35,7 @@ class JSFTExample:
         input_ids: token ids, length T.
         labels: the ids where the loss falls, else `ignore_index`; length T.
         note: why it was cut or must be left out (then it has no ids), or `None`.
-        twin: whether it is the example before it with the responses swapped.
+        swapped: whether it is the example before it with the responses swapped.
         principle: whose template a judge example has; empty for SFT.
     """
 
@@ -43,98 +43,102 @@ class JSFTExample:
     input_ids: list[int]
     labels: list[int]
     note: str | None = None
-    twin: bool = False
+    swapped: bool = False
     principle: str = ""
 
 
-def jsft_examples(
-    record: PreferenceRecord,
-    encoder: ChatEncoder,
-    templates: JudgeTemplates,
-    letter_ids: tuple[int, int],
-    max_length: int | None = None,
-    ignore_index: int = -100,
-) -> list[JSFTExample]:
-    """All training examples of one record: D_SFT and, in both orders, D_Judge (paper, objective).
+@dataclass(frozen=True)
+class ExampleEncoder:
+    """Records to training examples; picklable, for `datasets.map(num_proc=…)`.
 
-    The SFT example trains every assistant turn of the dialogue and the token that ends it. A judge
-    example trains the letter alone, or the letter and the rationales where the templates have
-    `decision_rationale` and the pair has rationales; it trains no end of turn. A pair labeled for
-    one principle is judged under that principle's template, another under all.
-
-    Raises:
-        ValueError: a pair is labeled for a principle that has no template.
+    Args:
+        encoder: turns dialogues and judge prompts into ids.
+        templates, letter_ids: the judge's.
+        max_length: tokens of an example at most; `None`: no limit.
+        ignore_index: the label of a token that is not trained on.
     """
-    examples = []
-    if record.demonstration is not None:
-        answer = Message(role="assistant", content=record.demonstration)
-        encoded = encoder.encode_dialogue([*record.prompt, answer])
-        examples.append(_example("sft", encoded.ids, encoded.mask, max_length, ignore_index))
-    context = judge_context(record)
-    for pair in record.pairs:
-        if pair.principle is not None and pair.principle not in templates:
-            raise ValueError(
-                f"{record.source}, record {record.index}: a pair is labeled for principle "
-                f"{pair.principle!r}, but there are judge templates for "
-                f"{', '.join(templates.principles)} only"
-            )
-        principles = templates.principles if pair.principle is None else (pair.principle,)
-        for principle in principles:
-            examples += _judge_examples(
-                pair, principle, context, encoder, templates, letter_ids, max_length, ignore_index
-            )
-    return examples
 
+    encoder: ChatEncoder
+    templates: JudgeTemplates
+    letter_ids: tuple[int, int]
+    max_length: int | None = None
+    ignore_index: int = -100
 
-def _judge_examples(
-    pair: LabeledPair,
-    principle: str,
-    context: str,
-    encoder: ChatEncoder,
-    templates: JudgeTemplates,
-    letter_ids: tuple[int, int],
-    max_length: int | None,
-    ignore_index: int,
-) -> list[JSFTExample]:
-    room = None if max_length is None else max_length - 1  # for the letter
-    comparison = Comparison(context, pair.chosen, pair.rejected)
-    orders = encode_orders(encoder, templates, principle, comparison, room)
-    if orders is None:
-        return [JSFTExample("judge", [], [], NO_FIT, principle=principle)] * 2
-    rationales: tuple[list[int], list[int]] = ([], [])
-    if templates.has_rationales and pair.rationale_chosen and pair.rationale_rejected:
-        given = (pair.rationale_chosen, pair.rationale_rejected)
-        rationales = (
-            encoder.encode_content(templates.render_rationale(principle, *given)),
-            encoder.encode_content(templates.render_rationale(principle, *given[::-1])),
-        )
-    examples = []
-    # Chosen first: the answer is A. Rejected first: B.
-    for prompt, letter, rationale in zip(orders, letter_ids, rationales, strict=True):
-        ids = [*prompt, letter, *rationale]
-        mask = [0] * len(prompt) + [1] * (1 + len(rationale))
-        twin = letter == letter_ids[1]
-        examples.append(_example("judge", ids, mask, max_length, ignore_index, twin, principle))
-    return examples
+    def examples(self, record: PreferenceRecord) -> list[JSFTExample]:
+        """D_SFT of one record and, in both orders, its D_Judge (paper, objective).
 
+        The SFT example trains every assistant turn of the dialogue and the token that ends it. A
+        judge example trains the letter alone, or the letter and the rationales where the templates
+        have `decision_rationale` and the pair has rationales; it trains no end of turn. A pair
+        labeled for one principle is judged under that principle's template, another under all.
 
-def _example(
-    kind: str,
-    ids: list[int],
-    mask: list[int],
-    max_length: int | None,
-    ignore_index: int,
-    twin: bool = False,
-    principle: str = "",
-) -> JSFTExample:
-    note = None
-    if max_length is not None and len(ids) > max_length:
-        ids, mask, note = ids[:max_length], mask[:max_length], CUT
-    # The first token of a sequence is predicted from nothing.
-    if not any(mask[1:]):
-        return JSFTExample(kind, [], [], NO_ROOM, principle=principle)
-    labels = [i if m else ignore_index for i, m in zip(ids, mask, strict=True)]
-    return JSFTExample(kind, ids, labels, note, twin, principle)
+        Raises:
+            ValueError: a pair is labeled for a principle that has no template.
+        """
+        examples = []
+        if record.demonstration is not None:
+            answer = Message(role="assistant", content=record.demonstration)
+            encoded = self.encoder.encode_dialogue([*record.prompt, answer])
+            examples.append(self._example("sft", encoded.ids, encoded.mask))
+        for pair in record.pairs:
+            if pair.principle is not None and pair.principle not in self.templates:
+                raise ValueError(
+                    f"{record.source}, record {record.index}: a pair is labeled for principle "
+                    f"{pair.principle!r}, but there are judge templates for "
+                    f"{', '.join(self.templates.principles)} only"
+                )
+            comparison = Comparison(judge_context(record), pair.chosen, pair.rejected)
+            labeled = self.templates.principles if pair.principle is None else (pair.principle,)
+            for principle in labeled:
+                examples += self._judge_examples(pair, comparison, principle)
+        return examples
+
+    def _judge_examples(
+        self, pair: LabeledPair, comparison: Comparison, principle: str
+    ) -> list[JSFTExample]:
+        room = None if self.max_length is None else self.max_length - 1  # for the letter
+        orders = encode_orders(self.encoder, self.templates, principle, comparison, room)
+        if orders is None:
+            return [JSFTExample("judge", [], [], NO_FIT, principle=principle)] * 2
+        rationales: list[list[int]] = [[], []]
+        if self.templates.has_rationales and pair.rationale_chosen and pair.rationale_rejected:
+            given = (pair.rationale_chosen, pair.rationale_rejected)
+            rationales = [
+                self.encoder.encode_content(self.templates.render_rationale(principle, *shown))
+                for shown in (given, given[::-1])
+            ]
+        examples = []
+        # Chosen first: the answer is A. Rejected first: B.
+        for prompt, letter, rationale in zip(orders, self.letter_ids, rationales, strict=True):
+            ids = [*prompt, letter, *rationale]
+            mask = [0] * len(prompt) + [1] * (1 + len(rationale))
+            swapped = letter == self.letter_ids[1]
+            examples.append(self._example("judge", ids, mask, swapped, principle))
+        return examples
+
+    def _example(
+        self,
+        kind: str,
+        ids: list[int],
+        mask: list[int],
+        swapped: bool = False,
+        principle: str = "",
+    ) -> JSFTExample:
+        note = None
+        if self.max_length is not None and len(ids) > self.max_length:
+            ids, mask, note = ids[: self.max_length], mask[: self.max_length], CUT
+        # The first token of a sequence is predicted from nothing.
+        if not any(mask[1:]):
+            return JSFTExample(kind, [], [], NO_ROOM, principle=principle)
+        labels = [i if m else self.ignore_index for i, m in zip(ids, mask, strict=True)]
+        return JSFTExample(kind, ids, labels, note, swapped, principle)
+
+    def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
+        """The columns of `jsft_dataset` for a batch of JSON records."""
+        examples = [e for text in batch["record"] for e in self.examples(record_from_json(text))]
+        columns = {f.name: [getattr(e, f.name) for e in examples] for f in fields(JSFTExample)}
+        notes = [note or "" for note in columns["note"]]
+        return {**columns, "note": notes, "length": [len(e.input_ids) for e in examples]}
 
 
 def jsft_dataset(
@@ -154,8 +158,8 @@ def jsft_dataset(
         num_proc: processes that encode; the result does not depend on it.
 
     Returns:
-        A dataset with `input_ids`, `labels`, `length`, `kind`, `principle` and `twin`, and counts
-        by kind and by why examples were cut or left out.
+        A dataset with `input_ids`, `labels`, `length`, `kind`, `principle` and `swapped`, and
+        counts by kind and by why examples were cut or left out.
 
     Raises:
         ValueError: no example is left, or a pair is labeled for an unknown principle.
@@ -163,7 +167,7 @@ def jsft_dataset(
     from datasets import Dataset, Features, List, Value
 
     raw = Dataset.from_dict({"record": [record_to_json(r) for r in records]})
-    encode = _Encode(encoder, templates, letter_ids, max_length, ignore_index)
+    encode = ExampleEncoder(encoder, templates, letter_ids, max_length, ignore_index)
     if not len(raw):
         raise ValueError("there are no records to make training examples of")
     ids = List(Value("int32"))
@@ -178,7 +182,7 @@ def jsft_dataset(
             length=Value("int32"),
             kind=Value("string"),
             principle=Value("string"),
-            twin=Value("bool"),
+            swapped=Value("bool"),
             note=Value("string"),
         ),
         num_proc=num_proc,
@@ -191,48 +195,10 @@ def jsft_dataset(
         if note:
             key = f"{kind} examples: {note}"
             counts[key] = counts.get(key, 0) + 1
-    kept = encoded.filter(_has_ids, input_columns=["length"], num_proc=num_proc)
+    kept = encoded.filter(bool, input_columns=["length"], num_proc=num_proc)
     if not len(kept):
         raise ValueError(f"no training example is left of {len(raw)} records: {counts}")
     return kept.remove_columns(["note"]), counts
-
-
-def _has_ids(length: int) -> bool:
-    return length > 0
-
-
-@dataclass(frozen=True)
-class _Encode:
-    """`jsft_examples` over a batch of JSON records; picklable, for `datasets.map(num_proc=…)`."""
-
-    encoder: ChatEncoder
-    templates: JudgeTemplates
-    letter_ids: tuple[int, int]
-    max_length: int | None
-    ignore_index: int
-
-    def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
-        examples = [
-            example
-            for text in batch["record"]
-            for example in jsft_examples(
-                record_from_json(text),
-                self.encoder,
-                self.templates,
-                self.letter_ids,
-                self.max_length,
-                self.ignore_index,
-            )
-        ]
-        return {
-            "input_ids": [e.input_ids for e in examples],
-            "labels": [e.labels for e in examples],
-            "length": [len(e.input_ids) for e in examples],
-            "kind": [e.kind for e in examples],
-            "principle": [e.principle for e in examples],
-            "twin": [e.twin for e in examples],
-            "note": [e.note or "" for e in examples],
-        }
 
 
 def record_to_json(record: PreferenceRecord) -> str:

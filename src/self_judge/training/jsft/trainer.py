@@ -1,4 +1,4 @@
-"""JSFTTrainer: TRL's SFTTrainer with twins kept together and every shared token computed once.
+"""JSFTTrainer: TRL's SFTTrainer, both orders of a pair together, every shared token computed once.
 
 It replaces which examples meet in a batch and how their forward pass is laid out, never the loss.
 """
@@ -25,22 +25,22 @@ from self_judge.training.checkpointing import ResumableTraining
 from self_judge.training.lora_layers import lighten
 
 
-class TwinSampler(Sampler[int]):
+class PairSampler(Sampler[int]):
     """A random order of examples in which the two orders of a judged pair follow each other.
 
     Args:
-        twins: for each example, whether it is the swapped twin of the example before it.
+        swapped: for each example, whether it is the example before it with responses swapped.
         seed: with the epoch, fixes the order.
     """
 
-    def __init__(self, twins: Sequence[bool], seed: int) -> None:
+    def __init__(self, swapped: Sequence[bool], seed: int) -> None:
         self.units: list[list[int]] = []
-        for i, twin in enumerate(twins):
-            if twin and self.units:
+        for i, second in enumerate(swapped):
+            if second and self.units:
                 self.units[-1].append(i)
             else:
                 self.units.append([i])
-        self.length = len(twins)
+        self.length = len(swapped)
         self.seed = seed
         self.epoch = 0
 
@@ -103,7 +103,7 @@ class JSFTTrainer(ResumableTraining, SFTTrainer):
         columns = getattr(dataset, "column_names", None) or ()
         random = self.args.train_sampling_strategy in ("random", "batch_rebalance")
         packed = self.packing is not None and self.packing.decision.route != "off"
-        if not (packed and random and "twin" in columns):
+        if not (packed and random and "swapped" in columns):
             return super()._get_train_sampler(train_dataset)
         # Sorting by length is packing's own work.
-        return TwinSampler(dataset["twin"], self.args.data_seed or self.args.seed)
+        return PairSampler(dataset["swapped"], self.args.data_seed or self.args.seed)
