@@ -128,7 +128,7 @@ def jsft_trainer(
         records: what to learn from.
         held_out: what to measure the evaluation loss on, if `args` asks for evaluation.
         packing: see `Packing`.
-        max_skipped_steps: see `ResumableTraining`.
+        max_skipped_steps: see `FaultToleranceMixin`.
         say: told how many examples there are and what was cut.
     """
     check_vocabulary(model, encoder.tokenizer)

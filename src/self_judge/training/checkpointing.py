@@ -1,7 +1,7 @@
-"""What lets a training be killed at any moment and go on as if nothing had been: for both trainers.
+"""What lets a training be killed at any moment and resume with the same numbers: both trainers.
 
-Checkpoints are written whole or not at all (`storage/atomic.py`) and checked before one is gone on
-from; they hold what had not been logged yet; SIGTERM ends a run after its step; numbers that are
+Checkpoints are complete or absent (`storage/atomic.py`) and checked before a run resumes from one;
+they hold what had not been logged yet; SIGTERM ends a run after its step; numbers that are
 not finite never reach the weights. It changes nothing about a run in which none of this happens.
 """
 
@@ -56,7 +56,7 @@ class NotFiniteError(FloatingPointError):
     """Training cannot go on: what it computes is not finite; the message says since when."""
 
 
-class ResumableTraining(Base):
+class FaultToleranceMixin(Base):
     """A mixin before a Transformers trainer.
 
     Attributes:
@@ -80,12 +80,15 @@ class ResumableTraining(Base):
     _unsent: str | None = None
     _skipped = 0
 
-    # -- going on ----------------------------------------------------------------------------------
+    def _send_telemetry(self) -> None:
+        """Sends nothing: TRL would tell its authors what kind of model and machine this is."""
+
+    # -- resuming ----------------------------------------------------------------------------------
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As Transformers' `train`; a checkpoint to go on from is checked first.
+        """As Transformers' `train`; a checkpoint to resume from is checked first.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in the

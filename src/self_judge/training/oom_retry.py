@@ -24,7 +24,7 @@ else:
 MICRO_BATCH = "micro_batch"
 
 
-class UpdateInParts(Base):
+class OOMRetryMixin(Base):
     """A mixin before TRL's `DPOTrainer`: memory that is full halves the pairs of a forward pass.
 
     One process alone does so: with several, all would have to at the same place.

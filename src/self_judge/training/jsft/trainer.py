@@ -21,7 +21,7 @@ from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.pass_size import pinned_tokens_per_pass
 from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.training.callbacks import RunLog
-from self_judge.training.checkpointing import ResumableTraining
+from self_judge.training.checkpointing import FaultToleranceMixin
 from self_judge.training.lora_layers import lighten
 
 
@@ -57,12 +57,12 @@ class PairSampler(Sampler[int]):
             yield from self.units[unit]
 
 
-class JSFTTrainer(ResumableTraining, SFTTrainer):
+class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
     """Takes what TRL's `SFTTrainer` takes, on the dataset of `jsft_dataset`.
 
     Args:
         packing: see `Packing`; `off` leaves batches padded and drawn as `SFTTrainer` does.
-        max_skipped_steps: see `ResumableTraining`.
+        max_skipped_steps: see `FaultToleranceMixin`.
         on_saved: called with every folder into which a model was saved, to write more beside it.
 
     Raises:
@@ -94,9 +94,6 @@ class JSFTTrainer(ResumableTraining, SFTTrainer):
             self.packing = pack_fused_head(model, packing, one_pass=one_pass, batch_tokens=tokens)
         self.run_log = RunLog("jsft")
         self.add_callback(self.run_log)
-
-    def _send_telemetry(self) -> None:
-        """Sends nothing: TRL would tell its authors what kind of model and machine this is."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -43,9 +43,9 @@ from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.storage.run_dir import rollout_file, thin_rollouts
 from self_judge.training.callbacks import RunLog, StepClock
-from self_judge.training.checkpointing import ResumableTraining
+from self_judge.training.checkpointing import FaultToleranceMixin
 from self_judge.training.lora_layers import lighten
-from self_judge.training.oom_retry import MICRO_BATCH, UpdateInParts
+from self_judge.training.oom_retry import MICRO_BATCH, OOMRetryMixin
 from self_judge.training.self_training.config import (
     SelfJudgeConfig,
     as_self_judge_config,
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
+class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     """On-policy self-training: sample, judge with the frozen initial model, update by DPO.
 
     Takes what `DPOTrainer` takes, and the method's own arguments (which win over `args`):
@@ -429,9 +429,6 @@ class SelfJudgeTrainer(ResumableTraining, UpdateInParts, DPOTrainer):
 
     def _averages(self) -> bool:
         return self._log_prob_hooks is not None and self._log_prob_hooks.average
-
-    def _send_telemetry(self) -> None:
-        """Sends nothing: TRL would tell its authors what kind of model and machine this is."""
 
     def _save_judge_settings(self, folder: Path) -> None:
         save_judge_settings(folder, self.encoder, self.judge_templates, self.judge.letter_ids)
