@@ -28,8 +28,7 @@ from self_judge.data.records import judge_context
 from self_judge.data.sources import load_preferences
 from self_judge.models import load_model, load_tokenizer
 from self_judge.packing.packing import Packing
-from self_judge.packing.pass_size import tokens_per_pass
-from self_judge.packing.passes import attention_share
+from self_judge.packing.pass_size import attention_share, tokens_per_pass
 from self_judge.packing.prefix_tree import prefix_rows
 from self_judge.prompting.judge_prompt import encode_orders
 

@@ -101,6 +101,24 @@ def pinned_tokens_per_pass(inner: nn.Module, folder: str | Path) -> int:
     return pinned[0]
 
 
+def attention_share(inner: Any) -> float:
+    """FLOPs of one query meeting one key, over those of a token in all matrices of the layers.
+
+    At a context of L tokens, attention adds L times this to a token's work.
+    """
+    config = inner.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(heads, 1)
+    layers = getattr(config, "num_hidden_layers", 0)
+    embedded = {
+        id(p) for m in inner.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    head = inner.get_output_embeddings()
+    embedded |= {id(p) for p in head.parameters()} if head is not None else set()
+    matrices = sum(p.numel() for p in inner.parameters() if p.dim() > 1 and id(p) not in embedded)
+    return 2 * heads * size * layers / max(matrices, 1)
+
+
 def _matrices(inner: nn.Module) -> list[torch.Tensor]:
     """One matrix of every shape, but for the head, which sees few tokens."""
     head = getattr(inner, "get_output_embeddings", lambda: None)()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from self_judge.packing.flex_attention import NAME, ROW_MULTIPLE, tree_blocks
-from self_judge.packing.pass_size import tokens_per_pass
+from self_judge.packing.pass_size import attention_share, tokens_per_pass
 from self_judge.packing.prefix_tree import (
     Ints,
     PrefixGroup,
@@ -431,21 +431,3 @@ def attention(inner: Any) -> str:
 
 def takes_positions(inner: Any) -> bool:
     return "position_ids" in inspect.signature(type(inner.base_model).forward).parameters
-
-
-def attention_share(inner: Any) -> float:
-    """FLOPs of one query meeting one key, over those of a token in all matrices of the layers.
-
-    At a context of L tokens, attention adds L times this to a token's work.
-    """
-    config = inner.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 0) or 0
-    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(heads, 1)
-    layers = getattr(config, "num_hidden_layers", 0)
-    embedded = {
-        id(p) for m in inner.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
-    head = inner.get_output_embeddings()
-    embedded |= {id(p) for p in head.parameters()} if head is not None else set()
-    matrices = sum(p.numel() for p in inner.parameters() if p.dim() > 1 and id(p) not in embedded)
-    return 2 * heads * size * layers / max(matrices, 1)
