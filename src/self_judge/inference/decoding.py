@@ -26,7 +26,7 @@ from self_judge.packing.exactness import (
     warn_once,
     why_inexact,
 )
-from self_judge.packing.passes import takes_positions, to_device
+from self_judge.packing.passes import padded, takes_positions, to_device
 from self_judge.runtime import unwrapped, without_cudnn_attention
 
 logger = logging.getLogger(__name__)
@@ -92,13 +92,10 @@ def decode(
     longest = max(map(len, prompts))
     of_row = [i for i, n in enumerate(copies) for _ in range(n)]
     rows = list(range(len(of_row)))  # those that are left
-    ids_BT = torch.full((len(rows), longest + max_new_tokens), pad)
-    seen_BT = torch.ones_like(ids_BT)
-    for row, i in enumerate(of_row):
-        start = longest - len(prompts[i])
-        ids_BT[row, start:longest] = torch.tensor(list(prompts[i]))
-        seen_BT[row, :start] = 0
-    ids_BT, seen_BT = to_device(ids_BT, device), to_device(seen_BT, device)
+    given = padded([prompts[i] for i in of_row], device, "left", pad)
+    room = (0, max_new_tokens)
+    ids_BT = nn.functional.pad(given["input_ids"], room, value=pad)
+    seen_BT = nn.functional.pad(given["attention_mask"], room, value=1)
     lengths_B1 = to_device(torch.tensor([[len(prompts[i])] for i in of_row]), device)
     stops = to_device(torch.tensor(list(stop)), device)
     new_BT = torch.full((len(rows), max_new_tokens), pad, device=device)
@@ -324,15 +321,9 @@ def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[torch.
     """Logits `(B, V)` after each prompt, and its cache."""
     inner: Any = unwrapped(model)
     longest = max(map(len, prompts))
-    ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
-    seen_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, longest - len(prompt) :] = torch.tensor(list(prompt))
-        seen_BT[row, longest - len(prompt) :] = 1
-    inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": seen_BT}
+    inputs: dict[str, Any] = padded(prompts, _device(model), "left")
     if takes_positions(inner):
-        inputs["position_ids"] = (seen_BT.cumsum(1) - 1).clamp(min=0)
-    inputs = {name: to_device(value, _device(model)) for name, value in inputs.items()}
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     if "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
         inputs["logits_to_keep"] = 1
     with _masks(min(map(len, prompts)) < longest):

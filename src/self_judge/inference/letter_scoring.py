@@ -16,7 +16,7 @@ import torch
 from self_judge.config.self_training import PackingChoice
 from self_judge.packing.packing import Packing
 from self_judge.packing.pass_size import tokens_per_pass
-from self_judge.packing.passes import right_padded
+from self_judge.packing.passes import padded
 from self_judge.runtime import (
     float32_logits,
     halve_or_raise,
@@ -147,7 +147,7 @@ def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) 
     """
     device = next(model.parameters()).device
     lengths = [len(p) for p in prompts]
-    inputs = right_padded(prompts, device)
+    inputs = padded(prompts, device)
     last_B = torch.tensor([n - 1 for n in lengths], device=device)
     rows_B = torch.arange(len(prompts), device=device)
     if _takes_logits_to_keep(model):

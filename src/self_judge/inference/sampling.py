@@ -23,7 +23,7 @@ from self_judge.config.self_training import SamplingSettings
 from self_judge.datatypes import Response, stable_seed
 from self_judge.inference.decoding import MaxOverRanks, cache_bytes, decode, why_not_shared
 from self_judge.inference.logits_processors import TokenSampler
-from self_judge.packing.passes import to_device
+from self_judge.packing.passes import padded, to_device
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.runtime import halve_or_raise, in_evaluation_mode, without_cudnn_attention
 
@@ -241,11 +241,6 @@ class TransformersSampler:
     ) -> list[list[int]]:
         device = next(self.model.parameters()).device
         longest = max(map(len, prompts))
-        ids_BT = torch.full((len(prompts), longest), pad)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, longest - len(prompt) :] = torch.tensor(list(prompt))
-            mask_BT[row, longest - len(prompt) :] = 1
         config = GenerationConfig(
             max_new_tokens=self.settings.max_new_tokens,
             do_sample=False,  # sampling is the argmax over the noisy logits
@@ -255,8 +250,7 @@ class TransformersSampler:
         )
         with _without_own_generation_settings(self.model):
             output_BT = self.model.generate(  # type: ignore[operator]
-                input_ids=to_device(ids_BT, device),
-                attention_mask=to_device(mask_BT, device),
+                **padded(prompts, device, "left", pad),
                 generation_config=config,
                 logits_processor=processors,
                 synced_gpus=self.max_over_ranks is not None,

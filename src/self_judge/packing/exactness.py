@@ -16,7 +16,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from torch import nn
 
-from self_judge.packing.passes import device_of, right_padded
+from self_judge.packing.passes import device_of, padded
 from self_judge.runtime import in_evaluation_mode, unwrapped
 
 # Differences allowed, as shares of the largest logit. With SmolLM2 in bfloat16 another order of the
@@ -72,7 +72,7 @@ def padded_logits(called: Any, sequences: Sequence[Sequence[int]]) -> list[torch
     Args:
         called: see `as_called`.
     """
-    inputs = right_padded(sequences, device_of(called))
+    inputs = padded(sequences, device_of(called))
     logits_BTV = called(**inputs, use_cache=False).logits
     return [row[: len(s)] for row, s in zip(logits_BTV, sequences, strict=True)]
 

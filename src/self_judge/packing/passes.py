@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -141,18 +141,23 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def right_padded(
-    sequences: Sequence[Sequence[int]], device: torch.device
+def padded(
+    sequences: Sequence[Sequence[int]],
+    device: torch.device,
+    side: Literal["left", "right"] = "right",
+    pad: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Sequences as the inputs of one pass, `(B, T)` each.
 
     Under a causal mask, padding on the right reaches no sequence, whatever the kind of position.
     """
-    ids_BT = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
+    longest = max(map(len, sequences))
+    ids_BT = torch.full((len(sequences), longest), pad)
     mask_BT = torch.zeros_like(ids_BT)
     for row, sequence in enumerate(sequences):
-        ids_BT[row, : len(sequence)] = torch.tensor(sequence)
-        mask_BT[row, : len(sequence)] = 1
+        start = longest - len(sequence) if side == "left" else 0
+        ids_BT[row, start : start + len(sequence)] = torch.tensor(list(sequence))
+        mask_BT[row, start : start + len(sequence)] = 1
     return {"input_ids": to_device(ids_BT, device), "attention_mask": to_device(mask_BT, device)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -178,14 +178,11 @@ class VLLMScorer:
 
 def request_parameters(settings: SamplingSettings, stop: Sequence[int]) -> dict[str, Any]:
     """What vLLM is told of how to draw: every value, so that none of its own defaults counts."""
+    drawing = asdict(settings)
     return {
         "n": 1,
-        "max_tokens": settings.max_new_tokens,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": settings.top_k,
-        "min_p": settings.min_p,
-        "repetition_penalty": settings.repetition_penalty,
+        "max_tokens": drawing.pop("max_new_tokens"),
+        **drawing,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         # The end of an answer is what the encoder says, not what the model's files say.
