@@ -9,17 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from self_judge.data.dialogues import select_hh, select_preference
 from self_judge.data.files import read_raw, reader_of, split_of
-from self_judge.data.records import Parsed, RecordRef, judge_context
-from self_judge.data.sources import kind_of
-from self_judge.data.ultrafeedback import select_ultrafeedback
-from self_judge.datatypes import Comparison, LabeledPair
+from self_judge.data.records import RecordRef, judge_context
+from self_judge.data.sources import PARSERS, kind_of
+from self_judge.datatypes import Comparison
 from self_judge.errors import DataError
 from self_judge.prompting.judge_templates import dialogue_text
 
@@ -98,9 +97,7 @@ def read_comparisons(
                     skipped[found] += 1
                 else:
                     named = "/".join(part for part in (subset, found.subset) if part)
-                    yield LabeledComparison(
-                        found.comparison, found.label, named, found.principle, label, index
-                    )
+                    yield replace(found, subset=named)
 
 
 def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, Iterator[dict[str, Any]]]]:
@@ -149,16 +146,9 @@ def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[str, Path
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    comparison: Comparison
-    label: Label
-    subset: str = ""
-    principle: str | None = None
-
-
 # What a record gives: comparisons, and reasons (texts) why something was left out.
-_Reader = Callable[[Mapping[str, Any], RecordRef], Iterator["_Found | str"]]
+_Found = Iterator[LabeledComparison | str]
+_Reader = Callable[[Mapping[str, Any], RecordRef], _Found]
 
 
 def _reader_of(record: Mapping[str, Any], label: str) -> _Reader:
@@ -181,19 +171,19 @@ def _reader_of(record: Mapping[str, Any], label: str) -> _Reader:
             "response2, annotator1…), MT-Bench (conversation_a, conversation_b, winner) or HHH "
             "(input, targets)"
         ) from None
-    return {"hh": _hh, "ultrafeedback": _ultrafeedback, "preference": _preference}[kind]
+    return partial(_parsed, kind)
 
 
-def _llmbar(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
+def _llmbar(record: Mapping[str, Any], where: RecordRef) -> _Found:
     label = where.number(record["label"], "label")
     if label not in (1, 2):
         raise where.error("label", f"expected 1 or 2, got {record['label']!r}")
     a, b = where.text(record, "output_1").strip(), where.text(record, "output_2").strip()
     context = where.text(record, "input" if "input" in record else "instruction").strip()
-    yield _pair(context, a, b, "a" if label == 1 else "b")
+    yield _pair(where, context, a, b, "a" if label == 1 else "b")
 
 
-def _pandalm(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
+def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
     """The majority of three annotators, 0 for a tie."""
     votes = Counter(where.number(record[name], name) for name in _ANNOTATORS)
     if not votes.keys() <= {0, 1, 2}:
@@ -212,10 +202,10 @@ def _pandalm(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | s
         str(record[name]) if isinstance(record[name], bool) else where.text(record, name).strip()
         for name in ("response1", "response2")
     )
-    yield _pair("\n\n".join(asked), a, b, labels[vote])
+    yield _pair(where, "\n\n".join(asked), a, b, labels[vote])
 
 
-def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
+def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
     """One human vote. The context is the first question; what follows it is the response."""
     labels: dict[Any, Label] = {"model_a": "a", "model_b": "b"}
     winner = where.text(record, "winner")
@@ -236,10 +226,10 @@ def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | 
         m[1]["content"].strip() if turn == 1 else dialogue_text(m[1:]).removeprefix("Assistant: ")
         for m in sides
     )
-    yield _pair(dialogue_text(sides[0][:1]), a, b, label, f"turn {turn}")
+    yield _pair(where, dialogue_text(sides[0][:1]), a, b, label, f"turn {turn}")
 
 
-def _hhh_targets(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
+def _hhh_targets(record: Mapping[str, Any], where: RecordRef) -> _Found:
     """As BIG-bench and the Hub have it: two choices, of which one is labeled 1."""
     targets = record["targets"]
     if not isinstance(targets, Mapping):
@@ -249,49 +239,45 @@ def _hhh_targets(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found
         raise where.error("targets.labels", f"expected one 0 and one 1, got {labels}")
     better, worse = (choices[labels.index(value)] for value in (1, 0))
     asked = {"prompt": where.text(record, "input"), "chosen": better, "rejected": worse}
-    yield from _preference({**record, **asked}, where)
+    yield from _parsed("preference", {**record, **asked}, where)
 
 
-def _hhh(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
+def _hhh(record: Mapping[str, Any], where: RecordRef) -> _Found:
     asked = {**record, "prompt": where.text(record, "instruction")}
-    yield from _preference({k: v for k, v in asked.items() if k != "instruction"}, where)
+    asked.pop("instruction")
+    yield from _parsed("preference", asked, where)
 
 
-def _preference(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
-    """TRL preference data; `subset` (RewardBench) or `source` (HHH) names its part."""
-    named = record.get("subset", record.get("source"))
-    subset = named if isinstance(named, str) else ""
-    yield from _selected(select_preference(record, where.index, source=where.source), subset)
-
-
-def _hh(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
-    yield from _selected(select_hh(record, where.index, source=where.source), "")
-
-
-def _ultrafeedback(record: Mapping[str, Any], where: RecordRef) -> Iterator[_Found | str]:
-    yield from _selected(select_ultrafeedback(record, where.index, source=where.source), "")
-
-
-def _selected(parsed: Parsed, subset: str) -> Iterator[_Found | str]:
+def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef) -> _Found:
+    """A record of a kind to train on: its pairs, each in the order that a hash draws."""
+    parsed = PARSERS[kind](record, where.index, source=where.source)
     yield from parsed.skipped
-    if parsed.record is not None:
-        context = judge_context(parsed.record)
-        yield from (_drawn(context, pair, subset) for pair in parsed.record.pairs)
+    if parsed.record is None:
+        return
+    # RewardBench names its parts by `subset`, HHH by `source`; UltraFeedback's source is no part.
+    named = record.get("subset", record.get("source")) if kind == "preference" else None
+    subset, context = named if isinstance(named, str) else "", judge_context(parsed.record)
+    for pair in parsed.record.pairs:
+        swapped = _digest(context, *sorted((pair.chosen, pair.rejected)))[0] % 2
+        drawn = Comparison(context, pair.chosen, pair.rejected)
+        yield LabeledComparison(
+            drawn.swapped() if swapped else drawn,
+            "b" if swapped else "a",
+            subset,
+            pair.principle,
+            where.source,
+            where.index,
+        )
 
 
-def _drawn(context: str, pair: LabeledPair, subset: str) -> _Found:
-    if _digest(context, *sorted((pair.chosen, pair.rejected)))[0] % 2:
-        comparison, label = Comparison(context, pair.rejected, pair.chosen), "b"
-    else:
-        comparison, label = Comparison(context, pair.chosen, pair.rejected), "a"
-    return _Found(comparison, label, subset, pair.principle)  # type: ignore[arg-type]
-
-
-def _pair(context: str, a: str, b: str, label: Label, subset: str = "") -> _Found | str:
+def _pair(
+    where: RecordRef, context: str, a: str, b: str, label: Label, subset: str = ""
+) -> LabeledComparison | str:
     # An empty response is a response, which people have rated.
     if a == b:
         return "pair: identical responses"
-    return _Found(Comparison(context, a, b), label, subset)
+    comparison = Comparison(context, a, b)
+    return LabeledComparison(comparison, label, subset, None, where.source, where.index)
 
 
 def _digest(*parts: str) -> bytes:

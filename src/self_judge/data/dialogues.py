@@ -110,14 +110,12 @@ def select_preference(
         DataError: a field is missing or has the wrong type, or a response is not the assistant's.
     """
     where = RecordRef(source, index)
-    for field in ("chosen", "rejected"):
-        if field not in record:
-            raise where.error(field, f"is missing; there are {sorted(map(str, record))}")
+    chosen, rejected = where.value(record, "chosen"), where.value(record, "rejected")
+    given = record.get("prompt")
     named_otherwise = sorted({"instruction", "query", "question"} & record.keys())
     if "prompt" not in record and named_otherwise:
         # Else the words that both responses start with would be taken for the prompt.
         raise where.error("prompt", f"is missing; rename the column {named_otherwise[0]!r}")
-    chosen, rejected, given = record["chosen"], record["rejected"], record.get("prompt")
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt, better, worse = _standard(record, given, where)
         same_prompt = True
@@ -152,7 +150,7 @@ def _standard(
     if given is None:
         given = chosen[: _shared_prefix(chosen, rejected)]
     elif not isinstance(given, str):
-        raise where.error("prompt", f"expected text or messages, got {type(given).__name__}")
+        raise where.expected("text or messages", given, "prompt")
     if given and chosen.startswith(given) and rejected.startswith(given):
         chosen, rejected = chosen[len(given) :], rejected[len(given) :]
     prompt: list[Message] = [{"role": "user", "content": given.strip()}]

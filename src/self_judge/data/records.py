@@ -81,14 +81,23 @@ class RecordRef:
         """The error to raise about a field of this record."""
         return DataError(f"{self.source}, record {self.index}, field {field!r}: {problem}")
 
-    def text(self, holder: Mapping[str, Any], name: str, path: str = "") -> str:
-        """The text `holder[name]`; `path` is where in the record `holder` stands."""
-        field = f"{path}.{name}" if path else name
+    def expected(self, what: str, value: Any, field: str) -> DataError:
+        """The error to raise about a value of the wrong type."""
+        return self.error(field, f"expected {what}, got {type(value).__name__}")
+
+    def value(self, holder: Mapping[str, Any], name: str, path: str = "") -> Any:
+        """`holder[name]`; `path` is where in the record `holder` stands."""
         if name not in holder:
+            field = f"{path}.{name}" if path else name
             raise self.error(field, f"is missing; there are {sorted(map(str, holder))}")
-        value = holder[name]
+        return holder[name]
+
+    def text(self, holder: Mapping[str, Any], name: str, path: str = "") -> str:
+        """The text `holder[name]`."""
+        field = f"{path}.{name}" if path else name
+        value = self.value(holder, name, path)
         if not isinstance(value, str):
-            raise self.error(field, f"expected text, got {type(value).__name__}")
+            raise self.expected("text", value, field)
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
@@ -101,7 +110,7 @@ class RecordRef:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise self.error(field, f"expected a number or text, got {type(value).__name__}")
+            raise self.expected("a number or text", value, field)
         try:
             number = float(value)
         except ValueError:
@@ -110,23 +119,20 @@ class RecordRef:
 
     def items(self, holder: Mapping[str, Any], name: str) -> list[Any]:
         """The list `holder[name]`."""
-        if name not in holder:
-            raise self.error(name, f"is missing; there are {sorted(map(str, holder))}")
-        if not isinstance(holder[name], list):
-            raise self.error(name, f"expected a list, got {type(holder[name]).__name__}")
-        return list(holder[name])
+        value = self.value(holder, name)
+        if not isinstance(value, list):
+            raise self.expected("a list", value, name)
+        return list(value)
 
     def messages(self, value: Any, field: str) -> list[Message]:
         """A list of messages with known roles and texts as contents."""
         if not isinstance(value, list):
-            raise self.error(
-                field, f"expected text or a list of messages, got {type(value).__name__}"
-            )
+            raise self.expected("text or a list of messages", value, field)
         messages: list[Message] = []
         for number, message in enumerate(value):
             at = f"{field}[{number}]"
             if not isinstance(message, Mapping):
-                raise self.error(at, f"expected a message, got {type(message).__name__}")
+                raise self.expected("a message", message, at)
             role = self.text(message, "role", at)
             if role not in _ROLES:
                 raise self.error(f"{at}.role", f"is {role!r}, expected one of {', '.join(_ROLES)}")

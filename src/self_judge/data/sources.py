@@ -168,7 +168,7 @@ def select_records(
             f"{label}: pairs per principle need ratings per principle (kind ultrafeedback), but "
             f"this source is of kind {known}"
         )
-    parse = _PARSERS[known]
+    parse = PARSERS[known]
     if known == "ultrafeedback":
         parse = partial(parse, seed=seed, principles=principles, rationales=rationales)
     counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
@@ -201,7 +201,7 @@ def select_records(
     return PreferenceData(kept, {label: dict(counts)})
 
 
-_PARSERS: dict[str, Callable[..., Parsed]] = {
+PARSERS: dict[str, Callable[..., Parsed]] = {
     "hh": select_hh,
     "preference": select_preference,
     "ultrafeedback": select_ultrafeedback,
@@ -237,8 +237,8 @@ def _check_options(
     rationales: bool,
     max_records: int | None,
 ) -> None:
-    if kind not in ("auto", *_PARSERS):
-        raise DataError(f"kind is one of auto, {', '.join(_PARSERS)}, got {kind!r}")
+    if kind not in ("auto", *PARSERS):
+        raise DataError(f"kind is one of auto, {', '.join(PARSERS)}, got {kind!r}")
     if subset not in ("train", "held_out", "all"):
         raise DataError(f"subset is 'train', 'held_out' or 'all', got {subset!r}")
     if not 0 <= held_out < 1:
@@ -295,9 +295,7 @@ def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Mess
             break
         where = RecordRef(path, index)
         messages = prompt_of(record, where)
-        if messages is None:
-            raise where.error("prompt", f"is missing; there are {sorted(map(str, record))}")
-        prompts.append(messages)
+        prompts.append(where.value(record, "prompt") if messages is None else messages)
     return prompts
 
 

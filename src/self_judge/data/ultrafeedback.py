@@ -149,16 +149,11 @@ def _speaks_for_itself(completion: _Completion, principle: str) -> bool:
 def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
     """One completion, or `None` when it is empty or no principle of it is rated."""
     if not isinstance(raw, Mapping):
-        raise where.error(field, f"expected an object, got {type(raw).__name__}")
+        raise where.expected("an object", raw, field)
     text = where.text(raw, "response", field).strip()
-    if "annotations" not in raw:
-        raise where.error(f"{field}.annotations", f"is missing; there are {sorted(map(str, raw))}")
-    annotations = raw["annotations"] or {}
+    annotations = where.value(raw, "annotations", field) or {}
     if not isinstance(annotations, Mapping):
-        raise where.error(
-            f"{field}.annotations",
-            f"expected an object of rated principles, got {type(annotations).__name__}",
-        )
+        raise where.expected("an object of rated principles", annotations, f"{field}.annotations")
     ratings: dict[str, float] = {}
     rationales: dict[str, str] = {}
     for principle, annotation in annotations.items():
@@ -170,7 +165,7 @@ def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
         if annotation is None:
             continue
         if not isinstance(annotation, Mapping):
-            raise where.error(at, f"expected an object, got {type(annotation).__name__}")
+            raise where.expected("an object", annotation, at)
         rating = where.number(annotation.get("Rating"), f"{at}.Rating")
         if rating is None:
             continue
@@ -178,13 +173,11 @@ def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
         # Where both are there, "Rationale" explains the type and this one the rating.
         rationale = annotation.get("Rationale For Rating") or annotation.get("Rationale") or ""
         if not isinstance(rationale, str):
-            raise where.error(f"{at}.Rationale", f"expected text, got {type(rationale).__name__}")
+            raise where.expected("text", rationale, f"{at}.Rationale")
         rationales[principle] = rationale.strip()
     if not text or not ratings:
         return None
     system = raw.get("custom_system_prompt") or ""
     if not isinstance(system, str):
-        raise where.error(
-            f"{field}.custom_system_prompt", f"expected text, got {type(system).__name__}"
-        )
+        raise where.expected("text", system, f"{field}.custom_system_prompt")
     return _Completion(text, system.strip(), ratings, rationales)
