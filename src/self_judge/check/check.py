@@ -15,18 +15,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from datasets.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import PeftConfig, get_peft_model
 
 from self_judge.check import findings
-from self_judge.check.cost import Cost, device_for, jsft_cost, self_judge_cost, setting_of
+from self_judge.check.cost import Cost, Training, device_for, jsft_cost, self_judge_cost, setting_of
 from self_judge.check.examples import Example, Figures, example_of, figures_of, first_of_each_kind
 from self_judge.check.findings import Finding, note, problem, warning
-from self_judge.check.memory import Device, Setting, Sharding
+from self_judge.check.memory import Device, Sharding
 from self_judge.check.model_size import empty_model, shallow_model, size_of
 from self_judge.config.hardware import Machine, fit_to_machine
 from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
@@ -37,18 +33,9 @@ from self_judge.packing.prefix_tree import shared_length
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
 from self_judge.prompting.judge_prompt import encode_orders
+from self_judge.training import setup
 from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.self_training.prompts import PromptPreparer
-from self_judge.training.setup import (
-    jsft_chat_setup,
-    jsft_config,
-    load_data,
-    lora_config,
-    prompt_rows,
-    self_judge_chat_setup,
-    self_judge_config,
-    this_machine,
-)
 
 T = TypeVar("T")
 EXAMPLES = 400  # records that are encoded; all are read
@@ -138,19 +125,18 @@ def check(
     if processes is None:
         gpus = torch.cuda.device_count() if gpu is None else 1
         processes = max(1, gpus, int(os.environ.get("WORLD_SIZE", "1")))
-    here = dataclasses.replace(this_machine(), processes=processes)
+    here = dataclasses.replace(setup.this_machine(), processes=processes)
     there = here
     if gpu is not None:
         there = Machine(True, True, True, True, here.trackers, here.cpu_count, processes)
     run, lacking = fit_to_machine(given, there)
     report = Report(str(config), kind, findings=[warning("this machine", x) for x in lacking])
-    # Settings are built as on this machine, which alone can check them.
     local, _ = fit_to_machine(given, here)
     device = device_for(gpu, there)
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        _look(report, _prepared(run, local, there, device, sharding), examples)
+        _look(_prepared(report, run, local, there, device, sharding), examples)
     except _RefusedError as refused:
         report.findings.append(_refusal(*refused.args))
     finally:
@@ -178,30 +164,31 @@ def _or_refused(about: str, make: Callable[..., T], *args: Any, **kwargs: Any) -
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A run as it would start.
+    """A run as it would start, and the report of what is found in it.
 
     Attributes:
         run: fitted to `machine`, the one that is asked for.
-        args: the trainer's settings as on this machine.
-        model: empty, with its adapter.
-        setting, device: how and where it trains, for the estimate.
+        training: with the trainer's settings as on this machine, which alone can check them.
     """
 
+    report: Report
     run: Any
-    args: Any
-    model: Any
+    machine: Machine
+    training: Training
     encoder: ChatEncoder
     judge: JudgeSettings
-    machine: Machine
-    setting: Setting
-    device: Device
 
 
 def _prepared(
-    run: Any, local: Any, machine: Machine, device: Device, sharding: Sharding | None
+    report: Report,
+    run: Any,
+    local: Any,
+    machine: Machine,
+    device: Device,
+    sharding: Sharding | None,
 ) -> _Prepared:
     jsft, asked = isinstance(run, JSFTRun), run.model
-    make: Any = jsft_config if jsft else self_judge_config
+    make: Any = setup.jsft_config if jsft else setup.self_judge_config
     args = _or_refused("training_args", make, local, machine.processes)
     model: Any = empty_model(
         asked.model_name_or_path,
@@ -209,22 +196,24 @@ def _prepared(
         revision=asked.revision,
         trust_remote_code=asked.trust_remote_code,
     )
-    adapter: Any = _or_refused("peft_config", lora_config, run.peft_config)
+    adapter: Any = _or_refused("peft_config", setup.lora_config, run.peft_config)
     folder = os.path.join(asked.model_name_or_path, "adapter_config.json")
     if adapter is None and not jsft and os.path.isfile(folder):
         adapter = PeftConfig.from_pretrained(asked.model_name_or_path)
         adapter.inference_mode = False
     if adapter is not None:
         model = _or_refused("peft_config", get_peft_model, model, adapter)
-    make = jsft_chat_setup if jsft else self_judge_chat_setup
+    make = setup.jsft_chat_setup if jsft else setup.self_judge_chat_setup
     encoder, judge = _or_refused("templates", make, run)
     setting = setting_of(run, args, machine, sharding, model)
-    return _Prepared(run, args, model, encoder, judge, machine, setting, device)
+    training = Training(model, args, setting, device)
+    return _Prepared(report, run, machine, training, encoder, judge)
 
 
-def _look(report: Report, prepared: _Prepared, examples: int) -> None:
+def _look(prepared: _Prepared, examples: int) -> None:
     """Fills the report."""
-    run, args, model, encoder = prepared.run, prepared.args, prepared.model, prepared.encoder
+    report, run, encoder = prepared.report, prepared.run, prepared.encoder
+    model, args = prepared.training.model, prepared.training.args
     templates, found = prepared.judge.templates, report.findings
     report.about = _about(prepared)
     try:
@@ -252,22 +241,22 @@ def _look(report: Report, prepared: _Prepared, examples: int) -> None:
     if letters is None:
         return
     if isinstance(run, JSFTRun):
-        report.cost = _jsft(report, prepared, letters, records)
+        report.cost = _jsft(prepared, letters, records)
     else:
-        report.cost = _self_judge(report, prepared, records)
+        report.cost = _self_judge(prepared, records)
     if report.cost is None:
         return
     found += findings.memory_findings(report.cost)
     own: Any = run.jsft_args if isinstance(run, JSFTRun) else run.self_judge_args
     if isinstance(run, SelfJudgeRun) and prepared.machine.cuda:
-        found += findings.engine_findings(own, report.cost, prepared.setting.bf16)
+        found += findings.engine_findings(own, report.cost, prepared.training.setting.bf16)
     longest = max(f.tokens["max"] for f in report.figures)
     found += findings.model_findings(size_of(model), run, own.max_length, longest)
 
 
 def _about(prepared: _Prepared) -> dict[str, str]:
-    run, args, encoder = prepared.run, prepared.args, prepared.encoder
-    inner: Any = unwrapped(prepared.model)
+    run, args, encoder = prepared.run, prepared.training.args, prepared.encoder
+    inner: Any = unwrapped(prepared.training.model)
     template = "from the run file or judge.json"
     if encoder.chat_template == encoder.tokenizer.chat_template:
         template = "the tokenizer's own"
@@ -293,7 +282,7 @@ def _packing(run: Any, args: Any, whole: Any) -> Iterable[Finding]:
     if model is None:
         text = "how prefixes are shared is tried on the model itself when the run starts"
         return [note("packing", text)]
-    adapter = lora_config(run.peft_config)
+    adapter = setup.lora_config(run.peft_config)
     model = model if adapter is None else get_peft_model(model, adapter)
     return findings.packing_findings(model, run, args)
 
@@ -301,7 +290,7 @@ def _packing(run: Any, args: Any, whole: Any) -> Iterable[Finding]:
 def _records(report: Report, run: Any, examples: int) -> list[PreferenceRecord]:
     """Reads all records and gives those that are encoded, evenly spread."""
     rationales = isinstance(run, JSFTRun) and run.uses_rationales
-    train, held_out = load_data(run.dataset, lambda line: None, rationales=rationales)
+    train, held_out = setup.load_data(run.dataset, lambda line: None, rationales=rationales)
     report.sources = train.counts_by_source
     report.held_out = held_out.counts_by_source if held_out else {}
     pairs = [p for r in train.records for p in r.pairs]
@@ -314,12 +303,9 @@ def _records(report: Report, run: Any, examples: int) -> list[PreferenceRecord]:
 
 
 def _jsft(
-    report: Report,
-    prepared: _Prepared,
-    letters: tuple[int, int],
-    records: Sequence[PreferenceRecord],
+    prepared: _Prepared, letters: tuple[int, int], records: Sequence[PreferenceRecord]
 ) -> Cost:
-    own, encoder = prepared.run.jsft_args, prepared.encoder
+    report, own, encoder = prepared.report, prepared.run.jsft_args, prepared.encoder
     ignored = own.ignore_index
     dataset, report.counts = _or_refused(
         "jsft_args.max_length",
@@ -347,7 +333,7 @@ def _jsft(
     report.findings += findings.example_findings(report.counts, report.letter_counts)
     total = round(len(rows) * report.records / report.encoded)
     units = _units(rows, ignored, shared=own.packing != "off")
-    return jsft_cost(prepared.model, prepared.setting, prepared.device, prepared.args, units, total)
+    return jsft_cost(prepared.training, units, total)
 
 
 def _units(
@@ -370,12 +356,10 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
     return shared_length(np.asarray(first), np.asarray(second))
 
 
-def _self_judge(
-    report: Report, prepared: _Prepared, records: Sequence[PreferenceRecord]
-) -> Cost | None:
-    own, encoder = prepared.run.self_judge_args, prepared.encoder
+def _self_judge(prepared: _Prepared, records: Sequence[PreferenceRecord]) -> Cost | None:
+    report, own, encoder = prepared.report, prepared.run.self_judge_args, prepared.encoder
     prepare = PromptPreparer(encoder, own.max_length, own.max_new_tokens, "train", False)
-    rows = [prepare(row, i)["prompt_ids"] for i, row in enumerate(prompt_rows(records))]
+    rows = [prepare(row, i)["prompt_ids"] for i, row in enumerate(setup.prompt_rows(records))]
     prompts = [ids for ids in rows if ids]
     shorter = sum(
         len(encoder.encode_prompt(r.prompt)) > len(ids) > 0
@@ -392,12 +376,9 @@ def _self_judge(
     report.examples.append(example_of("prompt, as it is sampled from", prompts[0], encoder))
     report.figures.append(figures_of("prompts", prompts, encoder))
     kept = [r for r, ids in zip(records, rows, strict=True) if ids]
-    responses, judged = _judged(report, prepared, kept)
+    responses, judged = _judged(prepared, kept)
     return self_judge_cost(
-        prepared.model,
-        prepared.setting,
-        prepared.device,
-        prepared.args,
+        prepared.training,
         own,
         len(prepared.judge.templates),
         [len(ids) for ids in prompts],
@@ -408,7 +389,7 @@ def _self_judge(
 
 
 def _judged(
-    report: Report, prepared: _Prepared, records: Sequence[PreferenceRecord]
+    prepared: _Prepared, records: Sequence[PreferenceRecord]
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Encodes the data's own pairs as the judge will be asked.
 
@@ -416,9 +397,9 @@ def _judged(
         The lengths of the better responses, and of each pair that fits (tokens of all its judge
         prompts with shared ones once, tokens of the longest with responses at their longest).
     """
-    own, encoder = prepared.run.self_judge_args, prepared.encoder
+    report, own, encoder = prepared.report, prepared.run.self_judge_args, prepared.encoder
     templates = prepared.judge.templates
-    limit = min(own.max_length, size_of(prepared.model).context or own.max_length)
+    limit = min(own.max_length, size_of(prepared.training.model).context or own.max_length)
     asked: dict[str, list[list[int]]] = {principle: [] for principle in templates}
     responses: list[int] = []
     judged: list[tuple[int, int]] = []

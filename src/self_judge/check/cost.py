@@ -96,24 +96,31 @@ def setting_of(
     )
 
 
-def jsft_cost(
-    model: Any,
-    setting: Setting,
-    device: Device,
-    args: Any,
-    units: Sequence[tuple[int, int, int]],
-    examples: int,
-) -> Cost:
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How and where a run trains.
+
+    Attributes:
+        model: empty, with its adapter.
+        args: the trainer's settings.
+    """
+
+    model: Any
+    args: Any
+    setting: Setting
+    device: Device
+
+
+def jsft_cost(training: Training, units: Sequence[tuple[int, int, int]], examples: int) -> Cost:
     """The cost of a JSFT run.
 
     Args:
-        model: empty, with its adapter.
         units: (examples, tokens with shared ones once, trained tokens) of what is drawn together.
         examples: that there are.
     """
     drawn, tokens, scored = (sum(column) for column in zip(*units, strict=True))
-    own = args.per_device_train_batch_size
-    step = own * args.gradient_accumulation_steps
+    own = training.args.per_device_train_batch_size
+    step = own * training.args.gradient_accumulation_steps
     # An example and its swap are one row of their tree.
     rows = max(1, round(own * len(units) / drawn))
     work = Work(
@@ -121,9 +128,9 @@ def jsft_cost(
         largest=(rows, _longest([t for _, t, _ in units], rows)),
         largest_scored=math.ceil(scored / drawn * own * 2),
     )
-    per_step = {"examples": step * setting.processes}
+    per_step = {"examples": step * training.setting.processes}
     assumed = "memory: the longest example of a thousand randomly drawn micro-batches"
-    return _cost(model, setting, device, args, work, examples, per_step, assumed)
+    return _cost(training, work, examples, per_step, assumed)
 
 
 def _longest(lengths: Sequence[float], size: int, draws: int = 1000) -> int:
@@ -133,10 +140,7 @@ def _longest(lengths: Sequence[float], size: int, draws: int = 1000) -> int:
 
 
 def self_judge_cost(
-    model: Any,
-    setting: Setting,
-    device: Device,
-    args: Any,
+    training: Training,
     own: SelfJudgeArgs,
     principles: int,
     prompts: Sequence[int],
@@ -147,15 +151,14 @@ def self_judge_cost(
     """The cost of a self-training run.
 
     Args:
-        model: empty, with its adapter.
         prompts: their lengths.
         responses: the lengths of the data's better responses, as far as there are any.
         judged: per comparison, (tokens of all its prompts with shared ones once, tokens of its
             longest prompt).
         examples: prompts that there are.
     """
-    new, per_device = own.max_new_tokens, args.per_device_train_batch_size
-    step = per_device * args.gradient_accumulation_steps
+    new, per_device = own.max_new_tokens, training.args.per_device_train_batch_size
+    step = per_device * training.args.gradient_accumulation_steps
     response = min(sum(responses) / len(responses), new) if responses else new
     prompt = sum(prompts) / len(prompts)
     played = comparisons_per_prompt(own.num_generations, own.pair_selection)
@@ -171,7 +174,7 @@ def self_judge_cost(
         sampled_length=prompt + new,
         judged_at_once=round(own.judge_batch_size * longest if own.packing == "off" else together),
     )
-    everywhere = step * setting.processes
+    everywhere = step * training.setting.processes
     per_step = {
         "prompts": everywhere,
         "responses": everywhere * own.num_generations,
@@ -182,7 +185,7 @@ def self_judge_cost(
         f"memory: responses of {new} tokens; tokens trained: the responses that are learned from "
         f"have {response:.0f}" + (" (the mean of the data's better ones)" if responses else "")
     )
-    return _cost(model, setting, device, args, work, examples, per_step, assumed)
+    return _cost(training, work, examples, per_step, assumed)
 
 
 def comparisons_per_prompt(responses: int, selection: PairSelection) -> int:
@@ -201,17 +204,11 @@ def comparisons_per_prompt(responses: int, selection: PairSelection) -> int:
 
 
 def _cost(
-    model: Any,
-    setting: Setting,
-    device: Device,
-    args: Any,
-    work: Work,
-    examples: int,
-    per_step: dict[str, int],
-    assumed: str,
+    training: Training, work: Work, examples: int, per_step: dict[str, int], assumed: str
 ) -> Cost:
-    size = size_of(model, setting.four_bits)
-    kept = kept_activations(model, *work.largest, bf16=setting.bf16)
+    args, setting, device = training.args, training.setting, training.device
+    size = size_of(training.model, setting.four_bits)
+    kept = kept_activations(training.model, *work.largest, bf16=setting.bf16)
     micro = math.ceil(examples / (args.per_device_train_batch_size * setting.processes))
     per_epoch = max(1, math.ceil(micro / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
