@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from self_judge.data.files import read_raw, reader_of, split_of
+from self_judge.data.files import is_saved_dataset, read_raw, reader_of, split_of
 from self_judge.data.records import RecordRef, judge_context
 from self_judge.data.sources import PARSERS, kind_of
 from self_judge.datatypes import Comparison
@@ -109,41 +109,31 @@ def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, Iterator[dict[st
         yield str(file), subset, read_raw(str(file))
     if files:
         return
+    label = "/".join(part for part in (source.path, source.name, source.data_dir) if part)
+    read = partial(
+        read_raw, source.path, data_dir=source.data_dir, name=source.name, revision=source.revision
+    )
+    if local.is_file():
+        yield label, "", read()
+        return
     for split in source.splits:
-        several = len(source.splits) > 1
-        label = "/".join(p for p in (source.path, source.name, source.data_dir) if p)
-        records = read_raw(
-            source.path,
-            split=split,
-            data_dir=source.data_dir,
-            name=source.name,
-            revision=source.revision,
-        )
-        if local.is_file():
-            yield label, "", records
-            return
-        yield f"{label}[{split}]", split if several else "", records
+        yield f"{label}[{split}]", split if len(source.splits) > 1 else "", read(split=split)
 
 
 def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[str, Path]:
     """The data files of a local folder and its folders by subset, if its own tell no split."""
-    saved = ("state.json", "dataset_dict.json")
-    if not root.is_dir() or any((root / name).is_file() for name in saved):
+    if not root.is_dir() or is_saved_dataset(root):
         return {}
     files = [f for f in sorted(root.rglob("*")) if f.is_file() and reader_of(f)]
     if any(split_of(f) for f in files if f.parent == root):
         return {}
     files = [f for f in files if split_of(f) in (None, *splits)]
     alone = Counter(f.parent for f in files)
-    return {
-        "/".join(
-            [
-                *file.parent.relative_to(root).parts,
-                *([file.name.partition(".")[0]] if alone[file.parent] > 1 else []),
-            ]
-        ): file
-        for file in files
-    }
+    subsets: dict[str, Path] = {}
+    for file in files:
+        named = [file.name.partition(".")[0]] if alone[file.parent] > 1 else []
+        subsets["/".join([*file.parent.relative_to(root).parts, *named])] = file
+    return subsets
 
 
 # What a record gives: comparisons, and reasons (texts) why something was left out.

@@ -65,7 +65,7 @@ def read_raw(
         local = local / data_dir
         if not local.is_dir():
             raise DataError(f"{local}: no such folder (data_dir {data_dir!r} of {path})")
-    if local.is_dir() and _is_saved_dataset(local):
+    if local.is_dir() and is_saved_dataset(local):
         yield from _read_saved(local, split)
         return
     for file in _files_of(local, split) if local.is_dir() else [local]:
@@ -204,7 +204,8 @@ def split_of(file: Path) -> str | None:
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), None)
 
 
-def _is_saved_dataset(folder: Path) -> bool:
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` of datasets wrote a folder."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 

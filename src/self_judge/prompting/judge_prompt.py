@@ -37,8 +37,8 @@ def letter_ids(
     """
     show = tokenizer.show
     found: dict[str, tuple[int, str]] = {}
-    for principle in templates:
-        lead_in = templates[principle].assistant
+    for principle, template in templates.items():
+        lead_in = template.assistant
         before = tokenizer.encode(lead_in)
         for letter in "AB":
             after = tokenizer.encode(f"{lead_in} {letter}")
@@ -57,15 +57,12 @@ def letter_ids(
                     f"{principle!r} but {show([known[0]])} after that of {known[1]!r}: "
                     "let all lead-ins end in the same word"
                 )
-    for name, letter, given in (
-        ("token_id_a", "A", token_id_a),
-        ("token_id_b", "B", token_id_b),
-    ):
+    for letter, given in (("A", token_id_a), ("B", token_id_b)):
         derived = found[letter][0]
         if given is not None and given != derived:
             raise EncodingError(
-                f"{name}={given} is {show([given])}, but after the judge's lead-in the "
-                f"letter {letter!r} is {show([derived])}: correct it or leave it out"
+                f"token_id_{letter.lower()}={given} is {show([given])}, but after the judge's "
+                f"lead-in the letter {letter!r} is {show([derived])}: correct it or leave it out"
             )
     if found["A"][0] == found["B"][0]:
         raise EncodingError(
