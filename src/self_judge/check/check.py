@@ -20,7 +20,7 @@ from peft import PeftConfig, get_peft_model
 
 from self_judge.check import findings
 from self_judge.check.cost import Cost, Training, device_for, jsft_cost, self_judge_cost, setting_of
-from self_judge.check.examples import Example, Figures, example_of, figures_of, first_of_each_kind
+from self_judge.check.examples import Encoded, Example, Figures, encoded_row, summary
 from self_judge.check.findings import Finding, note, problem, warning
 from self_judge.check.memory import Device, Sharding
 from self_judge.check.model_size import empty_model, shallow_model, size_of
@@ -38,6 +38,7 @@ from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.self_training.prompts import PromptPreparer
 
 T = TypeVar("T")
+_ORDERS = ("first response first", "second response first")
 EXAMPLES = 400  # records that are encoded; all are read
 
 
@@ -318,14 +319,7 @@ def _jsft(
         ignore_index=ignored,
     )
     rows = dataset.to_list()
-    report.examples = first_of_each_kind(rows, encoder, ignored)
-    kinds: dict[str, list[Any]] = {}
-    for row in rows:
-        kind = "SFT" if row["kind"] == "sft" else f"judge, {row['principle']}"
-        kinds.setdefault(kind, []).append(row)
-    for kind, same in kinds.items():
-        ids, labels = [r["input_ids"] for r in same], [r["labels"] for r in same]
-        report.figures.append(figures_of(kind, ids, encoder, labels, ignored))
+    report.examples, report.figures = summary(map(encoded_row, rows), encoder, ignored)
     answers = Counter(
         next(x for x in r["labels"] if x != ignored) for r in rows if r["kind"] == "judge"
     )
@@ -373,10 +367,10 @@ def _self_judge(prepared: _Prepared, records: Sequence[PreferenceRecord]) -> Cos
     report.findings += findings.prompt_findings(len(prompts), shorter, len(records), own)
     if not prompts:
         return None
-    report.examples.append(example_of("prompt, as it is sampled from", prompts[0], encoder))
-    report.figures.append(figures_of("prompts", prompts, encoder))
     kept = [r for r, ids in zip(records, rows, strict=True) if ids]
-    responses, judged = _judged(prepared, kept)
+    asked, responses, judged = _judged(prepared, kept)
+    shown = [Encoded("prompts", "prompt, as it is sampled from", ids) for ids in prompts]
+    report.examples, report.figures = summary([*shown, *asked], encoder)
     return self_judge_cost(
         prepared.training,
         own,
@@ -390,17 +384,18 @@ def _self_judge(prepared: _Prepared, records: Sequence[PreferenceRecord]) -> Cos
 
 def _judged(
     prepared: _Prepared, records: Sequence[PreferenceRecord]
-) -> tuple[list[int], list[tuple[int, int]]]:
+) -> tuple[list[Encoded], list[int], list[tuple[int, int]]]:
     """Encodes the data's own pairs as the judge will be asked.
 
     Returns:
-        The lengths of the better responses, and of each pair that fits (tokens of all its judge
-        prompts with shared ones once, tokens of the longest with responses at their longest).
+        The judge prompts of the pairs that fit, the lengths of all better responses, and of each
+        pair that fits (tokens of all its judge prompts with shared ones once, tokens of the longest
+        with responses at their longest).
     """
     report, own, encoder = prepared.report, prepared.run.self_judge_args, prepared.encoder
     templates = prepared.judge.templates
     limit = min(own.max_length, size_of(prepared.training.model).context or own.max_length)
-    asked: dict[str, list[list[int]]] = {principle: [] for principle in templates}
+    asked: list[Encoded] = []
     responses: list[int] = []
     judged: list[tuple[int, int]] = []
     tight = 0
@@ -416,19 +411,17 @@ def _judged(
             }
             if len(orders) < len(templates):
                 continue
-            for principle, both in orders.items():
-                asked[principle] += both
+            asked += [
+                Encoded(f"judge, {p}", f"judge, {p}, {order}: the next token is the verdict", ids)
+                for p, both in orders.items()
+                for order, ids in zip(_ORDERS, both, strict=True)
+            ]
             longest = max(len(ids) for both in orders.values() for ids in both)
             at_limit = longest - chosen - rejected + 2 * own.max_new_tokens
             tight += at_limit > limit
             unique = sum(len(a) + len(b) - _shared(a, b) for a, b in orders.values())
             judged.append((unique, min(at_limit, limit)))
-    for principle, prompts in asked.items() if judged else ():
-        for ids, order in zip(prompts, ("first", "second"), strict=False):
-            title = f"judge, {principle}, {order} response first: the next token is the verdict"
-            report.examples.append(example_of(title, ids, encoder))
-        report.figures.append(figures_of(f"judge, {principle}", prompts, encoder))
     report.findings += findings.judge_prompt_findings(
         len(responses) - len(judged), tight, len(responses), own.max_new_tokens, limit
     )
-    return responses, judged
+    return asked, responses, judged

@@ -6,10 +6,10 @@ It reads ids and labels as the trainers get them. It does not know where they co
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from self_judge.prompting.chat_encoder import ChatEncoder
 
@@ -47,56 +47,6 @@ class Example:
         return sum(len(p.ids) for p in self.pieces if p.trained)
 
 
-def example_of(
-    title: str,
-    ids: Sequence[int],
-    encoder: ChatEncoder,
-    labels: Sequence[int] | None = None,
-    ignore_index: int = -100,
-) -> Example:
-    """Cuts a sequence where training or control tokens begin and end.
-
-    Without labels none of it is trained.
-    """
-    kinds = [
-        (label != ignore_index, encoder.is_control(i))
-        for i, label in zip(ids, labels or [ignore_index] * len(ids), strict=True)
-    ]
-    pieces: list[Piece] = []
-    before, end = "", 0
-    for (trained, control), group in groupby(kinds):
-        start, end = end, end + len(list(group))
-        own = list(ids[start:end])
-        # Decoded from the start: SentencePiece drops the space in front of a text's first word.
-        whole = _decoded(encoder, ids[:end])
-        text = whole[len(before) :] if whole.startswith(before) else ""
-        pieces.append(Piece(own, text or _decoded(encoder, own), trained, control))
-        before = whole
-    return Example(title, pieces)
-
-
-def _decoded(encoder: ChatEncoder, ids: Sequence[int]) -> str:
-    text = encoder.tokenizer.decode(
-        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    return str(text)
-
-
-def first_of_each_kind(
-    rows: Sequence[Mapping[str, Any]], encoder: ChatEncoder, ignore_index: int = -100
-) -> list[Example]:
-    """The first row of `jsft_dataset` of every kind: SFT, and each principle in both orders."""
-    found: dict[str, Example] = {}
-    for row in rows:
-        order = "worse response first: B" if row["swapped"] else "better response first: A"
-        title = f"judge, {row['principle']}, {order}"
-        if row["kind"] == "sft":
-            title = "SFT: the dialogue, answers trained"
-        if title not in found:
-            found[title] = example_of(title, row["input_ids"], encoder, row["labels"], ignore_index)
-    return list(found.values())
-
-
 @dataclass(frozen=True, slots=True)
 class Figures:
     """Sequences of one kind, in numbers.
@@ -117,23 +67,84 @@ class Figures:
     ends: tuple[int, int]
 
 
-def figures_of(
-    kind: str,
-    sequences: Sequence[Sequence[int]],
-    encoder: ChatEncoder,
-    labels: Sequence[Sequence[int]] = (),
-    ignore_index: int = -100,
-) -> Figures:
-    """The figures of some sequences, at least one; without labels none of them is trained."""
+class Encoded(NamedTuple):
+    """A sequence that the run trains on or asks.
+
+    Attributes:
+        kind: what figures are made of; several titles may be of one kind.
+        title: what of its kind it is.
+        ids: token ids.
+        labels: what is trained; empty: none of it.
+    """
+
+    kind: str
+    title: str
+    ids: list[int]
+    labels: Sequence[int] = ()
+
+
+def encoded_row(row: Mapping[str, Any]) -> Encoded:
+    """A row of `jsft_dataset`."""
+    kind, title = "SFT", "SFT: the dialogue, answers trained"
+    if row["kind"] == "judge":
+        kind = f"judge, {row['principle']}"
+        order = "worse response first: B" if row["swapped"] else "better response first: A"
+        title = f"{kind}, {order}"
+    return Encoded(kind, title, row["input_ids"], row["labels"])
+
+
+def summary(
+    sequences: Iterable[Encoded], encoder: ChatEncoder, ignore_index: int = -100
+) -> tuple[list[Example], list[Figures]]:
+    """The first sequence of every title, token by token, and the figures of every kind."""
+    firsts: dict[str, Encoded] = {}
+    kinds: dict[str, list[Encoded]] = {}
+    for sequence in sequences:
+        firsts.setdefault(sequence.title, sequence)
+        kinds.setdefault(sequence.kind, []).append(sequence)
+    return (
+        [_example(first, encoder, ignore_index) for first in firsts.values()],
+        [_figures(same, encoder, ignore_index) for same in kinds.values()],
+    )
+
+
+def _example(sequence: Encoded, encoder: ChatEncoder, ignore_index: int) -> Example:
+    """Cuts a sequence where training or control tokens begin and end."""
+    ids = sequence.ids
+    kinds = [
+        (label != ignore_index, encoder.is_control(i))
+        for i, label in zip(ids, sequence.labels or [ignore_index] * len(ids), strict=True)
+    ]
+    pieces: list[Piece] = []
+    before, end = "", 0
+    for (trained, control), group in groupby(kinds):
+        start, end = end, end + len(list(group))
+        own = ids[start:end]
+        # Decoded from the start: SentencePiece drops the space in front of a text's first word.
+        whole = _decoded(encoder, ids[:end])
+        text = whole[len(before) :] if whole.startswith(before) else ""
+        pieces.append(Piece(own, text or _decoded(encoder, own), trained, control))
+        before = whole
+    return Example(sequence.title, pieces)
+
+
+def _decoded(encoder: ChatEncoder, ids: list[int]) -> str:
+    text = encoder.tokenizer.decode(
+        ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return str(text)
+
+
+def _figures(same: list[Encoded], encoder: ChatEncoder, ignore_index: int) -> Figures:
     bos, stops = encoder.tokenizer.bos_token_id, set(encoder.stop_token_ids)
-    begins = [sum(i == bos for i in ids) if bos is not None else 0 for ids in sequences]
-    ends = [sum(i in stops for i in ids) for ids in sequences]
-    trained = sum(label != ignore_index for own in labels for label in own)
+    begins = [s.ids.count(bos) if bos is not None else 0 for s in same]
+    ends = [sum(i in stops for i in s.ids) for s in same]
+    trained = sum(label != ignore_index for s in same for label in s.labels)
     return Figures(
-        kind,
-        len(sequences),
-        percentiles([len(ids) for ids in sequences]),
-        trained / len(sequences),
+        same[0].kind,
+        len(same),
+        percentiles([len(s.ids) for s in same]),
+        trained / len(same),
         (min(begins), max(begins)),
         (min(ends), max(ends)),
     )
