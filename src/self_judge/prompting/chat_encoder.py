@@ -22,7 +22,7 @@ from self_judge.errors import EncodingError
 from self_judge.prompting.chat_layout import (
     ChatLayouts,
     Ending,
-    Structure,
+    Slot,
     adds_bos,
     marker_template,
     own_template,
@@ -97,9 +97,7 @@ class ChatEncoder:
         given = {"enable_thinking": False, **(chat_template_kwargs or {})}
         self.chat_template_kwargs = _plain_json(given)
         self._text = ContentTokenizer(tokenizer)
-        self._layouts = ChatLayouts(
-            tokenizer, self._text, self.chat_template, self.chat_template_kwargs
-        )
+        self._layouts = ChatLayouts(self._text, self.chat_template, self.chat_template_kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For `datasets.map(num_proc=…)`: caches are made anew in every process.
@@ -197,18 +195,18 @@ class ChatEncoder:
         mask: list[int] = []
         ends_turn = False
         for part in layout:
-            if isinstance(part, Structure):
-                new = part.ids
-                trained = self._end_of_turn(part.ids) if ends_turn else 0
-                mask += [1] * trained + [0] * (len(new) - trained)
-                ends_turn = False
-            else:
+            if isinstance(part, Slot):
                 message = messages[part.message]
                 content = message["content"]
                 content = content.lstrip(part.strip_left).rstrip(part.strip_right)
                 new = tuple(self._text.encode(part.lead + content, part.anchor))
                 ends_turn = message["role"] == "assistant"
                 mask += [int(ends_turn)] * len(new)
+            else:
+                new = part
+                trained = self._end_of_turn(part) if ends_turn else 0
+                mask += [1] * trained + [0] * (len(new) - trained)
+                ends_turn = False
             ids += new
         return EncodedChat(ids, mask)
 

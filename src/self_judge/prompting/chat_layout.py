@@ -35,13 +35,6 @@ _SYSTEM_SHAPES: tuple[tuple[tuple[str, ...], Ending], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Structure:
-    """Ids that stand there whatever the contents say."""
-
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Slot:
     """Where a message's content goes, and how the template treats it there."""
 
@@ -52,15 +45,15 @@ class Slot:
     strip_right: str | None
 
 
-Layout: TypeAlias = tuple[Structure | Slot, ...]
+# Slots, and between them the ids that stand there whatever the contents say.
+Layout: TypeAlias = tuple[Slot | tuple[int, ...], ...]
 
 
 class ChatLayouts:
     """The layouts of one chat template, each made once.
 
     Args:
-        tokenizer: renders the template.
-        text: the same tokenizer, for the ids of what the template writes.
+        text: the tokenizer that renders the template, and gives the ids of what it writes.
         chat_template, chat_template_kwargs: a Jinja chat template and the values it is given.
 
     Attributes:
@@ -72,14 +65,13 @@ class ChatLayouts:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
         text: ContentTokenizer,
         chat_template: str,
         chat_template_kwargs: Mapping[str, Any],
     ) -> None:
         self._text = text
         self._render: Callable[..., Any] = functools.partial(
-            tokenizer.apply_chat_template,
+            text.tokenizer.apply_chat_template,
             chat_template=chat_template,
             tokenize=False,
             **chat_template_kwargs,
@@ -117,7 +109,7 @@ class ChatLayouts:
                     f"{counts[i]} times for the roles {'/'.join(roles)}: it must be "
                     "written exactly once"
                 )
-        parts: list[Structure | Slot] = []
+        parts: list[Slot | tuple[int, ...]] = []
         cursor = 0
         for start, end, i in found:
             before, strip_left = _trimmed(rendered[cursor:start])
@@ -140,9 +132,9 @@ class ChatLayouts:
             parts.append(self._structure(tail, at_start=False))
         return tuple(parts)
 
-    def _structure(self, text: str, at_start: bool) -> Structure:
+    def _structure(self, text: str, at_start: bool) -> tuple[int, ...]:
         anchor = "" if at_start else self._text.anchor
-        return Structure(tuple(self._text.encode_after(anchor, text)))
+        return tuple(self._text.encode_after(anchor, text))
 
 
 def _trimmed(before: str) -> tuple[str, str | None]:
