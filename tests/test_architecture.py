@@ -25,6 +25,7 @@ ORDER = (
 LIGHT = ORDER[: ORDER.index("data") + 1]  # import without torch
 NAMES_AT_THE_ENTRANCE = 22
 MODULES_IN_A_FOLDER = 10
+LINES_OF_A_MODULE, LINES_OF_A_FUNCTION, PARAMETERS = 450, 110, 12
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")
@@ -192,6 +193,39 @@ def test_no_module_swallows_every_error_or_prints(module: str) -> None:
             assert node.func.id != "hasattr", f"{module}.py:{node.lineno}: hasattr"
             if module not in {"cli", "commands.train", "reporting.page"}:
                 assert node.func.id != "print", f"{module}.py:{node.lineno}: print in the library"
+
+
+def defined(module: str) -> set[str]:
+    """The names that a module defines at its top, imported ones left out."""
+    names: set[str] = set()
+    for node in tree(module).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            names |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_name_is_imported_from_the_module_that_defines_it(module: str) -> None:
+    for other in arrows(module):
+        prefix = f"self_judge.{other}."
+        names = {name[len(prefix) :] for name in imported(module) if name.startswith(prefix)}
+        assert names <= defined(other), f"{module} imports {names - defined(other)} by {other}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_and_functions_stay_short_enough_to_be_read(module: str) -> None:
+    parsed = tree(module)
+    assert (parsed.body[-1].end_lineno or 0) <= LINES_OF_A_MODULE
+    for node in ast.walk(parsed):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        assert (node.end_lineno or 0) - node.lineno < LINES_OF_A_FUNCTION, node.name
+        given = node.args
+        if node.name.startswith("_") and node.name != "__init__":
+            count = len([*given.posonlyargs, *given.args, *given.kwonlyargs])
+            assert count <= PARAMETERS, f"{node.name} takes {count} parameters"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from self_judge.config.schema import (
-    ConfigError,
     JSFTRun,
     SelfJudgeRun,
     accumulation_steps,
@@ -21,6 +20,7 @@ from self_judge.config.schema import (
     load_run,
 )
 from self_judge.config.self_training import LOSS_TYPES, SelfJudgeArgs
+from self_judge.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 JSFT_FILES = ("hh_jsft", "uf_jsft", "uf_jsft_pr")

@@ -15,10 +15,12 @@ from rich.console import Console
 from conftest import CHATML, ROOT, SHARED, byte_bpe, tiny_llama, wrap
 from self_judge.check.check import Report, check
 from self_judge.check.findings import engine_findings
-from self_judge.check.view import neutral, show
+from self_judge.check.view import show
 from self_judge.cli import main
-from self_judge.config.schema import ConfigError, kind_of_run, load_run
+from self_judge.config.schema import kind_of_run, load_run
+from self_judge.console import neutral
 from self_judge.data import synthetic
+from self_judge.errors import ConfigError
 from self_judge.models import load_tokenizer
 from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.storage.atomic import seal

@@ -20,9 +20,9 @@ from conftest import TEMPLATES, tiny_llama
 from self_judge import ChatEncoder, Comparison, Judge, JudgeTemplates
 from self_judge.check.model_size import empty_model, size_of
 from self_judge.cli import main
-from self_judge.config.schema import ConfigError, load_run
+from self_judge.config.schema import load_run
 from self_judge.data import synthetic
-from self_judge.errors import ModelError
+from self_judge.errors import ConfigError, ModelError
 from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting.judge_json import save_judge_settings
 from test_bad_input import place  # noqa: F401

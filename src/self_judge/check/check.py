@@ -28,11 +28,12 @@ from self_judge.config.hardware import Machine, fit_to_machine
 from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
 from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.models import check_vocabulary, unwrapped
+from self_judge.models import check_vocabulary
 from self_judge.packing.prefix_tree import shared_length
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
 from self_judge.prompting.judge_prompt import encode_orders
+from self_judge.runtime import unwrapped
 from self_judge.training import setup
 from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.self_training.prompts import PromptPreparer

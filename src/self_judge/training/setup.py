@@ -17,7 +17,6 @@ from trl import SFTConfig
 
 from self_judge.config.hardware import Machine, detect_machine
 from self_judge.config.schema import (
-    ConfigError,
     DatasetArgs,
     JSFTRun,
     SelfJudgeRun,
@@ -27,6 +26,7 @@ from self_judge.config.schema import (
 )
 from self_judge.data.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
 from self_judge.datatypes import PreferenceRecord
+from self_judge.errors import ConfigError
 from self_judge.models import load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings, encoder_as_taught, resolve_judge
