@@ -21,16 +21,10 @@ from conftest import TEMPLATES
 from fake_vllm import FakeVLLM, serving
 from self_judge import Comparison, Judge, Verdict
 from self_judge.cli import PACKING, main
-from self_judge.commands.judge import (
-    JudgeChoice,
-    fingerprint,
-    run_judge,
-    verdict_from_json,
-    verdict_json,
-)
+from self_judge.commands.judge import JudgeChoice, fingerprint, run_judge
 from self_judge.commands.shares import Shares
 from self_judge.config.self_training import PackingChoice
-from self_judge.judging.judge import aggregate
+from self_judge.judging.voting import aggregate, verdict_from_json, verdict_json
 
 
 def write(path: Path, *given: dict[str, Any]) -> Path:

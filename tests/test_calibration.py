@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 from self_judge import Comparison
 from self_judge.evaluation.calibration import calibration, confidences, judged_line
-from self_judge.judging.judge import aggregate
+from self_judge.judging.voting import aggregate
 
 
 def test_a_table_worked_out_by_hand() -> None:

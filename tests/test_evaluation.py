@@ -11,10 +11,9 @@ from self_judge.evaluation.statistics import (
     bootstrap_mean,
     judge_quality,
     proportion,
-    under_principle,
     win_rate,
 )
-from self_judge.judging.judge import aggregate
+from self_judge.judging.voting import aggregate, under_principle
 
 
 def verdict(first: float, second: float):  # type: ignore[no-untyped-def]

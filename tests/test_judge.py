@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from conftest import TEMPLATES, tiny_llama
 from self_judge import ChatEncoder, Comparison, Judge, JudgeTemplates, Verdict
 from self_judge.inference.letter_scoring import TransformersScorer, next_token_logits
-from self_judge.judging.judge import aggregate, swap_averaged
+from self_judge.judging.voting import aggregate, swap_averaged
 from self_judge.prompting.judge_json import save_judge_settings
 
 A_WINS = ((0.6, 0.2), (0.3, 0.5))  # s(a) = 0.55, s(b) = 0.25; both orders say a

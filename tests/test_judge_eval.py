@@ -16,7 +16,7 @@ from self_judge.cli import main
 from self_judge.commands.eval import JudgeEvaluation, run_eval
 from self_judge.commands.judge import JudgeChoice
 from self_judge.data.benchmarks import BenchmarkSource
-from self_judge.judging.judge import aggregate
+from self_judge.judging.voting import aggregate
 from self_judge.reporting.evaluation_page import evaluation_page
 
 

@@ -21,7 +21,7 @@ from self_judge.evaluation.judge_metrics import (
     fleiss_kappa,
 )
 from self_judge.evaluation.statistics import bootstrap_counts
-from self_judge.judging.judge import aggregate
+from self_judge.judging.voting import aggregate
 
 
 def orders(first: float, second: float):  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ from rich.console import Console
 from self_judge import cli
 from self_judge.commands.compare import outcome
 from self_judge.datatypes import Response
-from self_judge.judging.judge import aggregate
+from self_judge.judging.voting import aggregate
 from self_judge.reporting.collect import Limits, ReportData, collect
 from self_judge.reporting.page import CHARTS, json_block, page, write_report
 from self_judge.storage.run_dir import BRACKETS, METRICS, append_line, read_lines, rollout_file

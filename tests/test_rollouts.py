@@ -209,7 +209,7 @@ def test_rows_are_cut_at_max_length_and_rounded_up_to_a_multiple() -> None:
 
 def verdict(first: Any, second: Any = ((0.5, 0.3), (0.3, 0.5))) -> Verdict:
     """By principle: `(p(A), p(B))` with the chosen response first, then second."""
-    from self_judge.judging.judge import aggregate
+    from self_judge.judging.voting import aggregate
 
     return aggregate([first, second])
 

@@ -35,7 +35,7 @@ from self_judge.console import neutral
 from self_judge.data import synthetic
 from self_judge.datatypes import Response
 from self_judge.errors import ConfigError, EncodingError, ModelError
-from self_judge.judging.judge import aggregate
+from self_judge.judging.voting import aggregate
 from self_judge.models import load_model
 from self_judge.training.self_training.rollout_log import pairs_table
 from self_judge.training.self_training.rollouts import Rollout

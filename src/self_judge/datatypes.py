@@ -6,6 +6,7 @@ Plain data. This module knows neither tokens, models nor templates, and imports 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -65,6 +66,16 @@ class Verdict:
     orders_agree: bool
     probabilities: tuple[tuple[tuple[float, float], tuple[float, float]], ...] = ()
     undecidable_because: str | None = None
+
+    def order_margins(self) -> tuple[float, float]:
+        """What each order alone says, with a first and with b first: above 0 it prefers a.
+
+        p(a's letter) − p(b's letter), summed over principles; zeros for a pair that did not fit.
+        """
+        return (
+            math.fsum(first[0] - first[1] for first, _ in self.probabilities),
+            math.fsum(second[1] - second[0] for _, second in self.probabilities),
+        )
 
     def swapped(self) -> Verdict:
         """The verdict on the swapped comparison."""

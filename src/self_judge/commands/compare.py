@@ -26,8 +26,6 @@ from self_judge.commands.judge import (
     fingerprint,
     judge_in_bulk,
     share_bar,
-    verdict_from_json,
-    verdict_json,
 )
 from self_judge.commands.shares import Shares
 from self_judge.config.self_training import SamplingSettings
@@ -41,6 +39,7 @@ from self_judge.evaluation.judge_metrics import estimate_json
 from self_judge.evaluation.length_control import length_controlled_win_rate
 from self_judge.evaluation.statistics import bootstrap_counts, bootstrap_mean, proportion
 from self_judge.inference.sampling import TransformersSampler
+from self_judge.judging.voting import verdict_from_json, verdict_json
 from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting.judge_json import encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import dialogue_text

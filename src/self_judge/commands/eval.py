@@ -24,14 +24,13 @@ from self_judge.commands.judge import (
     Case,
     JudgeChoice,
     judge_in_bulk,
-    verdict_from_json,
-    verdict_json,
 )
 from self_judge.commands.shares import Shares
 from self_judge.console import neutral
 from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
 from self_judge.datatypes import Verdict
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
+from self_judge.judging.voting import verdict_from_json, verdict_json
 from self_judge.reporting.evaluation_page import evaluation_page, plotly_is_there
 from self_judge.storage.atomic import atomic_write
 from self_judge.storage.jsonl import read_lines, settings_path

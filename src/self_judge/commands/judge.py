@@ -30,7 +30,8 @@ from self_judge.datatypes import Comparison, Verdict
 from self_judge.errors import ConfigError, JournalError
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMScorer
-from self_judge.judging.judge import Judge, Orders, aggregate
+from self_judge.judging.judge import Judge
+from self_judge.judging.voting import verdict_json
 from self_judge.models import load_tokenizer
 from self_judge.prompting.judge_json import JudgeSettings, encoder_as_taught, resolve_judge
 from self_judge.prompting.judge_templates import JudgeTemplates, dialogue_text
@@ -324,46 +325,6 @@ def _checked(cases: Iterator[Case], journal: Journal, shares: Shares) -> tuple[i
             "another output, or --overwrite"
         )
     return total, journal.lines
-
-
-# -- verdicts as plain data ----------------------------------------------------------------------
-
-
-def verdict_json(verdict: Verdict, principles: Sequence[str]) -> dict[str, Any]:
-    """A verdict as JSON data; numbers that are not finite are null."""
-    return {
-        "preferred": verdict.preferred,
-        "score_a": _finite(verdict.score_a),
-        "score_b": _finite(verdict.score_b),
-        "margin": _finite(verdict.margin),
-        "win_rate": verdict.win_rate,
-        "orders_agree": verdict.orders_agree,
-        "undecidable_because": verdict.undecidable_because,
-        "probabilities": {
-            name: [[_finite(p) for p in letters] for letters in orders]
-            # A pair that did not fit has none.
-            for name, orders in zip(
-                principles if verdict.probabilities else (), verdict.probabilities, strict=True
-            )
-        },
-    }
-
-
-def verdict_from_json(given: Mapping[str, Any]) -> Verdict:
-    """The verdict that `verdict_json` wrote."""
-    if not given["probabilities"]:
-        nan = math.nan
-        return Verdict(None, nan, nan, 0.5, nan, False, (), given["undecidable_because"])
-    return aggregate([_orders(value) for value in given["probabilities"].values()])
-
-
-def _orders(value: Sequence[Sequence[float | None]]) -> Orders:
-    (a, b), (c, d) = ([math.nan if p is None else p for p in letters] for letters in value)
-    return (a, b), (c, d)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 # -- self-judge judge ----------------------------------------------------------------------------

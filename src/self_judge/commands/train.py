@@ -27,8 +27,9 @@ from self_judge.config.self_training import PackingChoice
 from self_judge.console import neutral
 from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.evaluation.statistics import JudgeQuality, judge_quality, under_principle
+from self_judge.evaluation.statistics import JudgeQuality, judge_quality
 from self_judge.judging.judge import Judge
+from self_judge.judging.voting import under_principle
 from self_judge.models import (
     apply_umask,
     check_vocabulary,

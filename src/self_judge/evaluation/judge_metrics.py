@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 from scipy.stats import binomtest
 
 from self_judge.datatypes import Verdict
-from self_judge.evaluation.statistics import Estimate, bootstrap_counts, proportion, under_principle
+from self_judge.evaluation.statistics import Estimate, bootstrap_counts, proportion
+from self_judge.judging.voting import under_principle
 
 Label = Literal["a", "b", "tie"]
 BINS = 10  # of confidence, between 0.5 and 1
@@ -122,7 +123,7 @@ class JudgeTally:
         if verdict.undecidable_because is not None:
             self.reasons[verdict.undecidable_because] += 1
         finite = bool(verdict.probabilities) and math.isfinite(verdict.margin)
-        first, second = _by_order(verdict) if finite else ("tie", "tie")
+        first, second = map(_sign, verdict.order_margins() if finite else (0.0, 0.0))
         consistent = first if first == second else "tie"
         shares["with_ties"].add(float(consistent == label))
         if label == "tie":
@@ -295,13 +296,6 @@ class JudgeTally:
             "mean_margin_ties": tied / tied_n if tied_n else None,
             "mean_margin_others": decided / decided_n if decided_n else None,
         }
-
-
-def _by_order(verdict: Verdict) -> tuple[Label, Label]:
-    """What each order alone decides, summed over principles: order 0 shows a first."""
-    first = math.fsum(orders[0][0] - orders[0][1] for orders in verdict.probabilities)
-    second = math.fsum(orders[1][1] - orders[1][0] for orders in verdict.probabilities)
-    return _sign(first), _sign(second)
 
 
 def _sign(difference: float) -> Label:

@@ -14,7 +14,6 @@ import numpy as np
 from scipy.stats import binomtest, bootstrap
 
 from self_judge.datatypes import Verdict
-from self_judge.judging.judge import aggregate
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +136,11 @@ def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
     correct = sum(
         1.0 if v.preferred == "a" else 0.5 if v.preferred is None else 0.0 for v in verdicts
     )
-    judged = [v for v in verdicts if v.probabilities]
+    margins = [m for v in verdicts if v.probabilities for m in v.order_margins()]
+    alone = [1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins]
     return JudgeQuality(
         accuracy=proportion(correct, len(verdicts)),
-        single_order=statistics.fmean(map(_single_order, judged)) if judged else float("nan"),
+        single_order=statistics.fmean(alone) if alone else float("nan"),
         order_agreement=sum(v.orders_agree for v in verdicts) / len(verdicts),
         undecidable=sum(v.preferred is None for v in verdicts) / len(verdicts),
     )
-
-
-def _single_order(verdict: Verdict) -> float:
-    """How many of the two orders, each alone and averaged over principles, prefer a; halved."""
-    first = sum(orders[0][0] - orders[0][1] for orders in verdict.probabilities)
-    second = sum(orders[1][1] - orders[1][0] for orders in verdict.probabilities)
-    return sum(0.5 if d > 0 else 0.25 if d == 0 else 0.0 for d in (first, second))
-
-
-def under_principle(verdict: Verdict, place: int) -> Verdict:
-    """The verdict under one principle alone (by its place in `JudgeTemplates.principles`)."""
-    return aggregate([verdict.probabilities[place]]) if verdict.probabilities else verdict

@@ -6,28 +6,25 @@ or what a verdict is used for.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from self_judge.config.self_training import PackingChoice
-from self_judge.datatypes import Comparison, Side, Verdict
+from self_judge.datatypes import Comparison, Verdict
 from self_judge.inference.letter_scoring import LetterScorer, TransformersScorer
+from self_judge.judging.voting import aggregate, undecidable
 from self_judge.models import check_vocabulary, load_model, load_tokenizer
 from self_judge.packing.packing import Packing
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import encoder_as_taught, resolve_judge
 from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
-
-# One principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)
-Orders = tuple[tuple[float, float], tuple[float, float]]
 
 # What `from_pretrained` hands to the tokenizer as well as to the model.
 _ALSO_TOKENIZER = ("revision", "trust_remote_code")
@@ -199,7 +196,7 @@ class Judge:
         verdicts, start = [], 0
         for fit in fits:
             if not fit:
-                verdicts.append(_undecidable((), "the pair does not fit into max_length"))
+                verdicts.append(undecidable((), "the pair does not fit into max_length"))
                 continue
             rows = letters[start : start + per_verdict]
             start += per_verdict
@@ -232,62 +229,6 @@ class Judge:
             letters_N2 = self.scorer.letter_probabilities(unique, self.letter_ids, bar.update)
         place = {prompt: i for i, prompt in enumerate(unique)}
         return letters_N2[[place[tuple(prompt)] for prompt in prompts]]
-
-
-class Scores(NamedTuple):
-    """Swap-averaged likelihoods of one principle."""
-
-    a: float
-    b: float
-
-
-def swap_averaged(orders: Orders) -> Scores:
-    """s(a) = ½[p(A | a first) + p(B | b first)] and s(b) alike (paper, judgment)."""
-    (a_first_A, a_first_B), (b_first_A, b_first_B) = orders  # noqa: N806  the letter's name
-    return Scores(0.5 * (a_first_A + b_first_B), 0.5 * (a_first_B + b_first_A))
-
-
-def aggregate(probabilities: Sequence[Orders]) -> Verdict:
-    """The verdict over principles: majority of wins, an even split to the larger mean score.
-
-    Args:
-        probabilities: `[principle][order][letter]`, at least one principle; see `Verdict`.
-
-    Returns:
-        An undecidable verdict on an exact tie of the means after an even split, or when a
-        probability is not finite.
-    """
-    kept = tuple(probabilities)
-    if not kept:
-        raise ValueError("aggregate needs the probabilities of at least one principle")
-    if not all(math.isfinite(p) for orders in kept for letters in orders for p in letters):
-        return _undecidable(kept, "a score is not finite")
-    scores = [swap_averaged(orders) for orders in kept]
-    wins_a = sum(s.a > s.b for s in scores)
-    wins_b = sum(s.b > s.a for s in scores)
-    mean_a = math.fsum(s.a for s in scores) / len(scores)
-    mean_b = math.fsum(s.b for s in scores) / len(scores)
-    ahead = (wins_a, mean_a) if wins_a == wins_b else (wins_a, 0.0)
-    behind = (wins_b, mean_b) if wins_a == wins_b else (wins_b, 0.0)
-    preferred: Side | None = "a" if ahead > behind else "b" if behind > ahead else None
-    # Each order alone: a minus b, summed over principles.
-    first = math.fsum(orders[0][0] - orders[0][1] for orders in kept)
-    second = math.fsum(orders[1][1] - orders[1][0] for orders in kept)
-    return Verdict(
-        preferred=preferred,
-        score_a=mean_a,
-        score_b=mean_b,
-        win_rate=(wins_a + 0.5 * (len(scores) - wins_a - wins_b)) / len(scores),
-        margin=mean_a - mean_b,
-        orders_agree=first * second > 0,
-        probabilities=kept,
-        undecidable_because=None if preferred else "an exact tie",
-    )
-
-
-def _undecidable(probabilities: tuple[Orders, ...], because: str) -> Verdict:
-    nan = math.nan
-    return Verdict(None, nan, nan, 0.5, nan, False, probabilities, because)
 
 
 def _in_twos(rows: list[list[float]]) -> Iterable[tuple[list[float], list[float]]]:

@@ -1,0 +1,117 @@
+"""Votes: the letter probabilities of all principles and both orders become one verdict.
+
+Pure arithmetic over verdicts, which imports no torch. It does not know where probabilities come
+from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from self_judge.datatypes import Side, Verdict
+
+# One principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)
+Orders = tuple[tuple[float, float], tuple[float, float]]
+
+
+class Scores(NamedTuple):
+    """Swap-averaged likelihoods of one principle."""
+
+    a: float
+    b: float
+
+
+def swap_averaged(orders: Orders) -> Scores:
+    """s(a) = ½[p(A | a first) + p(B | b first)] and s(b) alike (paper, judgment)."""
+    (a_first_A, a_first_B), (b_first_A, b_first_B) = orders  # noqa: N806  the letter's name
+    return Scores(0.5 * (a_first_A + b_first_B), 0.5 * (a_first_B + b_first_A))
+
+
+def aggregate(probabilities: Sequence[Orders]) -> Verdict:
+    """The verdict over principles: majority of wins, an even split to the larger mean score.
+
+    Args:
+        probabilities: `[principle][order][letter]`, at least one principle; see `Verdict`.
+
+    Returns:
+        An undecidable verdict on an exact tie of the means after an even split, or when a
+        probability is not finite.
+    """
+    kept = tuple(probabilities)
+    if not kept:
+        raise ValueError("aggregate needs the probabilities of at least one principle")
+    if not all(math.isfinite(p) for orders in kept for letters in orders for p in letters):
+        return undecidable(kept, "a score is not finite")
+    scores = [swap_averaged(orders) for orders in kept]
+    wins_a = sum(s.a > s.b for s in scores)
+    wins_b = sum(s.b > s.a for s in scores)
+    mean_a = math.fsum(s.a for s in scores) / len(scores)
+    mean_b = math.fsum(s.b for s in scores) / len(scores)
+    ahead = (wins_a, mean_a) if wins_a == wins_b else (wins_a, 0.0)
+    behind = (wins_b, mean_b) if wins_a == wins_b else (wins_b, 0.0)
+    preferred: Side | None = "a" if ahead > behind else "b" if behind > ahead else None
+    verdict = Verdict(
+        preferred=preferred,
+        score_a=mean_a,
+        score_b=mean_b,
+        win_rate=(wins_a + 0.5 * (len(scores) - wins_a - wins_b)) / len(scores),
+        margin=mean_a - mean_b,
+        orders_agree=False,
+        probabilities=kept,
+        undecidable_because=None if preferred else "an exact tie",
+    )
+    first, second = verdict.order_margins()
+    return replace(verdict, orders_agree=first * second > 0)
+
+
+def undecidable(probabilities: tuple[Orders, ...], because: str) -> Verdict:
+    """A verdict that prefers neither, and says in one phrase why."""
+    nan = math.nan
+    return Verdict(None, nan, nan, 0.5, nan, False, probabilities, because)
+
+
+def under_principle(verdict: Verdict, place: int) -> Verdict:
+    """The verdict under one principle alone (by its place in `JudgeTemplates.principles`)."""
+    return aggregate([verdict.probabilities[place]]) if verdict.probabilities else verdict
+
+
+# -- verdicts as plain data ----------------------------------------------------------------------
+
+
+def verdict_json(verdict: Verdict, principles: Sequence[str]) -> dict[str, Any]:
+    """A verdict as JSON data; numbers that are not finite are null."""
+    return {
+        "preferred": verdict.preferred,
+        "score_a": _finite(verdict.score_a),
+        "score_b": _finite(verdict.score_b),
+        "margin": _finite(verdict.margin),
+        "win_rate": verdict.win_rate,
+        "orders_agree": verdict.orders_agree,
+        "undecidable_because": verdict.undecidable_because,
+        "probabilities": {
+            name: [[_finite(p) for p in letters] for letters in orders]
+            # A pair that did not fit has none.
+            for name, orders in zip(
+                principles if verdict.probabilities else (), verdict.probabilities, strict=True
+            )
+        },
+    }
+
+
+def verdict_from_json(given: Mapping[str, Any]) -> Verdict:
+    """The verdict that `verdict_json` wrote."""
+    if not given["probabilities"]:
+        return undecidable((), given["undecidable_because"])
+    return aggregate([_orders(value) for value in given["probabilities"].values()])
+
+
+def _orders(value: Sequence[Sequence[float | None]]) -> Orders:
+    (a, b), (c, d) = ([math.nan if p is None else p for p in letters] for letters in value)
+    return (a, b), (c, d)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
