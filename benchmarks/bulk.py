@@ -31,7 +31,7 @@ from self_judge.data.synthetic import (
 )
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import save_judge_settings
-from self_judge.storage.jsonl import read_lines
+from self_judge.storage.jsonl import read_journal
 
 
 @dataclass
@@ -149,7 +149,7 @@ def _report(
             f" growth {'not measured' if growth is None else f'{growth - 1:+.1%}'};  MiB at lines: "
             + ", ".join(f"{lines:,}: {mib:.0f}" for lines, mib in shown)
         )
-    indexes = [line["index"] for line in read_lines(verdicts)]
+    indexes = [line["index"] for line in read_journal(verdicts)]
     whole = indexes == list(range(given.pairs))
     found = "every pair once, in order" if whole else "NOT every pair once"
     print(

@@ -21,8 +21,9 @@ from conftest import TEMPLATES
 from fake_vllm import FakeVLLM, serving
 from self_judge import Comparison, Judge, Verdict
 from self_judge.cli import PACKING, main
-from self_judge.commands.judge import JudgeChoice, fingerprint, run_judge
-from self_judge.commands.shares import Shares
+from self_judge.commands.judge import run_judge
+from self_judge.commands.judge_choice import JudgeChoice, fingerprint
+from self_judge.commands.resumable import RankShards
 from self_judge.config.self_training import PackingChoice
 from self_judge.judging.voting import aggregate, verdict_from_json, verdict_json
 
@@ -216,15 +217,17 @@ def judged_by_shares(
 ) -> list[dict[str, Any]]:
     """What `count` processes write, one after the other here; the first joins last."""
     source = write(target.with_suffix(".in.jsonl"), *given)
-    monkeypatch.setattr(Shares, "join", lambda shares, settings: None)
+    monkeypatch.setattr(RankShards, "join", lambda shards, settings: None)
     for own in reversed(range(count)):
         monkeypatch.setattr(
-            Shares, "here", classmethod(lambda cls, t, chunk, own=own: cls(t, chunk, count, own))
+            RankShards,
+            "here",
+            classmethod(lambda cls, t, chunk, own=own: cls(t, chunk, count, own)),
         )
         run_judge(source, target, JudgeChoice(str(saved_judge)), chunk=3)
     if count > 1:
         settings = {**JudgeChoice(str(saved_judge)).settings(), "field": "verdict"}
-        Shares(target, 3, count, 0)._join(settings)
+        RankShards(target, 3, count, 0)._join(settings)
     return lines(target)
 
 
@@ -259,10 +262,9 @@ def test_a_share_goes_on_where_it_was_stopped_and_a_joined_file_is_left_alone(
 
 def test_processes_share_every_item_out_once() -> None:
     for count, chunk, total in ((1, 4, 10), (2, 4, 10), (3, 1, 7), (4, 5, 3), (3, 2, 12)):
-        shares = [Shares(Path("x"), chunk, count, own) for own in range(count)]
-        dealt = [[i for _, items in s.dealt(range(total)) for i in items] for s in shares]
-        assert sorted(i for own in dealt for i in own) == list(range(total))
-        assert [len(own) for own in dealt] == [s.size(total) for s in shares]
+        shards = [RankShards(Path("x"), chunk, count, own) for own in range(count)]
+        owners = [[s.rank for s in shards if s.owns(i)] for i in range(total)]
+        assert owners == [[i // chunk % count] for i in range(total)]
 
 
 def test_servers_judge_in_place_of_this_process(

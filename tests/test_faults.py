@@ -34,7 +34,8 @@ from self_judge.storage.atomic import (
     integrity_error,
     latest_complete,
 )
-from self_judge.storage.run_dir import METRICS, ROLLOUTS, read_lines
+from self_judge.storage.jsonl import read_lines
+from self_judge.storage.run_dir import METRICS, ROLLOUTS
 
 KINDS = ("train", "jsft")
 STEPS = 8

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from self_judge.errors import JournalError
-from self_judge.storage.jsonl import open_journal, read_lines, settings_path
+from self_judge.storage.jsonl import (
+    open_journal,
+    parse_lines,
+    read_journal,
+    read_lines,
+    settings_path,
+)
 
 SETTINGS = {"model": "m", "max_length": None}
 
@@ -24,8 +31,8 @@ def test_lines_are_there_when_it_is_opened_again_and_it_goes_on(tmp_path: Path) 
     with open_journal(path, SETTINGS) as journal:
         assert (journal.lines, journal.timed, journal.seconds) == (3, 3, 1.5)
         journal.append([{"i": 3, "text": "ü \ud800"}], seconds=0.5)
-    assert [line["i"] for line in read_lines(path)] == [0, 1, 2, 3]
-    assert list(read_lines(path))[3]["text"] == "ü \ud800"
+    assert [line["i"] for line in read_journal(path)] == [0, 1, 2, 3]
+    assert list(read_journal(path))[3]["text"] == "ü \ud800"
     assert json.loads(settings_path(path).read_text())["seconds"] == 2.0
 
 
@@ -44,7 +51,7 @@ def test_it_can_be_cut_back_to_any_number_of_lines(tmp_path: Path) -> None:
     with open_journal(path, SETTINGS) as journal:
         journal.cut(2)
         journal.append([{"i": 9}])
-    assert [line["i"] for line in read_lines(path)] == [0, 1, 9]
+    assert [line["i"] for line in read_journal(path)] == [0, 1, 9]
 
 
 def test_other_settings_are_refused_and_named_unless_it_begins_anew(tmp_path: Path) -> None:
@@ -52,7 +59,7 @@ def test_other_settings_are_refused_and_named_unless_it_begins_anew(tmp_path: Pa
     with pytest.raises(JournalError, match="model was 'm', is 'other'"):
         with open_journal(path, {**SETTINGS, "model": "other"}):
             pass
-    assert len(list(read_lines(path))) == 3
+    assert len(list(read_journal(path))) == 3
     with open_journal(path, {**SETTINGS, "model": "other"}, overwrite=True) as journal:
         assert journal.lines == 0
 
@@ -77,7 +84,7 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path = begun(tmp_path / "out.jsonl")
     path.write_bytes(path.read_bytes().replace(b'{"i": 1}', b'{"i": 1'))
     with pytest.raises(JournalError, match="line 2: not JSON"):
-        list(read_lines(path))
+        list(read_journal(path))
 
 
 def test_a_journal_without_a_line_is_begun_anew_with_any_settings(tmp_path: Path) -> None:
@@ -89,3 +96,38 @@ def test_a_journal_without_a_line_is_begun_anew_with_any_settings(tmp_path: Path
     with pytest.raises(JournalError, match="begun with other settings"):
         with open_journal(path, {"model": "a"}):
             pass
+
+
+def test_nothing_is_lost_or_left_where_work_fails_before_the_first_line(tmp_path: Path) -> None:
+    path = begun(tmp_path / "out.jsonl")
+    before = path.read_bytes(), settings_path(path).read_bytes()
+    with (
+        pytest.raises(ZeroDivisionError),
+        open_journal(path, {}, overwrite=True) as new,
+    ):
+        assert 1 // len(list(new.read()))
+    assert (path.read_bytes(), settings_path(path).read_bytes()) == before
+    other = tmp_path / "other.jsonl"
+    with pytest.raises(ZeroDivisionError), open_journal(other, SETTINGS) as new:
+        assert 1 // new.lines
+    assert not other.exists()
+    assert not settings_path(other).exists()
+    with open_journal(path, {"model": "other"}, overwrite=True) as journal:
+        journal.append([{"i": 7}])
+    assert [line["i"] for line in read_journal(path)] == [7]
+
+
+def test_what_a_reader_passes_over_is_said_by_its_caller(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"x": NaN}\n\n{"x": 1')
+    assert list(read_lines(path)) == [{"x": None}]
+    with pytest.raises(JournalError, match="line 2: not JSON"):
+        list(read_journal(path))
+    with pytest.raises(ValueError, match="line 3: not JSON"):
+        list(parse_lines(path.read_text().splitlines(True), path))
+    path.write_bytes(b'{"x": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"x.jsonl, line 1: not JSON \(.*utf-8"):
+        list(read_lines(path))
+    (kept,) = parse_lines(['{"x": NaN}\n'], path)
+    assert kept[0] == 1
+    assert math.isnan(kept[1]["x"])

@@ -14,7 +14,7 @@ from conftest import TEMPLATES
 from self_judge import Comparison, Verdict
 from self_judge.cli import main
 from self_judge.commands.eval import JudgeEvaluation, run_eval
-from self_judge.commands.judge import JudgeChoice
+from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.data.benchmarks import BenchmarkSource
 from self_judge.judging.voting import aggregate
 from self_judge.reporting.evaluation_page import evaluation_page

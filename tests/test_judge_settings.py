@@ -11,7 +11,7 @@ import pytest
 
 from conftest import CHATML, ROOT, TEMPLATES, Make
 from self_judge import ChatEncoder, Judge, JudgeTemplates
-from self_judge.commands.judge import JudgeChoice
+from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.config.schema import load_run
 from self_judge.errors import ModelError
 from self_judge.prompting.judge_json import (

@@ -16,7 +16,8 @@ from self_judge.datatypes import Response
 from self_judge.judging.voting import aggregate
 from self_judge.reporting.collect import Limits, ReportData, collect
 from self_judge.reporting.page import CHARTS, json_block, page, write_report
-from self_judge.storage.run_dir import BRACKETS, METRICS, append_line, read_lines, rollout_file
+from self_judge.storage.jsonl import read_lines
+from self_judge.storage.run_dir import BRACKETS, METRICS, append_line, rollout_file
 from self_judge.training.self_training.rollout_log import (
     rollout_metrics,
     rollout_totals,

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from self_judge.storage.jsonl import read_lines
 from self_judge.storage.run_dir import (
     METRICS,
     append_line,
     is_kept,
-    read_lines,
     rewind,
     rollout_file,
     rollout_files,
@@ -42,7 +42,7 @@ def test_a_line_torn_by_a_crash_is_left_out_and_one_in_the_middle_is_an_error(
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: not JSON"):
         list(read_lines(path))
     path.write_text("[1]\n")
-    with pytest.raises(ValueError, match="line 1: expected an object, got list"):
+    with pytest.raises(ValueError, match="line 1: expected a JSON object, got list"):
         list(read_lines(path))
 
 

@@ -14,7 +14,8 @@ from peft import LoraConfig
 
 from conftest import SMALL, TEMPLATES
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
-from self_judge.storage.run_dir import METRICS, RUN, read_lines, rollout_files
+from self_judge.storage.jsonl import read_lines
+from self_judge.storage.run_dir import METRICS, RUN, rollout_files
 from self_judge.training.self_training.rollout_log import kl_estimate
 
 

@@ -59,7 +59,7 @@ def test_prompts_without_responses_are_answered_first(saved_judge: Path, tmp_pat
         ('{"responses": ["y"]}', "line 1: it needs a text as 'context'"),
         ('{"context": "x"}', "line 1: it needs 'responses', or a 'prompt'"),
         ('{"context": "x", "responses": ["y"]}\n{oops', "line 2: not JSON"),
-        ("[1]", "line 1: expected an object"),
+        ("[1]", "line 1: expected a JSON object"),
         ('{"prompt": 3}', "line 1: 'prompt' must be a text or a list of messages"),
         ("", "it has no lines"),
     ],

@@ -18,7 +18,7 @@ from self_judge import __version__
 from self_judge.console import neutral
 
 if TYPE_CHECKING:
-    from self_judge.commands.judge import JudgeChoice
+    from self_judge.commands.judge_choice import JudgeChoice
     from self_judge.config.schema import RunKind
 
 _BATCH_SIZE = "prompts per pass where they are not packed (default: 8)"
@@ -380,7 +380,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _choice(arguments: argparse.Namespace, model: str) -> JudgeChoice:
-    from self_judge.commands.judge import JudgeChoice
+    from self_judge.commands.judge_choice import JudgeChoice
 
     return JudgeChoice(
         model,

@@ -19,32 +19,22 @@ from rich.table import Table
 from rich.text import Text
 
 from self_judge import __version__
-from self_judge.commands.judge import (
-    CHUNK,
-    Case,
-    JudgeChoice,
-    fingerprint,
-    judge_in_bulk,
-    share_bar,
-)
-from self_judge.commands.shares import Shares
+from self_judge.commands.judge import CHUNK, Case, judge_in_bulk
+from self_judge.commands.judge_choice import JudgeChoice, fingerprint, load_sampler
+from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
 from self_judge.console import neutral
 from self_judge.data.files import read_raw, reader_of
 from self_judge.data.records import RecordRef
 from self_judge.data.sources import prompt_of, read_prompts
 from self_judge.datatypes import Comparison, Message, Verdict, stable_seed
-from self_judge.errors import JournalError
 from self_judge.evaluation.judge_metrics import estimate_json
 from self_judge.evaluation.length_control import length_controlled_win_rate
 from self_judge.evaluation.statistics import bootstrap_counts, bootstrap_mean, proportion
-from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.voting import verdict_from_json, verdict_json
-from self_judge.models import load_model, load_tokenizer
-from self_judge.prompting.judge_json import encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.storage.atomic import atomic_write
-from self_judge.storage.jsonl import Journal, open_journal, read_lines, settings_path
+from self_judge.storage.jsonl import read_journal
 
 PAIRS, RESULTS = "pairs.jsonl", "results.json"
 _RESPONSE_FIELDS = ("response", "output")
@@ -127,17 +117,17 @@ def run_compare(
         for index, (prompt, a, b) in enumerate(zip(prompts, *responses, strict=True)):
             yield _case(index, prompt, a, b, principles)
 
-    shares = Shares.here(output / PAIRS, chunk)
     judge_in_bulk(
         cases,
         output / PAIRS,
-        judge.load,
-        {**judge.settings(), "policies": list(contest.policies)},
+        judge,
+        {"policies": list(contest.policies)},
         chunk=chunk,
         overwrite=overwrite,
-        shares=shares,
     )
-    return shares.agreed(lambda: _results(contest, judge, output, console))
+    return RankShards.here(output / PAIRS, chunk).agreed(
+        lambda: _results(contest, judge, output, console)
+    )
 
 
 def _results(
@@ -168,79 +158,37 @@ def _sample(
     file: Path,
     overwrite: bool,
 ) -> None:
-    settings = {
-        "policy": policy,
-        "weights": fingerprint(policy),
-        **asdict(contest.sampling),
-        "seed": contest.seed,
-    }
-    shares = Shares.here(file, contest.batch_size)
-    if not overwrite and shares.agreed(lambda: _answered(file, settings, prompts)):
-        return
-    with open_journal(shares.path, settings, overwrite=overwrite) as journal:
-        own = [asked for _, dealt in shares.dealt(enumerate(prompts)) for asked in dealt]
-        _checked(journal, [prompt for _, prompt in own])
-        if journal.lines < len(own):
-            journal.cut(journal.lines // contest.batch_size * contest.batch_size)
-            _answer(own, _sampler(policy, contest), journal, side, contest, shares)
-    shares.join(settings)
+    def load() -> Work[tuple[int, Sequence[Message]]]:
+        sampler = load_sampler(policy, contest.sampling, contest.batch_size)
 
-
-def _answered(
-    file: Path, settings: Mapping[str, Any], prompts: Sequence[Sequence[Message]]
-) -> bool:
-    """Whether an earlier call wrote, or joined, all answers."""
-    if not file.exists() or not settings_path(file).exists():
-        return False
-    with open_journal(file, settings) as journal:
-        _checked(journal, prompts)
-        return journal.lines >= len(prompts)
-
-
-def _checked(journal: Journal, prompts: Sequence[Sequence[Message]]) -> None:
-    """Raises where the lines that are there do not answer these prompts."""
-    for number, (line, prompt) in enumerate(zip(journal.read(), prompts, strict=False), start=1):
-        if line["prompt"] != prompt:
-            raise JournalError(
-                f"{journal.path}, line {number}: it answers another prompt: give another output, "
-                "or --overwrite"
-            )
-
-
-def _answer(
-    asked: Sequence[tuple[int, Sequence[Message]]],
-    sampler: TransformersSampler,
-    journal: Journal,
-    side: str,
-    contest: Contest,
-    shares: Shares,
-) -> None:
-    with share_bar("responses", Console(stderr=True), shares) as bar:
-        title = f"{side} answers"
-        task = bar.add_task(title, total=len(asked), completed=journal.lines)
-        todo = iter(asked[journal.lines :])
-        while batch := list(itertools.islice(todo, contest.batch_size)):
+        def answered(batch: list[tuple[int, Sequence[Message]]]) -> list[dict[str, Any]]:
             ids = [sampler.encoder.encode_prompt(prompt) for _, prompt in batch]
             seeds = [stable_seed(contest.seed, side, index) for index, _ in batch]
-            rows = [
-                {
-                    "prompt": list(prompt),
-                    "response": response.text,
-                    "finished": response.finished,
-                }
-                for (_, prompt), (response,) in zip(
-                    batch, sampler.sample(ids, 1, seeds), strict=True
-                )
+            sampled = sampler.sample(ids, 1, seeds)
+            return [
+                {"prompt": list(prompt), "response": answer.text, "finished": answer.finished}
+                for (_, prompt), (answer,) in zip(batch, sampled, strict=True)
             ]
-            journal.append(rows)
-            bar.update(task, advance=len(rows))
 
+        return answered
 
-def _sampler(policy: str, contest: Contest) -> TransformersSampler:
-    saved = load_judge_settings(policy)
-    encoder = encoder_as_taught(load_tokenizer(policy), saved)
-    model: Any = load_model(policy, device="auto")
-    return TransformersSampler(model, encoder, contest.sampling, contest.batch_size)
+    job = ResumableJob(
+        lambda: enumerate(prompts),
+        file,
+        {
+            "policy": policy,
+            "weights": fingerprint(policy),
+            **asdict(contest.sampling),
+            "seed": contest.seed,
+        },
+        lambda line, asked: line["prompt"] == asked[1],
+        mismatch="it answers another prompt",
+        title=f"{side} answers",
+        things="responses",
+        chunk=contest.batch_size,
+        may_be_longer=True,  # answers do not depend on how many prompts there are
+    )
+    job.run(load, overwrite=overwrite)
 
 
 def _given(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:
@@ -287,7 +235,7 @@ def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
     lengths: list[tuple[int, int]] = []
     finished: tuple[list[bool], list[bool]] = ([], [])
     agree = undecidable = 0
-    for line in read_lines(pairs):
+    for line in read_journal(pairs):
         verdict = verdict_from_json(line["verdict"])
         plain.append(_win(verdict))
         consistent[_win(verdict) if verdict.orders_agree else 0.5] += 1

@@ -19,13 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from self_judge import __version__
-from self_judge.commands.judge import (
-    CHUNK,
-    Case,
-    JudgeChoice,
-    judge_in_bulk,
-)
-from self_judge.commands.shares import Shares
+from self_judge.commands.judge import CHUNK, Case, judge_in_bulk
+from self_judge.commands.judge_choice import JudgeChoice
+from self_judge.commands.resumable import RankShards
 from self_judge.console import neutral
 from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
 from self_judge.datatypes import Verdict
@@ -33,7 +29,7 @@ from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTa
 from self_judge.judging.voting import verdict_from_json, verdict_json
 from self_judge.reporting.evaluation_page import evaluation_page, plotly_is_there
 from self_judge.storage.atomic import atomic_write
-from self_judge.storage.jsonl import read_lines, settings_path
+from self_judge.storage.jsonl import read_journal, settings_path
 
 VERDICTS, RESULTS, PAGE = "verdicts.jsonl", "results.json", "index.html"
 
@@ -100,8 +96,7 @@ def run_eval(
         _judged(compare, evaluation, theirs, Counter(), overwrite, "judging, other model")
     elif compare is not None:
         theirs = compare / VERDICTS
-    shares = Shares.here(output / VERDICTS, evaluation.chunk)
-    return shares.agreed(
+    return RankShards.here(output / VERDICTS, evaluation.chunk).agreed(
         lambda: _results(choice, evaluation, output, theirs, skipped, rate, console)
     )
 
@@ -165,11 +160,10 @@ def _judged(
     _, rate = judge_in_bulk(
         cases,
         path,
-        choice.load,
-        {**choice.settings(), "max_pairs": evaluation.max_pairs},
+        choice,
+        {"max_pairs": evaluation.max_pairs},
         chunk=evaluation.chunk,
         overwrite=overwrite,
-        shares=Shares.here(path, evaluation.chunk),
         title=title,
     )
     return rate if rate == rate else None
@@ -206,7 +200,7 @@ def _judged_pair(line: Mapping[str, Any], principles: Sequence[str]) -> JudgedPa
 
 def _tallied(verdicts: Path, principles: Sequence[str]) -> dict[str, Any]:
     overall, subsets = JudgeTally(principles), dict[str, JudgeTally]()
-    for line in read_lines(verdicts):
+    for line in read_journal(verdicts):
         pair = _judged_pair(line, principles)
         overall.add(pair)
         if line["subset"]:
@@ -224,7 +218,7 @@ def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
     )
     principles = settings["principles"]
     overall, subsets = PairedTally(), dict[str, PairedTally]()
-    for ours, line in itertools.zip_longest(read_lines(verdicts), read_lines(theirs)):
+    for ours, line in itertools.zip_longest(read_journal(verdicts), read_journal(theirs)):
         if ours is None or line is None or ours["digest"] != line["digest"]:
             raise ValueError(
                 f"{theirs} is not about the same pairs as {verdicts}: evaluate both on the same "

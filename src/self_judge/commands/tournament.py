@@ -5,28 +5,24 @@ It knows files and the order of the work; sampling, judging and brackets are in 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from self_judge.commands.judge import JudgeChoice, fingerprint
-from self_judge.commands.shares import Shares
+from self_judge.commands.judge_choice import JudgeChoice, fingerprint, load_sampler
+from self_judge.commands.resumable import RankShards, ResumableJob, Work, input_and_output
 from self_judge.config.self_training import SamplingSettings
 from self_judge.datatypes import Message, stable_seed
-from self_judge.errors import JournalError
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import Bracket, judged_knockouts
-from self_judge.models import load_model, load_tokenizer
-from self_judge.prompting.judge_json import encoder_as_taught, load_judge_settings
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.storage.jsonl import Journal, open_journal, settings_path
+from self_judge.storage.jsonl import parse_lines
 
 # Lines in memory at a time: all their matches of a round are judged together.
 CHUNK = 256
@@ -84,77 +80,56 @@ def run_tournament(
         ValueError: a line that cannot be used (file, line number and field are named), or the
             target belongs to another input or other settings.
     """
-    source, target = Path(source), Path(target)
-    if not source.is_file():
-        raise ValueError(f"{source}: no such file")
-    if source.resolve() == target.resolve():
-        raise ValueError(f"{target}: the output would overwrite the input")
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    source, target = input_and_output(source, target)
     settings = SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     if n < 1:
         raise ValueError(f"--n must be at least 1, got {n}")
-    total = sum(1 for _ in _entries(source))  # checks every line before a model is loaded
-    if not total:
-        raise ValueError(f"{source}: it has no lines")
-    shares = Shares.here(target, chunk)
-    begun = {
-        "model": str(model),
-        "weights": fingerprint(str(model)),
-        "policy": str(policy) if policy is not None else None,
-        "policy_weights": fingerprint(str(policy)) if policy is not None else None,
-        **asdict(settings),
-        "n": n,
-        "max_length": max_length,
-        "seed": seed,
-        "brackets": brackets,
-        "chunk": chunk,
-        "processes": shares.count,
-    }
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total} lines"),
-        TimeElapsedColumn(),
-        console=console or Console(stderr=True),
-        disable=shares.own > 0,
-    )
-    if not overwrite and shares.agreed(lambda: _is_finished(target, begun, source, total)):
-        return total
-    # Before the output is begun: what is wrong with the model leaves nothing behind.
-    judge = JudgeChoice(
-        str(model), batch_size=batch_size, max_length=max_length, servers=tuple(servers)
-    ).load()
-    with open_journal(shares.path, begun, overwrite=overwrite) as journal, bar:
-        task = bar.add_task("tournament", total=total)
-        done = _checked(journal, (e for _, c in shares.dealt(_entries(source)) for e in c))
-        # Whole chunks again: the same lines then as without interruption.
-        journal.cut(done // chunk * chunk if done < shares.size(total) else done)
-        sampler: TransformersSampler | VLLMSampler | None = None
-        skipped = journal.lines
-        for number, entries in shares.dealt(_entries(source)):
-            bar.update(task, completed=min(total, (number + 1) * chunk))
-            if skipped > 0:
-                skipped -= len(entries)
-                continue
-            if sampler is None and any(e.responses is None for e in entries):
-                sampler = _sampler(judge, policy, settings)
+
+    def load() -> Work[Entry]:
+        judge = JudgeChoice(
+            str(model), batch_size=batch_size, max_length=max_length, servers=tuple(servers)
+        ).load()
+        sampler = functools.cache(lambda: _sampler(judge, policy, settings))  # where it is needed
+
+        def played(entries: list[Entry]) -> list[dict[str, Any]]:
             responses = _with_samples(entries, sampler, n, seed)
-            played = judged_knockouts(
+            knockouts = judged_knockouts(
                 judge,
-                [e.context for e in entries],
+                [entry.context for entry in entries],
                 responses,
-                seeds=[stable_seed(seed, e.place) for e in entries],
+                seeds=[stable_seed(seed, entry.place) for entry in entries],
             )
             principles = judge.templates.principles if brackets else None
-            journal.append(
-                [
-                    _played(entry.line, texts, bracket, principles)
-                    for entry, texts, bracket in zip(entries, responses, played, strict=True)
-                ]
-            )
-    shares.join(begun)
+            return [
+                _played(entry.line, texts, bracket, principles)
+                for entry, texts, bracket in zip(entries, responses, knockouts, strict=True)
+            ]
+
+        return played
+
+    job = ResumableJob(
+        lambda: _entries(source),
+        target,
+        {
+            "model": str(model),
+            "weights": fingerprint(str(model)),
+            "policy": str(policy) if policy is not None else None,
+            "policy_weights": fingerprint(str(policy)) if policy is not None else None,
+            **asdict(settings),
+            "n": n,
+            "max_length": max_length,
+            "seed": seed,
+            "brackets": brackets,
+            "chunk": chunk,
+            "processes": RankShards.here(target, chunk).world_size,
+        },
+        _is_line_of,
+        mismatch="it is not what this input comes to",
+        title="tournament",
+        things="lines",
+        chunk=chunk,
+    )
+    total, _ = job.run(load, overwrite=overwrite, console=console)
     return total
 
 
@@ -176,28 +151,12 @@ def _played(
     return written
 
 
-def _checked(journal: Journal, entries: Iterator[Entry]) -> int:
-    """The number of lines that are there; raises where they are not those of the input."""
-    for number, written in enumerate(journal.read(), start=1):
-        entry = next(entries, None)
-        if entry is None or any(
-            written.get(name) != value
-            for name, value in entry.line.items()
-            if name not in ADDED or (name == "responses" and value is not None)
-        ):
-            raise JournalError(
-                f"{journal.path}, line {number}: it is not what this input comes to: give another "
-                "output, or --overwrite"
-            )
-    return journal.lines
-
-
-def _is_finished(target: Path, begun: Mapping[str, Any], source: Path, total: int) -> bool:
-    """Whether an earlier call wrote, or joined, all lines."""
-    if not target.exists() or not settings_path(target).exists():
-        return False
-    with open_journal(target, begun) as journal:
-        return journal.lines == total and _checked(journal, _entries(source)) == total
+def _is_line_of(written: Mapping[str, Any], entry: Entry) -> bool:
+    return not any(
+        written.get(name) != value
+        for name, value in entry.line.items()
+        if name not in ADDED or (name == "responses" and value is not None)
+    )
 
 
 def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
@@ -218,18 +177,12 @@ def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
 
 
 def _entries(path: Path) -> Iterator[Entry]:
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON: {error.msg}") from error
-            if not isinstance(line, dict):
-                raise ValueError(f"{where}: expected an object, got {type(line).__name__}")
-            yield _entry(line, number, where)
+    number = 0
+    with path.open("rb") as file:
+        for number, line in parse_lines(file, path):
+            yield _entry(line, number, f"{path}, line {number}")
+    if not number:
+        raise ValueError(f"{path}: it has no lines")
 
 
 def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
@@ -261,25 +214,25 @@ def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
 def _sampler(
     judge: Judge, policy: str | Path | None, settings: SamplingSettings
 ) -> TransformersSampler | VLLMSampler:
-    if policy is None and isinstance(judge.scorer, VLLMScorer):
+    if policy is not None:
+        return load_sampler(str(policy), settings)
+    if isinstance(judge.scorer, VLLMScorer):
         return VLLMSampler(judge.scorer.engine, judge.encoder, settings)
-    if policy is None:
-        model: Any = judge.model
-        return TransformersSampler(model, judge.encoder, settings)
-    saved = load_judge_settings(policy)
-    encoder = encoder_as_taught(load_tokenizer(policy), saved)
-    loaded: Any = load_model(policy, device="auto")
-    return TransformersSampler(loaded, encoder, settings)
+    model: Any = judge.model
+    return TransformersSampler(model, judge.encoder, settings)
 
 
 def _with_samples(
-    chunk: Sequence[Entry], sampler: TransformersSampler | VLLMSampler | None, n: int, seed: int
+    chunk: Sequence[Entry],
+    sampler: Callable[[], TransformersSampler | VLLMSampler],
+    n: int,
+    seed: int,
 ) -> list[list[str]]:
-    asked = [(i, e) for i, e in enumerate(chunk) if e.responses is None]
     own = [list(e.responses or ()) for e in chunk]
-    if asked and sampler is not None:
-        prompts = [sampler.encoder.encode_prompt(e.prompt or []) for _, e in asked]
+    asked = [(i, e) for i, e in enumerate(chunk) if e.responses is None]
+    if asked:
+        prompts = [sampler().encoder.encode_prompt(e.prompt or []) for _, e in asked]
         seeds = [stable_seed(seed, "sample", e.place) for _, e in asked]
-        for (i, _), sampled in zip(asked, sampler.sample(prompts, n, seeds), strict=True):
+        for (i, _), sampled in zip(asked, sampler().sample(prompts, n, seeds), strict=True):
             own[i] = [r.text for r in sampled]
     return own

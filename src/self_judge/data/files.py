@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from self_judge.errors import DataError
+from self_judge.storage.jsonl import parse_lines
 
 Record = dict[str, Any]
 
@@ -109,14 +110,8 @@ def _open_text(file: Path) -> IO[str]:
 
 def _read_lines(file: Path) -> Iterator[Record]:
     with _open_text(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}, line {number}: not JSON ({error.msg})") from None
-            yield _checked(record, f"{file}, line {number}")
+        for _, record in parse_lines(lines, file, DataError):
+            yield record
 
 
 def _read_json(file: Path) -> Iterator[Record]:
@@ -135,13 +130,10 @@ def _read_json(file: Path) -> Iterator[Record]:
             f"{file}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})"
         ) from None
     for number, record in enumerate(records if isinstance(records, list) else [records]):
-        yield _checked(record, f"{file}, item {number}")
-
-
-def _checked(record: Any, where: str) -> Record:
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    return record
+        if not isinstance(record, dict):
+            found = type(record).__name__
+            raise DataError(f"{file}, item {number}: expected a JSON object, got {found}")
+        yield record
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from self_judge.evaluation.calibration import calibration, confidences, share
-from self_judge.storage.run_dir import METRICS, RUN, loads, read_lines, rollout_files
+from self_judge.storage.jsonl import loads, read_lines
+from self_judge.storage.run_dir import METRICS, RUN, rollout_files
 
 RESULTS = "results.json"
 

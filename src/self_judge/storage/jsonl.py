@@ -1,20 +1,91 @@
-"""JSON lines that grow chunk by chunk, and resume after any interruption.
+"""JSON lines: one reader for all of them, and journals that resume after any interruption.
 
 It knows files and lines. It does not know what stands in a line or how it is computed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from self_judge.errors import JournalError
 from self_judge.storage.atomic import atomic_write
+
+
+def loads(text: str) -> Any:
+    """JSON, in which what is no number (NaN, Infinity: Python writes them) is read as null."""
+    return json.loads(text, parse_constant=lambda _: None)
+
+
+def parse_lines(
+    lines: Iterable[str | bytes],
+    where: str | Path,
+    error: type[ValueError] = ValueError,
+    *,
+    torn_is_end: bool = False,
+    blank_is_error: bool = False,
+    nan_is_null: bool = False,
+    remedy: str = "",
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of JSON lines with their line numbers, from 1.
+
+    Args:
+        lines: texts, or bytes in UTF-8; each with its newline.
+        where: the file, for messages.
+        error: what is raised for a line that is no JSON object; it names file and line.
+        torn_is_end: a broken last line without a newline ends the lines, as a crash leaves it.
+        blank_is_error: a blank line is broken; by default it is passed over.
+        nan_is_null: NaN and Infinity are read as null, not as floats.
+        remedy: what the message says after "not JSON".
+    """
+    for number, line in enumerate(lines, start=1):
+        if not (blank_is_error or line.strip()):
+            continue
+        try:
+            text = line.decode("utf-8") if isinstance(line, bytes) else line
+            value = loads(text) if nan_is_null else json.loads(text)
+        except ValueError as broken:
+            if torn_is_end and line[-1:] not in ("\n", b"\n"):
+                return
+            reason = getattr(broken, "msg", broken)
+            raise error(f"{where}, line {number}: not JSON ({reason}){remedy}") from None
+        if not isinstance(value, dict):
+            found = type(value).__name__
+            raise error(f"{where}, line {number}: expected a JSON object, got {found}")
+        yield number, value
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that a run writes line by line; a torn last line is left out.
+
+    Blank lines are passed over, and NaN is null.
+
+    Raises:
+        ValueError: a line is no JSON object; file and line are named.
+    """
+    with path.open("rb") as file:
+        for _, line in parse_lines(file, path, torn_is_end=True, nan_is_null=True):
+            yield line
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a journal, one by one; a torn last line is left out, a blank line is damage.
+
+    Raises:
+        JournalError: a line is broken.
+    """
+    remedy = "; the file was changed or damaged: give another output, or --overwrite"
+    with path.open("rb") as file:
+        for _, line in parse_lines(
+            file, path, JournalError, torn_is_end=True, blank_is_error=True, remedy=remedy
+        ):
+            yield line
 
 
 class Journal:
@@ -37,10 +108,13 @@ class Journal:
 
     def read(self) -> Iterator[dict[str, Any]]:
         """The lines that are there, one by one."""
-        return read_lines(self.path)
+        return itertools.islice(read_journal(self.path), self.lines)
 
     def append(self, rows: Sequence[Mapping[str, Any]], seconds: float = 0.0) -> None:
         """Adds lines; once this returns they have reached the disk."""
+        if not self.lines:  # whatever is there belongs to an earlier run
+            self._file.truncate(0)
+            self._note()
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         # A lone surrogate, which data may hold and which has no UTF-8, becomes JSON's own escape.
         self._file.write(text.encode("utf-8", "backslashreplace"))
@@ -78,14 +152,15 @@ def settings_path(path: Path) -> Path:
 def open_journal(
     path: Path, settings: Mapping[str, Any], *, overwrite: bool = False
 ) -> Iterator[Journal]:
-    """Opens a journal to go on with, or a new one.
+    """Opens a journal to resume, or a new one.
 
-    A last line that an interruption left unfinished is cut. One process at a time may write.
+    A torn last line is cut. One process at a time may write. What the file holds stays until the
+    first line of a new journal is there to replace it.
 
     Args:
         settings: what every line depends on, as plain JSON data; a journal that was begun with
             others is refused.
-        overwrite: begin anew, whatever is there.
+        overwrite: begin from scratch, whatever is there.
 
     Raises:
         JournalError: the file was begun with other settings, was not written by this, is broken, or
@@ -94,32 +169,33 @@ def open_journal(
     settings = json.loads(json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = settings_path(path)
-    if not overwrite and path.exists() and path.stat().st_size and not beside.exists():
+    # A file without a line is nothing to go on with, whatever it was begun for.
+    begun = not overwrite and path.exists() and path.stat().st_size > 0
+    if begun and not beside.exists():
         raise JournalError(
             f"{path} exists and has no {beside.name} beside it, so it cannot be gone on with: give "
             "another output, or --overwrite"
         )
-    # A file without a line is nothing to go on with, whatever it was begun for.
-    begun = path.exists() and path.stat().st_size > 0
-    noted = None if overwrite or not begun else _noted(beside)
+    noted = _noted(beside) if begun else None
     if noted is not None:
         _check_settings(path, noted["settings"], settings)
     with path.open("ab") as file:
         _lock(file, path)
         journal = Journal(path, file, settings)
-        if noted is None:
-            file.truncate(0)
-        else:
+        if noted is not None:
             journal.lines = _repair(path, file)
             journal.timed = min(int(noted["timed"]), journal.lines)
             journal.seconds = float(noted["seconds"])
-        journal._note()
-        yield journal
+        try:
+            yield journal
+        except BaseException:
+            if not path.stat().st_size:
+                with suppress(PermissionError):  # Windows removes no open file
+                    path.unlink()
+            raise
 
 
-def _noted(beside: Path) -> dict[str, Any] | None:
-    if not beside.exists():
-        return None
+def _noted(beside: Path) -> dict[str, Any]:
     try:
         noted = json.loads(beside.read_text(encoding="utf-8"))
         return {name: noted[name] for name in ("settings", "timed", "seconds")}
@@ -137,7 +213,7 @@ def _check_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
 
 def _repair(path: Path, file: IO[bytes]) -> int:
-    """Cuts an unfinished last line; returns the number of whole lines."""
+    """Cuts a torn last line; returns the number of whole lines."""
     lines = end = last = 0
     line = b""
     with path.open("rb") as reader:
@@ -157,25 +233,6 @@ def _is_json(line: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a journal, one by one; an unfinished last line is passed over.
-
-    Raises:
-        JournalError: a line is broken.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError:
-                raise JournalError(
-                    f"{path}, line {number}: not JSON; the file was changed or damaged: give "
-                    "another output, or --overwrite"
-                ) from None
 
 
 def _lock(file: IO[bytes], path: Path) -> None:

@@ -10,11 +10,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from self_judge.storage.atomic import atomic_write
+from self_judge.storage.jsonl import read_lines
 
 METRICS = "metrics.jsonl"
 RUN = "run.json"
@@ -37,34 +38,6 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
         file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def loads(text: str) -> Any:
-    """JSON, in which what is no number (NaN, Infinity: Python writes them) is read as null."""
-    return json.loads(text, parse_constant=lambda _: None)
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; a last line without its end is left out.
-
-    Raises:
-        ValueError: a line that is no JSON object; file and line are named.
-    """
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                line = loads(text)
-            except json.JSONDecodeError as error:
-                if not text.endswith("\n"):
-                    return
-                raise ValueError(f"{path}, line {number}: not JSON: {error.msg}") from error
-            if not isinstance(line, dict):
-                raise ValueError(
-                    f"{path}, line {number}: expected an object, got {type(line).__name__}"
-                )
-            yield line
 
 
 def rewind(folder: Path, step: int) -> None:

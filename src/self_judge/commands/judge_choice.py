@@ -1,0 +1,182 @@
+"""Which judge a command asks, how it is run, and what its verdicts depend on; who samples.
+
+It knows templates, checkpoints and servers. It does not know what is judged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from self_judge.config.schema import TemplateArgs
+from self_judge.config.self_training import PackingChoice, SamplingSettings
+from self_judge.config.yaml import build, read_yaml
+from self_judge.errors import ConfigError
+from self_judge.inference.sampling import TransformersSampler
+from self_judge.inference.vllm.client import VLLMServers
+from self_judge.inference.vllm.protocol import VLLMScorer
+from self_judge.judging.judge import Judge
+from self_judge.models import load_model, load_tokenizer
+from self_judge.prompting.judge_json import (
+    JudgeSettings,
+    encoder_as_taught,
+    load_judge_settings,
+    resolve_judge,
+)
+from self_judge.prompting.judge_templates import JudgeTemplates
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
+_SLICES, _SLICE_BYTES = 64, 65536
+
+
+@dataclass(frozen=True)
+class JudgeChoice:
+    """Which judge, and how it is run.
+
+    Args:
+        model: a folder or Hub name.
+        templates: a YAML file with `templates:`, instead of the model's `judge.json`.
+        batch_size, max_length, packing: see `Judge`.
+        dtype, revision, trust_remote_code: see `models.load_model`.
+        servers: URLs of `vllm serve` replicas of the model, which judge in place of this process.
+    """
+
+    model: str
+    templates: str | None = None
+    batch_size: int = 8
+    max_length: int | None = None
+    packing: PackingChoice = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    servers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.judge_templates()  # a mistake shows before anything is read or loaded
+
+    def template_args(self) -> TemplateArgs | None:
+        if self.templates is None:
+            return None
+        tree = read_yaml(Path(self.templates))
+        given = tree.get("templates")
+        if not isinstance(given, Mapping) or "judge" not in given:
+            raise ConfigError(
+                f"{self.templates}: it has no templates.judge; see configs/templates for examples"
+            )
+        try:
+            args: TemplateArgs = build(TemplateArgs, given, "templates")
+        except ValueError as error:
+            raise ConfigError(f"{self.templates}: {error}") from error
+        return args
+
+    def resolved(self) -> JudgeSettings:
+        """What it judges with.
+
+        Raises:
+            ValueError: there are no templates, or they cannot work.
+        """
+        args = self.template_args()
+        return resolve_judge(
+            self.model,
+            args.judge_templates() if args else None,
+            remedy="give judge templates with --templates FILE, e.g. "
+            "configs/templates/instructions.yaml",
+        )
+
+    def judge_templates(self) -> JudgeTemplates:
+        return self.resolved().templates
+
+    def load(self) -> Judge:
+        """The judge; under `accelerate launch` on this process's device."""
+        args, settings = self.template_args(), self.resolved()
+        tokenizer = load_tokenizer(
+            self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        asked = (args.chat, args.chat_template_kwargs, (args.user, args.assistant)) if args else ()
+        encoder = encoder_as_taught(tokenizer, settings, *asked)
+        if self.servers:
+            return Judge(
+                VLLMScorer(VLLMServers(self.servers)),
+                encoder,
+                settings.templates,
+                token_id_a=settings.token_id_a,
+                token_id_b=settings.token_id_b,
+                max_length=self.max_length,
+            )
+        return Judge.from_pretrained(
+            self.model,
+            settings.templates,
+            encoder=encoder,
+            token_id_a=settings.token_id_a,
+            token_id_b=settings.token_id_b,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            packing=self.packing,
+            dtype=self.dtype,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What every verdict depends on, as plain data: a resumed run must have the same."""
+        args, settings = self.template_args(), self.resolved()
+        templates = json.dumps(settings.templates.to_dict(), sort_keys=True)
+        asked = (args.chat, args.user, args.assistant, args.chat_template_kwargs) if args else ()
+        chat_template = settings.chat_template
+        taught = (chat_template, dict(settings.chat_template_kwargs)) if chat_template else ()
+        chat = json.dumps([asked, taught], sort_keys=True)
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "weights": fingerprint(self.model),
+            "templates": _hash(templates.encode(), chat.encode()),
+            "principles": list(settings.templates.principles),
+            "max_length": self.max_length,
+            "dtype": self.dtype,
+        }
+
+
+def load_sampler(
+    policy: str, settings: SamplingSettings, batch_size: int = 64
+) -> TransformersSampler:
+    """A model that samples, with the chat template that it was taught with."""
+    encoder = encoder_as_taught(load_tokenizer(policy), load_judge_settings(policy))
+    model: Any = load_model(policy, device="auto")
+    return TransformersSampler(model, encoder, settings, batch_size)
+
+
+def fingerprint(model: str) -> str | None:
+    """A hash that tells one local checkpoint from another; `None` for a Hub name.
+
+    Of weight files it takes names, sizes and 64 slices spread over each: reading all of a large
+    model would take minutes, and training changes every slice.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    parts: list[bytes] = []
+    for file in sorted({f for pattern in _WEIGHTS for f in folder.glob(pattern)}):
+        size = file.stat().st_size
+        parts += [file.name.encode(), str(size).encode()]
+        step = max(_SLICE_BYTES, size // _SLICES)
+        with file.open("rb") as reader:
+            for start in range(0, size, step):
+                reader.seek(start)
+                parts.append(reader.read(_SLICE_BYTES))
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        parts.append(str(base and fingerprint(base)).encode())
+    return _hash(*parts)
+
+
+def _hash(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()
