@@ -17,7 +17,8 @@ from self_judge.commands.eval import JudgeEvaluation, run_eval
 from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.data.benchmarks import BenchmarkSource
 from self_judge.judging.voting import aggregate
-from self_judge.reporting.evaluation_page import evaluation_page
+from self_judge.reporting.collect import collect
+from test_report import embedded
 
 
 @pytest.fixture
@@ -117,6 +118,9 @@ def test_two_judges_are_compared_pair_by_pair(
     assert main(command("again", tmp_path / "itself")) == 0
     assert results(tmp_path / "again")["compared_with"]["paired"] == paired
     assert not (tmp_path / "again" / "compared").exists()
+    (overall, *_) = collect([tmp_path / "again"]).paired
+    assert overall["name"] == f"again · all against {saved_judge}"
+    assert overall["difference"] == paired["overall"]["difference"]
     assert "McNemar" in capsys.readouterr().out
     (benchmark / "Natural" / "dataset.json").unlink()
     assert main(command("fewer", tmp_path / "itself")) == 2
@@ -151,11 +155,32 @@ def test_the_page_needs_no_network_and_runs_nothing_from_the_data(
     )
     output = tmp_path / "out"
     assert main(["eval", str(source), "--model", str(saved_judge), "--output", str(output)]) == 0
-    page = (output / "index.html").read_text(encoding="utf-8")
+    page = (output / "report.html").read_text(encoding="utf-8")
     assert page.count("<script>alert(1)") == 0
     assert "<img src=x" not in page
     assert 'src="http' not in page
-    assert page == evaluation_page(results(output))
+    shown = embedded(page)["judges"]
+    assert [judge["name"] for judge in shown] == [f"out ({saved_judge})", f"out · {hostile}"]
+    told = results(output)
+    for judge, numbers in zip(shown, (told["overall"], told["subsets"][hostile]), strict=True):
+        assert judge["undecidable"] == numbers["undecidable"]["share"]
+        for key in set(judge) - {"name", "undecidable"}:
+            assert judge[key] == numbers[key], key
+
+
+def test_without_plotly_there_are_numbers_and_a_word_on_what_to_install(
+    benchmark: Path,
+    saved_judge: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    monkeypatch.setattr("self_judge.reporting.page.plotly_is_there", lambda: False)
+    output = tmp_path / "out"
+    command = ["eval", str(benchmark), "--model", str(saved_judge), "--output", str(output)]
+    assert main(command) == 0
+    assert "pip install 'self-judge[report]'" in capsys.readouterr().out
+    assert not (output / "report.html").exists()
 
 
 class Fake:

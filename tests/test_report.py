@@ -13,6 +13,7 @@ from rich.console import Console
 from self_judge import cli
 from self_judge.commands.compare import outcome
 from self_judge.datatypes import Response
+from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
 from self_judge.judging.voting import aggregate
 from self_judge.reporting.collect import Limits, ReportData, collect
 from self_judge.reporting.page import CHARTS, json_block, page, write_report
@@ -212,6 +213,28 @@ def test_an_evaluation_is_shown_with_its_subsets(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="self-judge eval"):
         collect([tmp_path / "results.json"])
+
+
+def evaluation_of(folder: Path) -> Path:
+    """What `self-judge eval --compare` leaves of 40 pairs in one subset: right in four of five."""
+    folder.mkdir()
+    tallies, paired = [JudgeTally(["helpful", "honest"]) for _ in range(2)], PairedTally()
+    for i in range(40):
+        right, wrong = ((0.6 + i / 200, 0.2), (0.2, 0.7)), ((0.3, 0.5), (0.6, 0.2))
+        verdicts = [aggregate([wrong if i % 5 == k else right, right]) for k in range(2)]
+        verdicts[0] = aggregate([wrong] * 2) if i % 5 == 0 else verdicts[0]
+        for tally, verdict in zip(tallies, verdicts, strict=True):
+            tally.add(JudgedPair("a", verdict, None, (8, 5)))
+        ours, theirs = (credit(v.preferred, "a") for v in verdicts)
+        paired.add(ours, theirs)
+    new, old = (
+        {"judge": {"model": m}, "overall": t.report(), "subsets": {"hard": t.report()}}
+        for m, t in zip(("new", "<i>old</i>"), tallies, strict=True)
+    )
+    differences = {"overall": paired.report(), "subsets": {"hard": paired.report()}}
+    results = {**new, "skipped": {}, "compared_with": {**old, "paired": differences}}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
 
 
 def comparison_of(folder: Path, responses: str = "It is long.") -> Path:

@@ -17,7 +17,7 @@ from rich.console import Console
 from self_judge.commands.demo import run_demo
 from self_judge.reporting.page import write_report
 from self_judge.storage.run_dir import BRACKETS, append_line
-from test_report import HOSTILE, comparison_of, run_of
+from test_report import HOSTILE, comparison_of, evaluation_of, run_of
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="no Playwright here: `make browser` installs it"
@@ -107,6 +107,21 @@ def test_policies_that_were_compared_are_drawn_and_their_names_are_text(
     label = section.locator(".plot").get_attribute("aria-label")
     assert "win rate 75" in label
     assert "15 / 0 / 5" in section.inner_text()
+
+
+def test_an_evaluation_is_drawn_beside_its_baselines_and_the_other_judge(
+    tmp_path: Path, opened: Open
+) -> None:
+    page = opened(report_of(evaluation_of(tmp_path / "judged"), to=tmp_path))
+    section = page.locator("#judge")
+    assert section.locator(".baselines .bars .point").count() == 4 * 2 * 2  # and of the other one
+    assert section.locator(".baselines .legendtext").first.text_content() == "swap-averaged judge"
+    for told in ("decided by position", "better is longer", "honest", "McNemar’s p"):
+        assert told in section.inner_text(), told
+    assert section.locator("table").count() == 4
+    assert "judged · all against <i>old</i>" in section.inner_text()
+    label = section.locator(".baselines").get_attribute("aria-label")
+    assert label.startswith("Accuracy beside baselines. judged (new): swap-averaged judge 80 %")
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ from self_judge.judging.tournament import judged_knockouts
 from self_judge.models import frozen_reference, load_model
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.reporting.page import plotly_is_there, write_report
+from self_judge.reporting.page import report_on
 from self_judge.storage.atomic import atomic_write
 from self_judge.storage.run_dir import BRACKETS, JUDGED
 from self_judge.training.callbacks import LiveProgress
@@ -117,10 +117,7 @@ def run_demo(
     console.print(_table(summary))
     told = neutral(f"{summary['seconds']:.0f} s in all; written to {output}/summary.json")
     console.print(told, markup=False)
-    if plotly_is_there():
-        write_report([output], console=console)
-    else:
-        console.print("no report.html without Plotly: pip install 'self-judge\\[report]'")
+    report_on(output, console)
     return summary
 
 

@@ -27,11 +27,11 @@ from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_
 from self_judge.datatypes import Verdict
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
 from self_judge.judging.voting import verdict_from_json, verdict_json
-from self_judge.reporting.evaluation_page import evaluation_page, plotly_is_there
+from self_judge.reporting.page import report_on
 from self_judge.storage.atomic import atomic_write
 from self_judge.storage.jsonl import read_journal, settings_path
 
-VERDICTS, RESULTS, PAGE = "verdicts.jsonl", "results.json", "index.html"
+VERDICTS, RESULTS = "verdicts.jsonl", "results.json"
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,8 @@ def _results(
         file.write(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print_results(results, console)
     told = neutral(f"written to {output}: {RESULTS}, {VERDICTS}")
-    console.print(told, end="", markup=False, highlight=False)
-    if plotly_is_there():
-        with atomic_write(output / PAGE) as file:
-            file.write(evaluation_page(results))
-        console.print(f", {PAGE}", highlight=False)
-    else:
-        console.print(f"; {PAGE} needs Plotly: pip install 'self-judge\\[report]'")
+    console.print(told, markup=False, highlight=False)
+    report_on(output, console)
     return results
 
 

@@ -53,7 +53,8 @@ class ReportData:
         runs: name, kind, series by metric, run.json and data.json of every run.
         pairs: sampled pairs with their verdicts; see `rollout_log.write_rollouts`.
         brackets: tournaments with their contexts and responses.
-        judges: how good a judge was on labeled pairs, with its reliability.
+        judges: how good a judge was on labeled pairs, with its biases and its reliability.
+        paired: how far two judges differ on the same pairs.
         comparisons: how often one policy answers better than another.
         notes: what was left out, for people.
     """
@@ -62,6 +63,7 @@ class ReportData:
     pairs: list[Line] = field(default_factory=list)
     brackets: list[Line] = field(default_factory=list)
     judges: list[Line] = field(default_factory=list)
+    paired: list[Line] = field(default_factory=list)
     comparisons: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -331,16 +333,32 @@ def _add_evaluation(name: str, results: Line, data: ReportData) -> None:
             f"{name}: no results of a judge's evaluation (self-judge eval), nor of policies "
             "compared (self-judge compare)"
         )
-    subsets = results.get("subsets") or {}
-    named = [(name, results["overall"]), *((f"{name} · {s}", r) for s, r in subsets.items())]
-    for title, numbers in named:
-        data.judges.append(
-            {
-                "name": title,
-                "pairs": numbers.get("pairs"),
-                "accuracy": numbers.get("accuracy"),
-                "order_agreement": numbers.get("order_agreement"),
-                "undecidable": (numbers.get("undecidable") or {}).get("share"),
-                "calibration": numbers.get("calibration"),
-            }
-        )
+    _add_reports(name, results, data)
+    for reason, count in (results.get("skipped") or {}).items():
+        data.notes.append(f"{name}: left out, {reason}: {count:,}")
+    other = results.get("compared_with")
+    if other:
+        _add_reports(f"{name} · compared", other, data)
+        paired = {"all": other["paired"]["overall"], **other["paired"]["subsets"]}
+        data.paired += [
+            {"name": f"{name} · {subset} against {other['judge']['model']}", **numbers}
+            for subset, numbers in paired.items()
+            if numbers
+        ]
+
+
+def _add_reports(name: str, results: Line, data: ReportData) -> None:
+    model = (results.get("judge") or {}).get("model")
+    data.judges.append(_judge(f"{name} ({model})" if model else name, results["overall"]))
+    for subset, numbers in (results.get("subsets") or {}).items():
+        data.judges.append(_judge(f"{name} · {subset}", numbers))
+
+
+def _judge(name: str, numbers: Line) -> Line:
+    """What the page shows of a `JudgeTally.report`."""
+    kept = (
+        *("pairs", "accuracy", "order_agreement", "decided_by_position", "first_position"),
+        *("longer", "letter_mass", "calibration", "principles", "baselines"),
+    )
+    undecidable = (numbers.get("undecidable") or {}).get("share")
+    return {"name": name, "undecidable": undecidable, **{key: numbers.get(key) for key in kept}}

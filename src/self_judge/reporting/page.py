@@ -266,6 +266,14 @@ def write_report(
     return target
 
 
+def report_on(folder: Path, console: Console) -> None:
+    """Writes the page of a folder that a command is done with, or says that Plotly is missing."""
+    if plotly_is_there():
+        write_report([folder], console=console)
+    else:
+        console.print("no report.html without Plotly: pip install 'self-judge\\[report]'")
+
+
 def page(data: ReportData) -> str:
     """The whole page as text.
 

@@ -477,13 +477,62 @@
       }), CONFIG);
     });
     plot.setAttribute("aria-label", `Reliability diagram. ${drawn.map((j) => `${j.name}: ${j.bins.map((b) => `sure ${number(b.confidence, "percent")}, right ${number(b.accuracy.value, "percent")}`).join(", ")}`).join("; ")}.`);
-    const columns = [
-      ["pairs", (j) => number(j.pairs)], ["accuracy", (j) => ranged(j.accuracy)], ["orders agree", (j) => ranged(j.order_agreement)],
-      ["undecidable", (j) => number(j.undecidable, "percent")], ["calibration error", (j) => number((j.calibration || {}).ece)], ["Brier score", (j) => number((j.calibration || {}).brier)],
+    const has = (columns) => columns.filter(([, , of]) => !of || data.judges.some((j) => known(of(j))));
+    const share = (title, of) => [title, (j) => ranged(of(j)), of];
+    const longer = (key) => (j) => (j.longer || {})[key];
+    const columns = has([
+      ["pairs", (j) => number(j.pairs)], share("accuracy", (j) => j.accuracy), share("orders agree", (j) => j.order_agreement),
+      ["undecidable", (j) => number(j.undecidable, "percent")],
+      ["p(A) + p(B)", (j) => number(j.letter_mass), (j) => j.letter_mass],
+      ["calibration error", (j) => number((j.calibration || {}).ece)], ["Brier score", (j) => number((j.calibration || {}).brier)],
+    ]);
+    const biases = has([
+      share("decided by position", (j) => j.decided_by_position), share("first position wins", (j) => j.first_position),
+      share("longer preferred", longer("preferred")), share("accuracy, better is longer", longer("accuracy_better_is_longer")),
+      share("accuracy, better is shorter", longer("accuracy_better_is_shorter")),
+    ]);
+    const principles = [...new Set(data.judges.flatMap((j) => Object.keys(j.principles || {})))];
+    const alone = has(principles.map((name) => share(name, (j) => (j.principles || {})[name])));
+    const paired = [
+      ["difference of accuracy", (p) => ranged(p.difference)], ["only this one right", (p) => number(p.only_this_right)],
+      ["only the other right", (p) => number(p.only_other_right)], ["McNemar’s p", (p) => number(p.mcnemar_p)],
     ];
+    const table = (title, things, shown) => things.length > 0 && shown.length > 0 && [el("h3", {}, title), cardTable("judged", things, shown)];
     section("judge", "Judge", "On pairs of which the better response is known: is the judge right as often as it is sure? On the dotted line it is; below the line it is too sure of itself. Bars and ranges are 95 % intervals.",
       drawn.length > 0 && plot,
-      cardTable("judged", data.judges, columns));
+      cardTable("judged", data.judges, columns),
+      baselines(),
+      table("Position and length", data.judges, biases),
+      alone.length > 1 && table("Accuracy of each principle alone", data.judges, alone),
+      table("Against the other judge, pair by pair", data.paired, paired));
+  }
+
+  // Accuracy beside that of one order alone and of the longer response.
+  function baselines() {
+    const rated = data.judges.filter((j) => Object.values(j.baselines || {}).some(known));
+    if (!rated.length) return null;
+    const names = Object.keys(rated[0].baselines);
+    const plot = el("div", { class: "plot reliability baselines", role: "img" });
+    drawings.push(() => {
+      const base = layout({});
+      Plotly.react(plot, names.map((name, i) => {
+        const told = rated.filter((j) => known(j.baselines[name]));
+        const shares = told.map((j) => j.baselines[name]);
+        return {
+          type: "bar", name: plain(name), x: told.map((j) => plain(j.name)), y: shares.map((e) => e.value),
+          marker: { color: css(`--run-${i % 8}`), opacity: i ? 0.55 : 1 }, hovertemplate: "%{x}: %{y:.1%}",
+          error_y: { type: "data", symmetric: false, array: shares.map((e) => e.ci95[1] - e.value),
+            arrayminus: shares.map((e) => e.value - e.ci95[0]), color: css("--muted"), thickness: 1, width: 3 },
+        };
+      }), layout({}, {
+        hovermode: "closest", barmode: "group", showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
+        xaxis: { ...base.xaxis, type: "category", tickformat: "", title: { text: "" } },
+        yaxis: { ...base.yaxis, range: [0, 1.05], tickformat: ".0%", title: { text: "accuracy", font: { size: 11, color: css("--muted") } } },
+        shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0.5, y1: 0.5, line: { color: css("--muted"), width: 1, dash: "dot" } }],
+      }), CONFIG);
+    });
+    plot.setAttribute("aria-label", `Accuracy beside baselines. ${rated.map((j) => `${j.name}: ${names.filter((n) => known(j.baselines[n])).map((n) => `${n} ${number(j.baselines[n].value, "percent")}`).join(", ")}`).join("; ")}.`);
+    return [el("h3", {}, "Accuracy, and what is had without the second order or without reading"), plot];
   }
 
   // -- policies compared -------------------------------------------------------------------------
