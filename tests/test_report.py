@@ -15,8 +15,9 @@ from self_judge.commands.compare import outcome
 from self_judge.datatypes import Response
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
 from self_judge.judging.voting import aggregate
+from self_judge.reporting.charts import CHARTS
 from self_judge.reporting.collect import Limits, ReportData, collect
-from self_judge.reporting.page import CHARTS, json_block, page, write_report
+from self_judge.reporting.page import json_block, page, write_report
 from self_judge.storage.jsonl import read_lines
 from self_judge.storage.run_dir import BRACKETS, METRICS, append_line, rollout_file
 from self_judge.training.self_training.rollout_log import (
@@ -83,12 +84,13 @@ def test_every_chart_shows_what_a_training_really_logs(demo: Path) -> None:
     """A renamed metric would leave a chart empty without a word."""
     held_out = re.compile(r"eval_")
     series = {run["kind"]: run["series"] for run in collect([demo]).runs}
-    for kind, _, charts in CHARTS:
-        for chart in charts:
-            for key, _ in chart.lines:
-                assert key in series[kind] or held_out.match(key), f"{chart.title}: {key}"
-            if chart.prefix:
-                assert any(key.startswith(chart.prefix) for key in series[kind])
+    for chart in CHARTS:
+        logged = series[chart.section[0]]
+        for key in chart.lines:
+            if key == chart.prefix:
+                assert any(name.startswith(key) for name in logged), chart.title
+            else:
+                assert key in logged or held_out.match(key), f"{chart.title}: {key}"
 
 
 def test_several_runs_have_names_that_tell_them_apart(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """`self-judge report`: runs, tournaments and evaluations → one HTML page that needs no network.
 
 It puts data, style, script and Plotly into one file, and keeps text from the data from ever being
-markup. What is read from where: `collect.py`; what is drawn: `assets/report.js`.
+markup. What is read from where: `collect.py`; which curves: `charts.py`; how they are drawn:
+`assets/report.js`.
 """
 
 from __future__ import annotations
@@ -22,202 +23,9 @@ from rich.console import Console
 
 from self_judge import __version__
 from self_judge.console import neutral
+from self_judge.reporting.charts import charts_json
 from self_judge.reporting.collect import Limits, ReportData, collect
 from self_judge.storage.atomic import atomic_write
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Chart:
-    """One chart: curves of some metrics, over all runs of a kind.
-
-    Attributes:
-        id, title, about: what it is called, and in one sentence what it shows.
-        lines: metrics and what each is called in this chart; those that no run has are left out.
-        prefix: instead of `lines`: every metric whose name starts so, called by the rest of it.
-        format: `percent`, or plain numbers.
-        reference: where a dotted line stands.
-    """
-
-    id: str
-    title: str
-    about: str
-    lines: tuple[tuple[str, str], ...] = ()
-    prefix: str | None = None
-    format: str | None = None
-    reference: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        lines = [{"key": key, "label": label} for key, label in self.lines]
-        return {**dataclasses.asdict(self), "lines": lines}
-
-
-# (kind of run, heading, charts), in the order of the page
-CHARTS: tuple[tuple[str, str, tuple[Chart, ...]], ...] = (
-    (
-        "self_judge",
-        "Policy",
-        (
-            Chart(
-                "loss",
-                "Loss",
-                "Of the preference loss; for sigmoid, ln 2 ≈ 0.69 is where policy and reference "
-                "agree.",
-                (("loss", "training"), ("eval_loss", "held-out")),
-            ),
-            Chart(
-                "margins",
-                "Reward margin",
-                "β times how much more the policy has moved towards chosen than towards rejected.",
-                (("rewards/margins", "training"), ("eval_rewards/margins", "held-out")),
-                reference=0.0,
-            ),
-            Chart(
-                "rewards",
-                "Rewards",
-                "β (log π − log π_ref) of each side. Both falling: likelihood is taken from both.",
-                (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")),
-                reference=0.0,
-            ),
-            Chart(
-                "accuracies",
-                "Reward accuracy",
-                "Share of pairs in which the chosen response has the higher reward.",
-                (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held-out")),
-                format="percent",
-                reference=0.5,
-            ),
-            Chart(
-                "kl",
-                "KL from the reference",
-                "Estimated on the sampled responses, in nats per response; noisy, so it may dip "
-                "below 0.",
-                (("objective/kl", "KL"),),
-                reference=0.0,
-            ),
-            Chart(
-                "entropy",
-                "Entropy",
-                "Of the next token, mean over the responses. Towards 0: the policy always says the "
-                "same.",
-                (("entropy", "training"),),
-            ),
-        ),
-    ),
-    (
-        "self_judge",
-        "Judge",
-        (
-            Chart(
-                "judge-margin",
-                "Judge margin",
-                "Score of the chosen less that of the rejected response, over decided pairs.",
-                (("judge/margin", "margin"),),
-            ),
-            Chart(
-                "order-agreement",
-                "Order agreement",
-                "Share of decided pairs that both orders decide alike; 50 % is a judge that reads "
-                "places.",
-                (("judge/order_agreement", "agreement"),),
-                format="percent",
-                reference=0.5,
-            ),
-            Chart(
-                "undecidable",
-                "Undecidable pairs",
-                "Share of pairs that give no gradient: equal texts, exact ties, too long.",
-                (("judge/undecidable", "undecidable"),),
-                format="percent",
-            ),
-            Chart(
-                "principles",
-                "Win rate by principle",
-                "Share of decided pairs in which a principle sides with the verdict.",
-                prefix="judge/win_rate/",
-                format="percent",
-            ),
-        ),
-    ),
-    (
-        "self_judge",
-        "Responses",
-        (
-            Chart(
-                "length",
-                "Response length",
-                "Tokens of a response. Chosen above rejected, step after step: length is learned.",
-                (
-                    ("completions/mean_length", "all"),
-                    ("completions/chosen_length", "chosen"),
-                    ("completions/rejected_length", "rejected"),
-                ),
-            ),
-            Chart(
-                "drift",
-                "Length against the reference",
-                "Mean length over that of the first log, when the policy still was the reference.",
-                (("completions/length_drift", "ratio"),),
-                reference=1.0,
-            ),
-            Chart(
-                "finished",
-                "Ended by themselves",
-                "Share of responses that the model ended itself; the others were cut at the limit.",
-                (("completions/finished", "finished"),),
-                format="percent",
-            ),
-        ),
-    ),
-    (
-        "jsft",
-        "JSFT",
-        (
-            Chart(
-                "jsft-loss",
-                "JSFT: loss",
-                "Cross-entropy per trained token, of SFT and judge examples together.",
-                (("loss", "training"), ("eval_loss", "held-out")),
-            ),
-            Chart(
-                "jsft-accuracy",
-                "JSFT: token accuracy",
-                "Share of trained tokens that are the model's first choice.",
-                (("mean_token_accuracy", "training"), ("eval_mean_token_accuracy", "held-out")),
-                format="percent",
-            ),
-            Chart(
-                "jsft-gradient",
-                "JSFT: gradient norm",
-                "Before clipping. Spikes come before trouble.",
-                (("grad_norm", "gradient"),),
-            ),
-        ),
-    ),
-    (
-        "self_judge",
-        "Optimizer and time",
-        (
-            Chart(
-                "gradient",
-                "Gradient norm",
-                "Before clipping. Spikes come before trouble.",
-                (("grad_norm", "gradient"),),
-            ),
-            Chart(
-                "rate",
-                "Learning rate",
-                "As the schedule has it.",
-                (("learning_rate", "rate"),),
-            ),
-            Chart(
-                "time",
-                "Seconds per step",
-                "By phase of a step; what the phases are called is what is logged under time/.",
-                prefix="time/",
-            ),
-        ),
-    ),
-)
 
 
 def write_report(
@@ -290,7 +98,7 @@ def page(data: ReportData) -> str:
     values = {
         "csp": policy,
         "style": (parts / "report.css").read_text(encoding="utf-8"),
-        "data": json_block({**_content(data), "charts": _charts()}),
+        "data": json_block({**_content(data), "charts": charts_json()}),
         "plotly": plotly,
         "script": script,
     }
@@ -326,13 +134,6 @@ def _content(data: ReportData) -> dict[str, Any]:
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "version": __version__,
     }
-
-
-def _charts() -> list[dict[str, Any]]:
-    return [
-        {"kind": kind, "title": title, "charts": [chart.to_dict() for chart in charts]}
-        for kind, title, charts in CHARTS
-    ]
 
 
 def _inline(script: str) -> str:
