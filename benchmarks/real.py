@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 from self_judge import ChatEncoder, Judge, tournament_rejection_sampling
-from self_judge.commands.train import evaluate_judge, run_jsft, run_self_judge
+from self_judge.commands.train import run_jsft, run_self_judge
 from self_judge.config.schema import load_run
 from self_judge.config.self_training import SamplingSettings
 from self_judge.data.records import judge_context
 from self_judge.data.sources import load_preferences
-from self_judge.evaluation.statistics import JudgeQuality
+from self_judge.evaluation.statistics import JudgeQuality, evaluate_judge
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.models import load_model, load_tokenizer
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from self_judge.evaluation.length_control import fit, length_controlled_win_rate
+from self_judge.evaluation.statistics import fit, length_controlled_win_rate
 
 
 def contest(n: int, theta: float, slope: float, lead: float, seed: int = 0):  # type: ignore[no-untyped-def]

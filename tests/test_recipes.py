@@ -16,10 +16,11 @@ from peft import PeftModel
 from conftest import ROOT
 from self_judge import Judge
 from self_judge.cli import main, train_main
-from self_judge.commands.train import evaluate_judge, run_jsft, run_self_judge
+from self_judge.commands.train import run_jsft, run_self_judge
 from self_judge.config.schema import load_run
 from self_judge.data import synthetic
 from self_judge.datatypes import Comparison
+from self_judge.evaluation.statistics import evaluate_judge
 from self_judge.models import load_model
 from self_judge.prompting.judge_json import load_judge_settings
 

@@ -29,13 +29,14 @@ from self_judge import (
     SelfJudgeConfig,
     SelfJudgeTrainer,
 )
-from self_judge.commands.train import evaluate_judge, run_jsft, run_self_judge
+from self_judge.commands.train import run_jsft, run_self_judge
 from self_judge.config.schema import load_run
 from self_judge.config.self_training import SamplingSettings
 from self_judge.data import synthetic
 from self_judge.data.files import read_raw
 from self_judge.data.records import judge_context
 from self_judge.data.sources import load_preferences
+from self_judge.evaluation.statistics import evaluate_judge
 from self_judge.inference.decoding import why_not_shared
 from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.logits_processors import seeded_gumbel

@@ -29,8 +29,12 @@ from self_judge.data.records import RecordRef
 from self_judge.data.sources import prompt_of, read_prompts
 from self_judge.datatypes import Comparison, Message, Verdict, stable_seed
 from self_judge.evaluation.judge_metrics import estimate_json
-from self_judge.evaluation.length_control import length_controlled_win_rate
-from self_judge.evaluation.statistics import bootstrap_counts, bootstrap_mean, proportion
+from self_judge.evaluation.statistics import (
+    bootstrap_counts,
+    bootstrap_mean,
+    length_controlled_win_rate,
+    proportion,
+)
 from self_judge.judging.voting import verdict_from_json, verdict_json
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.storage.atomic import atomic_write

@@ -30,8 +30,7 @@ from self_judge.commands.train import jsft_trainer, save_jsft
 from self_judge.config.self_training import SamplingSettings
 from self_judge.console import neutral
 from self_judge.data import synthetic, toy_world
-from self_judge.datatypes import Comparison, PreferenceRecord, stable_seed
-from self_judge.evaluation.calibration import judged_line
+from self_judge.datatypes import Comparison, PreferenceRecord, Side, Verdict, stable_seed
 from self_judge.evaluation.statistics import (
     Estimate,
     JudgeQuality,
@@ -175,6 +174,22 @@ def _judge_quality(judge: Judge, seed: int, n: int, output: Path) -> JudgeQualit
         for case, verdict in zip(cases, verdicts, strict=True):
             file.write(json.dumps(judged_line(case, verdict, gold="a"), ensure_ascii=False) + "\n")
     return judge_quality(verdicts)
+
+
+def judged_line(comparison: Comparison, verdict: Verdict, gold: Side) -> dict[str, Any]:
+    """A verdict on a pair of which `gold` is known to be the better, as plain data."""
+    finite = verdict.preferred is not None
+    return {
+        "context": comparison.context,
+        "a": comparison.response_a,
+        "b": comparison.response_b,
+        "gold": gold,
+        "preferred": verdict.preferred,
+        "score_a": verdict.score_a if finite else None,
+        "score_b": verdict.score_b if finite else None,
+        "orders_agree": verdict.orders_agree,
+        "probabilities": verdict.probabilities if finite else None,
+    }
 
 
 def _self_training(

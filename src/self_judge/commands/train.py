@@ -25,11 +25,7 @@ from self_judge.config.hardware import Run, fit_to_machine, threads_for
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
 from self_judge.config.self_training import PackingChoice
 from self_judge.console import neutral
-from self_judge.data.records import judge_context
-from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.evaluation.statistics import JudgeQuality, judge_quality
-from self_judge.judging.judge import Judge
-from self_judge.judging.voting import under_principle
+from self_judge.datatypes import PreferenceRecord
 from self_judge.models import (
     apply_umask,
     check_vocabulary,
@@ -221,28 +217,6 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     trainer.save_model(str(args.output_dir))
     say(f"policy: {args.output_dir}")
     return Path(str(args.output_dir))
-
-
-# -- evaluation ----------------------------------------------------------------------------------
-
-
-def evaluate_judge(
-    judge: Judge, records: Sequence[PreferenceRecord], *, progress: bool = False
-) -> JudgeQuality:
-    """How often the judge agrees with the labels: a pair of one principle under its template."""
-    cases = [
-        (Comparison(judge_context(r), p.chosen, p.rejected), p.principle)
-        for r in records
-        for p in r.pairs
-    ]
-    verdicts = judge.compare([comparison for comparison, _ in cases], progress=progress)
-    principles = judge.templates.principles
-    return judge_quality(
-        [
-            verdict if principle is None else under_principle(verdict, principles.index(principle))
-            for verdict, (_, principle) in zip(verdicts, cases, strict=True)
-        ]
-    )
 
 
 # -- shared --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from self_judge.evaluation.statistics import Estimate, bootstrap_counts, proport
 from self_judge.judging.voting import under_principle
 
 Label = Literal["a", "b", "tie"]
-BINS = 10  # of confidence, between 0.5 and 1
+BINS = 10  # of confidence, between 0.5 and 1, where a preferred response mostly is
 _LABELS: tuple[Label, ...] = ("a", "b", "tie")
 
 
@@ -180,17 +180,18 @@ class JudgeTally:
             self._add_calibration(verdict, label)
 
     def _add_calibration(self, verdict: Verdict, label: Label) -> None:
+        """Confidence is P(preferred): the preferred response's share of the two mean scores."""
         total = verdict.score_a + verdict.score_b
         p_a = verdict.score_a / total if total > 0 else 0.5
-        p_better = p_a if label == "a" else 1 - p_a
-        self.brier += (1 - p_better) ** 2
-        confidence = max(p_a, 1 - p_a)
-        # A bin holds its lower end; 1e-9 keeps 0.55 and the like out of the bin below.
-        place = min(int((confidence - 0.5) * 2 * BINS + 1e-9), BINS - 1)
-        chosen = self.bins[place]
+        self.brier += (1 - (p_a if label == "a" else 1 - p_a)) ** 2
+        confidence = {"a": p_a, "b": 1 - p_a, None: 0.5}[verdict.preferred]
+        # A bin holds its lower end; 1e-9 keeps 0.55 and the like out of the bin below. Where the
+        # majority outvotes the mean, confidence is below ½: the lowest bin takes it.
+        place = int((confidence - 0.5) * 2 * BINS + 1e-9)
+        chosen = self.bins[min(max(place, 0), BINS - 1)]
         chosen.n += 1
         chosen.confidence += confidence
-        chosen.correct += 0.5 if p_better == 0.5 else float(p_better > 0.5)
+        chosen.correct += credit(verdict.preferred, label)
 
     def _add_length(self, said: Label | None, characters: tuple[int, int]) -> None:
         longer = _longer(characters)
@@ -250,6 +251,11 @@ class JudgeTally:
         }
 
     def _calibration(self) -> dict[str, Any] | None:
+        """The reliability table, as JSON data.
+
+        ECE is Σ n_b/n |accuracy_b − confidence_b| over bins of confidence (Guo et al., 2017), Brier
+        the mean squared distance of P(better response) from 1.
+        """
         n = sum(b.n for b in self.bins)
         if not n:
             return None

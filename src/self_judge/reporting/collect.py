@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from self_judge.evaluation.calibration import calibration, confidences, share
+from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
+from self_judge.judging.voting import verdict_from_json
 from self_judge.storage.jsonl import loads, read_lines
 from self_judge.storage.run_dir import METRICS, RUN, rollout_files
 
@@ -298,19 +299,13 @@ def _context(line: Mapping[str, Any]) -> str:
 
 
 def _add_verdicts(name: str, lines: Iterable[Line], data: ReportData) -> None:
-    """From `calibration.judged_line`s."""
-    kept = list(lines)
-    decided = [line for line in kept if line["preferred"] is not None]
-    data.judges.append(
-        {
-            "name": name,
-            "pairs": len(kept),
-            "accuracy": share([line["preferred"] == line["gold"] for line in decided]),
-            "order_agreement": share([line["orders_agree"] for line in decided]),
-            "undecidable": 1 - len(decided) / len(kept),
-            "calibration": calibration(confidences(kept)),
-        }
-    )
+    """From the demo's `judged_line`s."""
+    tally = JudgeTally(())  # the lines do not name their principles
+    for line in lines:
+        given = dict(enumerate(line["probabilities"] or ()))
+        verdict = verdict_from_json({"probabilities": given, "undecidable_because": "undecided"})
+        tally.add(JudgedPair(line["gold"], verdict, None, (len(line["a"]), len(line["b"]))))
+    data.judges.append(_judge(name, tally.report()))
 
 
 def _add_comparison(name: str, results: Line, data: ReportData) -> None:

@@ -470,7 +470,7 @@
       const small = { size: 11, color: css("--muted") };
       Plotly.react(plot, traces, layout({}, {
         margin: { l: 56, r: 8, t: 8, b: 40 }, hovermode: "closest", barmode: "overlay",
-        xaxis: { ...base.xaxis, title: { text: "confidence in the preferred response", font: small, standoff: 6 }, range: [0.49, 1.01], tickformat: ".0%" },
+        xaxis: { ...base.xaxis, title: { text: "confidence in the preferred response", font: small, standoff: 6 }, range: [Math.min(0.49, ...drawn.flatMap((j) => j.bins.map((b) => b.confidence - 0.01))), 1.01], tickformat: ".0%" },
         yaxis: { ...base.yaxis, domain: [0.3, 1], title: { text: "was right", font: small }, tickformat: ".0%", range: [-0.02, 1.05] },
         yaxis2: { ...base.yaxis, domain: [0, 0.2], title: { text: "verdicts", font: small }, tickformat: "d", nticks: 3, rangemode: "tozero" },
         shapes: [{ type: "line", x0: 0.5, y0: 0.5, x1: 1, y1: 1, xref: "x", yref: "y", line: { color: css("--muted"), width: 1, dash: "dot" } }],
