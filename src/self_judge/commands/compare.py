@@ -7,7 +7,6 @@ statistics are elsewhere.
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,14 +15,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from self_judge import __version__
 from self_judge.commands.judge import CHUNK, Case, judge_in_bulk
 from self_judge.commands.judge_choice import JudgeChoice, fingerprint, load_sampler
 from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import neutral
+from self_judge.console import ends, number, say, table
 from self_judge.data.files import read_raw, reader_of
 from self_judge.data.records import RecordRef
 from self_judge.data.sources import prompt_of, read_prompts
@@ -37,7 +35,7 @@ from self_judge.evaluation.statistics import (
 )
 from self_judge.judging.voting import verdict_from_json, verdict_json
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.storage.atomic import atomic_write
+from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import read_journal
 
 PAIRS, RESULTS = "pairs.jsonl", "results.json"
@@ -146,11 +144,9 @@ def _results(
         "sampling": {**asdict(contest.sampling), "seed": contest.seed},
         **outcome(output / PAIRS, contest.seed),
     }
-    with atomic_write(output / RESULTS) as written:
-        written.write(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_json(output / RESULTS, results)
     console.print(_table(results))
-    written_to = neutral(f"written to {output}: {RESULTS}, {PAIRS}")
-    console.print(written_to, markup=False, highlight=False)
+    say(console, f"written to {output}: {RESULTS}, {PAIRS}")
     return results
 
 
@@ -289,34 +285,31 @@ def _win(verdict: Verdict) -> float:
 
 def _table(results: Mapping[str, Any]) -> Table:
     a, b = results["policies"]
-    about = f"a: {a}\nb: {b}\njudge: {results['judge']['model']}, {results['prompts']:,} prompts"
-    table = Table(
-        title=Text(neutral(about), "italic"),
-        title_justify="left",
-    )
-    table.add_column("")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
-    table.add_column("wins / ties / losses", justify="right")
-
-    def row(name: str, e: Mapping[str, Any] | None, digits: int = 3, counts: Any = None) -> None:
-        if e is not None:
-            low, high = e["ci95"]
-            ends = f"{low:,.{digits}f} – {high:,.{digits}f}"
-            told = f"{counts['wins']} / {counts['ties']} / {counts['losses']}" if counts else ""
-            table.add_row(name, f"{e['value']:,.{digits}f}", ends, told)
-
-    row("win rate of a", results["win_rate"], counts=results)
-    row("win rate of a, length-controlled", results["length_controlled_win_rate"])
     both = results["both_orders"]
-    row("win rate of a, tie where orders disagree", both["win_rate"], counts=both)
-    row("win rate of a, if the longer one won", results["longer_wins_all"])
-    table.add_section()
-    row("orders agree", results["order_agreement"])
-    table.add_row("undecidable", f"{results['undecidable']:.3f}")
-    table.add_section()
-    for side in "ab":
-        row(f"characters, {side}", results["characters"][side], 0)
-    for side in "ab":
-        row(f"ended by itself, {side}", results["finished"][side])
-    return table
+
+    def row(name: str, e: Mapping[str, Any], digits: int = 3) -> tuple[str, ...]:
+        return name, number(e["value"], digits), ends(e, digits)
+
+    def counts(of: Mapping[str, Any]) -> str:
+        return f"{of['wins']} / {of['ties']} / {of['losses']}"
+
+    return table(
+        f"a: {a}\nb: {b}\njudge: {results['judge']['model']}, {results['prompts']:,} prompts",
+        ("", "value", "95 % interval", "wins / ties / losses"),
+        [
+            (*row("win rate of a", results["win_rate"]), counts(results)),
+            row("win rate of a, length-controlled", results["length_controlled_win_rate"]),
+            (*row("win rate of a, tie where orders disagree", both["win_rate"]), counts(both)),
+            row("win rate of a, if the longer one won", results["longer_wins_all"]),
+            None,
+            row("orders agree", results["order_agreement"]),
+            ("undecidable", number(results["undecidable"])),
+            None,
+            *(row(f"characters, {side}", results["characters"][side], 0) for side in "ab"),
+            *(
+                row(f"ended by itself, {side}", ended)
+                for side, ended in results["finished"].items()
+                if ended
+            ),
+        ],
+    )

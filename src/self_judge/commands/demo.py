@@ -28,7 +28,7 @@ from trl import SFTConfig
 from self_judge.commands.tournament import bracket_json
 from self_judge.commands.train import jsft_trainer, save_jsft
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import neutral
+from self_judge.console import ends, number, say, table
 from self_judge.data import synthetic, toy_world
 from self_judge.datatypes import Comparison, PreferenceRecord, Side, Verdict, stable_seed
 from self_judge.evaluation.statistics import (
@@ -45,7 +45,7 @@ from self_judge.models import frozen_reference, load_model
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.reporting.page import report_on
-from self_judge.storage.atomic import atomic_write
+from self_judge.storage.atomic import atomic_write, write_json
 from self_judge.storage.run_dir import BRACKETS, JUDGED
 from self_judge.training.callbacks import LiveProgress
 from self_judge.training.self_training.config import SelfJudgeConfig
@@ -111,11 +111,9 @@ def run_demo(
     )
     gold = _gold_scores(judge, policy, encoder, seed, settings, console, output)
     summary = _summary(seed, time.perf_counter() - started, quality, gold)
-    with atomic_write(output / "summary.json") as file:
-        file.write(json.dumps(summary, indent=2) + "\n")
+    write_json(output / "summary.json", summary)
     console.print(_table(summary))
-    told = neutral(f"{summary['seconds']:.0f} s in all; written to {output}/summary.json")
-    console.print(told, markup=False)
+    say(console, f"{summary['seconds']:.0f} s in all; written to {output}/summary.json")
     report_on(output, console)
     return summary
 
@@ -316,26 +314,28 @@ def _interval(estimate: Estimate, name: str) -> dict[str, Any]:
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    table = Table(title="on prompts never trained on", title_justify="left")
-    table.add_column("")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
-
-    def row(name: str, entry: dict[str, Any], key: str) -> None:
-        low, high = entry["ci95"]
-        table.add_row(name, f"{entry[key]:.3f}", f"{low:.3f} – {high:.3f}")
-
     judge, gold = summary["judge"], summary["gold"]
-    table.add_row(f"judge accuracy ({judge['n']} pairs)", f"{judge['accuracy']:.3f}", "")
-    table.add_row("judge order agreement", f"{judge['order_agreement']:.3f}", "")
-    table.add_section()
-    row("gold score: JSFT", gold["jsft"], "mean")
-    row("gold score: self-trained", gold["self_judge"], "mean")
-    for n, entry in gold["self_judge_rejection"].items():
-        row(f"gold score: self-trained, best of {n}", entry, "mean")
-    table.add_section()
-    row("win rate, self-trained against JSFT", summary["win_rate_vs_jsft"], "value")
-    return table
+
+    def row(name: str, entry: dict[str, Any], key: str = "mean") -> tuple[str, str, str]:
+        return name, number(entry[key]), ends(entry)
+
+    return table(
+        "on prompts never trained on",
+        ("", "value", "95 % interval"),
+        [
+            (f"judge accuracy ({judge['n']} pairs)", number(judge["accuracy"])),
+            ("judge order agreement", number(judge["order_agreement"])),
+            None,
+            row("gold score: JSFT", gold["jsft"]),
+            row("gold score: self-trained", gold["self_judge"]),
+            *(
+                row(f"gold score: self-trained, best of {n}", entry)
+                for n, entry in gold["self_judge_rejection"].items()
+            ),
+            None,
+            row("win rate, self-trained against JSFT", summary["win_rate_vs_jsft"], "value"),
+        ],
+    )
 
 
 def _common_args(seed: int) -> dict[str, Any]:

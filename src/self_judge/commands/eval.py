@@ -13,22 +13,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from self_judge import __version__
+from self_judge.commands.eval_tables import print_results
 from self_judge.commands.judge import CHUNK, Case, judge_in_bulk
 from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import RankShards
-from self_judge.console import neutral
+from self_judge.console import say
 from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
 from self_judge.datatypes import Verdict
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
 from self_judge.judging.voting import verdict_from_json, verdict_json
 from self_judge.reporting.page import report_on
-from self_judge.storage.atomic import atomic_write
+from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import read_journal, settings_path
 
 VERDICTS, RESULTS = "verdicts.jsonl", "results.json"
@@ -122,11 +120,9 @@ def _results(
     }
     if theirs is not None:
         results["compared_with"] = _compared(output / VERDICTS, theirs)
-    with atomic_write(output / RESULTS) as file:
-        file.write(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_json(output / RESULTS, results)
     print_results(results, console)
-    told = neutral(f"written to {output}: {RESULTS}, {VERDICTS}")
-    console.print(told, markup=False, highlight=False)
+    say(console, f"written to {output}: {RESULTS}, {VERDICTS}")
     report_on(output, console)
     return results
 
@@ -236,199 +232,3 @@ def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
             "subsets": {name: tally.report() for name, tally in subsets.items()},
         },
     }
-
-
-# -- for people ----------------------------------------------------------------------------------
-
-
-def print_results(results: Mapping[str, Any], console: Console) -> None:
-    """The tables of an evaluation."""
-    console.print(_accuracy_table(results))
-    console.print(_bias_table(results))
-    if results["subsets"]:
-        console.print(_subset_table(results))
-    overall = results["overall"]
-    if overall["calibration"]:
-        console.print(_reliability_table(overall["calibration"]))
-    if overall["principle_agreement"]:
-        console.print(_principle_table(overall))
-    if overall["with_ties"]:
-        console.print(_ties_table(overall))
-    if "compared_with" in results:
-        console.print(_compared_table(results))
-    for reason, count in overall["undecidable"]["reasons"].items():
-        console.print(Text(f"undecidable, {neutral(reason)}: {count:,}"))
-    for reason, count in results["skipped"].items():
-        console.print(Text(f"left out, {neutral(reason)}: {count:,}"))
-    if results["pairs_per_second"]:
-        console.print(f"{results['pairs_per_second']:.2f} pairs per second", highlight=False)
-
-
-_BASELINES = {
-    "swap-averaged judge": "judge, both orders",
-    "judge, one order (as given)": "one order, as given",
-    "judge, one order (swapped)": "one order, swapped",
-    "the longer response": "the longer response",
-}
-
-
-def _accuracy_table(results: Mapping[str, Any]) -> Table:
-    table = _table(f"accuracy of {results['judge']['model']}, with 95 % intervals")
-    table.add_column("", overflow="fold")
-    for heading in ("pairs", *_BASELINES.values()):
-        table.add_column(heading, justify="right")
-    for name, report in _reports(results):
-        cells = [_interval(report["baselines"][n]) for n in _BASELINES]
-        table.add_row(_named(name), f"{report['pairs']:,}", *cells)
-    return table
-
-
-# What stands in a table by subset: its heading there, its name in the table of all pairs, itself.
-_BIASES = (
-    ("orders agree", "orders agree", lambda r: r["order_agreement"]),
-    ("by place", "decided by position", lambda r: r["decided_by_position"]),
-    ("first wins", "first position wins", lambda r: r["first_position"]),
-    ("longer wins", "longer preferred", lambda r: r["longer"]["preferred"]),
-    (
-        "right if longer",
-        "accuracy, better is longer",
-        lambda r: r["longer"]["accuracy_better_is_longer"],
-    ),
-    (
-        "right if shorter",
-        "accuracy, better is shorter",
-        lambda r: r["longer"]["accuracy_better_is_shorter"],
-    ),
-)
-
-
-def _bias_table(results: Mapping[str, Any]) -> Table:
-    overall = results["overall"]
-    table = _table("position, length and calibration, all pairs")
-    for heading in ("", "value", "95 % interval", "pairs"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for _, name, value in _BIASES:
-        e = value(overall)
-        if e is not None:
-            ends = f"{e['ci95'][0]:.3f} – {e['ci95'][1]:.3f}"
-            table.add_row(name, f"{e['value']:.3f}", ends, f"{e['n']:,}")
-    calibration = overall["calibration"] or {"ece": None, "brier": None, "n": 0}
-    for name, value in (
-        ("undecidable", overall["undecidable"]["share"]),
-        ("p(A) + p(B)", overall["letter_mass"]),
-        ("calibration error (ECE)", calibration["ece"]),
-        ("Brier score", calibration["brier"]),
-    ):
-        table.add_row(name, _number(value))
-    return table
-
-
-def _subset_table(results: Mapping[str, Any]) -> Table:
-    table = _table("the same by subset (intervals: results.json)")
-    table.add_column("", overflow="fold")
-    shown = [(heading, value) for heading, _, value in _BIASES if heading != "first wins"]
-    for heading in (*(heading for heading, _ in shown), "ECE"):
-        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
-    for name, report in results["subsets"].items():
-        calibration = report["calibration"] or {"ece": None}
-        cells = [value(report) for _, value in shown]
-        table.add_row(
-            _named(name),
-            *("–" if e is None else f"{e['value']:.3f}" for e in cells),
-            _number(calibration["ece"]),
-        )
-    return table
-
-
-def _reliability_table(calibration: Mapping[str, Any]) -> Table:
-    table = _table("reliability: how often the judge is right when it is so sure")
-    for heading in ("confidence", "pairs", "mean confidence", "accuracy"):
-        table.add_column(heading, justify="right")
-    for b in calibration["bins"]:
-        if b["n"]:
-            ends = f"{b['low']:.2f} – {b['high']:.2f}"
-            mean, accuracy = _number(b["confidence"]), _interval(b["accuracy"])
-            table.add_row(ends, f"{b['n']:,}", mean, accuracy)
-    return table
-
-
-def _principle_table(overall: Mapping[str, Any]) -> Table:
-    kappa = overall["principle_agreement"]["fleiss_kappa"]
-    title = "principles: accuracy of each alone, and agreement (Cohen's κ) with the others"
-    table = _table(title + ("" if kappa is None else f"; Fleiss' κ {kappa:.3f}"))
-    names = list(overall["principles"])
-    # Where it is narrow, names may be broken; numbers may not.
-    table.add_column("", overflow="fold")
-    table.add_column("accuracy", justify="right", no_wrap=True)
-    for name in names:
-        table.add_column(_named(name), justify="right", overflow="fold", min_width=7)
-    pairwise = {}
-    for entry in overall["principle_agreement"]["pairwise"]:
-        x, y = entry["principles"]
-        told = f"{entry['agreement']:.3f} ({_number(entry['kappa'], 2)})"
-        pairwise[x, y] = pairwise[y, x] = told
-    for name in names:
-        others = ["" if name == other else pairwise[name, other] for other in names]
-        table.add_row(_named(name), _interval(overall["principles"][name]), *others)
-    return table
-
-
-def _ties_table(overall: Mapping[str, Any]) -> Table:
-    ties = overall["with_ties"]
-    table = _table(f"{overall['ties']:,} pairs are ties in the data; a judge says tie when its "
-                   "orders disagree")  # fmt: skip
-    for heading in ("three-way agreement", "ties found", "mean margin, ties", "others"):
-        table.add_column(heading, justify="right")
-    table.add_row(
-        _interval(ties["three_way_agreement"]),
-        _interval(ties["ties_called_ties"]),
-        _number(ties["mean_margin_ties"]),
-        _number(ties["mean_margin_others"]),
-    )
-    return table
-
-
-def _compared_table(results: Mapping[str, Any]) -> Table:
-    compared = results["compared_with"]
-    table = _table(f"paired with {compared['judge']['model']}: this judge minus that one")
-    for heading in ("", "that one's accuracy", "difference", "only this right", "only that right",
-                    "McNemar's p"):  # fmt: skip
-        table.add_column(heading, justify="left" if not heading else "right")
-    paired = {**compared["paired"]["subsets"], "all": compared["paired"]["overall"]}
-    theirs = {**compared["subsets"], "all": compared["overall"]}
-    for name, entry in paired.items():
-        if entry:
-            table.add_row(
-                _named(name),
-                _interval(theirs[name]["accuracy"]),
-                _interval(entry["difference"]),
-                f"{entry['only_this_right']:,}",
-                f"{entry['only_other_right']:,}",
-                f"{entry['mcnemar_p']:.3g}",
-            )
-    return table
-
-
-def _table(title: str) -> Table:
-    shown = Text(neutral(title), "bold")
-    return Table(title=shown, title_justify="left", box=SIMPLE_HEAD)
-
-
-def _named(name: str) -> Text:
-    """A name from the data: neither markup nor anything else than text."""
-    return Text(neutral(name))
-
-
-def _reports(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    return [*results["subsets"].items(), ("all", results["overall"])]
-
-
-def _interval(estimate: Mapping[str, Any] | None) -> str:
-    if estimate is None:
-        return "–"
-    low, high = estimate["ci95"]
-    return f"{estimate['value']:.3f} [dim]{low:.3f}–{high:.3f}[/dim]"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

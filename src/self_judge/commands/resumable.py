@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from self_judge.console import neutral
+from self_judge.console import say
 from self_judge.errors import JournalError
 from self_judge.runtime import own_device
 from self_judge.storage.jsonl import Journal, open_journal, read_journal, settings_path
@@ -224,8 +224,7 @@ class ResumableJob(Generic[ItemT]):
         console: Console,
     ) -> None:
         if journal.lines and shards.rank == 0:
-            told = f"{self.target}: resumes after {journal.lines:,} of {own:,}"
-            console.print(neutral(told), markup=False, highlight=False)
+            say(console, f"{self.target}: resumes after {journal.lines:,} of {own:,}")
         mine = (item for place, item in enumerate(self.items()) if shards.owns(place))
         todo = itertools.islice(mine, journal.lines, None)
         bar = Progress(

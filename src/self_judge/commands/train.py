@@ -24,7 +24,7 @@ from trl import SFTConfig
 from self_judge.config.hardware import Run, fit_to_machine, threads_for
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
 from self_judge.config.self_training import PackingChoice
-from self_judge.console import neutral
+from self_judge.console import say
 from self_judge.datatypes import PreferenceRecord
 from self_judge.models import (
     apply_umask,
@@ -36,7 +36,7 @@ from self_judge.models import (
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.storage.atomic import LAST, atomic_files, atomic_write, latest_complete
+from self_judge.storage.atomic import LAST, atomic_files, latest_complete, write_json
 from self_judge.storage.run_dir import RUN
 from self_judge.training.callbacks import LiveProgress
 from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
@@ -230,8 +230,7 @@ def _speaker(console: Console | None) -> Say:
     console = _console(console)
     if not PartialState().is_main_process:
         return lambda line: None
-    # Lines of a log stay whole; a terminal folds them itself.
-    return lambda line: console.print(neutral(line), markup=False, highlight=False, soft_wrap=True)
+    return lambda line: say(console, line)
 
 
 def _fitted(run: Run, say: Say) -> Run:
@@ -321,5 +320,4 @@ def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
 def _save_json(path: Path, content: Any) -> None:
     if not PartialState().is_main_process:
         return
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, content)

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from self_judge import __version__
-from self_judge.console import neutral
+from self_judge.console import say
 from self_judge.reporting.charts import charts_json
 from self_judge.reporting.collect import Limits, ReportData, collect
 from self_judge.storage.atomic import atomic_write
@@ -65,12 +65,7 @@ def write_report(
         )
         if items
     ]
-    console.print(
-        neutral(f"report: {target} ({', '.join(shown)})"),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f"report: {target} ({', '.join(shown)})")
     return target
 
 

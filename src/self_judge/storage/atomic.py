@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
@@ -45,6 +45,12 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
         raise
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON data for people to read, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
 def sync(path: Path) -> None:
     """Brings a file, or the names in a folder, to disk."""
     try:
@@ -66,8 +72,7 @@ def seal(folder: Path) -> None:
     }
     for name in files:
         sync(folder / name)
-    with atomic_write(folder / MANIFEST) as file:
-        file.write(json.dumps({"files": files}, indent=2) + "\n")
+    write_json(folder / MANIFEST, {"files": files})
     for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
         sync(path)
 

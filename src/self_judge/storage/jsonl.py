@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from self_judge.errors import JournalError
-from self_judge.storage.atomic import atomic_write
+from self_judge.storage.atomic import write_json
 
 
 def loads(text: str) -> Any:
@@ -139,8 +139,7 @@ class Journal:
 
     def _note(self) -> None:
         noted = {"settings": self._settings, "timed": self.timed, "seconds": self.seconds}
-        with atomic_write(settings_path(self.path)) as file:
-            file.write(json.dumps(noted, indent=2) + "\n")
+        write_json(settings_path(self.path), noted)
 
 
 def settings_path(path: Path) -> Path:

@@ -1,0 +1,180 @@
+"""The tables that `self-judge eval` prints of its results.
+
+It knows the keys of `results.json`. It computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from self_judge.console import ends, interval, number, say, table
+
+_BASELINES = {
+    "swap-averaged judge": "judge, both orders",
+    "judge, one order (as given)": "one order, as given",
+    "judge, one order (swapped)": "one order, swapped",
+    "the longer response": "the longer response",
+}
+# What stands in a table by subset: its heading there, its name in the table of all pairs, itself.
+_BIASES = (
+    ("orders agree", "orders agree", lambda r: r["order_agreement"]),
+    ("by place", "decided by position", lambda r: r["decided_by_position"]),
+    ("first wins", "first position wins", lambda r: r["first_position"]),
+    ("longer wins", "longer preferred", lambda r: r["longer"]["preferred"]),
+    ("right if longer", "accuracy, better is longer",
+     lambda r: r["longer"]["accuracy_better_is_longer"]),
+    ("right if shorter", "accuracy, better is shorter",
+     lambda r: r["longer"]["accuracy_better_is_shorter"]),
+)  # fmt: skip
+
+
+def print_results(results: Mapping[str, Any], console: Console) -> None:
+    """The tables of an evaluation."""
+    overall = results["overall"]
+    console.print(_accuracy_table(results))
+    console.print(_bias_table(overall))
+    if results["subsets"]:
+        console.print(_subset_table(results["subsets"]))
+    if overall["calibration"]:
+        console.print(_reliability_table(overall["calibration"]))
+    if overall["principle_agreement"]:
+        console.print(_principle_table(overall))
+    if overall["with_ties"]:
+        console.print(_ties_table(overall))
+    if "compared_with" in results:
+        console.print(_compared_table(results["compared_with"]))
+    for reason, count in overall["undecidable"]["reasons"].items():
+        say(console, f"undecidable, {reason}: {count:,}")
+    for reason, count in results["skipped"].items():
+        say(console, f"left out, {reason}: {count:,}")
+    if results["pairs_per_second"]:
+        say(console, f"{results['pairs_per_second']:.2f} pairs per second")
+
+
+def _accuracy_table(results: Mapping[str, Any]) -> Table:
+    reports = {**results["subsets"], "all": results["overall"]}
+    return table(
+        f"accuracy of {results['judge']['model']}, with 95 % intervals",
+        ("", "pairs", *_BASELINES.values()),
+        (
+            (name, f"{report['pairs']:,}", *(interval(report["baselines"][n]) for n in _BASELINES))
+            for name, report in reports.items()
+        ),
+    )
+
+
+def _bias_table(overall: Mapping[str, Any]) -> Table:
+    calibration = overall["calibration"] or {"ece": None, "brier": None}
+    estimates = ((name, value(overall)) for _, name, value in _BIASES)
+    return table(
+        "position, length and calibration, all pairs",
+        ("", "value", "95 % interval", "pairs"),
+        [
+            *((name, number(e["value"]), ends(e), f"{e['n']:,}") for name, e in estimates if e),
+            ("undecidable", number(overall["undecidable"]["share"])),
+            ("p(A) + p(B)", number(overall["letter_mass"])),
+            ("calibration error (ECE)", number(calibration["ece"])),
+            ("Brier score", number(calibration["brier"])),
+        ],
+    )
+
+
+def _subset_table(subsets: Mapping[str, Any]) -> Table:
+    biases = [(heading, value) for heading, _, value in _BIASES if heading != "first wins"]
+    headings = ("", *(heading for heading, _ in biases), "ECE")
+    rows = []
+    for name, report in subsets.items():
+        values = [(value(report) or {"value": None})["value"] for _, value in biases]
+        values.append((report["calibration"] or {"ece": None})["ece"])
+        rows.append((name, *map(number, values)))
+    drawn = table("the same by subset (intervals: results.json)", headings, rows)
+    for heading, column in zip(headings[1:], drawn.columns[1:], strict=True):
+        column.min_width = max(map(len, heading.split()))
+    return drawn
+
+
+def _reliability_table(calibration: Mapping[str, Any]) -> Table:
+    return table(
+        "reliability: how often the judge is right when it is so sure",
+        ("confidence", "pairs", "mean confidence", "accuracy"),
+        (
+            (
+                f"{b['low']:.2f} – {b['high']:.2f}",
+                f"{b['n']:,}",
+                number(b["confidence"]),
+                interval(b["accuracy"]),
+            )
+            for b in calibration["bins"]
+            if b["n"]
+        ),
+    )
+
+
+def _principle_table(overall: Mapping[str, Any]) -> Table:
+    agreement, names = overall["principle_agreement"], list(overall["principles"])
+    title = "principles: accuracy of each alone, and agreement (Cohen's κ) with the others"
+    kappa = agreement["fleiss_kappa"]
+    pairwise = {
+        frozenset(entry["principles"]): f"{entry['agreement']:.3f} ({number(entry['kappa'], 2)})"
+        for entry in agreement["pairwise"]
+    }
+    drawn = table(
+        title + ("" if kappa is None else f"; Fleiss' κ {kappa:.3f}"),
+        ("", "accuracy", *names),
+        (
+            (
+                name,
+                interval(overall["principles"][name]),
+                *(pairwise.get(frozenset((name, other)), "") for other in names),
+            )
+            for name in names
+        ),
+    )
+    drawn.columns[1].no_wrap = True
+    for column in drawn.columns[2:]:
+        column.overflow, column.min_width = "fold", 7
+    return drawn
+
+
+def _ties_table(overall: Mapping[str, Any]) -> Table:
+    ties = overall["with_ties"]
+    return table(
+        f"{overall['ties']:,} pairs are ties in the data; a judge says tie when its orders "
+        "disagree",
+        ("", "three-way agreement", "ties found", "mean margin, ties", "others"),
+        [
+            (
+                "all",
+                interval(ties["three_way_agreement"]),
+                interval(ties["ties_called_ties"]),
+                number(ties["mean_margin_ties"]),
+                number(ties["mean_margin_others"]),
+            )
+        ],
+    )
+
+
+def _compared_table(compared: Mapping[str, Any]) -> Table:
+    paired = {**compared["paired"]["subsets"], "all": compared["paired"]["overall"]}
+    theirs = {**compared["subsets"], "all": compared["overall"]}
+    return table(
+        f"paired with {compared['judge']['model']}: this judge minus that one",
+        ("", "that one's accuracy", "difference", "only this right", "only that right",
+         "McNemar's p"),
+        (
+            (
+                name,
+                interval(theirs[name]["accuracy"]),
+                interval(entry["difference"]),
+                f"{entry['only_this_right']:,}",
+                f"{entry['only_other_right']:,}",
+                f"{entry['mcnemar_p']:.3g}",
+            )
+            for name, entry in paired.items()
+            if entry
+        ),
+    )  # fmt: skip
