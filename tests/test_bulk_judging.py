@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -20,11 +21,15 @@ import yaml
 from conftest import TEMPLATES
 from fake_vllm import FakeVLLM, serving
 from self_judge import Comparison, Judge, Verdict
-from self_judge.cli import PACKING, main
+from self_judge.cli import PACKING, _parser, main
+from self_judge.commands.compare import ComparisonJob
+from self_judge.commands.eval import JudgeEvaluation
 from self_judge.commands.judge import run_judge
 from self_judge.commands.judge_choice import JudgeChoice, fingerprint
 from self_judge.commands.resumable import RankShards
-from self_judge.config.self_training import PackingChoice
+from self_judge.commands.tournament import TournamentJob
+from self_judge.config.self_training import PackingChoice, SamplingSettings
+from self_judge.data.benchmarks import BenchmarkSource
 from self_judge.judging.voting import aggregate, verdict_from_json, verdict_json
 
 
@@ -200,6 +205,33 @@ def test_a_copy_has_the_same_fingerprint_and_an_adapter_knows_its_base(
 
 def test_the_command_offers_every_way_of_packing() -> None:
     assert PackingChoice.__args__ == PACKING  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("command", "taken", "kinds"),
+    [
+        ("tournament x y --model m", "input output", (TournamentJob, SamplingSettings)),
+        ("judge x y --model m", "input output field", (JudgeChoice,)),
+        (
+            "eval x --model m --output o",
+            "data output split data_revision compare",
+            (JudgeChoice, JudgeEvaluation, BenchmarkSource),
+        ),
+        (
+            "compare a b --judge m --output o",
+            "policy_a policy_b output judge",
+            (JudgeChoice, ComparisonJob, SamplingSettings),
+        ),
+    ],
+)
+def test_every_value_of_a_command_is_taken_by_what_it_runs(
+    command: str, taken: str, kinds: tuple[Any, ...]
+) -> None:
+    """Values fill the fields of the same name: one without a field would do nothing."""
+    values = vars(_parser().parse_args(command.split()))
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    fields |= {*taken.split(), "command", "debug", "run", "chunk", "overwrite"}
+    assert set(values) <= fields, set(values) - fields
 
 
 def test_a_mistake_in_the_templates_shows_at_once(tmp_path: Path) -> None:

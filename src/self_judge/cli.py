@@ -6,21 +6,22 @@ Heavy imports wait until a command needs them, so that help and usage errors are
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from self_judge import __version__
 from self_judge.console import neutral
 
 if TYPE_CHECKING:
-    from self_judge.commands.judge_choice import JudgeChoice
     from self_judge.config.schema import RunKind
 
+FilledT = TypeVar("FilledT")
 _BATCH_SIZE = "prompts per pass where they are not packed (default: 8)"
 PACKING = ("auto", "tree", "cache", "padding", "off")  # config.PackingChoice, not imported yet
 _OVERRIDES = "any value of the file, as key.path=value"
@@ -112,20 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     tournament.add_argument(
         "--n", type=int, default=16, help="responses to sample for a prompt (default: 16)"
     )
-    tournament.add_argument("--max-new-tokens", type=int, default=768)
-    tournament.add_argument("--temperature", type=float, default=1.0)
-    tournament.add_argument("--top-p", type=float, default=0.9)
-    tournament.add_argument("--batch-size", type=int, default=8, help=_BATCH_SIZE)
-    tournament.add_argument("--max-length", type=int, help="tokens of a judge prompt at most")
-    tournament.add_argument("--seed", type=int, default=0)
+    _add_sampling(tournament)
     tournament.add_argument("--brackets", action="store_true", help="write the brackets as well")
-    tournament.add_argument(
-        "--chunk", type=int, default=256, help="lines between two writes to disk (default: 256)"
-    )
-    tournament.add_argument(
-        "--overwrite", action="store_true", help="begin anew instead of going on"
-    )
-    _add_servers(tournament)
+    _add_bulk(tournament, "lines", 256)
     tournament.set_defaults(run=_tournament)
 
     report = commands.add_parser("report", help="what runs looked like, as one HTML page")
@@ -179,13 +169,10 @@ def _add_evaluation(commands: argparse._SubParsersAction[argparse.ArgumentParser
     compare.add_argument("--judge", required=True, metavar="MODEL", help="who decides")
     compare.add_argument("--output", required=True, metavar="DIR", help="where to write")
     compare.add_argument("--max-prompts", type=int, metavar="N", help="the first N")
-    compare.add_argument("--max-new-tokens", type=int, default=768)
-    compare.add_argument("--temperature", type=float, default=1.0)
-    compare.add_argument("--top-p", type=float, default=0.9)
     compare.add_argument(
         "--sampling-batch-size", type=int, default=32, help="responses at a time (default: 32)"
     )
-    compare.add_argument("--seed", type=int, default=0, help="of sampling and intervals")
+    _add_sampling(compare)
     _add_judge(compare)
     compare.set_defaults(run=_compare)
 
@@ -200,11 +187,26 @@ def _add_evaluation(commands: argparse._SubParsersAction[argparse.ArgumentParser
     judge.set_defaults(run=_judge)
 
 
-def _add_servers(command: argparse.ArgumentParser) -> None:
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-new-tokens", type=int, default=768)
+    command.add_argument("--temperature", type=float, default=1.0)
+    command.add_argument("--top-p", type=float, default=0.9)
+    command.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
+
+
+def _add_bulk(command: argparse.ArgumentParser, things: str, chunk: int) -> None:
+    """What every command takes that judges much into a file which an interruption does not lose."""
+    command.add_argument("--batch-size", type=int, default=8, help=_BATCH_SIZE)
+    command.add_argument("--max-length", type=int, help="tokens of a judge prompt at most")
     command.add_argument(
-        "--vllm-server", nargs="+", default=[], metavar="URL",
+        "--vllm-server", dest="servers", nargs="+", default=(), metavar="URL",
         help="replicas of `vllm serve MODEL` that compute, in place of this process",
     )  # fmt: skip
+    command.add_argument(
+        "--chunk", type=int, default=chunk, metavar="N",
+        help=f"{things} between two writes to disk (default: {chunk})",
+    )  # fmt: skip
+    command.add_argument("--overwrite", action="store_true", help="start over, do not resume")
 
 
 def _add_judge(command: argparse.ArgumentParser) -> None:
@@ -212,19 +214,13 @@ def _add_judge(command: argparse.ArgumentParser) -> None:
         "--templates", metavar="FILE",
         help="YAML with judge templates, for a model that has no judge.json, or instead of it",
     )  # fmt: skip
-    command.add_argument("--batch-size", type=int, default=8, help=_BATCH_SIZE)
-    command.add_argument("--max-length", type=int, help="tokens of a judge prompt at most")
     command.add_argument("--dtype", default="auto", help="of the weights (default: as saved)")
     command.add_argument(
         "--packing", default="auto", choices=PACKING, help="how prompts share prefixes"
     )
-    _add_servers(command)
     command.add_argument("--revision", metavar="REV", help="of a model on the Hub")
     command.add_argument("--trust-remote-code", action="store_true")
-    command.add_argument(
-        "--chunk", type=int, default=64, help="pairs between two writes to disk (default: 64)"
-    )
-    command.add_argument("--overwrite", action="store_true", help="begin anew instead of going on")
+    _add_bulk(command, "pairs", 64)
 
 
 def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: ignore[no-untyped-def]
@@ -349,29 +345,6 @@ def _check(arguments: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
-def _tournament(arguments: argparse.Namespace) -> None:
-    from self_judge.commands.tournament import run_tournament
-
-    run_tournament(
-        arguments.input,
-        arguments.output,
-        model=arguments.model,
-        policy=arguments.policy,
-        n=arguments.n,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        seed=arguments.seed,
-        brackets=arguments.brackets,
-        chunk=arguments.chunk,
-        overwrite=arguments.overwrite,
-        servers=tuple(arguments.vllm_server),
-    )
-    _leave_the_others()
-
-
 def _report(arguments: argparse.Namespace) -> None:
     from self_judge.reporting.collect import Limits
     from self_judge.reporting.page import write_report
@@ -379,35 +352,41 @@ def _report(arguments: argparse.Namespace) -> None:
     write_report(arguments.paths, arguments.output, Limits(pairs=arguments.pairs))
 
 
-def _choice(arguments: argparse.Namespace, model: str) -> JudgeChoice:
-    from self_judge.commands.judge_choice import JudgeChoice
+def _filled(kind: type[FilledT], arguments: argparse.Namespace, **given: Any) -> FilledT:
+    """A dataclass whose fields are the command-line values of the same names, or given here."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{k: v for k, v in {**vars(arguments), **given}.items() if k in names})
 
-    return JudgeChoice(
-        model,
-        templates=arguments.templates,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        packing=arguments.packing,
-        dtype=arguments.dtype,
-        revision=arguments.revision,
-        trust_remote_code=arguments.trust_remote_code,
-        servers=tuple(arguments.vllm_server),
-    )
+
+def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"chunk": arguments.chunk, "overwrite": arguments.overwrite}
+
+
+def _tournament(arguments: argparse.Namespace) -> None:
+    from self_judge.commands.tournament import TournamentJob, run_tournament
+    from self_judge.config.self_training import SamplingSettings
+
+    job = _filled(TournamentJob, arguments, sampling=_filled(SamplingSettings, arguments))
+    run_tournament(arguments.input, arguments.output, job, **_bulk(arguments))
+    _leave_the_others()
 
 
 def _eval(arguments: argparse.Namespace) -> None:
     from self_judge.commands.eval import JudgeEvaluation, compared_judge, run_eval
+    from self_judge.commands.judge_choice import JudgeChoice
     from self_judge.data.benchmarks import BenchmarkSource
 
     splits = tuple(name.strip() for name in arguments.split.split(",") if name.strip())
     sources = [
-        BenchmarkSource(path, splits, arguments.data_dir, arguments.name, arguments.data_revision)
+        _filled(
+            BenchmarkSource, arguments, path=path, splits=splits, revision=arguments.data_revision
+        )
         for path in arguments.data
     ]
-    choice = _choice(arguments, arguments.model)
+    choice = _filled(JudgeChoice, arguments)
     run_eval(
         choice,
-        JudgeEvaluation(sources, arguments.max_pairs, arguments.chunk),
+        _filled(JudgeEvaluation, arguments, sources=sources),
         arguments.output,
         compare=arguments.compare and compared_judge(choice, arguments.compare),
         overwrite=arguments.overwrite,
@@ -416,41 +395,27 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from self_judge.commands.compare import Contest, run_compare
+    from self_judge.commands.compare import ComparisonJob, run_compare
+    from self_judge.commands.judge_choice import JudgeChoice
     from self_judge.config.self_training import SamplingSettings
 
-    run_compare(
-        Contest(
-            (arguments.policy_a, arguments.policy_b),
-            arguments.prompts,
-            SamplingSettings(
-                max_new_tokens=arguments.max_new_tokens,
-                temperature=arguments.temperature,
-                top_p=arguments.top_p,
-            ),
-            seed=arguments.seed,
-            batch_size=arguments.sampling_batch_size,
-            max_prompts=arguments.max_prompts,
-        ),
-        _choice(arguments, arguments.judge),
-        arguments.output,
-        chunk=arguments.chunk,
-        overwrite=arguments.overwrite,
+    job = _filled(
+        ComparisonJob,
+        arguments,
+        policies=(arguments.policy_a, arguments.policy_b),
+        sampling=_filled(SamplingSettings, arguments),
     )
+    judge = _filled(JudgeChoice, arguments, model=arguments.judge)
+    run_compare(job, judge, arguments.output, **_bulk(arguments))
     _leave_the_others()
 
 
 def _judge(arguments: argparse.Namespace) -> None:
     from self_judge.commands.judge import run_judge
+    from self_judge.commands.judge_choice import JudgeChoice
 
-    run_judge(
-        arguments.input,
-        arguments.output,
-        _choice(arguments, arguments.model),
-        field=arguments.field,
-        chunk=arguments.chunk,
-        overwrite=arguments.overwrite,
-    )
+    choice = _filled(JudgeChoice, arguments)
+    run_judge(arguments.input, arguments.output, choice, field=arguments.field, **_bulk(arguments))
     _leave_the_others()
 
 

@@ -43,7 +43,7 @@ _RESPONSE_FIELDS = ("response", "output")
 
 
 @dataclass(frozen=True)
-class Contest:
+class ComparisonJob:
     """Who meets whom, and on what.
 
     Args:
@@ -51,7 +51,7 @@ class Contest:
         prompts: a file of prompts; may be left out where a file of responses brings them.
         sampling: how a model draws its response to each prompt.
         seed: of the sampling; the two policies draw from different seeds.
-        batch_size: responses sampled at a time.
+        sampling_batch_size: responses sampled at a time.
         max_prompts: the first so many.
     """
 
@@ -59,7 +59,7 @@ class Contest:
     prompts: str | None
     sampling: SamplingSettings
     seed: int = 0
-    batch_size: int = 32
+    sampling_batch_size: int = 32
     max_prompts: int | None = None
 
     def read(self) -> list[list[Message]]:
@@ -83,7 +83,7 @@ def is_responses(policy: str) -> bool:
 
 
 def run_compare(
-    contest: Contest,
+    job: ComparisonJob,
     judge: JudgeChoice,
     output: str | Path,
     *,
@@ -102,16 +102,16 @@ def run_compare(
             another comparison.
     """
     output, console = Path(output), console or Console()
-    prompts = contest.read()
+    prompts = job.read()
     files = [
         Path(policy) if is_responses(policy) else output / f"responses_{side}.jsonl"
-        for policy, side in zip(contest.policies, "ab", strict=True)
+        for policy, side in zip(job.policies, "ab", strict=True)
     ]
-    for policy in filter(is_responses, contest.policies):
+    for policy in filter(is_responses, job.policies):
         _given(Path(policy), prompts)  # a mistake shows before anything is sampled
-    for policy, side, file in zip(contest.policies, "ab", files, strict=True):
+    for policy, side, file in zip(job.policies, "ab", files, strict=True):
         if not is_responses(policy):
-            _sample(policy, side, contest, prompts, file, overwrite)
+            _sample(policy, side, job, prompts, file, overwrite)
     responses = [_given(file, prompts) for file in files]
     principles = judge.judge_templates().principles
 
@@ -123,26 +123,26 @@ def run_compare(
         cases,
         output / PAIRS,
         judge,
-        {"policies": list(contest.policies)},
+        {"policies": list(job.policies)},
         chunk=chunk,
         overwrite=overwrite,
     )
     return RankShards.here(output / PAIRS, chunk).agreed(
-        lambda: _results(contest, judge, output, console)
+        lambda: _results(job, judge, output, console)
     )
 
 
 def _results(
-    contest: Contest, judge: JudgeChoice, output: Path, console: Console
+    job: ComparisonJob, judge: JudgeChoice, output: Path, console: Console
 ) -> dict[str, Any]:
     """Written and shown."""
     results = {
         "kind": "policy comparison",
         "version": __version__,
-        "policies": list(contest.policies),
+        "policies": list(job.policies),
         "judge": judge.settings(),
-        "sampling": {**asdict(contest.sampling), "seed": contest.seed},
-        **outcome(output / PAIRS, contest.seed),
+        "sampling": {**asdict(job.sampling), "seed": job.seed},
+        **outcome(output / PAIRS, job.seed),
     }
     write_json(output / RESULTS, results)
     console.print(_table(results))
@@ -153,17 +153,17 @@ def _results(
 def _sample(
     policy: str,
     side: str,
-    contest: Contest,
+    job: ComparisonJob,
     prompts: Sequence[Sequence[Message]],
     file: Path,
     overwrite: bool,
 ) -> None:
     def load() -> Work[tuple[int, Sequence[Message]]]:
-        sampler = load_sampler(policy, contest.sampling, contest.batch_size)
+        sampler = load_sampler(policy, job.sampling, job.sampling_batch_size)
 
         def answered(batch: list[tuple[int, Sequence[Message]]]) -> list[dict[str, Any]]:
             ids = [sampler.encoder.encode_prompt(prompt) for _, prompt in batch]
-            seeds = [stable_seed(contest.seed, side, index) for index, _ in batch]
+            seeds = [stable_seed(job.seed, side, index) for index, _ in batch]
             sampled = sampler.sample(ids, 1, seeds)
             return [
                 {"prompt": list(prompt), "response": answer.text, "finished": answer.finished}
@@ -172,23 +172,23 @@ def _sample(
 
         return answered
 
-    job = ResumableJob(
+    answers = ResumableJob(
         lambda: enumerate(prompts),
         file,
         {
             "policy": policy,
             "weights": fingerprint(policy),
-            **asdict(contest.sampling),
-            "seed": contest.seed,
+            **asdict(job.sampling),
+            "seed": job.seed,
         },
         lambda line, asked: line["prompt"] == asked[1],
         mismatch="it answers another prompt",
         title=f"{side} answers",
         things="responses",
-        chunk=contest.batch_size,
+        chunk=job.sampling_batch_size,
         may_be_longer=True,  # answers do not depend on how many prompts there are
     )
-    job.run(load, overwrite=overwrite)
+    answers.run(load, overwrite=overwrite)
 
 
 def _given(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:

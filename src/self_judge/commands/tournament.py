@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from self_judge.commands.judge_choice import JudgeChoice, fingerprint, load_sampler
 from self_judge.commands.resumable import RankShards, ResumableJob, Work, input_and_output
 from self_judge.config.self_training import SamplingSettings
-from self_judge.datatypes import Message, stable_seed
+from self_judge.datatypes import Message, Response, stable_seed
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.judging.judge import Judge
@@ -29,11 +29,107 @@ CHUNK = 256
 ADDED = ("responses", "winner", "response", "principles", "bracket")
 
 
+@dataclass(frozen=True)
+class TournamentJob:
+    """Who plays, and how.
+
+    Args:
+        model: who judges: a folder with its `judge.json`.
+        sampling: how responses to a prompt are drawn.
+        policy: who samples; default: the judging model, or its servers.
+        batch_size, max_length, servers: see `JudgeChoice`.
+        n: responses sampled to a prompt.
+        seed: of sampling, draw and lots.
+        brackets: also write every match with the judge's probabilities, under which principles.
+
+    Raises:
+        ValueError: n is below 1.
+    """
+
+    model: str
+    sampling: SamplingSettings
+    policy: str | None = None
+    batch_size: int = 8
+    max_length: int | None = None
+    servers: Sequence[str] = ()
+    n: int = 16
+    seed: int = 0
+    brackets: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"--n must be at least 1, got {self.n}")
+
+    def settings(self) -> dict[str, Any]:
+        """What every line depends on, as plain data: a resumed run must have the same."""
+        return {
+            "model": self.model,
+            "weights": fingerprint(self.model),
+            "policy": self.policy,
+            "policy_weights": fingerprint(self.policy) if self.policy is not None else None,
+            **asdict(self.sampling),
+            "n": self.n,
+            "max_length": self.max_length,
+            "seed": self.seed,
+            "brackets": self.brackets,
+        }
+
+    def load(self) -> Work[Entry]:
+        """What samples and plays for a chunk of entries."""
+        judge = JudgeChoice(
+            self.model,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            servers=tuple(self.servers),
+        ).load()
+        sampler = functools.cache(lambda: self._sampler(judge))  # loaded where a prompt needs it
+
+        def played(entries: list[Entry]) -> list[dict[str, Any]]:
+            responses = self._with_samples(entries, sampler)
+            knockouts = judged_knockouts(
+                judge,
+                [entry.context for entry in entries],
+                responses,
+                seeds=[stable_seed(self.seed, entry.number) for entry in entries],
+            )
+            principles = judge.templates.principles if self.brackets else None
+            return [
+                _played(entry.line, texts, bracket, principles)
+                for entry, texts, bracket in zip(entries, responses, knockouts, strict=True)
+            ]
+
+        return played
+
+    def _sampler(self, judge: Judge) -> TransformersSampler | VLLMSampler:
+        if self.policy is not None:
+            return load_sampler(self.policy, self.sampling)
+        if isinstance(judge.scorer, VLLMScorer):
+            return VLLMSampler(judge.scorer.engine, judge.encoder, self.sampling)
+        model: Any = judge.model
+        return TransformersSampler(model, judge.encoder, self.sampling)
+
+    def _with_samples(
+        self, entries: list[Entry], sampler: Callable[[], TransformersSampler | VLLMSampler]
+    ) -> list[list[str]]:
+        """The responses of each entry, sampled where it has none."""
+        asked = [entry for entry in entries if entry.responses is None]
+        sampled: Iterator[list[Response]] = iter(())
+        if asked:
+            prompts = [sampler().encoder.encode_prompt(entry.prompt or []) for entry in asked]
+            seeds = [stable_seed(self.seed, "sample", entry.number) for entry in asked]
+            sampled = iter(sampler().sample(prompts, self.n, seeds))
+        return [
+            [response.text for response in next(sampled)] if entry.responses is None
+            else entry.responses
+            for entry in entries
+        ]  # fmt: skip
+
+
 class Entry(NamedTuple):
-    """One line of the input, checked."""
+    """One line of the input, checked; its number counts from 1."""
 
     line: dict[str, Any]
-    place: int
+    number: int
     context: str
     responses: list[str] | None
     prompt: list[Message] | None
@@ -42,95 +138,42 @@ class Entry(NamedTuple):
 def run_tournament(
     source: str | Path,
     target: str | Path,
+    job: TournamentJob,
     *,
-    model: str | Path,
-    policy: str | Path | None = None,
-    n: int = 16,
-    max_new_tokens: int = 768,
-    temperature: float = 1.0,
-    top_p: float = 0.9,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    seed: int = 0,
-    brackets: bool = False,
     chunk: int = CHUNK,
     overwrite: bool = False,
-    servers: Sequence[str] = (),
     console: Console | None = None,
 ) -> int:
     """Writes every input line with `winner` (its index) and `response`; returns their number.
 
-    The same call goes on after an interruption, chunk by chunk. Under `accelerate launch` each
+    The same call resumes after an interruption, chunk by chunk. Under `accelerate launch` each
     process plays its share of the lines, and the first joins them in order; the result is that of
     one process, up to rounding.
 
     Args:
         source: JSON lines with `context` and `responses`, or with `prompt` (a text or messages), to
-            which `n` responses are sampled first.
+            which responses are sampled first.
         target: one line per line of the input, in order; beside it stands a file with the settings.
-        model: the judging model, with its `judge.json`.
-        policy: who samples; default: the judging model.
-        brackets: also write every match with the judge's probabilities, under which principles.
         chunk: lines played together and then written to disk.
-        overwrite: begin anew, whatever is there.
-        servers: URLs of `vllm serve` replicas of `model`, which then judge, and sample unless
-            there is a `policy`, in place of this process.
+        overwrite: start over, whatever is there.
 
     Raises:
         ValueError: a line that cannot be used (file, line number and field are named), or the
             target belongs to another input or other settings.
     """
     source, target = input_and_output(source, target)
-    settings = SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    if n < 1:
-        raise ValueError(f"--n must be at least 1, got {n}")
-
-    def load() -> Work[Entry]:
-        judge = JudgeChoice(
-            str(model), batch_size=batch_size, max_length=max_length, servers=tuple(servers)
-        ).load()
-        sampler = functools.cache(lambda: _sampler(judge, policy, settings))  # where it is needed
-
-        def played(entries: list[Entry]) -> list[dict[str, Any]]:
-            responses = _with_samples(entries, sampler, n, seed)
-            knockouts = judged_knockouts(
-                judge,
-                [entry.context for entry in entries],
-                responses,
-                seeds=[stable_seed(seed, entry.place) for entry in entries],
-            )
-            principles = judge.templates.principles if brackets else None
-            return [
-                _played(entry.line, texts, bracket, principles)
-                for entry, texts, bracket in zip(entries, responses, knockouts, strict=True)
-            ]
-
-        return played
-
-    job = ResumableJob(
+    world_size = RankShards.here(target, chunk).world_size
+    lines = ResumableJob(
         lambda: _entries(source),
         target,
-        {
-            "model": str(model),
-            "weights": fingerprint(str(model)),
-            "policy": str(policy) if policy is not None else None,
-            "policy_weights": fingerprint(str(policy)) if policy is not None else None,
-            **asdict(settings),
-            "n": n,
-            "max_length": max_length,
-            "seed": seed,
-            "brackets": brackets,
-            "chunk": chunk,
-            "processes": RankShards.here(target, chunk).world_size,
-        },
+        {**job.settings(), "chunk": chunk, "processes": world_size},
         _is_line_of,
         mismatch="it is not what this input comes to",
         title="tournament",
         things="lines",
         chunk=chunk,
     )
-    total, _ = job.run(load, overwrite=overwrite, console=console)
-    return total
+    return lines.run(job.load, overwrite=overwrite, console=console)[0]
 
 
 def _played(
@@ -209,30 +252,3 @@ def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
     if responses is None and not messages:
         raise ValueError(f"{where}: it needs 'responses', or a 'prompt' to sample responses to")
     return Entry(line, number, context, responses, messages)
-
-
-def _sampler(
-    judge: Judge, policy: str | Path | None, settings: SamplingSettings
-) -> TransformersSampler | VLLMSampler:
-    if policy is not None:
-        return load_sampler(str(policy), settings)
-    if isinstance(judge.scorer, VLLMScorer):
-        return VLLMSampler(judge.scorer.engine, judge.encoder, settings)
-    model: Any = judge.model
-    return TransformersSampler(model, judge.encoder, settings)
-
-
-def _with_samples(
-    chunk: Sequence[Entry],
-    sampler: Callable[[], TransformersSampler | VLLMSampler],
-    n: int,
-    seed: int,
-) -> list[list[str]]:
-    own = [list(e.responses or ()) for e in chunk]
-    asked = [(i, e) for i, e in enumerate(chunk) if e.responses is None]
-    if asked:
-        prompts = [sampler().encoder.encode_prompt(e.prompt or []) for _, e in asked]
-        seeds = [stable_seed(seed, "sample", e.place) for _, e in asked]
-        for (i, _), sampled in zip(asked, sampler().sample(prompts, n, seeds), strict=True):
-            own[i] = [r.text for r in sampled]
-    return own
