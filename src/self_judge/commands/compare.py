@@ -33,7 +33,7 @@ from self_judge.evaluation.statistics import (
     length_controlled_win_rate,
     proportion,
 )
-from self_judge.judging.voting import verdict_from_json, verdict_json
+from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import read_journal
@@ -113,11 +113,17 @@ def run_compare(
         if not is_responses(policy):
             _sample(policy, side, job, prompts, file, overwrite)
     responses = [_given(file, prompts) for file in files]
-    principles = judge.judge_templates().principles
 
     def cases() -> Iterator[Case]:
         for index, (prompt, a, b) in enumerate(zip(prompts, *responses, strict=True)):
-            yield _case(index, prompt, a, b, principles)
+            line = {
+                "index": index,
+                "prompt": list(prompt),
+                "response_a": a["text"],
+                "response_b": b["text"],
+                "finished": [a["finished"], b["finished"]],
+            }
+            yield Case(Comparison(dialogue_text(prompt), a["text"], b["text"]), line)
 
     judge_in_bulk(
         cases,
@@ -205,27 +211,6 @@ def _given(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, A
     if len(found) < len(prompts):
         raise ValueError(f"{file}: {len(found):,} responses to {len(prompts):,} prompts")
     return found
-
-
-def _case(
-    index: int,
-    prompt: Sequence[Message],
-    a: Mapping[str, Any],
-    b: Mapping[str, Any],
-    principles: Sequence[str],
-) -> Case:
-    fixed = {
-        "index": index,
-        "prompt": list(prompt),
-        "response_a": a["text"],
-        "response_b": b["text"],
-        "finished": [a["finished"], b["finished"]],
-    }
-    return Case(
-        Comparison(dialogue_text(prompt), a["text"], b["text"]),
-        lambda verdict: {**fixed, "verdict": verdict_json(verdict, principles)},
-        lambda written: all(written.get(name) == value for name, value in fixed.items()),
-    )
 
 
 def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:

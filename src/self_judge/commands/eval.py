@@ -22,14 +22,15 @@ from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import RankShards
 from self_judge.console import say
 from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
-from self_judge.datatypes import Verdict
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
-from self_judge.judging.voting import verdict_from_json, verdict_json
+from self_judge.judging.voting import verdict_from_json
 from self_judge.reporting.page import report_on
 from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import read_journal, settings_path
 
 VERDICTS, RESULTS = "verdicts.jsonl", "results.json"
+_LINE = ("source", "index", "subset", "principle", "label", "digest")  # of a pair, in its line
+_ALL = ""  # the pairs of all subsets, beside the subsets' names
 
 
 @dataclass(frozen=True)
@@ -141,45 +142,27 @@ def _judged(
     overwrite: bool,
     title: str,
 ) -> float | None:
-    principles = choice.judge_templates().principles
-
     def cases() -> Iterator[Case]:
         skipped.clear()
         for pair in evaluation.read(skipped):
-            yield _case(pair, principles)
+            a, b = pair.comparison.response_a, pair.comparison.response_b
+            line = {
+                **{name: getattr(pair, name) for name in _LINE},
+                "characters": [len(a), len(b)],
+            }
+            yield Case(pair.comparison, line)
 
     _, rate = judge_in_bulk(
         cases,
         path,
         choice,
         {"max_pairs": evaluation.max_pairs},
+        known_by=("digest", "subset"),
         chunk=evaluation.chunk,
         overwrite=overwrite,
         title=title,
     )
     return rate if rate == rate else None
-
-
-def _case(pair: LabeledComparison, principles: Sequence[str]) -> Case:
-    digest = pair.digest
-
-    def line(verdict: Verdict) -> dict[str, Any]:
-        return {
-            "source": pair.source,
-            "index": pair.index,
-            "subset": pair.subset,
-            "principle": pair.principle,
-            "label": pair.label,
-            "digest": digest,
-            "characters": [len(pair.comparison.response_a), len(pair.comparison.response_b)],
-            "verdict": verdict_json(verdict, principles),
-        }
-
-    return Case(
-        pair.comparison,
-        line,
-        lambda written: written.get("digest") == digest and written.get("subset") == pair.subset,
-    )
 
 
 def _judged_pair(line: Mapping[str, Any], principles: Sequence[str]) -> JudgedPair:
@@ -190,16 +173,17 @@ def _judged_pair(line: Mapping[str, Any], principles: Sequence[str]) -> JudgedPa
 
 
 def _tallied(verdicts: Path, principles: Sequence[str]) -> dict[str, Any]:
-    overall, subsets = JudgeTally(principles), dict[str, JudgeTally]()
+    tallies = {_ALL: JudgeTally(principles)}
     for line in read_journal(verdicts):
         pair = _judged_pair(line, principles)
-        overall.add(pair)
-        if line["subset"]:
-            subsets.setdefault(line["subset"], JudgeTally(principles)).add(pair)
-    return {
-        "overall": overall.report(),
-        "subsets": {name: subsets[name].report() for name in subsets},
-    }
+        for name in dict.fromkeys((_ALL, line["subset"] or _ALL)):
+            tallies.setdefault(name, JudgeTally(principles)).add(pair)
+    return _reports(tallies)
+
+
+def _reports(tallies: dict[str, Any]) -> dict[str, Any]:
+    overall = tallies.pop(_ALL).report()
+    return {"overall": overall, "subsets": {name: t.report() for name, t in tallies.items()}}
 
 
 def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
@@ -208,7 +192,7 @@ def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
         for path in (verdicts, theirs)
     )
     principles = settings["principles"]
-    overall, subsets = PairedTally(), dict[str, PairedTally]()
+    paired = {_ALL: PairedTally()}
     for ours, line in itertools.zip_longest(read_journal(verdicts), read_journal(theirs)):
         if ours is None or line is None or ours["digest"] != line["digest"]:
             raise ValueError(
@@ -221,14 +205,6 @@ def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
             credit(_judged_pair(each, names).counted.preferred, each["label"])
             for each, names in ((ours, own["principles"]), (line, principles))
         ]
-        overall.add(credits[0], credits[1])
-        if ours["subset"]:
-            subsets.setdefault(ours["subset"], PairedTally()).add(credits[0], credits[1])
-    return {
-        "judge": settings,
-        **_tallied(theirs, principles),
-        "paired": {
-            "overall": overall.report(),
-            "subsets": {name: tally.report() for name, tally in subsets.items()},
-        },
-    }
+        for name in dict.fromkeys((_ALL, ours["subset"] or _ALL)):
+            paired.setdefault(name, PairedTally()).add(credits[0], credits[1])
+    return {"judge": settings, **_tallied(theirs, principles), "paired": _reports(paired)}

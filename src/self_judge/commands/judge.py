@@ -16,7 +16,7 @@ from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import ResumableJob, Work, input_and_output
 from self_judge.data.files import read_raw
 from self_judge.data.records import RecordRef
-from self_judge.datatypes import Comparison, Verdict
+from self_judge.datatypes import Comparison
 from self_judge.judging.voting import verdict_json
 from self_judge.prompting.judge_templates import dialogue_text
 
@@ -24,17 +24,10 @@ CHUNK = 64  # comparisons judged between two writes: what a kill costs at most
 
 
 class Case(NamedTuple):
-    """A comparison to judge, and how its line is written and known again.
-
-    Attributes:
-        comparison: what is judged.
-        line: the line written for a verdict.
-        is_in: whether a written line is this case's.
-    """
+    """A comparison to judge, and what its line holds beside the verdict."""
 
     comparison: Comparison
-    line: Callable[[Verdict], dict[str, Any]]
-    is_in: Callable[[Mapping[str, Any]], bool]
+    line: dict[str, Any]
 
 
 def judge_in_bulk(
@@ -43,6 +36,8 @@ def judge_in_bulk(
     choice: JudgeChoice,
     settings: Mapping[str, Any],
     *,
+    field: str = "verdict",
+    known_by: Sequence[str] = (),
     chunk: int = CHUNK,
     overwrite: bool = False,
     title: str = "judging",
@@ -53,6 +48,8 @@ def judge_in_bulk(
     Args:
         cases: gives the cases from scratch at every call.
         settings: what the lines depend on beside `choice`.
+        field: where the verdict stands in a line.
+        known_by: what a line that is there must share with its case; default: all.
         output, chunk, title: see `ResumableJob`.
         overwrite, console: see `ResumableJob.run`.
 
@@ -62,21 +59,29 @@ def judge_in_bulk(
     Raises:
         ValueError: a case cannot be used, or the file there belongs to other cases or settings.
     """
+    principles = choice.judge_templates().principles
 
     def load() -> Work[Case]:
         judge = choice.load()
 
         def judged(batch: list[Case]) -> list[dict[str, Any]]:
             verdicts = judge.compare([case.comparison for case in batch])
-            return [case.line(verdict) for case, verdict in zip(batch, verdicts, strict=True)]
+            return [
+                {**case.line, field: verdict_json(verdict, principles)}
+                for case, verdict in zip(batch, verdicts, strict=True)
+            ]
 
         return judged
+
+    def is_line_of(written: Mapping[str, Any], case: Case) -> bool:
+        names = known_by or written.keys() - {field} | case.line.keys()
+        return all(written.get(name) == case.line.get(name) for name in names)
 
     job = ResumableJob(
         cases,
         output,
         {**choice.settings(), **settings},
-        lambda line, case: case.is_in(line),
+        is_line_of,
         mismatch="it is not the verdict on line {number} of this input",
         title=title,
         things="pairs",
@@ -108,17 +113,17 @@ def run_judge(
         ValueError: a line that cannot be used; file, line number and field are named.
     """
     source, target = input_and_output(source, target)
-    principles = choice.judge_templates().principles
 
     def cases() -> Iterator[Case]:
         for number, line in enumerate(read_raw(str(source))):
-            yield _case(line, RecordRef(str(source), number), field, principles)
+            yield Case(_comparison(line, RecordRef(str(source), number), field), line)
 
     total, _ = judge_in_bulk(
         cases,
         target,
         choice,
         {"field": field},
+        field=field,
         chunk=chunk,
         overwrite=overwrite,
         console=console,
@@ -126,7 +131,7 @@ def run_judge(
     return total
 
 
-def _case(line: dict[str, Any], where: RecordRef, field: str, principles: Sequence[str]) -> Case:
+def _comparison(line: dict[str, Any], where: RecordRef, field: str) -> Comparison:
     if field in line:
         raise where.error(field, "is there already; write the verdict elsewhere with --field NAME")
     if "context" in line:
@@ -144,8 +149,4 @@ def _case(line: dict[str, Any], where: RecordRef, field: str, principles: Sequen
         a, b = responses
     else:
         a, b = where.text(line, "response_a"), where.text(line, "response_b")
-    return Case(
-        Comparison(context, a, b),
-        lambda verdict: {**line, field: verdict_json(verdict, principles)},
-        lambda written: {k: v for k, v in written.items() if k != field} == line,
-    )
+    return Comparison(context, a, b)

@@ -93,32 +93,20 @@ class JudgeChoice:
     def load(self) -> Judge:
         """The judge; under `accelerate launch` on this process's device."""
         args, settings = self.template_args(), self.resolved()
-        tokenizer = load_tokenizer(
-            self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
+        hub: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        tokenizer = load_tokenizer(self.model, **hub)
         asked = (args.chat, args.chat_template_kwargs, (args.user, args.assistant)) if args else ()
         encoder = encoder_as_taught(tokenizer, settings, *asked)
-        if self.servers:
-            return Judge(
-                VLLMScorer(VLLMServers(self.servers)),
-                encoder,
-                settings.templates,
-                token_id_a=settings.token_id_a,
-                token_id_b=settings.token_id_b,
-                max_length=self.max_length,
-            )
-        return Judge.from_pretrained(
-            self.model,
+        scorer: Any = VLLMScorer(VLLMServers(self.servers)) if self.servers else None
+        return Judge(
+            scorer or load_model(self.model, device="auto", dtype=self.dtype, **hub),
+            encoder,
             settings.templates,
-            encoder=encoder,
             token_id_a=settings.token_id_a,
             token_id_b=settings.token_id_b,
             batch_size=self.batch_size,
             max_length=self.max_length,
             packing=self.packing,
-            dtype=self.dtype,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
         )
 
     def settings(self) -> dict[str, Any]:

@@ -245,17 +245,8 @@ def _fitted(run: Run, say: Say) -> Run:
 
 
 def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
-    return load_model(
-        run.model.model_name_or_path,
-        dtype=run.model.dtype,
-        attn_implementation=run.model.attn_implementation,
-        revision=run.model.revision,
-        trust_remote_code=run.model.trust_remote_code,
-        load_in_4bit=run.model.load_in_4bit,
-        bnb_4bit_quant_type=run.model.bnb_4bit_quant_type,
-        use_bnb_nested_quant=run.model.use_bnb_nested_quant,
-        merge=merge,
-    )
+    options = dataclasses.asdict(run.model)
+    return load_model(options.pop("model_name_or_path"), merge=merge, **options)
 
 
 def _train(

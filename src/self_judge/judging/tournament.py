@@ -260,8 +260,21 @@ def tournament_rejection_sampling(  # type: ignore[misc]
         ValueError: a context without responses (named), or lists of different lengths.
     """
     if judge is None:
-        judge = _judge_from(
-            model, tokenizer, judge_templates, token_id_a, token_id_b, judge_batch_size, max_length
+        saved = isinstance(model, (str, os.PathLike))
+        if not saved and any(part is None for part in (model, tokenizer, judge_templates)):
+            raise ValueError(
+                "tournament_rejection_sampling needs model, tokenizer and judge_templates, or the "
+                "folder of a model with its judge.json as model, or a ready judge"
+            )
+        make: Any = Judge.from_pretrained if saved else Judge
+        judge = make(
+            model,
+            templates=judge_templates,
+            encoder=tokenizer,
+            token_id_a=token_id_a,
+            token_id_b=token_id_b,
+            batch_size=judge_batch_size,
+            max_length=max_length,
         )
     brackets = judged_knockouts(
         judge,
@@ -272,38 +285,3 @@ def tournament_rejection_sampling(  # type: ignore[misc]
     )
     winners = [own[b.winner] for own, b in zip(responses, brackets, strict=True)]
     return (winners, brackets) if return_brackets else winners
-
-
-def _judge_from(
-    model: torch.nn.Module | str | os.PathLike[str] | None,
-    tokenizer: PreTrainedTokenizerBase | ChatEncoder | None,
-    judge_templates: JudgeTemplates | Mapping[str, Any] | None,
-    token_id_a: int | None,
-    token_id_b: int | None,
-    judge_batch_size: int,
-    max_length: int | None,
-) -> Judge:
-    if isinstance(model, (str, os.PathLike)):
-        return Judge.from_pretrained(
-            model,
-            judge_templates,
-            encoder=tokenizer,
-            token_id_a=token_id_a,
-            token_id_b=token_id_b,
-            batch_size=judge_batch_size,
-            max_length=max_length,
-        )
-    if model is None or tokenizer is None or judge_templates is None:
-        raise ValueError(
-            "tournament_rejection_sampling needs model, tokenizer and judge_templates, or the "
-            "folder of a model with its judge.json as model, or a ready judge"
-        )
-    return Judge(
-        model,
-        tokenizer,
-        judge_templates,
-        token_id_a=token_id_a,
-        token_id_b=token_id_b,
-        batch_size=judge_batch_size,
-        max_length=max_length,
-    )
