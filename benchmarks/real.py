@@ -200,8 +200,8 @@ def report(
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {dtype}",
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, peft, datasets)},
         "seconds": seconds,
-        "judge_before": before.to_dict(),
-        "judge_after": after.to_dict(),
+        "judge_before": _quality(before),
+        "judge_after": _quality(after),
         "self_training": {
             "steps": len(rollouts),
             "pairs": len(pairs),
@@ -213,6 +213,17 @@ def report(
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print_json(data={k: v for k, v in result.items() if k != "settings"})
     console.print(f"written to {path}")
+
+
+def _quality(judged: JudgeQuality) -> dict[str, Any]:
+    return {
+        "accuracy": judged.accuracy.value,
+        "ci95": [judged.accuracy.low, judged.accuracy.high],
+        "single_order_accuracy": judged.single_order,
+        "order_agreement": judged.order_agreement,
+        "undecidable": judged.undecidable,
+        "n": judged.accuracy.n,
+    }
 
 
 if __name__ == "__main__":

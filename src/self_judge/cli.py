@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from self_judge import __version__
 from self_judge.console import neutral
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from self_judge.config.schema import RunKind
 
 FilledT = TypeVar("FilledT")
-_BATCH_SIZE = "prompts per pass where they are not packed (default: 8)"
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 PACKING = ("auto", "tree", "cache", "padding", "off")  # config.PackingChoice, not imported yet
 _OVERRIDES = "any value of the file, as key.path=value"
 
@@ -55,6 +55,7 @@ def train_main(kind: RunKind, argv: Sequence[str] | None = None) -> int:
     return _guarded(_train, arguments, arguments.debug)
 
 
+# fmt: off
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="self-judge",
@@ -70,159 +71,135 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     demo.add_argument("--output", default="outputs/demo", metavar="DIR", help="where to write")
     demo.set_defaults(run=_demo)
-
-    for name, kind, text in (
-        ("jsft", "jsft", "judge-augmented supervised fine-tuning"),
-        ("train", "self_judge", "on-policy self-training by self-judgment"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("config", metavar="CONFIG", help="the run's YAML file")
-        command.add_argument("overrides", nargs="*", metavar="key.path=value", help=_OVERRIDES)
-        command.set_defaults(run=_train, kind=kind)
-
-    check = commands.add_parser(
-        "check", help="what a run would train on and need, and what would go wrong, before it runs"
-    )
-    check.add_argument("config", metavar="CONFIG", help="the run's YAML file")
-    check.add_argument("overrides", nargs="*", metavar="key.path=value", help=_OVERRIDES)
-    check.add_argument(
-        "--examples", type=int, default=400, metavar="N",
-        help="records to encode, evenly spread; all are read and counted (default: 400; 0: all)",
-    )  # fmt: skip
-    check.add_argument(
-        "--gpu", metavar="KIND", help="estimate for this kind, as h100 or a100-80gb (default: here)"
-    )
-    check.add_argument("--processes", type=int, metavar="N", help="estimate for so many processes")
-    check.add_argument(
-        "--sharding", choices=["none", "zero2", "zero3", "fsdp"],
-        help="how processes spread what they hold, where the launcher's file says it",
-    )  # fmt: skip
-    check.add_argument("--plain", action="store_true", help="no colours: for logs")
-    check.add_argument("--json", action="store_true", help="everything as JSON, to standard output")
-    check.set_defaults(run=_check)
-
-    tournament = commands.add_parser(
-        "tournament", help="self-rejection: the best of N responses by knockout"
-    )
-    tournament.add_argument("input", metavar="IN.jsonl", help="context + responses, or prompts")
-    tournament.add_argument("output", metavar="OUT.jsonl", help="one line per line of the input")
-    tournament.add_argument("--model", required=True, metavar="DIR", help="a model JSFT wrote")
-    tournament.add_argument(
-        "--policy", metavar="DIR", help="who samples for prompts (default: the judging model)"
-    )
-    tournament.add_argument(
-        "--n", type=int, default=16, help="responses to sample for a prompt (default: 16)"
-    )
-    _add_sampling(tournament)
-    tournament.add_argument("--brackets", action="store_true", help="write the brackets as well")
-    _add_bulk(tournament, "lines", 256)
-    tournament.set_defaults(run=_tournament)
-
+    _add_runs(commands)
+    _add_tournament(commands)
     report = commands.add_parser("report", help="what runs looked like, as one HTML page")
-    report.add_argument(
-        "paths",
-        nargs="+",
-        metavar="DIR",
-        help="folder of a run, or of several; also files of tournaments and evaluations",
-    )
-    report.add_argument(
-        "-o", "--output", metavar="FILE", help="the page (default: report.html in the first DIR)"
-    )
-    report.add_argument(
-        "--pairs", type=int, default=400, help="sampled pairs on the page at most (default: 400)"
-    )
+    add = report.add_argument
+    add("paths", nargs="+", metavar="DIR",
+        help="folder of a run, or of several; also files of tournaments and evaluations")
+    add("-o", "--output", metavar="FILE", help="the page (default: report.html in the first DIR)")
+    add("--pairs", type=int, default=400, help="sampled pairs on the page at most (default: 400)")
     report.set_defaults(run=_report)
     _add_evaluation(commands)
     return parser
 
 
-def _add_evaluation(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_runs(commands: Commands) -> None:
+    """Training by a run file, and the check before it."""
+    for name, kind, text in (
+        ("jsft", "jsft", "judge-augmented supervised fine-tuning"),
+        ("train", "self_judge", "on-policy self-training by self-judgment"),
+        ("check", None,
+         "what a run would train on and need, and what would go wrong, before it runs"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key.path=value", help=_OVERRIDES)
+        command.set_defaults(run=_train if kind else _check, kind=kind)
+    add = command.add_argument  # of check
+    add("--examples", type=int, default=400, metavar="N",
+        help="records to encode, evenly spread; all are read and counted (default: 400; 0: all)")
+    add("--gpu", metavar="KIND",
+        help="estimate for this kind, as h100 or a100-80gb (default: here)")
+    add("--processes", type=int, metavar="N", help="estimate for so many processes")
+    add("--sharding", choices=["none", "zero2", "zero3", "fsdp"],
+        help="how processes spread what they hold, where the launcher's file says it")
+    add("--plain", action="store_true", help="no colours: for logs")
+    add("--json", action="store_true", help="everything as JSON, to standard output")
+
+
+def _add_tournament(commands: Commands) -> None:
+    tournament = commands.add_parser(
+        "tournament", help="self-rejection: the best of N responses by knockout"
+    )
+    add = tournament.add_argument
+    add("input", metavar="IN.jsonl", help="context + responses, or prompts")
+    add("output", metavar="OUT.jsonl", help="one line per line of the input")
+    add("--model", required=True, metavar="DIR", help="a model JSFT wrote")
+    add("--policy", metavar="DIR", help="who samples for prompts (default: the judging model)")
+    add("--n", type=int, default=16, help="responses to sample for a prompt (default: 16)")
+    _add_sampling(tournament)
+    add("--brackets", action="store_true", help="write the brackets as well")
+    _add_bulk(tournament, "lines", 256)
+    tournament.set_defaults(run=_tournament)
+
+
+def _add_evaluation(commands: Commands) -> None:
     """How good a judge is, verdicts in bulk, how good a policy is."""
     evaluate = commands.add_parser("eval", help="how good a judge is, on labeled pairs")
-    evaluate.add_argument(
-        "data", nargs="+", metavar="DATA",
+    add = evaluate.add_argument
+    add("data", nargs="+", metavar="DATA",
         help="LLMBar, PandaLM, HHH, MT-Bench votes, RewardBench, HH, or any preference data: Hub "
-        "names, files or folders",
-    )  # fmt: skip
-    evaluate.add_argument("--model", required=True, metavar="MODEL", help="the judge")
-    evaluate.add_argument("--output", required=True, metavar="DIR", help="where to write")
-    evaluate.add_argument(
-        "--compare", metavar="MODEL",
-        help="another judge, or the --output of its evaluation: paired differences",
-    )  # fmt: skip
-    evaluate.add_argument(
-        "--split", default="test", metavar="NAME[,NAME…]", help="of Hub data (default: test)"
-    )
-    evaluate.add_argument("--data-dir", metavar="DIR", help="a folder inside the data")
-    evaluate.add_argument("--name", help="the configuration of Hub data")
-    evaluate.add_argument("--data-revision", metavar="REV", help="of Hub data")
-    evaluate.add_argument("--max-pairs", type=int, metavar="N", help="the first N of each source")
+        "names, files or folders")
+    add("--model", required=True, metavar="MODEL", help="the judge")
+    add("--output", required=True, metavar="DIR", help="where to write")
+    add("--compare", metavar="MODEL",
+        help="another judge, or the --output of its evaluation: paired differences")
+    add("--split", default="test", metavar="NAME[,NAME…]", help="of Hub data (default: test)")
+    add("--data-dir", metavar="DIR", help="a folder inside the data")
+    add("--name", help="the configuration of Hub data")
+    add("--data-revision", metavar="REV", help="of Hub data")
+    add("--max-pairs", type=int, metavar="N", help="the first N of each source")
     _add_judge(evaluate)
     evaluate.set_defaults(run=_eval)
 
     compare = commands.add_parser("compare", help="which of two policies answers better")
+    add = compare.add_argument
     for name in ("policy_a", "policy_b"):
-        compare.add_argument(
-            name, metavar=name.upper(), help="a model that samples, or a file of responses"
-        )
-    compare.add_argument("--prompts", metavar="FILE", help="prompts to answer")
-    compare.add_argument("--judge", required=True, metavar="MODEL", help="who decides")
-    compare.add_argument("--output", required=True, metavar="DIR", help="where to write")
-    compare.add_argument("--max-prompts", type=int, metavar="N", help="the first N")
-    compare.add_argument(
-        "--sampling-batch-size", type=int, default=32, help="responses at a time (default: 32)"
-    )
+        add(name, metavar=name.upper(), help="a model that samples, or a file of responses")
+    add("--prompts", metavar="FILE", help="prompts to answer")
+    add("--judge", required=True, metavar="MODEL", help="who decides")
+    add("--output", required=True, metavar="DIR", help="where to write")
+    add("--max-prompts", type=int, metavar="N", help="the first N")
+    add("--sampling-batch-size", type=int, default=32, metavar="N",
+        help="responses at a time (default: 32)")
     _add_sampling(compare)
     _add_judge(compare)
     compare.set_defaults(run=_compare)
 
     judge = commands.add_parser("judge", help="verdicts on pairs, in bulk")
-    judge.add_argument(
-        "input", metavar="IN.jsonl", help="context or prompt, response_a, response_b"
-    )
-    judge.add_argument("output", metavar="OUT.jsonl", help="one line per line of the input")
-    judge.add_argument("--model", required=True, metavar="MODEL", help="the judge")
-    judge.add_argument("--field", default="verdict", help="where the verdict stands in a line")
+    add = judge.add_argument
+    add("input", metavar="IN.jsonl", help="context or prompt, response_a, response_b")
+    add("output", metavar="OUT.jsonl", help="one line per line of the input")
+    add("--model", required=True, metavar="MODEL", help="the judge")
+    add("--field", default="verdict", help="where the verdict stands in a line")
     _add_judge(judge)
     judge.set_defaults(run=_judge)
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max-new-tokens", type=int, default=768)
-    command.add_argument("--temperature", type=float, default=1.0)
-    command.add_argument("--top-p", type=float, default=0.9)
-    command.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
+    add = command.add_argument
+    add("--max-new-tokens", type=int, default=768)
+    add("--temperature", type=float, default=1.0)
+    add("--top-p", type=float, default=0.9)
+    add("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
+
+
+def _add_judge(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--templates", metavar="FILE",
+        help="YAML with judge templates, for a model that has no judge.json, or instead of it")
+    add("--dtype", default="auto", help="of the weights (default: as saved)")
+    add("--packing", default="auto", choices=PACKING, help="how prompts share prefixes")
+    add("--revision", metavar="REV", help="of a model on the Hub")
+    add("--trust-remote-code", action="store_true")
+    _add_bulk(command, "pairs", 64)
 
 
 def _add_bulk(command: argparse.ArgumentParser, things: str, chunk: int) -> None:
     """What every command takes that judges much into a file which an interruption does not lose."""
-    command.add_argument("--batch-size", type=int, default=8, help=_BATCH_SIZE)
-    command.add_argument("--max-length", type=int, help="tokens of a judge prompt at most")
-    command.add_argument(
-        "--vllm-server", dest="servers", nargs="+", default=(), metavar="URL",
-        help="replicas of `vllm serve MODEL` that compute, in place of this process",
-    )  # fmt: skip
-    command.add_argument(
-        "--chunk", type=int, default=chunk, metavar="N",
-        help=f"{things} between two writes to disk (default: {chunk})",
-    )  # fmt: skip
-    command.add_argument("--overwrite", action="store_true", help="start over, do not resume")
+    add = command.add_argument
+    add("--batch-size", type=int, default=8, metavar="N",
+        help="prompts per pass where they are not packed (default: 8)")
+    add("--max-length", type=int, metavar="N", help="tokens of a judge prompt at most")
+    add("--vllm-server", dest="servers", nargs="+", default=(), metavar="URL",
+        help="replicas of `vllm serve MODEL` that compute, in place of this process")
+    add("--chunk", type=int, default=chunk, metavar="N",
+        help=f"{things} between two writes to disk (default: {chunk})")
+    add("--overwrite", action="store_true", help="start over, do not resume")
 
 
-def _add_judge(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--templates", metavar="FILE",
-        help="YAML with judge templates, for a model that has no judge.json, or instead of it",
-    )  # fmt: skip
-    command.add_argument("--dtype", default="auto", help="of the weights (default: as saved)")
-    command.add_argument(
-        "--packing", default="auto", choices=PACKING, help="how prompts share prefixes"
-    )
-    command.add_argument("--revision", metavar="REV", help="of a model on the Hub")
-    command.add_argument("--trust-remote-code", action="store_true")
-    _add_bulk(command, "pairs", 64)
-
-
+# fmt: on
 def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: ignore[no-untyped-def]
     try:
         status: int | None = run(arguments)

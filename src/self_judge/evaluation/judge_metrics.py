@@ -7,7 +7,7 @@ What each number means: docs/judging.md.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -58,34 +58,23 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
 
 
 @dataclass
-class _Share:
-    """Successes among n; halves are allowed."""
+class _Mean:
+    """A sum of n values."""
 
-    successes: float = 0.0
+    total: float = 0.0
     n: int = 0
 
-    def add(self, success: float) -> None:
-        self.successes += success
+    def add(self, value: float) -> None:
+        self.total += value
         self.n += 1
 
-    def json(self) -> dict[str, Any] | None:
-        return estimate_json(proportion(self.successes, self.n)) if self.n else None
+    @property
+    def value(self) -> float | None:
+        return self.total / self.n if self.n else None
 
-
-@dataclass
-class _Bin:
-    n: int = 0
-    confidence: float = 0.0
-    correct: float = 0.0
-
-
-def _shares() -> dict[str, _Share]:
-    names = (
-        "accuracy given swapped better_first better_second longest_is_better agreement by_position "
-        "first_of_conflicts longer_preferred better_longer better_shorter with_ties "
-        "ties_conflict ties_undecided"
-    )
-    return {name: _Share() for name in names.split()}
+    def share(self) -> dict[str, Any] | None:
+        """Of successes (halves are allowed), with its interval."""
+        return estimate_json(proportion(self.total, self.n)) if self.n else None
 
 
 @dataclass
@@ -97,27 +86,26 @@ class JudgeTally:
     """
 
     principles: Sequence[str]
-    shares: dict[str, _Share] = field(default_factory=_shares)
     pairs: int = 0
-    judged: int = 0
+    means: defaultdict[str, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     reasons: Counter[str] = field(default_factory=Counter)
     letters: Counter[float] = field(default_factory=Counter)
-    letter_mass: float = 0.0
-    bins: list[_Bin] = field(default_factory=lambda: [_Bin() for _ in range(BINS)])
-    brier: float = 0.0
+    # By bin of confidence: confidence, and how often it was right.
+    bins: list[tuple[_Mean, _Mean]] = field(
+        default_factory=lambda: [(_Mean(), _Mean()) for _ in range(BINS)]
+    )
 
     def __post_init__(self) -> None:
         names = list(self.principles)
-        self.by_principle = {name: _Share() for name in names}
+        self.by_principle = {name: _Mean() for name in names}
         self.both: dict[tuple[str, str], Counter[tuple[Label, Label]]] = {
             pair: Counter() for pair in combinations(names, 2)
         }
         self.votes: Counter[tuple[int, int, int]] = Counter()
-        self.margin_sums: dict[bool, tuple[float, int]] = {True: (0.0, 0), False: (0.0, 0)}
 
     def add(self, pair: JudgedPair) -> None:
         """Counts one pair."""
-        verdict, label, shares = pair.counted, pair.label, self.shares
+        verdict, label, means = pair.counted, pair.label, self.means
         said = verdict.preferred
         self.pairs += 1
         if verdict.undecidable_because is not None:
@@ -125,16 +113,17 @@ class JudgeTally:
         finite = bool(verdict.probabilities) and math.isfinite(verdict.margin)
         first, second = map(_sign, verdict.order_margins() if finite else (0.0, 0.0))
         consistent = first if first == second else "tie"
-        shares["with_ties"].add(float(consistent == label))
+        means["with_ties"].add(float(consistent == label))
         if label == "tie":
-            shares["ties_conflict"].add(float(consistent == "tie"))
-            shares["ties_undecided"].add(float(said is None))
+            means["ties_conflict"].add(float(consistent == "tie"))
+            means["ties_undecided"].add(float(said is None))
         else:
             self._add_decided(said, label, first, second, pair.characters)
         if finite:
             self._add_judged(verdict, label, first, second)
-            total, n = self.margin_sums[label == "tie"]
-            self.margin_sums[label == "tie"] = (total + abs(verdict.margin), n + 1)
+            means["margin of ties" if label == "tie" else "margin of others"].add(
+                abs(verdict.margin)
+            )
         self._add_length(said, pair.characters)
         if len(self.principles) > 1 or pair.place is None:
             self._add_principles(pair)
@@ -148,34 +137,31 @@ class JudgeTally:
         characters: tuple[int, int],
     ) -> None:
         """A pair that the data does not call a tie."""
-        shares = self.shares
-        shares["accuracy"].add(credit(said, label))
-        shares["given"].add(credit(first, label))
-        shares["swapped"].add(credit(second, label))
+        means = self.means
+        means["accuracy"].add(credit(said, label))
+        means["given"].add(credit(first, label))
+        means["swapped"].add(credit(second, label))
         # Order 0 shows a first, order 1 shows b first.
-        shares["better_first"].add(credit(first if label == "a" else second, label))
-        shares["better_second"].add(credit(second if label == "a" else first, label))
+        means["better_first"].add(credit(first if label == "a" else second, label))
+        means["better_second"].add(credit(second if label == "a" else first, label))
         longer = _longer(characters)
-        shares["longest_is_better"].add(credit(longer, label))
+        means["longest_is_better"].add(credit(longer, label))
         if longer != "tie":
-            shares["better_longer" if longer == label else "better_shorter"].add(
-                credit(said, label)
-            )
+            means["better_longer" if longer == label else "better_shorter"].add(credit(said, label))
 
     def _add_judged(self, verdict: Verdict, label: Label, first: Label, second: Label) -> None:
         """A pair with probabilities."""
-        self.judged += 1
-        shares = self.shares
-        shares["agreement"].add(float(first == second != "tie"))
+        means = self.means
+        means["agreement"].add(float(first == second != "tie"))
         # The same letter in both orders, whichever response stood there.
         conflict = {first, second} == {"a", "b"}
-        shares["by_position"].add(float(conflict))
+        means["by_position"].add(float(conflict))
         if conflict:
-            shares["first_of_conflicts"].add(float(first == "a"))
+            means["first_of_conflicts"].add(float(first == "a"))
         # Of the two showings, the share in which the first place won.
         self.letters[(credit(first, "a") + credit(second, "b")) / 2] += 1
         masses = [p for orders in verdict.probabilities for letters in orders for p in letters]
-        self.letter_mass += sum(masses) / (len(masses) / 2)
+        means["letter_mass"].add(sum(masses) / (len(masses) / 2))
         if label != "tie":
             self._add_calibration(verdict, label)
 
@@ -183,20 +169,19 @@ class JudgeTally:
         """Confidence is P(preferred): the preferred response's share of the two mean scores."""
         total = verdict.score_a + verdict.score_b
         p_a = verdict.score_a / total if total > 0 else 0.5
-        self.brier += (1 - (p_a if label == "a" else 1 - p_a)) ** 2
+        self.means["brier"].add((1 - (p_a if label == "a" else 1 - p_a)) ** 2)
         confidence = {"a": p_a, "b": 1 - p_a, None: 0.5}[verdict.preferred]
         # A bin holds its lower end; 1e-9 keeps 0.55 and the like out of the bin below. Where the
         # majority outvotes the mean, confidence is below ½: the lowest bin takes it.
         place = int((confidence - 0.5) * 2 * BINS + 1e-9)
-        chosen = self.bins[min(max(place, 0), BINS - 1)]
-        chosen.n += 1
-        chosen.confidence += confidence
-        chosen.correct += credit(verdict.preferred, label)
+        sure, right = self.bins[min(max(place, 0), BINS - 1)]
+        sure.add(confidence)
+        right.add(credit(verdict.preferred, label))
 
     def _add_length(self, said: Label | None, characters: tuple[int, int]) -> None:
         longer = _longer(characters)
         if said is not None and longer != "tie":
-            self.shares["longer_preferred"].add(float(said == longer))
+            self.means["longer_preferred"].add(float(said == longer))
 
     def _add_principles(self, pair: JudgedPair) -> None:
         if not pair.verdict.probabilities:
@@ -216,39 +201,49 @@ class JudgeTally:
 
     def report(self) -> dict[str, Any]:
         """All numbers, as JSON data; null where there is nothing to tell from."""
-        share = {name: value.json() for name, value in self.shares.items()}
+
+        def share(name: str) -> dict[str, Any] | None:
+            return self.means[name].share()
+
         return {
             "pairs": self.pairs,
-            "ties": self.shares["ties_conflict"].n,
-            "accuracy": share["accuracy"],
-            "orders": {n: share[n] for n in ("given", "swapped", "better_first", "better_second")},
-            "order_agreement": share["agreement"],
-            "decided_by_position": share["by_position"],
-            "first_of_decided_by_position": share["first_of_conflicts"],
+            "ties": self.means["ties_conflict"].n,
+            "accuracy": share("accuracy"),
+            "orders": {n: share(n) for n in ("given", "swapped", "better_first", "better_second")},
+            "order_agreement": share("agreement"),
+            "decided_by_position": share("by_position"),
+            "first_of_decided_by_position": share("first_of_conflicts"),
             "first_position": (
                 estimate_json(bootstrap_counts(self.letters)) if self.letters else None
             ),
             "longer": {
-                "preferred": share["longer_preferred"],
-                "accuracy_better_is_longer": share["better_longer"],
-                "accuracy_better_is_shorter": share["better_shorter"],
+                "preferred": share("longer_preferred"),
+                "accuracy_better_is_longer": share("better_longer"),
+                "accuracy_better_is_shorter": share("better_shorter"),
             },
             "undecidable": {
                 "share": sum(self.reasons.values()) / self.pairs if self.pairs else None,
                 "reasons": dict(self.reasons),
             },
-            "letter_mass": self.letter_mass / self.judged if self.judged else None,
+            "letter_mass": self.means["letter_mass"].value,
             "calibration": self._calibration(),
-            "principles": {name: s.json() for name, s in self.by_principle.items()},
+            "principles": {name: mean.share() for name, mean in self.by_principle.items()},
             "principle_agreement": self._principle_agreement(),
-            "with_ties": self._with_ties(share),
+            # How the judge meets pairs that the data calls ties.
+            "with_ties": {
+                "three_way_agreement": share("with_ties"),
+                "ties_called_ties": share("ties_conflict"),
+                "ties_undecided": share("ties_undecided"),
+                "mean_margin_ties": self.means["margin of ties"].value,
+                "mean_margin_others": self.means["margin of others"].value,
+            } if self.means["ties_conflict"].n else None,
             "baselines": {
-                "swap-averaged judge": share["accuracy"],
-                "judge, one order (as given)": share["given"],
-                "judge, one order (swapped)": share["swapped"],
-                "the longer response": share["longest_is_better"],
+                "swap-averaged judge": share("accuracy"),
+                "judge, one order (as given)": share("given"),
+                "judge, one order (swapped)": share("swapped"),
+                "the longer response": share("longest_is_better"),
             },
-        }
+        }  # fmt: skip
 
     def _calibration(self) -> dict[str, Any] | None:
         """The reliability table, as JSON data.
@@ -256,25 +251,21 @@ class JudgeTally:
         ECE is Σ n_b/n |accuracy_b − confidence_b| over bins of confidence (Guo et al., 2017), Brier
         the mean squared distance of P(better response) from 1.
         """
-        n = sum(b.n for b in self.bins)
-        if not n:
+        brier = self.means["brier"]
+        if not brier.n:
             return None
-        bins = []
-        for place, b in enumerate(self.bins):
-            low, high = 0.5 + place / (2 * BINS), 0.5 + (place + 1) / (2 * BINS)
-            accuracy = estimate_json(proportion(b.correct, b.n)) if b.n else None
-            mean = b.confidence / b.n if b.n else None
-            bins.append(
-                {
-                    "low": round(low, 4),
-                    "high": round(high, 4),
-                    "n": b.n,
-                    "confidence": mean,
-                    "accuracy": accuracy,
-                }
-            )
-        ece = sum(abs(b.confidence - b.correct) for b in self.bins) / n
-        return {"n": n, "ece": ece, "brier": self.brier / n, "bins": bins}
+        bins = [
+            {
+                "low": round(0.5 + place / (2 * BINS), 4),
+                "high": round(0.5 + (place + 1) / (2 * BINS), 4),
+                "n": sure.n,
+                "confidence": sure.value,
+                "accuracy": right.share(),
+            }
+            for place, (sure, right) in enumerate(self.bins)
+        ]
+        ece = sum(abs(sure.total - right.total) for sure, right in self.bins) / brier.n
+        return {"n": brier.n, "ece": ece, "brier": brier.value, "bins": bins}
 
     def _principle_agreement(self) -> dict[str, Any] | None:
         if len(self.principles) < 2 or not self.votes:
@@ -289,19 +280,6 @@ class JudgeTally:
             for names, counts in self.both.items()
         ]
         return {"pairwise": table, "fleiss_kappa": fleiss_kappa(self.votes)}
-
-    def _with_ties(self, share: dict[str, Any]) -> dict[str, Any] | None:
-        """How the judge meets pairs that the data calls ties; `None` where it has none."""
-        if not self.shares["ties_conflict"].n:
-            return None
-        (tied, tied_n), (decided, decided_n) = self.margin_sums[True], self.margin_sums[False]
-        return {
-            "three_way_agreement": share["with_ties"],
-            "ties_called_ties": share["ties_conflict"],
-            "ties_undecided": share["ties_undecided"],
-            "mean_margin_ties": tied / tied_n if tied_n else None,
-            "mean_margin_others": decided / decided_n if decided_n else None,
-        }
 
 
 def _sign(difference: float) -> Label:

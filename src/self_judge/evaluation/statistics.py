@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,16 +128,6 @@ class JudgeQuality:
     single_order: float
     order_agreement: float
     undecidable: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "accuracy": self.accuracy.value,
-            "ci95": [self.accuracy.low, self.accuracy.high],
-            "single_order_accuracy": self.single_order,
-            "order_agreement": self.order_agreement,
-            "undecidable": self.undecidable,
-            "n": self.accuracy.n,
-        }
 
 
 def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
