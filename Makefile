@@ -70,7 +70,7 @@ $(EXTRAS_READY): pyproject.toml constraints.txt
 	@touch $(EXTRAS_READY)
 
 test-extras: $(EXTRAS_READY)  ## DeepSpeed and bitsandbytes on the CPU, in an environment of their own
-	$(EXTRAS_VENV)/bin/python -m pytest -m 'slow or not slow' tests/test_deepspeed.py tests/test_qlora.py
+	$(EXTRAS_VENV)/bin/python -m pytest -m 'slow or not slow' tests/processes/test_deepspeed.py tests/training/test_qlora.py
 
 mutants: $(READY)  ## does some test notice a small change to the code that decides? (forty minutes)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutation]'

@@ -1,0 +1,220 @@
+"""`self-judge eval`: from a benchmark's file to a table, JSON and a page."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import TEMPLATES
+from report_pages import embedded
+from self_judge import Comparison, Verdict
+from self_judge.cli import main
+from self_judge.commands.eval import JudgeEvaluation, run_eval
+from self_judge.commands.judge_choice import JudgeChoice
+from self_judge.data.benchmarks import BenchmarkSource
+from self_judge.judging.voting import aggregate
+from self_judge.reporting.collect import collect
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Path:
+    """Two subsets, in LLMBar's layout and format."""
+    for name, count in (("Natural", 6), ("Adversarial/Manual", 5)):
+        folder = tmp_path / "bench" / name
+        folder.mkdir(parents=True)
+        records = [
+            {
+                "input": f"what is {i}?",
+                "output_1": f"no {name[:i]}",
+                "output_2": "the capital",
+                "label": 1 + i % 2,
+            }
+            for i in range(count)
+        ]
+        (folder / "dataset.json").write_text(json.dumps(records))
+    return tmp_path / "bench"
+
+
+def results(folder: Path) -> Any:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_an_evaluation_leaves_numbers_verdicts_and_a_table(
+    benchmark: Path, saved_judge: Path, tmp_path: Path, capsys: Any
+) -> None:
+    output = tmp_path / "out"
+    command = ["eval", str(benchmark), "--model", str(saved_judge), "--output", str(output)]
+    assert main(command) == 0
+    told = results(output)
+    assert told["overall"]["pairs"] == 11
+    assert {name: r["pairs"] for name, r in told["subsets"].items()} == {
+        "Adversarial/Manual": 5,
+        "Natural": 6,
+    }
+    rows = [json.loads(line) for line in (output / "verdicts.jsonl").read_text().splitlines()]
+    right = sum(
+        1.0 if row["verdict"]["preferred"] == row["label"] else 0.0 for row in rows
+    ) + 0.5 * sum(row["verdict"]["preferred"] is None for row in rows)
+    assert told["overall"]["accuracy"]["value"] == pytest.approx(right / 11)
+    assert set(told["overall"]["principles"]) == {"helpful", "honest"}
+    assert told["pairs_per_second"] > 0
+    printed = capsys.readouterr().out
+    for word in ("Natural", "longer", "reliability", "Fleiss", "pairs per second"):
+        assert word in printed
+    # Once more: nothing is judged again, the same numbers come out.
+    before = (output / "verdicts.jsonl").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (output / "verdicts.jsonl").stat().st_mtime_ns == before
+    assert results(output) == told
+
+
+def test_in_a_narrow_terminal_names_are_broken_and_no_number_is_cut(
+    benchmark: Path,
+    saved_judge: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    names = ("overall", "helpfulness", "honesty", "instruction_following", "truthfulness")
+    user = "{context} {response_a} {response_b} "
+    judge = {n: {"user": user + n, "assistant": "It is"} for n in names}
+    templates = tmp_path / "templates.yaml"
+    templates.write_text(json.dumps({"templates": {"judge": judge}}))
+    monkeypatch.setenv("COLUMNS", "80")
+    output = tmp_path / "out"
+    command = ["eval", str(benchmark), "--model", str(saved_judge), "--output", str(output)]
+    assert main([*command, "--templates", str(templates)]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    told = results(output)
+    for report in (told["overall"], *told["subsets"].values()):
+        assert f"{report['calibration']['ece']:.3f}" in printed
+    for accuracy in told["overall"]["principles"].values():
+        low, high = accuracy["ci95"]
+        assert f"{accuracy['value']:.3f} {low:.3f}–{high:.3f}" in printed
+    for pair in told["overall"]["principle_agreement"]["pairwise"]:
+        assert f"({pair['kappa']:.2f})" in printed
+
+
+def test_two_judges_are_compared_pair_by_pair(
+    benchmark: Path, saved_judge: Path, tmp_path: Path, capsys: Any
+) -> None:
+    def command(name: str, other: Path) -> list[str]:
+        output = str(tmp_path / name)
+        model = ["--model", str(saved_judge), "--compare", str(other)]
+        return ["eval", str(benchmark), "--output", output, *model]
+
+    assert main(command("itself", saved_judge)) == 0
+    paired = results(tmp_path / "itself")["compared_with"]["paired"]
+    assert paired["overall"]["difference"]["value"] == 0
+    assert paired["overall"]["mcnemar_p"] == 1
+    assert set(paired["subsets"]) == {"Natural", "Adversarial/Manual"}
+    # What an earlier evaluation wrote is read, not judged again.
+    assert main(command("again", tmp_path / "itself")) == 0
+    assert results(tmp_path / "again")["compared_with"]["paired"] == paired
+    assert not (tmp_path / "again" / "compared").exists()
+    (overall, *_) = collect([tmp_path / "again"]).paired
+    assert overall["name"] == f"again · all against {saved_judge}"
+    assert overall["difference"] == paired["overall"]["difference"]
+    assert "McNemar" in capsys.readouterr().out
+    (benchmark / "Natural" / "dataset.json").unlink()
+    assert main(command("fewer", tmp_path / "itself")) == 2
+    assert "is not about the same pairs" in capsys.readouterr().err
+
+
+def test_several_sources_and_a_limit(benchmark: Path, saved_judge: Path, tmp_path: Path) -> None:
+    other = tmp_path / "rewards.jsonl"
+    rows = [
+        {"prompt": f"{i}?", "chosen": "yes", "rejected": "no", "subset": "chat"} for i in range(9)
+    ]
+    other.write_text("\n".join(map(json.dumps, rows)))
+    sources = [str(benchmark), str(other)]
+    output = tmp_path / "out"
+    assert main(["eval", *sources, "--model", str(saved_judge), "--output", str(output),
+                 "--max-pairs", "3"]) == 0  # fmt: skip
+    told = results(output)["subsets"]
+    assert {name: r["pairs"] for name, r in told.items()} == {
+        "bench/Adversarial/Manual": 3,
+        "rewards.jsonl/chat": 3,
+    }
+
+
+def test_the_page_needs_no_network_and_runs_nothing_from_the_data(
+    benchmark: Path, saved_judge: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("plotly")
+    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    source = tmp_path / "hostile.jsonl"
+    source.write_text(
+        json.dumps({"prompt": "q", "chosen": "x", "rejected": "yy", "subset": hostile})
+    )
+    output = tmp_path / "out"
+    assert main(["eval", str(source), "--model", str(saved_judge), "--output", str(output)]) == 0
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert page.count("<script>alert(1)") == 0
+    assert "<img src=x" not in page
+    assert 'src="http' not in page
+    shown = embedded(page)["judges"]
+    assert [judge["name"] for judge in shown] == [f"out ({saved_judge})", f"out · {hostile}"]
+    told = results(output)
+    for judge, numbers in zip(shown, (told["overall"], told["subsets"][hostile]), strict=True):
+        assert judge["undecidable"] == numbers["undecidable"]["share"]
+        for key in set(judge) - {"name", "undecidable"}:
+            assert judge[key] == numbers[key], key
+
+
+def test_without_plotly_there_are_numbers_and_a_word_on_what_to_install(
+    benchmark: Path,
+    saved_judge: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    monkeypatch.setattr("self_judge.reporting.page.plotly_is_there", lambda: False)
+    output = tmp_path / "out"
+    command = ["eval", str(benchmark), "--model", str(saved_judge), "--output", str(output)]
+    assert main(command) == 0
+    assert "pip install 'self-judge[report]'" in capsys.readouterr().out
+    assert not (output / "report.html").exists()
+
+
+class Fake:
+    """A judge that costs nothing: the longer response wins in one order, the first in the other."""
+
+    def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        return [
+            aggregate([((0.6, 0.3), (0.5, 0.3 + 0.01 * (len(c.response_a) % 7)))] * len(TEMPLATES))
+            for c in comparisons
+        ]
+
+
+@pytest.mark.timeout(300)
+def test_memory_does_not_grow_with_the_number_of_pairs(
+    saved_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(JudgeChoice, "load", lambda self: Fake())
+
+    def peak(n: int) -> int:
+        source = tmp_path / f"{n}.jsonl"
+        with source.open("w") as file:
+            for i in range(n):
+                row = {"prompt": f"{i}?", "chosen": "y" * (i % 50 + 1), "rejected": "no " * 9}
+                file.write(json.dumps(row) + "\n")
+        tracemalloc.start()
+        run_eval(
+            JudgeChoice(str(saved_judge)),
+            JudgeEvaluation([BenchmarkSource(str(source))]),
+            tmp_path / f"out{n}",
+        )
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(64)  # what is imported and cached once
+    few, many = peak(1_000), peak(10_000)
+    assert many < few + 200_000, f"{few:,} bytes with 1,000 pairs, {many:,} with 10,000"

@@ -1,0 +1,148 @@
+"""The documents under docs/ say what the code says: every key with its default, every module."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import yaml
+from test_architecture import ORDER, PACKAGES, tree
+
+from conftest import ROOT
+from self_judge import Verdict
+from self_judge.config import schema
+
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+JUDGING = (ROOT / "docs" / "judging.md").read_text(encoding="utf-8")
+
+TABLES: dict[str, type] = {
+    "### `model`": schema.ModelArgs,
+    "### `dataset`": schema.DatasetArgs,
+    "#### One source, under `sources` or `eval`": schema.Source,
+    "### `templates`": schema.TemplateArgs,
+    "### `jsft_args`": schema.JSFTArgs,
+    "### `self_judge_args`": schema.SelfJudgeArgs,
+}
+
+
+def section(text: str, heading: str) -> str:
+    """What stands under a heading, up to the next one of any level."""
+    start = text.index(f"{heading}\n") + len(heading)
+    following = re.search(r"^#+ ", text[start:], re.MULTILINE)
+    return text[start : start + following.start()] if following else text[start:]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a table's rows, less its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+@pytest.mark.parametrize("heading", TABLES)
+def test_every_key_of_a_run_file_stands_in_the_tables_with_its_default(heading: str) -> None:
+    fields = {f.name: default_of(f) for f in dataclasses.fields(TABLES[heading])}
+    described = {
+        key.strip("`"): (said, why) for key, said, why in rows(section(CONFIGURATION, heading))
+    }
+    assert list(described) == list(fields) or set(described) == set(fields)
+    for name, default in fields.items():
+        said, meaning = described[name]
+        assert meaning, f"{name} has no meaning"
+        if default is dataclasses.MISSING:
+            assert said == "required", name
+        else:
+            assert yaml.safe_load(said.strip("`")) == default, name
+
+
+def test_every_settings_class_and_section_is_described() -> None:
+    settings = {
+        c
+        for name, c in vars(schema).items()
+        if name.endswith(("Args", "Source")) and dataclasses.is_dataclass(c)
+    }
+    assert settings == set(TABLES.values())
+    sections = {
+        f.name for c in (schema.JSFTRun, schema.SelfJudgeRun) for f in dataclasses.fields(c)
+    }
+    assert {row[0].strip("`") for row in rows(section(CONFIGURATION, "## Sections"))} == sections
+
+
+def test_the_drawing_of_the_house_has_every_package_in_its_order_as_it_describes_itself() -> None:
+    drawing = ARCHITECTURE[ARCHITECTURE.index("```text\n") :].split("```")[1]
+    drawn = [line.split(maxsplit=1) for line in drawing.splitlines()[1:]]
+    inner = {name.split(".")[1]: name for name in PACKAGES if "." in name}
+    assert [name for name, _ in drawn if name not in inner] == list(ORDER)
+    said = {inner.get(name, name): phrase for name, phrase in drawn}
+    for package in PACKAGES:
+        docstring = ast.get_docstring(tree(f"{package}.__init__")) or ""
+        assert said[package] == docstring.splitlines()[0].rstrip("."), package
+
+
+def test_every_override_of_the_seam_is_in_the_text() -> None:
+    from trl import DPOTrainer
+
+    from self_judge import SelfJudgeTrainer
+
+    replaced = {
+        name
+        for owner in SelfJudgeTrainer.__mro__[: SelfJudgeTrainer.__mro__.index(DPOTrainer)]
+        for name, value in vars(owner).items()
+        if callable(value) and callable(getattr(DPOTrainer, name, None)) and name != "__init__"
+    }
+    table = rows(section(ARCHITECTURE, "## The seam in TRL"))
+    # An older TRL has no telemetry to switch off.
+    replaced |= {"_send_telemetry"}
+    assert {row[0].strip("`") for row in table} == replaced - {"__annotate__", "__annotate_func__"}
+
+
+def test_every_field_of_a_verdict_is_explained() -> None:
+    explained = {
+        name.strip("`")
+        for row in rows(section(JUDGING, "## Reading a `Verdict`"))
+        for name in row[0].split(", ")
+    }
+    assert explained == {f.name for f in dataclasses.fields(Verdict)}
+
+
+def test_pictures_are_small() -> None:
+    sizes = {p.name: p.stat().st_size for p in (ROOT / "docs" / "images").iterdir()}
+    assert sizes
+    assert max(sizes.values()) < 300_000, sizes
+
+
+def test_every_chart_of_the_report_is_explained() -> None:
+    from self_judge.reporting.charts import CHARTS
+
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    explained = ", ".join(row[0].lower() for row in rows(section(text, "## Curves")))
+    for chart in CHARTS:
+        title = chart.title.lower().removeprefix("jsft: ").removesuffix(" per step")
+        assert title in explained, chart.title
+
+
+def test_what_the_logs_are_called_is_what_the_text_calls_them() -> None:
+    from self_judge.training.self_training.rollout_log import rollout_metrics, rollout_totals
+
+    said = set(re.findall(r"`((?:judge|completions|time)/[^`]+)`", ARCHITECTURE))
+    for name in rollout_metrics(rollout_totals([], ["helpfulness"])):
+        group = name.partition("/")[0] + "/*"
+        assert {name.replace("helpfulness", "<principle>"), group} & said, name
+
+
+def test_every_test_that_the_promises_of_security_name_is_there() -> None:
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", text))
+    tests = (ROOT / "tests").rglob("test_*.py")
+    there = "".join(path.read_text(encoding="utf-8") for path in tests)
+    assert len(named) >= 15
+    assert not {name for name in named if f"def {name}(" not in there}

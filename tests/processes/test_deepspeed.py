@@ -1,0 +1,75 @@
+"""DeepSpeed on the CPU in two real processes; skipped where it is not installed.
+
+`make test-extras` builds an environment with it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_processes import ONE, TWO, column, launch, result, same_weights
+
+from conftest import byte_bpe, tiny_llama, wrap
+from self_judge.storage.atomic import integrity_error
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+    ),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """A model to name: under ZeRO-3 policy and judge are loaded by their name."""
+    tokenizer = wrap(byte_bpe())
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("file", ["zero2", "zero3"])
+def test_two_processes_learn_what_one_learns_from_a_batch_twice_as_large(
+    file: str, lora: bool, folder: str, tmp_path: Path
+) -> None:
+    shared: dict[str, Any] = {"model": folder, "lora": lora}
+    one = result(tmp_path / "one", **shared, args=ONE)
+    two = result(tmp_path / "two", file=file, processes=2, **shared, args=TWO)
+    assert (two["processes"], two["kind"]) == (2, "DEEPSPEED")
+    for key in ("loss", "judge/margin", "completions/mean_length", "completions/max_length"):
+        assert column(two, key) == pytest.approx(column(one, key), abs=1e-5), key
+    assert len(set(column(one, "loss"))) == 4
+    same_weights(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("file", ["zero2", "zero3"])
+def test_a_run_is_resumed_from_its_checkpoint(file: str, folder: str, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"file": file, "processes": 2, "model": folder}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = result(tmp_path / "whole", **asked, args={**TWO, **saving})
+    assert integrity_error(tmp_path / "whole" / "checkpoint-2") is None
+    resumed = result(
+        tmp_path / "resumed", **asked, args=TWO, resume=str(tmp_path / "whole" / "checkpoint-2")
+    )
+    assert column(resumed, "loss") == pytest.approx(column(whole, "loss"), abs=1e-6)
+    same_weights(tmp_path / "whole", tmp_path / "resumed", tolerance=1e-6)
+
+
+def test_a_process_that_dies_ends_the_job_with_an_error(folder: str, tmp_path: Path) -> None:
+    done = launch(tmp_path / "run", "zero3", 2, args=TWO, model=folder, dies=True)
+    assert done.returncode != 0
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_model_in_memory_alone_is_refused_where_the_judge_is_loaded_by_name(
+    tmp_path: Path,
+) -> None:
+    done = launch(tmp_path / "run", "zero3", 2, args=TWO)
+    assert done.returncode != 0
+    assert "under ZeRO-3 the judge is loaded by the model's name" in done.stderr
