@@ -11,18 +11,31 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME_OF = {
-    "ChatEncoder": "prompting.chat_encoder",
-    "Comparison": "datatypes",
-    "Judge": "judging.judge",
-    "JudgeAugmentedSFTCollator": "training.jsft.examples",
-    "JudgeTemplates": "prompting.judge_templates",
-    "SelfJudgeCollator": "training.self_training.prompts",
-    "SelfJudgeConfig": "training.self_training.config",
-    "SelfJudgeTrainer": "training.self_training.trainer",
-    "Verdict": "datatypes",
-    "tournament_rejection_sampling": "judging.tournament",
+_NAMES_OF = {
+    "datatypes": ("Comparison", "PreferenceRecord", "Response", "Verdict"),
+    "prompting.chat_encoder": ("ChatEncoder",),
+    "prompting.judge_json": ("save_judge_settings",),
+    "prompting.judge_templates": ("JudgeTemplates",),
+    "config.self_training": ("SamplingSettings",),
+    "data.sources": ("load_preferences", "to_self_judge_rows"),
+    "models": ("load_model", "load_tokenizer"),
+    "inference.sampling": ("TransformersSampler",),
+    "judging.judge": ("Judge",),
+    "judging.tournament": ("Bracket", "tournament_rejection_sampling"),
+    "judging.voting": ("aggregate",),
+    "training.jsft.examples": ("JudgeAugmentedSFTCollator", "jsft_dataset"),
+    "training.jsft.trainer": ("JSFTTrainer",),
+    "training.self_training.config": ("SelfJudgeConfig",),
+    "training.self_training.prompts": ("SelfJudgeCollator",),
+    "training.self_training.trainer": ("SelfJudgeTrainer",),
+    "reporting.page": ("write_report",),
+    "commands.compare": ("ComparisonJob", "run_compare"),
+    "commands.eval": ("JudgeEvaluation", "run_eval"),
+    "commands.judge": ("run_judge",),
+    "commands.judge_choice": ("JudgeChoice",),
+    "commands.tournament": ("TournamentJob", "run_tournament"),
 }
+_HOME_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 __all__ = [*sorted(_HOME_OF), "__version__"]
 
 

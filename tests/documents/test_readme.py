@@ -7,6 +7,7 @@ as well.
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -78,6 +79,15 @@ def test_the_python_examples_run_one_after_the_other(folder: Path) -> None:
     (judging,) = blocks((ROOT / "docs/judging.md").read_text(encoding="utf-8"), "python")
     exec(compile(judging, "docs/judging.md", "exec"), namespace)
     assert len(namespace["verdict"].probabilities) == 1
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_examples_import_from_the_package_itself(document: Path) -> None:
+    for example in blocks(document.read_text(encoding="utf-8"), "python"):
+        for node in ast.walk(ast.parse(example)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("self_judge"):
+                assert node.module == "self_judge"
+                assert {alias.name for alias in node.names} <= set(self_judge.__all__)
 
 
 def run_of(config: str, overrides: list[str], kind: RunKind) -> None:
