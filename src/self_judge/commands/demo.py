@@ -7,13 +7,12 @@ downloaded. Everything that the method needs is what any other run uses.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import random
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
-from self_judge.commands.tournament import bracket_json
+from self_judge.commands.tournament import played_line
 from self_judge.commands.train import jsft_trainer, save_jsft
 from self_judge.config.self_training import SamplingSettings
 from self_judge.console import ends, number, say, table
@@ -45,7 +44,8 @@ from self_judge.models import frozen_reference, load_model
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.reporting.page import report_on
-from self_judge.storage.atomic import atomic_write, write_json
+from self_judge.storage.atomic import write_json
+from self_judge.storage.jsonl import write_lines
 from self_judge.storage.run_dir import BRACKETS, JUDGED
 from self_judge.training.callbacks import LiveProgress
 from self_judge.training.self_training.config import SelfJudgeConfig
@@ -89,66 +89,168 @@ def run_demo(
         console: where to draw progress and the table.
     """
     started = time.perf_counter()
-    settings = settings or DemoSettings()
     console = console or Console()
-    output = Path(output)
+    demo = _Demo(seed, Path(output), settings or DemoSettings(), console)
     _quiet()
     console.print(
         "[bold]self_judge demo[/bold]: a tiny model learns to answer and to judge, then aligns "
         f"itself with its own judgments (seed {seed})"
     )
-    encoder = ChatEncoder(synthetic.tiny_tokenizer())
-    # The model learns to judge under each principle and in general; then the general judgment
+    jsft_model = demo.jsft()
+    # The model learned to judge under each principle and in general; now the general judgment
     # alone is asked for, which costs two prompts a pair instead of eight.
-    taught = synthetic.judge_templates(overall=True)
     templates = synthetic.judge_templates(principles=False, overall=True)
-    jsft_model = _jsft(seed, output / "jsft", encoder, taught, settings, console)
-    judge = Judge(frozen_reference(jsft_model), encoder, templates, batch_size=settings.judge_batch)
+    reference, batch_size = frozen_reference(jsft_model), demo.settings.judge_batch
+    judge = Judge(reference, demo.encoder, templates, batch_size=batch_size)
     with console.status("judging held-out pairs"):
-        quality = _judge_quality(judge, seed, settings.held_out_pairs, output)
-    policy = _self_training(
-        jsft_model, seed, output / "self_judge", encoder, templates, settings, console
-    )
-    gold = _gold_scores(judge, policy, encoder, seed, settings, console, output)
+        quality = demo.judge_quality(judge)
+    policy = demo.self_training(jsft_model, templates)
+    gold = demo.gold_scores(judge, policy)
     summary = _summary(seed, time.perf_counter() - started, quality, gold)
-    write_json(output / "summary.json", summary)
+    write_json(demo.output / "summary.json", summary)
     console.print(_table(summary))
-    say(console, f"{summary['seconds']:.0f} s in all; written to {output}/summary.json")
-    report_on(output, console)
+    say(console, f"{summary['seconds']:.0f} s in all; written to {demo.output}/summary.json")
+    report_on(demo.output, console)
     return summary
 
 
-def _jsft(
-    seed: int,
-    output: Path,
-    encoder: ChatEncoder,
-    templates: JudgeTemplates,
-    settings: DemoSettings,
-    console: Console,
-) -> Any:
-    model = synthetic.tiny_model(encoder.tokenizer, seed)  # type: ignore[arg-type]
-    args = SFTConfig(
-        str(output),
-        num_train_epochs=1,
-        per_device_train_batch_size=settings.jsft_batch,
-        learning_rate=settings.jsft_learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        adam_beta2=0.98,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        logging_steps=10,
-        **_common_args(seed),
-    )
-    records = [
-        _taught_pairs(r, settings.pairs_per_record, seed)
-        for r in synthetic.records(settings.jsft_records, seed, writers=2)
-    ]
-    trainer = jsft_trainer(model, encoder, templates, records, None, args, max_length=512)
-    LiveProgress("JSFT         ", console).attach(trainer)
-    trainer.train()
-    save_jsft(trainer, encoder, templates, merge=False)
-    return load_model(output, device="auto")
+@dataclass
+class _Demo:
+    """The steps of the demo; each leaves its files in the output."""
+
+    seed: int
+    output: Path
+    settings: DemoSettings
+    console: Console
+    encoder: ChatEncoder = field(default_factory=lambda: ChatEncoder(synthetic.tiny_tokenizer()))
+
+    def jsft(self) -> Any:
+        """The model that learned to answer and to judge."""
+        settings, output = self.settings, self.output / "jsft"
+        model = synthetic.tiny_model(self.encoder.tokenizer, self.seed)  # type: ignore[arg-type]
+        args = SFTConfig(
+            str(output),
+            num_train_epochs=1,
+            per_device_train_batch_size=settings.jsft_batch,
+            learning_rate=settings.jsft_learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            adam_beta2=0.98,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            logging_steps=10,
+            **self.common_args(),
+        )
+        records = [
+            _taught_pairs(r, settings.pairs_per_record, self.seed)
+            for r in synthetic.records(settings.jsft_records, self.seed, writers=2)
+        ]
+        templates = synthetic.judge_templates(overall=True)
+        trainer = jsft_trainer(model, self.encoder, templates, records, None, args, max_length=512)
+        LiveProgress("JSFT         ", self.console).attach(trainer)
+        trainer.train()
+        save_jsft(trainer, self.encoder, templates, merge=False)
+        return load_model(output, device="auto")
+
+    def judge_quality(self, judge: Judge) -> JudgeQuality:
+        """The general judgment on pairs of prompts that were never trained on."""
+        cases = []
+        for record in synthetic.records(self.settings.held_out_pairs, self.seed, "test", writers=2):
+            pair = next(p for p in record.pairs if p.principle is None)
+            cases.append(Comparison(record.prompt[-1]["content"], pair.chosen, pair.rejected))
+        verdicts = judge.compare(cases)
+        judged = (judged_line(c, v, gold="a") for c, v in zip(cases, verdicts, strict=True))
+        write_lines(self.output / JUDGED, judged)
+        return judge_quality(verdicts)
+
+    def self_training(self, jsft_model: Any, templates: JudgeTemplates) -> Any:
+        """The policy, aligned with its own general judgments."""
+        settings, output = self.settings, self.output / "self_judge"
+        count = settings.prompts_per_step * settings.steps
+        prompts = [
+            {"prompt": [{"role": "user", "content": record.prompt[-1]["content"]}]}
+            for record in synthetic.records(count, stable_seed(self.seed, "prompts"))
+        ]
+        args = SelfJudgeConfig(
+            str(output),
+            max_steps=settings.steps,
+            per_device_train_batch_size=settings.prompts_per_step,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=0.1,
+            beta=settings.beta,
+            max_new_tokens=settings.max_new_tokens,
+            top_p=1.0,
+            max_length=512,
+            generation_batch_size=256,
+            judge_batch_size=settings.judge_batch,
+            logging_steps=1,
+            **self.common_args(),
+        )
+        trainer = SelfJudgeTrainer(
+            model=jsft_model,
+            args=args,
+            processing_class=self.encoder.tokenizer,
+            encoder=self.encoder,
+            judge_templates=templates,
+            train_dataset=Dataset.from_list(prompts),
+        )
+        LiveProgress("self-training", self.console).attach(trainer)
+        trainer.train()
+        trainer.save_model(str(output))
+        return trainer.model
+
+    def gold_scores(self, judge: Judge, policy: Any) -> _Gold:
+        """What the rubric gives JSFT, policy and self-rejection on held-out prompts."""
+        seed, encoder, console = self.seed, self.encoder, self.console
+        instructions = synthetic.instructions(self.settings.held_out_prompts, seed)
+        prompts = [encoder.encode_prompt([{"role": "user", "content": i}]) for i in instructions]
+        sampling = SamplingSettings(max_new_tokens=self.settings.max_new_tokens)
+        seeds = [stable_seed(seed, "held-out", i) for i in range(len(prompts))]
+
+        def scores(texts: Sequence[str]) -> list[float]:
+            return [toy_world.gold_score(i, t) for i, t in zip(instructions, texts, strict=True)]
+
+        jsft_model: Any = judge.model
+        with console.status("JSFT answers held-out prompts"):
+            sampler = TransformersSampler(jsft_model, encoder, sampling, 256)
+            before = sampler.sample(prompts, 1, seeds)
+        with console.status(f"the policy answers held-out prompts {max(SIZES)} times"):
+            sampler = TransformersSampler(policy, encoder, sampling, 512)
+            samples = [[r.text for r in own] for own in sampler.sample(prompts, max(SIZES), seeds)]
+        by_size = {}
+        for size in SIZES:
+            with console.status(f"self-rejection among {size}"):
+                own = [texts[:size] for texts in samples]
+                brackets = judged_knockouts(judge, instructions, own, seeds=seeds)
+                best = [texts[b.winner] for texts, b in zip(own, brackets, strict=True)]
+            by_size[size] = scores(best)
+        principles = judge.templates.principles
+        shown = zip(instructions, own, brackets[:SHOWN_BRACKETS], strict=False)  # of the largest N
+        write_lines(
+            self.output / BRACKETS,
+            (
+                {
+                    **played_line({"context": instruction}, texts, bracket, principles),
+                    "gold_scores": [toy_world.gold_score(instruction, text) for text in texts],
+                }
+                for instruction, texts, bracket in shown
+            ),
+        )
+        first = [texts[0] for texts in samples]
+        return _Gold(scores([r.text for (r,) in before]), scores(first), by_size)
+
+    def common_args(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "bf16": False,
+            "use_cpu": not torch.cuda.is_available(),
+        }
 
 
 def _taught_pairs(record: PreferenceRecord, count: int, seed: int) -> PreferenceRecord:
@@ -159,19 +261,6 @@ def _taught_pairs(record: PreferenceRecord, count: int, seed: int) -> Preference
     )
     pairs = (dataclasses.replace(general, principle=synthetic.OVERALL), *chosen)
     return dataclasses.replace(record, pairs=pairs)
-
-
-def _judge_quality(judge: Judge, seed: int, n: int, output: Path) -> JudgeQuality:
-    """The general judgment on pairs of prompts that were never trained on."""
-    cases = []
-    for record in synthetic.records(n, seed, "test", writers=2):
-        pair = next(p for p in record.pairs if p.principle is None)
-        cases.append(Comparison(record.prompt[-1]["content"], pair.chosen, pair.rejected))
-    verdicts = judge.compare(cases)
-    with atomic_write(output / JUDGED) as file:
-        for case, verdict in zip(cases, verdicts, strict=True):
-            file.write(json.dumps(judged_line(case, verdict, gold="a"), ensure_ascii=False) + "\n")
-    return judge_quality(verdicts)
 
 
 def judged_line(comparison: Comparison, verdict: Verdict, gold: Side) -> dict[str, Any]:
@@ -190,49 +279,6 @@ def judged_line(comparison: Comparison, verdict: Verdict, gold: Side) -> dict[st
     }
 
 
-def _self_training(
-    jsft_model: Any,
-    seed: int,
-    output: Path,
-    encoder: ChatEncoder,
-    templates: JudgeTemplates,
-    settings: DemoSettings,
-    console: Console,
-) -> Any:
-    count = settings.prompts_per_step * settings.steps
-    prompts = [
-        {"prompt": [{"role": "user", "content": record.prompt[-1]["content"]}]}
-        for record in synthetic.records(count, stable_seed(seed, "prompts"))
-    ]
-    trainer = SelfJudgeTrainer(
-        model=jsft_model,
-        args=SelfJudgeConfig(
-            str(output),
-            max_steps=settings.steps,
-            per_device_train_batch_size=settings.prompts_per_step,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=0.1,
-            beta=settings.beta,
-            max_new_tokens=settings.max_new_tokens,
-            top_p=1.0,
-            max_length=512,
-            generation_batch_size=256,
-            judge_batch_size=settings.judge_batch,
-            logging_steps=1,
-            **_common_args(seed),
-        ),
-        processing_class=encoder.tokenizer,
-        encoder=encoder,
-        judge_templates=templates,
-        train_dataset=Dataset.from_list(prompts),
-    )
-    LiveProgress("self-training", console).attach(trainer)
-    trainer.train()
-    trainer.save_model(str(output))
-    return trainer.model
-
-
 @dataclass(frozen=True, slots=True)
 class _Gold:
     """Gold scores per held-out prompt."""
@@ -240,52 +286,6 @@ class _Gold:
     jsft: list[float]
     self_judge: list[float]
     by_size: dict[int, list[float]]
-
-
-def _gold_scores(
-    judge: Judge,
-    policy: Any,
-    encoder: ChatEncoder,
-    seed: int,
-    settings: DemoSettings,
-    console: Console,
-    output: Path,
-) -> _Gold:
-    instructions = synthetic.instructions(settings.held_out_prompts, seed)
-    prompts = [encoder.encode_prompt([{"role": "user", "content": i}]) for i in instructions]
-    sampling = SamplingSettings(max_new_tokens=settings.max_new_tokens)
-    seeds = [stable_seed(seed, "held-out", i) for i in range(len(prompts))]
-
-    def scores(texts: Sequence[str]) -> list[float]:
-        return [toy_world.gold_score(i, t) for i, t in zip(instructions, texts, strict=True)]
-
-    jsft_model: Any = judge.model
-    with console.status("JSFT answers held-out prompts"):
-        before = TransformersSampler(jsft_model, encoder, sampling, 256).sample(prompts, 1, seeds)
-    with console.status(f"the policy answers held-out prompts {max(SIZES)} times"):
-        sampler = TransformersSampler(policy, encoder, sampling, 512)
-        samples = [[r.text for r in own] for own in sampler.sample(prompts, max(SIZES), seeds)]
-    by_size = {}
-    for size in SIZES:
-        with console.status(f"self-rejection among {size}"):
-            own = [texts[:size] for texts in samples]
-            brackets = judged_knockouts(judge, instructions, own, seeds=seeds)
-            best = [texts[b.winner] for texts, b in zip(own, brackets, strict=True)]
-        by_size[size] = scores(best)
-    principles = list(judge.templates.principles)
-    with atomic_write(output / BRACKETS) as file:  # of the largest N
-        for i, bracket in enumerate(brackets[:SHOWN_BRACKETS]):
-            line = {
-                "context": instructions[i],
-                "responses": own[i],
-                "winner": bracket.winner,
-                "response": best[i],
-                "principles": principles,
-                "gold_scores": [toy_world.gold_score(instructions[i], t) for t in own[i]],
-                "bracket": bracket_json(bracket),
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return _Gold(scores([r.text for (r,) in before]), scores([t[0] for t in samples]), by_size)
 
 
 def _summary(seed: int, seconds: float, quality: JudgeQuality, gold: _Gold) -> dict[str, Any]:
@@ -336,19 +336,6 @@ def _table(summary: dict[str, Any]) -> Table:
             row("win rate, self-trained against JSFT", summary["win_rate_vs_jsft"], "value"),
         ],
     )
-
-
-def _common_args(seed: int) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "bf16": False,
-        "use_cpu": not torch.cuda.is_available(),
-    }
 
 
 def _quiet() -> None:

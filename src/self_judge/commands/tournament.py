@@ -94,7 +94,7 @@ class TournamentJob:
             )
             principles = judge.templates.principles if self.brackets else None
             return [
-                _played(entry.line, texts, bracket, principles)
+                played_line(entry.line, texts, bracket, principles)
                 for entry, texts, bracket in zip(entries, responses, knockouts, strict=True)
             ]
 
@@ -176,12 +176,13 @@ def run_tournament(
     return lines.run(job.load, overwrite=overwrite, console=console)[0]
 
 
-def _played(
+def played_line(
     line: Mapping[str, Any],
     responses: Sequence[str],
     bracket: Bracket,
     principles: Sequence[str] | None,
 ) -> dict[str, Any]:
+    """A line with its winner, and with the bracket where principles are given."""
     written = {
         **line,
         "responses": list(responses),

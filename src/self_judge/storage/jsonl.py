@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from self_judge.errors import JournalError
-from self_judge.storage.atomic import write_json
+from self_judge.storage.atomic import atomic_write, write_json
 
 
 def loads(text: str) -> Any:
@@ -86,6 +86,12 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
             file, path, JournalError, torn_is_end=True, blank_is_error=True, remedy=remedy
         ):
             yield line
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a file of JSON lines, whole or not at all."""
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 class Journal:

@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from self_judge.storage.atomic import atomic_write
-from self_judge.storage.jsonl import read_lines
+from self_judge.storage.jsonl import read_lines, write_lines
 
 METRICS = "metrics.jsonl"
 RUN = "run.json"
@@ -48,9 +47,7 @@ def rewind(folder: Path, step: int) -> None:
     """
     metrics = folder / METRICS
     if metrics.is_file():
-        kept = [line for line in read_lines(metrics) if line.get("step", 0) <= step]
-        with atomic_write(metrics) as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        write_lines(metrics, [x for x in read_lines(metrics) if x.get("step", 0) <= step])
     for own, path in rollout_files(folder):
         if own > step:
             path.unlink()
