@@ -8,6 +8,7 @@ as well.
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
@@ -88,6 +89,20 @@ def test_python_examples_import_from_the_package_itself(document: Path) -> None:
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("self_judge"):
                 assert node.module == "self_judge"
                 assert {alias.name for alias in node.names} <= set(self_judge.__all__)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_and_dotted_names_that_a_document_mentions_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    folders = [PACKAGE, ROOT / "tests", ROOT / "benchmarks", ROOT / "docs"]
+    there = [f"/{path}" for folder in folders for path in folder.rglob("*.py")]
+    there += [f"/{path}" for path in ROOT.glob("*.py")]
+    for name in re.findall(r"`([\w/]+\.py)`", text):
+        assert any(path.endswith(f"/{name}") for path in there), name
+    packages = "|".join(path.name for path in PACKAGE.iterdir() if path.is_dir())
+    for dotted in re.findall(rf"`(?:self_judge\.)?((?:{packages})\.\w+[.\w]*)`", text):
+        if dotted.rpartition(".")[2] not in ("json", "jsonl", "counts", "counts_by_source"):
+            assert pkgutil.resolve_name(f"self_judge.{dotted}"), dotted
 
 
 def run_of(config: str, overrides: list[str], kind: RunKind) -> None:
