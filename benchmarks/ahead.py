@@ -18,7 +18,7 @@ from datasets import Dataset
 
 import side_by_side as bench
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
-from self_judge.training.self_training.vllm_sync import VLLMRollouts
+from self_judge.training.self_training.vllm_sync import VLLMSync
 
 SIDES = ("ahead", "in turn")
 STEPS = 3
@@ -57,8 +57,8 @@ def main() -> None:
     """Runs of a few steps of each kind, in turn; the first step of a run is left out."""
     given = bench.arguments(__doc__, SIDES, prompts=4, new=64, sampling=4, judging=1)
     engine = Elsewhere(given.sampling, given.judging, given.new)
-    VLLMRollouts._servers = lambda self: engine  # type: ignore[method-assign, assignment, return-value]
-    VLLMRollouts._check = lambda self, *_: None  # type: ignore[method-assign, assignment]
+    VLLMSync._servers = lambda self: engine  # type: ignore[method-assign, assignment, return-value]
+    VLLMSync._check = lambda self, *_: None  # type: ignore[method-assign, assignment]
     encoder = bench.encoder_of(given)
     records = bench.records_of(given, STEPS * given.prompts)
     rows = [{"prompt": [dict(m) for m in r.prompt]} for r in records]

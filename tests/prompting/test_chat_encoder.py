@@ -34,7 +34,7 @@ from chat_templates import (
 from conftest import CHATML, SHARED, TEMPLATES, byte_bpe, sentencepiece_bpe, unigram, wrap
 from self_judge import ChatEncoder, Comparison, JudgeTemplates
 from self_judge.errors import EncodingError
-from self_judge.prompting.chat_layout import marker_template
+from self_judge.prompting.chat_template import marker_template
 from self_judge.prompting.judge_prompt import encode_orders
 
 KINDS = {"byte": byte_bpe, "sentencepiece": sentencepiece_bpe, "unigram": unigram}

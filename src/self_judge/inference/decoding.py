@@ -45,7 +45,7 @@ _LOOK_EVERY_ELSEWHERE = 8
 _LEAVE_AT = 0.75  # share of unfinished rows below which the finished ones leave the batch
 
 
-class Draw(Protocol):
+class TokenSampler(Protocol):
     """Chooses each row's next token; may hold something per row."""
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ def decode(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     copies: Sequence[int],
-    draw: Draw,
+    draw: TokenSampler,
     *,
     stop: Sequence[int],
     pad: int,

@@ -19,8 +19,8 @@ from transformers.generation.logits_process import (
 from self_judge.config.self_training import SamplingSettings
 
 
-class TokenSampler:
-    """The next token of each row by the settings; see `decoding.Draw`."""
+class SeededTokenSampler:
+    """The next token of each row by the settings; see `decoding.TokenSampler`."""
 
     def __init__(
         self, settings: SamplingSettings, seeds_B: torch.Tensor, padding_B: torch.Tensor

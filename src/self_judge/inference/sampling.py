@@ -22,7 +22,7 @@ from transformers import (
 from self_judge.config.self_training import SamplingSettings
 from self_judge.datatypes import Response, stable_seed
 from self_judge.inference.decoding import MaxOverRanks, cache_bytes, decode, why_not_shared
-from self_judge.inference.logits_processors import TokenSampler
+from self_judge.inference.logits_processors import SeededTokenSampler
 from self_judge.packing.passes import padded, to_device
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.runtime import halve_or_raise, in_evaluation_mode, without_cudnn_attention
@@ -218,7 +218,7 @@ class TransformersSampler:
         device = next(self.model.parameters()).device
         longest = max(len(prompt) for prompt, _ in rows)
         padding = [longest - len(prompt) for prompt, seeds in rows for _ in seeds]
-        draw = TokenSampler(
+        draw = SeededTokenSampler(
             self.settings,
             to_device(torch.tensor([seed for _, seeds in rows for seed in seeds]), device),
             to_device(torch.tensor(padding), device),

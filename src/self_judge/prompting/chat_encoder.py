@@ -1,4 +1,4 @@
-"""ChatEncoder: the only place where text becomes token ids, with the loss mask built alongside.
+"""ChatEncoder: chats and contents to token ids with their loss mask, and ids back to text.
 
 It knows one tokenizer and one chat template. It does not know models, datasets or principles.
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from self_judge.datatypes import Message
 from self_judge.errors import EncodingError
-from self_judge.prompting.chat_layout import (
+from self_judge.prompting.chat_template import (
     ChatLayouts,
     Ending,
     Slot,
@@ -28,9 +28,9 @@ from self_judge.prompting.chat_layout import (
     own_template,
     system_into_user,
 )
-from self_judge.prompting.judge_prompt import letter_ids
+from self_judge.prompting.content_tokenizer import ContentTokenizer
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.prompting.text_tokenizer import ContentTokenizer
+from self_judge.prompting.letter_tokens import letter_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,7 +167,7 @@ class ChatEncoder:
         token_id_a: int | None = None,
         token_id_b: int | None = None,
     ) -> tuple[int, int]:
-        """The ids of " A" and " B" after the judge's lead-in; see `judge_prompt.letter_ids`."""
+        """The ids of " A" and " B" after the judge's lead-in; see `letter_tokens.letter_ids`."""
         return letter_ids(self._text, templates, token_id_a, token_id_b)
 
     # -- inside --------------------------------------------------------------------------------

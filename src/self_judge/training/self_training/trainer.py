@@ -53,7 +53,7 @@ from self_judge.training.self_training.config import (
     trusts_code,
     with_values,
 )
-from self_judge.training.self_training.logprob_units import LogProbUnits
+from self_judge.training.self_training.logprob_averaging import LogProbAveraging
 from self_judge.training.self_training.prompts import COLUMNS, SelfJudgeCollator, prepare_dataset
 from self_judge.training.self_training.rollout_log import (
     kl_estimate,
@@ -67,7 +67,7 @@ from self_judge.training.self_training.rollouts import (
     evaluation_batch,
     preference_batch,
 )
-from self_judge.training.self_training.vllm_sync import VLLMRollouts
+from self_judge.training.self_training.vllm_sync import VLLMSync
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -253,7 +253,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         self._step_batches: list[Any] = []
         self._step_inputs: list[dict[str, torch.Tensor]] | None = None
         self._shown: list[Rollout] = []
-        self._log_prob_hooks = LogProbUnits.attach(self)
+        self._log_prob_hooks = LogProbAveraging.attach(self)
         self.run_log = RunLog("self_judge", {"judge_templates": dict(self.judge_templates)})
         self.add_callback(self.run_log)
 
@@ -364,12 +364,12 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
                 max_over_ranks=self.max_over_ranks,
             )
 
-    def _vllm_rollouts(self) -> VLLMRollouts:
+    def _vllm_rollouts(self) -> VLLMSync:
         principle = self.judge_templates.principles[0]
         asked = Comparison("Where does the otter live?", "In the river.", "In the sky.")
         orders = encode_orders(self.encoder, self.judge_templates, principle, asked, None)
         assert orders is not None  # without a limit every prompt fits
-        return VLLMRollouts(
+        return VLLMSync(
             self.model,
             self.args,
             self.accelerator,

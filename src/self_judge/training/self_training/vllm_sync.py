@@ -133,7 +133,7 @@ _POLICY, _REFERENCE = "default", "ref"
 _CHECKS = 2  # the first rollout, and the first after an update
 
 
-class VLLMRollouts:
+class VLLMSync:
     """Keeps the policy in an engine as it is in training; with LoRA its base judges there.
 
     With LoRA the engine holds the frozen base once: the current adapter, loaded anew after every

@@ -1,4 +1,4 @@
-"""LogProbUnits: a response's log-probability summed where the inherited loss averages, or averaged.
+"""LogProbAveraging: log-probabilities averaged where the inherited loss sums, or summed.
 
 `SelfJudgeConfig.average_log_prob` asks for it.
 """
@@ -14,7 +14,7 @@ from peft import PeftModel
 from self_judge.packing.fused_head import BEFORE_FUSED_HEAD
 
 
-class LogProbUnits:
+class LogProbAveraging:
     """Sums or averages per-token log-probabilities otherwise than the inherited loss does.
 
     TRL's sigmoid and hinge sum over a response's tokens, its ipo averages. The other convention is
@@ -27,7 +27,7 @@ class LogProbUnits:
         self.sums: list[torch.Tensor] = []  # policy, then reference: log π(y|x) as it is
 
     @classmethod
-    def attach(cls, trainer: Any) -> LogProbUnits | None:
+    def attach(cls, trainer: Any) -> LogProbAveraging | None:
         """Hooked to the models of a `SelfJudgeTrainer`; `None` where the loss has it as asked.
 
         Raises:

@@ -17,7 +17,7 @@ from jinja2.exceptions import TemplateError as JinjaError
 
 from self_judge.datatypes import Message
 from self_judge.errors import EncodingError
-from self_judge.prompting.text_tokenizer import ContentTokenizer
+from self_judge.prompting.content_tokenizer import ContentTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
