@@ -274,7 +274,7 @@ def _leave_the_others() -> None:
 
 
 def _resuming(argv: Sequence[str]) -> str:
-    """The command that goes on with a run."""
+    """The command that resumes a run."""
     override = "training_args.resume_from_checkpoint=true"
     kept = [a for a in argv[1:] if not a.startswith("training_args.resume_from_checkpoint=")]
     name = os.path.basename(argv[0])

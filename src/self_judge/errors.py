@@ -35,7 +35,7 @@ class EngineError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be gone on from; the message names it and says why."""
+    """A checkpoint that cannot be resumed from; the message names it and says why."""
 
 
 class JournalError(ValueError):

@@ -447,7 +447,7 @@ def test_settings_that_do_not_do_what_they_say(
     assert "checkpoint-5 is passed over: it has no manifest" in warnings(check(TRAIN, before))
     seal(tmp_path / "run" / "checkpoint-5")
     goes_on = check(TRAIN, before)
-    assert any("the run goes on from" in f.text for f in goes_on.findings)
+    assert any("the run resumes from" in f.text for f in goes_on.findings)
     anew = [*before, "training_args.resume_from_checkpoint=null"]
     assert "has checkpoints of another run" in warnings(check(TRAIN, anew))
     nothing = [*own, "dataset.held_out=0.0"]

@@ -136,7 +136,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(
         *small("jsft_args", tmp_path / "jsft", base, data["hh"]),
         "training_args.resume_from_checkpoint=true",
     ]
-    run_jsft(load_run(config, given, "jsft"))  # nothing to go on from yet
+    run_jsft(load_run(config, given, "jsft"))  # nothing to resume from yet
     run_jsft(load_run(config, [*given, "training_args.max_steps=2"], "jsft"))
     assert (tmp_path / "jsft" / "checkpoint-2").is_dir()
 

@@ -213,7 +213,7 @@ RUN_FILE = [
             "self_judge_args.use_vllm=true self_judge_args.vllm_mode=server",
             "vllm_mode=server needs vllm_server_base_url", "name the URL", TRAIN),
     setting("a checkpoint that is not there", "training_args.resume_from_checkpoint=/nope",
-            "/nope cannot be gone on from: there is no such folder",
+            "/nope cannot be resumed from: there is no such folder",
             "true takes the last whole one"),
 ]  # fmt: skip
 

@@ -67,7 +67,7 @@ def test_other_settings_are_refused_and_named_unless_it_begins_anew(tmp_path: Pa
 def test_a_file_from_elsewhere_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"precious": 1}\n')
-    with pytest.raises(JournalError, match="cannot be gone on with"):
+    with pytest.raises(JournalError, match="cannot be resumed"):
         with open_journal(path, SETTINGS):
             pass
     assert path.read_text() == '{"precious": 1}\n'

@@ -267,7 +267,7 @@ def _output_findings(
         for line in passed_over:
             yield warning(resume_key, line)
         if found is not None:
-            yield note(resume_key, f"the run goes on from {found}")
+            yield note(resume_key, f"the run resumes from {found}")
     elif output.is_dir() and not resume and get_last_checkpoint(str(output)):
         yield warning(
             key,

@@ -1,6 +1,6 @@
 """`self-judge compare`: two policies answer the same prompts, a judge says who answers better.
 
-Wiring: each step leaves a file that an interrupted run goes on with. Sampling, judging and
+Wiring: each step leaves a file that an interrupted run resumes from. Sampling, judging and
 statistics are elsewhere.
 """
 

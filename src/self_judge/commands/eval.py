@@ -72,7 +72,7 @@ def run_eval(
 ) -> dict[str, Any]:
     """Evaluates a judge; returns what it writes to `output/results.json`.
 
-    Verdicts go to `output/verdicts.jsonl` as they are made; the same call goes on after an
+    Verdicts go to `output/verdicts.jsonl` as they are made; the same call resumes after an
     interruption. Under `accelerate launch` each process judges its share, and the first does the
     rest.
 

@@ -198,7 +198,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     data, held_out = load_data(run.dataset, say, rationales=False)
     if held_out is None:
         args.eval_strategy = "no"
-    # An adapter is gone on with where no new one is asked for; else it is merged and frozen.
+    # Without a new adapter the given one is trained on; else it is merged and frozen.
     model = _load_model(run, merge=run.peft_config is not None)
     trainer = SelfJudgeTrainer(
         model=model,
@@ -252,12 +252,12 @@ def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
 def _train(
     trainer: JSFTTrainer | SelfJudgeTrainer, run: Run, args: Any, say: Say, progress: LiveProgress
 ) -> None:
-    """Trains; `resume_from_checkpoint: true` goes on from the last checkpoint, if there is one."""
+    """Trains; `resume_from_checkpoint: true` resumes from the last checkpoint, if there is one."""
     output = Path(str(args.output_dir))
     resume: str | None = _checkpoint(output, args.resume_from_checkpoint, say)
     this = json.loads(json.dumps(dataclasses.asdict(run), default=str))
     if resume is not None:
-        say(f"goes on from {resume}")
+        say(f"resumes from {resume}")
         for line in _changes(output, this):
             say(f"warning: {line}")
     trainer.run_log.run_file = this
@@ -291,7 +291,7 @@ def _checkpoint(output: Path, asked: str | bool | None, say: Say) -> str | None:
 
 
 def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
-    """What a run that goes on has otherwise than the one that it goes on from."""
+    """Settings that changed since the checkpoint."""
     try:
         before = json.loads((output / RUN).read_text(encoding="utf-8")).get("run_file") or {}
     except (OSError, ValueError):

@@ -78,7 +78,7 @@ def seal(folder: Path) -> None:
 
 
 def integrity_error(folder: Path) -> str | None:
-    """Why a checkpoint cannot be gone on from; `None` for a whole one."""
+    """Why a checkpoint cannot be resumed from; `None` for a whole one."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"it has no {MANIFEST}, which is written last"

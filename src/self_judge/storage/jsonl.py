@@ -178,7 +178,7 @@ def open_journal(
     begun = not overwrite and path.exists() and path.stat().st_size > 0
     if begun and not beside.exists():
         raise JournalError(
-            f"{path} exists and has no {beside.name} beside it, so it cannot be gone on with: give "
+            f"{path} exists and has no {beside.name} beside it, so it cannot be resumed: give "
             "another output, or --overwrite"
         )
     noted = _noted(beside) if begun else None

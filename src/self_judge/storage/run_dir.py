@@ -40,7 +40,7 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Takes back what was written after a step, so that a run that goes on there repeats nothing.
+    """Takes back what was written after a step, so that a resumed run repeats nothing.
 
     Args:
         step: optimizer steps done; 0 starts anew.

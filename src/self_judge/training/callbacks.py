@@ -41,7 +41,7 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 class RunLog(TrainerCallback):
     """Writes `run.json` when training begins, and a line of `metrics.jsonl` at every log.
 
-    A run that resumes from a checkpoint goes on behind that checkpoint's step: what was logged
+    A run that resumes from a checkpoint continues after that checkpoint's step: what was logged
     after it is taken back, since those steps are done again.
 
     Args:

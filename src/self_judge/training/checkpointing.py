@@ -116,14 +116,14 @@ class FaultToleranceMixin(Base):
                 logger.warning(line)
             if path is None:
                 raise CheckpointError(
-                    f"{self.args.output_dir} has no whole checkpoint to go on from: leave "
-                    "resume_from_checkpoint unset to begin anew"
+                    f"{self.args.output_dir} has no complete checkpoint to resume from: leave "
+                    "resume_from_checkpoint unset to start from scratch"
                 )
             return path
         path = Path(str(asked))
         reason = "there is no such folder" if not path.is_dir() else integrity_error(path)
         if reason is not None:
-            raise CheckpointError(f"{path} cannot be gone on from: {reason}")
+            raise CheckpointError(f"{path} cannot be resumed from: {reason}")
         return path
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

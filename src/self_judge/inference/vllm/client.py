@@ -180,7 +180,7 @@ class VLLMServers:
             raise ServerDownError(
                 "no vLLM server answers any more: "
                 + "; ".join(f"{s.url}: {s.down}" for s in self.servers)
-                + ". Start them again and go on from the last checkpoint"
+                + ". Start them again and resume from the last checkpoint"
             )
         return alive
 
