@@ -183,17 +183,21 @@ MOMENTS: dict[str, list[Any]] = {
     "after the weights changed": ["torch.optim:AdamW.step", 5, "after"],
     "with half of the weights written": ["peft.peft_model:safe_save_file", 2, "half"],
     "with the optimizer's state half written": ["torch:save", 3, "half"],
-    "before a checkpoint is sealed": ["self_judge.training.checkpointing:seal", 2, "before"],
+    "before a checkpoint is sealed": ["self_judge.training.fault_tolerance:seal", 2, "before"],
     "before a checkpoint has its name": [
-        "self_judge.training.checkpointing:commit",
+        "self_judge.training.fault_tolerance:commit",
         2,
         "before",
     ],
-    "before old checkpoints are removed": ["self_judge.training.checkpointing:remove", 1, "before"],
+    "before old checkpoints are removed": [
+        "self_judge.training.fault_tolerance:remove",
+        1,
+        "before",
+    ],
     "while an old checkpoint is removed": ["self_judge.storage.atomic:shutil.rmtree", 9, "before"],
     "while a number is logged": ["self_judge.training.callbacks:append_line", 2, "after"],
     "before the trained model is in place": [
-        "self_judge.training.checkpointing:move_files",
+        "self_judge.training.fault_tolerance:move_files",
         1,
         "before",
     ],
@@ -270,7 +274,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_to_be(place: Place, tmp_pa
     output = tmp_path / "run"
     argv = place.argv("train", output)
     assert (
-        place.command(argv, die_at=["self_judge.training.checkpointing:move_files", 1, "before"])
+        place.command(argv, die_at=["self_judge.training.fault_tolerance:move_files", 1, "before"])
         == -signal.SIGKILL
     )
     weights = output / "checkpoint-8" / "adapter_model.safetensors"
@@ -320,7 +324,7 @@ def test_on_a_full_disk_a_run_says_so_in_one_line_and_its_last_checkpoint_stays_
     output = disk / "run"
     argv = place.argv(kind, output)
     assert (
-        place.command(argv, die_at=["self_judge.training.checkpointing:seal", 2, "before"])
+        place.command(argv, die_at=["self_judge.training.fault_tolerance:seal", 2, "before"])
         == -signal.SIGKILL
     )
     clear_unfinished(output)
@@ -345,7 +349,7 @@ def test_a_folder_that_is_read_only_is_said_to_be_and_nothing_is_lost(
     output = disk / "run"
     argv = place.argv("train", output)
     assert (
-        place.command(argv, die_at=["self_judge.training.checkpointing:seal", 2, "before"])
+        place.command(argv, die_at=["self_judge.training.fault_tolerance:seal", 2, "before"])
         == -signal.SIGKILL
     )
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)

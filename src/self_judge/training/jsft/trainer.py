@@ -21,7 +21,7 @@ from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.pass_size import pinned_tokens_per_pass
 from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.training.callbacks import RunLog
-from self_judge.training.checkpointing import FaultToleranceMixin
+from self_judge.training.fault_tolerance import FaultToleranceMixin
 from self_judge.training.lora_layers import lighten
 
 

@@ -43,7 +43,7 @@ from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.storage.run_dir import rollout_file, thin_rollouts
 from self_judge.training.callbacks import RunLog, StepClock
-from self_judge.training.checkpointing import FaultToleranceMixin
+from self_judge.training.fault_tolerance import FaultToleranceMixin
 from self_judge.training.lora_layers import lighten
 from self_judge.training.oom_retry import MICRO_BATCH, OOMRetryMixin
 from self_judge.training.self_training.config import (

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from conftest import Make, history, same, weights
 from self_judge.datatypes import Response
 from self_judge.inference.sampling import TransformersSampler
-from self_judge.training.checkpointing import NotFiniteError
+from self_judge.training.fault_tolerance import NotFiniteError
 
 LORA = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
