@@ -183,7 +183,7 @@ def test_sharding_divides_what_it_shards() -> None:
     assert of(sharding="fsdp").gradients == 28 * 10**9 // 8
 
 
-def test_fault_tolerance_keeps_less_of_the_forward_pass() -> None:
+def test_checkpointing_keeps_less_of_the_forward_pass() -> None:
     checkpointed = dataclasses.replace(FULL, checkpointing=True)
     less = memory(SIZE, KEPT, WORK, checkpointed, GPUS["h100"])
     more = memory(SIZE, KEPT, WORK, FULL, GPUS["h100"])
