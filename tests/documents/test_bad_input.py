@@ -101,14 +101,14 @@ def test_every_case_is_in_the_document_and_nothing_else() -> None:
     text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     for heading, cases in GROUPS.items():
         section = text[text.index(f"## {heading}\n") :].split("\n## ")[0]
-        rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
-        assert rows == [row(case) for case in cases], heading
+        listed = [line for line in section.splitlines() if line.startswith("- ")]
+        assert listed == [item(case) for case in cases], heading
 
 
-def row(case: Case) -> str:
-    """A case as a row of docs/errors.md."""
-    said = " … ".join(part.strip() for part in case.said).replace("|", "\\|")
-    return f"| {case.wrong} | `{said}` | {case.remedy} |"
+def item(case: Case) -> str:
+    """A case as an item of the lists in docs/errors.md."""
+    said = " … ".join(part.strip() for part in case.said)
+    return f"- {case.wrong}: `{said}`" + (f" ({case.remedy})" if case.remedy else "")
 
 
 def test_there_are_as_many_cases_as_promised() -> None:

@@ -77,6 +77,11 @@ def test_the_python_examples_run_one_after_the_other(folder: Path) -> None:
     (own,), (best,) = namespace["responses"], namespace["best"]
     assert len(own) == 16
     assert best in own
+    python = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    for number, example in enumerate(blocks(python, "python"), start=1):
+        exec(compile(example, f"docs/python.md, python block {number}", "exec"), namespace)
+    assert (folder / "outputs/sft/judge.json").is_file()
+    assert (folder / "outputs/by_query/rollouts").is_dir()
     (judging,) = blocks((ROOT / "docs/judging.md").read_text(encoding="utf-8"), "python")
     exec(compile(judging, "docs/judging.md", "exec"), namespace)
     assert len(namespace["verdict"].probabilities) == 1
