@@ -25,7 +25,7 @@ from self_judge.config.schema import RunKind, kind_of_run, load_run
 from self_judge.data import synthetic
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGE = Path(self_judge.__file__).parent
 KIND_OF_SCRIPT: dict[str, RunKind] = {
     "train_jsft.py": "jsft",
@@ -99,7 +99,7 @@ def test_python_examples_import_from_the_package_itself(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_and_dotted_names_that_a_document_mentions_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    folders = [PACKAGE, ROOT / "tests", ROOT / "benchmarks", ROOT / "docs"]
+    folders = [PACKAGE, *(ROOT / name for name in ("tests", "benchmarks", "docs", "examples"))]
     there = [f"/{path}" for folder in folders for path in folder.rglob("*.py")]
     there += [f"/{path}" for path in ROOT.glob("*.py")]
     for name in re.findall(r"`([\w/]+\.py)`", text):
