@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/report.md anew: `python docs/screenshots.py outputs/demo/report.html`.
+"""Takes the pictures of docs/report.md: `python docs/screenshots.py outputs/demo/report.html`.
 
 Needs Chromium and Playwright (`make browser`).
 """
