@@ -17,7 +17,7 @@ PAGE = Path(__file__).parent / "api.md"
 MANY = 30  # a class with more fields than this refers to its own documentation
 HEAD = """# API
 
-This page lists the public names of `self_judge` by package; `make api` writes it from the docstrings.
+This page lists the public names of `self_judge` by package; `make api` writes it from docstrings.
 
 `help(self_judge.NAME)` shows the whole docstring: arguments, shapes, errors. `__version__` is the
 version.

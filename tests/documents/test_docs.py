@@ -47,7 +47,7 @@ def rows(text: str) -> list[list[str]]:
 
 
 def keys(text: str) -> dict[str, tuple[str, str]]:
-    """The keys of a list in the configuration page: what it says of the default, and the meaning."""
+    """The keys in a list of docs/configuration.md: the default and the meaning of each."""
     listed = re.findall(r"^- `(\w+)` \((required|`[^`]+`)\): (.+)$", text, re.MULTILINE)
     assert len(listed) == len(re.findall("^- ", text, re.MULTILINE))
     return {name: (default.strip("`"), meaning) for name, default, meaning in listed}
