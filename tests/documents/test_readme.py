@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+import demo_table
+import method
 import self_judge
 from conftest import ROOT, tiny_llama
 from self_judge import cli
@@ -67,7 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_python_examples_run_one_after_the_other(folder: Path) -> None:
     examples = blocks(README, "python")
-    assert len(examples) == 4  # JSFT, self-training in two ways, self-rejection
+    assert len(examples) == 3  # JSFT, self-training, self-rejection
     namespace: dict[str, Any] = {}
     for number, example in enumerate(examples, start=1):
         exec(compile(example, f"README.md, python block {number}", "exec"), namespace)
@@ -85,6 +87,16 @@ def test_the_python_examples_run_one_after_the_other(folder: Path) -> None:
     (judging,) = blocks((ROOT / "docs/judging.md").read_text(encoding="utf-8"), "python")
     exec(compile(judging, "docs/judging.md", "exec"), namespace)
     assert len(namespace["verdict"].probabilities) == 1
+
+
+def test_the_readme_fits_a_screen_or_two_and_its_figures_are_made_by_commands() -> None:
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    assert len(prose.split()) <= 1_300
+    table = README.split(demo_table.BEGIN)[1].split(demo_table.END)[0]
+    assert re.match(r"\nSeed \d+, \d+ s on .+ cores, PyTorch ", table)
+    for theme, colours in method.THEMES.items():
+        drawn = (ROOT / "docs" / "images" / f"method-{theme}.svg").read_text(encoding="utf-8")
+        assert drawn == method.drawing(colours)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
