@@ -148,6 +148,20 @@ def test_judges_are_compared_though_the_data_was_divided_otherwise(
     assert "McNemar" in capsys.readouterr().out
 
 
+def test_what_else_lies_in_the_folder_is_no_matter(
+    benchmark: Path, saved_judge: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("plotly")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text("no run's\n{}\n")
+    (output / "other.jsonl").write_text('{"bracket": [], "responses": []}\n')
+    command = ["eval", str(benchmark), "--model", str(saved_judge), "--output", str(output)]
+    assert main(command) == 0
+    judges = embedded((output / "report.html").read_text(encoding="utf-8"))["judges"]
+    assert judges[0]["name"] == f"out ({saved_judge})"
+
+
 def test_several_sources_and_a_limit(benchmark: Path, saved_judge: Path, tmp_path: Path) -> None:
     other = tmp_path / "rewards.jsonl"
     rows = [

@@ -238,20 +238,21 @@ def _cut(text: str, most: int) -> str:
 def _loose_files(path: Path, data: ReportData, limits: Limits) -> bool:
     """Reads what is no run: whether there was any."""
     found = False
+    name = (path.parent if path.name == RESULTS else path).name
     for file in [path] if path.is_file() else sorted(path.iterdir()):
         if file.suffix == ".jsonl" and file.name != METRICS:
             kind = _kind(file)
             if kind == "bracket":
                 _add_brackets(file, data, limits)
             elif kind == "judged":
-                _add_verdicts(path.name, read_lines(file), data)
+                _add_verdicts(name, read_lines(file), data)
             found |= kind is not None
         elif file.name == RESULTS or (file == path and file.suffix == ".json"):
             results = _json(file)
             if isinstance(results.get("length_controlled_win_rate"), dict):
-                _add_comparison(path.name, results, data)
+                _add_comparison(name, results, data)
             elif file == path or isinstance(results.get("overall"), dict):
-                _add_evaluation(path.name, results, data)
+                _add_evaluation(name, results, data)
             else:
                 continue  # somebody else's results
             found = True
