@@ -127,6 +127,41 @@ def test_two_judges_are_compared_pair_by_pair(
     assert "is not about the same pairs" in capsys.readouterr().err
 
 
+def test_judges_are_compared_though_the_data_was_divided_otherwise(
+    saved_judge: Path, tmp_path: Path, capsys: Any
+) -> None:
+    rows = [json.dumps({"prompt": f"{i}?", "chosen": "yes", "rejected": "no"}) for i in range(4)]
+    parts = {"whole": rows, "first": rows[:2], "second": rows[2:]}
+    for name, part in parts.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+
+    def command(output: str, *names: str) -> list[str]:
+        sources = [str(tmp_path / f"{name}.jsonl") for name in names]
+        return ["eval", *sources, "--model", str(saved_judge), "--output", str(tmp_path / output)]
+
+    assert main(command("one", "whole")) == 0
+    assert main([*command("two", "first", "second"), "--compare", str(tmp_path / "one")]) == 0
+    assert set(results(tmp_path / "two")["compared_with"]["paired"]["subsets"]) == {
+        "first.jsonl",
+        "second.jsonl",
+    }
+    assert "McNemar" in capsys.readouterr().out
+
+
+def test_what_else_lies_in_the_folder_is_no_matter(
+    benchmark: Path, saved_judge: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("plotly")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text("no run's\n{}\n")
+    (output / "other.jsonl").write_text('{"bracket": [], "responses": []}\n')
+    command = ["eval", str(benchmark), "--model", str(saved_judge), "--output", str(output)]
+    assert main(command) == 0
+    judges = embedded((output / "report.html").read_text(encoding="utf-8"))["judges"]
+    assert judges[0]["name"] == f"out ({saved_judge})"
+
+
 def test_several_sources_and_a_limit(benchmark: Path, saved_judge: Path, tmp_path: Path) -> None:
     other = tmp_path / "rewards.jsonl"
     rows = [

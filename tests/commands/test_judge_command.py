@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -107,6 +108,29 @@ def test_a_finished_file_is_left_alone_and_a_longer_input_is_gone_on_with(
     write(source, *pairs(5))
     assert main(command) == 0
     assert [line["id"] for line in lines(target)] == list(range(5))
+
+
+def test_lines_with_what_is_no_number_are_known_again(saved_judge: Path, tmp_path: Path) -> None:
+    broken = {"score": math.nan, "scores": [math.nan, {"deep": -math.inf}]}
+    source = write(tmp_path / "in.jsonl", *({**pair, **broken} for pair in pairs(3)))
+    target = tmp_path / "out.jsonl"
+    command = ["judge", str(source), str(target), "--model", str(saved_judge)]
+    assert main(command) == 0
+    whole = target.read_bytes()
+    target.write_bytes(b"".join(whole.splitlines(keepends=True)[:1]))
+    assert main(command) == 0
+    assert target.read_bytes() == whole
+
+
+def test_a_field_that_the_input_gained_makes_it_another_one(
+    saved_judge: Path, tmp_path: Path, capsys: Any
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", *pairs(2)), tmp_path / "out.jsonl"
+    command = ["judge", str(source), str(target), "--model", str(saved_judge)]
+    assert main(command) == 0
+    write(source, *({**pair, "note": None} for pair in pairs(2)))
+    assert main(command) == 2
+    assert "not the verdict on line 1 of this input" in capsys.readouterr().err
 
 
 def test_another_model_template_or_input_is_refused(

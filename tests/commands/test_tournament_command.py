@@ -62,16 +62,30 @@ def test_prompts_without_responses_are_answered_first(saved_judge: Path, tmp_pat
         ("[1]", "line 1: expected a JSON object"),
         ('{"prompt": 3}', "line 1: 'prompt' must be a text or a list of messages"),
         ("", "it has no lines"),
+        ('{"context": "é"}', "in.jsonl: not UTF-8 text"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_and_nothing_is_written(
     text: str, message: str, saved_judge: Path, tmp_path: Path, capsys: Any
 ) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text(text)
+    source.write_text(text, encoding="latin-1")
     assert main(["tournament", str(source), str(target), "--model", str(saved_judge)]) == 2
     assert message in capsys.readouterr().err
     assert not target.exists()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_as_on_any_machine_and_are_known_again(
+    end: str, saved_judge: Path, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    line = '{"context": "x", "responses": ["y", "z"], "score": NaN}' + end
+    source.write_bytes(2 * line.encode())
+    command = ["tournament", str(source), str(target), "--model", str(saved_judge)]
+    for _ in range(2):
+        assert main(command) == 0
+        assert len(target.read_text().splitlines()) == 2
 
 
 def test_a_model_without_judge_json_says_what_to_do(

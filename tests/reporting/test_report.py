@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -210,6 +211,19 @@ def test_an_evaluation_is_shown_with_its_subsets(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="self-judge eval"):
         collect([tmp_path / "results.json"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"judge": "gpt"}, {"compared_with": "gpt"}, {"compared_with": {"overall": {}, "judge": "x"}}],
+)
+def test_somebody_elses_evaluation_is_shown_as_far_as_it_goes(
+    more: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"overall": {"pairs": 3}, **more}))
+    data = collect([tmp_path])
+    assert (data.judges[0]["name"], data.judges[0]["pairs"]) == (tmp_path.name, 3)
+    assert data.paired == []
 
 
 def evaluation_of(folder: Path) -> Path:

@@ -117,6 +117,18 @@ def test_nothing_is_lost_or_left_where_work_fails_before_the_first_line(tmp_path
     assert [line["i"] for line in read_journal(path)] == [7]
 
 
+def test_what_was_there_before_is_not_taken_away(tmp_path: Path) -> None:
+    empty, link = tmp_path / "empty.jsonl", tmp_path / "link.jsonl"
+    empty.touch()
+    link.symlink_to(empty)  # as a device, /dev/null say, it is no file of a journal
+    with pytest.raises(ZeroDivisionError), open_journal(link, SETTINGS) as new:
+        assert 1 // new.lines
+    assert link.is_symlink()
+    with pytest.raises(ZeroDivisionError), open_journal(empty, SETTINGS) as new:
+        assert 1 // new.lines
+    assert empty.exists()
+
+
 def test_what_a_reader_passes_over_is_said_by_its_caller(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"x": NaN}\n\n{"x": 1')

@@ -124,7 +124,7 @@ def _results(
     write_json(output / RESULTS, results)
     print_results(results, console)
     say(console, f"written to {output}: {RESULTS}, {VERDICTS}")
-    report_on(output, console)
+    report_on(output / RESULTS, console)  # whatever else lies in the folder
     return results
 
 

@@ -160,7 +160,7 @@ def _ties_table(overall: Mapping[str, Any]) -> Table:
 
 def _compared_table(compared: Mapping[str, Any]) -> Table:
     paired = {**compared["paired"]["subsets"], "all": compared["paired"]["overall"]}
-    theirs = {**compared["subsets"], "all": compared["overall"]}
+    theirs = {**compared["subsets"], "all": compared["overall"]}  # its subsets may be others
     return table(
         f"paired with {compared['judge']['model']}: this judge minus that one",
         ("", "that one's accuracy", "difference", "only this right", "only that right",
@@ -168,7 +168,7 @@ def _compared_table(compared: Mapping[str, Any]) -> Table:
         (
             (
                 name,
-                interval(theirs[name]["accuracy"]),
+                interval(theirs.get(name, {}).get("accuracy")),
                 interval(entry["difference"]),
                 f"{entry['only_this_right']:,}",
                 f"{entry['only_other_right']:,}",

@@ -74,8 +74,12 @@ def judge_in_bulk(
         return judged
 
     def is_line_of(written: Mapping[str, Any], case: Case) -> bool:
-        names = known_by or written.keys() - {field} | case.line.keys()
-        return all(written.get(name) == case.line.get(name) for name in names)
+        # Dictionaries, not values, are compared: in one, the NaN of Python's JSON equals itself.
+        names = known_by or (written.keys() | case.line.keys()) - {field}
+        there, given = (
+            {name: line[name] for name in names if name in line} for line in (written, case.line)
+        )
+        return there == given
 
     job = ResumableJob(
         cases,

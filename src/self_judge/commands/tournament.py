@@ -196,11 +196,13 @@ def played_line(
 
 
 def _is_line_of(written: Mapping[str, Any], entry: Entry) -> bool:
-    return not any(
-        written.get(name) != value
+    given = {
+        name: value
         for name, value in entry.line.items()
         if name not in ADDED or (name == "responses" and value is not None)
-    )
+    }
+    # Dictionaries, not values, are compared: in one, the NaN of Python's JSON equals itself.
+    return {name: written.get(name) for name in given} == given
 
 
 def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
@@ -222,9 +224,12 @@ def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
 
 def _entries(path: Path) -> Iterator[Entry]:
     number = 0
-    with path.open("rb") as file:
-        for number, line in parse_lines(file, path):
-            yield _entry(line, number, f"{path}, line {number}")
+    try:
+        with path.open(encoding="utf-8") as file:  # as text: lines may end in CR alone
+            for number, line in parse_lines(file, path):
+                yield _entry(line, number, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason}, byte {error.start})") from None
     if not number:
         raise ValueError(f"{path}: it has no lines")
 

@@ -164,7 +164,7 @@ class DatasetArgs:
     def __post_init__(self) -> None:
         require(bool(self.sources), "sources is empty: name at least one")
         require(0 <= self.held_out < 1, f"held_out is a share in [0, 1), got {self.held_out}")
-        require_at_least(self, max_records=1, max_eval_records=1, num_proc=1)
+        require_at_least(self, unset=True, max_records=1, max_eval_records=1, num_proc=1)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ class JSFTArgs:
     max_skipped_steps: int = 3
 
     def __post_init__(self) -> None:
-        require_at_least(self, max_length=2, max_skipped_steps=1, global_batch_size=1)
+        require_at_least(self, max_length=2, max_skipped_steps=1)
+        require_at_least(self, unset=True, global_batch_size=1)
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,16 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_at_least(settings: Any, **least: int) -> None:
-    """Raises `ConfigError` for the first of the named values that is below its minimum."""
+def require_at_least(settings: Any, *, unset: bool = False, **least: int) -> None:
+    """Raises `ConfigError` for the first of the named values that is below its minimum.
+
+    Args:
+        unset: whether a value may be `None`.
+    """
     for name, minimum in least.items():
         value = getattr(settings, name)
-        require(
-            value is None or value >= minimum, f"{name} must be at least {minimum}, got {value}"
-        )
+        holds = unset if value is None else value >= minimum
+        require(holds, f"{name} must be at least {minimum}, got {value}")
 
 
 def require_choice(name: str, value: object, choices: Any) -> None:
@@ -189,10 +192,10 @@ class SelfTrainingSettings:
             rollouts_per_update=1,
             judge_batch_size=1,
             generation_batch_size=1,
-            generation_batch_tokens=1,
-            rollout_files=1,
-            rollout_pairs=1,
             max_skipped_steps=1,
+        )
+        require_at_least(
+            self, unset=True, generation_batch_tokens=1, rollout_files=1, rollout_pairs=1
         )
         require_choice("pair_selection", self.pair_selection, PairSelection)
         require_choice("packing", self.packing, PackingChoice)
@@ -226,7 +229,9 @@ class SelfTrainingSettings:
         )
         least = self.max_length or self.max_new_tokens + 1
         require(
-            not self.use_vllm or (self.vllm_max_model_length or least) >= least,
+            not self.use_vllm
+            or self.vllm_max_model_length is None
+            or self.vllm_max_model_length >= least,
             f"vllm_max_model_length ({self.vllm_max_model_length}) must be at least max_length "
             f"({least})",
         )
@@ -275,7 +280,7 @@ class SelfJudgeArgs(SelfTrainingSettings):
     vllm_server_base_url: str | list[str] | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        require_at_least(self, token_id_a=0, token_id_b=0, global_batch_size=1)
+        require_at_least(self, unset=True, token_id_a=0, token_id_b=0, global_batch_size=1)
         require(
             self.token_id_a is None or self.token_id_a != self.token_id_b,
             f"token_id_a and token_id_b are the same token ({self.token_id_a})",

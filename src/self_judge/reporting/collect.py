@@ -238,20 +238,21 @@ def _cut(text: str, most: int) -> str:
 def _loose_files(path: Path, data: ReportData, limits: Limits) -> bool:
     """Reads what is no run: whether there was any."""
     found = False
+    name = (path.parent if path.name == RESULTS else path).name
     for file in [path] if path.is_file() else sorted(path.iterdir()):
         if file.suffix == ".jsonl" and file.name != METRICS:
             kind = _kind(file)
             if kind == "bracket":
                 _add_brackets(file, data, limits)
             elif kind == "judged":
-                _add_verdicts(path.name, read_lines(file), data)
+                _add_verdicts(name, read_lines(file), data)
             found |= kind is not None
         elif file.name == RESULTS or (file == path and file.suffix == ".json"):
             results = _json(file)
             if isinstance(results.get("length_controlled_win_rate"), dict):
-                _add_comparison(path.name, results, data)
+                _add_comparison(name, results, data)
             elif file == path or isinstance(results.get("overall"), dict):
-                _add_evaluation(path.name, results, data)
+                _add_evaluation(name, results, data)
             else:
                 continue  # somebody else's results
             found = True
@@ -332,21 +333,29 @@ def _add_evaluation(name: str, results: Line, data: ReportData) -> None:
     for reason, count in (results.get("skipped") or {}).items():
         data.notes.append(f"{name}: left out, {reason}: {count:,}")
     other = results.get("compared_with")
-    if other:
+    # Somebody else's results may have the key too.
+    if isinstance(other, dict) and isinstance(other.get("overall"), dict):
         _add_reports(f"{name} · compared", other, data)
-        paired = {"all": other["paired"]["overall"], **other["paired"]["subsets"]}
+        paired = other.get("paired") or {}
+        by_subset = {"all": paired.get("overall"), **(paired.get("subsets") or {})}
         data.paired += [
-            {"name": f"{name} · {subset} against {other['judge']['model']}", **numbers}
-            for subset, numbers in paired.items()
+            {"name": f"{name} · {subset} against {_model(other) or 'the other'}", **numbers}
+            for subset, numbers in by_subset.items()
             if numbers
         ]
 
 
 def _add_reports(name: str, results: Line, data: ReportData) -> None:
-    model = (results.get("judge") or {}).get("model")
+    model = _model(results)
     data.judges.append(_judge(f"{name} ({model})" if model else name, results["overall"]))
     for subset, numbers in (results.get("subsets") or {}).items():
         data.judges.append(_judge(f"{name} · {subset}", numbers))
+
+
+def _model(results: Line) -> str | None:
+    """The judging model's name, where the results say it as `eval` does."""
+    judge = results.get("judge")
+    return judge.get("model") if isinstance(judge, dict) else None
 
 
 def _judge(name: str, numbers: Line) -> Line:

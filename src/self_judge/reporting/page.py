@@ -69,10 +69,10 @@ def write_report(
     return target
 
 
-def report_on(folder: Path, console: Console) -> None:
-    """Writes the page of a folder that a command is done with, or says that Plotly is missing."""
+def report_on(path: Path, console: Console) -> None:
+    """Writes the page of a folder or file that a command wrote, or says that Plotly is missing."""
     if plotly_is_there():
-        write_report([folder], console=console)
+        write_report([path], console=console)
     else:
         console.print("no report.html without Plotly: pip install 'self-judge\\[report]'")
 

@@ -184,6 +184,7 @@ def open_journal(
     noted = _noted(beside) if begun else None
     if noted is not None:
         _check_settings(path, noted["settings"], settings)
+    own = not os.path.lexists(path)
     with path.open("ab") as file:
         _lock(file, path)
         journal = Journal(path, file, settings)
@@ -194,7 +195,8 @@ def open_journal(
         try:
             yield journal
         except BaseException:
-            if not path.stat().st_size:
+            # What was there before, as a device or a link, is not this journal's to take away.
+            if own and not path.stat().st_size:
                 with suppress(PermissionError):  # Windows removes no open file
                     path.unlink()
             raise

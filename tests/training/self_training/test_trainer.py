@@ -532,6 +532,9 @@ def test_long_dialogues_lose_their_oldest_exchanges_and_hopeless_prompts_are_lef
     [
         ({"max_new_tokens": 300}, r"max_new_tokens \(300\) must be below max_length \(256\)"),
         ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"num_generations": None}, "num_generations must be at least 2, got None"),
+        ({"top_k": None}, "top_k must be at least 0, got None"),
+        ({"use_vllm": True, "vllm_max_model_length": 0}, r"vllm_max_model_length \(0\) must be"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"top_p": 1.5}, "top_p must be in"),
         ({"sync_ref_model": True}, "the judge is the frozen reference"),
