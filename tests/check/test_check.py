@@ -444,7 +444,7 @@ def test_settings_that_do_not_do_what_they_say(
     assert "own folder" in problems(check(TRAIN, [*own, f"training_args.output_dir={taught}"]))
     (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
     before = [*own, f"training_args.output_dir={tmp_path / 'run'}"]
-    assert "checkpoint-5 is passed over: it has no manifest" in warnings(check(TRAIN, before))
+    assert "checkpoint-5 is skipped: it has no manifest" in warnings(check(TRAIN, before))
     seal(tmp_path / "run" / "checkpoint-5")
     goes_on = check(TRAIN, before)
     assert any("the run resumes from" in f.text for f in goes_on.findings)

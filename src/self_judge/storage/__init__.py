@@ -1,5 +1,5 @@
-"""Files that survive a kill: written whole, or grown by whole lines.
+"""Crash-safe files: replaced atomically, or appended to line by line.
 
-It knows files, folders and JSON lines. It does not know what is in them: no data, no model, no
+It knows files, folders and JSON lines, but nothing of their contents: no data, no model, no
 settings. It imports `errors` and runs without torch.
 """

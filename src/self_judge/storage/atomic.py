@@ -1,8 +1,8 @@
-"""Files and checkpoint folders that are complete or absent; it knows paths, not what they hold.
+"""Atomic files and checkpoint folders: each is either complete or absent.
 
-A checkpoint is written into a folder aside, brought to disk, sealed with a manifest and renamed.
-So a folder under its own name is whole, unless something damaged it later: then it no longer is
-what its manifest says.
+It knows paths, not contents. A checkpoint is written into a staging folder, flushed to disk, sealed
+with a manifest and renamed. A folder under its final name is therefore complete; if something
+damages it later, it no longer matches its manifest.
 """
 
 from __future__ import annotations
@@ -18,44 +18,44 @@ from typing import Any, TextIO
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
-# What a run's settings may say for the last whole checkpoint, instead of naming one.
+# Values of `resume_from_checkpoint` that select the latest complete checkpoint.
 LAST = (True, "true", "True", "auto")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[TextIO]:
-    """Opens a text file to write aside; it takes its name only once the block has ended well.
+    """Opens a temporary text file that replaces `path` when the block ends without an error.
 
     Args:
-        path: the file to be; missing folders are made. What stood there stays until then, and for
-            good when the block raises.
+        path: the final file; missing folders are created. Its old content stays until the block
+            ends, and is kept if the block raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
+    staging = path.with_name(path.name + ".part")
     try:
-        # All these files are JSON: a lone surrogate, which data may hold and which has no UTF-8,
-        # becomes JSON's own escape.
-        with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        # All these files are JSON. Data may contain lone surrogates, which UTF-8 cannot encode:
+        # `backslashreplace` writes them as JSON escapes.
+        with staging.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        staging.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         raise
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON data for people to read, whole or not at all."""
+    """Writes indented JSON atomically."""
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Brings a file, or the names in a folder, to disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
+    except PermissionError:  # Windows cannot open folders
         return
     try:
         os.fsync(descriptor)
@@ -64,7 +64,7 @@ def sync(path: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Brings a folder to disk and writes down which files it holds, and how large they are."""
+    """Flushes a folder to disk and writes a manifest of its files and their sizes."""
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -78,7 +78,7 @@ def seal(folder: Path) -> None:
 
 
 def integrity_error(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; `None` for a whole one."""
+    """Returns why a checkpoint cannot be resumed from, or `None` if it is complete."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"it has no {MANIFEST}, which is written last"
@@ -96,14 +96,14 @@ def integrity_error(folder: Path) -> str | None:
 
 
 def latest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """The whole checkpoint of the most steps, and a line for each later one that is not whole."""
-    passed_over: list[str] = []
+    """Returns the latest complete checkpoint, and a message for each later, incomplete one."""
+    skipped: list[str] = []
     for _, path in sorted(_checkpoints(folder), reverse=True):
         reason = integrity_error(path)
         if reason is None:
-            return path, passed_over
-        passed_over.append(f"{path} is passed over: {reason}")
-    return None, passed_over
+            return path, skipped
+        skipped.append(f"{path} is skipped: {reason}")
+    return None, skipped
 
 
 def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -113,8 +113,8 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def commit(finished: Path, target: Path) -> None:
-    """Gives a folder that was written aside its name; what stood under it is taken away first."""
-    old = _nameless(target) if target.exists() else None
+    """Renames a staging folder to its final name, replacing any folder that has that name."""
+    old = _move_away(target) if target.exists() else None
     finished.rename(target)
     sync(target.parent)
     if old is not None:
@@ -123,18 +123,18 @@ def commit(finished: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_files(target: Path, without: Sequence[str] = ()) -> Iterator[Path]:
-    """A folder to write files into; they replace those of the target once the block has ended well.
+    """Yields a staging folder; its files move into `target` when the block ends without an error.
 
     Args:
-        target: where the files are to be; other files that are there stay.
-        without: names of files that are not to be in the target afterwards.
+        target: the final folder; its other files stay.
+        without: names of files to delete from `target` afterwards.
     """
-    aside = target / UNFINISHED / "files"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    staging = target / UNFINISHED / "files"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     try:
-        yield aside
-        move_files(aside, target)
+        yield staging
+        move_files(staging, target)
         for name in without:
             (target / name).unlink(missing_ok=True)
     finally:
@@ -142,33 +142,33 @@ def atomic_files(target: Path, without: Sequence[str] = ()) -> Iterator[Path]:
 
 
 def move_files(finished: Path, target: Path) -> None:
-    """Moves all files to the same places under another folder, each of them whole.
+    """Moves all files to the same relative paths under another folder, one by one.
 
-    One by one: a kill in between leaves whole files, some of the old and some of the new writing.
+    Each move is atomic. A kill in between leaves complete files, some old and some new.
     """
     written = [path for path in sorted(finished.rglob("*")) if path.is_file()]
     for path in written:
         sync(path)
     for path in written:
-        place = target / path.relative_to(finished)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(place)
+        destination = target / path.relative_to(finished)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(destination)
     sync(target)
 
 
 def remove(folder: Path) -> None:
-    """Takes a checkpoint away at once: a kill in between leaves no half of it under its name."""
-    shutil.rmtree(_nameless(folder), ignore_errors=True)
+    """Deletes a checkpoint; a kill in between never leaves half of it under its name."""
+    shutil.rmtree(_move_away(folder), ignore_errors=True)
 
 
-def _nameless(folder: Path) -> Path:
-    """Where a folder is once its name is taken from it."""
-    aside = folder.parent / UNFINISHED / f"{folder.name}.old"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    return folder.rename(aside)
+def _move_away(folder: Path) -> Path:
+    """Renames a folder into the staging area, to be deleted there; returns its new path."""
+    old = folder.parent / UNFINISHED / f"{folder.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    old.parent.mkdir(parents=True, exist_ok=True)
+    return folder.rename(old)
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Takes away what a process that died was writing."""
+    """Deletes the unfinished files of a process that died."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""JSON lines: one reader for all of them, and journals that resume after any interruption.
+"""JSON Lines files: one parser for all of them, and journals that resume after any interruption.
 
-It knows files and lines. It does not know what stands in a line or how it is computed.
+It knows files and lines. It does not know what a line means or how it is computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from self_judge.storage.atomic import atomic_write, write_json
 
 
 def loads(text: str) -> Any:
-    """JSON, in which what is no number (NaN, Infinity: Python writes them) is read as null."""
+    """Parses JSON; NaN and Infinity, which Python's `json` writes, become `None`."""
     return json.loads(text, parse_constant=lambda _: None)
 
 
@@ -33,16 +33,16 @@ def parse_lines(
     nan_is_null: bool = False,
     remedy: str = "",
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of JSON lines with their line numbers, from 1.
+    """Yields each line's number, counted from 1, and its JSON object.
 
     Args:
-        lines: texts, or bytes in UTF-8; each with its newline.
-        where: the file, for messages.
-        error: what is raised for a line that is no JSON object; it names file and line.
-        torn_is_end: a broken last line without a newline ends the lines, as a crash leaves it.
-        blank_is_error: a blank line is broken; by default it is passed over.
-        nan_is_null: NaN and Infinity are read as null, not as floats.
-        remedy: what the message says after "not JSON".
+        lines: strings or UTF-8 bytes, each with its newline.
+        where: the file, for error messages.
+        error: the exception raised for a line that is not a JSON object; it names file and line.
+        torn_is_end: a broken last line without a newline, as a crash leaves it, ends the input.
+        blank_is_error: treat a blank line as an error; by default it is skipped.
+        nan_is_null: read NaN and Infinity as null, not as floats.
+        remedy: text appended to the "not JSON" message.
     """
     for number, line in enumerate(lines, start=1):
         if not (blank_is_error or line.strip()):
@@ -62,12 +62,12 @@ def parse_lines(
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that a run writes line by line; a torn last line is left out.
+    """Yields the objects of a file that a run appends to; skips a torn last line.
 
-    Blank lines are passed over, and NaN is null.
+    Skips blank lines and reads NaN as null.
 
     Raises:
-        ValueError: a line is no JSON object; file and line are named.
+        ValueError: a line is not a JSON object; the message names file and line.
     """
     with path.open("rb") as file:
         for _, line in parse_lines(file, path, torn_is_end=True, nan_is_null=True):
@@ -75,12 +75,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a journal, one by one; a torn last line is left out, a blank line is damage.
+    """Yields the lines of a journal; skips a torn last line.
 
     Raises:
-        JournalError: a line is broken.
+        JournalError: a line is broken or blank.
     """
-    remedy = "; the file was changed or damaged: give another output, or --overwrite"
+    remedy = "; the file was changed or damaged: choose another output or pass --overwrite"
     with path.open("rb") as file:
         for _, line in parse_lines(
             file, path, JournalError, torn_is_end=True, blank_is_error=True, remedy=remedy
@@ -89,7 +89,7 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a file of JSON lines, whole or not at all."""
+    """Writes a JSON Lines file atomically."""
     with atomic_write(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -99,9 +99,9 @@ class Journal:
 
     Attributes:
         path: the file.
-        lines: whole lines in it.
-        seconds: what writing the timed lines took, over all sessions.
-        timed: how many lines that is.
+        lines: number of complete lines.
+        seconds: time spent on the timed lines, over all sessions.
+        timed: number of timed lines.
     """
 
     def __init__(self, path: Path, file: IO[bytes], settings: Mapping[str, Any]) -> None:
@@ -113,16 +113,16 @@ class Journal:
         self._settings = dict(settings)
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The lines that are there, one by one."""
+        """Yields the lines written so far."""
         return itertools.islice(read_journal(self.path), self.lines)
 
     def append(self, rows: Sequence[Mapping[str, Any]], seconds: float = 0.0) -> None:
-        """Adds lines; once this returns they have reached the disk."""
-        if not self.lines:  # whatever is there belongs to an earlier run
+        """Appends lines; they are on disk when this returns."""
+        if not self.lines:  # any content is from an earlier run
             self._file.truncate(0)
             self._note()
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        # A lone surrogate, which data may hold and which has no UTF-8, becomes JSON's own escape.
+        # Lone surrogates in the data become JSON escapes, since UTF-8 cannot encode them.
         self._file.write(text.encode("utf-8", "backslashreplace"))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -149,7 +149,7 @@ class Journal:
 
 
 def settings_path(path: Path) -> Path:
-    """The file beside a journal that says with which settings it is written."""
+    """The file beside a journal that records its settings."""
     return path.with_name(path.name + ".settings.json")
 
 
@@ -157,31 +157,31 @@ def settings_path(path: Path) -> Path:
 def open_journal(
     path: Path, settings: Mapping[str, Any], *, overwrite: bool = False
 ) -> Iterator[Journal]:
-    """Opens a journal to resume, or a new one.
+    """Opens a journal: resumes an existing file or starts a new one.
 
-    A torn last line is cut. One process at a time may write. What the file holds stays until the
-    first line of a new journal is there to replace it.
+    A torn last line is removed. Only one process at a time may write. The old content of the file
+    stays until the first line of a new journal is written.
 
     Args:
-        settings: what every line depends on, as plain JSON data; a journal that was begun with
-            others is refused.
-        overwrite: begin from scratch, whatever is there.
+        settings: the settings that every line depends on, as plain JSON data; a journal written
+            with different settings is refused.
+        overwrite: start from scratch even if the file exists.
 
     Raises:
-        JournalError: the file was begun with other settings, was not written by this, is broken, or
-            is being written by another process.
+        JournalError: the file was written with different settings, is not a journal, is broken, or
+            another process is writing to it.
     """
     settings = json.loads(json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = settings_path(path)
-    # A file without a line is nothing to go on with, whatever it was begun for.
-    begun = not overwrite and path.exists() and path.stat().st_size > 0
-    if begun and not beside.exists():
+    # An empty file is always a fresh start, whatever its settings were.
+    resumes = not overwrite and path.exists() and path.stat().st_size > 0
+    if resumes and not beside.exists():
         raise JournalError(
-            f"{path} exists and has no {beside.name} beside it, so it cannot be resumed: give "
-            "another output, or --overwrite"
+            f"{path} exists but has no {beside.name} beside it, so it cannot be resumed: choose "
+            "another output or pass --overwrite"
         )
-    noted = _noted(beside) if begun else None
+    noted = _noted(beside) if resumes else None
     if noted is not None:
         _check_settings(path, noted["settings"], settings)
     own = not os.path.lexists(path)
@@ -195,9 +195,9 @@ def open_journal(
         try:
             yield journal
         except BaseException:
-            # What was there before, as a device or a link, is not this journal's to take away.
+            # An existing file, device or link is not this journal's to delete.
             if own and not path.stat().st_size:
-                with suppress(PermissionError):  # Windows removes no open file
+                with suppress(PermissionError):  # Windows cannot delete an open file
                     path.unlink()
             raise
 
@@ -207,27 +207,27 @@ def _noted(beside: Path) -> dict[str, Any]:
         noted = json.loads(beside.read_text(encoding="utf-8"))
         return {name: noted[name] for name in ("settings", "timed", "seconds")}
     except (ValueError, KeyError, TypeError):
-        raise JournalError(f"{beside}: not a settings file; give another output") from None
+        raise JournalError(f"{beside}: not a settings file; choose another output") from None
 
 
 def _check_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     other = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if other:
-        told = "; ".join(f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in other)
+        changes = "; ".join(f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in other)
         raise JournalError(
-            f"{path} was begun with other settings ({told}): give another output, or --overwrite"
+            f"{path} has other settings ({changes}): choose another output or pass --overwrite"
         )
 
 
 def _repair(path: Path, file: IO[bytes]) -> int:
-    """Cuts a torn last line; returns the number of whole lines."""
+    """Removes a torn last line; returns the number of complete lines."""
     lines = end = last = 0
     line = b""
     with path.open("rb") as reader:
         for text in reader:
             if text.endswith(b"\n"):
                 lines, last, end, line = lines + 1, end, reader.tell(), text
-    if line and not _is_json(line):  # the disk never got what was promised
+    if line and not _is_json(line):  # the disk lost flushed data
         lines, end = lines - 1, last
     if end < path.stat().st_size:
         file.truncate(end)
@@ -244,7 +244,7 @@ def _is_json(line: bytes) -> bool:
 
 def _lock(file: IO[bytes], path: Path) -> None:
     if sys.platform == "win32":
-        return  # no such lock there: two writers at once are the user's own care
+        return  # no such lock on Windows: the user must avoid two writers
     import fcntl
 
     try:

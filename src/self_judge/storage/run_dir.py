@@ -1,7 +1,7 @@
-"""What a training run leaves in its folder: metrics as JSON lines, run.json, pairs by step.
+"""The files of a training run's folder: metrics as JSON lines, run.json, pairs by step.
 
-Names, formats and bounds, for whoever writes them and whoever reads them. It knows neither trainers
-nor what the numbers mean.
+It defines names, formats and limits for the code that writes them and the code that reads them. It
+does not know trainers or the meaning of the numbers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ METRICS = "metrics.jsonl"
 RUN = "run.json"
 ROLLOUTS = "rollouts"
 BRACKETS = "brackets.jsonl"  # tournaments, as `self-judge tournament --brackets` writes them
-JUDGED = "judged.jsonl"  # verdicts on pairs of which the better response is known
+JUDGED = "judged.jsonl"  # verdicts on pairs with a known better response
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Adds one JSON line, on disk when this returns; what is not finite is written as null.
+    """Appends one JSON line, on disk when this returns; NaN and infinities are written as null.
 
-    A crash can tear the last line at most, which `read_lines` leaves out.
+    A crash can tear at most the last line, which `read_lines` skips.
     """
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -40,10 +40,10 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Takes back what was written after a step, so that a resumed run repeats nothing.
+    """Removes everything written after a step, so that a resumed run does not write it twice.
 
     Args:
-        step: optimizer steps done; 0 starts anew.
+        step: optimizer steps done; 0 starts from scratch.
     """
     metrics = folder / METRICS
     if metrics.is_file():
@@ -54,12 +54,12 @@ def rewind(folder: Path, step: int) -> None:
 
 
 def rollout_file(folder: Path, step: int) -> Path:
-    """Where the pairs of a step (from 1 on) are kept."""
+    """The file with the pairs of a step; steps count from 1."""
     return folder / ROLLOUTS / f"step-{step:06d}.jsonl"
 
 
 def rollout_files(folder: Path) -> list[tuple[int, Path]]:
-    """The steps whose pairs are there, and their files, in order."""
+    """The steps whose pairs are on disk, with their files, in order."""
     found = []
     for path in (folder / ROLLOUTS).glob("step-*.jsonl"):
         if match := re.fullmatch(r"step-(\d+)\.jsonl", path.name):
@@ -68,10 +68,11 @@ def rollout_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def is_kept(step: int, last: int, most: int | None) -> bool:
-    """Whether a step's pairs are kept once the run has come to step `last`.
+    """Whether a step's pairs are kept once the run has reached step `last`.
 
-    Every 2^k-th step from the first one on, with the smallest k for which that is at most `most`
-    steps, and the last one. It depends on nothing else, so a resumed run keeps the same steps.
+    Keeps every 2^k-th step starting with the first, with the smallest k that gives at most `most`
+    steps, and always the last step. It depends on nothing else, so a resumed run keeps the same
+    steps. With `most=4`: after step 4 it keeps 1 2 3 4, after step 10 (k=2) 1 5 9 10.
     """
     stride = 1
     while most is not None and math.ceil(last / stride) > most:
