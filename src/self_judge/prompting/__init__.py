@@ -1,6 +1,6 @@
-"""Texts become the token ids that a model reads.
+"""Text to token ids: judge templates, chat templates and tokenizers.
 
-It knows judge templates, chat templates and tokenizers, and it keeps the texts of data from turning
-into control tokens. It does not know models, data formats or what the ids are for. It imports
-`storage`, `datatypes` and `errors`, and runs without torch.
+It knows how to keep text from data from turning into control tokens. It does not know models, data
+formats or the purpose of the ids. It imports `storage`, `datatypes` and `errors`, and runs without
+torch.
 """

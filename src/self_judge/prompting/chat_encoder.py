@@ -1,11 +1,15 @@
-"""ChatEncoder: chats and contents to token ids with their loss mask, and ids back to text.
+"""ChatEncoder: encodes chats to token ids with their loss mask, and decodes ids to text.
 
 It knows one tokenizer and one chat template. It does not know models, datasets or principles.
 
-A chat template is rendered once per sequence of roles, with placeholders for the contents; the
-structure around them is tokenized once, and every content is tokenized by itself. Hence the ids of
-the structure stand where the template put them whatever the contents say, a prompt is a prefix of
-prompt + answer, masks need no searching, and no text from data can become a control token.
+A chat template is rendered once per sequence of roles, with placeholders for the contents. The
+structure around them is tokenized once, and each content is tokenized separately. As a result, the
+structure's ids do not depend on the contents, a prompt is a prefix of prompt + answer, building the
+loss mask needs no search for template tokens, and no text from data can become a control token:
+
+    tokens  <|im_start|> user ↵  Hi   <|im_end|> ↵ <|im_start|> assistant ↵  Hello !  <|im_end|> ↵
+    part    structure            slot structure                              slot     structure
+    mask    0            0    0  0    0          0 0            0         0  1     1  1          0
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from self_judge.prompting.letter_tokens import letter_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A message's role: a word in which no control token can be written.
+# A message's role: a plain word that cannot spell a control token.
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
@@ -45,7 +49,7 @@ class EncodedChat:
 
     Attributes:
         ids: token ids, length T.
-        mask: 1 where the loss falls on the token, else 0; length T.
+        mask: 1 for tokens that the loss covers, else 0; length T.
     """
 
     ids: list[int]
@@ -53,25 +57,25 @@ class EncodedChat:
 
 
 class ChatEncoder:
-    """Turns chats into token ids under one tokenizer and one chat template.
+    """Encodes chats to token ids with one tokenizer and one chat template.
 
-    The ids are those of `tokenizer.apply_chat_template`, except that
-    - control tokens written out in a content, `<think>` too, are tokenized as ordinary text;
-    - content and structure are not joined into one token ("?\\n" in Llama 3's vocabulary);
-    - a system text that the template refuses or loses opens the first user message;
-    - a template's decisions that depend on what a content says are taken as for plain words.
+    The ids equal those of `tokenizer.apply_chat_template`, except that
+    - control tokens spelled out in a content, `<think>` included, are tokenized as ordinary text;
+    - a token never spans content and structure ("?\\n" is one token in Llama 3's vocabulary);
+    - a system text that the template rejects or drops goes to the start of the first user message;
+    - a template that branches on a message's content takes the branch for plain words.
 
     Args:
         tokenizer: a Transformers tokenizer.
         chat_template: a Jinja chat template that overrides the tokenizer's own.
         user_marker, assistant_marker: plain-text turn markers such as `"\\n\\nHuman:"`; used only
-            when neither `chat_template` nor the tokenizer brings a template.
+            if there is no `chat_template` and the tokenizer has none.
         chat_template_kwargs: passed to the template; `enable_thinking` is off unless set here.
-            Plain JSON values, since they are kept beside the model.
+            They must be plain JSON values, since they are saved with the model.
 
     Raises:
-        EncodingError: there is no template, or it drops or repeats contents; values that are not
-            plain JSON.
+        EncodingError: there is no template, the template drops or repeats contents, or
+            `chat_template_kwargs` are not plain JSON.
     """
 
     def __init__(
@@ -100,55 +104,55 @@ class ChatEncoder:
         self._layouts = ChatLayouts(self._text, self.chat_template, self.chat_template_kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # For `datasets.map(num_proc=…)`: caches are made anew in every process.
+        # For `datasets.map(num_proc=…)`: each process builds its own caches.
         return _rebuilt, (self.tokenizer, self.chat_template, self.chat_template_kwargs)
 
     # -- chats ---------------------------------------------------------------------------------
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids from which the model answers: the dialogue, then the assistant's turn opened."""
+        """Ids of the dialogue and the start of an assistant turn; the model answers next."""
         return self._encode(messages, "prompt").ids
 
     def encode_open(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a chat whose last message is not finished: the next token continues it."""
+        """Ids of a chat with an unfinished last message, which the next token continues."""
         return self._encode(messages, "open").ids
 
     def encode_dialogue(self, messages: Sequence[Message]) -> EncodedChat:
-        """A whole dialogue; the loss falls on every assistant turn and the token that ends it."""
+        """A whole dialogue; the loss covers every assistant turn and its end-of-turn token."""
         return self._encode(messages, "closed")
 
     def encode_query(self, query: str) -> list[int]:
-        """Ids of a rendered text from which the model continues, with at most one BOS.
+        """Ids of a rendered prompt, with at most one BOS.
 
-        Control tokens in `query` are honoured, since it is a rendered prompt: text from strangers
-        belongs into messages (`encode_prompt`), not here.
+        Control tokens in `query` stay control tokens, since the prompt is already rendered. Pass
+        untrusted text as messages to `encode_prompt` instead.
         """
         ids = list(self.tokenizer(query)["input_ids"])
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         if len(ids) > 1 and ids[-1] == eos and not query.endswith(self.tokenizer.eos_token or "\0"):
-            ids.pop()  # some tokenizers close every text; the model is to continue this one
+            ids.pop()  # some tokenizers append EOS to every text, but the model continues this one
         if bos is not None and ids[:2] == [bos, bos]:
             ids.pop(0)
         return ids
 
     def encode_content(self, text: str) -> list[int]:
-        """Ids of a text as it stands inside another text: no BOS, no control tokens."""
+        """Ids of a text inside another text: no BOS, no control tokens."""
         return self._text.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text for the judge and for people: no special tokens, no surrounding whitespace."""
+        """Decodes ids to text without special tokens and surrounding whitespace."""
         text = self.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text).strip()
 
     def is_control(self, token_id: int) -> bool:
-        """Whether a token steers the model (BOS, a turn marker, an end); no text from data does."""
+        """Whether a token is a control token: BOS, a turn marker, an end of turn."""
         return token_id in self._text.control
 
     @functools.cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens at which an answer ends: the tokenizer's EOS and the template's end of turn."""
+        """Tokens that end an answer: the tokenizer's EOS and the template's end of turn."""
         messages: list[Message] = [
             {"role": "user", "content": "a"},
             {"role": "assistant", "content": "b"},
@@ -178,10 +182,10 @@ class ChatEncoder:
             raise EncodingError("a dialogue needs at least one message, got none")
         for message in messages:
             role: Any = message["role"]
-            # The template writes it into the structure, where control tokens are honoured.
+            # The role becomes part of the structure, where control tokens stay control tokens.
             if not isinstance(role, str) or not _ROLE.fullmatch(role):
                 raise EncodingError(
-                    f"the role {role!r:.80} is not a plain word, as user and assistant are"
+                    f"the role {role!r:.80} is not a plain word such as 'user' or 'assistant'"
                 )
             if not isinstance(message["content"], str):
                 raise EncodingError(
@@ -211,7 +215,7 @@ class ChatEncoder:
         return EncodedChat(ids, mask)
 
     def _end_of_turn(self, structure: tuple[int, ...]) -> int:
-        """How many ids after an answer end its turn: through the first control token."""
+        """Number of ids that end an answer's turn: those up to the first control token."""
         for position, token_id in enumerate(structure):
             if token_id in self._text.control:
                 return position + 1
@@ -223,7 +227,7 @@ def _plain_json(values: Mapping[str, Any]) -> dict[str, Any]:
         return dict(json.loads(json.dumps(values, allow_nan=False)))
     except (TypeError, ValueError) as error:
         raise EncodingError(
-            f"chat_template_kwargs must be plain JSON values, as judge.json keeps them: {error}"
+            f"chat_template_kwargs must be plain JSON values, to be saved in judge.json: {error}"
         ) from error
 
 

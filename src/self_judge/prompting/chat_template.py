@@ -1,6 +1,18 @@
-"""What a chat template writes around the contents of a chat: structure, and slots for contents.
+"""The layout of a chat: the template's structure as token ids, with slots for the contents.
 
-It knows one chat template, and how its tokenizer treats what it writes. It does not know contents.
+It knows one chat template and its tokenizer. It does not know contents.
+
+Rendering the template with placeholders shows where each content goes; everything else is
+structure, tokenized once. ChatML, roles (user, assistant), `closed`:
+
+    rendered  <|im_start|>user↵ zqcontent0qz <|im_end|>↵<|im_start|>assistant↵ zqcontent1qz …
+    layout    (ids of structure) Slot(0)     (ids of structure)                Slot(1)     (ids)
+
+The endings differ only in the last part:
+
+    closed  … Slot(1) <|im_end|>↵                          a whole dialogue, for training
+    prompt  … Slot(0) <|im_end|>↵<|im_start|>assistant↵    ends with the generation prompt
+    open    … Slot(1)                                      the next token continues the content
 """
 
 from __future__ import annotations
@@ -24,8 +36,14 @@ if TYPE_CHECKING:
 
 Ending = Literal["closed", "prompt", "open"]
 
-# Around a placeholder, they tell what a template trims off a content: all whitespace, newlines
-# (Qwen 3) or nothing. No template writes two tabs or five newlines.
+# Padding around each placeholder reveals how the template trims a content (`_trimmed`). The padding
+# that is left in front of the placeholder (the padding behind it mirrors this):
+#
+#     ↵↵↵↵↵ tab tab zqcontent0qz   {{ content }}             trims nothing
+#           tab tab zqcontent0qz   {{ content.strip('\n') }} trims newlines (Qwen 3)
+#                   zqcontent0qz   {{ content | trim }}      trims all whitespace
+#
+# No template itself writes two tabs or five newlines.
 _TABS, _NEWLINES = "\t\t", "\n\n\n\n\n"
 _SYSTEM_SHAPES: tuple[tuple[tuple[str, ...], Ending], ...] = (
     (("system", "user"), "prompt"),
@@ -36,28 +54,33 @@ _SYSTEM_SHAPES: tuple[tuple[tuple[str, ...], Ending], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a message's content goes, and how the template treats it there."""
+    """The position of a message's content, and how the template treats the content there.
+
+    A slot's ids are those of `lead + content`, tokenized behind `anchor`.
+    """
 
     message: int
-    anchor: str  # text in front of the content while it is tokenized; its ids are dropped again
-    lead: str  # spaces of the structure that tokenizers attach to the word that follows
+    anchor: str  # text that precedes the content during tokenization; its ids are dropped
+    # The structure's trailing spaces, which tokenizers attach to the next word: "Human: Hi" is
+    # "Human", ":", " Hi", so the structure ends in ":" and the slot's lead is " ".
+    lead: str
     strip_left: str | None  # as for str.lstrip: None is all whitespace, "" is nothing
     strip_right: str | None
 
 
-# Slots, and between them the ids that stand there whatever the contents say.
+# Slots, and between them the structure's ids, which do not depend on the contents.
 Layout: TypeAlias = tuple[Slot | tuple[int, ...], ...]
 
 
 class ChatLayouts:
-    """The layouts of one chat template, each made once.
+    """The layouts of one chat template, each computed once and cached.
 
     Args:
-        text: the tokenizer that renders the template, and gives the ids of what it writes.
-        chat_template, chat_template_kwargs: a Jinja chat template and the values it is given.
+        text: the tokenizer that renders the template and tokenizes its structure.
+        chat_template, chat_template_kwargs: a Jinja chat template and its arguments.
 
     Attributes:
-        takes_system: whether system messages reach every prompt and dialogue.
+        takes_system: whether the template writes system messages into all prompts and dialogues.
 
     Raises:
         EncodingError: the template drops or repeats the content of a lone user message.
@@ -77,12 +100,12 @@ class ChatLayouts:
             **chat_template_kwargs,
         )
         self.of = functools.lru_cache(maxsize=512)(self._layout)
-        self.of(("user",), "prompt")  # a template that cannot do this is of no use
+        self.of(("user",), "prompt")  # every usable template can do this
         self.takes_system = True
         try:
             for roles, ending in _SYSTEM_SHAPES:
                 self.of(roles, ending)
-        except EncodingError:  # Gemma, for one, refuses it; others drop it, or only sometimes
+        except EncodingError:  # Gemma rejects a system message; other templates drop it
             self.takes_system = False
 
     def _layout(self, roles: tuple[str, ...], ending: Ending) -> Layout:
@@ -106,11 +129,13 @@ class ChatLayouts:
             if counts[i] != 1:
                 raise EncodingError(
                     f"the chat template writes the content of a {role!r} message "
-                    f"{counts[i]} times for the roles {'/'.join(roles)}: it must be "
-                    "written exactly once"
+                    f"{counts[i]} times for the roles {'/'.join(roles)}: it must "
+                    "write it exactly once"
                 )
         parts: list[Slot | tuple[int, ...]] = []
         cursor = 0
+        # Per placeholder: structure before it | lead | padding, placeholder, padding. `cursor` is
+        # the end of the text already turned into parts.
         for start, end, i in found:
             before, strip_left = _trimmed(rendered[cursor:start])
             lead = before[len(before.rstrip(" ")) :]
@@ -118,7 +143,7 @@ class ChatLayouts:
             if before:
                 parts.append(self._structure(before, at_start=cursor == 0))
             cursor = end
-            # The same from the other side: mirrored, so is the padding.
+            # The padding behind the placeholder mirrors the one before it, so reverse the text.
             following = rendered[cursor : cursor + len(_NEWLINES + _TABS)]
             left, strip_right = _trimmed(following[::-1])
             cursor += len(following) - len(left)
@@ -126,7 +151,7 @@ class ChatLayouts:
             parts.append(Slot(i, anchor, lead, strip_left, strip_right))
         tail = "" if ending == "open" else rendered[cursor:]
         if ending == "prompt":
-            # The space before an answer belongs to the answer's first word, as in `Slot.lead`.
+            # A trailing space belongs to the answer's first word, as in `Slot.lead`.
             tail = tail.rstrip(" ")
         if tail:
             parts.append(self._structure(tail, at_start=False))
@@ -138,7 +163,10 @@ class ChatLayouts:
 
 
 def _trimmed(before: str) -> tuple[str, str | None]:
-    """What stands in front of a padded placeholder less the padding, and what was trimmed of it."""
+    """Removes the padding at the end of `before`; also returns the characters that were trimmed.
+
+    See `_TABS`. The second value is an argument for `str.strip`: `None`, `"\\n"` or `""`.
+    """
     if not before.endswith(_TABS):
         return before, None
     before = before[: -len(_TABS)]
@@ -148,7 +176,7 @@ def _trimmed(before: str) -> tuple[str, str | None]:
 
 
 def system_into_user(messages: Sequence[Message]) -> list[Message]:
-    """Puts the system text in front of the first user turn, for templates without a system role."""
+    """Moves the system text to the start of the first user turn, for templates without system."""
     system, *rest = messages
     if not system["content"].strip() and rest:
         return rest
@@ -161,10 +189,10 @@ def system_into_user(messages: Sequence[Message]) -> list[Message]:
 
 
 def marker_template(user_marker: str, assistant_marker: str, with_bos: bool) -> str:
-    """A chat template of plain-text turn markers; every answer ends in the tokenizer's EOS."""
+    """A chat template with plain-text turn markers; every answer ends with the tokenizer's EOS."""
 
     def quoted(text: str) -> str:
-        return json.dumps(text, ensure_ascii=False)  # Jinja reads no surrogate pairs
+        return json.dumps(text, ensure_ascii=False)  # Jinja does not decode escaped surrogate pairs
 
     def turn(marker: str) -> str:
         spaced = marker if marker[-1:].isspace() else marker + " "
@@ -188,7 +216,7 @@ def marker_template(user_marker: str, assistant_marker: str, with_bos: bool) -> 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     template = tokenizer.chat_template
-    if isinstance(template, dict):  # several named templates: Transformers' own choice
+    if isinstance(template, dict):  # several named templates: use "default", as Transformers does
         return template.get("default")
     return template
 

@@ -1,7 +1,21 @@
-"""ContentTokenizer: the ids of a text as it stands inside another, free of control tokens.
+"""ContentTokenizer: the ids of a text inside another text, without control tokens.
 
-It knows one tokenizer: how it treats the start of a text, and which of its tokens steer a model. It
-does not know chats, templates or masks.
+It knows one tokenizer: how it treats the start of a text, and which of its tokens are control
+tokens. It does not know chats, templates or masks.
+
+It solves two problems:
+
+1. SentencePiece tokenizers put a dummy space at the start of a text, so "cat" gets other ids there
+   than inside a chat. Tokenize it behind an *anchor* and drop the anchor's ids:
+
+       "cat"   -> ▁cat                the ids at the start of a text
+       "↵"     -> ▁ <0x0A>            the anchor alone
+       "↵cat"  -> ▁ <0x0A> cat        drop the first two: cat
+
+2. Text from data may spell a control token. Cut it after its first character and tokenize the parts
+   separately, so that the tokenizer never sees the whole string:
+
+       "hi <|im_end|>"  -> "hi <" + "|im_end|>"  -> hi ▁ < | i m _ e nd | >
 """
 
 from __future__ import annotations
@@ -14,34 +28,34 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Non-special added tokens that look like markup (<think>, [TOOL_CALLS], <|...|>) steer a chat model
-# as much as special ones; added words and runs of spaces do not.
+# Added tokens that look like markup (<think>, [TOOL_CALLS], <|...|>) control a chat model even if
+# they are not marked special; added words and sequences of spaces do not.
 _MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# "\n" first: it merges with nothing in the SentencePiece vocabularies that need an anchor.
+# "\n" comes first: it never merges with other text in SentencePiece vocabularies.
 _ANCHORS = ("\n", ":", "|", "。")
 
 
 class ContentTokenizer:
-    """Tokenizes texts from data.
+    """Tokenizes text from data.
 
     Args:
         tokenizer: a Transformers tokenizer.
 
     Attributes:
-        control: the tokens that steer a model, id to text; no text from data becomes one.
-        anchor: what is put in front of a text by default, or `""` where that makes no difference.
+        control: the control tokens, id to text; text from data never becomes one.
+        anchor: the default anchor, or `""` if the tokenizer does not need one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.control = _control_tokens(tokenizer)
-        # Longest first, so that "<|a|>" is found before "<|" where both are tokens.
+        # Longest first: "<|a|>" must match before "<|" if both are tokens.
         self._controls_longest_first = sorted(self.control.values(), key=len, reverse=True)
         self._control_pattern = re.compile(
             "|".join(map(re.escape, self._controls_longest_first)) or r"(?!)"
         )
-        # What an unknown character becomes steers nothing; its name, written out, is just text.
+        # Unknown characters become <unk>, which controls nothing. "<unk>" spelled out is just text.
         self._unknown = _unknown_token(tokenizer)
         if self._unknown is not None:
             self.control.pop(self._unknown[0], None)
@@ -50,27 +64,27 @@ class ContentTokenizer:
         self.anchor = self._anchors[0] if self._anchors else ""
 
     def encode(self, text: str, anchor: str | None = None) -> list[int]:
-        """Ids of a text as it stands inside another text: no BOS, no control tokens.
+        """Ids of a text inside another text: no BOS, no control tokens.
 
         Args:
-            text: any text, hostile text included.
-            anchor: what stands in front of it; only for tokenizers that treat the start of a text
-                differently (a dummy space). The ids of the anchor are not returned.
+            text: any text, including hostile text.
+            anchor: text to put in front, for tokenizers that treat the start of a text differently
+                (a dummy space). The anchor's ids are not returned.
         """
         anchor = self.anchor if anchor is None else anchor
         ids = self.encode_after(anchor, text)
         named_unknown = self._unknown is not None and self._unknown[1] in text
         if self.control.keys().isdisjoint(ids) and not named_unknown:
             return ids
-        # Break every control string after its first character and tokenize the parts apart.
+        # Cut every control string after its first character and tokenize the parts separately.
         cuts = [match.start() + 1 for match in self._control_pattern.finditer(text)]
         ids = self._encode_parts(anchor, text, cuts)
-        if not self.control.keys().isdisjoint(ids):  # e.g. a look-alike that is normalized to one
+        if not self.control.keys().isdisjoint(ids):  # e.g. "＜" normalized to "<": cut everywhere
             ids = self._encode_parts(anchor, text, range(1, len(text)))
         return [i for i in ids if i not in self.control]
 
     def encode_after(self, anchor: str, text: str) -> list[int]:
-        """Ids of a text behind `anchor`, control tokens honoured: for texts of a template."""
+        """Ids of a text behind `anchor`; control tokens stay control tokens (for template text)."""
         if not text:
             return []
         text = _SURROGATE.sub("\ufffd", text)
@@ -79,14 +93,17 @@ class ContentTokenizer:
         for before in dict.fromkeys((anchor, *self._anchors)):
             head = self._head(before)
             ids = self._ids(before + text)
-            if ids[: len(head)] == head:  # else it merged, and would take a part of the text along
+            if ids[: len(head)] == head:  # otherwise the anchor merged with the text
                 return ids[len(head) :]
         return self._ids(text)
 
     def _encode_parts(self, anchor: str, text: str, cuts: Sequence[int]) -> list[int]:
-        """Ids of a text tokenized apart at `cuts`; the later parts stand inside a text."""
+        """Ids of a text cut at `cuts`, each part tokenized separately.
+
+        The first part follows `anchor`, the others the default anchor.
+        """
         ids: list[int] = []
-        # Hostile texts repeat themselves: a call of the tokenizer costs more than a short part.
+        # Hostile texts repeat the same parts: cache them, since a tokenizer call is slow.
         known: dict[tuple[str, str], list[int]] = {}
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             part = (self.anchor if start else anchor, text[start:end])
@@ -96,34 +113,43 @@ class ContentTokenizer:
         return ids
 
     def _ids(self, text: str) -> list[int]:
-        # Not verbose: what is too long is dealt with by those who know how long it may be.
+        # verbose=False: no warning about long texts; the caller knows the limit.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _find_anchors(self) -> tuple[str, ...]:
-        """Texts to put in front, where the tokenizer treats the start of a text differently."""
+        """Usable anchors, best first; empty if the tokenizer treats the start of a text normally.
+
+        An anchor is usable if it is a known character, never merges with the text behind it, and
+        keeps "a" and " a" distinct.
+        """
         plain, spaced, inside = self._ids("a"), self._ids(" a"), self._ids("b\na")
+        # Byte-level BPE:  "a" -> a   " a" -> Ġa    "b↵a" -> b Ċ a          no anchor needed
+        # SentencePiece:   "a" -> ▁a  " a" -> ▁▁ a  "b↵a" -> ▁ b <0x0A> a   "a" differs inside
         if spaced != plain and inside[-len(plain) :] == plain and len(inside) > len(plain):
             return ()
         anchors = []
         for anchor in _ANCHORS:
             head, *tails = self._ids(anchor), self._ids(anchor + "a"), self._ids(anchor + " a")
-            # An unknown character would be fused with the next unknown one.
+            # An unknown anchor would fuse with an unknown character behind it.
             known = bool(head) and (self._unknown is None or self._unknown[0] not in head)
             if known and tails[0] != tails[1] and all(t[: len(head)] == head for t in tails):
                 anchors.append(anchor)
         return tuple(anchors)
 
     def anchor_after(self, before: str, at_start: bool) -> str:
-        """The anchor for a content that follows `before` in a template."""
+        """The anchor for a content that follows `before` in a template.
+
+        After a control token, the anchor is that token with the whitespace behind it: some
+        tokenizers treat it as the start of a text, and some let it absorb the whitespace.
+        """
         if not self._anchors or (at_start and not before):
             return ""
-        # Some tokenizers start anew after a control token, or let it swallow what is white.
         bare = before.rstrip()
         last = next((t for t in self._controls_longest_first if bare.endswith(t)), None)
         return self.anchor if last is None else before[len(bare) - len(last) :]
 
     def show(self, ids: Sequence[int]) -> str:
-        """Ids with their tokens, for messages."""
+        """Ids with their tokens, for error messages."""
         shown = []
         for i in ids:
             try:

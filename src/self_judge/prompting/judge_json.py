@@ -1,7 +1,7 @@
-"""judge.json beside a model, and the settings that a judge runs with.
+"""judge.json, which is saved with a model, and the settings of a judge.
 
-`resolve_judge` decides which templates, letters and chat template apply: those given, else those
-that the model was trained with.
+`resolve_judge` decides which templates, letters and chat template apply: those the caller passes,
+else those the model was trained with.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ JUDGE_FILE = "judge.json"
 
 @dataclass(frozen=True, slots=True)
 class JudgeSettings:
-    """What a model judges with; saved beside its checkpoint as `judge.json`.
+    """A judge's templates, letters and chat template; saved in its checkpoint as `judge.json`.
 
-    `None` for a letter id: nothing to check the id derived from the tokenizer against.
+    A letter id of `None` means that the id derived from the tokenizer is not checked.
     """
 
     templates: JudgeTemplates
@@ -47,7 +47,7 @@ def save_judge_settings(
 ) -> Path:
     """Writes the judge's templates, letter ids, and chat template into `directory/judge.json`.
 
-    The lead-in of each template is its decision prefix. The file is written whole or not at all.
+    The lead-in of each template is its decision prefix. The file is written atomically.
     """
     content = {
         **templates.to_dict(),
@@ -63,7 +63,7 @@ def save_judge_settings(
 
 
 def load_judge_settings(directory: str | os.PathLike[str]) -> JudgeSettings | None:
-    """Reads what `save_judge_settings` wrote; `None` when the folder has no such file."""
+    """Reads `judge.json` as written by `save_judge_settings`; `None` if there is no such file."""
     path = Path(directory) / JUDGE_FILE
     if not path.is_file():
         return None
@@ -89,20 +89,20 @@ def resolve_judge(
     *,
     remedy: str = "pass the judge templates",
 ) -> JudgeSettings:
-    """The settings in force: the templates given, else those saved beside the model.
+    """Returns the judge's settings: the given templates, else those saved with the model.
 
     Args:
-        name_or_path: folder or Hub name of the judging model; `None` or empty without one.
-        templates: replace the saved ones, and the saved letter ids with them.
+        name_or_path: folder or Hub name of the judge model; `None` or empty if it has none.
+        templates: replace the saved templates and the saved letter ids.
         token_id_a, token_id_b: replace the saved letter ids.
-        remedy: how the caller is given templates; ends the error message.
+        remedy: tells the user how to pass templates; ends the error message.
 
     Returns:
-        The settings; chat template and its arguments are the saved ones.
+        The settings, always with the saved chat template and its arguments.
 
     Raises:
         ValueError: no templates are given or saved.
-        ModelError: there is no such folder, or its `judge.json` is damaged.
+        ModelError: the folder does not exist, or its `judge.json` is damaged.
     """
     saved = load_judge_settings(name_or_path) if name_or_path else None
     if templates is None:
@@ -131,11 +131,11 @@ def encoder_as_taught(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     markers: tuple[str | None, str | None] = (None, None),
 ) -> ChatEncoder:
-    """The encoder that a model was taught with, where nothing else is asked for.
+    """The encoder that a model was trained with, unless arguments override it.
 
     Args:
-        saved: what lies beside the model, if anything does.
-        chat_template, chat_template_kwargs: win over what was saved.
+        saved: the settings saved with the model, if any.
+        chat_template, chat_template_kwargs: override the saved ones.
         markers: see `ChatEncoder`.
     """
     if saved is not None:

@@ -1,6 +1,6 @@
-"""A judge's prompts as token ids: a pair of responses under a template, in both orders.
+"""Judge prompts as token ids: a pair of responses under a template, in both orders.
 
-It knows judge templates. The encoder knows how a chat becomes ids.
+It knows judge templates. It leaves encoding to `ChatEncoder`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ def encode_orders(
     comparison: Comparison,
     max_length: int | None = None,
 ) -> tuple[list[int], list[int]] | None:
-    """Judge prompts of a comparison in both orders: a first, then b first.
+    """Encodes the judge prompts of a comparison in both orders: a first, then b first.
 
-    A prompt longer than `max_length` tokens loses the oldest turns of its context, the same in
-    both orders; never the question, a response or the lead-in.
+    If a prompt is longer than `max_length` tokens, the oldest turns of the context are dropped, the
+    same in both orders; the question, the responses and the lead-in always stay.
 
     Returns:
-        The two lists of ids, or `None` when the pair does not fit even so.
+        The two lists of ids, or `None` if the pair does not fit even without older turns.
     """
 
     def orders_of(context: str) -> tuple[list[int], list[int]] | None:
@@ -38,8 +38,9 @@ def encode_orders(
     best = orders_of(comparison.context)
     if best is not None:
         return best
-    # As many of the newest turns as fit: from the question backwards in steps that double, then
-    # by halves. What does not fit is never encoded at more than twice the length of what does.
+    # Find the largest number of newest turns that fit: double it until they no longer fit, then
+    # bisect. So no trial keeps more than twice as many turns as the last one that fit (at least 1).
+    # With 8 turns of which 5 fit: 1 fits, 2 fits, 4 fits, 6 does not, 5 fits.
     turns = turns_of(comparison.context)
     fitting, too_many = 0, len(turns)
     while too_many - fitting > 1:

@@ -1,7 +1,7 @@
-"""Judge templates: checked once, rendered in one place for training and for judging.
+"""Judge templates: validated once, rendered by one function for training and for judging.
 
-Turns a `Comparison` into chat messages whose last one is the unfinished assistant turn. It does not
-know tokens: `prompting/chat_encoder.py` turns the messages into ids.
+Renders a `Comparison` as chat messages that end with an unfinished assistant turn. It does not know
+tokens: `prompting/chat_encoder.py` encodes the messages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from self_judge.errors import TemplateError
 _COMPARISON_FIELDS = ("context", "response_a", "response_b")
 _RATIONALE_FIELDS = ("rationale_a", "rationale_b")
 _ROLE_LABELS = {"system": "System", "user": "Human", "assistant": "Assistant"}
-# With words after it: a label alone at the end opens the answer, it is no turn.
+# A label starts a turn only if words follow it; a bare label at the end opens the answer.
 _TURN_START = re.compile(r"\n\n(?=(?:Human|Assistant): *\S)")
 
 
@@ -27,7 +27,7 @@ class JudgeTemplate:
 
     Args:
         user: the judge's question, with `{context}`, `{response_a}` and `{response_b}`.
-        assistant: the fixed lead-in of the answer, after which the next token is the letter.
+        assistant: the fixed lead-in of the answer; the next token is the letter.
         system: an optional system message.
     """
 
@@ -37,10 +37,9 @@ class JudgeTemplate:
 
 
 def substitute(template: str, values: Mapping[str, str]) -> str:
-    """Replaces `{name}` for every name in `values` in one pass.
+    """Replaces `{name}` for every name in `values` in a single pass.
 
-    One pass, so that a value which itself contains a placeholder is just text, and so are all other
-    braces of the template.
+    A single pass leaves placeholders inside values untouched, and all other braces of the template.
     """
     names = "|".join(map(re.escape, values))
     return re.sub(r"\{(" + names + r")\}", lambda match: values[match.group(1)], template)
@@ -51,9 +50,9 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
 
     Args:
         templates: one mapping (or `JudgeTemplate`) per principle; at least one.
-        decision_rationale: the text that follows the letter when judging is learned with
-            rationales, with `{rationale_a}` and `{rationale_b}`; one text for all principles or one
-            per principle. `None`: the letter alone is learned.
+        decision_rationale: the text after the letter when training with rationales, with
+            `{rationale_a}` and `{rationale_b}`; one text for all principles or one per principle.
+            `None` trains on the letter alone.
 
     Raises:
         TemplateError: a template lacks a placeholder or a part, or has an unknown part.
@@ -86,7 +85,7 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
 
     @property
     def principles(self) -> tuple[str, ...]:
-        """The principles, in the order in which their probabilities stand in a `Verdict`."""
+        """The principles, in the order of their probabilities in a `Verdict`."""
         return tuple(self._templates)
 
     @property
@@ -94,9 +93,9 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
         return bool(self._rationales)
 
     def render(self, principle: str, comparison: Comparison) -> list[Message]:
-        """The chat for one comparison under one principle, response a shown first.
+        """Renders one comparison under one principle as a chat, with response a first.
 
-        Its last message is the assistant's fixed lead-in: the next token is the letter.
+        The last message is the assistant's fixed lead-in; the next token is the letter.
         """
         template = self._templates[principle]
         values = {
@@ -117,7 +116,7 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
         return substitute(self._rationales[principle], values)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary, as saved beside a checkpoint; `from_dict` reads it back."""
+        """A plain dictionary, as saved with a checkpoint; `from_dict` reads it back."""
         judge = {
             name: {"system": t.system, "user": t.user, "assistant": t.assistant}
             for name, t in self._templates.items()
@@ -152,7 +151,7 @@ def _checked(principle: str, parts: Any) -> JudgeTemplate:
     if missing:
         raise TemplateError(f"{where} lacks {', '.join(missing)} in 'user'")
     system = parts.get("system")
-    # A lead-in that ends in whitespace would leave " A" with two spaces; the letter brings its own.
+    # The letter token " A" brings its own space: strip whitespace at the end of the lead-in.
     assistant = parts["assistant"].rstrip()
     return JudgeTemplate(user=parts["user"], assistant=assistant, system=system or None)
 
@@ -172,7 +171,7 @@ def _checked_rationales(
     given = {str(principle): text for principle, text in given.items()}
     if set(given) != set(principles):
         raise TemplateError(
-            f"decision_rationale is given for {sorted(given)}, the judge templates for "
+            f"decision_rationale has the principles {sorted(given)}, the judge templates have "
             f"{sorted(principles)}: give one text for all, or one per principle"
         )
     for principle, text in given.items():
@@ -187,9 +186,9 @@ def _checked_rationales(
 
 
 def dialogue_text(messages: Sequence[Message]) -> str:
-    """The text that a judge is shown for a dialogue.
+    """The text of a dialogue in a judge prompt.
 
-    A single user message stands alone; a longer dialogue gets role labels, so that the judge can
+    A single user message has no label; a longer dialogue gets role labels, so that the judge can
     tell the turns apart: `"Human: …\\n\\nAssistant: …\\n\\nHuman: …"`.
     """
     if len(messages) == 1 and messages[0]["role"] == "user":
@@ -201,8 +200,8 @@ def dialogue_text(messages: Sequence[Message]) -> str:
 
 
 def turns_of(context: str) -> list[str]:
-    """The turns of a context, the oldest first; joined by empty lines they are the context.
+    """Splits a context into turns, oldest first; joining them with empty lines restores it.
 
-    Used to make an over-long judge prompt fit: the question (the last turn) is never cut.
+    Used to shorten an over-long judge prompt; the question (the last turn) always stays.
     """
     return _TURN_START.split(context)

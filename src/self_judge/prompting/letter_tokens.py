@@ -1,4 +1,4 @@
-"""The two letters as tokens: which ids a judge's A and B have after its lead-in.
+"""The two letters as tokens: the ids of a judge's A and B after its lead-in.
 
 It knows judge templates and a tokenizer. It does not know chats or models.
 """
@@ -16,14 +16,14 @@ def letter_ids(
     token_id_a: int | None = None,
     token_id_b: int | None = None,
 ) -> tuple[int, int]:
-    """The ids of " A" and " B" right after the lead-in of every judge template.
+    """Derives the ids of " A" and " B" right after the lead-in of every judge template.
 
     Args:
         token_id_a, token_id_b: ids to check against the derived ones.
 
     Raises:
-        EncodingError: a letter is not exactly one token there, principles disagree, or a given
-            id is not the derived one; both readings are shown.
+        EncodingError: a letter is not exactly one token after a lead-in, principles disagree, or a
+            given id differs from the derived one; the message shows both.
     """
     show = tokenizer.show
     found: dict[str, tuple[int, str]] = {}
@@ -37,7 +37,7 @@ def letter_ids(
                 raise EncodingError(
                     f"the letter {letter!r} is not exactly one token after the lead-in of "
                     f"judge template {principle!r}: {show(before[-3:])} becomes "
-                    f"{show(after[max(0, len(before) - 3) :])}; change the lead-in's end "
+                    f"{show(after[max(0, len(before) - 3) :])}; change the end of the lead-in "
                     "or use a tokenizer with single-token letters"
                 )
             known = found.setdefault(letter, (added[0], principle))
@@ -45,7 +45,7 @@ def letter_ids(
                 raise EncodingError(
                     f"the letter {letter!r} is token {show(added)} after the lead-in of "
                     f"{principle!r} but {show([known[0]])} after that of {known[1]!r}: "
-                    "let all lead-ins end in the same word"
+                    "end all lead-ins in the same word"
                 )
     for letter, given in (("A", token_id_a), ("B", token_id_b)):
         derived = found[letter][0]
@@ -57,6 +57,6 @@ def letter_ids(
     if found["A"][0] == found["B"][0]:
         raise EncodingError(
             f"the letters A and B are the same token {show([found['A'][0]])}: this "
-            "tokenizer cannot tell them apart"
+            "tokenizer does not distinguish them"
         )
     return found["A"][0], found["B"][0]
