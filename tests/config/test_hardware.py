@@ -56,10 +56,10 @@ def test_a_laptop_gets_the_nearest_thing_to_everything_and_the_run_passed_in_sta
     assert fitted.training_args["report_to"] == "none"
     assert "deepspeed" not in fitted.training_args
     assert warnings == [
-        "flash-attn needs a CUDA GPU: attention runs on SDPA instead",
-        "this CPU is not made for bf16: float32 is used instead",
-        "DeepSpeed needs CUDA GPUs: plain data parallel is used instead",
-        "the tracker wandb is not installed: nothing is reported to it",
+        "flash-attn needs a CUDA GPU: using SDPA attention instead",
+        "this CPU does not support bf16: using float32 instead",
+        "DeepSpeed needs CUDA GPUs: using plain data parallel instead",
+        "the tracker wandb is not installed: not reporting to it",
     ]
     assert fit_to_machine(fitted, LAPTOP) == (fitted, []), "nothing is left to say"
 
@@ -82,7 +82,7 @@ def test_fp16_on_a_cpu_becomes_what_the_cpu_can_do_with_one_warning() -> None:
     )
     for bf16, name, dtype in ((True, "bf16", "bfloat16"), (False, "float32", "float32")):
         fitted, warnings = fit_to_machine(run, Machine(bf16=bf16))
-        assert warnings == [f"fp16 needs a CUDA GPU: this CPU computes in {name} instead"]
+        assert warnings == [f"fp16 needs a CUDA GPU: using {name} on this CPU instead"]
         assert (fitted.training_args["bf16"], fitted.training_args["fp16"]) == (bf16, False)
         assert fitted.model.dtype == dtype
 
@@ -97,7 +97,7 @@ def test_bf16_is_said_to_be_off_where_it_would_be_on_by_default() -> None:
 def test_an_old_gpu_keeps_its_place_but_not_bf16() -> None:
     old = dataclasses.replace(BOX, bf16=False)
     fitted, warnings = fit_to_machine(uf_jsft(), old)
-    assert warnings == ["this GPU is not made for bf16: float32 is used instead"]
+    assert warnings == ["this GPU does not support bf16: using float32 instead"]
     assert "use_cpu" not in fitted.training_args
     assert fitted.training_args["bf16"] is False
 
@@ -105,9 +105,12 @@ def test_an_old_gpu_keeps_its_place_but_not_bf16() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"deepspeed": False}, "DeepSpeed is not installed: plain data parallel is used instead"),
-        ({"processes": 1}, "DeepSpeed shards over several processes and this is one: plain data "),
-        ({"sharded_by_launcher": True}, "the launcher's file says how to shard: training_args."),
+        ({"deepspeed": False}, "DeepSpeed is not installed: using plain data parallel instead"),
+        ({"processes": 1}, "DeepSpeed needs several processes, and this run has one: using plain "),
+        (
+            {"sharded_by_launcher": True},
+            "the launcher configures sharding: ignoring training",
+        ),
     ],
 )
 def test_deepspeed_is_dropped_where_it_cannot_work(change: dict[str, bool], told: str) -> None:
@@ -120,9 +123,7 @@ def test_deepspeed_is_dropped_where_it_cannot_work(change: dict[str, bool], told
 def test_flex_attention_trains_on_a_gpu_only() -> None:
     run = uf_jsft("model.attn_implementation=flex_attention", "training_args.deepspeed=null")
     fitted, warnings = fit_to_machine(run, Machine(bf16=True))
-    assert warnings == [
-        "FlexAttention has no backward pass on a CPU: attention runs on SDPA instead"
-    ]
+    assert warnings == ["FlexAttention has no backward pass on a CPU: using SDPA attention instead"]
     assert fitted.model.attn_implementation == "sdpa"
     kept, warnings = fit_to_machine(run, BOX)
     assert warnings == []
@@ -131,7 +132,7 @@ def test_flex_attention_trains_on_a_gpu_only() -> None:
 
 def test_flash_attention_that_is_not_installed_is_told_from_a_missing_gpu() -> None:
     _, warnings = fit_to_machine(uf_jsft(FLASH), dataclasses.replace(BOX, flash_attn=False))
-    assert warnings == ["flash-attn is not installed: attention runs on SDPA instead"]
+    assert warnings == ["flash-attn is not installed: using SDPA attention instead"]
 
 
 def test_fsdp_and_tf32_need_a_gpu() -> None:
@@ -145,22 +146,22 @@ def test_fsdp_and_tf32_need_a_gpu() -> None:
     fitted, warnings = fit_to_machine(run, LAPTOP)
     assert {"fsdp", "fsdp_config", "tf32"}.isdisjoint(fitted.training_args)
     assert warnings == [
-        "tf32 needs a CUDA GPU: it is switched off",
-        "FSDP needs CUDA GPUs: plain data parallel is used instead",
+        "tf32 needs a CUDA GPU: tf32 is disabled",
+        "FSDP needs CUDA GPUs: using plain data parallel instead",
     ]
 
 
 def test_use_cpu_in_the_file_is_obeyed_on_a_machine_with_gpus() -> None:
     fitted, warnings = fit_to_machine(uf_jsft("training_args.use_cpu=true"), BOX)
     assert fitted.training_args["use_cpu"] is True
-    assert warnings == ["DeepSpeed needs CUDA GPUs: plain data parallel is used instead"]
+    assert warnings == ["DeepSpeed needs CUDA GPUs: using plain data parallel instead"]
 
 
 def test_installed_trackers_stay_and_unknown_names_are_left_to_transformers() -> None:
     run = uf_jsft("training_args.report_to=[wandb, tensorboard, all]")
     fitted, warnings = fit_to_machine(run, BOX)
     assert fitted.training_args["report_to"] == ["wandb", "all"]
-    assert warnings == ["the tracker tensorboard is not installed: nothing is reported to it"]
+    assert warnings == ["the tracker tensorboard is not installed: not reporting to it"]
 
 
 def test_detection_reads_packages_and_the_launchers_environment() -> None:

@@ -309,16 +309,16 @@ def test_values_may_refer_to_each_other_but_template_text_is_literal(minimal: Pa
         ("peft_config=3", "peft_config: expected a mapping or null, got a whole number 3"),
         ("jsft_args=3", "jsft_args: expected a section with keys, got 3"),
         ("dataset.sources=[]", "dataset: sources is empty"),
-        ("dataset.held_out=1.0", "dataset: held_out is a share in [0, 1), got 1.0"),
+        ("dataset.held_out=1.0", "dataset: held_out must be in [0, 1), got 1.0"),
         ("dataset.max_records=0", "dataset: max_records must be at least 1, got 0"),
         (
             "dataset.sources.0={path: x, sft: false, pairs: false}",
             "dataset.sources.0: sft and pairs are both false",
         ),
         ("model=null", "model: missing"),
-        ("templates.judge=null", "templates.judge is missing: JSFT needs it"),
+        ("templates.judge=null", "templates.judge is missing: JSFT requires it"),
         ("templates.judge.good.user=hi", "templates: judge template 'good' lacks {context}, "),
-        ("templates.user=Q", "templates: user and assistant are turn markers that belong"),
+        ("templates.user=Q", "templates: user and assistant are a pair of turn markers"),
         ("dataset.rationales=true", "templates.decision_rationale is not set"),
         (
             "training_args.max_length=9",
@@ -333,9 +333,9 @@ def test_values_may_refer_to_each_other_but_template_text_is_literal(minimal: Pa
         ("nonsense", "override 'nonsense': expected key.path=value"),
         ("jsft_args..x=1", "override 'jsft_args..x=1': expected key.path=value"),
         ("jsft_args.max_length=[1", "override 'jsft_args.max_length=[1': the value is not valid"),
-        ("dataset.sources.4.path=x", "dataset.sources is a list of 1; '4' is not one of its"),
+        ("dataset.sources.4.path=x", "dataset.sources is a list of 1; '4' is not a valid index"),
         ("model.model_name_or_path.x=1", "model.model_name_or_path is text 'tiny', which has no"),
-        ("extends=x.yaml", "extends can only stand in a file"),
+        ("extends=x.yaml", "extends is only allowed in a file"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected(
@@ -431,7 +431,7 @@ def test_a_missing_extended_file_says_who_asked_for_it(tmp_path: Path) -> None:
 def test_files_that_extend_each_other_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b.yaml\nmodel: {}")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\nmodel: {}")
-    assert "extends itself, by way of" in error_of(tmp_path / "a.yaml")
+    assert "extends itself through" in error_of(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_files_that_extend_each_other_are_an_error(tmp_path: Path) -> None:
         ("model: {}\nmodel: {}\n", "run.yaml:2: not valid YAML: found duplicate key model"),
         ("", "expected sections such as 'model:', found none"),
         ("- a\n- b\n", "expected sections such as 'model:', found none"),
-        ("extends: 3\nmodel: {}", "extends names one file, or a list of files, got 3"),
+        ("extends: 3\nmodel: {}", "extends must be a file or a list of files, got 3"),
         (
             "x: !!python/object/apply:os.getcwd []",
             "run.yaml:1: not valid YAML: could not",

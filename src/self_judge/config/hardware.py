@@ -1,7 +1,7 @@
-"""Fits a run to the machine it stands on, so that one file works on a laptop and on 8 GPUs.
+"""Adapts a run to its machine, so that one file works on a laptop and on 8 GPUs.
 
-Pure functions over a small description of the machine. It imports no torch: whoever calls
-`detect_machine` says whether there is a GPU.
+Pure functions of a small description of the machine. It does not import torch: the caller tells
+`detect_machine` whether there is a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from self_judge.config.schema import JSFTRun, SelfJudgeRun
 
 Run = TypeVar("Run", JSFTRun, SelfJudgeRun)
 
-# What `report_to` calls a tracker -> the modules of which one must be installed.
+# Tracker name in `report_to` -> modules, at least one of which must be installed.
 _TRACKER_MODULES = {
     "clearml": ("clearml",),
     "codecarbon": ("codecarbon",),
@@ -38,16 +38,16 @@ _FLASH_MODULES = ("flash_attn", "flash_attn_interface", "flash_attn_3")
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run can count on.
+    """The capabilities of a machine.
 
     Attributes:
         cuda: there is a CUDA GPU.
-        bf16: the device that computes (the GPU, or the CPU where there is none) is made for bf16.
+        bf16: the compute device (the GPU, or the CPU without one) supports bf16 in hardware.
         flash_attn, deepspeed: the package is installed.
-        trackers: names, as `report_to` takes them, of the trackers that are installed.
+        trackers: the installed trackers, by their `report_to` names.
         cpu_count: CPU cores this process may use.
         processes: processes of this run, over all machines.
-        sharded_by_launcher: the launcher's own file already asks for FSDP or DeepSpeed.
+        sharded_by_launcher: the launcher's configuration already enables FSDP or DeepSpeed.
     """
 
     cuda: bool = False
@@ -66,15 +66,15 @@ def detect_machine(
     installed: Callable[[str], bool] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Machine:
-    """Looks at the installed packages and at what the launcher left in the environment.
+    """Inspects the installed packages and the launcher's environment variables.
 
     Args:
         cuda: `torch.cuda.is_available()`.
         bf16: `torch.cuda.is_bf16_supported(including_emulation=False)`; without a GPU the CPU's
-            flags are read instead.
-        installed: whether a top-level module can be imported, by name; a parameter for tests.
+            flags decide.
+        installed: tells whether a top-level module can be imported; tests replace it.
     """
-    # `accelerate launch --cpu` on a machine with a GPU.
+    # `accelerate launch --cpu` disables the GPU.
     on_gpu = cuda and not _is_true(environ, "ACCELERATE_USE_CPU")
     has = installed or (lambda name: importlib.util.find_spec(name) is not None)
     return Machine(
@@ -93,11 +93,11 @@ def detect_machine(
 
 
 def fit_to_machine(run: Run, machine: Machine) -> tuple[Run, list[str]]:
-    """The run as this machine can carry it out, and one line for each thing that is not there.
+    """Replaces features that this machine lacks; returns the new run and one warning per change.
 
-    What is missing is replaced by the nearest thing that is: flash-attn by SDPA, bf16 by float32
-    (by the CPU's bf16 where it has that), DeepSpeed and FSDP by plain data parallel, a tracker by
-    none. The run that is passed in stays as it is.
+    flash-attn becomes SDPA, bf16 becomes float32, fp16 on a CPU becomes bf16 (or float32 if the CPU
+    lacks bf16), DeepSpeed and FSDP become plain data parallel, and missing trackers are dropped.
+    `run` itself is not modified.
     """
     training = dict(run.training_args)
     model = run.model
@@ -110,12 +110,10 @@ def fit_to_machine(run: Run, machine: Machine) -> tuple[Run, list[str]]:
     attention = model.attn_implementation or ""
     if attention.startswith("flash_attention") and not (on_gpu and machine.flash_attn):
         reason = "flash-attn is not installed" if on_gpu else "flash-attn needs a CUDA GPU"
-        warnings.append(f"{reason}: attention runs on SDPA instead")
+        warnings.append(f"{reason}: using SDPA attention instead")
         model = dataclasses.replace(model, attn_implementation="sdpa")
     if attention == "flex_attention" and not on_gpu:
-        warnings.append(
-            "FlexAttention has no backward pass on a CPU: attention runs on SDPA instead"
-        )
+        warnings.append("FlexAttention has no backward pass on a CPU: using SDPA attention instead")
         model = dataclasses.replace(model, attn_implementation="sdpa")
 
     dtype = _fit_precision(training, model.dtype, on_gpu, machine.bf16, warnings)
@@ -128,12 +126,12 @@ def fit_to_machine(run: Run, machine: Machine) -> tuple[Run, list[str]]:
 def _fit_precision(
     training: dict[str, Any], dtype: Any, on_gpu: bool, bf16: bool, warnings: list[str]
 ) -> Any:
-    """Settles `bf16`, `fp16` and `tf32` in `training`; returns the dtype for the weights."""
+    """Sets `bf16`, `fp16` and `tf32` in `training`; returns the dtype of the weights."""
     if not on_gpu and training.pop("tf32", None):
-        warnings.append("tf32 needs a CUDA GPU: it is switched off")
+        warnings.append("tf32 needs a CUDA GPU: tf32 is disabled")
     if not on_gpu and (training.get("fp16") or dtype == "float16"):
         instead = "bf16" if bf16 else "float32"
-        warnings.append(f"fp16 needs a CUDA GPU: this CPU computes in {instead} instead")
+        warnings.append(f"fp16 needs a CUDA GPU: using {instead} on this CPU instead")
         training.update(fp16=False, bf16=bf16)
         if dtype == "float16":
             dtype = "bfloat16" if bf16 else "float32"
@@ -141,46 +139,46 @@ def _fit_precision(
         return dtype
     if training.get("bf16") or training.get("bf16_full_eval") or dtype == "bfloat16":
         device = "GPU" if on_gpu else "CPU"
-        warnings.append(f"this {device} is not made for bf16: float32 is used instead")
-    # TRL turns bf16 on where it is left out, so it is said, not left out.
+        warnings.append(f"this {device} does not support bf16: using float32 instead")
+    # Set it explicitly, since TRL enables bf16 by default.
     training["bf16"] = False
     training.pop("bf16_full_eval", None)
-    # "auto" takes the dtype of the checkpoint, and most are saved in bfloat16.
+    # "auto" takes the checkpoint's dtype, and most checkpoints are saved in bfloat16.
     return "float32" if dtype in ("bfloat16", "auto") else dtype
 
 
 def _fit_sharding(
     training: dict[str, Any], on_gpu: bool, machine: Machine, warnings: list[str]
 ) -> None:
-    """Drops DeepSpeed and FSDP from `training` where they cannot work or are not needed."""
+    """Removes DeepSpeed and FSDP from `training` if they cannot work or are not needed."""
     if training.get("deepspeed") and machine.sharded_by_launcher:
         del training["deepspeed"]
-        warnings.append("the launcher's file says how to shard: training_args.deepspeed is unused")
+        warnings.append("the launcher configures sharding: ignoring training_args.deepspeed")
     elif training.get("deepspeed"):
         reason = (
             "DeepSpeed needs CUDA GPUs"
             if not on_gpu
             else "DeepSpeed is not installed"
             if not machine.deepspeed
-            else "DeepSpeed shards over several processes and this is one"
+            else "DeepSpeed needs several processes, and this run has one"
             if machine.processes == 1
             else None
         )
         if reason:
             del training["deepspeed"]
-            warnings.append(f"{reason}: plain data parallel is used instead")
+            warnings.append(f"{reason}: using plain data parallel instead")
     if training.get("fsdp") and not on_gpu:
         del training["fsdp"]
         training.pop("fsdp_config", None)
-        warnings.append("FSDP needs CUDA GPUs: plain data parallel is used instead")
+        warnings.append("FSDP needs CUDA GPUs: using plain data parallel instead")
 
 
 def _fit_trackers(training: dict[str, Any], trackers: frozenset[str], warnings: list[str]) -> None:
-    asked = training.get("report_to") or "none"
-    names = [asked] if isinstance(asked, str) else list(asked)
+    wanted = training.get("report_to") or "none"
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
     missing = [name for name in names if name in _TRACKER_MODULES and name not in trackers]
     for name in missing:
-        warnings.append(f"the tracker {name} is not installed: nothing is reported to it")
+        warnings.append(f"the tracker {name} is not installed: not reporting to it")
     if missing:
         training["report_to"] = [name for name in names if name not in missing] or "none"
 
@@ -188,18 +186,18 @@ def _fit_trackers(training: dict[str, Any], trackers: frozenset[str], warnings: 
 def launch_over_gpus(
     argv: Sequence[str], gpus: int, environ: Mapping[str, str] = os.environ
 ) -> list[str] | None:
-    """The command that starts this program again with one process per GPU, if it should be.
+    """The command that restarts this program with one process per GPU, if it should restart.
 
-    `accelerate launch` has no file that means "as many processes as there are GPUs, and one without
-    GPUs": `num_processes: auto` starts one per CPU core on a machine without GPUs. So the method's
-    files start one process, and that one spreads itself, with `os.execv(command[0], command)`.
+    No `accelerate launch` configuration means "one process per GPU, or one without GPUs":
+    `num_processes: auto` starts one process per CPU core on a machine without GPUs. So the shipped
+    configurations start one process, which relaunches itself with `os.execv(command[0], command)`.
 
     Args:
         argv: `sys.argv`.
         gpus: visible CUDA GPUs.
 
     Returns:
-        `None` with at most one GPU, or when a launcher already made this a distributed run.
+        `None` with at most one GPU, or if a launcher already started a distributed run.
     """
     launched = "WORLD_SIZE" in environ or "LOCAL_RANK" in environ
     if gpus < 2 or launched or _is_true(environ, "ACCELERATE_USE_CPU"):
@@ -209,11 +207,11 @@ def launch_over_gpus(
 
 
 def threads_for(machine: Machine, environ: Mapping[str, str] = os.environ) -> int | None:
-    """How many CPU threads one process on a machine without GPUs should use; `None`: leave it.
+    """CPU threads for a process on a machine without GPUs; `None` keeps the current setting.
 
-    `accelerate launch` sets `OMP_NUM_THREADS=1` for whatever it starts, where it was not set, which
-    leaves all cores but one idle. A 1 that the user set looks the same; `taskset` holds such a run
-    to one core.
+    `accelerate launch` sets `OMP_NUM_THREADS=1` unless the variable is set, which leaves all cores
+    but one idle. A user's own `OMP_NUM_THREADS=1` looks the same; use `taskset` to limit a run to
+    one core.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in environ and environ.get("OMP_NUM_THREADS") == "1"
     if machine.cuda or machine.processes > 1 or not launched:
@@ -224,7 +222,7 @@ def threads_for(machine: Machine, environ: Mapping[str, str] = os.environ) -> in
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the CPU multiplies bf16 in hardware (x86 AVX512-BF16 or AMX, ARM bf16), on Linux.
 
-    Elsewhere, or when it cannot be told: False, and float32 is used.
+    On other systems, or if the flags cannot be read: False, and float32 is used.
     """
     if not cpuinfo.is_file():
         return False
@@ -239,7 +237,7 @@ def _is_true(environ: Mapping[str, str], name: str) -> bool:
 
 
 def _cpu_count() -> int:
-    # A container or taskset may grant fewer cores than the machine has; only Linux can tell.
+    # A container or taskset may allow fewer cores than the machine has; only Linux reports them.
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

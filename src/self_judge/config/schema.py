@@ -1,8 +1,7 @@
 """Typed run configurations, from a YAML file, the files it extends, and `key.path=value` overrides.
 
-Knows what a run may ask for and says at once what is wrong with it. It does not know torch, the
-trainers or the machine: `hardware.py` fits a run to the machine, `commands/train.py` carries it
-out.
+It defines and validates the keys of a run. It does not know torch, the trainers or the machine:
+`hardware.py` adapts a run to the machine, `commands/train.py` runs it.
 """
 
 from __future__ import annotations
@@ -41,17 +40,18 @@ RunKind = Literal["jsft", "self_judge"]
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Which model to start from and how to load it.
+    """The initial model and how to load it.
 
     Args:
         model_name_or_path: a folder or a Hub name.
-        dtype: of the loaded weights. `"auto"`: as saved.
-        attn_implementation: as Transformers names it; `None` leaves the choice to Transformers.
+        dtype: dtype of the weights; `"auto"` keeps the saved one.
+        attn_implementation: Transformers' name of the attention; `None` leaves the choice to
+            Transformers.
         revision: branch, tag or commit on the Hub.
-        trust_remote_code: whether the model's repository may run its own code here.
-        load_in_4bit: QLoRA: the base in 4 bits (bitsandbytes), below an adapter that is trained.
-        bnb_4bit_quant_type: how numbers are kept in 4 bits.
-        use_bnb_nested_quant: whether the quantization's own constants are quantized as well.
+        trust_remote_code: whether the model's repository may run its own code.
+        load_in_4bit: QLoRA: a frozen base in 4 bits (bitsandbytes) under a trained adapter.
+        bnb_4bit_quant_type: the 4-bit number format.
+        use_bnb_nested_quant: whether to quantize the quantization constants as well.
     """
 
     model_name_or_path: str
@@ -66,17 +66,17 @@ class ModelArgs:
 
 @dataclass(frozen=True)
 class TemplateArgs:
-    """How dialogues and judgments are worded.
+    """Judge templates and chat templates.
 
     Args:
-        judge: `{principle: {system, user, assistant}}`. `None` in self-training: the templates that
-            were saved beside the checkpoint.
-        decision_rationale: what follows the letter, with `{rationale_a}` and `{rationale_b}`.
-        chat: a Jinja chat template, instead of the tokenizer's own.
+        judge: `{principle: {system, user, assistant}}`. `None` in self-training uses the templates
+            saved with the checkpoint.
+        decision_rationale: the text after the letter, with `{rationale_a}` and `{rationale_b}`.
+        chat: a Jinja chat template that replaces the tokenizer's own.
         chat_template_kwargs: passed to the chat template, such as `{enable_thinking: true}`.
-        user, assistant: turn markers such as `"\\n\\nHuman:"`, for a tokenizer that brings no chat
-            template; used only where `chat` is not set either.
-        skip_first_token: accepted and unused; masks come from how the ids were built.
+        user, assistant: turn markers such as `"\\n\\nHuman:"`, for a tokenizer without a chat
+            template; used only if `chat` is not set either.
+        skip_first_token: accepted and ignored; loss masks are built together with the ids.
     """
 
     judge: dict[str, Any] | None = None
@@ -90,7 +90,7 @@ class TemplateArgs:
     def __post_init__(self) -> None:
         require(
             (self.user is None) == (self.assistant is None),
-            "user and assistant are turn markers that belong together: set both or neither",
+            "user and assistant are a pair of turn markers: set both or neither",
         )
         require(
             self.judge is not None or self.decision_rationale is None,
@@ -99,7 +99,7 @@ class TemplateArgs:
         self.judge_templates()
 
     def judge_templates(self) -> JudgeTemplates | None:
-        """The judge templates, or `None` where they are to be read from beside the checkpoint."""
+        """The judge templates, or `None` to use those saved with the checkpoint."""
         if self.judge is None:
             return None
         return JudgeTemplates(self.judge, self.decision_rationale)
@@ -112,10 +112,10 @@ class Source:
     Args:
         path: a Hub name, a local file (.json, .jsonl, .jsonl.gz, .parquet) or a `save_to_disk`
             folder.
-        data_dir, name, split, revision: as `datasets.load_dataset` takes them.
-        kind: the schema; `"auto"` recognises it from the columns.
-        sft: whether its chosen responses are learned as demonstrations.
-        pairs: whether its pairs are learned as judgments.
+        data_dir, name, split, revision: as for `datasets.load_dataset`.
+        kind: the schema; `"auto"` detects it from the columns.
+        sft: whether to train on the chosen responses as demonstrations.
+        pairs: whether to train on the pairs as judgments.
     """
 
     path: str
@@ -130,24 +130,25 @@ class Source:
     def __post_init__(self) -> None:
         require(
             self.sft or self.pairs,
-            "sft and pairs are both false: nothing would be read from this source; remove it",
+            "sft and pairs are both false: this source would give nothing; remove it",
         )
 
 
 @dataclass(frozen=True)
 class DatasetArgs:
-    """What to learn from and what to hold out.
+    """Training and evaluation data.
 
     Args:
-        sources: read in this order.
-        held_out: share of the prompts kept out of training for evaluation, in [0, 1); unused where
-            `eval` names sources of its own.
-        eval: sources to evaluate on.
-        max_records, max_eval_records: keep at most so many records (`None`: all).
+        sources: training sources, read in this order.
+        held_out: fraction of the prompts held out of training for evaluation, in [0, 1); unused if
+            `eval` names its own sources.
+        eval: evaluation sources.
+        max_records, max_eval_records: maximum number of records (`None`: all).
         principles: one pair per principle instead of one general pair (UltraFeedback).
-        rationales: learn the rationales too; `None`: when `templates.decision_rationale` is set.
-        seed: of the sampling of pairs. Which prompts are held out depends on their text alone, so
-            JSFT and self-training hold out the same ones.
+        rationales: train on the rationales too; `None` means if `templates.decision_rationale` is
+            set.
+        seed: seed for sampling pairs. The held-out prompts depend on their text alone, so JSFT and
+            self-training hold out the same ones.
         num_proc: processes that read the data (`None`: this one).
     """
 
@@ -163,7 +164,7 @@ class DatasetArgs:
 
     def __post_init__(self) -> None:
         require(bool(self.sources), "sources is empty: name at least one")
-        require(0 <= self.held_out < 1, f"held_out is a share in [0, 1), got {self.held_out}")
+        require(0 <= self.held_out < 1, f"held_out must be in [0, 1), got {self.held_out}")
         require_at_least(self, unset=True, max_records=1, max_eval_records=1, num_proc=1)
 
 
@@ -172,17 +173,17 @@ class JSFTArgs:
     """Judge-augmented supervised fine-tuning.
 
     Args:
-        max_length: tokens per training example, at most.
-        ignore_index: the label of a token that is not trained on.
-        global_batch_size: examples per optimizer step over all processes; the accumulation steps
-            follow from it (see `accumulation_steps`). `None`: as `training_args` says.
-        group_by_length: micro-batches of like lengths within each randomly drawn optimizer step:
-            less padding. Packing sorts by itself; this is for `packing: off`.
+        max_length: maximum number of tokens per training example.
+        ignore_index: the label of tokens without loss.
+        global_batch_size: examples per optimizer step over all processes; it determines the
+            accumulation steps (see `accumulation_steps`). `None` uses those of `training_args`.
+        group_by_length: group examples of similar length within each random optimizer step, for
+            less padding. Only useful with `packing: off`, since packing sorts by length itself.
         packing: how sequences share prefixes (see `Packing`): `auto`, `tree`, `cache`, `padding`,
             or `off`.
-        merge_adapter: after LoRA training, fold the adapter into the weights and save a plain
-            model; otherwise the adapter alone is saved.
-        max_skipped_steps: steps in a row without a finite gradient after which training stops.
+        merge_adapter: after LoRA training, merge the adapter into the weights and save a plain
+            model; otherwise only the adapter is saved.
+        max_skipped_steps: stop after this many steps in a row without a finite gradient.
     """
 
     max_length: int = 2048
@@ -209,30 +210,30 @@ class _Run:
 
 @dataclass(frozen=True)
 class JSFTRun(_Run):
-    """One run of judge-augmented SFT: everything that its YAML file says, checked.
+    """One run of judge-augmented SFT: the validated contents of its YAML file.
 
-    `training_args` is for `trl.SFTConfig` and `peft_config` for `peft.LoraConfig`; what they may
-    hold is checked by `check_training_args`, where those classes are known.
+    `training_args` is for `trl.SFTConfig` and `peft_config` for `peft.LoraConfig`;
+    `check_training_args` validates their keys once those classes are imported.
     """
 
     jsft_args: JSFTArgs = field(default_factory=JSFTArgs)
 
     def __post_init__(self) -> None:
         _check_sections(self, self.jsft_args, "jsft_args")
-        require(self.templates.judge is not None, "templates.judge is missing: JSFT needs it")
+        require(self.templates.judge is not None, "templates.judge is missing: JSFT requires it")
         require(
             not self.dataset.rationales or self.templates.decision_rationale is not None,
             "dataset.rationales is true but templates.decision_rationale is not set",
         )
         require(
             not self.dataset.rationales or self.dataset.principles,
-            "dataset.rationales is true but dataset.principles is false: rationales are given per "
-            "principle",
+            "dataset.rationales is true but dataset.principles is false: rationales belong to "
+            "principles",
         )
 
     @property
     def uses_rationales(self) -> bool:
-        """Whether judge examples end in the rationales."""
+        """Whether judge examples end with the rationales."""
         if self.dataset.rationales is None:
             return self.templates.decision_rationale is not None
         return self.dataset.rationales
@@ -240,7 +241,7 @@ class JSFTRun(_Run):
 
 @dataclass(frozen=True)
 class SelfJudgeRun(_Run):
-    """One run of self-training: everything that its YAML file says, checked.
+    """One run of self-training: the validated contents of its YAML file.
 
     `training_args` is for `SelfJudgeConfig` and `peft_config` for `peft.LoraConfig`.
     """
@@ -259,7 +260,7 @@ _STARTED_BY = {
 
 
 def kind_of_run(path: str | Path, overrides: Sequence[str] = ()) -> RunKind:
-    """Which of the two runs a file describes, by the section that only one of them has.
+    """The kind of run that a file describes: it has either `jsft_args` or `self_judge_args`.
 
     Raises:
         ConfigError: the file cannot be read, or has neither section, or both.
@@ -271,8 +272,8 @@ def kind_of_run(path: str | Path, overrides: Sequence[str] = ()) -> RunKind:
     if len(kinds) != 1:
         found = "both" if kinds else "neither"
         raise ConfigError(
-            f"{path}: it has {found} of jsft_args and self_judge_args, so it is not clear which "
-            "run it describes"
+            f"{path}: it has {found} of jsft_args and self_judge_args: a run file has exactly one "
+            "of them"
         )
     return kinds[0]
 
@@ -284,25 +285,25 @@ def load_run(
     path: str | Path, overrides: Sequence[str], kind: Literal["self_judge"]
 ) -> SelfJudgeRun: ...
 def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTRun | SelfJudgeRun:
-    """Reads a run file, what it extends, and the overrides, and checks the whole.
+    """Loads a run file, the files it extends, and the overrides, and validates the result.
 
     Args:
         path: a YAML file. Its key `extends` names one or several YAML files, relative to it, which
-            are read first; what the file says itself wins.
-        overrides: `key.path=value` each, the value as YAML; an item of a list by its number
-            (`dataset.sources.0.path=data.jsonl`).
-        kind: which of the two runs the file describes.
+            are loaded first; the file's own keys override theirs.
+        overrides: `key.path=value` strings, with the value as YAML; a list item has its index in
+            the path (`dataset.sources.0.path=data.jsonl`).
+        kind: the expected kind of run.
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown (the nearest one is named), a value
-            has the wrong type or cannot work.
+        ConfigError: the file cannot be read, a key is unknown (the message suggests the closest
+            one), or a value has the wrong type or is invalid.
     """
     tree = read_yaml(Path(path))
     where = str(path)
     for override in overrides:
         apply_override(tree, override)
     try:
-        # Template text is literal: "${" there is a dollar and a brace, never an interpolation.
+        # Template text is literal: "${" in it is never an interpolation.
         templates = tree.pop("templates", None)
         resolved = OmegaConf.to_container(
             OmegaConf.create(tree), resolve=True, throw_on_missing=True
@@ -333,15 +334,15 @@ def _last_key(override: str) -> str:
 def check_training_args(
     keys: Iterable[str], valid_names: Iterable[str], section: str = "training_args"
 ) -> None:
-    """Fails on the first key that the class behind a free section does not have.
+    """Raises on the first key that is not a field of the section's configuration class.
 
     Args:
-        keys: the keys given.
-        valid_names: the field names of that class, such as `trl.SFTConfig` or `peft.LoraConfig`.
-        section: for the message.
+        keys: the keys of the section.
+        valid_names: the field names of the class, such as `trl.SFTConfig` or `peft.LoraConfig`.
+        section: the section's name, for the message.
 
     Raises:
-        ConfigError: with the nearest valid name, or the new name of a renamed one.
+        ConfigError: the message suggests the closest valid name, or the new name of a renamed key.
     """
     valid = list(valid_names)
     for key in keys:
@@ -352,10 +353,10 @@ def check_training_args(
 def check_training_values(
     values: Mapping[str, Any], config_class: type, section: str = "training_args"
 ) -> dict[str, Any]:
-    """`check_training_args`, and that every number and switch is one; integers become floats.
+    """Validates keys, numbers and booleans; converts integers to floats where a float is expected.
 
-    Only fields declared as int, float or bool (or one of these and nothing) are looked at: the
-    class itself checks the rest.
+    Only fields of type int, float or bool (or an optional one of these) are checked: the class
+    itself checks the rest.
 
     Raises:
         ConfigError: an unknown key, or a value of the wrong type (key, expected, got).
@@ -363,7 +364,7 @@ def check_training_values(
     check_training_args(values, [f.name for f in dataclasses.fields(config_class)], section)
     hints = typing.get_type_hints(config_class)
     simple = {int, float, bool, types.NoneType}
-    # YAML reads a bare `no` as false.
+    # YAML parses a bare `no` as false.
     checked = {
         key: "no" if key.endswith("_strategy") and value is False else value
         for key, value in values.items()
@@ -376,10 +377,10 @@ def check_training_values(
 
 
 def accumulation_steps(global_batch_size: int, per_device: int, processes: int) -> int:
-    """Micro-batches per optimizer step so that all processes together see `global_batch_size`.
+    """Micro-batches per optimizer step that give `global_batch_size` over all processes.
 
     Raises:
-        ConfigError: the global batch is not a multiple of what one micro-batch holds.
+        ConfigError: the global batch size is not a multiple of one micro-batch on all processes.
     """
     if per_device < 1:
         raise ConfigError(
@@ -404,11 +405,11 @@ def accumulation_steps(global_batch_size: int, per_device: int, processes: int) 
 
 
 def _check_sections(run: _Run, own: JSFTArgs | SelfJudgeArgs, section: str) -> None:
-    """What is said twice would be said differently one day: one key lives in one section."""
+    """Checks across sections; each key belongs to one section only, so values cannot conflict."""
     require(
         not run.model.load_in_4bit or run.peft_config is not None,
-        "model.load_in_4bit is true but peft_config is not set: weights in 4 bits are not trained, "
-        "an adapter on them is",
+        "model.load_in_4bit is true but peft_config is not set: 4-bit weights cannot be trained, "
+        "only an adapter on them",
     )
     names = {f.name for f in dataclasses.fields(own)}
     for key in run.training_args:

@@ -1,6 +1,6 @@
-"""Settings of sampling and self-training, each declared and checked once.
+"""Settings of sampling and self-training, each declared and validated once.
 
-A run file's `self_judge_args` (`SelfJudgeArgs`) and the trainer's `SelfJudgeConfig` inherit
+A run file's `self_judge_args` (`SelfJudgeArgs`) and the trainer's `SelfJudgeConfig` inherit from
 `SelfTrainingSettings`. It knows values and their limits, not torch or TRL.
 """
 
@@ -26,13 +26,13 @@ LOSS_TYPES = (
 
 
 def require(holds: bool, message: str) -> None:
-    """Raises `ConfigError` with the message unless the condition holds."""
+    """Raises `ConfigError` with `message` unless `holds` is true."""
     if not holds:
         raise ConfigError(message)
 
 
 def require_at_least(settings: Any, *, unset: bool = False, **least: int) -> None:
-    """Raises `ConfigError` for the first of the named values that is below its minimum.
+    """Raises `ConfigError` for the first named value below its minimum.
 
     Args:
         unset: whether a value may be `None`.
@@ -44,23 +44,23 @@ def require_at_least(settings: Any, *, unset: bool = False, **least: int) -> Non
 
 
 def require_choice(name: str, value: object, choices: Any) -> None:
-    """Raises `ConfigError` for a value that the `Literal` does not have."""
+    """Raises `ConfigError` if the value is not one of the choices of a `Literal`."""
     known = get_args(choices)
     require(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """How responses are drawn. What is not set here is off: no model's own settings mix in.
+    """Sampling parameters. The model's own generation config is ignored.
 
     Attributes:
-        max_new_tokens: tokens of a response at most.
-        temperature: 0 takes the most likely token.
-        top_p, top_k, min_p: 1.0, 0 and 0.0 switch them off.
-        repetition_penalty: 1.0 switches it off.
+        max_new_tokens: maximum number of tokens per response.
+        temperature: 0 means greedy decoding.
+        top_p, top_k, min_p: 1.0, 0 and 0.0 disable them.
+        repetition_penalty: 1.0 disables it.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range.
     """
 
     max_new_tokens: int = 768
@@ -92,66 +92,66 @@ def _field(default: Any, help: str, choices: Any = None) -> Any:
 
 @dataclass
 class SelfTrainingSettings:
-    """Sampling, judging and what a run keeps; defaults from the paper. Fields carry their help."""
+    """Settings for sampling, judging and saved rollouts; defaults from the paper."""
 
     num_generations: int = _field(2, "Responses sampled per prompt, at least 2 (K).")
     rollouts_per_update: int = _field(
-        1, "Pairs learned from per prompt and step, each of num_generations own samples."
+        1, "Training pairs per prompt and step, each from its own num_generations samples."
     )
     pair_selection: PairSelection = _field(
-        "best_worst", "Which two of K > 2 responses to learn from.", PairSelection
+        "best_worst", "Which two of K > 2 responses to train on.", PairSelection
     )
-    max_new_tokens: int = _field(768, "Tokens of a response at most.")
+    max_new_tokens: int = _field(768, "Maximum number of tokens per response.")
     temperature: float = _field(1.0, "Sampling temperature, above 0.")
-    top_p: float = _field(0.9, "Nucleus sampling; 1.0 is off.")
-    top_k: int = _field(0, "Top-k sampling; 0 is off.")
-    min_p: float = _field(0.0, "Min-p sampling; 0.0 is off.")
-    repetition_penalty: float = _field(1.0, "Penalty on tokens that have come before; 1.0 is off.")
-    generation_batch_size: int = _field(64, "Responses sampled together on one device at most.")
+    top_p: float = _field(0.9, "Nucleus sampling; 1.0 disables it.")
+    top_k: int = _field(0, "Top-k sampling; 0 disables it.")
+    min_p: float = _field(0.0, "Min-p sampling; 0.0 disables it.")
+    repetition_penalty: float = _field(1.0, "Penalty on repeated tokens; 1.0 disables it.")
+    generation_batch_size: int = _field(64, "Maximum number of responses sampled at once.")
     generation_batch_tokens: int | None = _field(
         None,
-        "Tokens in their KV cache at most, prompts and responses together; unset: by the bytes "
-        "they take of the device's memory.",
+        "Maximum number of tokens in their KV cache, prompts and responses together. Unset: fitted "
+        "to the device's memory.",
     )
     judge_batch_size: int = _field(
         8,
-        "Judge prompts per forward pass on one device where prompts are not packed; twice as many "
-        "where processes share the model. Packed passes go by tokens.",
+        "Judge prompts per forward pass on one device without packing; doubled if processes share "
+        "the model. With packing, the number of tokens sets the size of a pass.",
     )
     packing: PackingChoice = _field(
         "auto",
-        "How sequences share prefixes in judging and in the update: auto takes tree masks, a KV "
-        "cache or sorted padding, whichever is exact for the model; off packs nothing.",
+        "How sequences share prefixes in judging and in the update: auto uses tree masks, a KV "
+        "cache or sorted padding, whichever is exact for the model; off disables packing.",
         PackingChoice,
     )
     max_length: int | None = _field(
-        2048, "Tokens of prompt + response, and of a judge prompt, at most."
+        2048, "Maximum number of tokens of prompt + response, and of a judge prompt."
     )
     average_log_prob: bool | None = _field(
         None,
-        "Average log-probabilities over a response's tokens (True) or sum them (False). Unset: as "
-        "TRL's loss has it (sigmoid and hinge sum, ipo averages; the ipo of the original method "
+        "Average log-probabilities over a response's tokens (True) or sum them (False). Unset: the "
+        "default of TRL's loss (sigmoid and hinge sum, ipo averages; the original method's ipo "
         "sums).",
     )
-    ignore_index: int = _field(-100, "Label of positions without loss; only -100 is possible.")
+    ignore_index: int = _field(-100, "Label of positions without loss; must be -100.")
     log_completions: bool = _field(False, "Print sampled pairs with their verdicts when logging.")
     save_rollouts: bool = _field(
-        True, "Write pairs and verdicts under output_dir/rollouts, a file a step."
+        True, "Write pairs and verdicts under output_dir/rollouts, one file per step."
     )
     rollout_files: int | None = _field(
-        200, "Keep the files of at most N steps, evenly spread, and of the last one."
+        200, "Keep the files of at most N steps, evenly spaced, and of the last one."
     )
-    rollout_pairs: int | None = _field(64, "Keep at most N pairs of a step.")
+    rollout_pairs: int | None = _field(64, "Keep at most N pairs per step.")
     max_skipped_steps: int = _field(
         3,
-        "Stop after N steps in a row without a finite gradient or a finite verdict: there is "
-        "nothing to learn from.",
+        "Stop after N steps in a row without a finite gradient or a finite verdict, since they "
+        "train nothing.",
     )
 
-    use_vllm: bool = _field(False, "Sample with vLLM, and with LoRA judge there too.")
+    use_vllm: bool = _field(False, "Sample with vLLM; with LoRA, judge with it too.")
     vllm_mode: VLLMMode = _field(
         "colocate",
-        "An engine in every training process (colocate), or servers that run elsewhere (server).",
+        "Run an engine in every training process (colocate) or use separate servers (server).",
         VLLMMode,
     )
     vllm_server_base_url: list[str] | None = _field(
@@ -159,32 +159,32 @@ class SelfTrainingSettings:
     )
     rollouts_ahead: bool = _field(
         False,
-        "Have servers sample for the next step while this one updates, one step off-policy and "
-        "uncorrected (vllm_mode=server).",
+        "Let servers sample for the next step during the update, one step off-policy and without "
+        "correction (vllm_mode=server).",
     )
-    vllm_server_timeout: float = _field(240.0, "Seconds to wait for the servers to be up.")
+    vllm_server_timeout: float = _field(240.0, "Seconds to wait until the servers are up.")
     vllm_gpu_memory_utilization: float = _field(
-        0.3, "The colocated engine's share of all of the GPU's memory."
+        0.3, "The colocated engine's fraction of the GPU's total memory."
     )
     vllm_max_model_length: int | None = _field(
-        None, "Tokens the colocated engine holds of a sequence; max_length if unset."
+        None, "The colocated engine's maximum sequence length; max_length if unset."
     )
     vllm_enable_sleep_mode: bool = _field(
-        False, "The colocated engine frees the GPU's memory during updates."
+        False, "Free the colocated engine's GPU memory during updates."
     )
     vllm_sync_dir: str | None = _field(
         None,
-        "Folder that training and servers both see, through which adapters and weights are handed "
-        "over; unset: in this machine's memory.",
+        "Folder visible to both training and servers, used to transfer adapters and weights. "
+        "Unset: this machine's memory.",
     )
 
     def check(self) -> None:
         """Raises `ConfigError` for values that contradict each other or the method."""
-        self.sampling()  # checks the sampling settings
+        self.sampling()  # validates the sampling settings
         require(
             self.temperature > 0,
-            f"temperature must be above 0, got {self.temperature}: without chance all samples of a "
-            "prompt are the same",
+            f"temperature must be above 0, got {self.temperature}: greedy samples of a prompt are "
+            "all the same",
         )
         require_at_least(
             self,
@@ -203,7 +203,7 @@ class SelfTrainingSettings:
         require(
             self.max_length is None or self.max_new_tokens < self.max_length,
             f"max_new_tokens ({self.max_new_tokens}) must be below max_length ({self.max_length}), "
-            "which holds prompt and response together",
+            "which limits prompt and response together",
         )
         require(
             self.ignore_index == -100,
@@ -221,11 +221,11 @@ class SelfTrainingSettings:
         require(
             servers or not self.rollouts_ahead,
             "rollouts_ahead needs use_vllm with vllm_mode=server: only servers can sample "
-            "while this process updates",
+            "during the update",
         )
         require(
             not servers or bool(self.vllm_server_base_url),
-            "vllm_mode=server needs vllm_server_base_url, the URL of a `vllm serve`, or a list",
+            "vllm_mode=server needs vllm_server_base_url: one or several `vllm serve` URLs",
         )
         least = self.max_length or self.max_new_tokens + 1
         require(
@@ -237,7 +237,7 @@ class SelfTrainingSettings:
         )
 
     def check_losses(self, losses: Sequence[str]) -> None:
-        """Raises `ConfigError` for an unknown loss, or one that `average_log_prob` contradicts."""
+        """Raises `ConfigError` for an unknown loss, or one that `average_log_prob` excludes."""
         require(bool(losses), "loss_type is an empty list")
         for loss in losses:
             require(loss in LOSS_TYPES, f"loss_type {unknown_key(loss, LOSS_TYPES)}")
@@ -249,7 +249,7 @@ class SelfTrainingSettings:
         )
 
     def sampling(self) -> SamplingSettings:
-        """The sampler's part of the settings."""
+        """The sampling parameters among these settings."""
         return SamplingSettings(**{f.name: getattr(self, f.name) for f in fields(SamplingSettings)})
 
 
@@ -258,16 +258,16 @@ class SelfJudgeArgs(SelfTrainingSettings):
     """A run file's `self_judge_args`: on-policy self-training by self-judgment.
 
     Args:
-        token_id_a, token_id_b: ids of the letters; derived from the tokenizer where left out, and
-            checked against it where given.
+        token_id_a, token_id_b: ids of the letters, derived from the tokenizer by default; if set,
+            they are checked against it.
         loss_type: one of TRL's pairwise losses, or a list of them.
         beta: strength of the pull towards the reference.
-        disable_dropout: whether dropout is switched off in policy and reference.
-        global_batch_size: prompts per optimizer step over all processes; the accumulation steps
-            follow from it. `None`: as `training_args` says.
+        disable_dropout: whether to disable dropout in policy and reference.
+        global_batch_size: prompts per optimizer step over all processes; it determines the
+            accumulation steps. `None` uses those of `training_args`.
 
     Raises:
-        ConfigError: values that contradict each other or the method.
+        ConfigError: values contradict each other or the method.
     """
 
     token_id_a: int | None = None

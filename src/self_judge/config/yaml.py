@@ -1,7 +1,7 @@
-"""YAML files into typed dataclasses: `extends`, `key.path=value` overrides, and precise messages.
+"""YAML files to typed dataclasses: `extends`, `key.path=value` overrides, and precise errors.
 
-Knows types and keys, and names the nearest key for a wrong one. It does not know what the keys
-mean: the sections of a run stand in `schema.py`.
+It knows types and keys, and suggests the closest key for an unknown one. It does not know what the
+keys mean: `schema.py` defines the sections of a run.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from self_judge.errors import ConfigError
 
-# Names that older versions of Transformers and TRL used, and that people still type.
+# Names from older versions of Transformers and TRL that people still use.
 _RENAMED = {
-    "warmup_ratio": "warmup_steps (a number below 1 is a share of all steps)",
+    "warmup_ratio": "warmup_steps (a number below 1 is a fraction of all steps)",
     "group_by_length": "jsft_args.group_by_length, or train_sampling_strategy: group_by_length",
     "evaluation_strategy": "eval_strategy",
     "max_seq_length": "max_length",
@@ -35,14 +35,15 @@ _RENAMED = {
 
 
 def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file with everything it extends merged under it, as plain dictionaries and lists.
+    """Loads a file on top of the files it extends, as plain dictionaries and lists.
 
     Raises:
-        ConfigError: with file and line for what is not YAML.
+        ConfigError: a file is missing, is not valid YAML (the message names the line), or extends
+            itself.
     """
     named_in = f" (named by extends in {opened_by[-1]})" if opened_by else ""
     if path.resolve() in [p.resolve() for p in opened_by]:
-        raise ConfigError(f"{path}: extends itself, by way of {opened_by[-1]}")
+        raise ConfigError(f"{path}: extends itself through {opened_by[-1]}")
     if not path.is_file():
         raise ConfigError(f"{path}: no such file{named_in}")
     try:
@@ -60,7 +61,7 @@ def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     bases = tree.pop("extends", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: extends names one file, or a list of files, got {bases!r}")
+        raise ConfigError(f"{path}: extends must be a file or a list of files, got {bases!r}")
     merged: dict[str, Any] = {}
     for base in bases:
         merged = _merge(merged, read_yaml(path.parent / base, (*opened_by, path)))
@@ -77,14 +78,14 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Sets one `key.path=value` in place; whether the key exists is seen when the run is built."""
+    """Applies one `key.path=value` in place; `build` later checks whether the key exists."""
     said = f"override {override!r:.80}"
     path, equals, text = override.partition("=")
     keys = path.strip().lstrip("-").split(".")
     if not equals or not all(keys):
         raise ConfigError(f"{said}: expected key.path=value")
     if keys[0] == "extends":
-        raise ConfigError(f"{said}: extends can only stand in a file")
+        raise ConfigError(f"{said}: extends is only allowed in a file")
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -96,7 +97,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             if not key.isdecimal() or int(key) >= len(node):
                 raise ConfigError(
                     f"{said}: {'.'.join(keys[:depth])} is a list of {len(node)}; "
-                    f"{key!r} is not one of its numbers, which start at 0"
+                    f"{key!r} is not a valid index; the first is 0"
                 )
             position: Any = int(key)
         elif isinstance(node, dict):
@@ -114,14 +115,14 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def build(cls: type, tree: Any, where: str) -> Any:
-    """A dataclass from plain dictionaries and lists, its sections built likewise.
+    """Builds a dataclass, with nested dataclasses, from plain dictionaries and lists.
 
     Args:
-        where: the path of `tree`, with which every message starts; empty at the top.
+        where: the key path of `tree`, used as a prefix of error messages; empty at the top.
 
     Raises:
-        ConfigError: an unknown or missing key, a value of the wrong type, or what the class's own
-            `__post_init__` says.
+        ConfigError: an unknown or missing key, a value of the wrong type, or an error from the
+            class's `__post_init__`.
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{where or 'the file'}: expected a section with keys, got {tree!r:.60}")
@@ -140,27 +141,27 @@ def build(cls: type, tree: Any, where: str) -> Any:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from error
-    except ValueError as error:  # a template error: it names the principle, not the section
+    except ValueError as error:  # a template error names the principle, not the section
         raise ConfigError(f"{where}: {error}") from error
 
 
 def _is_section(hint: Any) -> bool:
-    """Whether `key:` with nothing behind it means an empty section, not the value null."""
+    """Whether `key:` without a value means an empty section, not null."""
     return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`; only integers become something else (floats, where wanted).
+    """Checks that `value` has type `hint`; the only conversion is from integer to float.
 
     Raises:
-        ConfigError: key, expected, got.
+        ConfigError: the message names the key, the expected type and the value.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     if origin is Literal:
         if value is False and "off" in args:
-            return "off"  # as YAML reads a bare `off`
+            return "off"  # YAML parses a bare `off` as false
         if value not in args:
             raise ConfigError(f"{where}: expected {_name(hint)}, got {_shown(value)}")
         return value
@@ -176,7 +177,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     elif origin is dict and isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise ConfigError(f"{where}: key {key!r} must be text: put it in quotes")
+                raise ConfigError(f"{where}: key {key!r} must be text: quote it")
         if args[1] is Any:
             return value
         return {key: convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
@@ -188,7 +189,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _name(hint: Any) -> str:
-    """A type in words."""
+    """A type in plain words."""
     words: dict[Any, str] = {
         int: "a whole number",
         float: "a number",
@@ -212,17 +213,17 @@ def _shown(value: Any) -> str:
 
 
 def unknown_key(key: str, valid: Sequence[str]) -> str:
-    """`key: unknown …` with the nearest valid name, or its new name if it was renamed."""
+    """`key: unknown …` with the closest valid name, or its new name if it was renamed."""
     if key in _RENAMED:
         return f"{key}: unknown key; it is now {_RENAMED[key]}"
     nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     if nearest:
         return f"{key}: unknown; did you mean {nearest[0]}?"
-    # With nothing near, a short list helps; the 150 fields of a training configuration do not.
+    # Without a close match, list the valid keys, unless there are too many (150 in SFTConfig).
     known = f"known are {', '.join(valid)}" if len(valid) <= 30 else "see the class's documentation"
     return f"{key}: unknown; {known}"
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, without its details."""
+    """The first line of an exception's message."""
     return str(error).strip().partition("\n")[0]
