@@ -495,7 +495,7 @@ def without_annotations() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("select", "raw", "message"),
     [
-        (select_hh, {"rejected": "x"}, "field 'chosen': is missing; there are ['rejected']"),
+        (select_hh, {"rejected": "x"}, "field 'chosen': is missing; found ['rejected']"),
         (select_hh, {**HH, "chosen": 3}, "field 'chosen': expected text, got int"),
         (
             select_hh,
@@ -535,7 +535,7 @@ def without_annotations() -> dict[str, Any]:
         (
             select_preference,
             {**PLAIN, "rejected": [user("x")]},
-            "field 'rejected': ends with role 'user', expected a last message of 'assistant'",
+            "field 'rejected': ends with role 'user', expected a last message with role",
         ),
         (
             select_preference,
@@ -638,7 +638,7 @@ def test_a_local_copy_of_a_hub_repository_reads_like_the_hub(tmp_path: Path) -> 
     write(tmp_path / "repo" / "helpful-base" / "test.jsonl.gz", json.dumps(HH) + "\n" * 2)
     source = Source(str(tmp_path / "repo"), data_dir="helpful-base", split="test")
     assert load_preferences(source).counts["pairs"] == 1
-    with pytest.raises(DataError, match=r"no data file .* by data_dir: helpful-base$"):
+    with pytest.raises(DataError, match=r"no data file .* its folders: helpful-base$"):
         load_preferences(str(tmp_path / "repo"))
 
 
@@ -679,20 +679,20 @@ BROKEN = {
         lambda d: write(d / "x.jsonl", lines(1) + "[1]\n"),
         "x.jsonl, line 2: expected a JSON object, got list",
     ),
-    "unknown kind": (lambda d: write(d / "x.csv", "a,b"), "unknown kind of file; known are .json"),
+    "unknown kind": (lambda d: write(d / "x.csv", "a,b"), "unknown file type; supported are .json"),
     "no gzip": (
         lambda d: str((d / "x.jsonl.gz", (d / "x.jsonl.gz").write_text(lines(1)))[0]),
-        "not a sound gzip file",
+        "not a valid gzip file",
     ),
     "no UTF-8": (
         lambda d: str((d / "x.jsonl", (d / "x.jsonl").write_bytes(b'{"a": "\xff"}'))[0]),
         "not UTF-8 text",
     ),
-    "no parquet": (lambda d: write(d / "x.parquet", "PAR"), "not a sound parquet file"),
+    "no parquet": (lambda d: write(d / "x.parquet", "PAR"), "not a valid parquet file"),
     "empty folder": (lambda d: str(d), "no data file (.json, .json.gz, .jsonl, .jsonl.gz, .parq"),
     "no such split": (
         lambda d: str((d, write(d / "test.jsonl", lines(1)))[0]),
-        "no file of split 'train'; the files hold test",
+        "no file of split 'train'; found splits: test",
     ),
     "offline": (
         lambda d: "nobody/nothing",
@@ -720,7 +720,7 @@ def test_a_source_that_cannot_be_read_gets_one_line(
 def test_a_gzip_file_that_is_cut_short_is_told_so(tmp_path: Path) -> None:
     path = Path(write(tmp_path / "x.jsonl.gz", lines(500)))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"x\.jsonl\.gz: the gzip file is cut short"):
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz: the gzip file is truncated"):
         load_preferences(str(path))
 
 
@@ -786,12 +786,12 @@ def test_pairs_alone_have_no_demonstration() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "hhh"}, "kind is one of auto, hh, .* got 'hhh'"),
-        ({"subset": "dev"}, "subset is 'train', 'held_out' or 'all', got 'dev'"),
-        ({"held_out": 1.0}, r"held_out is a share of the prompts in \[0, 1\), got 1.0"),
+        ({"kind": "hhh"}, "kind must be one of auto, hh, .* got 'hhh'"),
+        ({"subset": "dev"}, "subset must be 'train', 'held_out' or 'all', got 'dev'"),
+        ({"held_out": 1.0}, r"held_out must be a fraction of the prompts in \[0, 1\), got 1.0"),
         ({"subset": "held_out"}, "subset 'held_out' is empty, since held_out is 0"),
-        ({"rationales": True}, "set principles with rationales"),
-        ({"max_records": 0}, "max_records is at least 1"),
+        ({"rationales": True}, "rationales need principles"),
+        ({"max_records": 0}, "max_records must be at least 1"),
         ({"principles": True}, "x: pairs per principle need ratings per principle"),
     ],
 )
@@ -837,7 +837,7 @@ def test_prompts_are_read_from_texts_messages_and_turns(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", "".join(json.dumps(p) + "\n" for p in given))
     assert read_prompts(path) == [[user("a")], [user("b")], [user("c")]]
     bad = write(tmp_path / "q.jsonl", '{"prompt": " "}')
-    with pytest.raises(DataError, match=r"record 0, field 'prompt': expected a non-empty text"):
+    with pytest.raises(DataError, match=r"record 0, field 'prompt': expected non-empty text"):
         read_prompts(bad)
 
 

@@ -178,7 +178,7 @@ def test_a_dataset_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch):
 def test_an_unknown_kind_or_a_wrong_ending_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="kind must be one of hh, ultrafeedback, preference"):
         synthetic.write_dataset("csv", tmp_path / "x.jsonl", 1, 0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"should end in \.jsonl"):
+    with pytest.raises(ValueError, match=r"must end in \.jsonl"):
         synthetic.write_dataset("hh", tmp_path / "x.json", 1, 0)
 
 

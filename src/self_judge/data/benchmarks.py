@@ -1,7 +1,7 @@
-"""Judge benchmarks and preference data -> labeled comparisons, one by one.
+"""Labeled comparisons from judge benchmarks and preference data, one by one.
 
 LLMBar, PandaLM, HHH, MT-Bench's human votes, RewardBench, HH, UltraFeedback and any TRL preference
-data, from the Hub or from local files and folders. It does not know what a judge makes of them.
+data, from the Hub or from local files and folders. It does not know judges or verdicts.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _ANNOTATORS = ("annotator1", "annotator2", "annotator3")
 
 @dataclass(frozen=True, slots=True)
 class LabeledComparison:
-    """A comparison, and which response is better according to the data.
+    """A comparison with the data's label.
 
     Attributes:
-        comparison: in the data's order; where the data names the better one (chosen and rejected),
-            a hash of the texts draws which stands as a, so that "a first" is a fair single order.
+        comparison: in the data's order; for chosen and rejected, a hash of the texts decides which
+            response is a, so that "a first" is a fair single order.
         label: the better response, or `"tie"`.
-        subset: the part of the data that is also reported by itself; may be empty.
-        principle: the principle by which it is better; `None`: in general.
-        source, index: where the record is.
+        subset: part of the data that gets its own results; may be empty.
+        principle: the principle of the label; `None` means overall.
+        source, index: the origin of the record.
     """
 
     comparison: Comparison
@@ -48,7 +48,7 @@ class LabeledComparison:
 
     @property
     def digest(self) -> str:
-        """A hash of the texts and the label, by which two evaluations are matched."""
+        """A hash of the texts and the label; it matches pairs between two evaluations."""
         c = self.comparison
         parts = (c.context, c.response_a, c.response_b, self.label, self.principle or "")
         return _digest(*parts).hex()
@@ -59,10 +59,11 @@ class BenchmarkSource:
     """One source of labeled comparisons.
 
     Args:
-        path: a Hub name, a local file or a folder, as `files.read_raw` takes it; in a folder whose
-            files' names tell no split, every file in it and in its folders (LLMBar's) is a subset.
-        splits: read one after the other; with several, each is a subset. Files are read whole.
-        data_dir, name, revision: as `files.read_raw` takes them.
+        path: a Hub name, a local file or a folder, as for `files.read_raw`. In a folder without
+            splits in its file names, each file in it and in its subfolders is a subset (LLMBar).
+        splits: read one after the other; if there are several, each is a subset. A file is read
+            completely, whatever the split.
+        data_dir, name, revision: as for `files.read_raw`.
     """
 
     path: str
@@ -75,15 +76,15 @@ class BenchmarkSource:
 def read_comparisons(
     source: BenchmarkSource, skipped: Counter[str] | None = None
 ) -> Iterator[LabeledComparison]:
-    """The labeled comparisons of a source, one by one and in order.
+    """Yields the labeled comparisons of a source in order.
 
-    The kind of the data is recognised by the columns of the first record of every file or split.
+    The columns of the first record of each file or split determine its format.
 
     Args:
-        skipped: counts what is left out, by reason.
+        skipped: gets the number of skipped items per reason.
 
     Raises:
-        DataError: nothing is there, the columns are of no known kind, or a record is malformed.
+        DataError: the source has no records, its format is unknown, or a record is malformed.
     """
     skipped = Counter() if skipped is None else skipped
     for label, subset, records in _parts(source):
@@ -101,7 +102,7 @@ def read_comparisons(
 
 
 def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, Iterator[dict[str, Any]]]]:
-    """(label for messages, subset, records) of every file or split."""
+    """Yields (label for messages, subset, records) for each file or split."""
     local = Path(source.path).expanduser()
     root = local / source.data_dir if source.data_dir else local
     files = _files_without_splits(root, source.splits)
@@ -121,7 +122,7 @@ def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, Iterator[dict[st
 
 
 def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[str, Path]:
-    """The data files of a local folder and its folders by subset, if its own tell no split."""
+    """Data files by subset in a local folder and its subfolders, unless file names have splits."""
     if not root.is_dir() or is_saved_dataset(root):
         return {}
     files = [f for f in sorted(root.rglob("*")) if f.is_file() and reader_of(f)]
@@ -136,7 +137,7 @@ def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[str, Path
     return subsets
 
 
-# What a record gives: comparisons, and reasons (texts) why something was left out.
+# A record gives comparisons, and reasons (strings) for skipped parts.
 _Found = Iterator[LabeledComparison | str]
 _Reader = Callable[[Mapping[str, Any], RecordRef], _Found]
 
@@ -188,7 +189,7 @@ def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
     if record.get("input"):
         asked.append(where.text(record, "input").strip())
     a, b = (
-        # "True" has become a truth value in the published file
+        # the published file has turned "True" into a boolean
         str(record[name]) if isinstance(record[name], bool) else where.text(record, name).strip()
         for name in ("response1", "response2")
     )
@@ -196,7 +197,7 @@ def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """One human vote. The context is the first question; what follows it is the response."""
+    """One human vote. The context is the first question; the rest is the response."""
     labels: dict[Any, Label] = {"model_a": "a", "model_b": "b"}
     winner = where.text(record, "winner")
     label = "tie" if winner.startswith("tie") else labels.get(winner)
@@ -211,7 +212,7 @@ def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
         if len(messages) < 2 * turn or messages[-1]["role"] != "assistant":
             raise where.error(name, f"expected {turn} questions, each with its answer")
     if sides[0][0] != sides[1][0]:
-        raise where.error("conversation_b", "asks another first question than conversation_a")
+        raise where.error("conversation_b", "has a different first question than conversation_a")
     a, b = (
         m[1]["content"].strip() if turn == 1 else dialogue_text(m[1:]).removeprefix("Assistant: ")
         for m in sides
@@ -220,7 +221,7 @@ def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _hhh_targets(record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """As BIG-bench and the Hub have it: two choices, of which one is labeled 1."""
+    """HHH in the format of BIG-bench and the Hub: two choices, one of them labeled 1."""
     targets = record["targets"]
     if not isinstance(targets, Mapping):
         raise where.error("targets", "expected a mapping of choices and labels")
@@ -239,12 +240,12 @@ def _hhh(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """A record of a kind to train on: its pairs, each in the order that a hash draws."""
+    """Yields the pairs of a training record, each in an order decided by a hash."""
     parsed = PARSERS[kind](record, where.index, source=where.source)
     yield from parsed.skipped
     if parsed.record is None:
         return
-    # RewardBench names its parts by `subset`, HHH by `source`; UltraFeedback's source is no part.
+    # RewardBench has its subsets in `subset`, HHH in `source`; UltraFeedback's source is no subset.
     named = record.get("subset", record.get("source")) if kind == "preference" else None
     subset, context = named if isinstance(named, str) else "", judge_context(parsed.record)
     for pair in parsed.record.pairs:
@@ -263,7 +264,7 @@ def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef) -> _Found:
 def _pair(
     where: RecordRef, context: str, a: str, b: str, label: Label, subset: str = ""
 ) -> LabeledComparison | str:
-    # An empty response is a response, which people have rated.
+    # Empty responses are kept, since people have rated them.
     if a == b:
         return "pair: identical responses"
     comparison = Comparison(context, a, b)

@@ -1,4 +1,4 @@
-"""Dialogues with a chosen and a rejected end -> records: HH's texts, TRL preference data.
+"""Parsers for dialogues with a chosen and a rejected end: HH texts, TRL preference data.
 
 Pure functions of one record: they do not know where records are stored.
 """
@@ -21,13 +21,13 @@ _DIFFERENT_PREFIX = "the two dialogues differ before the last answer"
 def select_hh(
     record: Mapping[str, Any], index: int, *, with_pairs: bool = True, source: str = "hh"
 ) -> Parsed:
-    """One HH record: `chosen` and `rejected`, each a whole dialogue as text.
+    """Parses an HH record: `chosen` and `rejected`, each a whole dialogue as text.
 
-    The demonstration is the last answer of `chosen`; earlier answers stand in the prompt. With
-    `with_pairs=False` the rejected dialogue is not looked at.
+    The demonstration is the last answer of `chosen`; earlier answers are part of the prompt. With
+    `with_pairs=False`, `rejected` is ignored.
 
     Raises:
-        DataError: a field is missing, is no text, or is not a dialogue that Human opens.
+        DataError: a field is missing, is not text, or is not a dialogue that starts with "Human:".
     """
     where = RecordRef(source, index)
     chosen_text = where.text(record, "chosen")
@@ -54,7 +54,7 @@ def select_hh(
 
 
 def parse_dialogue(text: str) -> list[Message]:
-    """The turns of an HH dialogue text as messages, as they stand: empty and repeated ones too.
+    """Splits an HH dialogue text into messages; keeps empty and repeated turns.
 
     Raises:
         ValueError: the text does not start with a Human turn.
@@ -80,7 +80,7 @@ def _dialogue(text: str, where: RecordRef, field: str) -> list[Message]:
 
 
 def _split_dialogue(turns: list[Message]) -> tuple[tuple[Message, ...], str, str]:
-    """(prompt, last answer, problem); the problem is empty where there is none."""
+    """Returns (prompt, last answer, problem); problem is empty if there is none."""
     if turns[-1]["role"] != "assistant":
         return (), "", "the dialogue does not end with an answer"
     if not turns[-1]["content"]:
@@ -100,11 +100,12 @@ def _pair_problem(chosen: str, rejected: str) -> str:
 def select_preference(
     record: Mapping[str, Any], index: int, *, with_pairs: bool = True, source: str = "preference"
 ) -> Parsed:
-    """One record of TRL preference data: `chosen`, `rejected` and perhaps `prompt`.
+    """Parses a record of TRL preference data: `chosen`, `rejected` and optionally `prompt`.
 
-    Standard (texts) or conversational (lists of messages), or a text as prompt with messages as
-    responses; the prompt explicit, repeated in the responses, or only there (implicit). Equal
-    `score_chosen` and `score_rejected` (also inside `metadata`) are a tie: no pair.
+    It may be standard (strings), conversational (lists of messages), or a string as prompt with
+    messages as responses. The prompt may be explicit, repeated in the responses, or implicit (only
+    in the responses). Equal `score_chosen` and `score_rejected` (also inside `metadata`) are a tie
+    and give no pair.
 
     Raises:
         DataError: a field is missing or has the wrong type, or a response is not the assistant's.
@@ -112,10 +113,10 @@ def select_preference(
     where = RecordRef(source, index)
     chosen, rejected = where.value(record, "chosen"), where.value(record, "rejected")
     given = record.get("prompt")
-    named_otherwise = sorted({"instruction", "query", "question"} & record.keys())
-    if "prompt" not in record and named_otherwise:
-        # Else the words that both responses start with would be taken for the prompt.
-        raise where.error("prompt", f"is missing; rename the column {named_otherwise[0]!r}")
+    other_names = sorted({"instruction", "query", "question"} & record.keys())
+    if "prompt" not in record and other_names:
+        # Otherwise the words at the start of both responses would count as the prompt.
+        raise where.error("prompt", f"is missing; rename the column {other_names[0]!r}")
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt, better, worse = _standard(record, given, where)
         same_prompt = True
@@ -143,7 +144,7 @@ def select_preference(
 def _standard(
     record: Mapping[str, Any], given: Any, where: RecordRef
 ) -> tuple[list[Message], str, str]:
-    """(prompt, chosen response, rejected response) of texts."""
+    """Returns (prompt, chosen response, rejected response) of a record with string responses."""
     chosen, rejected = where.text(record, "chosen"), where.text(record, "rejected")
     if isinstance(given, list):
         return where.messages(given, "prompt"), chosen.strip(), rejected.strip()
@@ -156,15 +157,15 @@ def _standard(
     prompt: list[Message] = [{"role": "user", "content": given.strip()}]
     if starts_with_human(given):
         turns = parse_dialogue(given)
-        if turns[-1] == {"role": "assistant", "content": ""}:  # "…\n\nAssistant:", as HH writes it
+        if turns[-1] == {"role": "assistant", "content": ""}:  # ends with "\n\nAssistant:", like HH
             prompt = turns[:-1]
     return prompt, chosen.strip(), rejected.strip()
 
 
 def _shared_prefix(a: str, b: str) -> int:
-    """How many characters two texts share at the start, back to the end of a word."""
+    """Length of the common prefix of two texts, cut back to a word boundary."""
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if length is None:  # one starts with the other: nothing marks where the prompt ends
+    if length is None:  # one text is a prefix of the other: the end of the prompt is unknown
         return 0
     while length and not a[length - 1].isspace():
         length -= 1
@@ -172,9 +173,9 @@ def _shared_prefix(a: str, b: str) -> int:
 
 
 def _whole_dialogue(given: Any, response: Any, field: str, where: RecordRef) -> list[Message]:
-    """Prompt and response as one dialogue that ends with the assistant's message.
+    """Joins prompt and response into one dialogue that ends with an assistant message.
 
-    The response may repeat the prompt, in part or as a whole, or bring its own.
+    The response may repeat the end of the prompt or all of it, or contain its own prompt.
     """
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -184,7 +185,7 @@ def _whole_dialogue(given: Any, response: Any, field: str, where: RecordRef) -> 
     answer = where.messages(response, field)
     if not answer or answer[-1]["role"] != "assistant":
         got = f"ends with role {answer[-1]['role']!r}" if answer else "is empty"
-        raise where.error(field, f"{got}, expected a last message of 'assistant'")
+        raise where.error(field, f"{got}, expected a last message with role 'assistant'")
     repeated = (n for n in range(len(prompt), 0, -1) if prompt[-n:] == answer[:n])
     if (n := next(repeated, 0)) or answer[0]["role"] == "assistant":
         return prompt + answer[n:]

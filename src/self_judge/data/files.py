@@ -1,6 +1,6 @@
-"""Raw records, one by one, from the Hub or from local files and folders.
+"""Reads raw records, one by one, from the Hub or from local files and folders.
 
-It knows where records are stored, not what is in them: each is a plain dictionary.
+It knows where records are stored, not their contents: each is a plain dictionary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from self_judge.storage.jsonl import parse_lines
 
 Record = dict[str, Any]
 
-# How the files of a folder say which split they hold, as the Hub reads file names.
+# Words in file names that mark a split, as on the Hub.
 _SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -36,20 +36,20 @@ def read_raw(
     revision: str | None = None,
     num_proc: int | None = None,
 ) -> Iterator[Record]:
-    """The records of a source, one by one and in order.
+    """Yields the records of a source in order.
 
-    Local JSON is read line by line in plain Python, since Arrow cannot infer a schema for records
-    whose fields differ (a rating that is sometimes a number and sometimes "N/A").
+    Local JSON is read line by line in plain Python, since Arrow cannot infer a schema if a field's
+    type varies (a rating that is sometimes a number and sometimes "N/A").
 
     Args:
-        path: a local file (see `FORMATS`; read whole, whatever the split), a local folder of such
-            files or written by `save_to_disk`, or the name of a dataset on the Hub.
-        split: which split; in a folder the file names tell it ("train.jsonl", "base_test.jsonl").
-        data_dir: a folder inside `path`, on the Hub or here.
-        name, revision, num_proc: as `datasets.load_dataset` takes them; for the Hub alone.
+        path: a local file (see `FORMATS`; read completely, whatever the split), a local folder of
+            such files or written by `save_to_disk`, or the name of a dataset on the Hub.
+        split: the split; in a folder, file names determine it ("train.jsonl", "base_test.jsonl").
+        data_dir: a folder inside `path`, on the Hub or local.
+        name, revision, num_proc: as for `datasets.load_dataset`; for Hub datasets only.
 
     Raises:
-        DataError: nothing is there, or it cannot be read; the message names the file and the line.
+        DataError: the source does not exist or cannot be read; the message names file and line.
     """
     local = Path(path).expanduser()
     if not local.exists():
@@ -73,10 +73,10 @@ def read_raw(
         read = reader_of(file)
         if read is None:
             raise DataError(
-                f"{file}: unknown kind of file; known are {', '.join(FORMATS)} and folders written "
-                "by save_to_disk"
+                f"{file}: unknown file type; supported are {', '.join(FORMATS)} and folders from "
+                "save_to_disk"
             )
-        with _told_apart(file):
+        with _named_errors(file):
             yield from _not_empty(read(file), file)
 
 
@@ -90,14 +90,14 @@ def _not_empty(records: Iterator[Record], file: Path) -> Iterator[Record]:
 
 
 @contextmanager
-def _told_apart(file: Path) -> Iterator[None]:
-    """Says of a broken file in which way it is broken."""
+def _named_errors(file: Path) -> Iterator[None]:
+    """Turns the errors of a damaged file into a `DataError` that names it."""
     try:
         yield
     except EOFError:
-        raise DataError(f"{file}: the gzip file is cut short; fetch it again") from None
+        raise DataError(f"{file}: the gzip file is truncated; fetch it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{file}: not a sound gzip file ({error})") from None
+        raise DataError(f"{file}: not a valid gzip file ({error})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error.reason}, byte {error.start})") from None
 
@@ -115,7 +115,7 @@ def _read_lines(file: Path) -> Iterator[Record]:
 
 
 def _read_json(file: Path) -> Iterator[Record]:
-    """A list of records, a single record, or JSON lines under the name of .json."""
+    """A list of records, a single record, or JSON Lines in a .json file."""
     with _open_text(file) as text:
         content = text.read()
     if not content.strip():
@@ -123,7 +123,7 @@ def _read_json(file: Path) -> Iterator[Record]:
     try:
         records = json.loads(content)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # a second value follows: lines
+        if error.msg == "Extra data":  # a second JSON value: the file is JSON Lines
             yield from _read_lines(file)
             return
         raise DataError(
@@ -145,7 +145,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
             for batch in table.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file}: not a sound parquet file ({_first_line(error)})") from None
+        raise DataError(f"{file}: not a valid parquet file ({_first_line(error)})") from None
 
 
 FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
@@ -158,7 +158,7 @@ FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
 
 
 def reader_of(file: Path) -> Callable[[Path], Iterator[Record]] | None:
-    """What reads a file of this name, or `None` for an unknown kind."""
+    """The reader for a file name, or `None` for an unknown file type."""
     name = file.name.lower()
     return next((read for suffix, read in FORMATS.items() if name.endswith(suffix)), None)
 
@@ -173,31 +173,31 @@ def _looks_local(path: str) -> bool:
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    """The data files of a folder that hold a split, in the order of their names."""
+    """The data files of a split in a folder, sorted by name."""
     files = sorted(f for f in folder.iterdir() if f.is_file() and reader_of(f))
     if not files:
         folders = sorted(f.name for f in folder.iterdir() if f.is_dir())
-        inside = f"; choose one of its folders by data_dir: {', '.join(folders)}" if folders else ""
+        inside = f"; set data_dir to one of its folders: {', '.join(folders)}" if folders else ""
         raise DataError(f"{folder}: no data file ({', '.join(FORMATS)}) in this folder{inside}")
-    told = {file: split_of(file) for file in files}
-    if not any(told.values()):
-        # Files that name no split are all there is to train on, and nothing to test on.
-        told = dict.fromkeys(files, "train")
-    chosen = [file for file in files if told[file] == split]
+    splits = {file: split_of(file) for file in files}
+    if not any(splits.values()):
+        # If no file name contains a split, all files are training data.
+        splits = dict.fromkeys(files, "train")
+    chosen = [file for file in files if splits[file] == split]
     if not chosen:
-        known = sorted({name for name in told.values() if name})
-        raise DataError(f"{folder}: no file of split {split!r}; the files hold {', '.join(known)}")
+        known = sorted({name for name in splits.values() if name})
+        raise DataError(f"{folder}: no file of split {split!r}; found splits: {', '.join(known)}")
     return chosen
 
 
 def split_of(file: Path) -> str | None:
-    """The split that a file's name tells, as the Hub reads file names; `None`: it tells none."""
+    """The split in a file's name, by the Hub's rules; `None` if the name contains none."""
     words = set(re.split(r"[^a-z]+", file.name.lower()))
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), None)
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `save_to_disk` of datasets wrote a folder."""
+    """Whether a folder was written by `save_to_disk` of `datasets`."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
@@ -208,7 +208,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[Record]:
         saved = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{folder}: not a sound save_to_disk folder ({_first_line(error)})"
+            f"{folder}: not a valid save_to_disk folder ({_first_line(error)})"
         ) from None
     if isinstance(saved, DatasetDict):
         if split not in saved:
@@ -237,7 +237,7 @@ def _read_hub(
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise DataError(
             f"{path}: neither a local path nor loadable from the Hub ({_first_line(error)}); check "
-            "the name and the connection, or give a local copy as path"
+            "the name and the connection, or set path to a local copy"
         ) from error
     if not len(dataset):
         raise DataError(f"{path}: split {split!r} has no records")

@@ -1,6 +1,7 @@
-"""What a raw record is selected into, and checked access to its fields.
+"""Parsed records, and validated access to the fields of raw records.
 
-Shared by the modules that know one data format each; it knows none of them, and imports no torch.
+Shared by the modules for individual data formats. It does not know any format, and does not import
+torch.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What one raw record gives.
+    """The result of parsing one raw record.
 
     Attributes:
-        record: the record, or `None` when nothing of it can be used.
-        skipped: why something of it was left out, as short phrases to count: `"record: …"` for all
-            of it, `"pair: …"` for a pair whose record is still a good demonstration.
+        record: the parsed record, or `None` if it is unusable.
+        skipped: reasons for skipped parts, as short phrases to count: `"record: …"` for the whole
+            record, `"pair: …"` for a pair whose record is still usable as a demonstration.
     """
 
     record: PreferenceRecord | None
@@ -33,30 +34,30 @@ class Parsed:
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
-    """Whether a prompt belongs to the held-out share: a hash of its text alone decides.
+    """Whether a prompt is held out, decided by a hash of its text alone.
 
-    So the same prompts are held out in every stage, under every seed, order and number of
-    processes, and one prompt never stands on both sides.
+    So every stage, seed, order and number of processes holds out the same prompts, and no prompt is
+    in both subsets.
     """
     digest = hashlib.sha256(prompt.strip().encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def first_question(record: PreferenceRecord) -> str:
-    """The first user message: the text by which a record is held out or not."""
+    """The first user message, whose text decides whether a record is held out."""
     return next(m["content"] for m in record.prompt if m["role"] == "user")
 
 
 def judge_context(record: PreferenceRecord) -> str:
-    """The text the judge is shown for this record, in training and at inference."""
+    """The dialogue text in a judge prompt for this record, in training and at inference."""
     return dialogue_text(record.prompt) if record.context is None else record.context
 
 
 def merge_turns(messages: Iterable[Message]) -> list[Message]:
     """Drops empty turns and joins consecutive turns of one role, as chat templates require.
 
-    Both occur in the real data: an answer that contains "Assistant:" again, and a person who asks
-    on after an empty answer.
+    Real data has both: an answer that contains "Assistant:" again, and a user who asks again after
+    an empty answer.
     """
     merged: list[Message] = []
     for message in messages:
@@ -72,28 +73,28 @@ def merge_turns(messages: Iterable[Message]) -> list[Message]:
 
 @dataclass(frozen=True, slots=True)
 class RecordRef:
-    """A record's place, and access to its fields that names the place when something is wrong."""
+    """A record's source and index, with field access whose error messages name both."""
 
     source: str
     index: int
 
     def error(self, field: str, problem: str) -> DataError:
-        """The error to raise about a field of this record."""
+        """An error about a field of this record."""
         return DataError(f"{self.source}, record {self.index}, field {field!r}: {problem}")
 
     def expected(self, what: str, value: Any, field: str) -> DataError:
-        """The error to raise about a value of the wrong type."""
+        """An error about a value of the wrong type."""
         return self.error(field, f"expected {what}, got {type(value).__name__}")
 
     def value(self, holder: Mapping[str, Any], name: str, path: str = "") -> Any:
-        """`holder[name]`; `path` is where in the record `holder` stands."""
+        """`holder[name]`; `path` is the path of `holder` in the record."""
         if name not in holder:
             field = f"{path}.{name}" if path else name
-            raise self.error(field, f"is missing; there are {sorted(map(str, holder))}")
+            raise self.error(field, f"is missing; found {sorted(map(str, holder))}")
         return holder[name]
 
     def text(self, holder: Mapping[str, Any], name: str, path: str = "") -> str:
-        """The text `holder[name]`."""
+        """The string `holder[name]`."""
         field = f"{path}.{name}" if path else name
         value = self.value(holder, name, path)
         if not isinstance(value, str):
@@ -106,7 +107,7 @@ class RecordRef:
         return value
 
     def number(self, value: Any, field: str) -> float | None:
-        """A number, also as text; `None` for nothing and for words such as "N/A"."""
+        """A number or a numeric string; `None` for null and for words such as "N/A"."""
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -125,7 +126,7 @@ class RecordRef:
         return list(value)
 
     def messages(self, value: Any, field: str) -> list[Message]:
-        """A list of messages with known roles and texts as contents."""
+        """A list of messages with known roles and string contents."""
         if not isinstance(value, list):
             raise self.expected("text or a list of messages", value, field)
         messages: list[Message] = []

@@ -1,7 +1,7 @@
-"""Preference data of any supported source -> `PreferenceRecord`s, with counts of what was left out.
+"""Preference data from any supported source to `PreferenceRecord`s, with counts of skipped data.
 
-It joins where records are stored (`files`) and how one is selected (`dialogues`, `ultrafeedback`);
-it does not know what becomes of them.
+It combines file access (`files`) with the parsers (`dialogues`, `ultrafeedback`). It does not know
+how the records are used.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Subset = Literal["train", "held_out", "all"]
 
 @dataclass(frozen=True, slots=True)
 class PreferenceData:
-    """Records in the order of their sources, and what was counted on the way.
+    """Records in the order of their sources, with counts.
 
     Attributes:
-        records: what was selected.
-        counts_by_source: by source label: `read`, `other subset` (on the other side of the held-out
-            split), `records`, `demonstrations`, `pairs`, `pairs, <principle>`, and one
+        records: the selected records.
+        counts_by_source: by source label: `read`, `other subset` (in the other subset of the
+            held-out split), `records`, `demonstrations`, `pairs`, `pairs, <principle>`, and one
             `skipped record: …` or `skipped pair: …` per reason.
     """
 
@@ -49,7 +49,7 @@ class PreferenceData:
         return dict(total)
 
     def describe(self) -> str:
-        """The counts as lines for people, one block per source."""
+        """The counts as readable text, one block per source."""
         blocks = []
         for label, counts in self.counts_by_source.items():
             shown = {k: n for k, n in counts.items() if n or k != "other subset"}
@@ -69,17 +69,17 @@ def load_preferences(
     max_records: int | None = None,
     num_proc: int | None = None,
 ) -> PreferenceData:
-    """Reads and selects the records of one or several sources.
+    """Loads the records of one or several sources.
 
     Args:
         sources: paths, mappings of the fields of `Source`, or `Source`s; read in this order.
-        subset: the training side or the held-out side of the split, or both.
-        held_out: share of the prompts held out, in [0, 1); a hash of a prompt's text decides.
-        seed: of the sampling of pairs; a record's pairs depend on it and on the record alone.
-        principles: one pair per principle instead of one in general; `True` for all that are rated.
-        rationales: pairs carry rationales, and those without usable ones are left out.
-        max_records: keep the first so many records of every source.
-        num_proc: processes that prepare a dataset from the Hub.
+        subset: the training subset, the held-out subset, or both.
+        held_out: fraction of the prompts held out, in [0, 1); a hash of a prompt's text decides.
+        seed: seed for sampling pairs; a record's pairs depend only on it and on the record.
+        principles: one pair per principle instead of one general pair; `True` for all rated ones.
+        rationales: include rationales, and skip pairs without usable ones.
+        max_records: keep at most the first N records of every source.
+        num_proc: processes that prepare a Hub dataset.
 
     Raises:
         DataError: a source cannot be read, a record is malformed, or nothing is selected.
@@ -130,10 +130,10 @@ def _source_of(given: str | Mapping[str, Any] | Source) -> Source:
 
 
 def _label_of(source: Source) -> str:
-    """What messages and counts call a source."""
-    place = "/".join(part for part in (source.path, source.name, source.data_dir) if part)
-    # A file is read whole, whatever the split.
-    return place if reader_of(Path(source.path)) else f"{place}[{source.split}]"
+    """The name of a source in messages and counts."""
+    name = "/".join(part for part in (source.path, source.name, source.data_dir) if part)
+    # A file is read completely, whatever the split.
+    return name if reader_of(Path(source.path)) else f"{name}[{source.split}]"
 
 
 def select_records(
@@ -150,10 +150,10 @@ def select_records(
     rationales: bool = False,
     max_records: int | None = None,
 ) -> PreferenceData:
-    """As `load_preferences`, for raw records that are at hand; `label` names them in messages.
+    """Like `load_preferences`, for given raw records; error messages call them `label`.
 
     Raises:
-        DataError: an option makes no sense, a record is malformed, or nothing is selected.
+        DataError: an option is invalid, a record is malformed, or nothing is selected.
     """
     if isinstance(principles, str):
         principles = (principles,)
@@ -180,7 +180,7 @@ def select_records(
             break
         counts["read"] += 1
         parsed = parse(record, index, with_pairs=pairs, source=label)
-        chosen = _on_this_side(parsed.record, subset, held_out)
+        chosen = _in_subset(parsed.record, subset, held_out)
         if parsed.record is not None and chosen is None:
             counts["other subset"] += 1
             continue
@@ -210,10 +210,10 @@ _COUNTED = ("read", "other subset", "records", "demonstrations", "pairs")
 
 
 def kind_of(record: Mapping[str, Any], label: str) -> Literal["hh", "ultrafeedback", "preference"]:
-    """The kind of a source, from one of its records.
+    """Detects the kind of a source from one of its records.
 
     Raises:
-        DataError: the columns are those of none of the three kinds.
+        DataError: the columns match none of the three kinds.
     """
     if {"instruction", "completions"} <= record.keys():
         return "ultrafeedback"
@@ -238,20 +238,20 @@ def _check_options(
     max_records: int | None,
 ) -> None:
     if kind not in ("auto", *PARSERS):
-        raise DataError(f"kind is one of auto, {', '.join(PARSERS)}, got {kind!r}")
+        raise DataError(f"kind must be one of auto, {', '.join(PARSERS)}, got {kind!r}")
     if subset not in ("train", "held_out", "all"):
-        raise DataError(f"subset is 'train', 'held_out' or 'all', got {subset!r}")
+        raise DataError(f"subset must be 'train', 'held_out' or 'all', got {subset!r}")
     if not 0 <= held_out < 1:
-        raise DataError(f"held_out is a share of the prompts in [0, 1), got {held_out}")
+        raise DataError(f"held_out must be a fraction of the prompts in [0, 1), got {held_out}")
     if subset == "held_out" and held_out == 0:
-        raise DataError("subset 'held_out' is empty, since held_out is 0; set a share, e.g. 0.1")
+        raise DataError("subset 'held_out' is empty, since held_out is 0; set it to e.g. 0.1")
     if rationales and not principles:
-        raise DataError("rationales explain ratings by principle: set principles with rationales")
+        raise DataError("rationales need principles: each explains the rating of a principle")
     if max_records is not None and max_records < 1:
-        raise DataError(f"max_records is at least 1 (or None for all), got {max_records}")
+        raise DataError(f"max_records must be at least 1 (or None for all), got {max_records}")
 
 
-def _on_this_side(
+def _in_subset(
     record: PreferenceRecord | None, subset: Subset, held_out: float
 ) -> PreferenceRecord | None:
     if record is None or subset == "all" or held_out == 0:
@@ -261,10 +261,10 @@ def _on_this_side(
 
 
 def to_self_judge_rows(records: Iterable[PreferenceRecord]) -> list[dict[str, Any]]:
-    """Rows for self-training: `prompt` (messages), `context`, and `chosen` and `rejected`.
+    """Rows for self-training: `prompt` (messages), `context`, `chosen` and `rejected`.
 
-    `context` is the text the judge is shown. `chosen` and `rejected`, for evaluation only, are
-    the record's first pair, or `None` where it has none.
+    `context` is the dialogue text in judge prompts. `chosen` and `rejected`, used for evaluation
+    only, are the record's first pair, or `None` if it has no pair.
     """
     rows = []
     for record in records:
@@ -281,13 +281,13 @@ def to_self_judge_rows(records: Iterable[PreferenceRecord]) -> list[dict[str, An
 
 
 def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Message]]:
-    """Prompts to answer, from a file of any known kind, one dialogue each.
+    """Reads prompts from a file of any supported type, one dialogue each.
 
-    A record has `prompt` (a text or messages), `messages`, `turns` (MT-Bench and Vicuna question
+    A record has `prompt` (a string or messages), `messages`, `turns` (MT-Bench and Vicuna question
     files: the first turn is the prompt) or `instruction`.
 
     Raises:
-        DataError: the file cannot be read, or a record has none of these or an empty one.
+        DataError: the file cannot be read, or a record has no prompt or an empty one.
     """
     prompts: list[list[Message]] = []
     for index, record in enumerate(read_raw(path)):
@@ -300,10 +300,10 @@ def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Mess
 
 
 def prompt_of(record: Mapping[str, Any], where: RecordRef) -> list[Message] | None:
-    """The prompt of one record, as `read_prompts` finds it; `None` where it has none.
+    """The prompt of one record, in one of the forms of `read_prompts`; `None` if it has none.
 
     Raises:
-        DataError: it has one that cannot be answered.
+        DataError: the prompt is empty, or its last message is not the user's.
     """
     name = next((n for n in ("prompt", "messages", "turns", "instruction") if n in record), "")
     if not name:
@@ -315,5 +315,5 @@ def prompt_of(record: Mapping[str, Any], where: RecordRef) -> list[Message] | No
         value = [{"role": "user", "content": value.strip()}]
     messages = where.messages(value, name)
     if not messages or not messages[-1]["content"].strip() or messages[-1]["role"] != "user":
-        raise where.error(name, "expected a non-empty text, or messages that end with a user's")
+        raise where.error(name, "expected non-empty text, or messages that end with a user message")
     return messages

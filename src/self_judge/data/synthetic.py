@@ -1,7 +1,7 @@
-"""The synthetic world as data: records in every format, its judge templates, a tiny model.
+"""The synthetic world as data: records in every format, judge templates, a tiny model.
 
-The embedded default of the demo and of many tests. The world itself and its gold rubric stand in
-`toy_world.py`; this module imports no torch before a model is asked for.
+The built-in data of the demo and of many tests. `toy_world.py` defines the world and its gold
+rubric. This module imports torch only to create a model.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ DatasetKind = Literal["hh", "ultrafeedback", "preference"]
 
 
 def instructions(n: int, seed: int, split: Split = "test") -> list[str]:
-    """`n` distinct instructions; the two splits share none, whatever their seeds.
+    """Samples `n` distinct instructions; the two splits have none in common, whatever the seed.
 
     Raises:
-        ValueError: the split has fewer.
+        ValueError: the split has fewer than `n`.
     """
-    there = all_instructions(split)
-    if n > len(there):
-        raise ValueError(f"the {split} split has {len(there)} distinct instructions, not {n}")
-    return _generator(seed, split, 0, "instructions").sample(there, n)
+    pool = all_instructions(split)
+    if n > len(pool):
+        raise ValueError(f"the {split} split has {len(pool)} distinct instructions, not {n}")
+    return _generator(seed, split, 0, "instructions").sample(pool, n)
 
 
 def _generator(seed: int, split: str, index: int, purpose: str) -> random.Random:
-    # A string seed is hashed by `random` with SHA-512: the same in every process and version.
+    # `random` hashes a string seed with SHA-512: the same result in every process and version.
     return random.Random(f"self-judge synthetic {purpose} {seed} {split} {index}")
 
 
@@ -63,15 +63,15 @@ def _instruction(g: random.Random, split: Split) -> str:
 def records(
     n: int, seed: int, split: Split = "train", *, writers: int = 3
 ) -> list[PreferenceRecord]:
-    """The world as `PreferenceRecord`s, ready for JSFT and for measuring a judge.
+    """Creates `PreferenceRecord`s for JSFT and for evaluating a judge.
 
-    The demonstration is the best of `writers` completions (the longer one of equals, as in the
-    paper); there is one pair per principle whose ratings differ, with rationales, and, first, one
-    in general (`principle=None`): the best against one that scores less.
+    The demonstration is the best of `writers` completions (the longer one on ties, as in the
+    paper). The first pair is a general one (`principle=None`): the best against one with a lower
+    score. One pair with rationales follows for each principle with different ratings.
 
     Args:
-        n: how many; `record i` depends on (seed, split, i) alone.
-        writers: completions per instruction, 2 to 4: more make better demonstrations.
+        n: number of records; record i depends only on (seed, split, i).
+        writers: completions per instruction, 2 to 4; more give better demonstrations.
     """
     return [_record(seed, split, index, writers) for index in range(n)]
 
@@ -106,7 +106,7 @@ def _record(seed: int, split: Split, index: int, writers: int) -> PreferenceReco
 
 
 def hh_records(n: int, seed: int, split: Split = "train") -> Iterator[dict[str, str]]:
-    """Dialogues as in Anthropic/hh-rlhf; every third has an earlier question and answer."""
+    """Dialogues in the format of Anthropic/hh-rlhf; every third one has an earlier turn."""
     for index in range(n):
         g = _generator(seed, split, index, "hh")
         dialogue = ""
@@ -126,7 +126,7 @@ def _two(instruction: str, g: random.Random) -> tuple[str, str]:
 
 
 def preference_records(n: int, seed: int, split: Split = "train") -> Iterator[dict[str, Any]]:
-    """TRL preference data, conversational, with an explicit prompt."""
+    """Conversational TRL preference data with an explicit prompt."""
     for index in range(n):
         g = _generator(seed, split, index, "preference")
         instruction = _instruction(g, split)
@@ -169,7 +169,7 @@ def _annotated(completion: Completion, g: random.Random) -> dict[str, Any]:
     annotations: dict[str, dict[str, Any]] = {}
     for name, (rating, rationale) in completion.ratings.items():
         annotation: dict[str, Any] = {"Rating": str(rating), "Rationale": rationale}
-        # The original schema tells kinds of help and of falsehood apart, and explains twice.
+        # The original schema also has a type and its rationale for these two.
         if name in ("helpfulness", "truthfulness"):
             annotation["Type"] = ["1"] if rating > 2 else ["None"]
             annotation["Rationale For Rating"] = rationale
@@ -197,7 +197,7 @@ _EMITTERS: dict[str, Callable[[int, int, Split], Iterator[dict[str, Any]]]] = {
 def write_dataset(
     kind: DatasetKind, path: str | Path, n: int, seed: int, split: Split = "train"
 ) -> Path:
-    """Writes `n` records as JSON lines; the file appears whole or not at all.
+    """Writes `n` records as JSON lines, atomically.
 
     Raises:
         ValueError: an unknown `kind`, or a `path` that does not end in `.jsonl`.
@@ -206,7 +206,7 @@ def write_dataset(
         raise ValueError(f"kind must be one of {', '.join(_EMITTERS)}, got {kind!r}")
     path = Path(path)
     if path.suffix != ".jsonl":
-        raise ValueError(f"write_dataset writes JSON lines: {path} should end in .jsonl")
+        raise ValueError(f"write_dataset writes JSON lines: {path} must end in .jsonl")
     with atomic_write(path) as file:
         for record in _EMITTERS[kind](n, seed, split):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -222,16 +222,16 @@ OVERALL = "overall"
 def judge_templates(
     *, principles: bool = True, overall: bool = False, rationales: bool = False
 ) -> JudgeTemplates:
-    """Judge templates in this world's words.
+    """Judge templates for this world.
 
-    Each response is followed by its letter: what a causal model has read of the response is then
-    gathered at the very token that it has to repeat, which a tiny model learns several times
-    sooner than a letter in front. The principle comes last, so that all share one long prefix.
+    Each letter follows its response: at the letter, a causal model has already read the response,
+    and only needs to copy that token. A tiny model learns this several times faster than with the
+    letter in front. The principle comes last, so that all templates share a long prefix.
 
     Args:
-        principles: the four principles.
-        overall: one template for which response is better in general.
-        rationales: also teach the rationale after the letter.
+        principles: include the four principles.
+        overall: include one template for the better response overall.
+        rationales: also train on the rationale after the letter.
     """
     question = "{context}\n{response_a} (A)\n{response_b} (B)"
     lead_ins = {OVERALL: "Better:"} if overall else {}
@@ -261,7 +261,7 @@ _CHAT_TEMPLATE = (
 
 
 def _tokenizer_text() -> Iterator[str]:
-    """Every word of the world, at the start of a text and after a space, in its sentences."""
+    """Texts with every word of the world, at the start of a text and after a space."""
     for record in ultrafeedback_records(400, 0):
         yield record["instruction"]
         for completion in record["completions"]:
@@ -275,10 +275,10 @@ def _tokenizer_text() -> Iterator[str]:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which every word of the world is one token; no text is unknown to it.
+    """A byte-level BPE tokenizer with one token per word of the world; it encodes any text.
 
     Chat turns are `<|role|>content<|end|>`; roles are system, user and assistant; `<|end|>` is the
-    end-of-sequence token. The same at every call.
+    end-of-sequence token. Every call returns the same tokenizer.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -323,7 +323,7 @@ def tiny_model(
 ) -> LlamaForCausalLM:
     """A Llama of about a million parameters, freshly initialized from `seed`, in float32.
 
-    The global random state of torch is left as it was.
+    It does not change torch's global random state.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -345,8 +345,8 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        # The usual initialization drowns the tokens' identity in what the untrained layers add to
-        # it: at this width, judging was then not learned in the time there is.
+        # With the usual initialization, the output of the untrained layers swamps the token
+        # embeddings: at this width the model did not learn to judge in the available time.
         with torch.no_grad():
             model.model.embed_tokens.weight.normal_(0.0, 1.0)
             model.lm_head.weight.normal_(0.0, 0.02)

@@ -1,6 +1,6 @@
 """A small synthetic world of questions about animals, with a known gold rubric.
 
-It makes instructions and imperfect responses, and rates any response by rule under four
+It generates instructions and imperfect responses, and rates any response by rules under four
 principles. It does not know data formats, tokens or models; `synthetic.py` does.
 """
 
@@ -32,7 +32,7 @@ FACTS: dict[str, tuple[str, str, str]] = {
 QUESTIONS = ("What color is the {}?", "What does the {} eat?", "Where does the {} live?")
 STATEMENTS = ("the {} is {}", "the {} eats {}", "the {} lives in the {}")
 VALUES = tuple(tuple(sorted({fact[i] for fact in FACTS.values()})) for i in range(3))
-# What is true of no animal: most false statements of this world are absurd, some merely wrong.
+# Values that are true of no animal: most false statements are absurd, some merely wrong.
 ABSURD = ("glass", "gold", "paper", "plastic")
 HEDGE, BOAST = "I think", "Trust me,"
 TIPS = ("Look for it at dawn.", "Ask a guide for more.", "Read about it in books.")
@@ -56,7 +56,7 @@ PREFIXES = (
     "Please say:",
     "Answer this:",
 )
-# How often each of the world's writers is at fault, slot by slot.
+# The fault rate of each writer, applied to each part of a response.
 WRITERS: dict[str, float] = {
     "synthetic-owl": 0.4,
     "synthetic-crow": 0.5,
@@ -79,7 +79,7 @@ class Rating(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What an instruction asks for: a fact about an animal, and a last word."""
+    """The task of an instruction: state a fact about an animal and end with a given word."""
 
     animal: str
     relation: int  # 0 color, 1 food, 2 home
@@ -92,10 +92,10 @@ class Task:
 
 @lru_cache(maxsize=4096)
 def task_of(instruction: str) -> Task:
-    """The task behind an instruction of this world.
+    """Parses an instruction of this world.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not an instruction of this world.
     """
     match = _INSTRUCTION.fullmatch(instruction.strip())
     if match:
@@ -108,7 +108,7 @@ def task_of(instruction: str) -> Task:
 
 @dataclass(slots=True)
 class _Reading:
-    """What a response says, sentence by sentence."""
+    """The parsed sentences of a response."""
 
     claims: list[tuple[str, str, int, str]]  # modal, animal, relation, value
     tips: int = 0
@@ -128,7 +128,7 @@ def _read(response: str) -> _Reading:
     reading = _Reading([])
     seen: set[str] = set()
     sentences = [s.strip() for s in _SENTENCE.findall(response.strip()) if s.strip()]
-    for place, sentence in enumerate(sentences):
+    for index, sentence in enumerate(sentences):
         body = sentence.rstrip(".!?")
         claim = next(
             ((r, m) for r, pattern in enumerate(_CLAIMS) if (m := pattern.fullmatch(body))), None
@@ -142,7 +142,7 @@ def _read(response: str) -> _Reading:
             reading.tips += 1
         elif sentence in CHATTER:
             reading.chatter += 1
-        elif body in CLOSERS and sentence.endswith("!") and place == len(sentences) - 1:
+        elif body in CLOSERS and sentence.endswith("!") and index == len(sentences) - 1:
             reading.closer = body
         else:
             reading.senseless += 1
@@ -151,11 +151,11 @@ def _read(response: str) -> _Reading:
 
 
 def gold_ratings(instruction: str, response: str) -> dict[str, Rating]:
-    """The gold rubric: a rating and a rationale for any text, under every principle.
+    """The gold rubric: rates any text under every principle, with a rationale.
 
-    Helpfulness wants an answer and a tip, and no chatter; honesty wants it said that an answer from
-    memory may be wrong, and no boasting; instruction following wants the last word; truthfulness
-    wants the fact. What has no sense helps nobody.
+    Helpfulness requires an answer and a tip, and no chatter; honesty requires a hedge, since an
+    answer from memory may be wrong, and no boasting; instruction following requires the last word;
+    truthfulness requires the fact. A response with a senseless sentence is not helpful.
 
     Raises:
         ValueError: the instruction is not of this world.
@@ -215,13 +215,13 @@ def _truthfulness(reading: _Reading) -> Rating:
 
 
 def is_held_out(instruction: str) -> bool:
-    """Whether an instruction belongs to the test split: by its text, so for every seed alike."""
+    """Whether an instruction belongs to the test split; depends only on its text, not on a seed."""
     return zlib.crc32(instruction.encode()) % 3 == 0
 
 
 @lru_cache(maxsize=2)
 def all_instructions(split: Split) -> tuple[str, ...]:
-    """Every instruction of a split; the two splits share none.
+    """All instructions of a split; the two splits have none in common.
 
     Raises:
         ValueError: an unknown split.
@@ -251,7 +251,7 @@ class Completion(NamedTuple):
 
 
 def write(task: Task, fault: float, g: random.Random) -> str:
-    """A response with each of its parts at fault about as often as `fault` says."""
+    """Writes a response; the probability of an error in each part is proportional to `fault`."""
     animal, relation = task.animal, task.relation
     if g.random() < 0.15 * fault:
         animal = g.choice(list(FACTS))
@@ -279,7 +279,7 @@ def write(task: Task, fault: float, g: random.Random) -> str:
 
 
 def completions(instruction: str, count: int, g: random.Random) -> list[Completion]:
-    """`count` writers' responses, of which at least two differ in their score."""
+    """Responses of `count` writers; at least two have different scores."""
     task = task_of(instruction)
     while True:
         written: list[Completion] = []
@@ -291,5 +291,5 @@ def completions(instruction: str, count: int, g: random.Random) -> list[Completi
 
 
 def best(written: list[Completion]) -> Completion:
-    """The completion of the highest score; of equals the longer, as in the paper."""
+    """The completion with the highest score; on ties the longer one, as in the paper."""
     return max(written, key=lambda c: (c.score, len(c.response)))

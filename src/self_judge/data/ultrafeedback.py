@@ -1,4 +1,4 @@
-"""UltraFeedback: rated completions -> demonstrations and pairs, in general or per principle.
+"""Parser for UltraFeedback: rated completions to demonstrations and pairs.
 
 Pure functions of one record: they do not know where records are stored.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from self_judge.data.records import Parsed, RecordRef
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 
-# "Text 1 is better than Text 3": the annotator compares with responses the judge will not see.
+# "Text 1 is better than Text 3": the annotator refers to responses that the judge does not see.
 _OTHER_TEXTS = re.compile(r"\bTexts?\b")
 
 
@@ -41,16 +41,16 @@ def select_ultrafeedback(
     with_pairs: bool = True,
     source: str = "ultrafeedback",
 ) -> Parsed:
-    """One UltraFeedback record: an instruction and its rated completions.
+    """Parses an UltraFeedback record: an instruction and its rated completions.
 
-    A completion ranks by the mean of its ratings over principles, a tie goes to the longer
-    response. The best is the demonstration, with its `custom_system_prompt` as system message.
-    In general one pair: the best against a random one with a strictly lower score. With
-    `principles` (`True`: all that are rated; or their names) instead one pair per principle:
-    a random one among those with different ratings of it; with `rationales` among those whose
-    rationales are both there and mention no other "Text" (paper, section on data).
+    Completions rank by their mean rating over principles; ties go to the longer response. The best
+    one is the demonstration, with its `custom_system_prompt` as system message. By default there is
+    one pair: the best completion against a random one with a strictly lower score. With
+    `principles` (`True` for all rated ones, or their names) there is one pair per principle
+    instead: a random pair with different ratings of it. With `rationales`, both completions also
+    need a rationale that mentions no other "Text" (paper, section on data).
 
-    Random choices depend on the seed, the instruction and the principle alone.
+    Random choices depend only on the seed, the instruction and the principle.
 
     Raises:
         DataError: a field is missing or has the wrong type.
@@ -70,7 +70,7 @@ def select_ultrafeedback(
     if not rated:
         return Parsed(None, ("record: no rated response",))
     best = max(rated, key=lambda c: (c.score, len(c.text)))
-    drawn: list[tuple[str, LabeledPair | str]] = []  # (what the pair is about, pair or why none)
+    drawn: list[tuple[str, LabeledPair | str]] = []  # (suffix for counts, pair or reason)
     if with_pairs and not principles:
         drawn = [("", _general_pair(rated, best, _rng(seed, instruction)))]
     elif with_pairs:
@@ -86,8 +86,7 @@ def select_ultrafeedback(
         pairs=tuple(pair for _, pair in drawn if isinstance(pair, LabeledPair)),
         source=source,
         index=index,
-        # The other responses were written under other system prompts: what they are compared on
-        # is the instruction.
+        # Each response was written for its own system prompt: the judge sees the instruction only.
         context=instruction,
     )
     skipped = (f"pair{about}: {why}" for about, why in drawn if isinstance(why, str))
@@ -101,7 +100,7 @@ def _principles_of(rated: Sequence[_Completion]) -> list[str]:
 def _general_pair(
     rated: Sequence[_Completion], best: _Completion, rng: random.Random
 ) -> LabeledPair | str:
-    """The best against a random completion that scores strictly less, or why there is none."""
+    """The best against a random completion with a strictly lower score, or why there is none."""
     if len(rated) == 1:
         return "a single rated response"
     worse = [c for c in rated if c.score < best.score and c.text != best.text]
@@ -128,7 +127,7 @@ def _principle_pair(
     if not rationales:
         better, worse = rng.choice(couples)
         return LabeledPair(better.text, worse.text, principle)
-    couples = [c for c in couples if all(_speaks_for_itself(x, principle) for x in c)]
+    couples = [c for c in couples if all(_has_own_rationale(x, principle) for x in c)]
     if not couples:
         return "a rationale is missing or mentions other texts"
     better, worse = rng.choice(couples)
@@ -141,13 +140,13 @@ def _principle_pair(
     )
 
 
-def _speaks_for_itself(completion: _Completion, principle: str) -> bool:
+def _has_own_rationale(completion: _Completion, principle: str) -> bool:
     rationale = completion.rationales.get(principle, "")
     return bool(rationale) and not _OTHER_TEXTS.search(rationale)
 
 
 def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
-    """One completion, or `None` when it is empty or no principle of it is rated."""
+    """Parses one completion; `None` if it is empty or has no rating."""
     if not isinstance(raw, Mapping):
         raise where.expected("an object", raw, field)
     text = where.text(raw, "response", field).strip()
@@ -158,7 +157,7 @@ def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
     rationales: dict[str, str] = {}
     for principle, annotation in annotations.items():
         at = f"{field}.annotations.{principle}"
-        if isinstance(annotation, list):  # the older generation wraps each in a list of one
+        if isinstance(annotation, list):  # an older version wraps each in a list of one
             if len(annotation) > 1:
                 raise where.error(at, f"has {len(annotation)} annotations, expected one")
             annotation = annotation[0] if annotation else None
@@ -170,7 +169,7 @@ def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
         if rating is None:
             continue
         ratings[principle] = rating
-        # Where both are there, "Rationale" explains the type and this one the rating.
+        # If both exist, "Rationale" explains the type and "Rationale For Rating" the rating.
         rationale = annotation.get("Rationale For Rating") or annotation.get("Rationale") or ""
         if not isinstance(rationale, str):
             raise where.expected("text", rationale, f"{at}.Rationale")
