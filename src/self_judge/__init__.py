@@ -1,7 +1,7 @@
 """self_judge: align a language model with its own pairwise judgments (arXiv 2402.11253).
 
-The public names are re-exported lazily, so that `import self_judge` costs nothing and the light
-modules stay free of torch.
+The public names are re-exported lazily, so that `import self_judge` is fast and light modules never
+import torch.
 """
 
 from __future__ import annotations

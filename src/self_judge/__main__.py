@@ -1,4 +1,4 @@
-"""`python -m self_judge`: the command `self-judge`, for an interpreter named by its path."""
+"""`python -m self_judge` runs the command `self-judge`, for when it is not on the PATH."""
 
 import sys
 

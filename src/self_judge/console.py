@@ -1,6 +1,6 @@
-"""What a terminal is shown: text from data that cannot steer it, lines, tables and intervals.
+"""Terminal output: escaped text from data, lines, tables and intervals.
 
-It knows characters and how a table looks. It does not know what stands in one.
+It knows characters and table layout. It does not know what a table contains.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Control and format characters (C0, C1, bidirectional overrides, zero-width ones), lone surrogates,
+# Control and format characters (C0, C1, bidirectional overrides, zero-width), lone surrogates,
 # private use, line and paragraph separators.
 _UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 
 
 def neutral(text: str) -> str:
-    """The text with everything that could steer a terminal written out: `\\x1b`, `\\u202e`, …
+    """Escapes all characters that could control a terminal: `\\x1b`, `\\u202e`, …
 
-    Newlines stay. Whatever of a text from data, a file or a server goes to a terminal goes through
-    here; a rich `Text` made of it takes no markup either.
+    Newlines stay. All text from data, files or servers passes through here before it reaches a
+    terminal; wrapping it in rich's `Text` also disables markup.
     """
     if text.isprintable():
         return text
@@ -35,21 +35,21 @@ def neutral(text: str) -> str:
 
 
 def say(console: Console, line: str) -> None:
-    """Prints a line as it is: a terminal folds it, a log keeps it whole."""
+    """Prints a line without markup; a terminal wraps it, a log keeps it on one line."""
     console.print(neutral(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | None] = ()) -> Table:
-    """A table of numbers with intervals; the first column names them.
+    """A table of numbers with intervals; the first column holds their names.
 
     Args:
-        title, headings: texts, which may come from data.
-        rows: a name, which may come from data, and cells in rich's markup; `None` draws a line.
+        title, headings: text that may come from data.
+        rows: a name that may come from data, and cells in rich's markup; `None` draws a line.
     """
     drawn = Table(title=Text(neutral(title), "bold"), title_justify="left", box=SIMPLE_HEAD)
-    for place, heading in enumerate(headings):
-        drawn.add_column(Text(neutral(heading)), justify="right" if place else "left")
-    drawn.columns[0].overflow = "fold"  # where it is narrow, names may be broken; numbers may not
+    for index, heading in enumerate(headings):
+        drawn.add_column(Text(neutral(heading)), justify="right" if index else "left")
+    drawn.columns[0].overflow = "fold"  # a narrow terminal may break names, but not numbers
     for row in rows:
         if row is None:
             drawn.add_section()
@@ -59,18 +59,18 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | No
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number, or a dash where there is none."""
+    """A formatted number; a dash for `None`."""
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def ends(estimate: Mapping[str, Any], digits: int = 3) -> str:
-    """The interval of an estimate, as `estimate_json` writes it."""
+    """The interval of an estimate as written by `estimate_json`."""
     low, high = estimate["ci95"]
     return f"{low:,.{digits}f} – {high:,.{digits}f}"
 
 
 def interval(estimate: Mapping[str, Any] | None) -> str:
-    """An estimate with its interval, in one cell."""
+    """A table cell with an estimate and its interval."""
     if estimate is None:
         return "–"
     low, high = estimate["ci95"]

@@ -1,6 +1,6 @@
-"""The nouns everything passes around: messages, comparisons, verdicts, responses, pairs, records.
+"""The shared data types: messages, comparisons, verdicts, responses, pairs, records.
 
-Plain data. This module knows neither tokens, models nor templates, and imports no torch.
+Plain data. This module does not know tokens, models or templates, and does not import torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Side = Literal["a", "b"]
 
 
 class Message(TypedDict):
-    """One turn of a chat, as the field writes it: `{"role": ..., "content": ...}`."""
+    """One turn of a chat in the usual format: `{"role": ..., "content": ...}`."""
 
     role: str
     content: str
@@ -23,12 +23,12 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A context and two responses to it, in the order in which they are named, not shown.
+    """A context and two responses to it. The letters a and b are names, not the order in a prompt.
 
     Args:
-        context: what the judge is shown as the dialogue (see `judge_templates.dialogue_text`).
-        response_a: the response called *a*; it is shown first in the given order.
-        response_b: the response called *b*.
+        context: the dialogue text in a judge prompt (see `judge_templates.dialogue_text`).
+        response_a: the response named *a*; it comes first in the given order.
+        response_b: the response named *b*.
     """
 
     context: str
@@ -42,20 +42,19 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the judge makes of one `Comparison`.
+    """The judge's decision on one `Comparison`.
 
     Attributes:
-        preferred: `"a"`, `"b"`, or `None` when the judge cannot decide (an exact tie, a score
-            that is not finite, or a pair that does not fit into the judge's `max_length`).
+        preferred: `"a"`, `"b"`, or `None` if the judge cannot decide (an exact tie, a score that is
+            not finite, or a pair longer than the judge's `max_length`).
         score_a: mean over principles of s(a) = ½[p(A | a first) + p(B | b first)], in [0, 1].
         score_b: the same for b.
-        win_rate: share of principles under which a wins (an exact tie under a principle is half).
+        win_rate: fraction of principles under which a wins (an exact tie counts as half).
         margin: `score_a - score_b`.
-        orders_agree: whether both orders, each taken alone and averaged over principles, prefer
-            the same response.
+        orders_agree: whether both orders prefer the same response, each averaged over principles.
         probabilities: `[principle][order][letter]`, full-vocabulary softmax; order 0 shows a first,
             order 1 shows b first; letter 0 is A, letter 1 is B. Empty for a pair that did not fit.
-        undecidable_because: one phrase when `preferred` is `None`, else `None`.
+        undecidable_because: the reason if `preferred` is `None`, else `None`.
     """
 
     preferred: Side | None
@@ -68,7 +67,7 @@ class Verdict:
     undecidable_because: str | None = None
 
     def order_margins(self) -> tuple[float, float]:
-        """What each order alone says, with a first and with b first: above 0 it prefers a.
+        """The margin of each order alone, a first and b first; above 0 the order prefers a.
 
         p(a's letter) − p(b's letter), summed over principles; zeros for a pair that did not fit.
         """
@@ -97,9 +96,8 @@ class Response:
     """One sampled response, exactly as it was sampled.
 
     Attributes:
-        ids: the sampled token ids, the end-of-turn token included where the model emitted it.
-        text: the ids decoded for the judge and for people: no special tokens, no surrounding
-            whitespace.
+        ids: the sampled token ids, including the end-of-turn token if the model emitted it.
+        text: the decoded ids without special tokens and surrounding whitespace.
         finished: whether the model ended the response itself (False: it was cut at the limit).
     """
 
@@ -110,13 +108,13 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class LabeledPair:
-    """Two responses of which one is better, as the data has it.
+    """A better and a worse response, as labeled in the data.
 
     Attributes:
         chosen, rejected: the better and the worse response, as plain text.
-        principle: the principle by which `chosen` is better; `None` means in general, and the pair
-            is then judged under every template.
-        rationale_chosen, rationale_rejected: why each was rated as it was; both or neither.
+        principle: the principle under which `chosen` is better; `None` means better overall, and
+            the pair is judged under every template.
+        rationale_chosen, rationale_rejected: the reasons for their ratings; both or neither.
     """
 
     chosen: str
@@ -128,16 +126,16 @@ class LabeledPair:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRecord:
-    """One prompt with what the data says about answers to it: the unit every source is read into.
+    """One prompt with its labeled answers: the common format of all data sources.
 
     Attributes:
         prompt: the dialogue to answer; starts with an optional system message and ends with a user
             message.
         demonstration: the answer to imitate in supervised fine-tuning, or `None`.
-        pairs: the labeled pairs to learn judging from (and to evaluate on); may be empty.
-        source, index: where the record came from, for messages about it.
-        context: what the judge is shown as the dialogue, where that is not the whole prompt (see
-            `records.judge_context`); `None`: it is.
+        pairs: the labeled pairs for training and evaluating a judge; may be empty.
+        source, index: the origin of the record, for error messages.
+        context: the dialogue text in a judge prompt if it differs from the prompt, else `None` (see
+            `records.judge_context`).
     """
 
     prompt: tuple[Message, ...]
@@ -149,6 +147,6 @@ class PreferenceRecord:
 
 
 def stable_seed(*parts: object) -> int:
-    """A 63-bit seed from anything printable; the same in every process and on every machine."""
+    """A 63-bit seed from any printable values; the same in every process and on every machine."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -1,7 +1,6 @@
-"""What a user is told went wrong: the errors that the command line shows as one line.
+"""Errors caused by user input; the command line shows each as one line.
 
-Each stands for one kind of input. The code that raises one says what is wrong, where, and what to
-do.
+There is one class per kind of input. A message says what is wrong, where, and what to do.
 """
 
 from __future__ import annotations
@@ -11,45 +10,45 @@ from pathlib import Path
 
 
 class ConfigError(ValueError):
-    """A run configuration that cannot work; one line: where, what, and what to do."""
+    """Invalid run configuration."""
 
 
 class DataError(ValueError):
-    """Data that cannot be used: the message says which source, which record and which field."""
+    """Invalid data; the message names the source, the record and the field."""
 
 
 class TemplateError(ValueError):
-    """A judge template that cannot work; the message names the principle and what is missing."""
+    """Invalid judge template; the message names the principle and the missing part."""
 
 
 class EncodingError(ValueError):
-    """A tokenizer or chat template that cannot serve; the message says why and what to do."""
+    """Unusable tokenizer or chat template."""
 
 
 class ModelError(ValueError):
-    """A checkpoint that cannot be used; the message says which, why and what to do."""
+    """Unusable model or adapter."""
 
 
 class EngineError(ValueError):
-    """An engine that cannot do what is asked; the message says which, why and what to do."""
+    """An inference engine that cannot do the requested work."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be resumed from; the message names it and says why."""
+    """A checkpoint that cannot be resumed from."""
 
 
 class JournalError(ValueError):
-    """A file that cannot be resumed; the message says why and what to do."""
+    """An output file that cannot be resumed."""
 
 
 def in_a_line(error: BaseException) -> str:
-    """The first line that says something, behind the kind of error."""
+    """The error's class and the first non-empty line of its message."""
     text = _lines(error)
     if not text:
         return type(error).__name__
-    # A first line that ends in a colon has its point in the next ones.
-    told = " ".join(text) if text[0].endswith(":") else text[0]
-    return f"{type(error).__name__}: {told:.300}"
+    # If the first line ends in a colon, the details are in the following lines.
+    shown = " ".join(text) if text[0].endswith(":") else text[0]
+    return f"{type(error).__name__}: {shown:.300}"
 
 
 def _lines(error: BaseException) -> list[str]:
@@ -57,7 +56,7 @@ def _lines(error: BaseException) -> list[str]:
 
 
 def is_missing(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether this is plainly a path, and nothing is there."""
+    """Whether this is clearly a local path that does not exist."""
     name = str(name_or_path)
     local = name.startswith((".", "/", "~")) or name.count("/") > 1
     return local and not Path(name).exists()

@@ -1,4 +1,4 @@
-"""Models in and out: load, merge, save; the frozen reference.
+"""Loading, merging and saving models, and the frozen reference.
 
 It knows files and weights. It does not know data, prompts or training.
 """
@@ -44,10 +44,10 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer; one without a padding token pads with its EOS.
+    """Loads a tokenizer; a tokenizer without a padding token pads with EOS.
 
-    Padding with EOS is harmless here: loss masks come from how the ids were built, never from
-    looking for a token.
+    Padding with EOS is safe, since loss masks are built together with the ids, never by searching
+    for a token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -84,21 +84,21 @@ def load_model(
 
     Args:
         name_or_path: a Hub name or a folder; a folder with `adapter_config.json` is an adapter.
-        device: where the weights stand; `"auto"` is `own_device()`, for sampling and judging.
-            `None` is for training: Transformers' own place (the CPU; weights in 4 bits on the
-            current GPU), from where the trainer takes them.
+        device: device of the weights; `"auto"` is `own_device()`, for sampling and judging. `None`
+            is for training and keeps Transformers' default (the CPU; 4-bit weights: the current
+            GPU), from where the trainer moves them.
         dtype: `"auto"`, `"float32"`, `"bfloat16"`, … or a `torch.dtype`.
-        merge: put an adapter's weights into the base and return a plain model; `False` returns a
-            trainable `PeftModel` to continue from.
-        load_in_4bit: the weights of linear layers in 4 bits, by bitsandbytes; they compute in
-            `dtype`, which is bfloat16 where it is `"auto"`.
+        merge: merge an adapter into its base and return a plain model; `False` returns a trainable
+            `PeftModel`.
+        load_in_4bit: quantize linear layers to 4 bits with bitsandbytes; they compute in `dtype`,
+            and `"auto"` then means bfloat16.
         bnb_4bit_quant_type, use_bnb_nested_quant: see `transformers.BitsAndBytesConfig`.
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ModelError: there is no model at that name or path, its weights are pickled (which would
-            run whatever they say), an adapter does not fit its base or is to be merged into one
-            of 4 bits, or bitsandbytes is wanted and not there.
+        ModelError: there is no model at that name or path, its weights are pickled (loading them
+            could run code), an adapter does not fit its base or would be merged into 4-bit weights,
+            or bitsandbytes is needed but not installed.
     """
     refuse_pickle(name_or_path)
     if device == "auto":
@@ -107,7 +107,7 @@ def load_model(
         dtype = torch.bfloat16 if dtype == "auto" else dtype
         kwargs["quantization_config"] = _four_bits(dtype, bnb_4bit_quant_type, use_bnb_nested_quant)
         if device is not None:
-            kwargs["device_map"] = {"": device}  # quantized where it stands, and not moved later
+            kwargs["device_map"] = {"": device}  # quantize on the target device
     common: dict[str, Any] = {
         "dtype": dtype,
         "revision": revision,
@@ -130,8 +130,8 @@ def load_model(
         return loaded
     if load_in_4bit and merge:
         raise ModelError(
-            f"{path} is an adapter, and adding it to weights of 4 bits would round it away: merge "
-            "it first (load_model(folder).save_pretrained(another)), and load what comes of it"
+            f"{path} is an adapter, and merging it into 4-bit weights would round it away: merge "
+            "it first (load_model(folder).save_pretrained(another)) and load the merged model"
         )
     base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     if not base_name:
@@ -145,16 +145,16 @@ def load_model(
         **kwargs,
     )
     try:
-        # PEFT alone would read the adapter onto the first GPU, whichever the base stands on.
+        # By default PEFT loads the adapter onto the first GPU, wherever the base is.
         model = PeftModel.from_pretrained(
             base, str(path), is_trainable=not merge, torch_device=str(base.device)
         )
     except (RuntimeError, ValueError, SafetensorError) as error:
-        # PyTorch lists every weight, of which one tells the story.
-        told = _lines(error)
+        # PyTorch lists every weight after a heading; the first is enough.
+        lines = _lines(error)
         raise ModelError(
             f"the adapter {path} does not fit its base {base_name}, or is damaged: "
-            f"{told[1] if len(told) > 1 else in_a_line(error):.200}"
+            f"{lines[1] if len(lines) > 1 else in_a_line(error):.200}"
         ) from error
     return merged(model) if merge else model
 
@@ -162,7 +162,7 @@ def load_model(
 def _four_bits(dtype: str | torch.dtype, kind: str, nested: bool) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
-            "load_in_4bit needs bitsandbytes, which is not installed: pip install "
+            "load_in_4bit needs bitsandbytes, which is not installed: run pip install "
             "'self-judge[qlora]'"
         )
     return BitsAndBytesConfig(
@@ -174,10 +174,10 @@ def _four_bits(dtype: str | torch.dtype, kind: str, nested: bool) -> BitsAndByte
 
 
 def _keep_trainable(model: torch.nn.Module) -> None:
-    """Keeps bitsandbytes from a layout of weights that no gradient passes through, on some CPUs.
+    """Disables a CPU weight layout of bitsandbytes that blocks gradients.
 
-    Where they have AVX512-BF16 it turns a layer's weights into that layout, for good, at the first
-    pass in evaluation mode; training afterwards would teach the layers above alone, in silence.
+    On CPUs with AVX512-BF16, the first pass in evaluation mode converts a layer's weights to this
+    layout permanently. Later training would then silently train only the layers above it.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -198,9 +198,9 @@ _CONVERT_ADAPTER = (
 
 
 def refuse_pickle(name_or_path: str | os.PathLike[str]) -> None:
-    """Raises `ModelError` for a folder whose weights are a pickle: reading one can run code.
+    """Raises `ModelError` if a folder's weights are a pickle, since loading one can run code.
 
-    Beside safetensors files, which are then what is loaded, pickles do no harm.
+    Pickles beside safetensors files are harmless: only the safetensors files are loaded.
     """
     path = Path(name_or_path)
     adapter = (path / "adapter_config.json").is_file()
@@ -209,20 +209,20 @@ def refuse_pickle(name_or_path: str | os.PathLike[str]) -> None:
     named = None if adapter else _weights_named_in_config(path)
     if named is None and any(path.glob(safe)):
         return
-    # A folder's own training arguments and optimizer are pickles that are not its weights.
+    # Training arguments and optimizer state are pickles too, but not weights.
     beside = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
     found = [f.name for p in unsafe for f in sorted(path.glob(p)) if f.name not in beside]
     if named is not None or found:
         convert = (_CONVERT_ADAPTER if adapter else _CONVERT_MODEL).format(folder=str(path))
         raise ModelError(
-            f"{path} has its weights as a pickle ({named or found[0]}), and reading one can run "
-            "code: only safetensors are loaded. If you trust where it comes from, convert it: "
+            f"{path} has its weights as a pickle ({named or found[0]}), and loading one can run "
+            "code: only safetensors are loaded. If you trust its origin, convert it: "
             f"python -c {shlex.quote(convert)}"
         )
 
 
 def _weights_named_in_config(path: Path) -> str | None:
-    """A file other than safetensors that a model's configuration names for its weights."""
+    """The weights file that a model's configuration names, unless it is a safetensors file."""
     try:
         named = json.loads((path / "config.json").read_text("utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
@@ -232,24 +232,24 @@ def _weights_named_in_config(path: Path) -> str | None:
 
 
 def apply_umask(directory: str | os.PathLike[str]) -> None:
-    """Gives the safetensors files of a folder the permissions of any new file in it.
+    """Gives the safetensors files of a folder the permissions of a normal new file.
 
-    Their library makes them for their owner alone, whatever the umask says; a colleague, or a
-    server under another user, could not read the model.
+    The safetensors library ignores the umask and makes files readable by their owner only; a
+    colleague, or a server under another user, could not read the model.
     """
     folder = Path(directory)
     files = list(folder.glob("*.safetensors"))
     if os.name == "nt" or not files:
         return
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        (new := Path(aside) / "file").touch()
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        (new := Path(temporary) / "file").touch()
         usual = new.stat().st_mode & 0o777
     for file in files:
         file.chmod(usual)
 
 
 def merged_in_full(model: PeftModel) -> PreTrainedModel:
-    """`merged`; of a base in 4 bits, the base as it was saved, which is loaded once more."""
+    """Like `merged`, but first reloads a 4-bit base as saved, without quantization."""
     base: Any = unwrapped(model)
     if getattr(base, "quantization_method", None) is None:
         return merged(model)
@@ -259,9 +259,9 @@ def merged_in_full(model: PeftModel) -> PreTrainedModel:
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The plain model with the active adapter's weights added to its own; plain models as is.
+    """Merges the active adapter into its base; returns plain models unchanged.
 
-    Its weights take gradients again, which PEFT had switched off.
+    PEFT disables the gradients of the base weights; this enables them again.
     """
     if not isinstance(model, PeftModel):
         return model
@@ -273,10 +273,10 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def frozen_reference(model: ModelT) -> ModelT:
-    """A copy of the model as it is now, in evaluation mode and without gradients.
+    """A copy of the current model, in evaluation mode and without gradients.
 
-    A copy of what is in memory, not of what its name leads to on disk: a merged adapter or an
-    edited weight stays in it.
+    It copies the weights in memory, not those on disk, so that it includes merged adapters and
+    edited weights.
     """
     reference = copy.deepcopy(model)
     reference.requires_grad_(False)
@@ -284,12 +284,12 @@ def frozen_reference(model: ModelT) -> ModelT:
 
 
 def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `ModelError` when the tokenizer has ids that the model has no embedding for."""
-    # An adapter on the embeddings wraps them.
+    """Raises `ModelError` if the model lacks embeddings for some of the tokenizer's ids."""
+    # An adapter may wrap the embeddings.
     embeddings: torch.nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     tables = [m for m in embeddings.modules() if isinstance(m, torch.nn.Embedding)]
     if not tables:
-        return  # another kind of embedding, whose size cannot be asked for in one way
+        return  # a custom embedding without a standard way to get its size
     size = tables[0].num_embeddings
     largest = max(tokenizer.get_vocab().values())
     if largest >= size:
@@ -300,18 +300,18 @@ def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
 
 
 def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | None:
-    """`max_length`, or the positions that the model was made for where these are fewer.
+    """Limits `max_length` to the model's number of positions, with a warning.
 
-    Beyond them learned positions fail, and rotary ones give what nobody trained; a warning says so.
+    Beyond that number, learned positions fail and rotary positions are untrained.
 
     Args:
-        config: the model's.
+        config: the model's configuration.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if max_length is None or context is None or max_length <= context:
         return max_length
     logger.warning(
-        "max_length %d is more than the %d positions of the model: %d are used",
+        "max_length %d exceeds the model's %d positions: using %d",
         max_length,
         context,
         context,
@@ -320,40 +320,41 @@ def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | 
 
 
 def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
-    """Why a model was not loaded, in a line.
+    """Why loading a model failed, in one line.
 
-    What is plainly a path and is not there is called so: the libraries beneath take it for a
-    repository's name, and speak of its spelling.
+    For a local path that does not exist it says so: the libraries would take the path for a Hub
+    name and complain about its format.
     """
     return "there is no such folder" if is_missing(name_or_path) else in_a_line(error)
 
 
 def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
-    """The judge and reference of a model in memory; `None` under ZeRO-3, where TRL loads it.
+    """A frozen copy as judge and reference; `None` under ZeRO-3, where TRL loads it from disk.
 
     Raises:
-        ValueError: a model under ZeRO-3 that has no name to load it by.
+        ValueError: under ZeRO-3, the model has no name to load it by.
     """
     if is_deepspeed_zero3_enabled():  # sharded parameters cannot be copied
         name = model.config.name_or_path
         if not name:
             raise ValueError(
-                "under ZeRO-3 the judge is loaded by the model's name, and this model has none: "
-                "pass a ref_model, or the folder of the model"
+                "ZeRO-3 loads the judge by the model's name, and this model has none: pass a "
+                "ref_model, or the folder of the model"
             )
-        logger.warning("ZeRO-3: the judge is loaded from %s, not copied from memory", name)
+        logger.warning("ZeRO-3: loading the judge from %s instead of copying the model", name)
         return None
     _place(model, args)
     return frozen_reference(model)
 
 
 def _place(model: Any, args: TrainingArguments) -> None:
-    """Moves a model to where it is trained, so that its copy is made there and not in host memory.
+    """Moves a model to its training device, so that its copy is made there, not in host memory.
 
-    Sharded models are placed by FSDP and DeepSpeed, others by their device map or in 4 bits.
+    FSDP and DeepSpeed place sharded models; models with a device map or in 4 bits are already
+    placed.
     """
-    asked = (os.environ.get(f"ACCELERATE_USE_{kind}", "") for kind in ("FSDP", "DEEPSPEED"))
-    sharded = args.fsdp or args.deepspeed or any(a.lower() in ("1", "true") for a in asked)
+    launched = (os.environ.get(f"ACCELERATE_USE_{kind}", "") for kind in ("FSDP", "DEEPSPEED"))
+    sharded = args.fsdp or args.deepspeed or any(a.lower() in ("1", "true") for a in launched)
     placed = sharded or any(
         getattr(model, name, None) for name in ("hf_device_map", "quantization_method")
     )

@@ -1,6 +1,6 @@
-"""How a model runs on this machine: device, memory, precision and mode.
+"""Device, memory, precision and mode of a model on this machine.
 
-It knows torch and devices. It does not know where a model comes from or what it computes.
+It knows torch and devices. It does not know how a model was loaded or what it computes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
-# Rows of the head's matrix made float32 at a time: a quarter of a GiB at a width of 2,048.
+# Rows of the head's matrix converted to float32 at a time: 0.25 GiB at a width of 2,048.
 _HEAD_ROWS = 32_768
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The causal language model under all wrappers (DDP, PEFT), with its adapters' layers in it."""
+    """The causal language model inside all wrappers (DDP, PEFT), including adapter layers."""
     inner: Any = model
     while isinstance(inner, PeftModel) or isinstance(
         getattr(inner, "module", None), torch.nn.Module
@@ -36,11 +36,11 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def own_device() -> torch.device:
-    """The device that this process computes on: its own GPU, or the CPU where there is none.
+    """The device of this process: its own GPU, or the CPU without GPUs.
 
-    Several processes of one launch each have another GPU. Where Accelerate was set up already (by a
-    training, or by a command under `accelerate launch`), it is the device that Accelerate uses;
-    otherwise nothing is set up.
+    Each process of a launch has its own GPU. If Accelerate is already initialized (by a trainer, or
+    by a command under `accelerate launch`), this is Accelerate's device; otherwise Accelerate stays
+    uninitialized.
     """
     if PartialState._shared_state:
         return PartialState().device
@@ -53,7 +53,7 @@ def own_device() -> torch.device:
 
 @contextmanager
 def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode and every module of it back into the mode it was in."""
+    """Puts the model into evaluation mode, and restores every module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -65,12 +65,12 @@ def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Keeps PyTorch's attention from cuDNN, which only CUDA devices have.
+    """Disables the cuDNN backend of PyTorch's attention (CUDA only).
 
-    On recent GPUs PyTorch prefers cuDNN, which builds a plan for every shape it has not met, in
-    tens of milliseconds. Packed rows, and keys that grow with each decoded token, hardly ever have
-    the same shape twice. The backward pass uses the kernel of its forward pass, but gradient
-    checkpointing computes forward passes again in it: so a training stays within this as a whole.
+    On recent GPUs PyTorch prefers cuDNN, which builds a plan for every new shape, in tens of
+    milliseconds. Packed rows, and keys that grow with each decoded token, rarely have the same
+    shape twice. Wrap a whole training in it, not only forward passes: gradient checkpointing
+    recomputes forward passes in the backward pass.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -80,15 +80,16 @@ def without_cudnn_attention() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Has this process keep the memory that it frees, for training on a CPU.
+    """Makes this process keep freed memory instead of returning it, for training on a CPU.
 
-    glibc gives large blocks back at once, and the system clears every page of the next one: half a
-    million page faults in a step of SmolLM2. Other C libraries and other devices are left alone.
+    By default glibc returns large blocks to the system at once, and the system clears every page of
+    the next one: half a million page faults in one step of SmolLM2. Does nothing with other C
+    libraries or on other devices.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
@@ -99,18 +100,18 @@ def keep_freed_memory(device: torch.device) -> None:
 
 @contextmanager
 def float32_logits(model: torch.nn.Module) -> Iterator[None]:
-    """Has the model's head compute float32 logits, whatever type the rest computes in.
+    """Makes the model's head compute float32 logits, whatever dtype the rest uses.
 
-    bfloat16 keeps eight bits: a logit of 20 is rounded to the next eighth, and what a judge says of
-    two letters by as much as it often differs by. Autocast is off inside the head: a trainer's
-    model has it in its own `forward`. Every plain linear layer of the head computes so, those of an
-    adapter included, on the weights as they are at the call: gathered, where processes share them.
-    A quantized head is left as it is.
+    bfloat16 has eight bits of precision, so it rounds a logit of 20 to a multiple of 1/8, which is
+    often as much as the difference between a judge's two letters. Autocast is disabled inside the
+    head, since a trainer's model enables it in its own `forward`. This covers every plain linear
+    layer of the head, including those of an adapter, and uses the weights at call time: gathered,
+    if processes share them. A quantized head is unchanged.
     """
     head: Any = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     for layer in head.modules() if head is not None else ():
-        # Accelerate keeps the forward of a layer on a device of its own under this name.
+        # Accelerate stores the original forward of a layer with its own device under this name.
         own = vars(layer)
         name = "_old_forward" if "_old_forward" in own else "forward"
         usual = own.get(name)
@@ -143,26 +144,26 @@ def _linear_in_float32(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Te
 
 
 def halve_or_raise(stage: str, size: int, unit: str, error: BaseException) -> int:
-    """Half of `size`, after an error that says that memory is full.
+    """Returns half of `size` after an out-of-memory error; raises any other error again.
 
     Args:
-        stage: what was being done, as the warning says it.
-        size: how much was done at a time.
-        unit: of what, in the plural.
-        error: what was raised; anything else than full memory is raised again.
+        stage: the current activity, for the warning, such as "judging".
+        size: the number of units processed at a time.
+        unit: the name of the units, in the plural.
+        error: the error that occurred.
 
     Raises:
-        BaseException: `error` itself, where it is another one, or where there is nothing to halve.
+        BaseException: `error` itself, if it is not an out-of-memory error or `size` is 1.
     """
     if not (isinstance(error, Exception) and should_reduce_batch_size(error)) or size <= 1:
         raise error
-    # The traceback holds the tensors of what failed.
+    # The traceback keeps the failed pass's tensors alive.
     error.__traceback__ = None
     clear_device_cache(garbage_collection=True)
     half = size // 2
     logger.warning(
-        "out of memory while %s %d %s at a time: from here on %d, with the same result. A smaller "
-        "setting from the start saves this attempt",
+        "out of memory while %s %d %s at a time: continuing with %d, with the same results. A "
+        "smaller setting from the start avoids this failed attempt",
         stage, size, unit, half,
     )  # fmt: skip
     return half

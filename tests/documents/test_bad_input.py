@@ -76,10 +76,10 @@ def test_a_length_beyond_the_models_positions_is_not_used_and_said(
 ) -> None:
     trainer = place.make(max_length=4000)
     assert trainer.args.max_length == trainer.judge.max_length == 512
-    assert "max_length 4000 is more than the 512 positions of the model" in caplog.text
+    assert "max_length 4000 exceeds the model's 512 positions" in caplog.text
     caplog.clear()
     assert main(place.run("jsft_args.max_length=5000")) == 0
-    assert "max_length 5000 is more than the 4096 positions of the model" in caplog.text
+    assert "max_length 5000 exceeds the model's 4096 positions" in caplog.text
 
 
 def test_pairs_that_say_nothing_are_undecidable_and_no_error(place: Place) -> None:

@@ -72,4 +72,4 @@ def test_a_model_in_memory_alone_is_refused_where_the_judge_is_loaded_by_name(
 ) -> None:
     done = launch(tmp_path / "run", "zero3", 2, args=TWO)
     assert done.returncode != 0
-    assert "under ZeRO-3 the judge is loaded by the model's name" in done.stderr
+    assert "ZeRO-3 loads the judge by the model's name" in done.stderr

@@ -36,7 +36,7 @@ def test_sampling_goes_on_with_half_as_many_responses_and_draws_the_same(
     with caplog.at_level(logging.WARNING):
         assert sampler.sample(prompts, 4, 7) == expected
     assert sampler.batch_size == 3
-    assert "out of memory while sampling 12 responses at a time: from here on 6" in caplog.text
+    assert "out of memory while sampling 12 responses at a time: continuing with 6" in caplog.text
 
 
 @pytest.mark.parametrize("packing", ["auto", "off"])
@@ -141,8 +141,8 @@ def test_the_update_is_done_in_parts_with_the_same_gradient(
     monkeypatch.setattr(trainer, "_compute_loss", small)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert "out of memory while updating on 4 pairs at a time: from here on 2" in caplog.text
-    assert "out of memory while updating on 2 pairs at a time: from here on 1" in caplog.text
+    assert "out of memory while updating on 4 pairs at a time: continuing with 2" in caplog.text
+    assert "out of memory while updating on 2 pairs at a time: continuing with 1" in caplog.text
     for key in ("loss", "grad_norm", "rewards/margins", "judge/margin", "num_tokens"):
         assert history(trainer, key) == pytest.approx(history(undisturbed, key), rel=1e-4, abs=1e-6)
     for found, expected in zip(
