@@ -157,9 +157,9 @@ def test_another_model_template_or_input_is_refused(
     content[-100] ^= 1
     weights.write_bytes(content)
     write(source, *reversed(pairs(3)))
-    assert "it is not the verdict on line 1 of this input" in refused(*command)
+    assert "it does not belong to line 1 of this input" in refused(*command)
     write(source, *pairs(2))
-    assert "has 3 lines, the input 2 pairs" in refused(*command)
+    assert "has 3 lines, but its input has 2 pairs" in refused(*command)
     assert main([*command, "--overwrite"]) == 0
     assert len(lines(target)) == 2
 
@@ -169,7 +169,7 @@ def test_another_model_template_or_input_is_refused(
     [
         ({"response_a": "x", "response_b": "y"}, "field 'context': is missing"),
         ({"context": "x", "response_a": "x"}, "field 'response_b': is missing"),
-        ({"context": "x", "responses": ["x"]}, "field 'responses': expected a list of two texts"),
+        ({"context": "x", "responses": ["x"]}, "field 'responses': expected a list of two strings"),
         ({"context": 3, "response_a": "x", "response_b": "y"}, "expected text, got int"),
         ({**pairs(1)[0], "verdict": {}}, "--field NAME"),
     ],
@@ -199,7 +199,7 @@ def test_a_model_without_judge_json_asks_for_templates(
     assert len(lines(target)) == 2
     templates.write_text("model: x\n")
     assert main([*command, "--templates", str(templates)]) == 2
-    assert "it has no templates.judge" in capsys.readouterr().err
+    assert "templates.judge is missing" in capsys.readouterr().err
 
 
 def test_verdicts_survive_as_json_whatever_they_hold(saved_judge: Path) -> None:

@@ -56,12 +56,12 @@ def test_prompts_without_responses_are_answered_first(saved_judge: Path, tmp_pat
     [
         ('{"context": "x", "responses": []}', "line 1: 'responses' must be a non-empty list"),
         ('{"context": "x", "responses": "y"}', "line 1: 'responses' must be a non-empty list"),
-        ('{"responses": ["y"]}', "line 1: it needs a text as 'context'"),
-        ('{"context": "x"}', "line 1: it needs 'responses', or a 'prompt'"),
+        ('{"responses": ["y"]}', "line 1: needs a string 'context'"),
+        ('{"context": "x"}', "line 1: needs 'responses', or a 'prompt'"),
         ('{"context": "x", "responses": ["y"]}\n{oops', "line 2: not JSON"),
         ("[1]", "line 1: expected a JSON object"),
-        ('{"prompt": 3}', "line 1: 'prompt' must be a text or a list of messages"),
-        ("", "it has no lines"),
+        ('{"prompt": 3}', "line 1: 'prompt' must be a string or a list of messages"),
+        ("", "the file has no lines"),
         ('{"context": "é"}', "in.jsonl: not UTF-8 text"),
     ],
 )

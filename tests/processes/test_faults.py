@@ -257,10 +257,10 @@ def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint_and_the_command_to_
     # It is asked in the middle of its third step.
     third = ["torch.optim:AdamW.step", 3, "after"]
     assert place.command(argv, terminate_at=third) == 0, place.command.said
-    assert "stopped after step 3 of 8, as SIGTERM asked" in place.command.said
+    assert "stopped by SIGTERM after step 3 of 8" in place.command.said
     assert "Traceback" not in place.command.said
     resume = place.command.said.splitlines()[-1]
-    assert resume.startswith(f"go on with: self-judge {kind} ")
+    assert resume.startswith(f"resume with: self-judge {kind} ")
     assert resume.endswith(" training_args.resume_from_checkpoint=true")
     assert integrity_error(output / "checkpoint-3") is None
     assert not list(output.glob("*.safetensors"))  # none that could be taken for trained
@@ -282,7 +282,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_to_be(place: Place, tmp_pa
     os.truncate(weights, size // 2)
     assert place.command(argv) == 0
     said = " ".join(place.command.said.split())
-    assert "checkpoint-8 is passed over: adapter_model.safetensors has " in said
+    assert "checkpoint-8 is skipped: adapter_model.safetensors has " in said
     assert f" has {size // 2:,} of {size:,} bytes" in said
     assert left(output) == place.undisturbed["train"]
 

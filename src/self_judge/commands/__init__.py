@@ -1,5 +1,5 @@
-"""The work behind each command of `self-judge`: what is read, done and written.
+"""The implementation of each command of `self-judge`: its inputs, work and outputs.
 
-It knows files, models and consoles, and wires the packages together. It does not parse arguments:
-`cli` does. It may import every other package.
+It knows files, models and consoles, and connects the packages. It does not parse arguments: `cli`
+does. It may import every other package.
 """

@@ -1,7 +1,7 @@
-"""`self-judge compare`: two policies answer the same prompts, a judge says who answers better.
+"""`self-judge compare`: two policies answer the same prompts, and a judge compares the answers.
 
-Wiring: each step leaves a file that an interrupted run resumes from. Sampling, judging and
-statistics are elsewhere.
+Each step writes a file from which an interrupted run resumes. Other modules implement sampling,
+judging and statistics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from self_judge import __version__
-from self_judge.commands.judge import CHUNK, Case, judge_in_bulk
+from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
 from self_judge.commands.judge_choice import JudgeChoice, fingerprint, load_sampler
 from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
@@ -44,15 +44,15 @@ _RESPONSE_FIELDS = ("response", "output")
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """Who meets whom, and on what.
+    """Two policies and the prompts to compare them on.
 
     Args:
-        policies: two of: a model (folder or Hub name) that samples, or a file of responses.
-        prompts: a file of prompts; may be left out where a file of responses brings them.
-        sampling: how a model draws its response to each prompt.
-        seed: of the sampling; the two policies draw from different seeds.
-        sampling_batch_size: responses sampled at a time.
-        max_prompts: the first so many.
+        policies: each a model (folder or Hub name) to sample from, or a file of responses.
+        prompts: a file of prompts; optional if a file of responses includes them.
+        sampling: sampling parameters of a model.
+        seed: sampling seed; the two policies use different seeds derived from it.
+        sampling_batch_size: number of responses sampled at a time.
+        max_prompts: use the first N prompts.
     """
 
     policies: tuple[str, str]
@@ -63,10 +63,10 @@ class ComparisonJob:
     max_prompts: int | None = None
 
     def read(self) -> list[list[Message]]:
-        """The prompts.
+        """Reads the prompts.
 
         Raises:
-            ValueError: none are given, or they cannot be used.
+            ValueError: there are no prompts, or they cannot be used.
         """
         path = self.prompts or next((p for p in self.policies if is_responses(p)), None)
         if path is None:
@@ -78,7 +78,7 @@ class ComparisonJob:
 
 
 def is_responses(policy: str) -> bool:
-    """Whether a policy is given as a file of responses rather than a model."""
+    """Whether a policy is a file of responses rather than a model."""
     return Path(policy).is_file() or reader_of(Path(policy)) is not None
 
 
@@ -91,15 +91,15 @@ def run_compare(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Compares two policies; returns what it writes to `output/results.json`.
+    """Compares two policies; returns the contents of `output/results.json`.
 
-    The pairs with their verdicts stand in `output/pairs.jsonl`, sampled responses in
+    Writes the pairs with their verdicts to `output/pairs.jsonl`, and sampled responses to
     `output/responses_a.jsonl` and `responses_b.jsonl`. Under `accelerate launch` each process
-    samples and judges its share.
+    samples and judges its shard.
 
     Raises:
-        ValueError: a model, prompts or responses cannot be used, or what is there belongs to
-            another comparison.
+        ValueError: a model, prompts or responses cannot be used, or `output` holds another
+            comparison.
     """
     output, console = Path(output), console or Console()
     prompts = job.read()
@@ -108,13 +108,13 @@ def run_compare(
         for policy, side in zip(job.policies, "ab", strict=True)
     ]
     for policy in filter(is_responses, job.policies):
-        _given(Path(policy), prompts)  # a mistake shows before anything is sampled
+        _read_responses(Path(policy), prompts)  # find mistakes before sampling
     for policy, side, file in zip(job.policies, "ab", files, strict=True):
         if not is_responses(policy):
             _sample(policy, side, job, prompts, file, overwrite)
-    responses = [_given(file, prompts) for file in files]
+    responses = [_read_responses(file, prompts) for file in files]
 
-    def cases() -> Iterator[Case]:
+    def items() -> Iterator[Item]:
         for index, (prompt, a, b) in enumerate(zip(prompts, *responses, strict=True)):
             line = {
                 "index": index,
@@ -123,10 +123,10 @@ def run_compare(
                 "response_b": b["text"],
                 "finished": [a["finished"], b["finished"]],
             }
-            yield Case(Comparison(dialogue_text(prompt), a["text"], b["text"]), line)
+            yield Item(Comparison(dialogue_text(prompt), a["text"], b["text"]), line)
 
     judge_in_bulk(
-        cases,
+        items,
         output / PAIRS,
         judge,
         {"policies": list(job.policies)},
@@ -141,7 +141,7 @@ def run_compare(
 def _results(
     job: ComparisonJob, judge: JudgeChoice, output: Path, console: Console
 ) -> dict[str, Any]:
-    """Written and shown."""
+    """Writes and prints the results."""
     results = {
         "kind": "policy comparison",
         "version": __version__,
@@ -187,26 +187,26 @@ def _sample(
             **asdict(job.sampling),
             "seed": job.seed,
         },
-        lambda line, asked: line["prompt"] == asked[1],
-        mismatch="it answers another prompt",
+        lambda line, wanted: line["prompt"] == wanted[1],
+        mismatch="it answers a different prompt",
         title=f"{side} answers",
         things="responses",
         chunk=job.sampling_batch_size,
-        may_be_longer=True,  # answers do not depend on how many prompts there are
+        may_be_longer=True,  # answers do not depend on the number of prompts
     )
     answers.run(load, overwrite=overwrite)
 
 
-def _given(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:
-    """One `{"text", "finished"}` per prompt; where a line names its prompt, it must be that one."""
+def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:
+    """Reads one `{"text", "finished"}` per prompt; a prompt in a line must match its prompt."""
     found: list[dict[str, Any]] = []
     for index, line in enumerate(itertools.islice(read_raw(str(file)), len(prompts))):
         where = RecordRef(str(file), index)
         name = next((n for n in _RESPONSE_FIELDS if n in line), _RESPONSE_FIELDS[0])
         text = where.text(line, name)
-        asked = prompt_of(line, where)
-        if asked is not None and asked != list(prompts[index]):
-            raise where.error("prompt", "is another one than the prompt to answer at this place")
+        prompt = prompt_of(line, where)
+        if prompt is not None and prompt != list(prompts[index]):
+            raise where.error("prompt", "differs from the prompt to answer at this index")
         found.append({"text": text, "finished": line.get("finished")})
     if len(found) < len(prompts):
         raise ValueError(f"{file}: {len(found):,} responses to {len(prompts):,} prompts")

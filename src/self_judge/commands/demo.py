@@ -1,7 +1,7 @@
-"""`self-judge demo`: the whole method on the synthetic world, and what it was worth.
+"""`self-judge demo`: runs the whole method on the synthetic world and evaluates it.
 
-Data, JSFT, self-training, self-rejection, evaluation against the gold rubric; nothing is
-downloaded. Everything that the method needs is what any other run uses.
+Data, JSFT, self-training, self-rejection, evaluation against the gold rubric; it downloads nothing.
+The method's code is the same as in any other run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SHOWN_BRACKETS = 12  # tournaments kept for the report
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """How much of everything; what was measured with it stands in benchmarks/RESULTS.md."""
+    """Sizes and hyperparameters of the demo; its results are in benchmarks/RESULTS.md."""
 
     jsft_records: int = 6000
     pairs_per_record: int = 2
@@ -79,14 +79,14 @@ def run_demo(
     settings: DemoSettings | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Runs the demo; returns what it writes to `output/summary.json`.
+    """Runs the demo; returns the contents of `output/summary.json`.
 
     Args:
-        seed: of data, initial weights, sampling and draws.
-        output: gets `jsft/`, `self_judge/`, `summary.json`, the held-out verdicts and a few
+        seed: seed of data, initial weights, sampling and brackets.
+        output: folder for `jsft/`, `self_judge/`, `summary.json`, the held-out verdicts, a few
             tournaments (`judged.jsonl`, `brackets.jsonl`), and `report.html`.
-        settings: smaller or larger than the default.
-        console: where to draw progress and the table.
+        settings: sizes that replace the defaults.
+        console: shows progress and the table.
     """
     started = time.perf_counter()
     console = console or Console()
@@ -97,8 +97,8 @@ def run_demo(
         f"itself with its own judgments (seed {seed})"
     )
     jsft_model = demo.jsft()
-    # The model learned to judge under each principle and in general; now the general judgment
-    # alone is asked for, which costs two prompts a pair instead of eight.
+    # The model learned to judge under each principle and overall. Use the overall template only: it
+    # needs two prompts per pair instead of eight.
     templates = synthetic.judge_templates(principles=False, overall=True)
     reference, batch_size = frozen_reference(jsft_model), demo.settings.judge_batch
     judge = Judge(reference, demo.encoder, templates, batch_size=batch_size)
@@ -116,7 +116,7 @@ def run_demo(
 
 @dataclass
 class _Demo:
-    """The steps of the demo; each leaves its files in the output."""
+    """The steps of the demo; each writes its files to `output`."""
 
     seed: int
     output: Path
@@ -125,7 +125,7 @@ class _Demo:
     encoder: ChatEncoder = field(default_factory=lambda: ChatEncoder(synthetic.tiny_tokenizer()))
 
     def jsft(self) -> Any:
-        """The model that learned to answer and to judge."""
+        """Trains a model to answer and to judge."""
         settings, output = self.settings, self.output / "jsft"
         model = synthetic.tiny_model(self.encoder.tokenizer, self.seed)  # type: ignore[arg-type]
         args = SFTConfig(
@@ -153,18 +153,18 @@ class _Demo:
         return load_model(output, device="auto")
 
     def judge_quality(self, judge: Judge) -> JudgeQuality:
-        """The general judgment on pairs of prompts that were never trained on."""
-        cases = []
+        """Judges pairs of held-out prompts with the overall template."""
+        items = []
         for record in synthetic.records(self.settings.held_out_pairs, self.seed, "test", writers=2):
             pair = next(p for p in record.pairs if p.principle is None)
-            cases.append(Comparison(record.prompt[-1]["content"], pair.chosen, pair.rejected))
-        verdicts = judge.compare(cases)
-        judged = (judged_line(c, v, gold="a") for c, v in zip(cases, verdicts, strict=True))
+            items.append(Comparison(record.prompt[-1]["content"], pair.chosen, pair.rejected))
+        verdicts = judge.compare(items)
+        judged = (judged_line(c, v, gold="a") for c, v in zip(items, verdicts, strict=True))
         write_lines(self.output / JUDGED, judged)
         return judge_quality(verdicts)
 
     def self_training(self, jsft_model: Any, templates: JudgeTemplates) -> Any:
-        """The policy, aligned with its own general judgments."""
+        """Trains a policy on its own overall judgments."""
         settings, output = self.settings, self.output / "self_judge"
         count = settings.prompts_per_step * settings.steps
         prompts = [
@@ -201,7 +201,7 @@ class _Demo:
         return trainer.model
 
     def gold_scores(self, judge: Judge, policy: Any) -> _Gold:
-        """What the rubric gives JSFT, policy and self-rejection on held-out prompts."""
+        """Gold scores of JSFT, policy and self-rejection on held-out prompts."""
         seed, encoder, console = self.seed, self.encoder, self.console
         instructions = synthetic.instructions(self.settings.held_out_prompts, seed)
         prompts = [encoder.encode_prompt([{"role": "user", "content": i}]) for i in instructions]
@@ -254,7 +254,7 @@ class _Demo:
 
 
 def _taught_pairs(record: PreferenceRecord, count: int, seed: int) -> PreferenceRecord:
-    """The general pair under its own template, and `count` of the principles' pairs."""
+    """Keeps the general pair, under the overall template, and `count` pairs of principles."""
     general, *specific = record.pairs
     chosen = random.Random(stable_seed(seed, "pairs", record.index)).sample(
         specific, min(count, len(specific))
@@ -264,7 +264,7 @@ def _taught_pairs(record: PreferenceRecord, count: int, seed: int) -> Preference
 
 
 def judged_line(comparison: Comparison, verdict: Verdict, gold: Side) -> dict[str, Any]:
-    """A verdict on a pair of which `gold` is known to be the better, as plain data."""
+    """A verdict on a pair with known better response `gold`, as plain data."""
     finite = verdict.preferred is not None
     return {
         "context": comparison.context,
@@ -339,7 +339,7 @@ def _table(summary: dict[str, Any]) -> Table:
 
 
 def _quiet() -> None:
-    """The demo draws its own progress; the libraries' bars and notes would tear it apart."""
+    """Silences the libraries' progress bars and messages, which would break the demo's display."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""`self-judge eval`: labeled comparisons -> verdicts -> numbers, as a table, JSON and a page.
+"""`self-judge eval`: evaluates a judge on labeled comparisons; writes a table, JSON and a page.
 
-Wiring: reading, judging, tallying and drawing are elsewhere; here they are put in order.
+Other modules read, judge, tally and draw; this one calls them in order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from self_judge import __version__
 from self_judge.commands.eval_tables import print_results
-from self_judge.commands.judge import CHUNK, Case, judge_in_bulk
+from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
 from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import RankShards
 from self_judge.console import say
@@ -29,18 +29,18 @@ from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import read_journal, settings_path
 
 VERDICTS, RESULTS = "verdicts.jsonl", "results.json"
-_LINE = ("source", "index", "subset", "principle", "label", "digest")  # of a pair, in its line
-_ALL = ""  # the pairs of all subsets, beside the subsets' names
+_LINE = ("source", "index", "subset", "principle", "label", "digest")  # a pair's fields in its line
+_ALL = ""  # key of all pairs, next to the names of subsets
 
 
 @dataclass(frozen=True)
 class JudgeEvaluation:
-    """What to evaluate on.
+    """The data of an evaluation.
 
     Args:
-        sources: where the labeled comparisons are.
-        max_pairs: the first so many of every source.
-        chunk: comparisons between two writes to disk.
+        sources: sources of labeled comparisons.
+        max_pairs: use the first N pairs of every source.
+        chunk: comparisons per write to disk.
     """
 
     sources: Sequence[BenchmarkSource]
@@ -52,7 +52,7 @@ class JudgeEvaluation:
             raise ValueError(f"--max-pairs must be at least 1, got {self.max_pairs}")
 
     def read(self, skipped: Counter[str] | None = None) -> Iterator[LabeledComparison]:
-        """The comparisons of all sources; with several, a source's name opens its subsets."""
+        """Yields all comparisons; with several sources, subset names start with the source's."""
         for source in self.sources:
             for pair in itertools.islice(read_comparisons(source, skipped), self.max_pairs):
                 if len(self.sources) > 1:
@@ -70,21 +70,19 @@ def run_eval(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a judge; returns what it writes to `output/results.json`.
+    """Evaluates a judge; returns the contents of `output/results.json`.
 
-    Verdicts go to `output/verdicts.jsonl` as they are made; the same call resumes after an
-    interruption. Under `accelerate launch` each process judges its share, and the first does the
-    rest.
+    It appends verdicts to `output/verdicts.jsonl`; after an interruption, the same call resumes.
+    Under `accelerate launch` each process judges its shard, and the main process does the rest.
 
     Args:
-        compare: another judge, or the folder of an evaluation that is there already, to compare
-            with on the same pairs, pair by pair; see `compared_judge`.
-        overwrite: judge anew, whatever is there.
-        console: where the table is printed.
+        compare: another judge, or the folder of a finished evaluation, for a paired comparison on
+            the same pairs; see `compared_judge`.
+        overwrite: judge from scratch even if verdicts exist.
+        console: prints the table.
 
     Raises:
-        ValueError: data, model or templates cannot be used, or what is there belongs to another
-            evaluation.
+        ValueError: data, model or templates cannot be used, or `output` holds another evaluation.
     """
     output, console = Path(output), console or Console()
     skipped: Counter[str] = Counter()
@@ -109,7 +107,7 @@ def _results(
     rate: float | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Written and shown; `theirs` are the verdicts of a judge to compare with."""
+    """Writes and prints the results; `theirs` are the verdicts of the judge to compare with."""
     results: dict[str, Any] = {
         "kind": "judge evaluation",
         "version": __version__,
@@ -124,12 +122,12 @@ def _results(
     write_json(output / RESULTS, results)
     print_results(results, console)
     say(console, f"written to {output}: {RESULTS}, {VERDICTS}")
-    report_on(output / RESULTS, console)  # whatever else lies in the folder
+    report_on(output / RESULTS, console)  # ignore other files in the folder
     return results
 
 
 def compared_judge(choice: JudgeChoice, other: str) -> JudgeChoice | Path:
-    """What `--compare` names: the folder of a finished evaluation, or a model judged alike."""
+    """The value of `--compare`: the folder of a finished evaluation, or a judge to run."""
     folder = Path(other)
     return folder if (folder / VERDICTS).is_file() else replace(choice, model=other)
 
@@ -142,7 +140,7 @@ def _judged(
     overwrite: bool,
     title: str,
 ) -> float | None:
-    def cases() -> Iterator[Case]:
+    def items() -> Iterator[Item]:
         skipped.clear()
         for pair in evaluation.read(skipped):
             a, b = pair.comparison.response_a, pair.comparison.response_b
@@ -150,10 +148,10 @@ def _judged(
                 **{name: getattr(pair, name) for name in _LINE},
                 "characters": [len(a), len(b)],
             }
-            yield Case(pair.comparison, line)
+            yield Item(pair.comparison, line)
 
     _, rate = judge_in_bulk(
-        cases,
+        items,
         path,
         choice,
         {"max_pairs": evaluation.max_pairs},
@@ -167,9 +165,9 @@ def _judged(
 
 def _judged_pair(line: Mapping[str, Any], principles: Sequence[str]) -> JudgedPair:
     principle = line["principle"]
-    place = principles.index(principle) if principle in principles else None
+    index = principles.index(principle) if principle in principles else None
     a, b = line["characters"]
-    return JudgedPair(line["label"], verdict_from_json(line["verdict"]), place, (a, b))
+    return JudgedPair(line["label"], verdict_from_json(line["verdict"]), index, (a, b))
 
 
 def _tallied(verdicts: Path, principles: Sequence[str]) -> dict[str, Any]:
@@ -196,7 +194,7 @@ def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
     for ours, line in itertools.zip_longest(read_journal(verdicts), read_journal(theirs)):
         if ours is None or line is None or ours["digest"] != line["digest"]:
             raise ValueError(
-                f"{theirs} is not about the same pairs as {verdicts}: evaluate both on the same "
+                f"{theirs} has different pairs from {verdicts}: evaluate both judges on the same "
                 "data"
             )
         if ours["label"] == "tie":

@@ -1,4 +1,4 @@
-"""The tables that `self-judge eval` prints of its results.
+"""The result tables of `self-judge eval`.
 
 It knows the keys of `results.json`. It computes nothing.
 """
@@ -19,7 +19,7 @@ _BASELINES = {
     "judge, one order (swapped)": "one order, swapped",
     "the longer response": "the longer response",
 }
-# What stands in a table by subset: its heading there, its name in the table of all pairs, itself.
+# Columns by subset: heading there, name in the table of all pairs, value.
 _BIASES = (
     ("orders agree", "orders agree", lambda r: r["order_agreement"]),
     ("by place", "decided by position", lambda r: r["decided_by_position"]),
@@ -33,7 +33,7 @@ _BIASES = (
 
 
 def print_results(results: Mapping[str, Any], console: Console) -> None:
-    """The tables of an evaluation."""
+    """Prints the tables of an evaluation."""
     overall = results["overall"]
     console.print(_accuracy_table(results))
     console.print(_bias_table(overall))
@@ -50,7 +50,7 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     for reason, count in overall["undecidable"]["reasons"].items():
         say(console, f"undecidable, {reason}: {count:,}")
     for reason, count in results["skipped"].items():
-        say(console, f"left out, {reason}: {count:,}")
+        say(console, f"skipped, {reason}: {count:,}")
     if results["pairs_per_second"]:
         say(console, f"{results['pairs_per_second']:.2f} pairs per second")
 
@@ -99,7 +99,7 @@ def _subset_table(subsets: Mapping[str, Any]) -> Table:
 
 def _reliability_table(calibration: Mapping[str, Any]) -> Table:
     return table(
-        "reliability: how often the judge is right when it is so sure",
+        "reliability: accuracy of the judge by confidence",
         ("confidence", "pairs", "mean confidence", "accuracy"),
         (
             (
@@ -143,8 +143,8 @@ def _principle_table(overall: Mapping[str, Any]) -> Table:
 def _ties_table(overall: Mapping[str, Any]) -> Table:
     ties = overall["with_ties"]
     return table(
-        f"{overall['ties']:,} pairs are ties in the data; a judge says tie when its orders "
-        "disagree",
+        f"{overall['ties']:,} pairs are ties in the data; disagreeing orders count as the judge's "
+        "tie",
         ("", "three-way agreement", "ties found", "mean margin, ties", "others"),
         [
             (
@@ -160,10 +160,10 @@ def _ties_table(overall: Mapping[str, Any]) -> Table:
 
 def _compared_table(compared: Mapping[str, Any]) -> Table:
     paired = {**compared["paired"]["subsets"], "all": compared["paired"]["overall"]}
-    theirs = {**compared["subsets"], "all": compared["overall"]}  # its subsets may be others
+    theirs = {**compared["subsets"], "all": compared["overall"]}  # its subsets may differ
     return table(
-        f"paired with {compared['judge']['model']}: this judge minus that one",
-        ("", "that one's accuracy", "difference", "only this right", "only that right",
+        f"paired with {compared['judge']['model']}: this judge minus the other",
+        ("", "other's accuracy", "difference", "only this right", "only other right",
          "McNemar's p"),
         (
             (

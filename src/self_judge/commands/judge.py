@@ -1,7 +1,7 @@
-"""Many comparisons judged in chunks into a file that an interruption does not lose.
+"""Judges many comparisons in chunks and writes them to a resumable file.
 
-`judge_in_bulk` serves `eval` and `compare`; `run_judge` is `self-judge judge`: JSON lines in, the
-same lines with verdicts out. It does not know what the verdicts are used for.
+`eval` and `compare` use `judge_in_bulk`. `run_judge` is `self-judge judge`: it adds verdicts to the
+lines of a JSON Lines file. It does not know how verdicts are used.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from self_judge.datatypes import Comparison
 from self_judge.judging.voting import verdict_json
 from self_judge.prompting.judge_templates import dialogue_text
 
-CHUNK = 64  # comparisons judged between two writes: what a kill costs at most
+CHUNK = 64  # comparisons per write to disk: a kill loses at most this many
 
 
-class Case(NamedTuple):
-    """A comparison to judge, and what its line holds beside the verdict."""
+class Item(NamedTuple):
+    """A comparison to judge, and the fields of its line without the verdict."""
 
     comparison: Comparison
     line: dict[str, Any]
 
 
 def judge_in_bulk(
-    cases: Callable[[], Iterator[Case]],
+    items: Callable[[], Iterator[Item]],
     output: Path,
     choice: JudgeChoice,
     settings: Mapping[str, Any],
@@ -43,50 +43,50 @@ def judge_in_bulk(
     title: str = "judging",
     console: Console | None = None,
 ) -> tuple[int, float]:
-    """Writes one line per case, in order; resumes where an earlier call was stopped.
+    """Writes one line per item, in order; resumes an interrupted call.
 
     Args:
-        cases: gives the cases from scratch at every call.
-        settings: what the lines depend on beside `choice`.
-        field: where the verdict stands in a line.
-        known_by: what a line that is there must share with its case; default: all.
+        items: returns the items from the start at every call.
+        settings: further settings that the lines depend on, besides `choice`.
+        field: key of the verdict in a line.
+        known_by: the fields of an existing line that must equal its item's; default: all.
         output, chunk, title: see `ResumableJob`.
         overwrite, console: see `ResumableJob.run`.
 
     Returns:
-        The number of lines, and how many pairs per second were judged (NaN if unknown).
+        The number of lines, and the pairs judged per second (NaN if unknown).
 
     Raises:
-        ValueError: a case cannot be used, or the file there belongs to other cases or settings.
+        ValueError: an item cannot be used, or the existing file belongs to other items or settings.
     """
     principles = choice.judge_templates().principles
 
-    def load() -> Work[Case]:
+    def load() -> Work[Item]:
         judge = choice.load()
 
-        def judged(batch: list[Case]) -> list[dict[str, Any]]:
-            verdicts = judge.compare([case.comparison for case in batch])
+        def judged(batch: list[Item]) -> list[dict[str, Any]]:
+            verdicts = judge.compare([item.comparison for item in batch])
             return [
-                {**case.line, field: verdict_json(verdict, principles)}
-                for case, verdict in zip(batch, verdicts, strict=True)
+                {**item.line, field: verdict_json(verdict, principles)}
+                for item, verdict in zip(batch, verdicts, strict=True)
             ]
 
         return judged
 
-    def is_line_of(written: Mapping[str, Any], case: Case) -> bool:
-        # Dictionaries, not values, are compared: in one, the NaN of Python's JSON equals itself.
-        names = known_by or (written.keys() | case.line.keys()) - {field}
+    def is_line_of(written: Mapping[str, Any], item: Item) -> bool:
+        # Compare dictionaries, not values: inside them, Python's NaN object equals itself.
+        names = known_by or (written.keys() | item.line.keys()) - {field}
         there, given = (
-            {name: line[name] for name in names if name in line} for line in (written, case.line)
+            {name: line[name] for name in names if name in line} for line in (written, item.line)
         )
         return there == given
 
     job = ResumableJob(
-        cases,
+        items,
         output,
         {**choice.settings(), **settings},
         is_line_of,
-        mismatch="it is not the verdict on line {number} of this input",
+        mismatch="it does not belong to line {number} of this input",
         title=title,
         things="pairs",
         chunk=chunk,
@@ -104,26 +104,27 @@ def run_judge(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Writes every input line with the judge's verdict under `field`; returns their number.
+    """Writes every input line with the judge's verdict as `field`; returns the number of lines.
 
-    Under `accelerate launch` each process judges its share of the lines, and the first joins them.
+    Under `accelerate launch` each process judges its shard of the lines, and the main process joins
+    them.
 
     Args:
-        source: JSON lines with `context` (a text) or `prompt` (a text or messages), and
-            `response_a` and `response_b`, or `responses` with two texts.
-        target: one line per line of the input, in order; resumed after an interruption.
+        source: JSON lines with `context` (a string) or `prompt` (a string or messages), and
+            `response_a` and `response_b`, or `responses` with two strings.
+        target: gets one line per input line, in order; an interrupted call resumes.
 
     Raises:
-        ValueError: a line that cannot be used; file, line number and field are named.
+        ValueError: a line cannot be used; the message names file, line number and field.
     """
     source, target = input_and_output(source, target)
 
-    def cases() -> Iterator[Case]:
+    def items() -> Iterator[Item]:
         for number, line in enumerate(read_raw(str(source))):
-            yield Case(_comparison(line, RecordRef(str(source), number), field), line)
+            yield Item(_comparison(line, RecordRef(str(source), number), field), line)
 
     total, _ = judge_in_bulk(
-        cases,
+        items,
         target,
         choice,
         {"field": field},
@@ -137,7 +138,7 @@ def run_judge(
 
 def _comparison(line: dict[str, Any], where: RecordRef, field: str) -> Comparison:
     if field in line:
-        raise where.error(field, "is there already; write the verdict elsewhere with --field NAME")
+        raise where.error(field, "exists already; choose another key with --field NAME")
     if "context" in line:
         context = where.text(line, "context")
     elif isinstance(line.get("prompt"), str):
@@ -145,11 +146,11 @@ def _comparison(line: dict[str, Any], where: RecordRef, field: str) -> Compariso
     elif "prompt" in line:
         context = dialogue_text(where.messages(line["prompt"], "prompt"))
     else:
-        raise where.error("context", "is missing, and there is no 'prompt' either")
+        raise where.error("context", "is missing, and so is 'prompt'")
     if "responses" in line:
         responses = where.items(line, "responses")
         if len(responses) != 2 or not all(isinstance(r, str) for r in responses):
-            raise where.error("responses", "expected a list of two texts")
+            raise where.error("responses", "expected a list of two strings")
         a, b = responses
     else:
         a, b = where.text(line, "response_a"), where.text(line, "response_b")

@@ -1,4 +1,4 @@
-"""Which judge a command asks, how it is run, and what its verdicts depend on; who samples.
+"""The judge and the sampler of a command: how to load them, and what their results depend on.
 
 It knows templates, checkpoints and servers. It does not know what is judged.
 """
@@ -35,14 +35,14 @@ _SLICES, _SLICE_BYTES = 64, 65536
 
 @dataclass(frozen=True)
 class JudgeChoice:
-    """Which judge, and how it is run.
+    """A judge and its settings.
 
     Args:
         model: a folder or Hub name.
-        templates: a YAML file with `templates:`, instead of the model's `judge.json`.
+        templates: a YAML file with `templates:` that replaces the model's `judge.json`.
         batch_size, max_length, packing: see `Judge`.
         dtype, revision, trust_remote_code: see `models.load_model`.
-        servers: URLs of `vllm serve` replicas of the model, which judge in place of this process.
+        servers: URLs of `vllm serve` replicas of the model that judge instead of this process.
     """
 
     model: str
@@ -56,7 +56,7 @@ class JudgeChoice:
     servers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.judge_templates()  # a mistake shows before anything is read or loaded
+        self.judge_templates()  # find mistakes before reading data or loading a model
 
     def template_args(self) -> TemplateArgs | None:
         if self.templates is None:
@@ -65,7 +65,7 @@ class JudgeChoice:
         given = tree.get("templates")
         if not isinstance(given, Mapping) or "judge" not in given:
             raise ConfigError(
-                f"{self.templates}: it has no templates.judge; see configs/templates for examples"
+                f"{self.templates}: templates.judge is missing; see configs/templates for examples"
             )
         try:
             args: TemplateArgs = build(TemplateArgs, given, "templates")
@@ -74,16 +74,16 @@ class JudgeChoice:
         return args
 
     def resolved(self) -> JudgeSettings:
-        """What it judges with.
+        """The judge settings: those of `templates`, else those saved with the model.
 
         Raises:
-            ValueError: there are no templates, or they cannot work.
+            ValueError: there are no templates, or they are invalid.
         """
         args = self.template_args()
         return resolve_judge(
             self.model,
             args.judge_templates() if args else None,
-            remedy="give judge templates with --templates FILE, e.g. "
+            remedy="pass judge templates with --templates FILE, e.g. "
             "configs/templates/instructions.yaml",
         )
 
@@ -91,12 +91,12 @@ class JudgeChoice:
         return self.resolved().templates
 
     def load(self) -> Judge:
-        """The judge; under `accelerate launch` on this process's device."""
+        """Loads the judge; under `accelerate launch` on this process's device."""
         args, settings = self.template_args(), self.resolved()
         hub: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         tokenizer = load_tokenizer(self.model, **hub)
-        asked = (args.chat, args.chat_template_kwargs, (args.user, args.assistant)) if args else ()
-        encoder = encoder_as_taught(tokenizer, settings, *asked)
+        wanted = (args.chat, args.chat_template_kwargs, (args.user, args.assistant)) if args else ()
+        encoder = encoder_as_taught(tokenizer, settings, *wanted)
         scorer: Any = VLLMScorer(VLLMServers(self.servers)) if self.servers else None
         return Judge(
             scorer or load_model(self.model, device="auto", dtype=self.dtype, **hub),
@@ -110,13 +110,13 @@ class JudgeChoice:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What every verdict depends on, as plain data: a resumed run must have the same."""
+        """All settings that affect a verdict, as plain data; a resumed run must have the same."""
         args, settings = self.template_args(), self.resolved()
         templates = json.dumps(settings.templates.to_dict(), sort_keys=True)
-        asked = (args.chat, args.user, args.assistant, args.chat_template_kwargs) if args else ()
+        wanted = (args.chat, args.user, args.assistant, args.chat_template_kwargs) if args else ()
         chat_template = settings.chat_template
-        taught = (chat_template, dict(settings.chat_template_kwargs)) if chat_template else ()
-        chat = json.dumps([asked, taught], sort_keys=True)
+        saved = (chat_template, dict(settings.chat_template_kwargs)) if chat_template else ()
+        chat = json.dumps([wanted, saved], sort_keys=True)
         return {
             "model": self.model,
             "revision": self.revision,
@@ -131,17 +131,17 @@ class JudgeChoice:
 def load_sampler(
     policy: str, settings: SamplingSettings, batch_size: int = 64
 ) -> TransformersSampler:
-    """A model that samples, with the chat template that it was taught with."""
+    """Loads a model for sampling, with the chat template that it was trained with."""
     encoder = encoder_as_taught(load_tokenizer(policy), load_judge_settings(policy))
     model: Any = load_model(policy, device="auto")
     return TransformersSampler(model, encoder, settings, batch_size)
 
 
 def fingerprint(model: str) -> str | None:
-    """A hash that tells one local checkpoint from another; `None` for a Hub name.
+    """A hash that identifies a local checkpoint; `None` for a Hub name.
 
-    Of weight files it takes names, sizes and 64 slices spread over each: reading all of a large
-    model would take minutes, and training changes every slice.
+    It covers the names, sizes and 64 evenly spaced slices of the files: reading a large model
+    completely would take minutes, and training changes every slice.
     """
     folder = Path(model)
     if not folder.is_dir():

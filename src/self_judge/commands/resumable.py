@@ -1,7 +1,15 @@
-"""Work over many items, one JSON line each, that an interruption does not lose.
+"""Resumable work over many items, with one JSON line of output per item.
 
-Under `accelerate launch` each process works on its own chunks of the items, into a file of its own;
-the first process joins the files in order. It does not know what an item or a line is.
+Under `accelerate launch` each process works on its own chunks of items and writes its own file; the
+main process joins the files in order. It does not know what an item or a line means. With 3
+processes and chunks of 2, rank r's file holds the items in row r:
+
+    item     0 1   2 3   4 5   6 7   8
+    rank 0   x x               x x
+    rank 1         x x               x
+    rank 2               x x
+
+A resumed run reads its journal, drops an unfinished chunk at the end, and continues there.
 """
 
 from __future__ import annotations
@@ -30,10 +38,10 @@ Work = Callable[[list[ItemT]], list[dict[str, Any]]]
 
 
 def input_and_output(source: str | Path, target: str | Path) -> tuple[Path, Path]:
-    """Both as paths.
+    """Validates input and output and returns both as paths.
 
     Raises:
-        ValueError: there is no input, or the output would overwrite it.
+        ValueError: the input does not exist, or the output would overwrite it.
     """
     source, target = Path(source), Path(target)
     if not source.is_file():
@@ -45,12 +53,12 @@ def input_and_output(source: str | Path, target: str | Path) -> tuple[Path, Path
 
 @dataclass(frozen=True)
 class RankShards:
-    """Who does what: every `world_size`-th chunk is a process's own.
+    """The division of items among processes: every `world_size`-th chunk belongs to one process.
 
     Attributes:
-        target: the file that all lines are for.
-        chunk: items of a chunk.
-        world_size, rank: how many processes there are, and which this is.
+        target: the final output file.
+        chunk: items per chunk.
+        world_size, rank: the number of processes, and the rank of this one.
     """
 
     target: Path
@@ -60,13 +68,13 @@ class RankShards:
 
     @classmethod
     def here(cls, target: Path, chunk: int) -> RankShards:
-        """Over the processes of this launch; one without a launch."""
+        """The shards of this launch's processes; a single shard without a launch."""
         state = PartialState(cpu=own_device().type == "cpu")
         return cls(target, chunk, state.num_processes, state.process_index)
 
     @property
     def paths(self) -> list[Path]:
-        """The files of all processes; one alone writes the target itself."""
+        """The files of all processes; a single process writes the target itself."""
         if self.world_size == 1:
             return [self.target]
         return [self.target.with_name(f"{self.target.name}.{i}") for i in range(self.world_size)]
@@ -75,19 +83,19 @@ class RankShards:
     def path(self) -> Path:
         return self.paths[self.rank]
 
-    def owns(self, place: int) -> bool:
-        """Whether this process works on the item at this place, from 0."""
-        return place // self.chunk % self.world_size == self.rank
+    def owns(self, index: int) -> bool:
+        """Whether this process works on the item at `index`."""
+        return index // self.chunk % self.world_size == self.rank
 
     def agreed(self, find: Callable[[], FoundT]) -> FoundT:
-        """What the first process finds, for all: a journal is opened by one process at a time."""
+        """Broadcasts the main process's result, since only one process may open a journal."""
         if self.world_size == 1:
             return find()
         found: list[Any] = [find() if PartialState().is_main_process else None]
         return broadcast_object_list(found)[0]
 
     def join(self, settings: Mapping[str, Any]) -> None:
-        """Waits for all; the first puts the chunks together in their order. All call it.
+        """Waits for all processes; the main process joins the chunks in order. All must call it.
 
         Args:
             settings: see `open_journal`.
@@ -106,7 +114,7 @@ class RankShards:
                 chunk = list(itertools.islice(lines, self.chunk))
                 joined.append(chunk)
                 if len(chunk) < self.chunk:
-                    break  # the last chunk, or the empty one after it
+                    break  # the last chunk, possibly empty
         for path in self.paths:
             path.unlink()
             settings_path(path).unlink(missing_ok=True)
@@ -114,17 +122,18 @@ class RankShards:
 
 @dataclass(frozen=True)
 class ResumableJob(Generic[ItemT]):
-    """Items in, one line per item out, in order; resumed where an earlier call was stopped.
+    """Writes one line per item, in order, and resumes interrupted calls.
 
     Attributes:
-        items: gives the items from scratch at every call; raises where one cannot be used.
-        target: the file; beside it stands one with the settings.
-        settings: what the lines depend on, as plain JSON data.
-        is_line_of: whether a written line is an item's.
-        mismatch: what a line is that is no item's; `{number}` is the item's number from 1.
-        title, things: what the progress bar calls the work and the items.
-        chunk: items worked on together and then written to disk.
-        may_be_longer: whether lines after those of the last item are left alone.
+        items: returns the items from the start at every call; raises if one cannot be used.
+        target: the output file; its settings go to a file beside it.
+        settings: all settings that the lines depend on, as plain JSON data.
+        is_line_of: whether a written line belongs to an item.
+        mismatch: error text for a line that does not belong to its item; `{number}` is the item's
+            number, counted from 1.
+        title, things: names of the work and of the items in the progress bar.
+        chunk: items processed together and then written to disk.
+        may_be_longer: whether to accept lines after that of the last item.
     """
 
     items: Callable[[], Iterable[ItemT]]
@@ -144,21 +153,21 @@ class ResumableJob(Generic[ItemT]):
         overwrite: bool = False,
         console: Console | None = None,
     ) -> tuple[int, float]:
-        """Writes the lines that are missing.
+        """Writes the missing lines.
 
-        The items are run through twice: first to check them all, and the lines that are there,
-        before a model is loaded. No more than a chunk of them is in memory.
+        It iterates over the items twice: the first pass checks all items and existing lines before
+        a model is loaded. At most one chunk of items is in memory.
 
         Args:
-            load: loads what works on a chunk, if there is something to do.
-            overwrite: begin from scratch.
-            console: where progress is shown; default: standard error.
+            load: loads the function that processes a chunk; called only if lines are missing.
+            overwrite: start from scratch.
+            console: shows progress; default: standard error.
 
         Returns:
-            The number of items, and how many per second were worked on (NaN if unknown).
+            The number of items, and the items processed per second (NaN if unknown).
 
         Raises:
-            ValueError: an item cannot be used, or the file there belongs to other items or
+            ValueError: an item cannot be used, or the existing file belongs to other items or
                 settings.
         """
         if self.chunk < 1:
@@ -173,15 +182,16 @@ class ResumableJob(Generic[ItemT]):
             total, own = self._checked(journal, shards)
             if journal.lines < own:
                 work = load()
-                # Whole chunks again: the lines are then the same, to the bit, as without a stop.
+                # Repeat an incomplete chunk as a whole: all lines are then bit-identical to those
+                # of an uninterrupted run.
                 journal.cut(journal.lines // self.chunk * self.chunk)
-                self._go_on(work, journal, shards, own, console)
+                self._work_off(work, journal, shards, own, console)
             rate = journal.timed / journal.seconds if journal.seconds else math.nan
         shards.join(self.settings)
         return total, rate * shards.world_size
 
     def _joined(self) -> int | None:
-        """The number of items, if an earlier call of several processes wrote all lines."""
+        """The number of items if an earlier multi-process call wrote all lines, else `None`."""
         if not self.target.exists() or not settings_path(self.target).exists():
             return None
         with open_journal(self.target, self.settings) as journal:
@@ -189,10 +199,10 @@ class ResumableJob(Generic[ItemT]):
             return total if journal.lines >= total else None
 
     def _checked(self, journal: Journal, shards: RankShards) -> tuple[int, int]:
-        """How many items there are, and how many of them are this process's own.
+        """Counts all items and those of this process, and checks the existing lines against them.
 
         Raises:
-            ValueError: there are none, or the lines that are there are not those of the first ones.
+            ValueError: there are no items, or existing lines do not match the first ones.
         """
         written = journal.read()
         total = own = 0
@@ -203,19 +213,19 @@ class ResumableJob(Generic[ItemT]):
             line = next(written, None)
             if line is not None and not self.is_line_of(line, item):
                 raise JournalError(
-                    f"{journal.path}, line {own}: {self.mismatch.format(number=total)}: give "
-                    "another output, or --overwrite"
+                    f"{journal.path}, line {own}: {self.mismatch.format(number=total)}: choose "
+                    "another output or pass --overwrite"
                 )
         if not total:
             raise ValueError(f"there are no {self.things} to judge")
         if journal.lines > own and not self.may_be_longer:
             raise JournalError(
-                f"{journal.path} has {journal.lines:,} lines, the input {own:,} {self.things} for "
-                "it: give another output, or --overwrite"
+                f"{journal.path} has {journal.lines:,} lines, but its input has {own:,} "
+                f"{self.things}: choose another output or pass --overwrite"
             )
         return total, own
 
-    def _go_on(
+    def _work_off(
         self,
         work: Work[ItemT],
         journal: Journal,
@@ -224,8 +234,8 @@ class ResumableJob(Generic[ItemT]):
         console: Console,
     ) -> None:
         if journal.lines and shards.rank == 0:
-            say(console, f"{self.target}: resumes after {journal.lines:,} of {own:,}")
-        mine = (item for place, item in enumerate(self.items()) if shards.owns(place))
+            say(console, f"{self.target}: resuming after {journal.lines:,} of {own:,}")
+        mine = (item for index, item in enumerate(self.items()) if shards.owns(index))
         todo = itertools.islice(mine, journal.lines, None)
         bar = Progress(
             SpinnerColumn(),

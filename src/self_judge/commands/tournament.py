@@ -1,6 +1,6 @@
-"""`self-judge tournament`: JSON lines in, JSON lines out, the best of N responses per line.
+"""`self-judge tournament`: picks the best of N responses for each line of a JSON Lines file.
 
-It knows files and the order of the work; sampling, judging and brackets are in earlier packages.
+It knows files and the order of the steps; other packages implement sampling, judging and brackets.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from self_judge.judging.tournament import Bracket, judged_knockouts
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.storage.jsonl import parse_lines
 
-# Lines in memory at a time: all their matches of a round are judged together.
+# Lines per chunk: the judge processes all their matches of a round together.
 CHUNK = 256
 ADDED = ("responses", "winner", "response", "principles", "bracket")
 
 
 @dataclass(frozen=True)
 class TournamentJob:
-    """Who plays, and how.
+    """The judge, the policy and the settings of tournaments.
 
     Args:
-        model: who judges: a folder with its `judge.json`.
-        sampling: how responses to a prompt are drawn.
-        policy: who samples; default: the judging model, or its servers.
+        model: the judge, a folder with its `judge.json`.
+        sampling: sampling parameters of the responses.
+        policy: the model to sample from; default: the judge, or its servers.
         batch_size, max_length, servers: see `JudgeChoice`.
-        n: responses sampled to a prompt.
-        seed: of sampling, draw and lots.
-        brackets: also write every match with the judge's probabilities, under which principles.
+        n: responses sampled per prompt.
+        seed: seed of sampling, brackets and lots.
+        brackets: also write the principles, and every match with the judge's probabilities.
 
     Raises:
         ValueError: n is below 1.
@@ -61,7 +61,7 @@ class TournamentJob:
             raise ValueError(f"--n must be at least 1, got {self.n}")
 
     def settings(self) -> dict[str, Any]:
-        """What every line depends on, as plain data: a resumed run must have the same."""
+        """All settings that affect a line, as plain data; a resumed run must have the same."""
         return {
             "model": self.model,
             "weights": fingerprint(self.model),
@@ -75,14 +75,14 @@ class TournamentJob:
         }
 
     def load(self) -> Work[Entry]:
-        """What samples and plays for a chunk of entries."""
+        """Loads the models; returns the function that samples and plays a chunk of entries."""
         judge = JudgeChoice(
             self.model,
             batch_size=self.batch_size,
             max_length=self.max_length,
             servers=tuple(self.servers),
         ).load()
-        sampler = functools.cache(lambda: self._sampler(judge))  # loaded where a prompt needs it
+        sampler = functools.cache(lambda: self._sampler(judge))  # loaded on first use
 
         def played(entries: list[Entry]) -> list[dict[str, Any]]:
             responses = self._with_samples(entries, sampler)
@@ -111,12 +111,12 @@ class TournamentJob:
     def _with_samples(
         self, entries: list[Entry], sampler: Callable[[], TransformersSampler | VLLMSampler]
     ) -> list[list[str]]:
-        """The responses of each entry, sampled where it has none."""
-        asked = [entry for entry in entries if entry.responses is None]
+        """The responses of each entry; samples them for entries without responses."""
+        missing = [entry for entry in entries if entry.responses is None]
         sampled: Iterator[list[Response]] = iter(())
-        if asked:
-            prompts = [sampler().encoder.encode_prompt(entry.prompt or []) for entry in asked]
-            seeds = [stable_seed(self.seed, "sample", entry.number) for entry in asked]
+        if missing:
+            prompts = [sampler().encoder.encode_prompt(entry.prompt or []) for entry in missing]
+            seeds = [stable_seed(self.seed, "sample", entry.number) for entry in missing]
             sampled = iter(sampler().sample(prompts, self.n, seeds))
         return [
             [response.text for response in next(sampled)] if entry.responses is None
@@ -126,7 +126,7 @@ class TournamentJob:
 
 
 class Entry(NamedTuple):
-    """One line of the input, checked; its number counts from 1."""
+    """One validated line of the input; numbers start at 1."""
 
     line: dict[str, Any]
     number: int
@@ -144,21 +144,21 @@ def run_tournament(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Writes every input line with `winner` (its index) and `response`; returns their number.
+    """Writes every input line with `winner` (an index) and `response`; returns the number of lines.
 
-    The same call resumes after an interruption, chunk by chunk. Under `accelerate launch` each
-    process plays its share of the lines, and the first joins them in order; the result is that of
-    one process, up to rounding.
+    After an interruption, the same call resumes at the last complete chunk. Under `accelerate
+    launch` each process plays its shard of the lines, and the main process joins them in order; the
+    result equals that of one process, up to rounding.
 
     Args:
-        source: JSON lines with `context` and `responses`, or with `prompt` (a text or messages), to
-            which responses are sampled first.
-        target: one line per line of the input, in order; beside it stands a file with the settings.
+        source: JSON lines with `context` and `responses`, or with `prompt` (a string or messages),
+            for which responses are sampled first.
+        target: gets one line per input line, in order; its settings go to a file beside it.
         chunk: lines played together and then written to disk.
-        overwrite: start over, whatever is there.
+        overwrite: start from scratch even if the target exists.
 
     Raises:
-        ValueError: a line that cannot be used (file, line number and field are named), or the
+        ValueError: a line cannot be used (the message names file, line number and field), or the
             target belongs to another input or other settings.
     """
     source, target = input_and_output(source, target)
@@ -168,7 +168,7 @@ def run_tournament(
         target,
         {**job.settings(), "chunk": chunk, "processes": world_size},
         _is_line_of,
-        mismatch="it is not what this input comes to",
+        mismatch="it does not belong to this input",
         title="tournament",
         things="lines",
         chunk=chunk,
@@ -182,7 +182,7 @@ def played_line(
     bracket: Bracket,
     principles: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """A line with its winner, and with the bracket where principles are given."""
+    """A line with its winner; with `principles`, also with the bracket."""
     written = {
         **line,
         "responses": list(responses),
@@ -201,7 +201,7 @@ def _is_line_of(written: Mapping[str, Any], entry: Entry) -> bool:
         for name, value in entry.line.items()
         if name not in ADDED or (name == "responses" and value is not None)
     }
-    # Dictionaries, not values, are compared: in one, the NaN of Python's JSON equals itself.
+    # Compare dictionaries, not values: inside them, Python's NaN object equals itself.
     return {name: written.get(name) for name in given} == given
 
 
@@ -225,13 +225,13 @@ def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
 def _entries(path: Path) -> Iterator[Entry]:
     number = 0
     try:
-        with path.open(encoding="utf-8") as file:  # as text: lines may end in CR alone
+        with path.open(encoding="utf-8") as file:  # in text mode, since a line may end in CR alone
             for number, line in parse_lines(file, path):
                 yield _entry(line, number, f"{path}, line {number}")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason}, byte {error.start})") from None
     if not number:
-        raise ValueError(f"{path}: it has no lines")
+        raise ValueError(f"{path}: the file has no lines")
 
 
 def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
@@ -241,7 +241,7 @@ def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
         or not responses
         or not all(isinstance(r, str) for r in responses)
     ):
-        raise ValueError(f"{where}: 'responses' must be a non-empty list of texts")
+        raise ValueError(f"{where}: 'responses' must be a non-empty list of strings")
     messages: list[Message] | None = None
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
@@ -250,11 +250,11 @@ def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
     ):
         messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
     elif prompt is not None:
-        raise ValueError(f"{where}: 'prompt' must be a text or a list of messages")
+        raise ValueError(f"{where}: 'prompt' must be a string or a list of messages")
     if context is None and messages:
         context = dialogue_text(messages)
     if not isinstance(context, str):
-        raise ValueError(f"{where}: it needs a text as 'context', or a 'prompt'")
+        raise ValueError(f"{where}: needs a string 'context' or a 'prompt'")
     if responses is None and not messages:
-        raise ValueError(f"{where}: it needs 'responses', or a 'prompt' to sample responses to")
+        raise ValueError(f"{where}: needs 'responses', or a 'prompt' to sample responses for")
     return Entry(line, number, context, responses, messages)

@@ -1,6 +1,6 @@
-"""Wiring only: a run's configuration to data, models and trainers, and its results to disk.
+"""Runs JSFT and self-training from a run's configuration, and saves the results.
 
-Every step that knows something stands in an earlier package; this module puts them in order.
+Other packages implement the steps; this module calls them in order.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ logger = logging.getLogger(__name__)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-class TrainingStopped(Exception):  # noqa: N818  it ends a run, and is no error
-    """A run was asked to stop, and did so with a checkpoint; the message says after which step."""
+class TrainingStopped(Exception):  # noqa: N818  not an error
+    """A run stopped on request, with a checkpoint; the message names the last step."""
 
 
 # -- JSFT ----------------------------------------------------------------------------------------
 
 
 def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
-    """Judge-augmented SFT from a run configuration; returns the folder of the model.
+    """Runs judge-augmented SFT; returns the folder of the model.
 
     Raises:
-        TrainingStopped: SIGTERM asked for it; the model is in a checkpoint.
+        TrainingStopped: the process received SIGTERM; the model is in a checkpoint.
     """
     say = _speaker(console)
     run = _fitted(run, say)
@@ -119,14 +119,14 @@ def jsft_trainer(
     max_skipped_steps: int = 3,
     say: Say = logger.info,
 ) -> JSFTTrainer:
-    """TRL's `SFTTrainer`, packed, on SFT and judge examples, which are as they are trained.
+    """Creates a packed TRL `SFTTrainer` for SFT and judge examples, encoded here.
 
     Args:
-        records: what to learn from.
-        held_out: what to measure the evaluation loss on, if `args` asks for evaluation.
+        records: training records.
+        held_out: records for the evaluation loss, if `args` enables evaluation.
         packing: see `Packing`.
         max_skipped_steps: see `FaultToleranceMixin`.
-        say: told how many examples there are and what was cut.
+        say: logs the number of examples and of truncated ones.
     """
     check_vocabulary(model, encoder.tokenizer)
     max_length = clamp_to_context(model.config, max_length)
@@ -144,7 +144,7 @@ def jsft_trainer(
     evaluation = encode(held_out)[0] if held_out else None
     if evaluation is None:
         args.eval_strategy = "no"
-    args.max_length = None  # examples are cut when they are built, where the reason is counted
+    args.max_length = None  # examples are truncated and counted when they are built
     return JSFTTrainer(
         model=model,
         args=args,
@@ -155,7 +155,7 @@ def jsft_trainer(
         peft_config=peft_config,
         packing=packing,
         max_skipped_steps=max_skipped_steps,
-        # Every checkpoint can judge.
+        # Save judge.json with every checkpoint.
         on_saved=lambda folder: save_judge_settings(folder, encoder, templates, letters),
     )
 
@@ -163,7 +163,7 @@ def jsft_trainer(
 def save_jsft(
     trainer: JSFTTrainer, encoder: ChatEncoder, templates: JudgeTemplates, *, merge: bool
 ) -> Path:
-    """Saves the trained model (an adapter merged into its base, if asked) with its judge.json."""
+    """Saves the trained model with its judge.json; `merge` merges an adapter into its base."""
     output = Path(str(trainer.args.output_dir))
     tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
     tokenizer.chat_template = encoder.chat_template
@@ -185,10 +185,10 @@ def save_jsft(
 
 
 def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
-    """On-policy self-training from a run configuration; returns the folder of the policy.
+    """Runs on-policy self-training; returns the folder of the policy.
 
     Raises:
-        TrainingStopped: SIGTERM asked for it; the policy is in a checkpoint.
+        TrainingStopped: the process received SIGTERM; the policy is in a checkpoint.
     """
     say = _speaker(console)
     run = _fitted(run, say)
@@ -198,7 +198,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     data, held_out = load_data(run.dataset, say, rationales=False)
     if held_out is None:
         args.eval_strategy = "no"
-    # Without a new adapter the given one is trained on; else it is merged and frozen.
+    # With a new adapter, merge an existing one into the base; without, continue to train it.
     model = _load_model(run, merge=run.peft_config is not None)
     trainer = SelfJudgeTrainer(
         model=model,
@@ -252,16 +252,16 @@ def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
 def _train(
     trainer: JSFTTrainer | SelfJudgeTrainer, run: Run, args: Any, say: Say, progress: LiveProgress
 ) -> None:
-    """Trains; `resume_from_checkpoint: true` resumes from the last checkpoint, if there is one."""
+    """Trains; `resume_from_checkpoint: true` resumes from the latest checkpoint, if any."""
     output = Path(str(args.output_dir))
     resume: str | None = _checkpoint(output, args.resume_from_checkpoint, say)
     this = json.loads(json.dumps(dataclasses.asdict(run), default=str))
     if resume is not None:
-        say(f"resumes from {resume}")
+        say(f"resuming from {resume}")
         for line in _changes(output, this):
             say(f"warning: {line}")
     trainer.run_log.run_file = this
-    # A sharded model can be tried only with all processes in step, at the first batch.
+    # Packing tests a sharded model at the first batch, since all processes must take part.
     if trainer.packing is not None and not trainer.packing.shape.one_pass:
         say(trainer.packing.describe())
     if not args.disable_tqdm:
@@ -274,18 +274,18 @@ def _train(
     if trainer.stopped_early:
         state = trainer.state
         raise TrainingStopped(
-            f"stopped after step {state.global_step:,} of {state.max_steps:,}, as SIGTERM asked; "
+            f"stopped by SIGTERM after step {state.global_step:,} of {state.max_steps:,}; "
             f"saved {output / f'checkpoint-{state.global_step}'}"
         )
 
 
-def _checkpoint(output: Path, asked: str | bool | None, say: Say) -> str | None:
-    if asked in (None, False, "false", "False"):
+def _checkpoint(output: Path, wanted: str | bool | None, say: Say) -> str | None:
+    if wanted in (None, False, "false", "False"):
         return None
-    if asked not in LAST:
-        return str(asked)
-    found, passed_over = latest_complete(output)
-    for line in passed_over:
+    if wanted not in LAST:
+        return str(wanted)
+    found, skipped = latest_complete(output)
+    for line in skipped:
         say(f"warning: {line}")
     return str(found) if found is not None else None
 
@@ -295,7 +295,7 @@ def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
     try:
         before = json.loads((output / RUN).read_text(encoding="utf-8")).get("run_file") or {}
     except (OSError, ValueError):
-        return  # a run that was started without a run file
+        return  # the run has no run file
     for section, values in this.items():
         old = before.get(section)
         if not (isinstance(values, dict) and isinstance(old, dict)):
@@ -303,8 +303,8 @@ def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
         for name in sorted({*values, *old} - {"resume_from_checkpoint"}):
             if values.get(name) != old.get(name):
                 yield (
-                    f"{section}.{name} was {old.get(name)!r} when this run began and is "
-                    f"{values.get(name)!r} now"
+                    f"{section}.{name} was {old.get(name)!r} at the start of this run and is now "
+                    f"{values.get(name)!r}"
                 )
 
 
