@@ -258,7 +258,9 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_processes(accelerator(2, DistributedType.MULTI_CPU))
     for alone in (accelerator(1, DistributedType.NO), accelerator(2, DistributedType.NO)):
-        with pytest.raises(ValueError, match=r"2 processes were launched.*they would train separately"):
+        with pytest.raises(
+            ValueError, match=r"2 processes were launched.*they would train separately"
+        ):
             check_processes(alone)
 
 

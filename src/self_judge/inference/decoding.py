@@ -130,11 +130,11 @@ def decode(
             if step + 1 == max_new_tokens:
                 break
             if (step + 1) % every == 0:
-                left = [place for place, goes_on in enumerate(unfinished_B.tolist()) if goes_on]
+                left = [i for i, unfinished in enumerate(unfinished_B.tolist()) if unfinished]
                 if not (max_over_ranks(len(left)) if max_over_ranks else left):
                     break
                 if 0 < len(left) <= _LEAVE_AT * len(rows):
-                    rows = [rows[place] for place in left]
+                    rows = [rows[i] for i in left]
                     kept = to_device(torch.tensor(left), device)
                     cache.batch_select_indices(kept)
                     draw.keep(kept)

@@ -71,7 +71,7 @@ def test_weights_that_were_dropped_have_to_be_loaded_before_anything_is_asked(
     before = answer(deep)
     deep.sleep()
     deep.wake_up()
-    with pytest.raises(EngineError, match="sleep level 2\): call load_weights"):
+    with pytest.raises(EngineError, match=r"sleep level 2\): call load_weights"):
         answer(deep)
     deep.load_weights(checkpoint_weights(model))
     assert answer(deep) == before

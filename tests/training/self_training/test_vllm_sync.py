@@ -197,7 +197,7 @@ def test_a_server_of_another_model_is_noticed_before_anything_is_sampled(
 ) -> None:
     served.base = tiny_llama(len(tokenizer), seed=5)
     trainer = make(peft_config=LoraConfig(**LORA))
-    with pytest.raises(EngineError, match="the judge answers otherwise in vLLM than in training"):
+    with pytest.raises(EngineError, match="the judge differs between vLLM and training"):
         trainer.train()
     assert not any("seed" in body for _, body in served.requests)
 
@@ -213,7 +213,7 @@ def test_weights_that_do_not_arrive_are_noticed(
 
 def test_a_server_that_holds_too_few_tokens_is_named(make: Make, served: ServedModel) -> None:
     served.max_model_len = 128
-    with pytest.raises(EngineError, match="hold 128 tokens, max_length is 256"):
+    with pytest.raises(EngineError, match="hold 128 tokens, but max_length is 256"):
         make(peft_config=LoraConfig(**LORA))
 
 
