@@ -207,7 +207,7 @@ def test_weights_that_do_not_arrive_are_noticed(
 ) -> None:
     monkeypatch.setattr(served, "answer", lambda *args: FakeVLLM.answer(served, *args))
     trainer = make(learning_rate=0.5)
-    with pytest.raises(EngineError, match="the policy answers otherwise"):
+    with pytest.raises(EngineError, match="the policy differs between vLLM and training"):
         trainer.train()
 
 
