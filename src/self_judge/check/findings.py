@@ -71,8 +71,8 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
             yield problem(
                 "chat template",
                 f"its prompt is not a prefix of prompt + answer: at token {same} sampling "
-                f"continues {shown[0]}, training has {shown[1]}. The model would get prompts unlike "
-                "its training; set templates.chat to a template that opens answers alike in both",
+                f"continues {shown[0]}, training has {shown[1]}. The model would get prompts that "
+                "it never saw; set templates.chat to a template that opens answers alike in both",
             )
             break
     bos = tokenizer.bos_token_id

@@ -122,7 +122,7 @@ def decode(
         )
         for step in range(max_new_tokens):
             at = longest + step
-            # A finished row that has not left yet goes on with padding, which is cut at the end.
+            # A finished row that has not left yet gets padding tokens, which are cut at the end.
             token_B = torch.where(unfinished_B, draw(ids_BT[:, :at], logits_BV), pad)
             new_BT[row_B, step] = token_B
             ids_BT[:, at] = token_B

@@ -197,11 +197,14 @@ class Judge:
                 encode_orders(self.encoder, self.templates, p, comparison, self.max_length)
                 for p in self.templates
             ]
+            # All principles or none: if one prompt does not fit, the pair is undecidable.
             whole = [orders for orders in encoded if orders is not None]
             fits.append(len(whole) == len(encoded))
             if fits[-1]:
                 prompts += [ids for orders in whole for ids in orders]
         letters = self.letter_probabilities(prompts, progress=progress).tolist()
+        # With two principles, rows 0 to 3 belong to the first pair that fits, 4 to 7 to the next.
+        # Each two rows are the orders of one principle.
         per_verdict = 2 * len(self.templates)
         verdicts, start = [], 0
         for fit in fits:
@@ -234,6 +237,7 @@ class Judge:
         Returns:
             float32 tensor on the CPU, shape `(len(prompts), 2)`.
         """
+        # Prompts x y x are computed as x y, and read back as rows 0 1 0.
         unique = list(dict.fromkeys(map(tuple, prompts)))
         with tqdm(total=len(unique), desc="judging", unit="prompt", disable=not progress) as bar:
             letters_N2 = self.scorer.letter_probabilities(unique, self.letter_ids, bar.update)

@@ -170,6 +170,12 @@ class Packing:
     def _passes(
         self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints], by_segments: str
     ) -> Iterator[Pass]:
+        # Which sequences go which way, for example with a sliding window of 512 tokens:
+        #
+        #   wanted positions [9] of 20 tokens     cut to the first 10
+        #   up to 512 tokens after the cut        `decision.route` (or its segments or chunks)
+        #   longer                                `decision.beyond`; with `one_pass`, all together
+        #   under dense masks, large groups       the cache (`better_cached`), as tournament rounds
         decision = self.decision
         cut = [
             s[: int(max(w)) + 1] if len(w) else () for s, w in zip(sequences, wanted, strict=True)
@@ -226,6 +232,7 @@ class Packing:
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Yields (indices of sequences, logits `(n, V)` of the token after each of them)."""
+        # Only last positions are wanted, so chunks can be used; with a single pass, segments.
         last = [np.array([len(s) - 1]) for s in sequences]
         for this in self._passes(sequences, last, "segments" if self.shape.one_pass else "chunks"):
             with hidden_states_at(self.inner, this) as inputs:

@@ -142,7 +142,6 @@ def hidden_states_at(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
 #
 # `segment_passes.py` adds trees without a mask (segments) and chunks.
 
-
 def device_of(inner: nn.Module) -> torch.device:
     return next(inner.parameters()).device
 

@@ -292,7 +292,7 @@ class LiveProgress(TrainerCallback):
 
 
 def _numbers(logs: dict[str, float]) -> str:
-    # Self-training logs the token accuracy too, where it means little.
+    # Self-training also logs the token accuracy, which means little there.
     left_out = {"mean_token_accuracy"} if "judge/margin" in logs else set()
     shown = [(key, name) for key, name in _SHOWN.items() if key in logs and key not in left_out]
     return " · ".join(f"{name} {logs[key]:.3g}" for key, name in shown)

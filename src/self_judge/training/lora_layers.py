@@ -1,4 +1,4 @@
-"""LoRA layers that move less memory in training, with results as close to exact ones.
+"""LoRA layers that move less memory in training, with equally accurate results.
 
 PEFT's layers, parameters and files are unchanged; only the computation of plain layers differs.
 """
@@ -19,8 +19,9 @@ _HALF = (torch.bfloat16, torch.float16)
 def lighten(model: nn.Module) -> None:
     """Makes the plain LoRA layers of a model compute in fewer passes.
 
-    Each call decides anew. A layer uses PEFT's own code if it has several adapters, active dropout,
-    a variant of LoRA, adapter biases, or base weights that are merged, quantized or trained.
+    Each call decides for itself. A layer uses PEFT's own code if it has several adapters, active
+    dropout, a variant of LoRA, adapter biases, or base weights that are merged, quantized or
+    trained.
     """
     for layer in model.modules():
         if type(layer) is lora.Linear:

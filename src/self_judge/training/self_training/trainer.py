@@ -223,6 +223,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             tokens = pinned_tokens_per_pass(unwrapped(self.model), self.output_dir)
         one_pass = needs_one_pass(self.accelerator.distributed_type)
         self.vllm = self._vllm_rollouts() if config.use_vllm else None
+        # The judge is the frozen reference: a separate model, or the policy's own base. In the
+        # latter case `_reference` turns the adapter off while the judge runs.
         here = self.ref_model if self.ref_model is not None else self.model
         self.judge = Judge(
             self.vllm.scorer() if self.vllm is not None and self.vllm.judges else here,
@@ -235,6 +237,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             packing=config.packing,
             batch_tokens=tokens,
         )
+        # Both forwards are packed; the policy's packing, set last, tells whether a step can be
+        # computed at once.
         self.packing: Packing | None = None
         for own in (self.ref_model, self.model):
             if own is not None:
@@ -242,6 +246,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
                     own, config.packing, one_pass=one_pass, batch_tokens=tokens
                 )
         self.max_over_ranks = max_over_ranks(self.accelerator)
+        # A sharded judge: all processes must make the same number of passes.
         scorer, lockstep = self.judge.scorer, None
         if self.max_over_ranks is not None and isinstance(scorer, TransformersScorer):
             scorer.packing = lockstep = LockstepPacking(
@@ -287,6 +292,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         `_prepare_inputs` rolls them all out at the first one. That does not happen here, because
         resuming from a checkpoint restores the random state only after this prefetch.
         """
+        # With rollouts ahead, the pipeline reads the next step's prompts as well, and servers
+        # sample for them during this step's update.
         if self.args.rollouts_ahead:
             source, number, *rest = args
             args = (iter(self.pipeline.take(source, number)), number, *rest)
@@ -337,6 +344,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         Packing makes passes of its own size, so it gets the whole step at once. Without packing,
         and for a model that processes share, each micro-batch is one pass.
         """
+        # Chosen and rejected log-probabilities of all pairs of the step, then split by micro-batch.
         together = self.packing is not None and not self.packing.shape.one_pass
         asked = [self._preference_batch([r for own in rollouts for r in own])]
         reference = self.ref_model if self.ref_model is not None else self.model
