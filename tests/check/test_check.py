@@ -410,7 +410,7 @@ def test_another_chat_template_or_letter_than_was_taught_is_a_problem(
         check(TRAIN, given(taught, data["hh"], f"templates.chat={chat}"))
     )
     thinking = given(taught, data["hh"], "templates.chat_template_kwargs={enable_thinking: true}")
-    assert "chat_template_kwargs.enable_thinking: is True, and False is what" in problems(
+    assert "chat_template_kwargs.enable_thinking: is True, but was False in" in problems(
         check(TRAIN, thinking)
     )
     wrong = given(taught, data["hh"], "self_judge_args.token_id_a=7")
