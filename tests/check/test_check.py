@@ -208,7 +208,7 @@ def test_the_exit_status_is_0_1_or_2(
 ) -> None:
     sound = given(base, data["hh"])
     assert main(["check", JSFT, *sound, "--plain"]) == 0
-    assert "nothing stands against this run" in capsys.readouterr().out
+    assert "no problems found" in capsys.readouterr().out
     assert main(["check", JSFT, *sound, "jsft_args.max_length=8", "--plain"]) == 1
     assert "problem" in capsys.readouterr().out
     # Overrides may stand behind options.
@@ -363,7 +363,7 @@ def test_sequences_beyond_the_models_context_are_a_problem(
     tokenizer = synthetic.tiny_tokenizer()
     tiny_llama(len(tokenizer), max_position_embeddings=64).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert "was made for 64" in problems(check(JSFT, given(tmp_path, data["hh"])))
+    assert "the model's context is 64" in problems(check(JSFT, given(tmp_path, data["hh"])))
 
 
 def test_cut_examples_and_full_half_precision_are_warned_of(
@@ -380,7 +380,7 @@ def test_cut_examples_and_full_half_precision_are_warned_of(
 
 def test_evaluation_on_what_is_trained_on_is_warned_of(base: Path, data: dict[str, Path]) -> None:
     same = given(base, data["hh"], f"dataset.eval=[{{path: {data['hh']}}}]")
-    assert "evaluation prompts begin with a question that is trained on" in warnings(
+    assert "evaluation prompts begin with a question of the training data" in warnings(
         check(JSFT, same)
     )
 
@@ -393,10 +393,10 @@ def test_other_judge_templates_than_were_taught_are_a_problem(
     assert judge is not None
     other = json.dumps({"helpfulness": {**judge["helpfulness"], "assistant": "I prefer Response"}})
     report = check(TRAIN, given(taught, data["hh"], f"templates.judge={other}"))
-    assert "helpfulness.assistant is not what the model was taught" in problems(report)
+    assert "helpfulness.assistant differs from the model's training" in problems(report)
     stranger = json.dumps({"wit": judge["helpfulness"]})
     report = check(TRAIN, given(taught, data["hh"], f"templates.judge={stranger}"))
-    assert "was not taught the principle 'wit'" in problems(report)
+    assert "was not trained on the principle 'wit'" in problems(report)
     untaught = given(base, data["hh"], f"templates.judge={json.dumps(judge)}")
     assert "has no judge.json" in warnings(check(TRAIN, untaught))
     assert "has no judge.json" in problems(check(TRAIN, given(base, data["hh"])))
@@ -406,11 +406,11 @@ def test_another_chat_template_or_letter_than_was_taught_is_a_problem(
     taught: Path, data: dict[str, Path]
 ) -> None:
     chat = json.dumps(CHATML.replace("<|im_start|>", "<|user|>").replace("<|im_end|>", "<|end|>"))
-    assert "templates.chat: is not" in problems(
+    assert "templates.chat: differs" in problems(
         check(TRAIN, given(taught, data["hh"], f"templates.chat={chat}"))
     )
     thinking = given(taught, data["hh"], "templates.chat_template_kwargs={enable_thinking: true}")
-    assert "chat_template_kwargs.enable_thinking: is True, and False is what" in problems(
+    assert "chat_template_kwargs.enable_thinking: is True, but was False in" in problems(
         check(TRAIN, thinking)
     )
     wrong = given(taught, data["hh"], "self_judge_args.token_id_a=7")
@@ -451,7 +451,7 @@ def test_settings_that_do_not_do_what_they_say(
     anew = [*before, "training_args.resume_from_checkpoint=null"]
     assert "has checkpoints of another run" in warnings(check(TRAIN, anew))
     nothing = [*own, "dataset.held_out=0.0"]
-    assert "nothing to evaluate on" in warnings(check(TRAIN, nothing))
+    assert "no evaluation data" in warnings(check(TRAIN, nothing))
     ipo = check(TRAIN, [*own, "self_judge_args.loss_type=ipo"])
     assert any("averages log-probabilities" in f.text for f in ipo.findings)
 
@@ -473,7 +473,7 @@ def test_prefixes_that_will_not_be_shared_are_warned_of(
     model = bloom(tmp_path / "bloom", base)
     own = given(model, data["hh"], "model.attn_implementation=eager")
     found = warnings(check(JSFT, [*own, "training_args.gradient_checkpointing=true"]))
-    assert "no prefix is shared in the update: no tree: it takes no position ids" in found
+    assert "the update shares no prefixes: no tree: it takes no position ids" in found
     assert "gradient checkpointing leaves no cache" in found
     without = warnings(check(JSFT, [*own, "training_args.gradient_checkpointing=false"]))
     assert "no prefix is shared" not in without
@@ -493,7 +493,7 @@ def test_a_model_that_samples_through_generate_is_warned_of(
 ) -> None:
     monkeypatch.setattr("self_judge.inference.decoding._gate", lambda model: "its cache forgets")
     own = [*given(taught, data["hh"]), f"self_judge_args.packing={packing}"]
-    assert "by the model's generate: its cache forgets" in warnings(check(TRAIN, own))
+    assert "for each response: its cache forgets" in warnings(check(TRAIN, own))
 
 
 def test_a_run_that_does_not_fit_into_the_gpu_is_a_problem(
@@ -518,7 +518,7 @@ def test_a_colocated_engine_is_set_beside_what_training_leaves(
     fits = found()
     level, text = fits["vllm_gpu_memory_utilization"]
     assert level == "note"
-    assert "takes 24.0 GiB, this share of all 80 GiB, and does not start where less is" in text
+    assert "takes 24.0 GiB, this share of all 80 GiB, and cannot start if less is free" in text
     assert "compiles and captures graphs" in fits["use_vllm"][1]
     whole = "self_judge_args.vllm_gpu_memory_utilization=1.0"
     level, text = found(whole)["vllm_gpu_memory_utilization"]

@@ -392,7 +392,7 @@ LIBRARY = [
          ("record 0 of the train dataset: 'query' is empty or not a text",), "drop the row"),
     Case("only prompts above the limit",
          lambda p: p.make(train_dataset=_rows({"prompt": "so " * 900})),
-         ("no prompt of the train dataset fits: max_length 256 less max_new_tokens 6",),
+         ("no prompt of the train dataset fits: max_length 256 minus max_new_tokens 6",),
          "raise max_length"),
     Case("a trainer without judge templates", lambda p: p.make(judge_templates=None),
          ("has no judge.json beside it (JSFT writes it): pass judge_templates",),

@@ -209,14 +209,18 @@ def test_a_model_costs_at_most_two_graphs_whatever_its_passes_hold(no_graphs: An
 def test_more_kinds_of_models_than_pytorch_compiles_for_is_an_error(no_graphs: Any) -> None:
     with torch._dynamo.config.patch(recompile_limit=1):
         assert Packing(llama(4, 2)).decision.route == "tree"
-        with pytest.raises(UnfusedError, match=r"recompile_limit allows: raise that limit, or set"):
+        with pytest.raises(
+            UnfusedError, match=r"recompile_limit for kinds of models with FlexAttention: raise"
+        ):
             _ = Packing(llama(9, 3)).decision
 
 
 def test_where_nothing_is_compiled_attention_is_refused_not_unfused(no_graphs: Any) -> None:
     with (
         torch.compiler.set_stance("force_eager"),
-        pytest.raises(UnfusedError, match=r"torch.compile is off here: set model.attn_implem"),
+        pytest.raises(
+            UnfusedError, match=r"torch.compile, which is off here: set model.attn_implem"
+        ),
     ):
         _ = Packing(build("llama", NAME)).decision
 
@@ -262,7 +266,7 @@ def test_heads_too_small_for_cuda_are_told_before_anything_is_compiled() -> None
     model = build("llama", NAME)  # heads of 8
     assert refusal(model, torch.device("cpu")) is None
     assert refusal(model, torch.device("cuda")) == (
-        "FlexAttention on CUDA takes heads of at least 16, not 8"
+        "FlexAttention on CUDA needs heads of at least 16, not 8"
     )
     assert refusal(llama(9, 3), torch.device("cuda")) is None
 

@@ -258,7 +258,9 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_processes(accelerator(2, DistributedType.MULTI_CPU))
     for alone in (accelerator(1, DistributedType.NO), accelerator(2, DistributedType.NO)):
-        with pytest.raises(ValueError, match=r"2 processes were launched.*they would train apart"):
+        with pytest.raises(
+            ValueError, match=r"2 processes were launched.*they would train separately"
+        ):
             check_processes(alone)
 
 
@@ -269,7 +271,7 @@ def test_sharding_that_was_asked_for_and_does_not_happen_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(f"ACCELERATE_USE_{asked}", "true")
     check_processes(accelerator(2, DistributedType(asked)))
-    with pytest.raises(ValueError, match=f"{asked} was asked for, and MULTI_CPU is what"):
+    with pytest.raises(ValueError, match=f"{asked} was requested, but Accelerate uses MULTI_CPU"):
         check_processes(accelerator(2, DistributedType.MULTI_CPU))
     monkeypatch.setenv("WORLD_SIZE", "1")  # one process has nothing to share
     check_processes(accelerator(1, DistributedType.NO))

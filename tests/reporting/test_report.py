@@ -273,7 +273,7 @@ def test_policies_that_were_compared_are_shown(
     assert cli.main(["report", str(folder)]) == 0
     assert "(1 comparison)" in capsys.readouterr().err
     (folder / "results.json").write_text('{"length_controlled_win_rate": {}}')
-    with pytest.raises(ValueError, match="no results of a comparison: prompts, wins"):
+    with pytest.raises(ValueError, match="not the results of a comparison: prompts, wins"):
         collect([folder])
 
 

@@ -148,7 +148,7 @@ def test_filter_search_and_more(tmp_path: Path, opened: Open) -> None:
     assert page.locator("mark").inner_text() == "OTTER live? 12 1"
     page.get_by_role("searchbox", name="search").fill("no such word")
     assert cards.count() == 0
-    assert "No pair is like that" in page.locator("#pairs").inner_text()
+    assert "No pair matches" in page.locator("#pairs").inner_text()
     page.get_by_role("searchbox", name="search").fill("")
     page.get_by_role("combobox", name="step", exact=True).select_option("7")
     assert status.inner_text() == "2 of 24 pairs"
@@ -251,7 +251,7 @@ def test_runs_can_be_hidden_and_settings_compared(tmp_path: Path, opened: Open) 
     assert curves.count() == 1
     page.get_by_text("Run file").click()
     box = page.locator("details", has_text="Run file")
-    box.get_by_label("only what differs").check()
+    box.get_by_label("only differences").check()
     rows = [row for row in box.locator("tbody tr").all() if row.is_visible()]
     assert [row.inner_text().split() for row in rows] == [["rate", "1", "2"]]
 

@@ -55,7 +55,7 @@ def test_a_step_without_a_finite_gradient_leaves_weights_and_optimizer_as_they_a
     assert kept == [(False, True), (True, False), (False, True)]
     assert history(trainer, "skipped_steps") == [0.0, 1.0, 0.0]
     assert all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
-    assert "step 2 is left out: the norm of its gradient is nan" in caplog.text
+    assert "step 2 is skipped: the norm of its gradient is nan" in caplog.text
 
 
 def test_training_stops_with_a_diagnosis_after_some_such_steps_in_a_row(
@@ -63,7 +63,7 @@ def test_training_stops_with_a_diagnosis_after_some_such_steps_in_a_row(
 ) -> None:
     trainer = make(max_steps=9, max_skipped_steps=2, save_strategy="steps", save_steps=1)
     spoiled(trainer, {2, 4, 5, 6}, monkeypatch)
-    with pytest.raises(NotFiniteError, match=r"step 5 is the last of 2 in a row .* after step 3"):
+    with pytest.raises(NotFiniteError, match=r"step 5, the last of 2 .* after step 3"):
         trainer.train()
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == [
         f"checkpoint-{step}" for step in (1, 2, 3, 4)

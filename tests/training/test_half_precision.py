@@ -266,7 +266,7 @@ def test_a_mistake_is_caught_in_bf16_as_well(
 
     monkeypatch.setitem(_LAYOUTS, "tree", mistaken)
     for own in (copy.deepcopy(model).to(BF16), wrapped_in_autocast(copy.deepcopy(model))):
-        with pytest.raises(ValueError, match="a trial was off by"):
+        with pytest.raises(ValueError, match="a trial differed by"):
             Packing(own, "tree")
 
 

@@ -1,7 +1,7 @@
-"""What a run would do, found out before anything is trained: `self-judge check`.
+"""`self-judge check`: checks a run before training.
 
-It prepares the run as the recipes do, on some of its records, and gives what it saw as plain data.
-How that is shown: `view.py`.
+It prepares the run like training does, on some of its records, and returns plain data. `view.py`
+shows the result.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from self_judge.training.self_training.prompts import PromptPreparer
 
 T = TypeVar("T")
 _ORDERS = ("first response first", "second response first")
-EXAMPLES = 400  # records that are encoded; all are read
+EXAMPLES = 400  # records to encode; all records are read
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """A letter's token, and the end of the judge's lead-in that it follows."""
+    """A letter's token, and the end of the judge's lead-in before it."""
 
     letter: str
     id: int
@@ -55,20 +55,20 @@ class Letter:
 
 @dataclass(slots=True)
 class Report:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        config, kind: the file, and which run it describes.
+        config, kind: the run file and its kind.
         about: the run in a few words: model, data, batch, …
-        sources, held_out: what was read, by source; see `PreferenceData.counts_by_source`.
-        letters: how the two letters were found.
-        encoded, records: how many records were encoded, and how many there are.
-        counts: examples by kind, and why examples were cut or left out.
+        sources, held_out: counts of the data by source; see `PreferenceData.counts_by_source`.
+        letters: the tokens of the two letters.
+        encoded, records: the number of encoded records and of all records.
+        counts: examples by kind, and by reason for cutting or leaving them out.
         letter_counts: how often each letter is the answer (JSFT).
         chosen_longer: share of the pairs whose better response is the longer text.
-        figures, examples: of all kinds of sequences.
-        cost: the estimate; `None` where a problem stands before it.
-        findings: the run is wrong if one of them is a problem.
+        figures, examples: statistics and examples of every kind of sequence.
+        cost: the estimate; `None` if an earlier problem prevents it.
+        findings: all findings; the run is wrong if one of them is a problem.
     """
 
     config: str
@@ -110,15 +110,15 @@ def check(
     """Checks a run.
 
     Args:
-        config, overrides: as for the run.
+        config, overrides: the run file and overrides, as for the run.
         examples: records to encode, evenly spread over the data; 0: all.
         gpu: estimate for this kind of GPU instead of this machine (a key of `memory.GPUS`).
-        processes: estimate for N processes (default: one per GPU of this machine, or this
-            launch's).
-        sharding: how they spread what they hold, where a file for the launcher says it.
+        processes: estimate for N processes (default: one per GPU of this machine, or those of this
+            launch).
+        sharding: how the processes shard the model, if a launcher file sets it.
 
     Raises:
-        ValueError: a file, setting or record that cannot be used at all.
+        ValueError: a file, setting or record is unusable.
     """
     if examples < 0:
         raise ValueError(f"--examples must be 0 (all) or positive, got {examples}")
@@ -150,7 +150,7 @@ def check(
 
 
 class _RefusedError(Exception):
-    """What was refused, and the error: without this part there is nothing more to look at."""
+    """The refused part and the error; the check cannot continue without this part."""
 
 
 def _refusal(about: str, error: ValueError | TypeError) -> Finding:
@@ -166,11 +166,11 @@ def _or_refused(about: str, make: Callable[..., T], *args: Any, **kwargs: Any) -
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A run as it would start, and the report of what is found in it.
+    """A run as it would start, and its report.
 
     Attributes:
-        run: fitted to `machine`, the one that is asked for.
-        training: with the trainer's settings as on this machine, which alone can check them.
+        run: the run, fitted to the requested `machine`.
+        training: with the trainer's settings for this machine, where alone they can be checked.
     """
 
     report: Report
@@ -282,7 +282,7 @@ def _packing(run: Any, args: Any, whole: Any) -> Iterable[Finding]:
         trust_remote_code=run.model.trust_remote_code,
     )
     if model is None:
-        text = "how prefixes are shared is tried on the model itself when the run starts"
+        text = "the way to share prefixes is chosen by a trial on the model when the run starts"
         return [note("packing", text)]
     adapter = setup.lora_config(run.peft_config)
     model = model if adapter is None else get_peft_model(model, adapter)
@@ -290,7 +290,7 @@ def _packing(run: Any, args: Any, whole: Any) -> Iterable[Finding]:
 
 
 def _records(report: Report, run: Any, examples: int) -> list[PreferenceRecord]:
-    """Reads all records and gives those that are encoded, evenly spread."""
+    """Reads all records and returns the evenly spread ones that are encoded."""
     rationales = isinstance(run, JSFTRun) and run.uses_rationales
     train, held_out = setup.load_data(run.dataset, lambda line: None, rationales=rationales)
     report.sources = train.counts_by_source
@@ -334,7 +334,8 @@ def _jsft(
 def _units(
     rows: Sequence[dict[str, Any]], ignored: int, shared: bool
 ) -> list[tuple[int, int, int]]:
-    """(examples, tokens, trained tokens) of what is drawn together: a swap shares its start."""
+    """(examples, tokens, trained tokens) of examples that are drawn together."""
+    # An example of 100 tokens and its swap, which shares the first 70: (2, 130, 2).
     units: list[tuple[int, int, int]] = []
     for row, before in zip(rows, [None, *rows]):  # noqa: B905
         ids, trained = row["input_ids"], sum(x != ignored for x in row["labels"])
@@ -370,7 +371,7 @@ def _self_judge(prepared: _Prepared, records: Sequence[PreferenceRecord]) -> Cos
         return None
     kept = [r for r, ids in zip(records, rows, strict=True) if ids]
     asked, responses, judged = _judged(prepared, kept)
-    shown = [Encoded("prompts", "prompt, as it is sampled from", ids) for ids in prompts]
+    shown = [Encoded("prompts", "prompt for sampling", ids) for ids in prompts]
     report.examples, report.figures = summary([*shown, *asked], encoder)
     return self_judge_cost(
         prepared.training,
@@ -386,12 +387,12 @@ def _self_judge(prepared: _Prepared, records: Sequence[PreferenceRecord]) -> Cos
 def _judged(
     prepared: _Prepared, records: Sequence[PreferenceRecord]
 ) -> tuple[list[Encoded], list[int], list[tuple[int, int]]]:
-    """Encodes the data's own pairs as the judge will be asked.
+    """Encodes the data's own pairs as judge prompts.
 
     Returns:
-        The judge prompts of the pairs that fit, the lengths of all better responses, and of each
-        pair that fits (tokens of all its judge prompts with shared ones once, tokens of the longest
-        with responses at their longest).
+        The judge prompts of the pairs that fit; the lengths of all better responses; and for each
+        pair that fits (tokens of all its judge prompts, shared ones counted once; tokens of the
+        longest prompt with responses of maximum length).
     """
     report, own, encoder = prepared.report, prepared.run.self_judge_args, prepared.encoder
     templates = prepared.judge.templates

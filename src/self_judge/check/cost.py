@@ -1,7 +1,7 @@
-"""What a prepared run costs: steps, tokens, judge calls and memory.
+"""The cost of a prepared run: steps, tokens, judge calls and memory.
 
-It turns a run's settings and the lengths of its examples into the work of a step, for `memory`.
-It does not know text or data.
+It turns a run's settings and the lengths of its examples into the work of a step, for `memory`. It
+does not know text or data.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from self_judge.training.self_training.rollouts import select_pairs
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a run costs.
+    """The cost of a run.
 
     Attributes:
-        device, device_memory: where, and how many bytes are there (0: nobody knows).
-        processes, sharding: over how many processes, and how what is held is spread.
-        size: the model.
+        device, device_memory: the device and its memory in bytes (0: unknown).
+        processes, sharding: the number of processes, and how they shard the model.
+        size: the size of the model.
         examples: training examples (JSFT) or prompts (self-training) of an epoch.
         steps, steps_per_epoch: optimizer steps.
-        tokens: that the update computes in all of training; shared prefixes once.
-        per_step: what one step does over all processes: examples, responses, judge prompts, …
-        memory: the estimate, of one process.
+        tokens: tokens that all updates compute; shared prefixes count once.
+        per_step: the work of one step over all processes: examples, responses, judge prompts, …
+        memory: the estimate for one process.
         activations_counted: whether activations were counted or are a rule of thumb.
-        assumed: what the numbers take for granted, in words.
+        assumed: the assumptions behind the numbers, in words.
     """
 
     device: str
@@ -57,10 +57,10 @@ class Cost:
 
 
 def device_for(gpu: str | None, machine: Machine) -> Device:
-    """The device that is asked for, or that of this machine.
+    """The requested device, or the device of this machine.
 
     Raises:
-        ValueError: a GPU that is not in the table.
+        ValueError: the GPU is not in the table.
     """
     if gpu is not None:
         if gpu not in GPUS:
@@ -75,7 +75,7 @@ def device_for(gpu: str | None, machine: Machine) -> Device:
 def setting_of(
     run: JSFTRun | SelfJudgeRun, args: Any, machine: Machine, sharding: Sharding | None, model: Any
 ) -> Setting:
-    """How a run, fitted to `machine`, trains `model` on it."""
+    """The memory-relevant settings of a run that is fitted to `machine`."""
     training = run.training_args
     if sharding is None:
         deepspeed = training.get("deepspeed")
@@ -85,7 +85,7 @@ def setting_of(
         sharding = named.get(stage, "fsdp" if training.get("fsdp") else "none")
     kept: FourBits = "nested" if run.model.use_bnb_nested_quant else "plain"
     return Setting(
-        # Without an adapter to switch off, the judge is a copy of all weights.
+        # Without an adapter that can be disabled, the judge is a copy of all weights.
         reference=isinstance(run, SelfJudgeRun) and not isinstance(model, PeftModel),
         checkpointing=bool(args.gradient_checkpointing),
         bf16=bool(training.get("bf16", machine.bf16) or training.get("fp16")),
@@ -98,10 +98,10 @@ def setting_of(
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How and where a run trains.
+    """The model, settings and device of a run.
 
     Attributes:
-        model: empty, with its adapter.
+        model: an empty model with its adapter.
         args: the trainer's settings.
     """
 
@@ -115,13 +115,14 @@ def jsft_cost(training: Training, units: Sequence[tuple[int, int, int]], example
     """The cost of a JSFT run.
 
     Args:
-        units: (examples, tokens with shared ones once, trained tokens) of what is drawn together.
-        examples: that there are.
+        units: (examples, tokens with shared ones counted once, trained tokens) of examples that are
+            drawn together.
+        examples: the total number of examples.
     """
     drawn, tokens, scored = (sum(column) for column in zip(*units, strict=True))
     own = training.args.per_device_train_batch_size
     step = own * training.args.gradient_accumulation_steps
-    # An example and its swap are one row of their tree.
+    # An example and its swapped example share one row.
     rows = max(1, round(own * len(units) / drawn))
     work = Work(
         tokens=tokens / drawn * step,
@@ -134,7 +135,7 @@ def jsft_cost(training: Training, units: Sequence[tuple[int, int, int]], example
 
 
 def _longest(lengths: Sequence[float], size: int, draws: int = 1000) -> int:
-    """The longest sequence of N randomly drawn micro-batches; the others are padded to it."""
+    """The longest sequence of `draws` random micro-batches of `size`; others are padded to it."""
     chosen = random.Random(0)
     return math.ceil(max(chosen.choices(lengths, k=size * draws)))
 
@@ -151,11 +152,11 @@ def self_judge_cost(
     """The cost of a self-training run.
 
     Args:
-        prompts: their lengths.
-        responses: the lengths of the data's better responses, as far as there are any.
-        judged: per comparison, (tokens of all its prompts with shared ones once, tokens of its
-            longest prompt).
-        examples: prompts that there are.
+        prompts: lengths of the prompts.
+        responses: lengths of the data's better responses; may be empty.
+        judged: for each comparison, (tokens of all its prompts with shared ones counted once,
+            tokens of its longest prompt).
+        examples: the total number of prompts.
     """
     new, per_device = own.max_new_tokens, training.args.per_device_train_batch_size
     step = per_device * training.args.gradient_accumulation_steps
@@ -170,7 +171,7 @@ def self_judge_cost(
         largest=(per_device, _longest(prompts, per_device) + 2 * new),
         largest_scored=per_device * 2 * new,
         sampled_at_once=min(own.generation_batch_size, step * own.num_generations),
-        # A batch is sampled until its longest response ends.
+        # Sampling a batch ends with its longest response.
         sampled_length=prompt + new,
         judged_at_once=round(own.judge_batch_size * longest if own.packing == "off" else together),
     )
@@ -182,14 +183,14 @@ def self_judge_cost(
         "judge prompts": everywhere * played * 2 * principles,
     }
     assumed = (
-        f"memory: responses of {new} tokens; tokens trained: the responses that are learned from "
-        f"have {response:.0f}" + (" (the mean of the data's better ones)" if responses else "")
+        f"memory: responses of {new} tokens; trained tokens: responses of {response:.0f} tokens"
+        + (" (the mean of the data's better ones)" if responses else "")
     )
     return _cost(training, work, examples, per_step, assumed)
 
 
 def comparisons_per_prompt(responses: int, selection: PairSelection) -> int:
-    """How many comparisons select a pair, found by playing it with a judge that prefers a."""
+    """The number of comparisons that select a pair, counted with a judge that always prefers a."""
     played = 0
 
     def compare(comparisons: Any) -> list[Verdict]:

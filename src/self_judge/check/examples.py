@@ -1,4 +1,4 @@
-"""What a run trains on, token by token: examples to look at and figures of all that was encoded.
+"""Training sequences token by token: examples to read, and figures over all encoded sequences.
 
 It reads ids and labels as the trainers get them. It does not know where they come from, or colours.
 """
@@ -20,9 +20,9 @@ class Piece:
 
     Attributes:
         ids: token ids.
-        text: what they read, control tokens written out.
-        trained: the loss falls on them.
-        control: they are control tokens (BOS, turn markers, ends).
+        text: their text, including control tokens.
+        trained: whether they are trained.
+        control: whether they are control tokens (BOS, turn markers, ends).
     """
 
     ids: list[int]
@@ -52,10 +52,10 @@ class Figures:
     """Sequences of one kind, in numbers.
 
     Attributes:
-        kind: what they are.
-        count: how many.
+        kind: the kind of sequence.
+        count: the number of sequences.
         tokens: their lengths: `p50`, `p90`, `p99`, `max`.
-        trained: mean number of tokens that the loss falls on.
+        trained: the mean number of trained tokens.
         bos, ends: smallest and largest number of BOS tokens, and of tokens that end an answer.
     """
 
@@ -68,13 +68,13 @@ class Figures:
 
 
 class Encoded(NamedTuple):
-    """A sequence that the run trains on or asks.
+    """An encoded training sequence or prompt of the run.
 
     Attributes:
-        kind: what figures are made of; several titles may be of one kind.
-        title: what of its kind it is.
+        kind: sequences of one kind share their figures; a kind may have several titles.
+        title: the heading of its example.
         ids: token ids.
-        labels: what is trained; empty: none of it.
+        labels: the training labels; empty: nothing is trained.
     """
 
     kind: str
@@ -109,7 +109,7 @@ def summary(
 
 
 def _example(sequence: Encoded, encoder: ChatEncoder, ignore_index: int) -> Example:
-    """Cuts a sequence where training or control tokens begin and end."""
+    """Splits a sequence at the borders of trained and control tokens."""
     ids = sequence.ids
     kinds = [
         (label != ignore_index, encoder.is_control(i))
@@ -120,7 +120,7 @@ def _example(sequence: Encoded, encoder: ChatEncoder, ignore_index: int) -> Exam
     for (trained, control), group in groupby(kinds):
         start, end = end, end + len(list(group))
         own = ids[start:end]
-        # Decoded from the start: SentencePiece drops the space in front of a text's first word.
+        # Decoded from the start, because SentencePiece drops the space before a text's first word.
         whole = _decoded(encoder, ids[:end])
         text = whole[len(before) :] if whole.startswith(before) else ""
         pieces.append(Piece(own, text or _decoded(encoder, own), trained, control))
@@ -151,7 +151,7 @@ def _figures(same: list[Encoded], encoder: ChatEncoder, ignore_index: int) -> Fi
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:
-    """`p50`, `p90`, `p99` and `max` of at least one number, each of them one of the numbers."""
+    """`p50`, `p90`, `p99` and `max` of one or more numbers, without interpolation."""
     ordered = sorted(lengths)
     shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     return {name: ordered[math.ceil(p * len(ordered)) - 1] for name, p in shares.items()}

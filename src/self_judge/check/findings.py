@@ -1,7 +1,7 @@
-"""Settings, templates, models and data with which a run would start, and go wrong.
+"""Findings: settings, templates, models and data with which a run starts but goes wrong.
 
-Every function looks at one thing and gives what it found in words. What makes a run fail at once is
-said by those who fail; this module does not load data or print.
+Every function checks one aspect and yields findings in words. Errors at the start of a run are
+reported by the code that raises them. This module does not load data or print.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ Level = Literal["problem", "warning", "note"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing found.
+    """One finding.
 
     Attributes:
-        level: `problem`: the run would be wrong; `warning`: worth a look; `note`: as it should be,
-            where one may wonder.
-        about: the key of the run file, or what it is about.
-        text: what was found, what follows, what to do.
+        level: `problem`: the run would be wrong; `warning`: check this; `note`: correct, but
+            perhaps surprising.
+        about: the key of the run file, or the subject.
+        text: the finding, its effect, and what to do.
     """
 
     level: Level
@@ -59,7 +59,7 @@ note = partial(Finding, "note")
 
 
 def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
-    """A template that trains one thing and asks for another, or teaches no end."""
+    """A template whose prompts differ from training, or that trains no end of answers."""
     tokenizer = encoder.tokenizer
     user, answer = Message(role="user", content="a"), Message(role="assistant", content="b")
     for asked in ([user], [user, answer, user]):
@@ -71,12 +71,12 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
             yield problem(
                 "chat template",
                 f"its prompt is not a prefix of prompt + answer: at token {same} sampling "
-                f"continues {shown[0]}, training has {shown[1]}. The model is asked what it never "
-                "learned; set templates.chat to a template that opens the answer in both alike",
+                f"continues {shown[0]}, training has {shown[1]}. The model would get prompts that "
+                "it never saw; set templates.chat to a template that opens answers alike in both",
             )
             break
     bos = tokenizer.bos_token_id
-    # Not counted: in ChatML, every turn begins with what some tokenizers call BOS.
+    # Only the start is checked: in ChatML, every turn begins with the BOS token of some tokenizers.
     if bos is not None and encoder.encode_prompt([user])[:2] == [bos, bos]:
         yield problem(
             "chat template",
@@ -87,8 +87,8 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
     if not encoder.stop_token_ids:
         yield problem(
             "tokenizer",
-            "no token ends an answer: there is no end-of-sequence token, and the template closes "
-            "no turn with a control token; sampling would run to max_new_tokens. Set "
+            "no token ends an answer: there is no end-of-sequence token, and the template does not "
+            "close turns with a control token; sampling would run to max_new_tokens. Set "
             "tokenizer.eos_token",
         )
     elif not trained or trained[-1] not in encoder.stop_token_ids:
@@ -101,13 +101,13 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield note(
             "tokenizer",
-            f"padding is the end of sequence ({tokenizer.pad_token!r}): harmless here, no mask is "
-            "made by looking for it, and ends of answers are trained",
+            f"padding is the end-of-sequence token ({tokenizer.pad_token!r}): harmless here, "
+            "because masks do not depend on it, and ends of answers are trained",
         )
 
 
 def _shared(first: Any, second: Any) -> int:
-    """How much two texts or lists of ids have in common from their start."""
+    """The length of the longest common prefix of two texts or lists of ids."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
@@ -118,8 +118,8 @@ def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -
     if saved is None:
         yield warning(
             "templates.judge",
-            f"{name} has no judge.json: nothing says that this model was taught to judge by these "
-            "templates; start from what JSFT wrote",
+            f"{name} has no judge.json: it is unknown whether this model was trained to judge with "
+            "these templates; start from a model that JSFT wrote",
         )
         return
     for principle, asked in templates.items():
@@ -127,7 +127,7 @@ def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -
         if taught is None:
             yield problem(
                 "templates.judge",
-                f"the model was not taught the principle {principle!r}, but "
+                f"the model was not trained on the principle {principle!r}, but on "
                 f"{', '.join(saved.templates)} (its judge.json)",
             )
             continue
@@ -138,42 +138,42 @@ def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -
                 shown = slice(max(0, same - 12), same + 24)
                 yield problem(
                     "templates.judge",
-                    f"{principle}.{part} is not what the model was taught (its judge.json): "
+                    f"{principle}.{part} differs from the model's training (its judge.json): "
                     f"{ours[shown]!r} here, {theirs[shown]!r} there; leave templates.judge null "
-                    "to use that",
+                    "to use the latter",
                 )
     left = [p for p in saved.templates if p not in templates]
     if left:
         yield warning(
             "templates.judge",
-            f"the model was also taught {', '.join(left)}: those principles do not vote",
+            f"the model was also trained on {', '.join(left)}: these principles do not vote",
         )
     if saved.chat_template is not None and saved.chat_template != encoder.chat_template:
         yield problem(
             "templates.chat",
-            "is not the chat template that the model was taught with (its judge.json); leave it "
-            "out to use that",
+            "differs from the chat template of the model's training (its judge.json); leave it "
+            "unset to use that one",
         )
-    # The encoder has every value that was saved, with what the run file sets instead or beside it.
+    # The encoder has all saved values, updated with those of the run file.
     given = encoder.chat_template_kwargs if saved.chat_template_kwargs else {}
     for key, value in given.items():
         theirs = saved.chat_template_kwargs.get(key)
         if value != theirs:
             yield problem(
                 f"templates.chat_template_kwargs.{key}",
-                f"is {value!r}, and {theirs!r} is what the model was taught with (its judge.json); "
-                "leave it out to use that",
+                f"is {value!r}, but was {theirs!r} in the model's training (its judge.json); leave "
+                "it unset to use that",
             )
 
 
 def model_findings(
     size: Size, run: JSFTRun | SelfJudgeRun, max_length: int, longest: int
 ) -> Iterator[Finding]:
-    """A model that cannot learn, or cannot take what it is given.
+    """A model without trained parameters, or with too short a context.
 
     Args:
-        max_length: tokens that a sequence may have.
-        longest: tokens of the longest one there was.
+        max_length: the most tokens allowed in a sequence.
+        longest: tokens of the longest sequence.
     """
     if not size.trainable:
         yield problem(
@@ -184,7 +184,7 @@ def model_findings(
         beyond = f", and there are sequences of {longest}" if longest > size.context else ""
         yield (problem if beyond else warning)(
             "max_length",
-            f"{max_length} tokens are allowed, the model was made for {size.context}{beyond}: "
+            f"{max_length} tokens are allowed, but the model's context is {size.context}{beyond}: "
             "lower max_length",
         )
     half = size.weight_bytes < 3 * size.parameters
@@ -197,12 +197,11 @@ def model_findings(
 
 
 def packing_findings(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
-    """Ways of sharing prefixes that the run asks for and that will not be exact for its model.
+    """Packing that is not exact for the run's model.
 
     Args:
-        model: with the weights of the run's dtype, as few layers as show it (`shallow_model`) and
-            the run's adapter.
-        args: the training arguments as on this machine.
+        model: a `shallow_model` with weights of the run's dtype, and the run's adapter.
+        args: the training arguments for this machine.
     """
     jsft = isinstance(run, JSFTRun)
     choice = run.jsft_args.packing if isinstance(run, JSFTRun) else run.self_judge_args.packing
@@ -213,7 +212,7 @@ def packing_findings(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -
     if args.gradient_checkpointing:
         inner.gradient_checkpointing_enable()
     with autocast:
-        # A judge needs no gradients: it may take a way that an update may not.
+        # A judge needs no gradients, so it can use routes that an update cannot.
         for what, gradients in (("judging", False), ("update", True))[int(jsft) :]:
             try:
                 decision = Packing(model, choice, gradients=gradients).decision
@@ -221,19 +220,19 @@ def packing_findings(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -
                 yield problem(about, str(error))
                 return
             if choice == "auto" and decision.route in ("padding", "off"):
-                yield warning(about, f"no prefix is shared in the {what}: {decision.reason}")
+                yield warning(about, f"the {what} shares no prefixes: {decision.reason}")
         if isinstance(run, SelfJudgeRun) and not run.self_judge_args.use_vllm:
             why = why_not_shared(model)
             if why is not None:
-                text = "every response computes its prompt again, by the model's generate"
+                text = "the model's own generate computes a prompt again for each response"
                 yield warning("sampling", f"{text}: {why}")
 
 
 def setting_findings(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
-    """Settings that are taken and do not do what they say."""
+    """Settings that are accepted but have no effect, or another than expected."""
     for key, why in {
-        "padding_free": "TRL has it switched off; shared prefixes are packed by `packing`",
-        "use_liger_kernel": "deprecated in TRL, and its loss goes past the packed passes",
+        "padding_free": "TRL ignores it here; use `packing`, which shares prefixes",
+        "use_liger_kernel": "deprecated in TRL, and its loss bypasses packing",
     }.items():
         if run.training_args.get(key):
             yield warning(f"training_args.{key}", f"{why}: leave it out")
@@ -242,7 +241,7 @@ def setting_findings(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding
     ):
         yield warning(
             "training_args.eval_strategy",
-            "there is nothing to evaluate on: dataset.eval is empty and held_out is 0",
+            "there is no evaluation data: dataset.eval is empty and held_out is 0",
         )
     yield from _output_findings(Path(str(args.output_dir)), run, args.resume_from_checkpoint)
     if isinstance(run, SelfJudgeRun):
@@ -251,8 +250,8 @@ def setting_findings(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding
         if "ipo" in losses and own.average_log_prob is None:
             yield note(
                 "self_judge_args.average_log_prob",
-                "TRL's ipo averages log-probabilities over tokens, the method's sums them: "
-                "false for the latter",
+                "TRL's ipo averages log-probabilities over tokens, the method's sums them: set "
+                "false for sums",
             )
 
 
@@ -261,7 +260,7 @@ def _output_findings(
 ) -> Iterator[Finding]:
     key, resume_key = "training_args.output_dir", "training_args.resume_from_checkpoint"
     if output.resolve() == Path(run.model.model_name_or_path).resolve():
-        yield problem(key, "is the model's own folder: it would be replaced")
+        yield problem(key, "is the model's own folder: the model would be overwritten")
     elif output.is_dir() and resume in LAST:
         found, passed_over = latest_complete(output)
         for line in passed_over:
@@ -271,13 +270,13 @@ def _output_findings(
     elif output.is_dir() and not resume and get_last_checkpoint(str(output)):
         yield warning(
             key,
-            f"{output} has checkpoints of another run, which this one would mix with: set "
-            f"{resume_key}=true to go on, or another folder",
+            f"{output} has checkpoints of another run, and this one would add to them: set "
+            f"{resume_key}=true to resume, or use another folder",
         )
 
 
 def data_findings(train: PreferenceData, held_out: PreferenceData | None) -> Iterator[Finding]:
-    """Data that repeats itself between training and evaluation, or is mostly left out."""
+    """Data shared by training and evaluation, or largely skipped."""
     if held_out is not None:
         seen = {first_question(r) for r in train.records}
         shared = sum(first_question(r) in seen for r in held_out.records)
@@ -285,7 +284,7 @@ def data_findings(train: PreferenceData, held_out: PreferenceData | None) -> Ite
             yield warning(
                 "dataset.eval",
                 f"{shared:,} of {len(held_out.records):,} evaluation prompts begin with a question "
-                "that is trained on: the evaluation flatters",
+                "of the training data: the evaluation is too optimistic",
             )
     for label, counts in train.counts_by_source.items():
         for noun in ("record", "pair"):
@@ -299,14 +298,14 @@ def data_findings(train: PreferenceData, held_out: PreferenceData | None) -> Ite
 
 
 def example_findings(counts: dict[str, int], letters: dict[str, int]) -> Iterator[Finding]:
-    """JSFT examples that are cut or left out, and letters out of balance.
+    """JSFT examples that are cut or left out, and unbalanced letters.
 
     Args:
-        counts: of `jsft_dataset`.
-        letters: how often each is the answer.
+        counts: the counts of `jsft_dataset`.
+        letters: how often each letter is the answer.
     """
     about = "jsft_args.max_length"
-    for kind, end in (("sft", "they train no end of answer"), ("judge", "rationales lose theirs")):
+    for kind, end in (("sft", "they train no end of answer"), ("judge", "rationales are cut off")):
         kept = counts.get(f"{kind} examples", 0)
         for why in (NO_FIT, NO_ROOM):
             lost = counts.get(f"{kind} examples: {why}", 0)
@@ -316,14 +315,14 @@ def example_findings(counts: dict[str, int], letters: dict[str, int]) -> Iterato
             else:
                 yield from _share(about, lost, lost, text, level="problem")
         cut = counts.get(f"{kind} examples: {CUT}", 0)
-        text = f"{kind} examples are cut at their end: {end}: raise max_length"
+        text = f"{kind} examples are cut at their end ({end}): raise max_length"
         yield from _share(about, cut, kept, text, least=0.01)
     if len(set(letters.values())) > 1:
         counted = ", ".join(f"{n:,} {letter}" for letter, n in letters.items())
         yield warning(
             about,
-            f"the letters are out of balance ({counted}): one order of some pairs is missing, and "
-            "the judge learns to prefer a letter",
+            f"the letters are unbalanced ({counted}): one order of some pairs is missing, so the "
+            "judge learns to prefer a letter",
         )
     if not any(letters.values()):
         yield problem(
@@ -333,10 +332,11 @@ def example_findings(counts: dict[str, int], letters: dict[str, int]) -> Iterato
 
 
 def prompt_findings(kept: int, shorter: int, of: int, own: SelfJudgeArgs) -> Iterator[Finding]:
-    """Prompts that do not fit beside a response (self-training).
+    """Prompts that leave no room for a response (self-training).
 
     Args:
-        kept, shorter, of: how many fit, how many of these lost exchanges, and how many there are.
+        kept, shorter, of: the number of prompts that fit, of those among them that lost exchanges,
+            and of all prompts.
     """
     about, advice = "self_judge_args.max_new_tokens", "raise max_length or lower max_new_tokens"
     room = f"max_length {own.max_length} - max_new_tokens {own.max_new_tokens} = "
@@ -353,10 +353,10 @@ def judge_prompt_findings(
     """Judge prompts that do not fit (self-training).
 
     Args:
-        no_fit: how many of the data's own pairs do not fit.
-        tight: how many of the others do not with two responses of `new` tokens.
-        of: how many pairs there are.
-        limit: tokens that a judge prompt may have.
+        no_fit: the number of the data's own pairs that do not fit.
+        tight: the number of other pairs that do not fit with two responses of `new` tokens.
+        of: the number of pairs.
+        limit: the most tokens in a judge prompt.
     """
     yield from _share(
         "self_judge_args.max_length", no_fit, of,
@@ -372,7 +372,7 @@ def judge_prompt_findings(
 
 
 def memory_findings(cost: Cost) -> Iterator[Finding]:
-    """A run that is estimated not to fit; the estimate has been up to a quarter off."""
+    """A run that probably does not fit; the estimate has been up to a quarter off."""
     memory, there = cost.memory, cost.device_memory
     if memory.peak > 0.9 * there > 0:
         advice = {
@@ -383,16 +383,16 @@ def memory_findings(cost: Cost) -> Iterator[Finding]:
         }[memory.largest_phase]
         yield (problem if memory.peak > 1.25 * there else warning)(
             "memory",
-            f"about {memory.peak / GIB:.0f} GiB are needed on each process, {cost.device} has "
-            f"{there / GIB:.0f}; largest in the {memory.largest_phase}: {advice}",
+            f"each process needs about {memory.peak / GIB:.0f} GiB, but {cost.device} has "
+            f"{there / GIB:.0f}; the largest phase is {memory.largest_phase}: {advice}",
         )
 
 
 def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Finding]:
-    """A colocated engine of vLLM, which takes its share of a GPU from what training leaves.
+    """A colocated vLLM engine, which needs a share of the GPU beside the training.
 
     Args:
-        bf16: whether the engine computes in two bytes per weight.
+        bf16: whether the engine uses two bytes per weight.
     """
     if not own.use_vllm or own.vllm_mode != "colocate":
         return
@@ -406,8 +406,8 @@ def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Find
     level: Level = "note"
     text = (
         f"the engine takes {taken / GIB:.1f} GiB, this share of all {total / GIB:.0f} GiB, and "
-        f"does not start where less is free; about {at_start / GIB:.1f} GiB are taken before it "
-        f"starts, {beside / GIB:.1f} GiB at most beside it"
+        f"cannot start if less is free; about {at_start / GIB:.1f} GiB are in use before it "
+        f"starts, and at most {beside / GIB:.1f} GiB beside it"
     )
     if weights > taken:
         level = "problem"
@@ -420,15 +420,15 @@ def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Find
     yield Finding(level, "vllm_gpu_memory_utilization", text)
     yield note(
         "use_vllm",
-        "the estimate leaves out the start of the engine, which compiles and captures graphs "
-        "(minutes, and memory beside its share)",
+        "the estimate does not include the start of the engine, which compiles and captures graphs "
+        "(minutes, and memory beyond its share)",
     )
 
 
 def _share(
     about: str, count: int, of: int, text: str, least: float = 0.0, level: Level = "warning"
 ) -> Iterator[Finding]:
-    """A finding where more than a share `least` of things have something."""
+    """A finding if `count` is more than the share `least` of `of`."""
     if of and count > least * of:
         share = f"{count:,} of {of:,} ({100 * count / of:.0f} %)"
         yield Finding(level, about, f"{share} {text}")

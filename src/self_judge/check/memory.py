@@ -1,7 +1,14 @@
-"""How much memory a run needs on each process, from a model's size and what a step holds at once.
+"""The memory that a run needs on each process, from a model's size and the work of a step.
 
 Plain arithmetic, each constant with its origin. It does not know data or run files.
 """
+
+# The estimate in one picture: parts that are held in every phase, and the largest phase on top.
+#
+#   held     weights + reference + gradients + optimizer + resident
+#   phases   update:    activations of the largest micro-batch + head
+#            sampling:  KV cache (+ a sharded model made whole)          peak = held + the largest
+#            judging:   one pass of the judge, without gradients
 
 from __future__ import annotations
 
@@ -17,11 +24,11 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What computes.
+    """A device.
 
     Attributes:
-        memory: bytes; 0 where nobody knows.
-        resident: bytes that are taken before any tensor is there.
+        memory: bytes; 0 if unknown.
+        resident: bytes in use before any tensor is allocated.
     """
 
     name: str
@@ -45,7 +52,7 @@ GPUS: dict[str, Device] = {
 def this_cpu(meminfo: Path = Path("/proc/meminfo")) -> Device:
     """This machine without a GPU.
 
-    What the process itself takes was measured with SmolLM2-135M (benchmarks/RESULTS.md).
+    The memory of the process itself was measured with SmolLM2-135M (benchmarks/RESULTS.md).
     """
     memory = 0
     if meminfo.is_file():
@@ -56,15 +63,15 @@ def this_cpu(meminfo: Path = Path("/proc/meminfo")) -> Device:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How a run trains.
+    """The settings of a run that determine its memory.
 
     Attributes:
-        reference: a second, frozen copy of all weights is held (full fine-tuning with a judge).
+        reference: whether there is a frozen copy of all weights (full fine-tuning with a judge).
         checkpointing: gradient checkpointing.
-        bf16: computing is under autocast to bfloat16.
-        optimizer: as `training_args.optim` names it.
-        processes, sharding: over how many processes what is spread.
-        four_bits: how the weights below the adapter are kept.
+        bf16: autocast to bfloat16.
+        optimizer: the name in `training_args.optim`.
+        processes, sharding: the number of processes, and what they shard.
+        four_bits: how the weights below the adapter are stored.
     """
 
     reference: bool = False
@@ -81,11 +88,11 @@ class Work:
     """One optimizer step on one process; lengths in tokens.
 
     Attributes:
-        tokens: that the update computes in the step, each shared one once.
+        tokens: tokens that the update computes, shared ones counted once.
         largest: (rows, tokens) of the largest micro-batch, whose activations are held at once.
-        largest_scored: positions of it that the head scores.
-        sampled_at_once: responses that are sampled together; 0 where nothing is sampled.
-        sampled_length: of a prompt and its response at its longest.
+        largest_scored: its positions that the head scores.
+        sampled_at_once: responses that are sampled together; 0 without sampling.
+        sampled_length: tokens of a prompt with a response of maximum length.
         judged_at_once: tokens of one pass of the judge.
     """
 
@@ -103,11 +110,11 @@ class Memory:
 
     Attributes:
         weights, reference, gradients, optimizer: held throughout.
-        activations: of the largest micro-batch, at the start of its backward pass.
-        head: of scoring responses.
-        cache: of sampling, prompts and responses at their longest, and a sharded model made whole.
-        judging: of one pass of the judge, without gradients.
-        resident: of the process itself.
+        activations: activations of the largest micro-batch at the start of its backward pass.
+        head: memory for scoring responses.
+        cache: memory of sampling at full length, including a sharded model made whole.
+        judging: memory of one pass of the judge, without gradients.
+        resident: memory of the process itself.
     """
 
     weights: int
@@ -122,18 +129,18 @@ class Memory:
 
     @property
     def held(self) -> int:
-        """What stands in every phase."""
+        """The memory held in every phase."""
         return self.weights + self.reference + self.gradients + self.optimizer + self.resident
 
     @property
     def phases(self) -> dict[str, int]:
-        """What each phase takes beside that."""
+        """The additional memory of each phase."""
         update = self.activations + self.head
         return {"update": update, "sampling": self.cache, "judging": self.judging}
 
     @property
     def peak(self) -> int:
-        """In the largest phase."""
+        """The memory of the largest phase."""
         return self.held + max(self.phases.values())
 
     @property
@@ -141,31 +148,31 @@ class Memory:
         return max(self.phases, key=self.phases.__getitem__)
 
 
-# TRL's fused head works in tiles of N tokens and N words, each a few times in float32.
+# TRL's fused head works in tiles of tokens × vocabulary, with a few float32 copies of each.
 _TILE_TOKENS, _TILE_WORDS, _TILE_COPIES = 4096, 32_768, 3
-# Copies of the hidden state and of the inside of one layer that a pass without gradients holds.
+# The memory of a pass without gradients, in copies of the hidden state.
 _INFERENCE_COPIES = 16
 
 
 def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device) -> Memory:
-    """Of one process; `kept` is for `work.largest`."""
+    """The memory of one process; `kept` must be for `work.largest`."""
     n = setting.processes
     spread = n if setting.sharding in ("zero3", "fsdp") else 1
     weights, gradients = size.weight_bytes, size.trainable_bytes
     moments = _moments(setting.optimizer) * gradients
     deepspeed = setting.sharding in ("zero2", "zero3") and setting.bf16
     if deepspeed:
-        # DeepSpeed computes in bfloat16 and keeps float32 weights beside the moments.
+        # DeepSpeed computes in bfloat16 and keeps float32 weights next to the moments.
         weights, gradients = 2 * size.parameters, 2 * size.trainable
         moments = 4 * size.trainable * (1 + _moments(setting.optimizer))
     gathered = 0
-    if spread > 1:  # one layer is whole at a time, and the next one is fetched meanwhile
+    if spread > 1:  # one layer is gathered at a time, while the next one is fetched
         gathered = 2 * 2 * size.matrix // size.layers
     elif setting.bf16 and not deepspeed and size.weight_bytes > 3 * size.parameters:
         gathered = 2 * size.matrix  # autocast keeps a bfloat16 copy of float32 weights
     over = n if setting.sharding != "none" else 1
     sampled = work.sampled_at_once
-    # TRL gathers a sharded model whole to sample from it.
+    # To sample, TRL gathers a whole sharded model.
     whole = 2 * size.parameters if spread > 1 and sampled else 0
     kept_bytes = kept.checkpoints if setting.checkpointing else kept.kept
     tile = min(work.largest_scored, _TILE_TOKENS) * min(size.vocabulary, _TILE_WORDS)
@@ -175,7 +182,7 @@ def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device)
         reference=weights // spread if setting.reference else 0,
         gradients=gradients // over,
         optimizer=round(moments / over),
-        # The gradients of a layer stand beside what was kept of it.
+        # The gradients of a layer are held next to its activations.
         activations=kept_bytes + kept.layer * (2 if setting.checkpointing else 1),
         head=tile * 4 * _TILE_COPIES + work.largest_scored * size.hidden * 8,
         cache=whole
@@ -187,7 +194,7 @@ def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device)
 
 
 def _moments(optimizer: str) -> float:
-    """How often the trainable weights are held by the optimizer."""
+    """The optimizer's state, in copies of the trainable weights."""
     name = optimizer.lower()
     if "8bit" in name or "bnb" in name:
         return 0.5

@@ -1,7 +1,7 @@
-"""How large a model is, from its configuration alone: parameters, caches, what autograd keeps.
+"""The size of a model from its configuration alone: parameters, KV cache, saved activations.
 
-No weights are loaded: the model stands on the meta device, and the activations that autograd keeps
-are counted in a forward pass over fake tensors. It does not know runs, machines or data.
+No weights are loaded: the model is on the meta device, and a forward pass over fake tensors counts
+the activations that autograd saves. It does not know runs, machines or data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from self_judge.errors import ModelError
 from self_judge.models import refuse_pickle, why
 from self_judge.runtime import unwrapped
 
-# Whether frozen linear layers are kept in 4 bits, and whether the numbers that takes are small too.
+# Whether frozen linear layers are stored in 4 bits; `nested`: their block scales are quantized too.
 FourBits: TypeAlias = Literal["no", "plain", "nested"]
 
 
@@ -34,11 +34,11 @@ def empty_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model on the meta device: every shape, no weights. An adapter's folder gives its base.
+    """The model on the meta device: shapes without weights; for an adapter's folder, its base.
 
     Raises:
-        ModelError: there is no configuration at that name or path, or of no causal language model,
-            or the weights there are a pickle.
+        ModelError: there is no configuration of a causal language model at that name or path, or
+            its weights are a pickle.
     """
     refuse_pickle(name_or_path)
     if (Path(name_or_path) / "adapter_config.json").is_file():
@@ -53,7 +53,7 @@ def empty_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=wanted, trust_remote_code=trust_remote_code
             )
-        model.tie_weights()  # putting parameters on the meta device took them apart
+        model.tie_weights()  # moving parameters to the meta device separated tied ones
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot read the model configuration of {name_or_path}: {why(name_or_path, error)}"
@@ -61,7 +61,7 @@ def empty_model(
     return model
 
 
-# Parameters of a shallow model at most: half a second of random numbers on two cores.
+# The most parameters of a shallow model: half a second of random numbers on two cores.
 _SHALLOW = 300_000_000
 
 
@@ -71,16 +71,16 @@ def shallow_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel | None:
-    """One layer of each kind that a model has, as wide as they are, with random weights.
+    """A model with one layer of each kind, at full width, with random weights.
 
-    It can share prefixes in the ways that the whole model can, and is made in a second.
+    It can share prefixes in the same ways as the whole model, and takes a second to make.
 
     Args:
-        model: the whole model, on the meta device or not; its configuration and dtype count.
+        model: the whole model, on the meta device or not; only its configuration and dtype matter.
 
     Returns:
-        The model in evaluation mode; `None` where it would be large, or where its configuration
-        does not allow fewer layers.
+        The model in evaluation mode; `None` if it would be large, or if its configuration does not
+        allow fewer layers.
     """
     config: Any = copy.deepcopy(model.config)
     text = config.get_text_config()
@@ -100,22 +100,22 @@ def shallow_model(
             return None
         shallow: PreTrainedModel = AutoModelForCausalLM.from_config(config, **asked)
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError):
-        return None  # lists with an entry for every layer, code of the model's own
+        return None  # e.g. lists with an entry for every layer, or the model's own code
     return shallow.eval()
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A model in numbers.
+    """The size of a model.
 
     Attributes:
-        parameters, trainable: of the model with its adapter; shared ones once.
+        parameters, trainable: all and trained parameters, with the adapter; tied ones once.
         weight_bytes, trainable_bytes: their bytes.
-        matrix: parameters that every token is multiplied with, without embeddings and head.
+        matrix: parameters that multiply every token, without embeddings and head.
         head: parameters of the LM head.
-        layers, hidden, vocabulary: as the configuration has them.
-        context: positions that the model was made for, or `None`.
-        cache_bytes: of the KV cache, per token of one sequence.
+        layers, hidden, vocabulary: from the configuration.
+        context: the model's context length, or `None`.
+        cache_bytes: bytes of the KV cache per token of one sequence.
     """
 
     parameters: int
@@ -131,16 +131,16 @@ class Size:
     cache_bytes: int
 
 
-# bitsandbytes keeps half a byte per weight, and a float32 number per block of 64; nested, these
-# numbers take a byte each.
+# bitsandbytes stores half a byte per weight, and a float32 scale per block of 64; nested, a scale
+# takes one byte.
 _FOUR_BITS = {"plain": 0.5 + 4 / 64, "nested": 0.5 + 1 / 64}
 
 
 def size_of(model: nn.Module, four_bits: FourBits = "no") -> Size:
-    """Counts a model, on the meta device or not; of experts, those that a token is sent to.
+    """Counts a model, on the meta device or not; of experts, those that process a token.
 
     Args:
-        four_bits: count the frozen linear layers but the head as they will be, in 4 bits.
+        four_bits: count the frozen linear layers, except the head, in 4 bits.
     """
     inner: Any = unwrapped(model)
     config = inner.config.get_text_config()
@@ -183,7 +183,7 @@ def size_of(model: nn.Module, four_bits: FourBits = "no") -> Size:
 
 
 def _expert_share(config: Any) -> float:
-    """The share of a layer's experts that one token is sent to."""
+    """The share of a layer's experts that process one token."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((n for name in names if (n := getattr(config, name, None))), None)
     used = getattr(config, "num_experts_per_tok", None)
@@ -192,14 +192,15 @@ def _expert_share(config: Any) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What autograd keeps of one forward pass.
+    """The activations that autograd saves in one forward pass.
 
     Attributes:
         kept: bytes without gradient checkpointing.
-        checkpoints: bytes with it, the inputs of every layer.
-        layer: bytes of one layer, which is what checkpointing computes again at a time.
-        counted: whether the pass could be followed; else it is the rule of thumb of 34 bytes per
-            token, layer and unit of hidden size in half precision (Korthikanti et al., 2022).
+        checkpoints: bytes with gradient checkpointing, the inputs of every layer.
+        layer: bytes of one layer; checkpointing recomputes one layer at a time.
+        counted: whether the pass was traced; otherwise the numbers follow the rule of thumb of 34
+            bytes per token, layer and unit of hidden size in half precision (Korthikanti et al.,
+            2022).
     """
 
     kept: int
@@ -209,11 +210,11 @@ class Kept:
 
 
 def kept_activations(model: nn.Module, rows: int, tokens: int, *, bf16: bool = False) -> Kept:
-    """Follows a forward pass of the backbone over `(rows, tokens)` with a dense mask, as packed.
+    """Traces a forward pass of the backbone over `(rows, tokens)` with a dense mask, as in packing.
 
     Args:
         model: an empty model, with its adapter.
-        bf16: under autocast to bfloat16.
+        bf16: whether to trace under autocast to bfloat16.
     """
     size = size_of(model)
     inner: Any = unwrapped(copy.deepcopy(model).train())
@@ -223,14 +224,14 @@ def kept_activations(model: nn.Module, rows: int, tokens: int, *, bf16: bool = F
         with FakeTensorMode(allow_non_fake_inputs=True):
             kept = _followed(inner.base_model, rows, tokens, inner.dtype, bf16)
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
-        # Experts are chosen by what the numbers are, and fake tensors have none.
+        # Experts are chosen by values, and fake tensors have no values.
         thumb = 34 * rows * tokens * size.hidden * size.layers * (1 if half else 2)
         return Kept(thumb, checkpoints, thumb // size.layers, counted=False)
     return Kept(kept, checkpoints, kept // size.layers, counted=True)
 
 
 def _followed(backbone: nn.Module, rows: int, tokens: int, dtype: torch.dtype, bf16: bool) -> int:
-    """Bytes that a pass over fake tensors keeps for its backward pass, beside the parameters."""
+    """Bytes that a pass over fake tensors saves for its backward pass, without the parameters."""
     parameters = {
         name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
         for name, p in backbone.named_parameters()
@@ -241,7 +242,7 @@ def _followed(backbone: nn.Module, rows: int, tokens: int, dtype: torch.dtype, b
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            seen[storage._cdata] = storage  # held, so that no other takes its place
+            seen[storage._cdata] = storage  # held, so that its address is not reused
         return tensor
 
     inputs = {

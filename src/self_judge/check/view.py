@@ -1,7 +1,7 @@
-"""How a check is shown: a rich console page, or plain text for logs.
+"""Shows a check: a rich console page, or plain text for logs.
 
-It knows `Report` and nothing of how it came about. Text from data is shown with its control
-characters written out, so that it cannot steer a terminal.
+It knows only `Report`. Control characters in text from data are escaped, so that they cannot affect
+a terminal.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _KINDS = {"jsft": "judge-augmented SFT", "self_judge": "self-training"}
 _TRAINED, _CONTROL, _QUIET = "bold black on green", "cyan", "dim"
 _LEVELS = {"problem": "bold red", "warning": "yellow", "note": "green"}
 _PARTS = {"head": "scores", "cache": "KV cache", "resident": "process"}  # of memory, if renamed
-_SHOWN = 900  # characters of an untrained piece; its middle is left out
+_SHOWN = 900  # characters of an untrained piece; its middle is omitted
 
 
 def show(report: Report, console: Console, *, plain: bool = False) -> None:
     """Prints the whole report.
 
     Args:
-        plain: mark trained tokens as «…» instead of by colour.
+        plain: mark trained tokens with «…» instead of colour.
     """
     _heading(console, f"{report.config}: {_KINDS[report.kind]}")
     _facts(console, report.about)
@@ -40,7 +40,7 @@ def show(report: Report, console: Console, *, plain: bool = False) -> None:
         _figures(report, console)
     if report.examples:
         _heading(console, "Samples")
-        legend = Text("the loss falls on ")
+        legend = Text("trained tokens look like ")
         legend.append("«this»" if plain else " this ", "" if plain else _TRAINED)
         legend.append(", control tokens look like ")
         legend.append("<this>", "" if plain else _CONTROL)
@@ -82,7 +82,7 @@ def _data(report: Report, console: Console) -> None:
         _line(
             console,
             f"in {100 * report.chosen_longer:.0f} % of the training pairs the better response is "
-            "the longer one (50 %: length says nothing)",
+            "the longer one (50 %: no relation)",
         )
 
 
@@ -146,20 +146,20 @@ def _cost(cost: Cost, console: Console) -> None:
     size, memory = cost.size, cost.memory
     share = 100 * size.trainable / size.parameters if size.parameters else 0.0
     percent = f"{share:.2g}" if share < 10 else f"{share:.0f}"
-    there = f" (there are {_gib(cost.device_memory)})" if cost.device_memory else ""
+    there = f" (available: {_gib(cost.device_memory)})" if cost.device_memory else ""
     parts = {_PARTS.get(name, name): n for name, n in asdict(memory).items() if n >= 2**20}
     facts = {
-        "parameters": f"{size.parameters:,}, of them trained {size.trainable:,} ({percent} %)",
-        "steps": f"{cost.steps:,} ({cost.steps_per_epoch:,} an epoch of {cost.examples:,})",
-        "a step has": ", ".join(f"{n:,} {what}" for what, n in cost.per_step.items()),
-        "tokens trained": f"{cost.tokens:,} in all, shared ones once",
-        "memory": f"{_gib(memory.peak)} at most, in the {memory.largest_phase}{there}",
+        "parameters": f"{size.parameters:,}, {size.trainable:,} of them trained ({percent} %)",
+        "steps": f"{cost.steps:,} ({cost.steps_per_epoch:,} per epoch of {cost.examples:,})",
+        "per step": ", ".join(f"{n:,} {what}" for what, n in cost.per_step.items()),
+        "tokens trained": f"{cost.tokens:,} in total, shared ones counted once",
+        "memory": f"at most {_gib(memory.peak)}, in the {memory.largest_phase}{there}",
         "": ", ".join(f"{name} {_gib(n)}" for name, n in parts.items()),
     }
     _facts(console, facts)
     how = "counted" if cost.activations_counted else "by a rule of thumb"
     text = f"Parameters are counted, activations are {how}. Assumed: {cost.assumed}. "
-    _line(console, text + "Without evaluation, saving and loading.", _QUIET)
+    _line(console, text + "Evaluation, saving and loading are not included.", _QUIET)
 
 
 def _gib(n: int) -> str:
@@ -178,4 +178,4 @@ def _findings(report: Report, console: Console) -> None:
         verdict = f"{count} problem{'s' if count > 1 else ''}: this run would go wrong"
         _line(console, verdict, "bold red")
     else:
-        _line(console, "nothing stands against this run", "bold green")
+        _line(console, "no problems found", "bold green")

@@ -1,7 +1,7 @@
-"""How good a judge is: tallies over judged pairs, from which every number with interval follows.
+"""How good a judge is: tallies over judged pairs, and all numbers with their intervals.
 
-A tally is of constant size, whatever the number of pairs. It neither judges nor reads files.
-What each number means: docs/judging.md.
+The size of a tally does not depend on the number of pairs. It does not judge or read files.
+docs/judging.md explains each number.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from self_judge.evaluation.statistics import Estimate, bootstrap_counts, proport
 from self_judge.judging.voting import under_principle
 
 Label = Literal["a", "b", "tie"]
-BINS = 10  # of confidence, between 0.5 and 1, where a preferred response mostly is
+BINS = 10  # bins of confidence between 0.5 and 1
 _LABELS: tuple[Label, ...] = ("a", "b", "tie")
 
 
 class JudgedPair(NamedTuple):
-    """A verdict on a pair, and what the data says about it.
+    """A verdict on a pair, and the pair's label.
 
     Attributes:
         label: the better response, or `"tie"`.
-        verdict: the judge's, under all principles.
-        place: of the one principle that the label is about, in the judge's templates; `None`: the
-            verdict of all of them counts.
+        verdict: the judge's verdict under all principles.
+        place: the index of the label's principle in the judge's templates; `None`: the label is
+            compared with the verdict of all principles.
         characters: lengths of the responses a and b.
     """
 
@@ -73,24 +73,34 @@ class _Mean:
         return self.total / self.n if self.n else None
 
     def share(self) -> dict[str, Any] | None:
-        """Of successes (halves are allowed), with its interval."""
+        """The share of successes (halves are allowed), with its interval."""
         return estimate_json(proportion(self.total, self.n)) if self.n else None
 
 
 @dataclass
 class JudgeTally:
-    """Everything counted over pairs; add them one by one, then ask for the `report`.
+    """All counts over pairs: `add` the pairs one by one, then call `report`.
 
     Args:
-        principles: of the judge's templates, in order.
+        principles: the principles of the judge's templates, in order.
     """
+
+    # How one pair is read, with label a and the letters below. `first` is the winner where a is
+    # shown first, `second` where b is shown first, each by the sign of its order's margin:
+    #
+    #               p(A)  p(B)
+    #   a first      .9    .1      first  = a (.9 - .1 > 0)     order "given":   right
+    #   b first      .6    .4      second = b (.4 - .6 < 0)     order "swapped": wrong
+    #
+    #   verdict a (mean .65 to .35)            accuracy: right, confidence .65
+    #   first differs from second              decided by position: the first place won twice
 
     principles: Sequence[str]
     pairs: int = 0
     means: defaultdict[str, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     reasons: Counter[str] = field(default_factory=Counter)
     letters: Counter[float] = field(default_factory=Counter)
-    # By bin of confidence: confidence, and how often it was right.
+    # For each bin: the confidence, and the accuracy.
     bins: list[tuple[_Mean, _Mean]] = field(
         default_factory=lambda: [(_Mean(), _Mean()) for _ in range(BINS)]
     )
@@ -136,7 +146,7 @@ class JudgeTally:
         second: Label,
         characters: tuple[int, int],
     ) -> None:
-        """A pair that the data does not call a tie."""
+        """Counts a pair whose label is not a tie."""
         means = self.means
         means["accuracy"].add(credit(said, label))
         means["given"].add(credit(first, label))
@@ -150,15 +160,15 @@ class JudgeTally:
             means["better_longer" if longer == label else "better_shorter"].add(credit(said, label))
 
     def _add_judged(self, verdict: Verdict, label: Label, first: Label, second: Label) -> None:
-        """A pair with probabilities."""
+        """Counts a pair with probabilities."""
         means = self.means
         means["agreement"].add(float(first == second != "tie"))
-        # The same letter in both orders, whichever response stood there.
+        # Both orders prefer the same letter, hence different responses.
         conflict = {first, second} == {"a", "b"}
         means["by_position"].add(float(conflict))
         if conflict:
             means["first_of_conflicts"].add(float(first == "a"))
-        # Of the two showings, the share in which the first place won.
+        # The share of the two orders in which the response shown first wins: 0, ½ or 1.
         self.letters[(credit(first, "a") + credit(second, "b")) / 2] += 1
         masses = [p for orders in verdict.probabilities for letters in orders for p in letters]
         means["letter_mass"].add(sum(masses) / (len(masses) / 2))
@@ -166,13 +176,13 @@ class JudgeTally:
             self._add_calibration(verdict, label)
 
     def _add_calibration(self, verdict: Verdict, label: Label) -> None:
-        """Confidence is P(preferred): the preferred response's share of the two mean scores."""
+        """Confidence is P(preferred), the preferred response's share of the two mean scores."""
         total = verdict.score_a + verdict.score_b
         p_a = verdict.score_a / total if total > 0 else 0.5
         self.means["brier"].add((1 - (p_a if label == "a" else 1 - p_a)) ** 2)
         confidence = {"a": p_a, "b": 1 - p_a, None: 0.5}[verdict.preferred]
-        # A bin holds its lower end; 1e-9 keeps 0.55 and the like out of the bin below. Where the
-        # majority outvotes the mean, confidence is below ½: the lowest bin takes it.
+        # A bin includes its lower end; 1e-9 keeps 0.55 and the like out of the bin below. If the
+        # majority outvotes the mean, confidence is below ½ and goes into the lowest bin.
         place = int((confidence - 0.5) * 2 * BINS + 1e-9)
         sure, right = self.bins[min(max(place, 0), BINS - 1)]
         sure.add(confidence)
@@ -200,7 +210,7 @@ class JudgeTally:
         self.votes[(alone.count("a"), alone.count("b"), alone.count("tie"))] += 1
 
     def report(self) -> dict[str, Any]:
-        """All numbers, as JSON data; null where there is nothing to tell from."""
+        """All numbers, as JSON data; null if there are no pairs for a number."""
 
         def share(name: str) -> dict[str, Any] | None:
             return self.means[name].share()
@@ -229,7 +239,7 @@ class JudgeTally:
             "calibration": self._calibration(),
             "principles": {name: mean.share() for name, mean in self.by_principle.items()},
             "principle_agreement": self._principle_agreement(),
-            # How the judge meets pairs that the data calls ties.
+            # Verdicts on pairs that are labeled as ties.
             "with_ties": {
                 "three_way_agreement": share("with_ties"),
                 "ties_called_ties": share("ties_conflict"),
@@ -248,8 +258,8 @@ class JudgeTally:
     def _calibration(self) -> dict[str, Any] | None:
         """The reliability table, as JSON data.
 
-        ECE is Σ n_b/n |accuracy_b − confidence_b| over bins of confidence (Guo et al., 2017), Brier
-        the mean squared distance of P(better response) from 1.
+        ECE is Σ n_b/n |accuracy_b − confidence_b| over bins of confidence (Guo et al., 2017); Brier
+        is the mean squared distance of P(better response) from 1.
         """
         brier = self.means["brier"]
         if not brier.n:
@@ -291,10 +301,10 @@ def _longer(characters: tuple[int, int]) -> Label:
 
 
 def cohens_kappa(counts: Counter[tuple[Label, Label]]) -> float | None:
-    """Agreement of two raters beyond chance (Cohen 1960); `None` where chance already is 1.
+    """Agreement of two raters beyond chance (Cohen 1960); `None` if chance agreement is 1.
 
     Args:
-        counts: how often the first said x and the second said y.
+        counts: the number of pairs by (label of the first rater, label of the second).
     """
     n = sum(counts.values())
     observed = sum(c for (x, y), c in counts.items() if x == y) / n
@@ -307,10 +317,10 @@ def cohens_kappa(counts: Counter[tuple[Label, Label]]) -> float | None:
 
 
 def fleiss_kappa(votes: Counter[tuple[int, int, int]]) -> float | None:
-    """Agreement of several raters beyond chance (Fleiss 1971); `None` where chance already is 1.
+    """Agreement of several raters beyond chance (Fleiss 1971); `None` if chance agreement is 1.
 
     Args:
-        votes: how often a pair got so many votes for a, for b and for neither; at least two raters.
+        votes: the number of pairs by (votes for a, for b, for neither); at least two raters.
     """
     n = sum(votes.values())
     raters = sum(next(iter(votes)))
@@ -323,7 +333,7 @@ def fleiss_kappa(votes: Counter[tuple[int, int, int]]) -> float | None:
 
 @dataclass
 class PairedTally:
-    """Two judges on the same pairs: add the credit of each, then ask for the `report`."""
+    """Two judges on the same pairs: `add` the credit of each, then call `report`."""
 
     cells: Counter[tuple[float, float]] = field(default_factory=Counter)
 
@@ -331,10 +341,10 @@ class PairedTally:
         self.cells[ours, theirs] += 1
 
     def report(self) -> dict[str, Any] | None:
-        """Difference of accuracy with its interval, and McNemar's exact test.
+        """The difference of accuracy with its interval, and McNemar's exact test.
 
-        The test counts pairs that one judge has right and the other has not; an undecided pair is
-        not right.
+        The test counts pairs that exactly one of the judges gets right; an undecided pair is not
+        right.
         """
         if not self.cells:
             return None

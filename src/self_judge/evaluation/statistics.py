@@ -1,7 +1,6 @@
-"""How good a judge is and how good a policy is, with intervals.
+"""Statistics of judges and policies, with intervals.
 
-Pure statistics over verdicts, scores, outcomes and lengths; `evaluate_judge` asks a judge for its
-verdicts first.
+Pure functions of verdicts, scores, outcomes and lengths; only `evaluate_judge` calls a judge.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-# Of the normal prior on γ: keeps it finite where length alone separates wins from losses.
+# Standard deviation of the normal prior on γ: keeps γ finite if length alone separates wins from
+# losses.
 PRIOR_SD = 2.5
-_BOUND = 10.0  # of θ, when everything is won or lost
+_BOUND = 10.0  # limit of |θ| if everything is won or lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Estimate:
     Attributes:
         value: the mean.
         low, high: ends of the interval.
-        n: how many values it is over.
+        n: the number of values.
     """
 
     value: float
@@ -51,13 +51,13 @@ class Estimate:
 
 
 def proportion(successes: float, n: int) -> Estimate:
-    """A share with Wilson's interval; halves (ties) are rounded for the interval only.
+    """A share with Wilson's interval; for the interval alone, half successes (ties) are rounded.
 
     Raises:
         ValueError: n is 0.
     """
     if n < 1:
-        raise ValueError("a proportion needs at least one case")
+        raise ValueError("a proportion needs at least one value")
     interval = binomtest(round(successes), n).proportion_ci(0.95, method="wilson")
     return Estimate(successes / n, float(interval.low), float(interval.high), n)
 
@@ -67,7 +67,7 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
 
     Args:
         values: one per independent unit, e.g. one per prompt.
-        seed: of the resampling.
+        seed: the seed of the resampling.
 
     Raises:
         ValueError: there are no values.
@@ -75,7 +75,7 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
     if not len(values):
         raise ValueError("a mean needs at least one value")
     mean = float(np.mean(values))
-    if len(set(values)) == 1:  # nothing varies: the interval is the point
+    if len(set(values)) == 1:  # all values are equal: the interval is a point
         return Estimate(mean, mean, mean, len(values))
     interval = bootstrap(
         (np.asarray(values, dtype=float),),
@@ -89,10 +89,10 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
 
 
 def bootstrap_counts(counts: Mapping[float, int], seed: int = 0) -> Estimate:
-    """As `bootstrap_mean`, for values of which each is given with how often it occurred.
+    """Like `bootstrap_mean`, for distinct values with their counts.
 
-    Resampling n values is a multinomial draw of their counts, so that memory and time do not grow
-    with n.
+    Resampling n values is a multinomial draw of their counts, so memory and time do not grow with
+    n.
 
     Raises:
         ValueError: there are no values.
@@ -108,20 +108,20 @@ def bootstrap_counts(counts: Mapping[float, int], seed: int = 0) -> Estimate:
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Estimate:
-    """Share of prompts on which our score is higher; a tie counts half a win."""
+    """The share of prompts on which our score is higher; a tie counts as half a win."""
     wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
     return bootstrap_mean(wins, seed)
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeQuality:
-    """How a judge did on labeled pairs.
+    """The quality of a judge on labeled pairs.
 
     Attributes:
         accuracy: share decided for the better response; an undecided pair counts half.
-        single_order: the same for each order alone, averaged over the two orders.
-        order_agreement: share of pairs that both orders decide alike.
-        undecidable: share left undecided.
+        single_order: the accuracy of each order alone, averaged over the two orders.
+        order_agreement: share of pairs on which both orders agree.
+        undecidable: share of undecided pairs.
     """
 
     accuracy: Estimate
@@ -131,9 +131,10 @@ class JudgeQuality:
 
 
 def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
-    """Accuracy of verdicts on pairs whose better response was given as a.
+    """The quality of verdicts on pairs whose better response is a.
 
-    Judging is symmetric in the two orders, so the place of the better response cannot help.
+    Judging is symmetric in the two orders, so the position of the better response gives no
+    advantage.
 
     Raises:
         ValueError: there are no verdicts.
@@ -154,7 +155,7 @@ def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
 def evaluate_judge(
     judge: Judge, records: Sequence[PreferenceRecord], *, progress: bool = False
 ) -> JudgeQuality:
-    """How often the judge agrees with the labels: a pair of one principle under its template."""
+    """The judge's agreement with the labels; a pair for one principle uses its template."""
     cases = [
         (Comparison(judge_context(r), p.chosen, p.rejected), p.principle)
         for r in records
@@ -175,11 +176,11 @@ def evaluate_judge(
 
 @dataclass(frozen=True, slots=True)
 class LengthControlled:
-    """A win rate with the effect of length taken out.
+    """A win rate without the effect of length.
 
     Attributes:
-        win_rate: σ(θ), the chance to win against a response as long as our own, with its interval.
-        slope: γ, positive where longer responses win.
+        win_rate: σ(θ), the chance to win against a response of equal length, with its interval.
+        slope: γ, positive if longer responses win.
         scale: standard deviation of the length differences, in their unit.
     """
 
@@ -191,16 +192,16 @@ class LengthControlled:
 def length_controlled_win_rate(
     wins: Sequence[float], differences: Sequence[float], seed: int = 0, resamples: int = 999
 ) -> LengthControlled:
-    """Fits P(win) = σ(θ + γ · tanh(Δ / sd(Δ))) and reads it at Δ = 0.
+    """Fits P(win) = σ(θ + γ · tanh(Δ / sd(Δ))) and evaluates it at Δ = 0.
 
-    AlpacaEval's model has a further term for the difficulty of each instruction, which is estimated
-    from many models; with two policies there is nothing to estimate it from.
+    AlpacaEval's model has another term for the difficulty of each instruction, estimated from many
+    models; two policies do not suffice to estimate it.
 
     Args:
         wins: 1, 0, or ½ for a tie; one per prompt.
         differences: our length minus theirs, one per prompt.
-        seed: of the bootstrap over prompts.
-        resamples: of the bootstrap; the model is fitted anew to each.
+        seed: the seed of the bootstrap over prompts.
+        resamples: the number of bootstrap samples; the model is fitted to each.
 
     Raises:
         ValueError: there are no prompts.
@@ -228,7 +229,7 @@ def length_controlled_win_rate(
 
 
 def fit(wins: Array, lengths: Array, prior_sd: float = PRIOR_SD) -> tuple[float, float]:
-    """(θ, γ) of the logistic regression of wins (shares allowed) on one variable."""
+    """(θ, γ) of the logistic regression of wins (fractions allowed) on one variable."""
 
     def loss(parameters: Array) -> tuple[float, Array]:
         theta, slope = parameters

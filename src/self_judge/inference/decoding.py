@@ -3,6 +3,19 @@
 It knows ids, logits and KV caches. It does not know text, seeds or how a token is drawn.
 """
 
+# The idea, with prompts `p q r` (one copy) and `s t` (two copies) and at most 3 new tokens. Each
+# prompt is computed once (prefill) and its keys and values are copied to all its rows, on the left
+# of a room that is allocated once at full size:
+#
+#   after prefill        one token later      row 1 has stopped:   one token later
+#   row 0  p q r . . .   p q r A . .          it leaves, and the   p q r A D .     row 0
+#   row 1  _ s t . . .   _ s t B . .          rows below it move   _ s t C E .     row 2
+#   row 2  _ s t . . .   _ s t C . .          up in place
+#
+# `_` is padding. The cache that the model sees is a view of the room that grows by one token at
+# each step, so neither tokens nor leaving rows need a second cache. `rows` maps each remaining row
+# to its number at the start: [0 1 2], then [0 2].
+
 from __future__ import annotations
 
 import inspect
@@ -31,28 +44,28 @@ from self_judge.runtime import unwrapped, without_cudnn_attention
 
 logger = logging.getLogger(__name__)
 
-# The largest of a number over the processes that share a model.
+# The maximum of a number over the processes that share a model.
 MaxOverRanks = Callable[[int], int]
-"""The largest of a number over all processes; `int` itself where there is one process."""
+"""The maximum of a number over all processes; `int` itself with a single process."""
 
-# Two cores are busy with about this many tokens; a GPU needs more of them.
+# About this many tokens keep two CPU cores busy; a GPU needs more.
 _PREFILL_TOKENS = {"cpu": 1024}
 _PREFILL_TOKENS_ELSEWHERE = 16_384
-# Tokens between two looks at which rows have finished. A look waits for a GPU, which has nothing to
-# do then until the next pass is launched; on a CPU it is free, and a pass too many is not.
+# Tokens between two checks for finished rows. On a GPU a check waits for the device, which is then
+# idle until the next pass; on a CPU a check is free, and an unnecessary pass is not.
 _LOOK_EVERY = {"cpu": 1}
 _LOOK_EVERY_ELSEWHERE = 8
-_LEAVE_AT = 0.75  # share of unfinished rows below which the finished ones leave the batch
+_LEAVE_AT = 0.75  # finished rows leave the batch once at most this share is unfinished
 
 
 class TokenSampler(Protocol):
-    """Chooses each row's next token; may hold something per row."""
+    """Chooses the next token of each row; may keep state per row."""
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         """The tokens `(B,)` that follow the ids, which are padded on the left."""
 
     def keep(self, rows: torch.Tensor) -> None:
-        """From now on only these rows are asked for."""
+        """Drops the state of all rows except these."""
 
 
 @torch.no_grad()
@@ -70,19 +83,19 @@ def decode(
 ) -> list[list[int]]:
     """Continues every prompt `copies` times, until a stop token (included) or the limit.
 
-    The keys and values of a prompt are computed once for all its copies. Rows that are finished
-    leave the batch, a quarter of it at a time, since each leaving copies the cache.
+    The keys and values of a prompt are computed once for all its copies. Finished rows leave the
+    batch once they are a quarter of it, because each departure copies the cache.
 
     Args:
-        model: in evaluation mode, with no adapter of virtual tokens; see `why_not_shared`.
+        model: in evaluation mode, without an adapter of virtual tokens; see `why_not_shared`.
         prompts: ids of each prompt; none may be empty.
-        copies: how often each is continued.
+        copies: the number of continuations of each prompt.
         draw: chooses tokens; its rows are the first prompt's copies, then the second's, ….
-        stop, pad: tokens that end a row; what fills rows on the left.
-        max_over_ranks: with a sharded model, the largest of a number over all processes, so that
-            each makes as many forward passes as the others.
-        look_every: tokens between two looks at which rows have finished, which changes no row;
-            default: 1 on a CPU, 8 elsewhere.
+        stop, pad: the tokens that end a row; the token that pads rows on the left.
+        max_over_ranks: with a sharded model, the maximum of a number over all processes, so that
+            all of them make the same number of forward passes.
+        look_every: tokens between two checks for finished rows; it does not change the result.
+            Default: 1 on a CPU, 8 elsewhere.
 
     Returns:
         The new ids of every row.
@@ -91,7 +104,7 @@ def decode(
     every = look_every or _LOOK_EVERY.get(device.type, _LOOK_EVERY_ELSEWHERE)
     longest = max(map(len, prompts))
     of_row = [i for i, n in enumerate(copies) for _ in range(n)]
-    rows = list(range(len(of_row)))  # those that are left
+    rows = list(range(len(of_row)))  # the rows that remain
     given = padded([prompts[i] for i in of_row], device, "left", pad)
     room = (0, max_new_tokens)
     ids_BT = nn.functional.pad(given["input_ids"], room, value=pad)
@@ -109,6 +122,7 @@ def decode(
         )
         for step in range(max_new_tokens):
             at = longest + step
+            # A finished row that has not left yet gets padding tokens, which are cut at the end.
             token_B = torch.where(unfinished_B, draw(ids_BT[:, :at], logits_BV), pad)
             new_BT[row_B, step] = token_B
             ids_BT[:, at] = token_B
@@ -116,11 +130,11 @@ def decode(
             if step + 1 == max_new_tokens:
                 break
             if (step + 1) % every == 0:
-                left = [place for place, goes_on in enumerate(unfinished_B.tolist()) if goes_on]
+                left = [i for i, unfinished in enumerate(unfinished_B.tolist()) if unfinished]
                 if not (max_over_ranks(len(left)) if max_over_ranks else left):
                     break
                 if 0 < len(left) <= _LEAVE_AT * len(rows):
-                    rows = [rows[place] for place in left]
+                    rows = [rows[i] for i in left]
                     kept = to_device(torch.tensor(left), device)
                     cache.batch_select_indices(kept)
                     draw.keep(kept)
@@ -137,7 +151,7 @@ def decode(
     return [ids[:end] for ids, end in zip(new, ends, strict=True)]
 
 
-# Whether the rows of a pass are padded; `None` outside of passes of this module.
+# Whether the rows of a pass are padded; `None` outside the passes of this module.
 _PADDED: ContextVar[bool | None] = ContextVar("padded", default=None)
 _SDPA_MASK = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -156,9 +170,9 @@ ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _told_mask
 
 @contextmanager
 def _masks(padded: bool) -> Iterator[None]:
-    """Tells Transformers whether rows are padded, for which it would read its mask at every pass.
+    """Tells Transformers whether rows are padded, so that it need not read its mask at each pass.
 
-    It leaves the mask of SDPA out where nothing is padded; that stays so. Passes of other threads
+    Without padding, Transformers omits the mask of SDPA, and still does. Passes in other threads
     make their masks as usual.
     """
     token = _PADDED.set(padded)
@@ -170,16 +184,16 @@ def _masks(padded: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def cache_bytes(model: nn.Module) -> int | None:
-    """Bytes of keys and values per token of one sequence, found by a pass over one token.
+    """Bytes of keys and values per token of one sequence, measured by a pass over one token.
 
-    A configuration does not say it: latent attention and layers that share their keys go by names
-    of their own, and autocast computes in another type than that of the weights.
+    A configuration does not say this: models with latent attention or shared keys use their own
+    names, and autocast computes in another type than that of the weights.
 
     Args:
         model: in evaluation mode; see `why_not_shared`.
 
     Returns:
-        `None` where the cache does not tell.
+        The bytes, or `None` if the cache does not show them.
     """
     _, cache = _prefill(model, [[0]])
     layers = [x for x in cache.layers if isinstance(x, DynamicLayer) and x.is_initialized]
@@ -188,9 +202,9 @@ def cache_bytes(model: nn.Module) -> int | None:
 
 
 def why_not_shared(model: nn.Module) -> str | None:
-    """Why `decode` would not be exact for a model, from its kind and a trial; `None` if it is.
+    """Why `decode` is not exact for a model, by its kind and a trial; `None` if it is exact.
 
-    Such models are left to their own `generate`.
+    Models for which it is not exact use their own `generate`.
     """
     inner: Any = unwrapped(model)
     known = _KNOWN.setdefault(inner, {})
@@ -208,8 +222,8 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[bool, str | None]] = weakref.W
 class _PromptLayer(DynamicLayer):
     """Keys and values of prompts, in the type that attention computes in.
 
-    Under autocast, keys that were rotated are float32, the usual layer makes the values so as well,
-    and attention rounds both whenever it meets them.
+    Under autocast rotated keys are float32. The usual layer then converts the values as well, and
+    attention rounds both at every step.
     """
 
     def update(
@@ -225,14 +239,21 @@ def _empty_cache(model: nn.Module) -> Any:
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for the tokens to come, in which rows and tokens move up in place.
+    """Keys and values with room for future tokens; remaining rows move up in place.
 
-    So a batch takes its memory once: nothing grows, and rows that leave need no second cache.
+    A batch allocates its memory once: nothing grows, and leaving rows need no second cache.
 
     Args:
         rooms: keys and values, `(B, H, tokens, D)` each.
-        length: tokens that are in them.
+        length: the number of tokens already in them.
     """
+
+    # `rooms` own the memory; `keys` and `values` are views of their first rows and tokens:
+    #
+    #   start               update               batch_select_indices([0, 2])
+    #   0 1 2|. . .         0 1 2 a|. .          0 1 2 a|. .     keys[:2] = keys[[0, 2]]
+    #   3 4 5|. . .         3 4 5 b|. .          6 7 8 c|. .     the third row of the room stays
+    #   6 7 8|. . .         6 7 8 c|. .          ─────────       unused until the batch ends
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -270,21 +291,23 @@ def _prefilled(
     *,
     one_pass: bool,
 ) -> tuple[torch.Tensor, Any]:
-    """Logits `(B, V)` after each row's prompt, and a cache with a row for each.
+    """Logits `(B, V)` after each row's prompt, and a cache with one row for each.
 
     Args:
-        tokens: for how many there is room in a row of the cache.
+        tokens: the room in a row of the cache, in tokens.
     """
     device = _device(model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    # Windows and the like are filled in one pass, and spread as the cache itself does it.
+    # Other layers, such as windows, are filled in one pass and copied by the cache's own method.
     whole = all(type(layer) is _PromptLayer for layer in _empty_cache(model).layers)
     parts = _parts(model, prompts, order) if whole and not one_pass else [order]
     results = [_prefill(model, [prompts[i] for i in part]) for part in parts]
     place = {i: at for at, i in enumerate(order)}
     source = [place[i] for i in of_row]
     source_B = to_device(torch.tensor(source), device)
-    spread = []  # by part: rows of the batch, and where in the part they come from
+    # For each part: rows of the batch, and their source rows in the part. With the two prompts
+    # above as two parts: [[0], [0]] (row 0 is p q r) and [[1, 2], [0, 0]] (rows 1 and 2 are s t).
+    spread = []
     first = 0
     for part in parts:
         rows = [row for row, i in enumerate(source) if first <= i < first + len(part)]
@@ -306,11 +329,13 @@ def _parts(
     model: nn.Module, prompts: Sequence[Sequence[int]], order: Sequence[int]
 ) -> list[list[int]]:
     """Groups prompts of similar lengths into passes within the token budget."""
+    # On a CPU (1,024 tokens), prompts of 600, 590, 300, 290 and 100 tokens: [600] [590] [300 290]
+    # [100]. Two of 600 exceed the budget; 300 beside 590, or 100 beside 300, would be padding.
     budget = _PREFILL_TOKENS.get(_device(model).type, _PREFILL_TOKENS_ELSEWHERE)
     parts: list[list[int]] = []
     for i in order:  # longest first
         first = parts[-1][0] if parts else i
-        wide = len(prompts[i]) < 0.8 * len(prompts[first])  # padding would cost more than a pass
+        wide = len(prompts[i]) < 0.8 * len(prompts[first])  # padding costs more than another pass
         if not parts or wide or (len(parts[-1]) + 1) * len(prompts[first]) > budget:
             parts.append([])
         parts[-1].append(i)
@@ -338,13 +363,13 @@ def _joined(
     longest: int,
     tokens: int,
 ) -> _RoomyLayer:
-    """One layer's keys and values of all rows, from those of some prompts each; padded on the left.
+    """One layer's keys and values of all rows, padded on the left, from the layers of all parts.
 
     Args:
-        layers: they are emptied.
-        spread: for each of them, rows of the batch and where in the layer they come from, `(2, R)`.
+        layers: the same layer of each part; they are emptied.
+        spread: for each part, rows of the batch and their source rows, `(2, R)`.
         longest: tokens of the longest prompt.
-        tokens: for how many there is room.
+        tokens: the room in a row, in tokens.
     """
     rooms = []
     for name in ("keys", "values"):
@@ -356,7 +381,7 @@ def _joined(
             room[to, :, longest - state.shape[2] : longest] = state[of]
         rooms.append(room)
     for layer in layers:
-        layer.reset()  # its memory is free at once
+        layer.reset()  # frees its memory at once
     return _RoomyLayer(rooms, longest)
 
 
@@ -374,12 +399,12 @@ def _gate(model: nn.Module) -> str | None:
     if inner.config.get_text_config().is_encoder_decoder:
         return "an encoder-decoder model"
     if getattr(inner, "_is_stateful", False):
-        return "its layers keep a state that does not go by tokens"
+        return "its layers keep a state that is not one per token"
     return None
 
 
 class _Script:
-    """Draws tokens that were written down before, and keeps the logits."""
+    """Draws prescribed tokens and records the logits."""
 
     def __init__(self, tokens_BT: torch.Tensor) -> None:
         self.tokens_BT = tokens_BT
@@ -395,7 +420,7 @@ class _Script:
 
 
 def _trial(model: nn.Module) -> str | None:
-    """Decodes a few tokens, with rows that leave, beside a padded batch of what comes out."""
+    """Compares a short decoding, with a row that leaves, with a padded batch of its results."""
     called = as_called(model)
     stop, *drawn = trial_tokens(model, 33)
     drawn = [token if token != stop else token + 1 for token in drawn]  # nothing else stops

@@ -1,8 +1,18 @@
-"""Lockstep: processes that hold parts of one model make the same number of forward passes.
+"""Lockstep: processes that share one sharded model make the same number of forward passes.
 
-Under FSDP and ZeRO-3 a forward pass is a meeting of all processes. How many passes a process needs
-for its own prompts differs, so those with fewer go on with passes for nothing until all are done.
+Under FSDP and ZeRO-3 all processes take part in every forward pass, because each holds only a part
+of the weights. A process that needs fewer passes makes empty ones until all are done.
 """
+
+# The idea. Process 0 needs three passes for its prompts, process 1 needs one. Before every pass all
+# processes exchange one number and take its maximum: 1 "I have a pass to make", 0 "I am done".
+#
+#   exchange       1        2        3        4
+#   process 0      1 pass   1 pass   1 pass   0
+#   process 1      1 pass   0 empty  0 empty  0        (in `finish` from exchange 2 on)
+#   maximum        1        1        1        0        all leave `finish` together
+#
+# Without it, process 0 would wait for ever in its second pass for the weights of process 1.
 
 from __future__ import annotations
 
@@ -19,17 +29,17 @@ from self_judge.packing.packing import Decision, Packing, needs_one_pass
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Raises `ValueError` when the launcher asked for other processes than Accelerate runs.
+    """Raises `ValueError` if the processes of the launcher differ from those of Accelerate.
 
-    Without this, processes that do not know of each other train into one folder, and a model that
-    was to be sharded is not, all with exit status 0.
+    Without this check, separate processes would train into one folder, or a model would not be
+    sharded although this was requested, all with exit status 0.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     kind = str(accelerator.distributed_type.value)
     if accelerator.num_processes != launched or (launched > 1 and kind == "NO"):
         raise ValueError(
-            f"{launched} processes were launched (WORLD_SIZE), and this one takes part in a run of "
-            f"{accelerator.num_processes} ({kind}): they would train apart and into one folder. "
+            f"{launched} processes were launched (WORLD_SIZE), but this one belongs to a run of "
+            f"{accelerator.num_processes} ({kind}): they would train separately into one folder. "
             "Launch with a file of configs/accelerate and --num_processes"
         )
     if launched == 1:
@@ -38,13 +48,13 @@ def check_processes(accelerator: Accelerator) -> None:
         wanted = os.environ.get(f"ACCELERATE_USE_{asked}", "false").lower() in ("1", "true")
         if wanted and kind != asked:
             raise ValueError(
-                f"{asked} was asked for, and {kind} is what Accelerate makes of it here: the model "
+                f"{asked} was requested, but Accelerate uses {kind} on this machine: the model "
                 "would not be sharded. Launch with configs/accelerate/ddp.yaml, or on GPUs"
             )
 
 
 def max_over_ranks(accelerator: Accelerator) -> MaxOverRanks | None:
-    """The largest of a number over all processes where they share a model; else `None`."""
+    """The maximum of a number over all processes if they share a model; else `None`."""
     if accelerator.num_processes == 1 or not needs_one_pass(accelerator.distributed_type):
         return None
 
@@ -57,15 +67,15 @@ def max_over_ranks(accelerator: Accelerator) -> MaxOverRanks | None:
 
 
 class LockstepPacking(Packing):
-    """Packing for logits of a model that processes share: every pass is one that all make.
+    """Packing for the logits of a shared model: all processes make every pass.
 
-    After its last call each process calls `finish`, which returns when all have.
+    After its last call each process calls `finish`, which returns when all have called it.
 
     Args:
-        model, choice: see `Packing`; `off` is taken as `padding`.
+        model, choice: see `Packing`; `off` is treated as `padding`.
         batch_rows: half the prompts of a pass: both orders of a comparison share a row.
-        max_over_ranks: the largest of a number over all processes.
-        batch_tokens: tokens of a row at most.
+        max_over_ranks: the maximum of a number over all processes.
+        batch_tokens: the most tokens in a row.
     """
 
     def __init__(
@@ -84,10 +94,10 @@ class LockstepPacking(Packing):
 
     @property
     def decision(self) -> Decision:
-        """The route; trying it takes forward passes, so all processes ask at the same time.
+        """The route; trying it takes forward passes, so all processes must ask at the same time.
 
         Raises:
-            ValueError: the model cannot be packed, and its passes could not be counted.
+            ValueError: the model cannot be packed, so its passes cannot be counted.
         """
         decision = super().decision
         if decision.route == "off":
@@ -97,7 +107,7 @@ class LockstepPacking(Packing):
     def next_token_logits(
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """As `Packing` does, in passes of so many rows, each announced to the others."""
+        """As in `Packing`, in passes of `batch_rows` rows, each announced to all processes."""
         size = 2 * self.batch_rows
         for start in range(0, len(sequences), size):
             self.max_over_ranks(1)
@@ -105,7 +115,7 @@ class LockstepPacking(Packing):
                 yield [start + n for n in numbers], logits
 
     def finish(self) -> None:
-        """Goes along with the passes of the processes that are not done yet."""
+        """Makes empty passes until every process is done."""
         while self.max_over_ranks(0):
             passed: Any = super().next_token_logits([[0]])
             list(passed)

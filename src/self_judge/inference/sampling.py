@@ -1,7 +1,7 @@
-"""Samplers: prompts in, responses out, exactly as sampled. Here the one on Transformers.
+"""Samplers: prompts in, responses out, exactly as sampled; this one runs on Transformers.
 
-It knows token ids and a model. It does not know what a prompt means or who judges the answers. How
-tokens follow one another: `decoding.py`.
+It knows token ids and a model. It does not know what a prompt means or who judges the answers.
+`decoding.py` produces the tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from self_judge.runtime import halve_or_raise, in_evaluation_mode, without_cudnn
 
 
 class Sampler(Protocol):
-    """What draws responses: a model in this process, or an engine."""
+    """Draws responses with a model in this process or with an engine."""
 
     def sample(
         self,
@@ -46,7 +46,7 @@ class Sampler(Protocol):
 def rows_to_sample(
     prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int] | int
 ) -> list[tuple[int, int]]:
-    """One row (place of its prompt, seed) per response: a prompt's `n` rows stand together.
+    """One row (prompt index, seed) per response; the `n` rows of a prompt are adjacent.
 
     Raises:
         ValueError: `n` is below 1, a prompt is empty, or there is not one seed per prompt.
@@ -55,19 +55,21 @@ def rows_to_sample(
         raise ValueError(f"n must be at least 1, got {n}")
     empty = next((i for i, p in enumerate(prompts) if not len(p)), None)
     if empty is not None:
-        raise ValueError(f"prompt {empty} has no tokens: there is nothing to continue from")
+        raise ValueError(f"prompt {empty} has no tokens: there is nothing to continue")
     if isinstance(seeds, int):
         seeds = [stable_seed(seeds, i) for i in range(len(prompts))]
     if len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed each")
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed per prompt")
+    # Two prompts with seeds s and t, n = 2: (0, s·0) (0, s·1) (1, t·0) (1, t·1), where s·k is the
+    # stable hash of s and k. The seed of a row depends on nothing else.
     return [(i, stable_seed(seeds[i], k)) for i in range(len(prompts)) for k in range(n)]
 
 
 def stop_tokens(encoder: ChatEncoder) -> tuple[int, ...]:
-    """The tokens at which an answer ends.
+    """The tokens that end an answer.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     if not encoder.stop_token_ids:
         raise ValueError(
@@ -78,7 +80,7 @@ def stop_tokens(encoder: ChatEncoder) -> tuple[int, ...]:
 
 
 def sampled_response(sampled: Sequence[int], encoder: ChatEncoder) -> Response:
-    """Sampled ids up to the first that ends an answer; finished if there is one."""
+    """The sampled ids up to the first stop token; the response is finished if there is one."""
     stop = set(encoder.stop_token_ids)
     end = next((t + 1 for t, token in enumerate(sampled) if token in stop), None)
     ids = tuple(sampled[:end])
@@ -86,30 +88,30 @@ def sampled_response(sampled: Sequence[int], encoder: ChatEncoder) -> Response:
 
 
 class TransformersSampler:
-    """Samples with a Transformers model and a KV cache, prompts of like lengths together.
+    """Samples with a Transformers model and a KV cache; prompts of similar length share a batch.
 
-    A prompt is computed once for all its samples, and finished rows leave the batch; models for
-    which a trial shows that this is not exact go through their own `generate` instead.
+    A prompt is computed once for all its samples, and finished rows leave the batch. If a trial
+    shows that this is not exact for a model, its own `generate` is used instead.
 
-    Every response has a seed of its own, from which its tokens are drawn; so it does not depend on
-    which other prompts share the batch, on the number of processes or on what was sampled before
-    (up to rounding in the model itself).
+    The tokens of each response are drawn from its own seed. A response therefore does not depend on
+    the other prompts of its batch, the number of processes or earlier samples (up to rounding in
+    the model itself).
 
-    One thread at a time may sample from a model: its generation settings and its mode are set aside
-    meanwhile, and put back whatever happens.
+    Only one thread at a time may sample from a model: its generation settings and mode are replaced
+    during sampling, and always restored.
 
     Args:
         model: a causal language model; its own generation settings are not used.
-        encoder: gives the tokens at which an answer ends, and decodes.
-        settings: how to draw.
-        batch_size: responses sampled together at most.
-        batch_tokens: tokens held in the KV cache at most, as (longest prompt + `max_new_tokens`) ×
-            responses; a single prompt's samples are split where they alone are more. Default: as
-            many as fit into half of what the model's weights leave of a GPU's memory, or into
-            4 GiB on a CPU. That goes by the memory that the device has, not by what is free: the
-            same prompts share a batch after a resume.
-        max_over_ranks: for a sharded model, the largest of a number over all processes: then each
-            makes as many forward passes as the others, whatever it samples.
+        encoder: provides the stop tokens and decodes.
+        settings: the sampling settings.
+        batch_size: the most responses in a batch.
+        batch_tokens: the most tokens in the KV cache, as (longest prompt + `max_new_tokens`) ×
+            responses; the samples of a single prompt are split if they exceed it. Default: as many
+            as fit into half of the GPU memory that the model's weights leave, or into 4 GiB on a
+            CPU. This depends on the memory of the device, not on what is free, so the same prompts
+            share a batch after a resume.
+        max_over_ranks: for a sharded model, the maximum of a number over all processes: then all of
+            them make the same number of forward passes, whatever they sample.
 
     Raises:
         ValueError: a batch size is below 1, or no token ends an answer.
@@ -151,7 +153,7 @@ class TransformersSampler:
         Args:
             prompts: token ids that end where the answer begins; none may be empty.
             n: responses per prompt.
-            seeds: one seed per prompt, or one for all (then prompts differ by their place).
+            seeds: one seed per prompt, or one for all (then each prompt's index is mixed in).
             progress: show a bar.
 
         Returns:
@@ -166,10 +168,12 @@ class TransformersSampler:
         with in_evaluation_mode(self.model), without_cudnn_attention(), bar:
             batches = self._batches([len(p) for p in prompts], n)
             number, rounds = 0, len(batches)
+            # Processes that share a model agree on the number of batches: with 3 here and 5
+            # elsewhere, this process samples two batches of one stop token and drops them.
             if self.max_over_ranks is not None:
                 rounds = self.max_over_ranks(rounds)
             while number < rounds:
-                if number >= len(batches):  # in step with processes that have more to do
+                if number >= len(batches):  # in lockstep with processes that have more batches
                     self._sampled([(self.stop[:1], [0])])
                     number += 1
                     continue
@@ -179,14 +183,17 @@ class TransformersSampler:
                 try:
                     drawn = iter(self._sampled(rows))
                 except RuntimeError as error:
-                    if self.max_over_ranks is not None:  # they sample in step
+                    if self.max_over_ranks is not None:  # no process can split its batches alone
                         raise
+                    # Out of memory: this batch and all later ones are split to half its responses.
+                    # Seeds belong to rows, so the responses stay the same.
                     self.batch_size = halve_or_raise("sampling", count, "responses", error)
                     batches[number:] = [
                         part for b in batches[number:] for part in _split(b, self.batch_size)
                     ]
                     rounds = len(batches)
                     continue
+                # A prompt's samples stay in order, even if they are spread over several batches.
                 for i, ks in batch:
                     responses[i] += [sampled_response(next(drawn), self.encoder) for _ in ks]
                 bar.update(count)
@@ -194,10 +201,13 @@ class TransformersSampler:
         return responses
 
     def _batches(self, lengths: Sequence[int], n: int) -> list[list[tuple[int, range]]]:
-        """Prompts with the numbers of their samples, longest first, within the batch's limits."""
+        """Batches of (prompt, range of its samples), longest first, within the batch limits."""
+        # Prompts of 5, 20 and 10 tokens, 3 samples each, at most 4 responses and 60 tokens in a
+        # batch, 10 new tokens: a row of the prompt with 20 takes 30 tokens, so two fit.
+        #   [prompt 1, samples 0 1] [prompt 1, sample 2] [prompt 2, samples 0 1 2] [prompt 0, ...]
         limit = self.batch_tokens or _cache_tokens(self.model)
         batches: list[list[tuple[int, range]]] = []
-        room = 0  # responses that the last batch may still take
+        room = 0  # responses for which the last batch has room
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             fit = max(1, limit // (lengths[i] + self.settings.max_new_tokens))
             most = min(self.batch_size, fit)
@@ -211,7 +221,7 @@ class TransformersSampler:
         return batches
 
     def _sampled(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
-        """New ids by prompt and sample; `rows` are prompts, each with the seeds of its samples."""
+        """New ids, one list per sample; `rows` are prompts with the seeds of their samples."""
         stop = self.stop
         pad = self.encoder.tokenizer.pad_token_id
         pad = stop[0] if pad is None else pad
@@ -258,7 +268,7 @@ class TransformersSampler:
         return output_BT[:, longest:].tolist()
 
 
-# Where a model's cache does not say how large it becomes.
+# The default if the size of a model's cache is not known.
 _CACHE_TOKENS = 65_536
 _CPU_CACHE = 4 * 2**30  # bytes
 
@@ -275,19 +285,22 @@ def _cache_tokens(model: torch.nn.Module) -> int:
 
 
 def tokens_that_fit(per_token: int, weights: int, memory: int | None) -> int:
-    """How many tokens a KV cache may hold by default; at least 1.
+    """The default number of tokens in a KV cache; at least 1.
 
     Args:
-        per_token: bytes of its keys and values, of all layers.
+        per_token: bytes of keys and values per token, over all layers.
         weights: bytes of the model.
-        memory: bytes that its device has for tensors alone; `None` on a CPU, which has other work.
+        memory: total bytes of a device that holds only tensors; `None` on a CPU.
     """
+    # Llama 2 7B in bfloat16 on 80 GiB: 12.6 GiB of weights leave 67.4 GiB, half of it for the cache
+    # at 512 KiB a token: about 69,000 tokens.
     room = _CPU_CACHE if memory is None else (memory - weights) // 2
     return max(1, room // per_token)
 
 
 def _split(batch: Sequence[tuple[int, range]], most: int) -> list[list[tuple[int, range]]]:
-    """A batch in parts of so many responses at most, in the same order."""
+    """Splits a batch into parts of at most `most` responses, in the same order."""
+    # [(4, 0 1 2) (7, 0 1)] with at most 2   ->   [(4, 0 1)]  [(4, 2) (7, 0)]  [(7, 1)]
     parts: list[list[tuple[int, range]]] = []
     room = 0
     for i, samples in batch:
@@ -304,9 +317,9 @@ def _split(batch: Sequence[tuple[int, range]], most: int) -> list[list[tuple[int
 
 @contextmanager
 def _without_own_generation_settings(model: torch.nn.Module) -> Iterator[None]:
-    """Hides the model's generation settings, from which `generate` fills what a call leaves unset.
+    """Hides the model's generation settings, which `generate` uses for values that are not given.
 
-    A PEFT wrapper hands its own view of them down to the base model, so both are put back.
+    A PEFT wrapper passes its own view of them to the base model, so both are restored.
     """
     holders: list[Any] = [model.get_base_model()] if isinstance(model, PeftModel) else []
     holders.append(model)

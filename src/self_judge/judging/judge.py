@@ -1,7 +1,7 @@
 """Judge: comparisons in, verdicts out, by the next-token probabilities of two letters.
 
-It knows its judge templates and what scores the letters. It does not know where responses come from
-or what a verdict is used for.
+It knows its judge templates and the scorer of the letters. It does not know where responses come
+from or how verdicts are used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from self_judge.prompting.judge_json import encoder_as_taught, resolve_judge
 from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
 
-# What `from_pretrained` hands to the tokenizer as well as to the model.
+# The arguments that `from_pretrained` passes to the tokenizer as well as to the model.
 _ALSO_TOKENIZER = ("revision", "trust_remote_code")
 
 
@@ -34,23 +34,31 @@ class Judge:
     """Judges pairs of responses in both orders under every principle template.
 
     Args:
-        model: a causal language model (or `PeftModel`), used as it is, in evaluation mode; or what
-            else the letters are read from (a `LetterScorer`), to which `batch_size` and `packing`
-            mean nothing.
+        model: a causal language model (or `PeftModel`), used unchanged in evaluation mode; or
+            another `LetterScorer`, which ignores `batch_size` and `packing`.
         encoder: a `ChatEncoder`, or a tokenizer whose own chat template is used.
         templates: the judge templates, or a mapping `{principle: {system, user, assistant}}`.
         token_id_a, token_id_b: checked against the ids derived from the tokenizer, if given.
-        batch_size: judge prompts per forward pass of a model that cannot be packed, or is not to
-            be; packed passes go by `batch_tokens`.
-        max_length: tokens of a judge prompt at most; never more than the model's context length,
-            which is the default.
-        packing: how prompts share prefixes (see `Packing`); `auto` takes what is exact.
-        batch_tokens: tokens of a packed forward pass at most; default: `tokens_per_pass`.
+        batch_size: judge prompts per forward pass without packing; packed passes are limited by
+            `batch_tokens`.
+        max_length: the most tokens in a judge prompt; at most the model's context length, which is
+            the default.
+        packing: how prompts share prefixes (see `Packing`); `auto` takes an exact route.
+        batch_tokens: the most tokens in a packed forward pass; default: `tokens_per_pass`.
 
     Raises:
         ValueError: a template or letter cannot work (see `JudgeTemplates`, `ChatEncoder`), the
             tokenizer does not belong to the model, or `packing` is not exact for it.
     """
+
+    # One call of `compare`, for N comparisons and P principles:
+    #
+    #   render and encode    N·P·2 prompts: every pair under every principle, a first and b first
+    #   score the letters    p(A), p(B) as the next token of each distinct prompt
+    #   vote                 (P, 2 orders, 2 letters) per pair -> one verdict (`voting.aggregate`)
+    #
+    # For one comparison under principles h and t, the prompts and rows of letters are, in order:
+    #   h: a first   h: b first   t: a first   t: b first
 
     def __init__(
         self,
@@ -83,7 +91,7 @@ class Judge:
         self._check_room()
 
     def _check_room(self) -> None:
-        # A length at which no pair can be judged is a mistake, not a thousand undecidable pairs.
+        # A limit at which no pair can be judged is an error, not a thousand undecidable pairs.
         if self.max_length is None:
             return
         nothing = Comparison("", "", "")
@@ -100,23 +108,23 @@ class Judge:
         """The Transformers model that judges.
 
         Raises:
-            ValueError: something else does.
+            ValueError: the scorer is not a Transformers model.
         """
         return self._on_transformers("model").model
 
     @property
     def packing(self) -> Packing:
-        """How that model's prompts share prefixes.
+        """How the prompts of the Transformers model share prefixes.
 
         Raises:
-            ValueError: something else than a Transformers model judges.
+            ValueError: the scorer is not a Transformers model.
         """
         return self._on_transformers("packing").packing
 
     def _on_transformers(self, wanted: str) -> TransformersScorer:
         if isinstance(self.scorer, TransformersScorer):
             return self.scorer
-        raise ValueError(f"this judge reads its letters from an engine, which has no {wanted} here")
+        raise ValueError(f"this judge reads its letters from an engine, which has no {wanted}")
 
     @classmethod
     def from_pretrained(
@@ -133,18 +141,19 @@ class Judge:
         device: str | torch.device | None = "auto",
         **model_kwargs: Any,
     ) -> Judge:
-        """Loads a model that was taught to judge, with the templates saved beside it.
+        """Loads a model that was trained to judge, with the templates saved beside it.
 
         Args:
-            templates: other templates than the saved ones; needed where none are saved.
-            encoder: another encoder or tokenizer than the saved one.
+            templates: replace the saved templates; required if none are saved.
+            encoder: replaces the saved encoder or tokenizer.
             token_id_a, token_id_b: checked against the ids derived from the tokenizer; without
                 templates of your own they default to the saved ids.
-            device, model_kwargs: passed to `models.load_model`; `"auto"` is this process's own GPU,
-                or the CPU where there is none.
+            device, model_kwargs: passed to `models.load_model`; `"auto"` is this process's GPU, or
+                the CPU if there is none.
 
         Raises:
-            ValueError: there is no model, no templates, or a letter is not the saved token.
+            ValueError: there is no model, there are no templates, or a letter is not the saved
+                token.
         """
         settings = resolve_judge(name_or_path, templates, token_id_a, token_id_b)
         if encoder is None:
@@ -166,12 +175,13 @@ class Judge:
     def compare(
         self, comparisons: Iterable[Comparison], *, progress: bool = False
     ) -> list[Verdict]:
-        """Judges every comparison; verdicts come back in the order of the comparisons.
+        """Judges every comparison and returns the verdicts in the same order.
 
-        A pair whose judge prompt does not fit into `max_length` is undecidable, and says so.
+        A pair whose judge prompt does not fit into `max_length` is undecidable; its verdict says
+        so.
 
         Raises:
-            TypeError: something else than a `Comparison`; its place is named.
+            TypeError: an element is not a `Comparison`; the message names its index.
         """
         comparisons = list(comparisons)
         for i, given in enumerate(comparisons):
@@ -187,11 +197,14 @@ class Judge:
                 encode_orders(self.encoder, self.templates, p, comparison, self.max_length)
                 for p in self.templates
             ]
+            # All principles or none: if one prompt does not fit, the pair is undecidable.
             whole = [orders for orders in encoded if orders is not None]
             fits.append(len(whole) == len(encoded))
             if fits[-1]:
                 prompts += [ids for orders in whole for ids in orders]
         letters = self.letter_probabilities(prompts, progress=progress).tolist()
+        # With two principles, rows 0 to 3 belong to the first pair that fits, 4 to 7 to the next.
+        # Each two rows are the orders of one principle.
         per_verdict = 2 * len(self.templates)
         verdicts, start = [], 0
         for fit in fits:
@@ -204,10 +217,10 @@ class Judge:
         return verdicts
 
     def prefix_cache(self) -> AbstractContextManager[None]:
-        """Within, prompts take up what the call before computed of their beginnings.
+        """Within the block, calls reuse the prompt prefixes that earlier calls computed.
 
-        For comparisons that follow from one another, as the rounds of a tournament do. The
-        verdicts are the same. An engine has a prefix cache of its own.
+        This is for comparisons that share contexts and responses, such as the rounds of a
+        tournament. The verdicts are the same. An engine has its own prefix cache.
         """
         if isinstance(self.scorer, TransformersScorer):
             return self.packing.prefix_cache()
@@ -218,12 +231,13 @@ class Judge:
     ) -> torch.Tensor:
         """p(A) and p(B) as the next token of each prompt, softmax over the whole vocabulary.
 
-        Equal prompts are computed once. That saves work, and rounding, which differs with the
-        batch a prompt is in, cannot break the tie of two equal responses.
+        Equal prompts are computed once. That saves work, and since rounding depends on the batch,
+        it also keeps rounding from breaking the tie of two equal responses.
 
         Returns:
             float32 tensor on the CPU, shape `(len(prompts), 2)`.
         """
+        # Prompts x y x are computed as x y, and read back as rows 0 1 0.
         unique = list(dict.fromkeys(map(tuple, prompts)))
         with tqdm(total=len(unique), desc="judging", unit="prompt", disable=not progress) as bar:
             letters_N2 = self.scorer.letter_probabilities(unique, self.letter_ids, bar.update)

@@ -3,6 +3,23 @@
 It knows who meets whom and asks a judge who wins. It does not know how judging works.
 """
 
+# The idea. Five responses 0 to 4, of which the judge prefers those with the larger number below:
+#
+#   response   0  1  2  3  4        draw (shuffled by the seed, 5 here)   0 1 3 2 4
+#   quality    3  5  1  4  2
+#
+#   round 1        round 2     round 3
+#   0 ─┐
+#      ├─ 1 ─┐                          Neighbours meet, the winner takes the place of the pair, and
+#   1 ─┘     ├─ 1 ─┐                    the last of an odd number has a bye (4, twice). N responses
+#   3 ─┐     │     ├─ 1                 need N − 1 matches, here 4, in ⌈log2 N⌉ rounds, here 3.
+#      ├─ 3 ─┘     │
+#   2 ─┘           │                    With seek="worst" the loser of each match goes on: the
+#   4 ─── 4 ─── 4 ─┘                    mirror, by which `rollouts.select_pairs` finds the worst.
+#
+# The matches of a round do not depend on each other, so each round is one call of the judge, with
+# the matches of all contexts together.
+
 from __future__ import annotations
 
 import os
@@ -29,9 +46,9 @@ class Match:
 
     Attributes:
         a, b: who met; `b` is `None` for a bye.
-        winner: who goes on.
+        winner: the entrant that advances.
         verdict: the judge's verdict with a as response a; `None` for a bye or equal texts.
-        by_lot: whether the judge could not decide, and the seed did.
+        by_lot: whether the judge could not decide and the winner was drawn from the seed.
     """
 
     a: int
@@ -43,14 +60,15 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """A whole knockout: the rounds in order, each a tuple of matches, and who won."""
+    """A complete knockout: the rounds in order, each a tuple of matches, and the winner."""
 
     rounds: tuple[tuple[Match, ...], ...]
     winner: int
 
 
 def pairings(entrants: Sequence[int]) -> list[tuple[int, int | None]]:
-    """Neighbours meet; the last of an odd number has a bye. N entrants play N − 1 matches."""
+    """Pairs neighbours; the last of an odd number gets a bye. N entrants play N − 1 matches."""
+    # 0 1 3 2 4   ->   (0, 1) (3, 2) (4, None)
     paired: list[tuple[int, int | None]] = [
         (entrants[i], entrants[i + 1]) for i in range(0, len(entrants) - 1, 2)
     ]
@@ -69,19 +87,19 @@ def knockouts(
     seek: Seek = "best",
     known: dict[tuple[int, int, int], Verdict] | None = None,
 ) -> list[Bracket]:
-    """Plays one knockout per context; all matches of a round, over all contexts, judged together.
+    """Plays one knockout per context; the matches of a round are judged together over all contexts.
 
     Args:
         compare: judges a list of comparisons, e.g. `Judge.compare`.
-        contexts: what the judge is shown; N of them.
+        contexts: the N contexts that the judge sees.
         responses: the responses to each context; never changed.
-        seeds: one per context; fixes the draw and the lots.
-        entrants: who takes part, per context (default: all).
-        seek: `"worst"` lets the loser of each match go on.
-        known: verdicts by (context, a, b) to look up first and to add to.
+        seeds: one per context; each fixes the draw and the lots.
+        entrants: the responses that take part, per context (default: all).
+        seek: with `"worst"` the loser of each match advances.
+        known: verdicts by (context, a, b); looked up first, and extended.
 
     Raises:
-        ValueError: a context without responses, or lists of different lengths.
+        ValueError: a context has no responses, or the lists differ in length.
     """
     _check(contexts, responses, seeds)
     known = {} if known is None else known
@@ -90,10 +108,12 @@ def knockouts(
     for i, own in enumerate(responses):
         drawn = list(range(len(own)) if entrants is None else entrants[i])
         if not drawn:
-            raise ValueError(f"nobody takes part for context {i}: {contexts[i]!r:.80}")
+            raise ValueError(f"context {i} has no entrants: {contexts[i]!r:.80}")
         generators[i].shuffle(drawn)
         standing.append(drawn)
     rounds: list[list[tuple[Match, ...]]] = [[] for _ in contexts]
+    # `standing` in the drawing above: [0 1 3 2 4], then [1 3 4], then [1 4], then [1]. Contexts
+    # with fewer responses finish earlier and wait.
     while any(len(entered) > 1 for entered in standing):
         paired = [pairings(e) if len(e) > 1 else [] for e in standing]
         _judge_unknown(compare, contexts, responses, paired, known)
@@ -108,8 +128,8 @@ def knockouts(
     return [Bracket(tuple(r), s[0]) for r, s in zip(rounds, standing, strict=True)]
 
 
-# Of the first round, judged together. What the prompts of a context share is kept in memory from
-# round to round, so not all contexts are played at once.
+# First-round matches that are judged together. The shared prefixes of a context stay in memory from
+# round to round, so contexts are played in groups.
 _MATCHES_TOGETHER = 128
 
 
@@ -119,11 +139,11 @@ def _check(
     if not len(contexts) == len(responses) == len(seeds):
         raise ValueError(
             f"{len(contexts)} contexts, {len(responses)} lists of responses, {len(seeds)} seeds: "
-            "there must be as many of each"
+            "their numbers must be equal"
         )
     for i, own in enumerate(responses):
         if isinstance(own, str):
-            raise ValueError(f"responses[{i}] is one text: it must be a list of responses")
+            raise ValueError(f"responses[{i}] is a single text: it must be a list of responses")
         if not len(own):
             raise ValueError(f"context {i} has no responses to choose from: {contexts[i]!r:.80}")
 
@@ -136,13 +156,13 @@ def judged_knockouts(
     seeds: Sequence[int],
     progress: bool = False,
 ) -> list[Bracket]:
-    """`knockouts` played by a judge, which computes a context and a response once for all rounds.
+    """`knockouts` with a judge that computes shared prompt prefixes once for all rounds.
 
     Args:
         progress: show a bar per round.
 
     Raises:
-        ValueError: as `knockouts`.
+        ValueError: as in `knockouts`.
     """
     _check(contexts, responses, seeds)
     brackets: list[Bracket] = []
@@ -177,7 +197,7 @@ def _judge_unknown(
         if b is not None
         and (i, a, b) not in known
         and (i, b, a) not in known
-        and responses[i][a] != responses[i][b]  # equal texts need no judge
+        and responses[i][a] != responses[i][b]  # equal texts are not judged
     ]
     if not asked:
         return
@@ -203,10 +223,10 @@ def _match(
         given = known.get((context, a, b))
         verdict = given if given is not None else known[context, b, a].swapped()
     if verdict is None or verdict.preferred is None:
-        # Neither place in the draw may profit from an undecided match.
+        # An undecided match must not favour either position in the draw.
         return Match(a, b, lots.choice((a, b)), verdict, by_lot=True)
-    goes_on = (verdict.preferred == "a") == (seek == "best")
-    return Match(a, b, a if goes_on else b, verdict)
+    a_advances = (verdict.preferred == "a") == (seek == "best")
+    return Match(a, b, a if a_advances else b, verdict)
 
 
 @overload
@@ -240,16 +260,16 @@ def tournament_rejection_sampling(  # type: ignore[misc]
     """Self-rejection: the winner of a knockout among the responses to each context.
 
     Args:
-        model: the judging model, or the folder of one with its `judge.json`.
+        model: the judging model, or a model folder with `judge.json`.
         tokenizer: its tokenizer (or a `ChatEncoder`); not needed with a folder.
         judge_templates: `{principle: {system, user, assistant}}`; not needed with a folder.
         token_id_a, token_id_b: checked against the derived ids, if given.
-        contexts: what the judge is shown as the dialogue (see `judge_templates.dialogue_text`).
+        contexts: the dialogues that the judge sees (see `judge_templates.dialogue_text`).
         responses: the responses to each context; their numbers may differ. A single one wins.
-        max_length: tokens of a judge prompt at most.
+        max_length: the most tokens in a judge prompt.
         judge_batch_size: see `batch_size` of `Judge`.
-        seed: fixes the draw, and the lots where the judge cannot decide.
-        judge: a ready `Judge`, in place of model, tokenizer and templates.
+        seed: fixes the draw, and the lots for undecided matches.
+        judge: a ready `Judge` instead of model, tokenizer and templates.
         return_brackets: also return one `Bracket` per context.
         progress: show a bar per round.
 
@@ -257,14 +277,14 @@ def tournament_rejection_sampling(  # type: ignore[misc]
         One response per context; with `return_brackets`, also the brackets.
 
     Raises:
-        ValueError: a context without responses (named), or lists of different lengths.
+        ValueError: a context has no responses (it is named), or the lists differ in length.
     """
     if judge is None:
         saved = isinstance(model, (str, os.PathLike))
         if not saved and any(part is None for part in (model, tokenizer, judge_templates)):
             raise ValueError(
-                "tournament_rejection_sampling needs model, tokenizer and judge_templates, or the "
-                "folder of a model with its judge.json as model, or a ready judge"
+                "tournament_rejection_sampling needs model, tokenizer and judge_templates, or a "
+                "model folder with judge.json as model, or a ready judge"
             )
         make: Any = Judge.from_pretrained if saved else Judge
         judge = make(

@@ -1,7 +1,6 @@
 """Votes: the letter probabilities of all principles and both orders become one verdict.
 
-Pure arithmetic over verdicts, which imports no torch. It does not know where probabilities come
-from.
+Pure arithmetic over verdicts, without torch. It does not know where probabilities come from.
 """
 
 from __future__ import annotations
@@ -25,21 +24,30 @@ class Scores(NamedTuple):
 
 
 def swap_averaged(orders: Orders) -> Scores:
-    """s(a) = ½[p(A | a first) + p(B | b first)] and s(b) alike (paper, judgment)."""
+    """s(a) = ½[p(A | a first) + p(B | b first)], and s(b) likewise (paper, judgment)."""
+    # A judge that leans to the first response, in both orders:
+    #
+    #             p(A)  p(B)
+    #   a first    .9    .1       s(a) = ½(.9 + .4) = .65    a wins, although the orders disagree:
+    #   b first    .6    .4       s(b) = ½(.1 + .6) = .35    with b first, the judge prefers b
     (a_first_A, a_first_B), (b_first_A, b_first_B) = orders  # noqa: N806  the letter's name
     return Scores(0.5 * (a_first_A + b_first_B), 0.5 * (a_first_B + b_first_A))
 
 
 def aggregate(probabilities: Sequence[Orders]) -> Verdict:
-    """The verdict over principles: majority of wins, an even split to the larger mean score.
+    """The verdict over principles: the majority of wins, or after an even split the larger mean.
 
     Args:
         probabilities: `[principle][order][letter]`, at least one principle; see `Verdict`.
 
     Returns:
-        An undecidable verdict on an exact tie of the means after an even split, or when a
+        The verdict. It is undecidable if the means tie exactly after an even split, or if a
         probability is not finite.
     """
+    # (s(a), s(b)) under each principle, and the verdict:
+    #
+    #   (.51 .49) (.51 .49) (.05 .95)    a: two principles of three, although the mean is .36 to .64
+    #   (.80 .20) (.45 .55)              a: one each, and the mean is .625 to .375
     kept = tuple(probabilities)
     if not kept:
         raise ValueError("aggregate needs the probabilities of at least one principle")
@@ -68,13 +76,13 @@ def aggregate(probabilities: Sequence[Orders]) -> Verdict:
 
 
 def undecidable(probabilities: tuple[Orders, ...], because: str) -> Verdict:
-    """A verdict that prefers neither, and says in one phrase why."""
+    """A verdict that prefers neither response, with a short reason."""
     nan = math.nan
     return Verdict(None, nan, nan, 0.5, nan, False, probabilities, because)
 
 
 def under_principle(verdict: Verdict, place: int) -> Verdict:
-    """The verdict under one principle alone (by its place in `JudgeTemplates.principles`)."""
+    """The verdict under one principle, given its index in `JudgeTemplates.principles`."""
     return aggregate([verdict.probabilities[place]]) if verdict.probabilities else verdict
 
 
@@ -93,7 +101,7 @@ def verdict_json(verdict: Verdict, principles: Sequence[str]) -> dict[str, Any]:
         "undecidable_because": verdict.undecidable_because,
         "probabilities": {
             name: [[_finite(p) for p in letters] for letters in orders]
-            # A pair that did not fit has none.
+            # A pair that did not fit has no probabilities.
             for name, orders in zip(
                 principles if verdict.probabilities else (), verdict.probabilities, strict=True
             )

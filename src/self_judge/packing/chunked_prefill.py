@@ -1,9 +1,26 @@
-"""Chunked prefill: the one prefix tree of many sequences, in chunks, no token computed twice.
+"""Chunked prefill: the prefix tree of many sequences is computed in chunks, each token once.
 
-Pure: token ids in, layouts out. `prefix_tree.py` lays whole trees into rows; here a tree of any
-size is cut into chunks depth first. A chunk reads the keys and values of its ancestors, which
-earlier chunks computed. It knows no model, no attention and no torch.
+Pure: token ids in, layouts out. `prefix_tree.py` lays whole trees into rows; this module cuts a
+tree of any size into chunks, depth first. A chunk reads the keys and values of its ancestors from
+earlier chunks. It knows no model, no attention and no torch.
 """
+
+# The idea. The tree of `pqA`, `pqBC` and `ps` in chunks of at most 4 tokens. Tokens are numbered in
+# the order in which they are computed; a number stays with its token over all chunks and calls.
+#
+#   p0─┬─q1─┬─A2           chunk 0     p0 q1 A2        past -        needed 0 1
+#      │    └─B3─C4        chunk 1     B3 C4 s5        past 0 1      needed -
+#      └─s5
+#
+# `past` names the earlier tokens that a chunk reads: their keys and values are put before its own.
+# `needed` names the tokens that later chunks read: all others can be forgotten after the chunk.
+# Chunk 1 has two segments. Its keys are p0 q1 (the past), then B3 C4 s5 (its own):
+#
+#                            key     0   1   2   3   4
+#                                    p0  q1  B3  C4  s5
+#   Segment(0, 2, 2, ((0, 2),))  B3  x   x   x
+#                                C4  x   x   x   x
+#   Segment(2, 3, 2, ((0, 1),))  s5  x   .   .   .   x
 
 from __future__ import annotations
 
@@ -20,15 +37,15 @@ _NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 
 class Segment(NamedTuple):
-    """Tokens of a chunk of which each is the only continuation of the one before it.
+    """Consecutive tokens of a chunk in which each token continues the one before it.
 
-    They see the keys in `before`, and one another causally. Keys are counted through what the chunk
-    was given (`past` of them), then through its own tokens.
+    They see the keys in `before`, and each other causally. Key indices count the chunk's `past`
+    keys first, then its own tokens.
 
     Attributes:
-        start, stop: their places among the chunk's tokens.
-        past: how many keys stand before the chunk's own.
-        before: ranges of keys of their ancestors outside the segment.
+        start, stop: the range of the segment in the chunk's tokens.
+        past: the number of keys before the chunk's own.
+        before: the key ranges of its ancestors outside the segment.
     """
 
     start: int
@@ -43,11 +60,11 @@ class Chunk:
 
     Attributes:
         token_ids, positions: ids and depths, each `(L,)`.
-        first: the number of the first of them among all tokens ever laid out.
-        past: numbers of the earlier tokens that they see, in order.
-        segments: what each of them sees.
-        last: by index of a sequence that ends here, the place of its last token.
-        needed: numbers of the tokens so far that later chunks see.
+        first: the number of its first token among all tokens ever laid out.
+        past: the numbers of the earlier tokens that it reads, in order.
+        segments: the keys that each token sees.
+        last: for each sequence that ends in this chunk, the index of its last token.
+        needed: the numbers of the tokens so far that later chunks read.
     """
 
     token_ids: Ints
@@ -61,18 +78,22 @@ class Chunk:
 
 @dataclass(slots=True)
 class PrefixIndex:
-    """Sequences that were computed before, and the numbers of their tokens; sorted.
+    """The sequences computed so far, sorted, with the numbers of their tokens.
 
     Attributes:
-        count: how many tokens were laid out so far.
+        count: the number of tokens laid out so far.
     """
+
+    # After the example above:   pqA  [0 1 2]     pqBC  [0 1 3 4]     ps  [0 5]     count 6
+    # Of a sorted list, only the two neighbours of a new sequence can share its longest prefix. The
+    # new sequence `pqBD` falls between `pqBC` and `ps`: it reuses 0 1 3 and computes D as token 6.
 
     sequences: list[tuple[int, ...]] = field(default_factory=list)
     numbers: list[Ints] = field(default_factory=list)
     count: int = 0
 
     def longest_shared(self, sequence: tuple[int, ...]) -> Ints:
-        """The numbers of the longest prefix of a sequence that was computed before."""
+        """The token numbers of the longest prefix of a sequence that is already computed."""
         place = bisect.bisect_left(self.sequences, sequence)
         ids = np.array(sequence, dtype=np.int64)
         best = _NOTHING
@@ -85,14 +106,15 @@ class PrefixIndex:
         return best
 
     def add(self, sequences: Iterable[tuple[int, ...]], numbers: Iterable[Ints]) -> None:
-        """Sequences with their tokens' numbers; one that is there already gets the new ones."""
+        """Adds sequences with their token numbers; a known sequence gets the new numbers."""
         known = dict(zip(self.sequences, self.numbers, strict=True))
         known.update(zip(sequences, numbers, strict=True))
         self.sequences = sorted(known)
         self.numbers = [known[s] for s in self.sequences]
 
     def only(self, kept: Ints) -> None:
-        """Forgets every token whose number is not in `kept`, and all that comes after it."""
+        """Forgets every token whose number is not in `kept`, and all tokens after it."""
+        # With `kept` 0 1 2 3, the index above becomes `p` [0], `pqA` [0 1 2], `pqB` [0 1 3].
         sequences, index = self.sequences, self.numbers
         self.sequences, self.numbers = [], []
         held = [np.isin(numbers, kept) for numbers in index]
@@ -104,17 +126,17 @@ class PrefixIndex:
 def plan_chunks(
     sequences: Sequence[Sequence[int]], chunk_tokens: int, index: PrefixIndex
 ) -> list[Chunk]:
-    """The tree of some sequences, less what was computed before, in chunks of about equal size.
+    """Cuts the tree of some sequences, minus the known prefixes, into chunks of similar size.
 
-    The last token of every sequence is always laid out, so that its state can be had.
+    The last token of every sequence is always laid out, so that its hidden state is computed.
 
     Args:
-        sequences: token ids, each with at least one token. Equal ones share all their places.
-        chunk_tokens: tokens of a chunk at most; a longer sequence is a chunk of its own.
-        index: what was computed before; afterwards these sequences as well.
+        sequences: token ids, each with at least one token. Equal sequences share all indices.
+        chunk_tokens: the most tokens in a chunk; a longer sequence is a chunk of its own.
+        index: the sequences computed before; these are added to it.
 
     Raises:
-        ValueError: a sequence without tokens, or `chunk_tokens` below 1.
+        ValueError: a sequence has no tokens, or `chunk_tokens` is below 1.
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
@@ -128,6 +150,9 @@ def plan_chunks(
     numbers: list[Ints] = []
     shared: list[int] = []
     ids = _NOTHING
+    # Each sequence reuses the longer of two prefixes: the one it shares with its predecessor in
+    # this call, or the one that an earlier call computed. It numbers its remaining tokens, `own`.
+    #   pqA: own 0 1 2      pqBC: path 0 1, own 3 4      ps: path 0, own 5
     for sequence in ordered:
         before, ids = ids, np.array(sequence, dtype=np.int64)
         path = numbers[-1][: shared_length(before, ids)] if numbers else _NOTHING
@@ -155,7 +180,9 @@ def plan_chunks(
 
 
 def _stretches(lengths: Sequence[int], most: int) -> Iterable[tuple[int, int]]:
-    """Neighbours together, at most so many tokens, all stretches about equally long."""
+    """Groups neighbours into stretches of similar size and at most `most` tokens."""
+    # `pqA`, `BC` and `s` have 3, 2 and 1 tokens of their own. At most 4 in a stretch makes two
+    # stretches of about 3: [3] [2 1], not [3] and [2], [1].
 
     def even(tokens: int) -> float:
         return tokens / max(1, -(-tokens // most))
@@ -166,7 +193,7 @@ def _stretches(lengths: Sequence[int], most: int) -> Iterable[tuple[int, int]]:
     for i, length in enumerate(lengths):
         if size and (size + length > most or size + length / 2 > target):
             yield start, i
-            # What one stretch has too little is shared by those to come, not left for a last one.
+            # The shortfall of one stretch is spread over the next ones, not left to the last.
             left -= size
             start, size, target = i, 0, even(left)
         size += length
@@ -184,11 +211,14 @@ def _chunk(
     last: dict[int, int] = {}
     start = 0
     for own, path, all_numbers, members in zip(tokens, earlier, numbers, indices, strict=True):
+        # Token numbers become key indices: earlier tokens by their rank in `past`, own tokens
+        # after them. In chunk 1 above (first 3, past 0 1), tokens 0 1 become keys 0 1 and tokens
+        # 3 4 5 become keys 2 3 4.
         keys = np.where(path < first, np.searchsorted(past, path), path - first + len(past))
         stop = start + len(own)
         ranges = _ranges(keys)
         if segments and ranges and ranges[-1][1] == len(past) + start:
-            # It goes on where the segment before it ends: one segment of both.
+            # It continues the last token of the segment before it: merge the two.
             begun = segments.pop()
             segments.append(Segment(begun.start, stop, len(past), begun.before))
         else:
@@ -208,6 +238,7 @@ def _chunk(
 
 
 def _with_needed(chunks: Sequence[Chunk]) -> list[Chunk]:
+    # From the last chunk to the first: `later` collects the pasts of the chunks after this one.
     found: list[Chunk] = []
     later = _NOTHING
     for chunk in reversed(chunks):
@@ -228,8 +259,10 @@ def _with_needed(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 
 def segments_of(row: Row) -> tuple[Segment, ...]:
-    """The segments of a row of one or more whole trees: it says as much as its attention mask."""
-    # In depth-first order a token one deeper than its neighbour is that neighbour's child.
+    """The segments of a row of one or more whole trees; they say the same as its mask."""
+    # In depth-first order, a token one deeper than its left neighbour is that neighbour's child;
+    # any other depth starts a segment. Row p q A B C s has depths 0 1 2 2 3 1, so its segments are
+    #   p q A (before: nothing)      B C (before: keys 0 to 2, p q)      s (before: keys 0 to 1, p)
     starts = np.flatnonzero(np.diff(row.positions, prepend=-2) != 1).tolist()
     path = _NOTHING
     segments: list[Segment] = []
@@ -241,6 +274,7 @@ def segments_of(row: Row) -> tuple[Segment, ...]:
 
 
 def _ranges(places: Ints) -> tuple[tuple[int, int], ...]:
+    # Indices as half-open ranges: 0 1 2 5 6 becomes (0, 3) (5, 7).
     if not len(places):
         return ()
     cuts = np.flatnonzero(np.diff(places) != 1) + 1

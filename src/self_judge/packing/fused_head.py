@@ -1,8 +1,8 @@
 """TRL's batches through packed passes: the same per-token outputs, each shared token computed once.
 
 TRL's losses call `model(input_ids, attention_mask, labels, fused_lm_head=True)` with `(B, T)` rows
-and read `(B, T - 1)` per-token values. Here that call is answered in their shape and places; the
-loss and TRL's fused head stay as they are.
+and read `(B, T - 1)` per-token values. This module answers that call from packed passes, with each
+value at the index that TRL expects. The loss and TRL's fused head are unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from self_judge.runtime import unwrapped
 # The last TRL for Python 3.10 has no fused LM head: its batches stay padded.
 BEFORE_FUSED_HEAD = Version(trl.__version__) < Version("1.16")
 
-# What TRL's fused head returns per token; see trl.trainer.utils.FusedCausalLMOutput.
+# The per-token outputs of TRL's fused head; see trl.trainer.utils.FusedCausalLMOutput.
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _TENSORS = ("input_ids", "attention_mask", "labels")
 _UNDERSTOOD = {*_TENSORS, "use_cache", "num_items_in_batch"}
@@ -40,11 +40,11 @@ def pack_fused_head(
     one_pass: bool = False,
     batch_tokens: int | None = None,
 ) -> Packing | None:
-    """Has a model's fused LM head, given to it by TRL, work on packed rows from now on.
+    """Makes the fused LM head that TRL gave a model work on packed rows.
 
-    Every other call of the model is as before, and so are batches that cannot be packed: those of
-    mixtures of experts whose router loss is wanted (it is defined on the padded batch), and those
-    with inputs beyond ids, mask and labels.
+    All other calls of the model are unchanged, and so are batches that cannot be packed: those of a
+    mixture of experts with a router loss (it is defined on the padded batch), and those with inputs
+    other than ids, mask and labels.
 
     Args:
         model: as TRL's trainer holds it after its constructor, in any wrapper.
@@ -52,10 +52,10 @@ def pack_fused_head(
         one_pass, batch_tokens: see `Packing`.
 
     Returns:
-        The packing, or `None` when it is off or TRL has no fused head yet.
+        The packing, or `None` if it is off or TRL has no fused head yet.
 
     Raises:
-        ValueError: a forced choice that is not exact for this model.
+        ValueError: a forced choice is not exact for this model.
     """
     if choice == "off" or BEFORE_FUSED_HEAD:
         return None
@@ -68,7 +68,7 @@ def pack_fused_head(
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return fused_forward(*args, **kwargs)
-        # PEFT hands on every argument it knows, most of them as None.
+        # PEFT passes on every argument it knows, most of them as None.
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         batch = None if args or not _packable(inner, kwargs) else _Batch.of(kwargs)
         if batch is None or packing.decision.route == "off":
@@ -89,10 +89,10 @@ def _packable(inner: Any, kwargs: dict[str, Any]) -> bool:
 
 
 class _Batch(NamedTuple):
-    """A batch on the CPU: reading each number where it stands would wait for the device each time.
+    """A batch copied to the CPU: reading single numbers from a device waits for it each time.
 
     Attributes:
-        ids_BT, mask_BT, labels_BT: as the model was called with them.
+        ids_BT, mask_BT, labels_BT: the arguments of the model call.
     """
 
     ids_BT: Ints
@@ -101,9 +101,9 @@ class _Batch(NamedTuple):
 
     @classmethod
     def of(cls, kwargs: dict[str, Any]) -> _Batch | None:
-        """One copy for all; `None` for rows that are not padded on the right.
+        """Copies all tensors at once; `None` if rows are not padded on the right.
 
-        Both of the project's collators pad there.
+        Both of the project's collators pad on the right.
         """
         tensors = torch.stack([kwargs[name].long() for name in _TENSORS])
         batch = cls(*tensors.cpu().numpy())
@@ -121,17 +121,25 @@ def _packed(
     use_cache: bool | None = None,
     num_items_in_batch: Any = None,
 ) -> Any:
+    # Chosen `pqA` and rejected `pqBC` of one prompt, as TRL's loss passes them (- is -100):
+    #
+    #   ids_BT     p q A _     targets_BT   - A -     wanted   [1]      the state of q scores A
+    #              p q B C                  - B C              [1 2]    q scores B, B scores C
+    #
+    # Tokens after the last wanted one are cut, so one packed row `p q B` gives all three states:
+    # q (for A), q (for B) and B (for C). Their values return to the cells 1, 4 and 5 of the
+    # flattened (2, 3) output, in whatever order the passes produce them; other cells are zero.
     device = input_ids.device
     lengths = batch.mask_BT.sum(1)
     sequences = [row[:n].tolist() for row, n in zip(batch.ids_BT, lengths, strict=True)]
     targets_BT = batch.labels_BT[:, 1:]
     places_BT = targets_BT != -100
-    # The state at t scores the token at t + 1. Rows without a target are not computed.
+    # The state at t scores the token at t + 1. Rows without targets are not computed.
     wanted = [row.nonzero()[0] for row in places_BT]
     targets = targets_BT[places_BT]
     nothing = not len(targets)
     if nothing:
-        # One score, taken times zero: the output stays connected to the model's parameters.
+        # One score times zero keeps the output connected to the model's parameters.
         sequences, wanted = [[*sequences[0][:1]]], [np.array([0])]
         targets = batch.ids_BT[0, :1]
     values: dict[str, list[torch.Tensor]] = {name: [] for name in _PER_TOKEN}

@@ -1,8 +1,8 @@
 """Packing: sequences go through a model with every shared token computed once.
 
 It decides once per model how prefixes can be shared (tree masks, a KV cache, or not at all), lays
-the sequences out, and has the model's own head score the wanted positions only. It does not know
-what the sequences are, nor what is done with the scores.
+out the sequences, and lets the model's own head score only the wanted positions. It does not know
+what the sequences are or how the scores are used.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 Route: TypeAlias = Literal["tree", "cache", "padding", "off"]
 
-# Attention layers whose mask a caller may give; any other kind of layer keeps a state of its own.
+# Attention layers that accept a mask from the caller; any other kind keeps a state of its own.
 _MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _LAYOUTS: dict[str, Callable[..., Iterator[Pass]]] = {
     "tree": tree_passes,
@@ -65,11 +65,11 @@ class Decision:
     """How a model's prefixes are shared.
 
     Attributes:
-        route: `tree`, `cache`, `padding`, or `off` (the model is called as without packing).
-        reason: why this one, in words.
-        longest: the longest sequence for which the route is exact; `None` is no limit.
+        route: `tree`, `cache`, `padding`, or `off` (the model is called without packing).
+        reason: the reason for this route, in words.
+        longest: the longest sequence for which the route is exact; `None` means no limit.
         beyond: the route of longer sequences.
-        by_segments: whether trees are attended segment by segment rather than under a mask.
+        by_segments: whether attention over trees runs segment by segment instead of under a mask.
     """
 
     route: Route
@@ -84,18 +84,27 @@ class Packing:
 
     Args:
         model: a causal language model, in any wrapper (PEFT, DDP, FSDP).
-        choice: `auto` takes the first of tree, cache and padding that is exact for the model;
-            another is forced, `off` packs nothing.
-        batch_tokens: tokens of a forward pass at most, padding included; default:
-            `pass_size.tokens_per_pass`. A pass holds one sequence, and two that share a prefix,
-            whatever their length.
-        gradients: whether gradients will flow (a cache does not go with gradient checkpointing).
-        one_pass: everything in one forward pass, as sharded models need whose processes must make
-            the same number of passes (see `LockstepPacking` for judging).
+        choice: `auto` takes the first of tree, cache and padding that is exact for the model; any
+            other value is forced, and `off` packs nothing.
+        batch_tokens: the most tokens in a forward pass, padding included; default:
+            `pass_size.tokens_per_pass`. One sequence, or two that share a prefix, fit into a pass
+            at any length.
+        gradients: whether gradients will flow (a cache does not work with gradient checkpointing).
+        one_pass: put everything into one forward pass. Sharded models need this, because their
+            processes must make the same number of passes (see `LockstepPacking` for judging).
 
     Raises:
-        ValueError: a forced choice that is not exact for this model.
+        ValueError: a forced choice is not exact for this model.
     """
+
+    # How `auto` decides, once per model. Each route is first checked against the configuration
+    # (`_gate`), then tried on five short sequences (`_trial`); the first exact one wins:
+    #
+    #   tree ──── exact ──> tree; on a CPU with SDPA by segments, if those are exact as well
+    #    └ not ── cache ── exact ──> cache
+    #              └ not ── padding
+    #
+    # Sequences longer than `Decision.longest` (a sliding window, say) take `Decision.beyond`.
 
     def __init__(
         self,
@@ -120,7 +129,7 @@ class Packing:
 
     @property
     def decision(self) -> Decision:
-        """The route for this model as it is now; found by trying, once per model."""
+        """The route for the model in its present state; tried once per model."""
         known = _KNOWN.setdefault(self.inner, _Known())
         key = (
             self.choice,
@@ -131,7 +140,7 @@ class Packing:
         )
         if key not in known.decided:
             decision = known.decided[key] = _decide(self.model, self.choice, key[1], key[2])
-            # Nothing is shared, and nobody asked for that.
+            # Nothing is shared, although the user did not ask for that.
             lost = self.choice == "auto" and decision.route in ("padding", "off")
             if lost:
                 warn_once(logger, self.describe())
@@ -146,21 +155,27 @@ class Packing:
         return f"packing of {type(self.inner).__name__}: {decision.route}{limit}; {decision.reason}"
 
     def passes(self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints]) -> Iterator[Pass]:
-        """The forward passes that give the hidden states of the wanted positions.
+        """The forward passes that compute the hidden states at the wanted positions.
 
         Args:
-            sequences: token ids; those without wanted positions are left out.
-            wanted: by sequence, the positions whose hidden states are needed. What comes after
-                the last of them is not computed.
+            sequences: token ids; sequences without wanted positions are left out.
+            wanted: for each sequence, the positions whose hidden states are needed. Tokens after
+                the last of them are not computed.
 
         Raises:
-            ValueError: packing is off, which has no passes.
+            ValueError: packing is off.
         """
         yield from self._passes(sequences, wanted, "segments")
 
     def _passes(
         self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints], by_segments: str
     ) -> Iterator[Pass]:
+        # Which sequences go which way, for example with a sliding window of 512 tokens:
+        #
+        #   wanted positions [9] of 20 tokens     cut to the first 10
+        #   up to 512 tokens after the cut        `decision.route` (or its segments or chunks)
+        #   longer                                `decision.beyond`; with `one_pass`, all together
+        #   under dense masks, large groups       the cache (`better_cached`), as tournament rounds
         decision = self.decision
         cut = [
             s[: int(max(w)) + 1] if len(w) else () for s, w in zip(sequences, wanted, strict=True)
@@ -191,20 +206,20 @@ class Packing:
             yield from _LAYOUTS[route](self.inner, self.shape, asked.only(chosen), **remembered)
 
     def _may_cache(self) -> bool:
-        """Whether many branches may go through a cache where trees are exact as well."""
+        """Whether groups of many branches may use a cache although trees are exact."""
         free = self.choice == "auto" and not self.gradients and not self.shape.one_pass
         dense = attention(self.inner) != flex_attention.NAME
         return free and dense and _refused(self.model, "cache") is None
 
     @contextmanager
     def prefix_cache(self, limit: int = 2 * 2**30) -> Iterator[None]:
-        """Within, a sequence takes up what the call before computed of a prefix of it.
+        """Within the block, calls reuse the prefixes that earlier calls computed.
 
-        Only last positions profit (`next_token_logits`), and only where trees are attended run by
-        run; elsewhere it changes nothing.
+        This helps `next_token_logits` only, and only with attention by segments; elsewhere it
+        changes nothing.
 
         Args:
-            limit: bytes of keys and values kept at most.
+            limit: the most bytes of keys and values to keep.
         """
         before, self._prefix_cache = self._prefix_cache, PrefixCache(limit)
         try:
@@ -216,7 +231,8 @@ class Packing:
     def next_token_logits(
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Logits of the token after each sequence: (indices of sequences, logits `(n, V)`)."""
+        """Yields (indices of sequences, logits `(n, V)` of the token after each of them)."""
+        # Only last positions are wanted, so chunks can be used; with a single pass, segments.
         last = [np.array([len(s) - 1]) for s in sequences]
         for this in self._passes(sequences, last, "segments" if self.shape.one_pass else "chunks"):
             with hidden_states_at(self.inner, this) as inputs:
@@ -241,9 +257,9 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 
 
 def _no_cache(packing: Packing) -> str | None:
-    """Why a KV cache is out of the question whatever the model computes; `None` if it is not."""
+    """Why a KV cache cannot be used, whatever the model computes; `None` if it can."""
     if packing.shape.one_pass:
-        return "a cache needs two passes where processes must make the same number"
+        return "a cache needs two passes, but processes must make the same number"
     if packing.gradients and _checkpointed(packing.inner):
         return "gradient checkpointing leaves no cache"
     if packing.gradients and getattr(packing.inner, "_is_stateful", False):
@@ -252,10 +268,10 @@ def _no_cache(packing: Packing) -> str | None:
 
 
 def _by_segments(packing: Packing) -> bool:
-    """Whether attending segment by segment is worth a trial.
+    """Whether to try attention by segments.
 
-    On a GPU its many small calls have not been measured; FlexAttention skips there what a mask
-    forbids. Checkpointing repeats forward passes when the model attends in its usual way again.
+    Its many small calls have not been measured on a GPU, where FlexAttention skips masked blocks.
+    Gradient checkpointing repeats forward passes after the model's usual attention is restored.
     """
     inner = packing.inner
     checkpointed = packing.gradients and _checkpointed(inner)
@@ -295,7 +311,7 @@ def _decide(model: nn.Module, choice: str, no_cache: str | None, may_segment: bo
 
 
 def _refused(model: nn.Module, route: str) -> str | None:
-    """Why a route is not exact for a model, by what its configuration says and by trying it."""
+    """Why a route is not exact for a model, by its configuration and by a trial; else `None`."""
     inner: Any = unwrapped(model)
     known = _KNOWN.setdefault(inner, _Known())
     key = (route, attention(inner), isinstance(model, PeftModel))
@@ -329,21 +345,21 @@ def _gate(model: nn.Module, route: str) -> str | None:
         return "its layers keep a state that runs through the whole row"
     unknown = set(getattr(config, "layer_types", None) or ()) - _MASKED_LAYERS
     if unknown:
-        return f"layers of the kind {', '.join(sorted(unknown))}"
+        return f"unknown kinds of layers: {', '.join(sorted(unknown))}"
     if not takes_positions(inner):
         return "it takes no position ids"
     if getattr(config, "alibi", False):
-        return "ALiBi counts places in the row"
+        return "ALiBi counts tokens of the row"
     if attention(inner) not in ("sdpa", "eager", "flex_attention"):
-        return f"{attention(inner)} attention takes no mask of one's own"
-    # Older models have their attention built in.
+        return f"{attention(inner)} attention takes no custom mask"
+    # The attention of older models is built in.
     if route in ("segments", "chunks") and not inner._can_set_attn_implementation():
-        return "its attention cannot be exchanged"
+        return "its attention cannot be replaced"
     return None
 
 
 def _longest_path(config: Any) -> int | None:
-    """Up to which length every token of a sequence sees all before it, and sits where it would."""
+    """The length up to which a packed token sees all earlier tokens at its usual position."""
     config = config.get_text_config()
     limits: list[int] = []
     kinds = getattr(config, "layer_types", None)
@@ -356,7 +372,7 @@ def _longest_path(config: Any) -> int | None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     ropes = [r for r in (rope, *rope.values()) if isinstance(r, Mapping)]
     for parameters in ropes:
-        # These stretch with the longest sequence of a pass.
+        # These scale positions by the longest sequence of a pass.
         if parameters.get("rope_type", parameters.get("type")) in ("dynamic", "longrope"):
             original = parameters.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
@@ -366,7 +382,14 @@ def _longest_path(config: Any) -> int | None:
 
 
 def _trial(model: nn.Module, route: str) -> str | None:
-    """Tries the route on two small trees beside a padded batch; `None` if they agree."""
+    """Compares the route on two small trees with a padded batch; `None` if they agree."""
+    # The five sequences (numbers are indices in `drawn`) and the trees that they make:
+    #
+    #   0 1 2 3 ─┬─ 4 ─┬─ 5 6        10 11 12 ─┬─ 13 14
+    #            │     └─ 7                    └─ 15 16 17
+    #            └─ 8
+    #
+    # A branch that sees another, or a token at a wrong position, changes some logit visibly.
     inner: Any = unwrapped(model)
     called = as_called(model)
     drawn = trial_tokens(model, 32)

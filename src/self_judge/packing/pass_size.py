@@ -1,6 +1,6 @@
-"""How many tokens a forward pass holds: a fixed figure per kind of device and width of model.
+"""How many tokens a forward pass holds: a fixed number per kind of device and width of model.
 
-It knows a model's matrices and, where asked, a clock. It does not know what the tokens are.
+It knows a model's matrices and, on request, a clock. It does not know what the tokens are.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 FILE = "batch_shape.json"
 ASKED = "SELF_JUDGE_TOKENS_PER_PASS"
-# From which width of the hidden states on a pass holds how many tokens. On two CPU cores the
-# matrices of SmolLM2-135M (576 wide) are busy at 512 tokens, and judging is 8 % faster in passes of
-# 1,024, no faster in 2,048; tiny models are busy at 2,048. The figures elsewhere are estimates.
+# The least width of the hidden states: the tokens in a pass. On two CPU cores, the matrices of
+# SmolLM2-135M (576 wide) are busy at 512 tokens; judging is 8 % faster in passes of 1,024, and no
+# faster in 2,048. Tiny models are busy at 2,048. The numbers for other devices are estimates.
 _ON_CPU = {0: 4096, 256: 1024}
 _ELSEWHERE = {0: 16_384, 4096: 8192}
 _CANDIDATES = (256, 512, 1024, 2048, 4096, 8192, 16_384)
@@ -38,11 +38,11 @@ Measure = Callable[[list[torch.Tensor], int], float]
 
 
 def tokens_per_pass(inner: nn.Module) -> int:
-    """How many tokens a pass of a model holds.
+    """The number of tokens in a pass of a model.
 
-    Which sequences share a pass is part of the rounding of their numbers. So the figure depends on
-    the kind of device and the width of the model alone, unless `$SELF_JUDGE_TOKENS_PER_PASS` gives
-    a number or `measure`; see `measured_tokens_per_pass`.
+    Which sequences share a pass affects how their results are rounded. So the number depends only
+    on the kind of device and the width of the model, unless `$SELF_JUDGE_TOKENS_PER_PASS` gives a
+    number or `measure`; see `measured_tokens_per_pass`.
 
     Args:
         inner: the model under all wrappers.
@@ -67,12 +67,12 @@ def tokens_per_pass(inner: nn.Module) -> int:
 def measured_tokens_per_pass(inner: nn.Module, measure: Measure | None = None) -> int:
     """Twice the fewest tokens at which the model's matrices reach 95 % of their best rate.
 
-    Twice, because a pass also has a cost that does not depend on its tokens. Another measurement
-    may give another figure, and so other rounding.
+    The factor of two covers the fixed cost of a pass. Another measurement may give another number,
+    and so other rounding.
 
     Args:
         inner: the model under all wrappers.
-        measure: gives the tokens per second of some matrices (default: by the clock).
+        measure: returns the tokens per second of some matrices (default: by the clock).
     """
     matrices = _matrices(inner)
     if not matrices or matrices[0].device.type == "meta":  # all sharded or quantized
@@ -83,7 +83,7 @@ def measured_tokens_per_pass(inner: nn.Module, measure: Measure | None = None) -
 
 
 def pinned_tokens_per_pass(inner: nn.Module, folder: str | Path) -> int:
-    """`tokens_per_pass` of a run, the same for all its processes and after a resume.
+    """The `tokens_per_pass` of a run: the same in all its processes and after a resume.
 
     Args:
         folder: the run's folder; the first process reads or writes `batch_shape.json` there.
@@ -102,9 +102,9 @@ def pinned_tokens_per_pass(inner: nn.Module, folder: str | Path) -> int:
 
 
 def attention_share(inner: Any) -> float:
-    """FLOPs of one query meeting one key, over those of a token in all matrices of the layers.
+    """The FLOPs of one query with one key, divided by those of a token in all layers' matrices.
 
-    At a context of L tokens, attention adds L times this to a token's work.
+    With a context of L tokens, attention adds L times this to a token's work.
     """
     config = inner.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0) or 0
@@ -120,7 +120,7 @@ def attention_share(inner: Any) -> float:
 
 
 def _matrices(inner: nn.Module) -> list[torch.Tensor]:
-    """One matrix of every shape, but for the head, which sees few tokens."""
+    """One matrix of each shape, except the head, which sees few tokens."""
     head = getattr(inner, "get_output_embeddings", lambda: None)()
     found: dict[tuple[int, ...], torch.Tensor] = {}
     for module in inner.modules():
@@ -157,5 +157,5 @@ def _tokens_per_second(matrices: list[torch.Tensor], tokens: int) -> float:
         return time.perf_counter() - started
 
     once()
-    # The best of three: whatever else runs on the machine only ever slows one down.
+    # The best of three: other programs on the machine can only slow a measurement down.
     return tokens / min(once() for _ in range(3))

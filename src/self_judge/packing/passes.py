@@ -1,7 +1,7 @@
-"""Packed passes: prefix trees as inputs of forward passes, and the states that are wanted of them.
+"""Packed passes: prefix trees as inputs of forward passes, and the hidden states to read from them.
 
-One generator per way of sharing. It takes the way as given; whether it is exact for a model is
-decided in `packing.py`.
+There is one generator per route. The route is given; `packing.py` decides whether it is exact for
+a model.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from self_judge.packing.prefix_tree import (
 from self_judge.packing.segment_attention import attending_by_segments
 from self_judge.runtime import without_cudnn_attention
 
-# A dense mask has attention computed at every pair of tokens, at a lower rate than a matrix
-# product: by how much lower. On a CPU measured with SmolLM2-135M on two cores
-# (benchmarks/RESULTS.md). Elsewhere an estimate, for an H100 in bfloat16: the memory-efficient
-# kernel, the only fused one that takes a mask, makes some 130 of the 650 TFLOP/s of a large matrix
-# product; its backward pass is slower still, and small models' products are slower, too.
+# Under a dense mask, attention computes every pair of tokens, at a lower rate than a matrix
+# product. These factors say how much slower. On a CPU: measured with SmolLM2-135M on two cores
+# (benchmarks/RESULTS.md). Elsewhere: an estimate for an H100 in bfloat16. The memory-efficient
+# kernel, the only fused one that takes a mask, reaches some 130 of the 650 TFLOP/s of a large
+# matrix product; its backward pass is slower still, and small models' products are slower, too.
 _DENSE_ATTENTION = {"cpu": 2.0}
 _DENSE_ATTENTION_ELSEWHERE = 5.0
-# Tokens in the cache of one group: 16 GiB of keys and values for Llama 2 7B in bfloat16, 4 GiB for
-# Llama 3 8B, where four query heads share them.
+# Tokens in the cache of one group: 16 GiB of keys and values for Llama 2 7B in bfloat16, and 4 GiB
+# for Llama 3 8B, whose query heads share them in fours.
 _CACHED_TOKENS = 32_768
 
 
@@ -47,8 +47,8 @@ class Shape:
     """How large a forward pass may be; see `Packing`.
 
     Attributes:
-        split_pairs: whether `batch_tokens` holds for two sequences that share a prefix as well,
-            as after full memory; a single sequence is never cut.
+        split_pairs: apply `batch_tokens` to two sequences that share a prefix as well, as after
+            running out of memory. A single sequence is never cut.
     """
 
     batch_tokens: int | None = None
@@ -57,13 +57,17 @@ class Shape:
 
 
 class Wanted(NamedTuple):
-    """What hidden states are asked for.
+    """The hidden states to compute.
 
     Attributes:
         sequences: token ids.
-        wanted: by sequence, the positions whose states are wanted.
-        offsets: by sequence, the number of its first wanted position among all.
+        wanted: for each sequence, the positions whose states are wanted.
+        offsets: for each sequence, the index of its first wanted position among all.
     """
+
+    # For `pqA`, `pqBC`, `ps` with wanted [1 2], [2 3], [1], the five wanted states are numbered
+    #   qA of 0: 0 1      BC of 1: 2 3      s of 2: 4      so offsets = [0 2 4]
+    # and in the row p q A B C s (one pass) they are at `Pass.states` = [1 2 3 4 5].
 
     sequences: Sequence[Sequence[int]]
     wanted: Sequence[Ints]
@@ -74,7 +78,7 @@ class Wanted(NamedTuple):
         return cls(sequences, wanted, np.cumsum([0, *map(len, wanted)])[:-1].tolist())
 
     def only(self, places: Sequence[int]) -> Wanted:
-        """Some of the sequences; the numbers of their positions stay."""
+        """A subset of the sequences; their wanted positions keep their numbers."""
         sequences, wanted, offsets = self
         return Wanted(
             [sequences[i] for i in places],
@@ -88,11 +92,11 @@ class Pass:
     """One forward pass.
 
     Attributes:
-        inputs: what the model is called with.
-        states: where the W wanted hidden states stand: in the flattened pass, after the flattened
-            prefix if there is one.
-        wanted: which of all wanted positions they are, counted through all sequences.
-        prefix: with a KV cache, what goes first, and the prefix of each branch.
+        inputs: the keyword arguments of the model.
+        states: the indices of the W wanted hidden states in the flattened output, which starts
+            with the flattened prefix if there is one.
+        wanted: the numbers of these states among all wanted ones (see `Wanted.offsets`).
+        prefix: with a KV cache, the inputs of the prefix pass, and the prefix row of each branch.
     """
 
     inputs: dict[str, Any]
@@ -108,9 +112,9 @@ class Pass:
 
 @contextmanager
 def hidden_states_at(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
-    """Makes the backbone return the wanted states alone, shape `(1, W, H)`; gives its inputs.
+    """Makes the backbone return only the wanted states, shape `(1, W, H)`; yields its inputs.
 
-    The model's own head then scores them, with whatever it does to logits.
+    The model's own head then scores them, including any scaling or capping of logits.
 
     Args:
         inner: the causal language model under all wrappers.
@@ -118,8 +122,8 @@ def hidden_states_at(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
     backbone = inner.base_model
     before: torch.Tensor | None = None
     inputs = dict(this.inputs)
-    runs = attending_by_segments(inner) if "prefix_segments" in inputs else nullcontext()
-    with runs, without_cudnn_attention():
+    segments = attending_by_segments(inner) if "prefix_segments" in inputs else nullcontext()
+    with segments, without_cudnn_attention():
         if this.prefix is not None:
             before, cache = _prefix_states(backbone, this.prefix)
             inputs |= cache
@@ -127,16 +131,24 @@ def hidden_states_at(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
             yield inputs
 
 
-# -- ways of sharing -------------------------------------------------------------------------------
-
+# -- routes ----------------------------------------------------------------------------------------
+#
+# The same three sequences, `pqA`, `pqBC` and `ps`, on each route:
+#
+#   tree        1 row    p q A B C s              a mask says who sees whom; 6 tokens
+#   cache       prefix   p                        computed once, then one row per branch
+#               3 rows   q A _ / q B C / s _ _    reading its cache; 1 + 9 tokens, padding included
+#   padding     3 rows   p q A _ / p q B C / p s _ _    nothing is shared; 12 tokens
+#
+# `segment_passes.py` adds trees without a mask (segments) and chunks.
 
 def device_of(inner: nn.Module) -> torch.device:
     return next(inner.parameters()).device
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on a device, without waiting for what the device still has to do."""
-    if device.type in ("cpu", "mps"):  # MPS would read the memory after it is free
+    """Copies a CPU tensor to a device without waiting for the device's pending work."""
+    if device.type in ("cpu", "mps"):  # MPS would read the memory after it is freed
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -149,7 +161,7 @@ def padded(
 ) -> dict[str, torch.Tensor]:
     """Sequences as the inputs of one pass, `(B, T)` each.
 
-    Under a causal mask, padding on the right reaches no sequence, whatever the kind of position.
+    Under a causal mask, right padding affects no sequence, whatever the kind of positions.
     """
     longest = max(map(len, sequences))
     ids_BT = torch.full((len(sequences), longest), pad)
@@ -166,7 +178,7 @@ def pass_tokens(inner: Any, shape: Shape) -> int:
 
 
 def _dense_cost(inner: Any) -> float:
-    """What one more key under a dense mask costs a token, in units of all its other work."""
+    """The cost of one more key for a token under a dense mask, in units of all its other work."""
     slower = _DENSE_ATTENTION.get(device_of(inner).type, _DENSE_ATTENTION_ELSEWHERE)
     return slower * attention_share(inner)
 
@@ -177,7 +189,7 @@ def tree_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
     most = pass_tokens(inner, shape)
     rows = prefix_rows(asked.sequences, most, cost, split_pairs=shape.split_pairs)
     if blocks:
-        # Blocks that no token sees are skipped: all trees of a pass stand in one row.
+        # Blocks that no token sees are skipped, so all trees of a pass share one row.
         size = sum(map(len, rows)) if shape.one_pass else most
         batched = [[row] for row in joined(rows, size)]
     else:
@@ -196,19 +208,21 @@ def tree_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
 
 
 def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) -> list[int]:
-    """Which sequences a KV cache computes for clearly less than dense tree masks do.
+    """The sequences that a KV cache computes for clearly less than dense tree masks.
 
-    Those are groups of many branches (a tournament round): in their rows a dense mask has every
-    branch attend to every other, and a row that is full repeats the prefix.
+    These are groups of many branches, such as a tournament round. Under a dense mask, scores are
+    computed between all branches of a row, and every full row repeats the prefix.
 
     Returns:
         Their indices.
     """
+    # Example: a prefix of 100 tokens with 16 branches of 20, in one row of 420 tokens. The dense
+    # mask computes 420² = 176,400 scores; prefix and branches (`met`) 100² + 16·20·120 = 48,400.
     cost, most = _dense_cost(inner), pass_tokens(inner, shape)
     cached: list[int] = []
     for group in prefix_groups(sequences):
         if len(group.members) <= 2:
-            continue  # one comparison in both orders: two passes save nothing over one
+            continue  # one comparison in both orders: a second pass saves nothing
         own = [sequences[i] for i in group.members]
         lengths = [len(row) for row in prefix_rows(own, most, cost)]
         branches = [len(s) - group.prefix for s in own]
@@ -221,11 +235,11 @@ def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) 
 
 
 def _dense_mask(inner: Any, ends_BL: torch.Tensor) -> torch.Tensor:
-    """What to add to scores, in the type that attention computes in, `(B, 1, L, L)`.
+    """The additive mask in the type that attention computes in, `(B, 1, L, L)`.
 
-    Of a boolean mask SDPA makes such a one in every layer, and keeps each for the backward pass;
-    eager attention adds a mask, and a boolean one would be silently wrong. CUDA's kernels copy
-    a mask whose rows do not begin at a multiple of 8.
+    SDPA would convert a boolean mask in every layer and keep each copy for the backward pass; eager
+    attention adds its mask, and a boolean one would be silently wrong. CUDA's kernels copy a mask
+    whose rows do not begin at a multiple of 8.
     """
     allowed = tree_mask(ends_BL)
     kind = allowed.device.type
@@ -241,7 +255,7 @@ def _dense_mask(inner: Any, ends_BL: torch.Tensor) -> torch.Tensor:
 def padded_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
     rows = [_single(i, s) for i, s in enumerate(asked.sequences)]
     for batch in batches(rows, pass_tokens(inner, shape), one=shape.one_pass):
-        # Padded on the right: under a causal mask, padding can reach nothing.
+        # Right padding: under a causal mask it affects no token.
         ids, _, _ = stacked(batch)
         lengths = torch.tensor([len(r) for r in batch])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
@@ -253,8 +267,8 @@ def padded_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
 
 
 def cache_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
-    # Keys and values are held for every branch, its prefix included: a limit of memory, which
-    # divides no group earlier than it must, as every part computes the prefix again.
+    # Every branch holds keys and values, including those of its prefix. The limit is one of memory,
+    # and a group is split no earlier than needed, because each part computes the prefix again.
     most = 2 * pass_tokens(inner, shape)
     whole = most if shape.split_pairs else max(most, _CACHED_TOKENS)
     groups = [
@@ -291,6 +305,17 @@ def _parts(
 
 
 def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Wanted) -> Pass:
+    # Groups {pqA, pqBC} and {rD, rE}: a pass over the prefixes, padded on the left so that branches
+    # follow at once, then a pass over the branches, padded on the right.
+    #
+    #   prefixes   mask     branches   mask of prefix + branch   position_ids   branch of
+    #   p q        1 1      A _        1 1 | 1 0                 2 3            prefix row 0
+    #   _ r        0 1      B C        1 1 | 1 1                 2 3            prefix row 0
+    #                       D _        0 1 | 1 0                 1 2            prefix row 1
+    #                       E _        0 1 | 1 0                 1 2            prefix row 1
+    #
+    # `states` counts the 4 prefix cells first (p q _ r), then the 8 branch cells: q is state 1, A
+    # is 4, C is 7, D is 8.
     sequences = asked.sequences
     device = device_of(inner)
     longest = max(g.prefix for g in groups)
@@ -299,7 +324,6 @@ def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Wanted) -> Pass:
     prefixes = torch.zeros(len(groups), longest, dtype=torch.long)
     seen_prefixes = torch.zeros_like(prefixes)
     for row, group in enumerate(groups):
-        # Padded on the left: the branches follow at once.
         own = torch.as_tensor(list(sequences[group.members[0]][: group.prefix]))
         prefixes[row, longest - group.prefix :] = own
         seen_prefixes[row, longest - group.prefix :] = 1
@@ -341,11 +365,12 @@ def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Wanted) -> Pass:
 
 
 def tree_mask(ends_BL: torch.Tensor) -> torch.Tensor:
-    """What each token may see: its ancestors and itself; boolean, shape `(B, 1, L, L)`.
+    """The boolean mask under which each token sees its ancestors and itself, `(B, 1, L, L)`.
 
     Args:
         ends_BL: `Row.subtree_ends` of each row, `(B, L)`.
     """
+    # `k <= q < end(k)`, as drawn in `prefix_tree.py`.
     place_L = torch.arange(ends_BL.shape[1], device=ends_BL.device)
     before = place_L[None, :] <= place_L[:, None]
     return (before & (place_L[:, None] < ends_BL[:, None, :]))[:, None]
@@ -358,7 +383,10 @@ def _single(index: int, sequence: Sequence[int]) -> Row:
 
 
 def stacked(batch: Sequence[Row], multiple: int = 1) -> tuple[torch.Tensor, ...]:
-    """Ids, positions and subtree ends, each `(B, L)`; padding sees nothing but itself."""
+    """Ids, positions and subtree ends, each `(B, L)`; a padding token sees only itself."""
+    # A padding token at index i has end i + 1: a subtree of its own. Rows p q A s and r C:
+    #   ids   p q A s     positions   0 1 2 1     ends   4 3 3 4
+    #         r C _ _                 0 1 0 0            2 2 3 4
     longest = -(-max(len(r) for r in batch) // multiple) * multiple
     ids = np.zeros((len(batch), longest), dtype=np.int64)
     positions = np.zeros_like(ids)
@@ -371,6 +399,7 @@ def stacked(batch: Sequence[Row], multiple: int = 1) -> tuple[torch.Tensor, ...]
 
 
 def pass_over(inputs: dict[str, Any], batch: Sequence[Row], asked: Wanted) -> Pass:
+    # Row i begins at i · width in the flattened output. A shared token may be wanted several times.
     width = inputs["input_ids"].shape[1]
     states, numbers = [], []
     for i, row in enumerate(batch):
@@ -389,7 +418,7 @@ def pass_over(inputs: dict[str, Any], batch: Sequence[Row], asked: Wanted) -> Pa
 def _prefix_states(
     backbone: nn.Module, prefix: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Hidden states `(G, T, H)` of the prefixes, and a cache with one row per branch."""
+    """The hidden states `(G, T, H)` of the prefixes, and a cache with one row per branch."""
     inputs = {k: v for k, v in prefix.items() if k != "branches"}
     output = backbone(**inputs, use_cache=True)
     for name in ("past_key_values", "cache_params"):
@@ -397,7 +426,7 @@ def _prefix_states(
         if cache is not None:
             cache.reorder_cache(prefix["branches"])
             return output.last_hidden_state, {name: cache}
-    raise ValueError("the model gave no cache")
+    raise ValueError("the model returned no cache")
 
 
 @contextmanager
@@ -416,7 +445,7 @@ def _selected(
         return output
 
     def keep_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "use_cache": True}  # TRL's head forbids it, and would lose it
+        return args, {**kwargs, "use_cache": True}  # TRL's head turns it off, and drops the cache
 
     hooks = [backbone.register_forward_hook(select)]
     if with_cache:

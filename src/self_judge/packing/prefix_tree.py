@@ -1,7 +1,27 @@
-"""Prefix trees: sequences that share a prefix, laid out in rows in which every token stands once.
+"""Prefix trees: sequences that share a prefix become rows that hold every token once.
 
 Pure: token ids in, layouts out. It knows no model, no attention and no torch.
 """
+
+# The idea. Three sequences, their tree, and the row that holds the tree in depth-first order:
+#
+#   0: p q A          p─┬─q─┬─A           index          0  1  2  3  4  5
+#   1: p q B C          │   └─B─C         token_ids      p  q  A  B  C  s
+#   2: p s              └─s               positions      0  1  2  2  3  1
+#                                         subtree_ends   6  5  3  5  5  6
+#   9 tokens          6 nodes             places         0: 0 1 2   1: 0 1 3 4   2: 0 5
+#
+# Who attends to whom: query q (down) sees key k (across) where `k <= q < subtree_ends[k]`. B sees
+# p and q but not A, because the subtree of A ends at index 3. So each token sees the same tokens
+# at the same positions as in its own sequence, and the numbers stay the same.
+#
+#        p q A B C s
+#   p    x
+#   q    x x
+#   A    x x x
+#   B    x x . x
+#   C    x x . x x
+#   s    x . . . . x
 
 from __future__ import annotations
 
@@ -21,14 +41,14 @@ Ints: TypeAlias = NDArray[np.int64]
 class Row:
     """One or more prefix trees in depth-first order; L tokens.
 
-    Token q descends from token k, or is it, exactly if `k <= q < subtree_ends[k]`: one number per
-    token says all of the attention mask.
+    Token q is token k or one of its descendants exactly if `k <= q < subtree_ends[k]`: one number
+    per token defines the whole attention mask.
 
     Attributes:
         token_ids: the ids, shape `(L,)`.
-        positions: how deep each token stands, which is its position in its sequences, `(L,)`.
-        subtree_ends: the place after each token's last descendant, `(L,)`.
-        places: by index of a sequence, where its tokens stand in the row, in their order.
+        positions: the depth of each token, which is its position in its sequences, `(L,)`.
+        subtree_ends: the index after each token's last descendant, `(L,)`.
+        places: for each sequence index, the indices of its tokens in the row, in order.
     """
 
     token_ids: Ints
@@ -41,14 +61,14 @@ class Row:
 
 
 def shared_length(a: Ints, b: Ints) -> int:
-    """How many tokens two sequences have in common from their start."""
+    """The length of the longest common prefix of two sequences."""
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
     return int(differs.argmax()) if differs.any() else n
 
 
-# A pair that shares one part in so many of its tokens stays in one row: a shorter prefix, repeated,
-# adds less than 5 %.
+# A pair that shares at least one twentieth of its tokens stays in one row. Repeating a shorter
+# prefix adds less than 5 %.
 _LEAST_SHARED = 20
 
 
@@ -59,23 +79,21 @@ def prefix_rows(
     *,
     split_pairs: bool = False,
 ) -> list[Row]:
-    """One tree per row, so that the rows together cost least.
+    """Lays out one tree per row so that the total cost of the rows is least.
 
-    Sequences are sorted, so that a tree is a stretch of neighbours, and the stretches are chosen by
-    dynamic programming: a row of L tokens costs `L + attention_cost · L²`. Where two neighbours are
-    put into different rows, the prefix they share is computed once more: that is how a tree that
-    would be too large, or whose attention across branches would cost more than the prefix, is
-    split. Two sequences that share a twentieth of their tokens or more have a row of their own
-    rather than two rows, whatever its length and its attention cost.
+    A row of L tokens costs `L + attention_cost · L²`. A tree is split into two rows where it would
+    be too large, or where attention across its branches would cost more than its prefix; both rows
+    then compute the shared prefix. Two sequences that share at least a twentieth of their tokens
+    are kept in one row rather than two, whatever its length and attention cost.
 
     Args:
-        sequences: token ids, each with at least one token. Equal ones share all their places.
-        row_tokens: tokens of a row at most; a pair, or a single sequence, may be longer.
-        attention_cost: what one more key costs a token, in units of all its other work.
-        split_pairs: whether the limit and the cost hold for pairs as well.
+        sequences: token ids, each with at least one token. Equal sequences share all indices.
+        row_tokens: the most tokens in a row; a pair or a single sequence may be longer.
+        attention_cost: the cost of one more key for a token, in units of all its other work.
+        split_pairs: whether the limit and the cost apply to pairs as well.
 
     Raises:
-        ValueError: a sequence without tokens, or `row_tokens` below 1.
+        ValueError: a sequence has no tokens, or `row_tokens` is below 1.
     """
     if row_tokens < 1:
         raise ValueError(f"row_tokens must be at least 1, got {row_tokens}")
@@ -89,11 +107,21 @@ def prefix_rows(
     shared = _shared_with_previous(arrays)
     lengths = [len(a) for a in arrays]
     alone = [n + attention_cost * n * n for n in lengths]
+    # In sorted order the sequences of any tree are neighbours, so a layout is a list of cuts, and
+    # dynamic programming finds the cheapest: best[end] is the least cost of the first `end`
+    # sequences, over every `start` at which the last row may begin.
+    #
+    #   sorted      pqA  pqBC  ps         attention_cost 0.2, split_pairs; best[3] is the least of
+    #   one row     p q A B C s           best[0] + 6 + 0.2·36 = 13.2
+    #   two rows    p q A B C | p s       best[2] + 2 + 0.2·4  = 10.0 + 2.8 = 12.8   <- p twice
+    #   two rows    p q A | p q B C s     best[1] + 5 + 0.2·25 = 4.8 + 10.0 = 14.8
+    #
+    # With attention_cost 0.1 the order turns: one row costs 9.6, the first two rows 7.5 + 2.4.
     best, start_of = [0.0], [0]
     for end in range(1, len(arrays) + 1):
         cheapest, begins, tokens = float("inf"), end - 1, 0
         for start in range(end - 1, -1, -1):
-            # A row that starts one earlier has that sequence's own tokens more.
+            # Starting one sequence earlier adds the tokens that it does not share with the next.
             follows = shared[start + 1] if start + 1 < end else 0
             tokens += lengths[start] - follows
             pair = start == end - 2 and not split_pairs
@@ -101,7 +129,7 @@ def prefix_rows(
                 break
             cost = tokens + attention_cost * tokens * tokens
             if pair and follows * _LEAST_SHARED >= tokens:
-                # Never dearer than two rows, less the tokens that are saved.
+                # A pair never costs more than two rows less the tokens it saves.
                 cost = min(cost, alone[start] + alone[start + 1] - follows)
             cost += best[start]
             if cost < cheapest:
@@ -122,16 +150,24 @@ def _shared_with_previous(arrays: Sequence[Ints]) -> list[int]:
 
 
 def _row(arrays: Sequence[Ints], shared: Sequence[int], numbers: Sequence[Sequence[int]]) -> Row:
-    """The tree of sorted sequences; the first one's own prefix counts as its own."""
+    """The tree of sorted sequences; the first sequence contributes all its tokens."""
+    # Appends to each sequence the tokens after its common prefix with the sequence before it. The
+    # rest of the previous path is then complete: the row's length at that moment is its end.
+    #
+    #   sequence   common   appended   path       closed (indices, end)
+    #   pqA        0        p q A      0 1 2
+    #   pqBC       2        B C        0 1 3 4    [2] ends at 3          (A)
+    #   ps         1        s          0 5        [1 3 4] end at 5       (q B C)
+    #   the end                                   [0 5] end at 6         (p s)
     tokens: list[Ints] = []
     positions: list[Ints] = []
-    path = np.empty(0, dtype=np.int64)  # where the last sequence's tokens stand
+    path = np.empty(0, dtype=np.int64)  # indices in the row of the current sequence's tokens
     closed: list[tuple[Ints, int]] = []
     places: dict[int, Ints] = {}
     length = 0
     for i, array in enumerate(arrays):
         common = shared[i] if i else 0
-        closed.append((path[common:], length))  # nothing more descends from these
+        closed.append((path[common:], length))  # these get no more descendants
         tokens.append(array[common:])
         positions.append(np.arange(common, len(array)))
         own = np.arange(length, length + len(array) - common)
@@ -146,9 +182,9 @@ def _row(arrays: Sequence[Ints], shared: Sequence[int], numbers: Sequence[Sequen
 
 
 def joined(rows: Iterable[Row], row_tokens: int) -> list[Row]:
-    """Several trees per row, by best-fit decreasing: no tree sees another.
+    """Puts several trees into each row by best-fit decreasing; no tree sees another.
 
-    No row gets longer than `row_tokens`, but for one that is longer already.
+    No row exceeds `row_tokens`, except a tree that is longer by itself.
     """
     trees = sorted(rows, key=len, reverse=True)
     return [
@@ -158,9 +194,13 @@ def joined(rows: Iterable[Row], row_tokens: int) -> list[Row]:
 
 
 def _bins(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which of some lengths, sorted from the longest, go into one bin; by best fit."""
+    """Best-fit bin packing of lengths sorted from the longest: the indices in each bin."""
+    # Each length goes into the fullest bin that still has room for it, or opens a new bin.
+    #
+    #   lengths 6 5 3 2 2, room 8      6 -> bin 0 (2 left)    5 -> bin 1 (3 left)
+    #   result [0 3] [1 2] [4]         3 -> bin 1 (0 left)    2 -> bin 0 (0 left)    2 -> bin 2
     bins: list[list[int]] = []
-    left: list[tuple[int, int]] = []  # sorted: the room left in a bin, and its number
+    left: list[tuple[int, int]] = []  # sorted pairs: room left in a bin, number of the bin
     for i, length in enumerate(lengths):
         tightest = bisect.bisect_left(left, (length, -1))
         if tightest < len(left):
@@ -185,9 +225,9 @@ def _one_after_the_other(trees: Sequence[Row]) -> Row:
     )
 
 
-# What a pass costs beyond its tokens, as a part of the tokens that keep a device busy: between the
-# 1/40 by which the matrices are slower at half as many, and the 1/12 measured for a whole model on
-# two CPU cores.
+# The fixed cost of a pass, as a fraction of the tokens that keep a device busy. It lies between
+# 1/40, by which matrices are slower at half as many tokens, and 1/12, measured for a whole model
+# on two CPU cores.
 _PRICE_OF_A_PASS = 1 / 16
 
 
@@ -198,18 +238,17 @@ def batches(
     *,
     one: bool = False,
 ) -> list[list[Row]]:
-    """Rows of like lengths together, longest first, so that all passes cost least with padding.
+    """Groups rows of similar length into passes, longest first, at the least cost with padding.
 
-    Where trees may be joined, a pass holds rows of one length, and shorter trees stand one after
-    the other where there would be padding: under a dense mask they cost the same there.
+    Where trees may be joined, the rows of a pass have one length, and shorter trees follow each
+    other in the space that would be padding: under a dense mask they cost the same there.
 
     Args:
         rows: one tree each.
-        batch_tokens: tokens of a pass at most, padding included; a longer row has a pass of its
-            own.
-        attention_cost: of a dense mask, see `prefix_rows`; `None`: rows are not joined.
-        one: whether everything goes into one pass, whatever its size. Then no row is joined to
-            more than `batch_tokens`.
+        batch_tokens: the most tokens in a pass, padding included; a longer row has its own pass.
+        attention_cost: the cost under a dense mask, see `prefix_rows`; `None`: do not join rows.
+        one: put everything into one pass, whatever its size. Rows are then joined up to
+            `batch_tokens` only.
     """
     ordered = sorted(rows, key=len, reverse=True)
     lengths = [len(row) for row in ordered]
@@ -223,11 +262,20 @@ def batches(
 def _stretches(
     lengths: Sequence[int], batch_tokens: int, attention_cost: float | None
 ) -> list[tuple[int, int]]:
-    """Sorted lengths, cut into passes that together cost least, by dynamic programming."""
+    """Cuts sorted lengths into the passes that cost least in total: (start, end) of each."""
+    # The same dynamic programming as in `prefix_rows`. A pass from `start` to `end` is padded to
+    # its first row, which is the longest, and each pass adds a fixed price.
+    #
+    #   lengths 100 90 20 18 16, 200 tokens in a pass, no joining, price 200/16 = 12.5
+    #   [100 90] [20 18 16]     2·100 + 3·20          = 260 + 2 passes = 285.0    <- chosen
+    #   [100] [90 20] [18 16]   1·100 + 2·90 + 2·18   = 316 + 3 passes = 353.5
+    #
+    # With joining, short rows follow each other in the padding: [90 20 18 16] counts max(144, 1·90)
+    # tokens, not 4·90, so [100] [90 20 18 16] costs 244 + 2 passes = 269.0 and is chosen.
     price = _PRICE_OF_A_PASS * batch_tokens
     longest = np.array(lengths, dtype=np.int64)
     tokens = np.concatenate([[0], longest.cumsum()])
-    # From here on, rows are so short that two of them fit into one as long as the first.
+    # The first row that is at most half as long as this one: from there, two rows fit into one.
     halves = np.searchsorted(-longest, -(longest // 2))
     best, start_of = np.zeros(len(tokens)), np.zeros(len(tokens), dtype=np.int64)
     for end in range(1, len(tokens)):
@@ -251,7 +299,9 @@ def _stretches(
 def _filled(
     trees: Sequence[Row], batch_tokens: int, attention_cost: float, *, one: bool
 ) -> list[Row]:
-    """Trees in rows of the length at which these cost least; one row of all has no padding."""
+    """Packs trees into rows of the cheapest common length; a single row needs no padding."""
+    # Tries row lengths from the longest tree upwards, 10 % longer each time. Trees of 4, 2 and 2
+    # tokens fill two rows of 4: no padding, and less attention than in one row of 8.
     lengths = [len(tree) for tree in trees]
     total, longest = sum(lengths), lengths[0]
     most = max(longest, min(total, batch_tokens) if one else total)
@@ -272,22 +322,27 @@ def _filled(
 
 @dataclass(frozen=True, slots=True)
 class PrefixGroup:
-    """Sequences (by index) whose first `prefix` tokens are the same; each has more of its own."""
+    """Sequences (by index) with the same first `prefix` tokens; each has further tokens."""
 
     prefix: int
     members: tuple[int, ...]
 
 
-# A group's branches are rows of one batch: more of them than this do not save noticeably more.
+# The branches of a group are rows of one batch. Larger groups save hardly more.
 _LARGEST_GROUP = 64
 
 
 def prefix_groups(sequences: Sequence[Sequence[int]]) -> list[PrefixGroup]:
-    """One level of sharing: groups whose prefixes computed once leave the fewest tokens to compute.
+    """Groups sequences by one shared prefix each, so that the fewest tokens are computed.
 
-    Every sequence keeps at least one token of its own. The groups' members cover all sequences,
-    equal ones included.
+    Every sequence keeps at least one token of its own. The groups cover all sequences, including
+    equal ones.
     """
+    # A KV cache shares one prefix per group, not a whole tree. Dynamic programming again: a group
+    # of n neighbours with a common prefix of k tokens saves (n - 1)·k.
+    #
+    #   pqrA pqrB pD     {pqrA pqrB} + {pD} saves 1·3     {pqrA pqrB pD} saves 2·1
+    #                    so: PrefixGroup(3, (0, 1)), PrefixGroup(0, (2,))
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
     arrays = [np.array(sequences[i], dtype=np.int64) for i in order]
     shared = _shared_with_previous(arrays)
@@ -298,7 +353,7 @@ def prefix_groups(sequences: Sequence[Sequence[int]]) -> list[PrefixGroup]:
         for start in range(end - 1, max(-1, end - 1 - _LARGEST_GROUP), -1):
             follows = shared[start + 1] if start + 1 < end else prefix
             prefix = min(prefix, follows, len(arrays[start]) - 1)
-            # Fewest tokens are computed where the most are saved.
+            # The most negative number saves the most tokens.
             found = (best[start] - (end - start - 1) * prefix, start, prefix)
             cheapest = found if cheapest is None or found < cheapest else cheapest
         assert cheapest is not None

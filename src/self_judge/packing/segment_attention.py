@@ -1,9 +1,9 @@
-"""Attention segment by segment: of a prefix tree's mask only what it allows is computed.
+"""Segment attention: computes only the scores that a prefix tree's mask allows.
 
-A dense mask has a kernel compute every pair of tokens of a row and throw most of them away. Here
-each segment of a tree (`chunked_prefill.Segment`) meets its ancestors and itself in one call of
-PyTorch's scaled dot-product attention. Transformers' attention interface hands it the segments that
-the model was called with; whether a model passes them on is tried in `packing.py`.
+Under a dense mask a kernel computes every pair of tokens of a row and discards most of them. Here
+each segment of a tree (`chunked_prefill.Segment`) attends to its ancestors and itself in one call
+of PyTorch's scaled dot-product attention. Transformers' attention interface passes on the segments
+that the model is called with; `packing.py` tries whether a model does so.
 """
 
 from __future__ import annotations
@@ -22,20 +22,35 @@ from self_judge.packing.chunked_prefill import Segment
 
 NAME = "self_judge_segments"
 
+# The idea, on the row of `prefix_tree.py` (`pqA`, `pqBC`, `ps`). It has three segments, hence three
+# calls, each with its own queries and keys; of the 36 scores of a dense mask they compute 19:
+#
+#   key       p q A B C s      call   queries   keys            mask of the call
+#   query p   x . .            1      p q A     p q A           x . .
+#         q   x x .                                             x x .
+#         A   x x x                                             x x x
+#         B   x x   x .        2      B C       p q, then B C   x x x .
+#         C   x x   x x                                         x x x x
+#         s   x         x      3      s         p, then s       none: it sees all its keys
+#
+# (x: computed and used; dot: computed and masked; blank: never computed.) In every call the last
+# keys are the queries themselves, so the mask is always the lower right part of a triangle.
 
-# PyTorch's kernel skips what a causal mask forbids in blocks of 512 keys, hence hardly anywhere in
-# a segment of a few hundred tokens. Queries in pieces of this size meet no key after them.
+# PyTorch's kernel skips what a causal mask forbids in blocks of 512 keys, so it skips hardly
+# anything in a segment of a few hundred tokens. In pieces of this size, queries do not meet the
+# keys of later pieces: a segment of 300 tokens becomes queries 0-127 with keys 0-127, 128-255 with
+# keys 0-255 and 256-299 with keys 0-299.
 _PIECE = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Attending:
-    """A piece of a segment as attention needs it.
+    """A piece of a segment, as attention needs it.
 
     Attributes:
-        queries: its place among the row's tokens.
-        keys: the places of what it sees, itself last.
-        mask: what of that each token sees, `(queries, keys)`; `None` for a single token.
+        queries: its range in the row's tokens.
+        keys: the ranges of keys that it sees, itself last.
+        mask: which of these each token sees, `(queries, keys)`; `None` for a single token.
     """
 
     queries: slice
@@ -44,11 +59,11 @@ class Attending:
     _added: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def rows(self, groups: int) -> slice:
-        """Its queries, where each token has a row per head of a group."""
+        """The range of its queries when every token has one row per head of a group."""
         return slice(groups * self.queries.start, groups * self.queries.stop)
 
     def added(self, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """The mask as numbers to add, each row once per head of a group; one for all layers."""
+        """The mask as an additive bias, each row repeated per head of a group; made once."""
         if self.mask is None:
             return None
         if (groups, dtype) not in self._added:
@@ -61,10 +76,10 @@ class Attending:
 def attending(
     segments: Sequence[Segment], device: torch.device, piece: int = _PIECE
 ) -> list[Attending]:
-    """What attention needs of each segment, made once for all layers.
+    """Prepares each segment for attention, once for all layers.
 
     Args:
-        piece: queries of one call at most.
+        piece: the most queries in one call.
     """
     found = []
     for segment in segments:
@@ -82,7 +97,7 @@ def attending(
 
 
 def _merged(places: Sequence[slice]) -> tuple[slice, ...]:
-    """The same places in fewer slices where they follow each other: one slice copies nothing."""
+    """Merges adjacent slices: keys in a single slice need no copy."""
     merged: list[slice] = []
     for place in places:
         if merged and merged[-1].stop == place.start:
@@ -105,7 +120,7 @@ def segment_attention(
     position_bias: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One layer's attention over one row of L tokens, after the keys of earlier steps.
+    """One layer's attention over one row of L tokens, which follows the keys of earlier chunks.
 
     Args:
         query: `(1, H, L, D)`.
@@ -116,11 +131,11 @@ def segment_attention(
         The attended values, `(1, L, H, D)`, and no weights.
 
     Raises:
-        ValueError: what plain scaled dot-product attention does not do, or a model that did not
-            pass the segments on.
+        ValueError: the model needs more than plain scaled dot-product attention, or does not pass
+            the segments on.
     """
     if prefix_segments is None or softcap is not None or position_bias is not None:
-        raise ValueError("the model does not attend by segments")
+        raise ValueError("the model does not support attention by segments")
     shared = key.shape[1]
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         computed = torch.get_autocast_dtype(query.device.type)
@@ -146,24 +161,29 @@ def segment_attention(
 
 
 def _rows(states: torch.Tensor, shared: int, dtype: torch.dtype) -> torch.Tensor:
-    """`(1, L, H, D)` as `(1, shared, L * H / shared, D)`, so that a stretch of tokens is a view.
+    """`(1, L, H, D)` as `(1, shared, L * H / shared, D)`, so that a range of tokens is a view.
 
-    Heads that share keys and values follow each other: as rows of one head with more queries, they
-    have nothing copied for each of them.
+    Query heads that share keys and values become the rows of one longer head, so no key is copied
+    for each of them.
     """
+    # Three tokens t0 t1 t2 with heads a b c d, of which a b share one key head and c d the other:
+    #
+    #   t0: a b c d   t1: a b c d   t2: a b c d
+    #   key head 0:   t0a t0b t1a t1b t2a t2b       tokens 1 to 2 are rows 2 to 5 (groups = 2)
+    #   key head 1:   t0c t0d t1c t1d t2c t2d
     split = states.unflatten(2, (shared, -1)).transpose(1, 2)
     rows = split.to(dtype, memory_format=torch.contiguous_format)
     return rows.reshape(1, shared, -1, states.shape[-1])
 
 
 def _tokens(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows of `_rows` as `(1, L, H, D)` again, contiguous."""
+    """The inverse of `_rows`: `(1, L, H, D)`, contiguous."""
     split = rows.unflatten(2, (-1, heads // rows.shape[1])).transpose(1, 2)
     return split.reshape(1, -1, heads, rows.shape[-1]).contiguous()
 
 
 def _in_one_node(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `_SegmentAttention` can do it, and its backward pass is wanted."""
+    """Whether gradients are needed and `_SegmentAttention` can compute them."""
     states = (query, key, value)
     return (
         query.device.type == "cpu"
@@ -175,12 +195,23 @@ def _in_one_node(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
 
 
 class _SegmentAttention(torch.autograd.Function):
-    """All segments of a row as one node of the graph, on a CPU.
+    """All segments of a row as one node of the autograd graph, on a CPU.
 
-    With a node for each segment, every segment keeps a copy of all keys and values before it, and
-    its backward pass makes new gradients for all of them. Here keys and values are kept once, and
-    their gradients are added in place.
+    With one node per segment, each segment would keep a copy of all keys and values before it, and
+    its backward pass would allocate gradients for all of them. One node keeps keys and values once
+    and adds their gradients in place.
     """
+
+    # Backward on the row p q A B C s. Every query is in one call, every key in one or more:
+    #
+    #   call 1   queries p q A   keys p q A       gradient of keys:   p  q  A  B  C  s
+    #   call 2   queries B C     keys p q B C       call 1 adds to    x  x  x
+    #   call 3   queries s       keys p s           call 2 adds to    x  x     x  x
+    #                                               call 3 adds to    x              x
+    #
+    # Queries: `for_rows[piece] = ...` (set once). Keys and values: `whole[range] += part` (summed
+    # over calls), where `part` is the share of the call's gradient that belongs to one key range.
+    # The log-sum-exp of each query lets the kernel recompute its weights instead of storing them.
 
     @staticmethod
     def forward(
@@ -215,7 +246,7 @@ class _SegmentAttention(torch.autograd.Function):
     def backward(ctx: Any, pull: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, key, value, attended, *sums = ctx.saved_tensors
         shared, heads = key.shape[1], attended.shape[2]
-        # In half precision the float32 kernel is faster, and rounds once, not once a segment.
+        # For half precision the float32 kernel is faster, and rounds once rather than per segment.
         dtype = torch.promote_types(key.dtype, torch.float32)
         given, own = rows.dtype, rows.to(dtype)
         keys, values = key.to(dtype), value.to(dtype)
@@ -257,7 +288,7 @@ AttentionInterface.register(NAME, segment_attention)
 
 @contextmanager
 def attending_by_segments(inner: Any) -> Iterator[None]:
-    """Has a causal language model attend by the segments it is called with, within the block."""
+    """Within the block, a causal language model attends by the segments it is called with."""
     usual = inner.config._attn_implementation
     inner.set_attn_implementation(NAME)
     try:

@@ -1,6 +1,6 @@
 """Passes that attend segment by segment: trees in one row, and chunks that read earlier passes.
 
-As in `passes.py`, the way is taken as given; `packing.py` decides whether it is exact.
+As in `passes.py`, the route is given; `packing.py` decides whether it is exact.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from self_judge.packing.segment_attention import attending
 
 
 def segment_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
-    """As `tree_passes`, segment by segment: trees stand in one row, and cost each other nothing."""
+    """Like `tree_passes`, segment by segment: trees share a row at no cost to each other."""
     most = pass_tokens(inner, shape)
     rows = prefix_rows(asked.sequences, most, split_pairs=shape.split_pairs)
     together = sum(map(len, rows)) if shape.one_pass else most
@@ -50,6 +50,15 @@ def _inputs(
 
 
 # -- chunks ----------------------------------------------------------------------------------------
+#
+# The chunks of `chunked_prefill.py`, and the keys and values held after each of them:
+#
+#   chunk   reads (past)   computes   then holds (no prefix cache)   then holds (prefix cache)
+#   0       -              0 1 2      0 1   (needed)                 0 1 2
+#   1       0 1            3 4 5      -                              0 1 2 3 4 5
+#
+# Without a prefix cache only what later chunks read is kept. With one, everything is kept for the
+# next call, up to its limit in bytes; beyond it, only older tokens and `needed` ones are kept.
 
 
 class _Block(NamedTuple):
@@ -58,14 +67,14 @@ class _Block(NamedTuple):
 
 
 class KeysAndValues:
-    """Keys and values of tokens by their number (see `chunked_prefill.Chunk`), of every layer."""
+    """Keys and values of every layer, by token number (see `chunked_prefill.Chunk`)."""
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
 
     @property
     def numbers(self) -> Ints:
-        """Of all tokens held, in order."""
+        """The numbers of all tokens held, in order."""
         return np.concatenate([np.empty(0, dtype=np.int64), *(b.numbers for b in self._blocks)])
 
     @property
@@ -73,11 +82,11 @@ class KeysAndValues:
         return sum(t.nbytes for b in self._blocks for layer in b.layers for t in layer)
 
     def cache(self, numbers: Ints) -> DynamicCache:
-        """A cache that holds some tokens, in order, and to which a model adds its own."""
+        """A cache with the given tokens, in order; a model appends its own to it."""
         parts = [p for p in (_chosen(b, numbers) for b in self._blocks) if len(p.numbers)]
         found = sum(len(p.numbers) for p in parts)
         if found != len(numbers):
-            raise RuntimeError(f"{len(numbers)} earlier tokens are needed, {found} are held")
+            raise RuntimeError(f"{len(numbers)} earlier tokens are needed, but {found} are held")
         cache = DynamicCache()
         for layer, states in enumerate(zip(*(p.layers for p in parts), strict=True)):
             keys, values = (torch.cat(own, dim=2) for own in zip(*states, strict=True))
@@ -85,16 +94,16 @@ class KeysAndValues:
         return cache
 
     def add(self, cache: DynamicCache, numbers: Ints) -> None:
-        """Keeps the last tokens of a cache, which a model has added."""
+        """Keeps the last tokens of a cache: those that the model appended."""
         layers = [(k, v) for k, v, *_ in cache]
         count = len(numbers)
         if count < layers[0][0].shape[2]:
-            # Copied: a view would keep the whole cache alive.
+            # A copy: a view would keep the whole cache alive.
             layers = [(k[:, :, -count:].clone(), v[:, :, -count:].clone()) for k, v in layers]
         self._blocks.append(_Block(numbers, layers))
 
     def only(self, numbers: Ints) -> None:
-        """Forgets every other token."""
+        """Forgets all tokens except these."""
         chosen = [_chosen(b, numbers) for b in self._blocks]
         self._blocks = [b for b in chosen if len(b.numbers)]
 
@@ -110,10 +119,10 @@ def _chosen(block: _Block, numbers: Ints) -> _Block:
 
 @dataclass(slots=True)
 class PrefixCache:
-    """What earlier calls computed, for later ones whose sequences begin alike.
+    """The results of earlier calls, for later calls whose sequences share a prefix with them.
 
     Attributes:
-        limit: bytes of keys and values at most; what is beyond is computed again when needed.
+        limit: the most bytes of keys and values to keep; the rest is computed again when needed.
     """
 
     limit: int
@@ -124,10 +133,10 @@ class PrefixCache:
 def chunked_passes(
     inner: Any, shape: Shape, asked: Wanted, prefix_cache: PrefixCache | None = None
 ) -> Iterator[Pass]:
-    """The one tree of all sequences, no token twice; only last positions can be wanted.
+    """The tree of all sequences, each token once; only last positions can be wanted.
 
     Args:
-        prefix_cache: what was computed before; afterwards it holds these sequences as well.
+        prefix_cache: the results of earlier calls; these sequences are added to it.
     """
     index = PrefixIndex() if prefix_cache is None else prefix_cache.index
     states = KeysAndValues() if prefix_cache is None else prefix_cache.states
@@ -153,7 +162,7 @@ def chunked_passes(
             elif states.nbytes > prefix_cache.limit:
                 states.only(np.union1d(held, chunk.needed))
     finally:
-        # A consumer that stops early leaves no path whose states are missing.
+        # If the consumer stops early, the index must not name tokens that were never computed.
         index.only(states.numbers)
 
 

@@ -1,6 +1,6 @@
-"""The curves of a report: a row for each chart, from the metrics that training logs.
+"""The curves of a report: one row per chart, from the metrics that training logs.
 
-It knows the names of metrics and what they mean to people. It does not know how curves are drawn.
+It knows the names of metrics and their meaning. It does not know how curves are drawn.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Chart:
 
     Attributes:
         section: the kind of run, and the heading on the page.
-        id, title, about: what it is called, and in one sentence what it shows.
-        lines: metrics and what each is called in this chart; those that no run has are left out.
-            A name that ends in `/` stands for every metric that begins so, called by the rest.
+        id, title, about: its identifier and title, and one sentence about it.
+        lines: metrics and their names in this chart; metrics that no run has are left out. A name
+            that ends in `/` stands for every metric with this prefix, named by the rest.
         format: `percent`, or plain numbers.
-        reference: where a dotted line stands.
+        reference: the value of a dotted line.
     """
 
     section: tuple[str, str]
@@ -44,11 +44,11 @@ class Chart:
 
     @property
     def prefix(self) -> str | None:
-        """What every metric of this chart begins with, where its lines are not named."""
+        """The common prefix of this chart's metrics, if its lines are not named."""
         return next((name for name in self.lines if name.endswith("/")), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """As the page's script takes it."""
+        """The chart as data for the page's script."""
         named = {} if self.prefix else self.lines
         lines = [{"key": key, "label": label} for key, label in named.items()]
         return {**dataclasses.asdict(self), "lines": lines, "prefix": self.prefix}
@@ -57,14 +57,14 @@ class Chart:
 # fmt: off
 CHARTS = (  # in the order of the page
     Chart(POLICY, "loss", "Loss", {"loss": "training", "eval_loss": HELD_OUT},
-          "Of the preference loss; for sigmoid, ln 2 ≈ 0.69 is where policy and reference agree."),
+          "The preference loss; for sigmoid, it is ln 2 ≈ 0.69 while policy and reference agree."),
     Chart(POLICY, "margins", "Reward margin",
           {"rewards/margins": "training", "eval_rewards/margins": HELD_OUT},
-          "β times how much more the policy has moved towards chosen than towards rejected.",
+          "Reward of the chosen minus that of the rejected response.",
           reference=0.0),
     Chart(POLICY, "rewards", "Rewards",
           {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-          "β (log π − log π_ref) of each side. Both falling: likelihood is taken from both.",
+          "β (log π − log π_ref) of each side. If both fall, both become less likely.",
           reference=0.0),
     Chart(POLICY, "accuracies", "Reward accuracy",
           {"rewards/accuracies": "training", "eval_rewards/accuracies": HELD_OUT},
@@ -73,28 +73,28 @@ CHARTS = (  # in the order of the page
           "Estimated on the sampled responses, in nats per response; noisy, so it may dip below 0.",
           reference=0.0),
     Chart(POLICY, "entropy", "Entropy", {"entropy": "training"},
-          "Of the next token, mean over the responses. Towards 0: the policy always says the "
-          "same."),
+          "Entropy of the next token, mean over the responses. Near 0, the policy always answers "
+          "the same."),
     Chart(JUDGE, "judge-margin", "Judge margin", {"judge/margin": "margin"},
-          "Score of the chosen less that of the rejected response, over decided pairs."),
+          "Score of the chosen minus that of the rejected response, over decided pairs."),
     Chart(JUDGE, "order-agreement", "Order agreement", {"judge/order_agreement": "agreement"},
-          "Share of decided pairs that both orders decide alike; 50 % is a judge that reads "
-          "places.",
+          "Share of decided pairs on which both orders agree; 50 % means that position alone "
+          "decides.",
           PERCENT, 0.5),
     Chart(JUDGE, "undecidable", "Undecidable pairs", {"judge/undecidable": "undecidable"},
-          "Share of pairs that give no gradient: equal texts, exact ties, too long.", PERCENT),
+          "Share of pairs without a gradient: equal texts, exact ties, too long.", PERCENT),
     Chart(JUDGE, "principles", "Win rate by principle", {"judge/win_rate/": ""},
-          "Share of decided pairs in which a principle sides with the verdict.", PERCENT),
+          "Share of decided pairs in which a principle agrees with the verdict.", PERCENT),
     Chart(RESPONSES, "length", "Response length",
           {"completions/mean_length": "all", "completions/chosen_length": "chosen",
            "completions/rejected_length": "rejected"},
-          "Tokens of a response. Chosen above rejected, step after step: length is learned."),
+          "Tokens of a response. If chosen stays above rejected, the policy learns length."),
     Chart(RESPONSES, "drift", "Length against the reference",
           {"completions/length_drift": "ratio"},
-          "Mean length over that of the first log, when the policy still was the reference.",
+          "Mean length divided by that of the first log, when the policy equals the reference.",
           reference=1.0),
-    Chart(RESPONSES, "finished", "Ended by themselves", {"completions/finished": "finished"},
-          "Share of responses that the model ended itself; the others were cut at the limit.",
+    Chart(RESPONSES, "finished", "Finished responses", {"completions/finished": "finished"},
+          "Share of responses that the model ended itself; the others are cut at the limit.",
           PERCENT),
     Chart(JSFT, "jsft-loss", "JSFT: loss", {"loss": "training", "eval_loss": HELD_OUT},
           "Cross-entropy per trained token, of SFT and judge examples together."),
@@ -106,9 +106,9 @@ CHARTS = (  # in the order of the page
     Chart(OPTIMIZER, "gradient", "Gradient norm", {"grad_norm": "gradient"},
           "Before clipping. Spikes come before trouble."),
     Chart(OPTIMIZER, "rate", "Learning rate", {"learning_rate": "rate"},
-          "As the schedule has it."),
+          "Set by the schedule."),
     Chart(OPTIMIZER, "time", "Seconds per step", {"time/": ""},
-          "By phase of a step; what the phases are called is what is logged under time/."),
+          "By phase of a step, with the names logged under time/."),
 )
 # fmt: on
 

@@ -1,7 +1,7 @@
 """Folders of runs → the plain data of a report: series, pairs, brackets, reliability, settings.
 
-It reads what training, tournaments and evaluations wrote, and keeps it small. It knows nothing of
-HTML (`page.py`).
+It reads the files of training, tournaments and evaluations, and keeps the result small. It does not
+know HTML (`page.py`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much a report holds at most, whatever the size of the runs.
+    """The most that a report holds, whatever the size of the runs.
 
     Attributes:
-        pairs: sampled pairs of all runs together, evenly over their steps.
-        points: of one curve; longer ones are averaged over windows.
+        pairs: sampled pairs of all runs together, spread evenly over their steps.
+        points: points of one curve; longer curves are averaged over windows.
         brackets: tournaments.
-        characters: of one text; the rest is cut, and the page says how much.
+        characters: characters of one text; the rest is cut, and the page says how much.
     """
 
     pairs: int = 400
@@ -48,16 +48,16 @@ class Limits:
 
 @dataclass
 class ReportData:
-    """What a page shows.
+    """The content of a page.
 
     Attributes:
         runs: name, kind, series by metric, run.json and data.json of every run.
         pairs: sampled pairs with their verdicts; see `rollout_log.write_rollouts`.
         brackets: tournaments with their contexts and responses.
-        judges: how good a judge was on labeled pairs, with its biases and its reliability.
-        paired: how far two judges differ on the same pairs.
-        comparisons: how often one policy answers better than another.
-        notes: what was left out, for people.
+        judges: the quality, biases and reliability of judges on labeled pairs.
+        paired: the difference of two judges on the same pairs.
+        comparisons: win rates of one policy against another.
+        notes: messages about omitted data.
     """
 
     runs: list[Line] = field(default_factory=list)
@@ -73,12 +73,13 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
     """Reads runs, tournaments and evaluations.
 
     Args:
-        paths: folders, or single files that `tournament --brackets` or `eval` wrote. A folder is a
-            run, or holds runs, a level down; its files with brackets and results are read too.
-        limits: how much is kept.
+        paths: folders, or single files from `tournament --brackets` or `eval`. A folder is a run or
+            contains runs one level down; its files with brackets and results are read too.
+        limits: limits on the data.
 
     Raises:
-        ValueError: a path is not there, holds nothing to report on, or a file is broken (named).
+        ValueError: a path does not exist or has nothing to report on, or a file is broken; the
+            message names it.
     """
     limits = limits or Limits()
     data = ReportData()
@@ -90,8 +91,8 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
         loose = _loose_files(path, data, limits)
         if not found and not loose:
             raise ValueError(
-                f"{path}: nothing to report on: no {METRICS}, as training writes, no {RESULTS} of "
-                "an evaluation or comparison, and no tournament with brackets (self-judge "
+                f"{path}: nothing to report on: no {METRICS} from training, no {RESULTS} from an "
+                "evaluation or comparison, and no tournament with brackets (self-judge "
                 "tournament --brackets)"
             )
         folders += [folder for folder in found if folder not in folders]
@@ -117,7 +118,8 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart, of two parts where there are several."""
+    """The shortest distinct ends of the paths; at least two parts each if there are several."""
+    # One run a/jsft: `jsft`. Two runs x/a/jsft and x/b/jsft: `a/jsft` and `b/jsft`.
     parts = [f.resolve().parts for f in folders]
     length = 1 if len(folders) < 2 else 2
     while len({p[-length:] for p in parts}) < len(parts):
@@ -138,7 +140,7 @@ def _run(folder: Path, name: str, limits: Limits) -> Line:
             values.append(value)
     lengths = points.get("completions/mean_length")
     if lengths and lengths[1][0]:
-        # At the first step the policy still is the reference.
+        # At the first step the policy equals the reference.
         first = lengths[1][0]
         points["completions/length_drift"] = (
             lengths[0],
@@ -161,7 +163,7 @@ def _run(folder: Path, name: str, limits: Limits) -> Line:
 
 
 def _thinned(steps: list[int], values: list[float | None], most: int) -> Line:
-    """At most so many points: means over windows of equal length, with a gap for what is broken."""
+    """At most `most` points: means over windows of equal length; a missing value leaves a gap."""
     window = math.ceil(len(steps) / most)
     if window > 1:
         chunks = [values[i : i + window] for i in range(0, len(values), window)]
@@ -189,7 +191,7 @@ def _json(path: Path) -> Line:
 
 
 def _sample_pairs(folders: Sequence[Path], data: ReportData, limits: Limits) -> None:
-    """Evenly over the steps whose pairs were kept, as many of each run."""
+    """Takes pairs evenly over the saved steps, an equal share for each run."""
     with_pairs = [(i, rollout_files(f)) for i, f in enumerate(folders)]
     with_pairs = [(i, files) for i, files in with_pairs if files]
     if not with_pairs:
@@ -205,13 +207,13 @@ def _sample_pairs(folders: Sequence[Path], data: ReportData, limits: Limits) -> 
             data.pairs += [_pair(line, run, limits) for line in lines]
     if len(data.pairs) < there:
         data.notes.append(
-            f"{len(data.pairs):,} of the {there:,} pairs on disk are on this page, taken evenly "
-            "over the steps"
+            f"this page has {len(data.pairs):,} of the {there:,} pairs on disk, taken evenly over "
+            "the steps"
         )
 
 
 def _evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of them, evenly spread, the first and the last among them."""
+    """At most `most` items, evenly spread, including the first and the last."""
     if len(items) <= most:
         return list(items)
     if most < 2:
@@ -236,7 +238,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def _loose_files(path: Path, data: ReportData, limits: Limits) -> bool:
-    """Reads what is no run: whether there was any."""
+    """Reads files outside runs; returns whether there are any."""
     found = False
     name = (path.parent if path.name == RESULTS else path).name
     for file in [path] if path.is_file() else sorted(path.iterdir()):
@@ -254,7 +256,7 @@ def _loose_files(path: Path, data: ReportData, limits: Limits) -> bool:
             elif file == path or isinstance(results.get("overall"), dict):
                 _add_evaluation(name, results, data)
             else:
-                continue  # somebody else's results
+                continue  # results of another program
             found = True
     return found
 
@@ -263,7 +265,7 @@ def _kind(file: Path) -> str | None:
     try:
         first = next(read_lines(file), {})
     except ValueError:
-        return None  # somebody else's file
+        return None  # a file of another program
     if isinstance(first.get("bracket"), list) and isinstance(first.get("responses"), list):
         return "bracket"
     return "judged" if "probabilities" in first and "gold" in first else None
@@ -300,7 +302,7 @@ def _context(line: Mapping[str, Any]) -> str:
 
 
 def _add_verdicts(name: str, lines: Iterable[Line], data: ReportData) -> None:
-    """From the demo's `judged_line`s."""
+    """Adds a judge from the demo's `judged_line`s."""
     tally = JudgeTally(())  # the lines do not name their principles
     for line in lines:
         given = dict(enumerate(line["probabilities"] or ()))
@@ -310,24 +312,24 @@ def _add_verdicts(name: str, lines: Iterable[Line], data: ReportData) -> None:
 
 
 def _add_comparison(name: str, results: Line, data: ReportData) -> None:
-    """From the `results.json` of two policies compared."""
+    """Adds a comparison of two policies from its `results.json`."""
     kept = (
         *("prompts", "wins", "ties", "losses", "win_rate", "length_controlled_win_rate"),
         *("both_orders", "longer_wins_all", "order_agreement", "characters"),
     )
     missing = [key for key in kept if key not in results]
     if missing:
-        raise ValueError(f"{name}: no results of a comparison: {', '.join(missing)} missing")
+        raise ValueError(f"{name}: not the results of a comparison: {', '.join(missing)} missing")
     a, b = results["policies"]
     data.comparisons.append({"name": f"{a} against {b}", **{key: results[key] for key in kept}})
 
 
 def _add_evaluation(name: str, results: Line, data: ReportData) -> None:
-    """From the `results.json` of a judge's evaluation: over all pairs, and by subset."""
+    """Adds a judge's evaluation from its `results.json`: over all pairs, and by subset."""
     if not isinstance(results.get("overall"), dict):
         raise ValueError(
-            f"{name}: no results of a judge's evaluation (self-judge eval), nor of policies "
-            "compared (self-judge compare)"
+            f"{name}: not the results of a judge's evaluation (self-judge eval) or of a comparison "
+            "of policies (self-judge compare)"
         )
     _add_reports(name, results, data)
     for reason, count in (results.get("skipped") or {}).items():
@@ -359,7 +361,7 @@ def _model(results: Line) -> str | None:
 
 
 def _judge(name: str, numbers: Line) -> Line:
-    """What the page shows of a `JudgeTally.report`."""
+    """The parts of a `JudgeTally.report` that the page shows."""
     kept = (
         *("pairs", "accuracy", "order_agreement", "decided_by_position", "first_position"),
         *("longer", "letter_mass", "calibration", "principles", "baselines"),

@@ -1,8 +1,8 @@
 """`self-judge report`: runs, tournaments and evaluations → one HTML page that needs no network.
 
-It puts data, style, script and Plotly into one file, and keeps text from the data from ever being
-markup. What is read from where: `collect.py`; which curves: `charts.py`; how they are drawn:
-`assets/report.js`.
+It puts data, style, script and Plotly into one file, and text from the data can never become
+markup. `collect.py` reads the files, `charts.py` lists the curves, and `assets/report.js` draws
+them.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def write_report(
     limits: Limits | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Writes the page and returns where it is.
+    """Writes the page and returns its path.
 
     Args:
         paths: folders of runs, and single files of tournaments or evaluations.
         output: the page; default: `report.html` in the first folder.
-        limits: how much the page holds at most.
-        console: told where it is and what it shows.
+        limits: limits on the content of the page.
+        console: prints the path and a summary.
 
     Raises:
-        ValueError: nothing to report on, or a broken file; the message names it.
+        ValueError: there is nothing to report on, or a file is broken; the message names it.
     """
     sources = [Path(path) for path in paths]
     if not sources:
@@ -70,18 +70,18 @@ def write_report(
 
 
 def report_on(path: Path, console: Console) -> None:
-    """Writes the page of a folder or file that a command wrote, or says that Plotly is missing."""
+    """Writes the page for a command's output folder or file, or prints that Plotly is missing."""
     if plotly_is_there():
         write_report([path], console=console)
     else:
-        console.print("no report.html without Plotly: pip install 'self-judge\\[report]'")
+        console.print("report.html needs Plotly: pip install 'self-judge\\[report]'")
 
 
 def page(data: ReportData) -> str:
     """The whole page as text.
 
-    Text from the data stands in a JSON block alone, in which no markup can begin or end. Scripts
-    run by their hash: of everything else on the page nothing can be run, loaded or sent.
+    Text from the data is only in a JSON block, where no markup can begin or end. Only the scripts
+    with the given hashes can run; nothing else can be run, loaded or sent.
     """
     parts = files("self_judge.reporting") / "assets"
     script = _inline((parts / "report.js").read_text(encoding="utf-8"))
@@ -98,12 +98,12 @@ def page(data: ReportData) -> str:
         "script": script,
     }
     template = (parts / "report.html").read_text(encoding="utf-8")
-    # In one pass: what is put in is never looked at again.
+    # In one pass, so inserted text is never searched for placeholders.
     return re.sub(r"@(\w+)@", lambda match: values[match[1]], template)
 
 
 def json_block(value: Any) -> str:
-    """JSON that can stand inside a script element: no `<`, `>` or `&`, no line separators."""
+    """JSON for a script element: without `<`, `>`, `&` and line separators."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -111,7 +111,7 @@ def json_block(value: Any) -> str:
 
 
 def plotly_is_there() -> bool:
-    """Whether charts can be drawn (the extra `report`)."""
+    """Whether Plotly is installed (the extra `report`)."""
     return importlib.util.find_spec("plotly") is not None
 
 
@@ -132,7 +132,7 @@ def _content(data: ReportData) -> dict[str, Any]:
 
 
 def _inline(script: str) -> str:
-    """A script that does not end its own element; browsers read CR LF as LF before they hash."""
+    """A script that cannot close its element; browsers turn CR LF into LF before hashing."""
     return script.replace("\r\n", "\n").replace("</script", "<\\/script")
 
 

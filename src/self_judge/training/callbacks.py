@@ -1,6 +1,6 @@
 """Callbacks of both trainers: the run's log, the phases of a step, and a live line on the console.
 
-They hear what the trainer tells its callbacks, as trackers do. They change nothing about training.
+Like trackers, they use only the trainer's callback events. They do not change training.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 class RunLog(TrainerCallback):
     """Writes `run.json` when training begins, and a line of `metrics.jsonl` at every log.
 
-    A run that resumes from a checkpoint continues after that checkpoint's step: what was logged
-    after it is taken back, since those steps are done again.
+    A resumed run continues after its checkpoint's step: lines of later steps are removed, because
+    those steps run again.
 
     Args:
-        kind: of the run: `jsft` or `self_judge`.
-        about: more to write into `run.json`, such as the judge templates.
+        kind: the kind of the run, `jsft` or `self_judge`.
+        about: further entries of `run.json`, such as the judge templates.
 
     Attributes:
-        run_file: the run's configuration, where there is a run file.
+        run_file: the run's configuration, if there is a run file.
     """
 
     def __init__(self, kind: str, about: Mapping[str, Any] | None = None) -> None:
@@ -65,7 +65,7 @@ class RunLog(TrainerCallback):
         folder = Path(args.output_dir)
         rewind(folder, state.global_step)
         with atomic_write(folder / RUN) as file:
-            # What has no JSON form (a dtype, an enum) is written as it prints.
+            # Values without a JSON form (a dtype, an enum) are written as strings.
             json.dump(self._described(args, state, model), file, indent=2, default=str)
             file.write("\n")
 
@@ -90,7 +90,7 @@ class RunLog(TrainerCallback):
             "max_steps": state.max_steps,
             "model": str(getattr(getattr(model, "config", None), "name_or_path", "")) or None,
             "parameters": {
-                # Sharded parameters are empty here; DeepSpeed keeps their number beside them.
+                # Sharded parameters are empty here; DeepSpeed stores their size in `ds_numel`.
                 "all": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
                 "trained": sum(
                     getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad
@@ -101,7 +101,7 @@ class RunLog(TrainerCallback):
             **self.about,
             "run_file": self.run_file,
             "changed_arguments": _changed(args),
-            "arguments": args.to_dict(),  # tokens are masked there
+            "arguments": args.to_dict(),  # which masks access tokens
             "versions": {
                 "python": platform.python_version(),
                 **{name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -111,7 +111,7 @@ class RunLog(TrainerCallback):
 
 
 def _changed(args: Any) -> dict[str, Any]:
-    """The arguments that are not at their class's default."""
+    """The arguments that differ from the defaults of their class."""
     values = args.to_dict()
     changed = {}
     for field in dataclasses.fields(args):
@@ -125,20 +125,20 @@ def _changed(args: Any) -> dict[str, Any]:
     return changed
 
 
-# In the order of a step. `waiting`: for the slowest process, between judging and the update.
+# In the order of a step. `waiting` is the wait for the slowest process before the update.
 PHASES = ("sampling", "judging", "reference", "waiting", "update")
 
 
 class StepClock(TrainerCallback):
     """Times the phases of each optimizer step and logs them when the step ends.
 
-    `time/<phase>` is the time of the slowest process in seconds; of `waiting` it is the longest
-    wait. `tokens_per_second/sampling` and `tokens_per_second/step` are sampled tokens of all
-    processes, over the time of sampling and of the whole step.
+    `time/<phase>` is the time of the slowest process in seconds, and for `waiting` the longest
+    wait. `tokens_per_second/sampling` and `tokens_per_second/step` are the sampled tokens of all
+    processes divided by the time of sampling and of the whole step.
 
     Args:
-        accelerator: joins the processes' times.
-        metrics: lists of values by name, to which each step's are added.
+        accelerator: gathers the times of all processes.
+        metrics: lists of values by name; each step appends to them.
     """
 
     def __init__(self, accelerator: Accelerator, metrics: Any) -> None:
@@ -150,15 +150,16 @@ class StepClock(TrainerCallback):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts what happens inside as a part of this phase."""
+        """Adds the time of the block to this phase."""
         started = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - started
 
     def rolled_out(self, tokens: int) -> None:
-        """The rollout has ended, after so many sampled tokens of this process: the update begins.
+        """Marks the end of the rollout and the start of the update; waits for all processes.
 
-        Every process must call it: it waits for the slowest.
+        Args:
+            tokens: the tokens that this process sampled.
         """
         with self.phase("waiting"):
             self.accelerator.wait_for_everyone()
@@ -166,7 +167,7 @@ class StepClock(TrainerCallback):
         self._rolled_out = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forgets what was timed outside of the training loop."""
+        """Resets the times, which may include work outside the training loop."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._rolled_out = None
 
@@ -181,7 +182,8 @@ class StepClock(TrainerCallback):
         own = torch.tensor([*self.seconds.values(), float(self.tokens)], device=device)
         every = self.accelerator.gather(own[None])
         slowest = dict(zip(PHASES, every[:, :-1].max(0).values.tolist(), strict=True))
-        # Who waits is not the slowest: a step lasts as long as its work in the slowest process.
+        # The phases of each process add up to the whole step, waiting included. The maximum of
+        # these sums is the step's time; the sum of the maxima would count some waiting twice.
         step = every[:, :-1].sum(1).max().item()
         tokens = every[:, -1].sum().item()
         for name, seconds in slowest.items():
@@ -191,7 +193,7 @@ class StepClock(TrainerCallback):
         self._rolled_out = None
 
 
-# What is logged -> what it is called on the line, in this order. A narrow terminal shows the first.
+# Metric -> its name on the progress line, in this order. A narrow terminal shows only the first.
 _SHOWN = {
     "loss": "loss",
     "judge/margin": "judge margin",
@@ -219,11 +221,11 @@ class _WithNumbers(Progress):
 
 
 class LiveProgress(TrainerCallback):
-    """One bar for one call of `train`, in place of the Trainer's own bar and printed dictionaries.
+    """One bar per call of `train`, instead of the Trainer's own bar and printed dictionaries.
 
     Args:
-        title: what is going on.
-        console: where to draw; where it is not a terminal, every log is a line of text.
+        title: the label of the bar.
+        console: the output; if it is not a terminal, every log is a line of text.
     """
 
     def __init__(self, title: str, console: Console) -> None:
@@ -241,7 +243,7 @@ class LiveProgress(TrainerCallback):
         )
 
     def attach(self, trainer: Trainer) -> None:
-        """Takes the place of the callbacks that print."""
+        """Replaces the callbacks that print."""
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(self)
@@ -278,7 +280,7 @@ class LiveProgress(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Leaves the terminal as it was; to be called where training ends with an error."""
+        """Restores the terminal; call it when training ends with an error."""
         if self.console.is_terminal:
             self.bar.stop()
 
@@ -290,7 +292,7 @@ class LiveProgress(TrainerCallback):
 
 
 def _numbers(logs: dict[str, float]) -> str:
-    # Self-training logs the token accuracy too; there it says little.
+    # Self-training also logs the token accuracy, which means little there.
     left_out = {"mean_token_accuracy"} if "judge/margin" in logs else set()
     shown = [(key, name) for key, name in _SHOWN.items() if key in logs and key not in left_out]
     return " · ".join(f"{name} {logs[key]:.3g}" for key, name in shown)

@@ -1,9 +1,27 @@
-"""What lets a training be killed at any moment and resume with the same numbers: both trainers.
+"""Fault tolerance of both trainers: a run killed at any moment resumes with the same numbers.
 
-Checkpoints are complete or absent (`storage/atomic.py`) and checked before a run resumes from one;
-they hold what had not been logged yet; SIGTERM ends a run after its step; numbers that are
-not finite never reach the weights. It changes nothing about a run in which none of this happens.
+Checkpoints are complete or absent (`storage/atomic.py`) and are checked before a run resumes. They
+hold the metrics that are not logged yet. SIGTERM ends a run after its step. Numbers that are not
+finite never reach the weights. A run without such events is unchanged.
 """
+
+# How a checkpoint is written. A kill at any line leaves no `checkpoint-20` or a complete one:
+#
+#   .unfinished/checkpoint-20/...           the staging folder: weights, optimizer, random state,
+#                                           unlogged_0.json, ... (each process writes its files)
+#   .unfinished/checkpoint-20/manifest.json seal: every file is on disk, and the manifest lists
+#                                           their sizes
+#   checkpoint-20/                          commit: one rename
+#   .unfinished/checkpoint-10.old           `save_total_limit`: old ones are renamed, then deleted
+#
+# The next start deletes `.unfinished` and resumes from the last folder that matches its manifest.
+#
+# Why a resumed run logs the same numbers, with logging_steps 10 and a checkpoint at step 14:
+#
+#   steps     1 ........ 10 | 11 .. 14 # 15 .. 17 killed
+#                       log            └ checkpoint holds the sums of steps 11 to 14
+#   resumed                              15 ........ 20     log of 20: mean over steps 11 to 20,
+#                                                           as without the kill
 
 from __future__ import annotations
 
@@ -53,21 +71,21 @@ SKIPPED = "skipped_steps"
 
 
 class NotFiniteError(FloatingPointError):
-    """Training cannot go on: what it computes is not finite; the message says since when."""
+    """Training stops because its numbers are not finite; the message names the first bad step."""
 
 
 class FaultToleranceMixin(Base):
     """A mixin before a Transformers trainer.
 
     Attributes:
-        max_skipped_steps: steps in a row that gave nothing to learn from after which training
-            stops: no finite gradient, or `nothing_judged`.
-        on_saved: called with every folder into which the model was saved, to write more beside it.
-        nothing_judged: whether the step at hand has no pair that could be judged; set by whoever
-            judges.
-        stop_on_sigterm: whether SIGTERM ends training after its step, with a checkpoint, rather
-            than the process; whoever sets it looks at `stopped_early` afterwards.
-        stopped_early: whether the last call to `train` was ended so.
+        max_skipped_steps: training stops after this many skipped steps in a row: steps without a
+            finite gradient, or with `nothing_judged`.
+        on_saved: called with every folder into which the model is saved, to add files to it.
+        nothing_judged: whether the current step has no pair that could be judged; set by the
+            trainer that judges.
+        stop_on_sigterm: whether SIGTERM ends training after the current step, with a checkpoint,
+            instead of ending the process. The caller then checks `stopped_early`.
+        stopped_early: whether SIGTERM ended the last call of `train`.
     """
 
     _metrics: Any  # TRL's own
@@ -76,26 +94,26 @@ class FaultToleranceMixin(Base):
     stopped_early = False
     nothing_judged = False
     on_saved: Callable[[Path], object] | None = None
-    _aside: Path | None = None
+    _staging: Path | None = None
     _unsent: str | None = None
     _skipped = 0
 
     def _send_telemetry(self) -> None:
-        """Sends nothing: TRL would tell its authors what kind of model and machine this is."""
+        """Sends nothing: TRL would report the kind of model and machine to its authors."""
 
     # -- resuming ----------------------------------------------------------------------------------
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As Transformers' `train`; a checkpoint to resume from is checked first.
+        """Like Transformers' `train`, but checks the checkpoint to resume from first.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in the
+            resume_from_checkpoint: a checkpoint folder, or True for the last complete one in the
                 output folder.
 
         Raises:
-            CheckpointError: the folder is not a whole checkpoint, or there is none.
+            CheckpointError: the folder is not a complete checkpoint, or there is none.
             NotFiniteError: `max_skipped_steps` steps in a row had no finite gradient.
         """
         found: str | None = None
@@ -104,15 +122,15 @@ class FaultToleranceMixin(Base):
         if self.is_world_process_zero():
             clear_unfinished(Path(str(self.args.output_dir)))
         self._skipped = 0
-        # Transformers does so in the constructor: whatever draws in between would change the run.
+        # Transformers seeds in the constructor only: draws made since then would change the run.
         set_seed(self.args.seed)
         with _stopping(self), without_cudnn_attention():
             return super().train(found, *args, **kwargs)
 
     def _checked(self, asked: str | bool) -> Path:
         if asked is True:
-            path, passed_over = latest_complete(Path(str(self.args.output_dir)))
-            for line in passed_over:
+            path, incomplete = latest_complete(Path(str(self.args.output_dir)))
+            for line in incomplete:
                 logger.warning(line)
             if path is None:
                 raise CheckpointError(
@@ -127,13 +145,13 @@ class FaultToleranceMixin(Base):
         return path
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Transformers would do one more step after a checkpoint of the last one.
+        # Resumed from a checkpoint of its last step, Transformers would do one more.
         if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
-    # -- what had not been logged yet --------------------------------------------------------------
+    # -- metrics that are not logged yet -----------------------------------------------------------
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -144,9 +162,9 @@ class FaultToleranceMixin(Base):
             return
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["processes"] != self.args.world_size:
-            return  # each has sums of its own, which cannot be dealt out anew
+            return  # each process has its own sums, which another number of them cannot share
         self._tr_loss += kept["loss"]
-        # Transformers reports the mean loss of this call to `train`: without what was before it.
+        # Transformers reports the mean loss of this call of `train`, without earlier steps.
         self._total_loss_scalar -= kept["loss"]
         self._globalstep_last_logged = kept["last_logged_step"]
         self._skipped = kept[SKIPPED]
@@ -173,21 +191,21 @@ class FaultToleranceMixin(Base):
     # -- saving ------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Transformers' `save_model`; a file is replaced once the new one is whole."""
-        if _internal_call:  # a checkpoint, which is written aside as a whole
+        """Like Transformers' `save_model`, but replaces each file only by a complete new one."""
+        if _internal_call:  # part of a checkpoint, which has a staging folder of its own
             self._write_model(output_dir)
             return
         target = Path(output_dir or str(self.args.output_dir))
-        aside = target / UNFINISHED / "model"
+        staging = target / UNFINISHED / "model"
         if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         with _writing(target):
-            self._write_model(str(aside))
+            self._write_model(str(staging))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with _writing(target):
-                move_files(aside, target)
+                move_files(staging, target)
             clear_unfinished(target)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
@@ -203,31 +221,33 @@ class FaultToleranceMixin(Base):
             self.on_saved(folder)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._check_weights()
         run_folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        aside = run_folder / UNFINISHED
+        staging = run_folder / UNFINISHED
         if self.args.should_save:
-            shutil.rmtree(aside / name, ignore_errors=True)
+            shutil.rmtree(staging / name, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._aside = aside
+        # While `_staging` is set, `_get_output_dir` sends Transformers' files there.
+        self._staging = staging
         try:
             with _writing(run_folder):
                 super()._save_checkpoint(model, trial)
-                self._save_unlogged(aside / name)
+                self._save_unlogged(staging / name)
         finally:
-            self._aside = None
-        if self.state.best_model_checkpoint == str(aside / name):
+            self._staging = None
+        if self.state.best_model_checkpoint == str(staging / name):
             self.state.best_model_checkpoint = str(run_folder / name)
+        # Every process has written its files before the first one seals and renames the folder.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with _writing(run_folder):
-                self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
-                seal(aside / name)
-                commit(aside / name, run_folder / name)
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                seal(staging / name)
+                commit(staging / name, run_folder / name)
             for old in self._surplus(run_folder):
                 remove(old)
             clear_unfinished(run_folder)
@@ -237,7 +257,7 @@ class FaultToleranceMixin(Base):
             super()._push_from_checkpoint(str(run_folder / name))
 
     def _surplus(self, run_folder: Path) -> list[Path]:
-        """Checkpoints for which `save_total_limit` has no room, as Transformers chooses them."""
+        """The checkpoints beyond `save_total_limit`, chosen as Transformers does."""
         limit = self.args.save_total_limit
         if not limit or limit < 0:
             return []
@@ -249,13 +269,13 @@ class FaultToleranceMixin(Base):
         return [path for path in there if path not in kept][: max(0, too_many)]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # An upload goes on in the background, so it has to wait for the name that stays.
+        # An upload runs in the background, so it waits for the final name of the folder.
         self._unsent = checkpoint_folder
 
     # -- numbers that are not finite ---------------------------------------------------------------
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Leaves a step that gave nothing out: weights and optimizer stay as they are."""
+        """Skips a step without a usable gradient: weights and optimizer stay unchanged."""
         norm = super()._get_grad_norm(model, grad_norm)
         value = float(norm)
         learned = math.isfinite(value) and not self.nothing_judged
@@ -270,15 +290,15 @@ class FaultToleranceMixin(Base):
             if not math.isfinite(value)
             else "no response could be judged: no tokens, or scores that are not finite"
         )
-        logger.warning("step %d is left out: %s", step, what)
+        logger.warning("step %d is skipped: %s", step, what)
         if self._skipped >= self.max_skipped_steps:
             raise NotFiniteError(
-                f"step {step} is the last of {self._skipped} in a row with nothing to learn from: "
-                f"{what}. The weights are still those after step {step - self._skipped}, and no "
-                "checkpoint has others. Try a smaller learning_rate, or a dtype with more range "
-                "(float16 ends at 65,504)"
+                f"training stops at step {step}, the last of {self._skipped} skipped steps in a "
+                f"row: {what}. The weights are those after step {step - self._skipped}, as in the "
+                "checkpoints. Try a smaller learning_rate, or a dtype with more range (float16 "
+                "ends at 65,504)"
             )
-        # DeepSpeed steps by itself, and leaves such steps out by itself.
+        # DeepSpeed steps the optimizer itself, and skips such steps itself.
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             model.zero_grad(set_to_none=True)
         return norm
@@ -293,16 +313,16 @@ class FaultToleranceMixin(Base):
         if broken:
             raise NotFiniteError(
                 f"step {self.state.global_step}: {len(broken)} trained weights are not finite, "
-                f"{broken[0]} first; no checkpoint is written of them. The last one is whole"
+                f"starting with {broken[0]}; no checkpoint is written. The last one is complete"
             )
 
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Gives files that could not be written one error: torch and safetensors have their own.
+    """Turns all errors of writing into one: torch and safetensors raise their own.
 
     Raises:
-        OSError: in one line, with the checkpoint that is left.
+        OSError: in one line, with the last complete checkpoint.
     """
     try:
         yield
@@ -312,14 +332,14 @@ def _writing(folder: Path) -> Iterator[None]:
         why = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"{folder} could not be written to ({why:.200}); "
-            + (f"{last} is whole" if last else "there is no whole checkpoint in it")
+            + (f"{last} is complete" if last else "it has no complete checkpoint")
             + ". Make room and start the same command again"
         ) from error
 
 
 def _is_finite(parameter: torch.Tensor) -> bool:
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    # A sum is not finite if any is not: one number instead of a mask as large as the weights.
+    # A sum is not finite if any weight is not. One number replaces a mask as large as the weights.
     return bool(torch.isfinite(local.detach().sum(dtype=torch.float64)))
 
 
@@ -327,12 +347,17 @@ def _is_finite(parameter: torch.Tensor) -> bool:
 
 
 class StopAfterStep(TrainerCallback):
-    """Ends training after the step in which any process was told to stop, with a checkpoint.
+    """Ends training, with a checkpoint, after the step in which any process gets SIGTERM.
 
     Attributes:
-        asked: whether this process was told to.
-        stopped: whether training ended for it.
+        asked: whether this process got the signal.
+        stopped: whether training ended because of it.
     """
+
+    # The signal reaches processes at different steps, so they agree at the end of each step:
+    #
+    #   process 0     step 7 ... step 8 ... SIGTERM ... step 9 ends: trigger ─┐
+    #   process 1     step 7 ... step 8 ............... step 9 ends ──────────┴─> both save and stop
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
@@ -341,7 +366,7 @@ class StopAfterStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         asked = self.asked
-        if self.accelerator.num_processes > 1:  # the signal reaches processes at different steps
+        if self.accelerator.num_processes > 1:
             if asked:
                 self.accelerator.set_trigger()
             asked = self.accelerator.check_trigger()
@@ -353,10 +378,10 @@ class StopAfterStep(TrainerCallback):
 
 @contextmanager
 def _stopping(trainer: Any) -> Iterator[None]:
-    """SIGTERM asks for the end of the step while this lasts; see `stopped_early`.
+    """Within the block, SIGTERM ends training after the current step; see `stopped_early`.
 
-    Signals reach the main thread alone, and Transformers' `enable_jit_checkpoint` has a handler of
-    its own.
+    Only the main thread receives signals. Transformers' `enable_jit_checkpoint` has its own
+    handler.
     """
     trainer.stopped_early = False
     own = trainer.stop_on_sigterm and threading.current_thread() is threading.main_thread()

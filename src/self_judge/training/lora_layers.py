@@ -1,6 +1,6 @@
-"""LoRA layers in training with less memory moved, and numbers as near to exact ones.
+"""LoRA layers that move less memory in training, with equally accurate results.
 
-PEFT's layers, their parameters and files stay as they are; only how a plain one computes changes.
+PEFT's layers, parameters and files are unchanged; only the computation of plain layers differs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def lighten(model: nn.Module) -> None:
-    """Has the plain LoRA layers of a model compute in fewer passes from now on.
+    """Makes the plain LoRA layers of a model compute in fewer passes.
 
-    Every call decides for itself: with several adapters, dropout at work, a variant of LoRA, biases
-    of the adapter, or weights that are merged, quantized or trained, a layer computes as PEFT wrote
-    it.
+    Each call decides for itself. A layer uses PEFT's own code if it has several adapters, active
+    dropout, a variant of LoRA, adapter biases, or base weights that are merged, quantized or
+    trained.
     """
     for layer in model.modules():
         if type(layer) is lora.Linear:
@@ -29,9 +29,9 @@ def lighten(model: nn.Module) -> None:
 
 
 def forward(layer: lora.Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`lora.Linear.forward` in fewer passes over what it computes, where it is plain.
+    """`lora.Linear.forward` in fewer passes for a plain layer.
 
-    Elsewhere its input is left in half precision where autocast would undo PEFT's cast to the
+    For other layers, the input stays in half precision if autocast would undo PEFT's cast to the
     adapter's float32.
     """
     name = None if args or kwargs else _sole_adapter(layer)
@@ -51,7 +51,7 @@ def forward(layer: lora.Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> t
 
 
 def _sole_adapter(layer: lora.Linear) -> str | None:
-    """The one adapter at work in a layer, if it is plain LoRA without dropout at work."""
+    """The only active adapter of a layer, if it is plain LoRA without active dropout."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1 or names[0] in layer.lora_variant:
         return None
@@ -61,17 +61,17 @@ def _sole_adapter(layer: lora.Linear) -> str | None:
 
 
 def _cast_is_undone(layer: lora.Linear, name: str, x: torch.Tensor) -> bool:
-    # Several adapters add up their input's gradients in float32, and dropout scales by a number of
-    # its input's type: there the cast is felt.
+    # The cast makes a difference with several adapters, which sum their input gradients in float32,
+    # and with dropout, which scales in its input's type.
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in _HALF
     return autocast and layer.lora_A[name].weight.dtype == torch.float32
 
 
 def _is_plain(layer: lora.Linear, name: str, x: torch.Tensor, computed: torch.dtype) -> bool:
-    """Whether PEFT would compute the base and its one adapter in the same type, and no more."""
+    """Whether PEFT would compute just the base and one adapter, in the same type."""
     base, down, up = layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name]
     weights = (base.weight, down.weight, up.weight)
-    # Autocast casts weights; without it, PEFT computes each in its own type.
+    # Autocast casts weights; without it, PEFT computes with each weight's own type.
     allowed = (computed, torch.float32 if torch.is_autocast_enabled(x.device.type) else computed)
     return (
         not layer.disable_adapters
@@ -86,12 +86,20 @@ def _is_plain(layer: lora.Linear, name: str, x: torch.Tensor, computed: torch.dt
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class says (sharding, offloading, casting)."""
+    """Whether hooks add to a module's call (for sharding, offloading or casting)."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class _LoRA(torch.autograd.Function):
-    """`x W' + b + x A' B'` as one node, what an adapter adds being added in place."""
+    """`x W' + b + x A' B'` as one node of the autograd graph; the adapter adds in place."""
+
+    # With x (N, in), W (out, in), A (r, in), B (out, r) and the gradient g (N, out) of the result:
+    #
+    #   inside = x A'                 (N, r)     gradient of A:  (g B)' x     (r, in)
+    #   result = x W' + b, then       (N, out)   gradient of B:  g' inside    (out, r)
+    #            += inside B'                    gradient of x:  g W, then += (g B) A
+    #
+    # W and b are frozen. Only x and the small `inside` are kept for the backward pass.
 
     @staticmethod
     def forward(

@@ -1,7 +1,6 @@
-"""What a run begins with: its settings, tokenizer, templates, data and adapter, as its file says.
+"""Set-up of a run from its file: settings, tokenizer, templates, data and adapter.
 
-The recipes train with it and `self-judge check` shows it, so that what is shown is what is trained.
-It loads no weights.
+Both training and `self-judge check` use it, so the check shows the actual run. It loads no weights.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Say = Callable[[str], None]
 
 
 def this_machine() -> Machine:
-    """The machine that this process runs on."""
+    """The machine of this process."""
     cuda = torch.cuda.is_available()
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else None
     return detect_machine(cuda, bf16)
@@ -56,9 +55,9 @@ def jsft_config(run: JSFTRun, processes: int | None = None) -> SFTConfig:
         run, run.jsft_args.global_batch_size, processes, SFTConfig, {"max_length": None}
     )
     if run.jsft_args.group_by_length:
-        # Like lengths share a micro-batch, within a randomly drawn optimizer step. Transformers'
-        # "group_by_length" would sort over many steps: SFT examples are shorter than judge
-        # examples, so that whole stretches of training would see only one of the two kinds.
+        # Examples of similar length share a micro-batch within a randomly drawn optimizer step.
+        # Transformers' "group_by_length" would sort over many steps. SFT examples are shorter than
+        # judge examples, so long stretches of training would see only one of the two kinds.
         args.train_sampling_strategy = "batch_rebalance"
     return args
 
@@ -67,13 +66,13 @@ def self_judge_config(run: SelfJudgeRun, processes: int | None = None) -> SelfJu
     """The trainer's settings of a self-training run.
 
     Args:
-        processes: over which the global batch is spread (default: those of this launch).
+        processes: the number that share the global batch (default: those of this launch).
 
     Raises:
-        ValueError: as `jsft_config`, or settings that contradict the method.
+        ValueError: as in `jsft_config`, or the settings contradict the method.
     """
     own = dataclasses.asdict(run.self_judge_args)
-    for name in ("token_id_a", "token_id_b"):  # the trainer takes them by themselves
+    for name in ("token_id_a", "token_id_b"):  # the trainer takes them as arguments
         del own[name]
     global_batch_size = own.pop("global_batch_size")
     config: SelfJudgeConfig = _training_config(
@@ -103,7 +102,7 @@ def _training_config(
     try:
         return config_class(**training, **own)
     except ValueError as error:
-        # Transformers names a choice that it does not have, but not where it stands.
+        # Transformers names an unknown choice, but not its key.
         named = next((k for k, v in training.items() if str(error).startswith(f"{v} is not")), None)
         if named is None:
             raise
@@ -111,17 +110,17 @@ def _training_config(
 
 
 def lora_config(settings: dict[str, Any] | None) -> LoraConfig | None:
-    """The adapter that `peft_config` asks for; fails on a name that LoRA does not have."""
+    """The adapter described by `peft_config`; unknown names are an error."""
     if settings is None:
         return None
     return LoraConfig(**check_training_values(settings, LoraConfig, "peft_config"))
 
 
-# -- words -----------------------------------------------------------------------------------------
+# -- chat set-up -----------------------------------------------------------------------------------
 
 
 def jsft_chat_setup(run: JSFTRun) -> tuple[ChatEncoder, JudgeSettings]:
-    """How a JSFT run turns dialogues into ids, and the settings of its judge."""
+    """The encoder of a JSFT run and the settings of its judge."""
     templates = run.templates.judge_templates()
     assert templates is not None  # checked by JSFTRun
     if not run.uses_rationales and templates.has_rationales:
@@ -130,10 +129,10 @@ def jsft_chat_setup(run: JSFTRun) -> tuple[ChatEncoder, JudgeSettings]:
 
 
 def self_judge_chat_setup(run: SelfJudgeRun) -> tuple[ChatEncoder, JudgeSettings]:
-    """The same of a self-training run: the encoder, and the judge's settings.
+    """The encoder of a self-training run and the settings of its judge.
 
     Raises:
-        ValueError: there are judge templates neither in the file nor beside the model.
+        ValueError: neither the run file nor the model folder has judge templates.
     """
     settings = resolve_judge(
         run.model.model_name_or_path,
@@ -162,7 +161,7 @@ def _encoder(run: JSFTRun | SelfJudgeRun, saved: JudgeSettings | None) -> ChatEn
 def load_data(
     dataset: DatasetArgs, say: Say, *, rationales: bool
 ) -> tuple[PreferenceData, PreferenceData | None]:
-    """The training data, and what is held out: the sources under `eval`, or a share of prompts."""
+    """The training data and the held-out data: the sources under `eval`, or a share of prompts."""
 
     def load(
         sources: Sequence[Source], subset: Subset, share: float, most: int | None
@@ -190,12 +189,12 @@ def load_data(
 
 
 def prompt_rows(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
-    """Rows to sample for in self-training."""
+    """The prompts for self-training."""
     return [{"prompt": r["prompt"], "context": r["context"]} for r in to_self_judge_rows(records)]
 
 
 def pair_rows(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
-    """Rows to evaluate self-training on; fails where no record has both responses."""
+    """The pairs for evaluating self-training; an error if no record has both responses."""
     rows = [r for r in to_self_judge_rows(records) if r["chosen"] and r["rejected"]]
     if not rows:
         raise ValueError("the evaluation data has no pair of a chosen and a rejected response")

@@ -71,7 +71,7 @@ def test_weights_that_were_dropped_have_to_be_loaded_before_anything_is_asked(
     before = answer(deep)
     deep.sleep()
     deep.wake_up()
-    with pytest.raises(EngineError, match="level 2, which drops the weights: call load_weights"):
+    with pytest.raises(EngineError, match=r"sleep level 2\): call load_weights"):
         answer(deep)
     deep.load_weights(checkpoint_weights(model))
     assert answer(deep) == before
@@ -94,8 +94,8 @@ def test_an_engine_that_does_not_start_says_what_was_asked_and_what_is_free(
         engine(model, gpu_memory_utilization=0.3)
     text = str(caught.value)
     assert "\n" not in text
-    assert "vLLM does not start with this model: Free memory on device cuda:0" in text
-    assert "vllm_gpu_memory_utilization 0.3 asks for 24.0 GiB of all 80.0 GiB" in text
+    assert "vLLM cannot start with this model: Free memory on device cuda:0" in text
+    assert "vllm_gpu_memory_utilization 0.3 asks for 24.0 of this GPU's 80.0 GiB" in text
     assert "9.5 GiB were free before the start" in text
 
 

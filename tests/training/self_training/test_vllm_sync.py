@@ -197,7 +197,7 @@ def test_a_server_of_another_model_is_noticed_before_anything_is_sampled(
 ) -> None:
     served.base = tiny_llama(len(tokenizer), seed=5)
     trainer = make(peft_config=LoraConfig(**LORA))
-    with pytest.raises(EngineError, match="the judge answers otherwise in vLLM than in training"):
+    with pytest.raises(EngineError, match="the judge differs between vLLM and training"):
         trainer.train()
     assert not any("seed" in body for _, body in served.requests)
 
@@ -207,13 +207,13 @@ def test_weights_that_do_not_arrive_are_noticed(
 ) -> None:
     monkeypatch.setattr(served, "answer", lambda *args: FakeVLLM.answer(served, *args))
     trainer = make(learning_rate=0.5)
-    with pytest.raises(EngineError, match="the policy answers otherwise"):
+    with pytest.raises(EngineError, match="the policy differs between vLLM and training"):
         trainer.train()
 
 
 def test_a_server_that_holds_too_few_tokens_is_named(make: Make, served: ServedModel) -> None:
     served.max_model_len = 128
-    with pytest.raises(EngineError, match="hold 128 tokens, max_length is 256"):
+    with pytest.raises(EngineError, match="hold 128 tokens, but max_length is 256"):
         make(peft_config=LoraConfig(**LORA))
 
 
@@ -327,7 +327,7 @@ def test_ahead_an_error_of_the_servers_ends_the_run(make: Make, served: ServedMo
     trainer = make(peft_config=LoraConfig(**LORA), rollouts_ahead=True)
     trainer.vllm.engine.servers[0].retry_wait = 0.001  # type: ignore[union-attr]
     trainer.add_callback(Breaks())
-    with pytest.raises(EngineError, match="no vLLM server answers any more"):
+    with pytest.raises(EngineError, match="all vLLM servers have stopped answering"):
         trainer.train()
 
 

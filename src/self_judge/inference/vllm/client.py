@@ -1,7 +1,7 @@
 """VLLMServers: the same engine behind URLs, one or more replicas of `vllm serve` (TRL's `server`).
 
-It speaks vLLM's HTTP endpoints. It needs no vLLM in its own process, and does not know what the
-prompts are.
+It uses vLLM's HTTP endpoints, needs no vLLM in its own process, and does not know what the prompts
+are.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ WorkT = TypeVar("WorkT")
 
 _SHARD_BYTES = 4 << 30
 _TRIES = 4
-_BUSY = (429, 502, 503, 504)  # may pass; everything else that fails stays so
+_BUSY = (429, 502, 503, 504)  # temporary; other failures are permanent
 
 
 class ServerDownError(EngineError):
-    """A server that does not answer."""
+    """A server does not answer."""
 
 
 class VLLMServers:
     """Several `vllm serve` replicas of one model as one engine.
 
-    Requests go to whichever replica has room. One that stops answering is left out from then on,
-    with a warning, and what it had is done by the others; without any left it is an error.
+    Requests go to any replica that has room. If one stops answering, a warning says so, it gets no
+    more requests, and the others take over its work. If none is left, an error is raised.
 
     Args:
-        urls: of the servers, `http://host:port`.
-        timeout: seconds to wait for them to be up.
-        request_timeout: seconds that one request may take.
+        urls: the URLs of the servers, `http://host:port`.
+        timeout: seconds to wait until the servers are up.
+        request_timeout: the most seconds for one request.
         concurrency: requests in flight per server.
         prompts_per_request: judge prompts in one request; they share their prefixes on one server.
-        sync_dir: a folder that this process and the servers see under the same path, through which
-            weights are handed over.
-        retry_wait: seconds before a failed request is tried again; twice as long each time.
+        sync_dir: a folder for weights, under the same path for this process and the servers.
+        retry_wait: seconds before a failed request is tried again; doubled each time.
 
     Raises:
-        EngineError: no URL, one that does not answer in time, or servers of different models.
+        EngineError: there is no URL, a server does not answer in time, or the servers serve
+            different models.
     """
 
     def __init__(
@@ -109,9 +109,7 @@ class VLLMServers:
                 {**common, "prompt": list(request.prompt), "seed": request.seed}, adapter
             )
             if choice.get("token_ids") is None:
-                raise EngineError(
-                    f"{server.url} returns no token ids: vLLM 0.28 or newer is needed there"
-                )
+                raise EngineError(f"{server.url} returns no token ids: it needs vLLM 0.28 or newer")
             return list(choice["token_ids"])
 
         return self._shared_out(one, list(requests), lambda _: done(1))
@@ -126,7 +124,7 @@ class VLLMServers:
             choices = server.complete({**common, "prompt": [list(p) for p in chunk]}, adapter)
             if len(choices) != len(chunk):
                 raise EngineError(
-                    f"{server.url} answered {len(choices)} of {len(chunk)} prompts of a request"
+                    f"{server.url} answered {len(choices)} of the {len(chunk)} prompts of a request"
                 )
             choices = sorted(choices, key=lambda choice: choice["index"])
             return [_logprobs(choice, token_ids, server.url) for choice in choices]
@@ -152,7 +150,7 @@ class VLLMServers:
         self._everywhere(lambda s: s.post("/v1/unload_lora_adapter", {"lora_name": name}))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See `Engine.load_weights`: through files in `sync_dir`, which are then removed."""
+        """See `Engine.load_weights`: writes files into `sync_dir`, which are removed afterwards."""
         folder = Path(tempfile.mkdtemp(prefix="self-judge-weights-", dir=self.sync_dir))
         try:
             _save_shards(weights, folder)
@@ -160,8 +158,8 @@ class VLLMServers:
                 lambda server: server.post(
                     "/collective_rpc",
                     {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
-                    absent="start it with VLLM_SERVER_DEV_MODE=1 in its environment, by which it "
-                    "takes new weights",
+                    absent="start it with VLLM_SERVER_DEV_MODE=1 in its environment, so that it "
+                    "accepts new weights",
                 )
             )
             self._everywhere(lambda server: server.post("/reset_prefix_cache", {}))
@@ -169,23 +167,23 @@ class VLLMServers:
             shutil.rmtree(folder, ignore_errors=True)
 
     def sleep(self) -> None:
-        """Nothing: a server has its accelerator to itself."""
+        """Does nothing: a server does not share its accelerator."""
 
     def wake_up(self) -> None:
-        """Nothing: it never sleeps."""
+        """Does nothing: a server never sleeps."""
 
     def _alive(self) -> list[_Server]:
         alive = [server for server in self.servers if server.down is None]
         if not alive:
             raise ServerDownError(
-                "no vLLM server answers any more: "
+                "all vLLM servers have stopped answering: "
                 + "; ".join(f"{s.url}: {s.down}" for s in self.servers)
                 + ". Start them again and resume from the last checkpoint"
             )
         return alive
 
     def _everywhere(self, call: Callable[[_Server], object]) -> None:
-        """One call to every server that is up; those that are not are left out."""
+        """Calls every server that is up; one that does not answer gets no more requests."""
         for server in self._alive():
             try:
                 call(server)
@@ -199,7 +197,7 @@ class VLLMServers:
         work: Sequence[WorkT],
         done: Callable[[WorkT], object],
     ) -> list[Any]:
-        """`call` on every piece of work, by whichever server has room; answers in order."""
+        """Runs `call` on every piece of work on any server with room; answers in order."""
         answers: list[Any] = [None] * len(work)
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         for place in range(len(work)):
@@ -228,10 +226,11 @@ class VLLMServers:
                     left -= 1
                     done(work[place])
 
-        # A server that goes down puts its work back when others may have finished: look again.
+        # A server that goes down returns its work, perhaps after the others have finished: so
+        # start new workers until nothing is left.
         while left and not failures:
             alive = self._alive()
-            # In turn, and an even part each at most: else little work would all be the first's.
+            # An equal share for each server: otherwise the first would take all of a small job.
             each = min(self.concurrency, -(-left // len(alive)))
             workers = [
                 threading.Thread(target=serve, args=(server,), daemon=True)
@@ -248,7 +247,7 @@ class VLLMServers:
 
 
 class _Server:
-    """One `vllm serve`: its address, what it serves, and whether it still answers."""
+    """One `vllm serve`: its address, its model, and whether it still answers."""
 
     def __init__(self, url: str, connections: int, timeout: float, retry_wait: float) -> None:
         import requests
@@ -262,12 +261,12 @@ class _Server:
         self.model = self.root = ""
         self.max_model_length = 0
         self._session = requests.Session()
-        self._session.trust_env = False  # a proxy for the world is none for one's own servers
+        self._session.trust_env = False  # no proxy for one's own servers
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
 
     def wait_until_up(self, deadline: float) -> None:
-        """Waits for the server, and asks what it serves."""
+        """Waits for the server and asks for its model."""
         import requests
 
         while True:
@@ -287,7 +286,7 @@ class _Server:
         cards = response.json()["data"]
         base = next((card for card in cards if not card.get("parent")), None)
         if base is None or not base.get("max_model_len"):
-            raise EngineError(f"{self.url} lists no model of its own at /v1/models: is it vLLM?")
+            raise EngineError(f"{self.url} lists no base model at /v1/models: is it vLLM?")
         self.model, self.root = base["id"], base.get("root") or base["id"]
         self.max_model_length = int(base["max_model_len"])
 
@@ -297,11 +296,11 @@ class _Server:
         return list(response.json()["choices"])
 
     def post(self, path: str, body: dict[str, Any], absent: str | None = None) -> Any:
-        """Posts until it is answered: busy servers and broken connections are tried again.
+        """Posts a request; busy servers and broken connections are tried again.
 
         Raises:
-            ServerDownError: it did not answer, several times.
-            EngineError: it refused, with its reason; `absent` says what a missing endpoint means.
+            ServerDownError: the server did not answer several times.
+            EngineError: the server refused; `absent` explains a missing endpoint.
         """
         import requests
 
@@ -322,17 +321,17 @@ class _Server:
             if response.status_code not in _BUSY:
                 break
         else:
-            raise ServerDownError(f"{path} failed {_TRIES} times, last by {why}")
+            raise ServerDownError(f"{path} failed {_TRIES} times; last: {why}")
         if response.status_code in (404, 405) and absent and "does not exist" not in why:
             raise EngineError(f"{self.url} has no {path}: {absent}")
         raise EngineError(f"{self.url}{path} refused: {why}")
 
     def leave_out(self, error: Exception) -> None:
-        """From now on nothing is asked of this server."""
+        """Sends no more requests to this server."""
         with self._lock:
             if self.down is None:
                 self.down = str(error)
-                told = neutral(f"{self.url} is left out from now on: {error}")
+                told = neutral(f"{self.url} gets no more requests: {error}")
                 logger.warning("vLLM server %s", told)
 
 
@@ -343,8 +342,8 @@ def _logprobs(choice: dict[str, Any], token_ids: Sequence[int], url: str) -> lis
         return [float(top[f"token_id:{token}"]) for token in token_ids]
     except KeyError as error:
         raise EngineError(
-            f"{url} does not return the log-probability of {error}: vLLM 0.28 or newer is needed "
-            "there (logprob_token_ids)"
+            f"{url} does not return the log-probability of {error}: it needs vLLM 0.28 or newer "
+            "(logprob_token_ids)"
         ) from error
 
 
@@ -367,7 +366,7 @@ def _shards(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, t
 
 
 def _message(response: Any) -> str:
-    """What vLLM says of a refusal: its `error.message`, or the text."""
+    """vLLM's reason for a refusal: its `error.message`, or the text."""
     try:
         body = response.json()
     except ValueError:
@@ -377,7 +376,7 @@ def _message(response: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause of a failed request, in a few words."""
+    """The innermost cause of a failed request, briefly."""
     inner: BaseException = error
     while inner.__cause__ or inner.__context__:
         inner = inner.__cause__ or inner.__context__  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """VLLMEngine: vLLM inside the training process (TRL's `colocate`).
 
-It takes its weights from memory, not from disk: what is trained, or judges, is what answers. It
-does not know what the prompts are.
+It takes its weights from memory, not from disk, so the engine answers with the weights in training.
+It does not know what the prompts are.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ _CPU_CACHE_BYTES = 1 << 30
 
 
 class VLLMEngine:
-    """One engine in this process: on its GPU, or on the CPU where vLLM is built for it.
+    """One engine in this process: on its GPU, or on the CPU if vLLM is built for it.
 
     Args:
         config: the model's configuration; vLLM builds the model from it, without weights.
         weights: the weights, by their names in a checkpoint.
         dtype: of weights and computation.
-        max_model_length: tokens of prompt and response together at most.
-        max_num_seqs: sequences computed together at most.
+        max_model_length: the most tokens of prompt and response together.
+        max_num_seqs: the most sequences computed together.
         max_lora_rank: the largest rank of an adapter; 0: no adapter will be loaded.
         max_loras: adapters in use at one time.
-        gpu_memory_utilization: the share of all of the GPU's memory, whatever is free of it, for
-            weights, activations and cache. On a CPU the cache has 1 GiB, or what
-            VLLM_CPU_KVCACHE_SPACE says.
-        sleep_level: what `sleep` does with the weights, on GPUs only. 0: it does nothing; 1: they
-            wait in the CPU's memory; 2: they are dropped, and `load_weights` must follow `wake_up`.
+        gpu_memory_utilization: the share of the GPU's total memory, free or not, for weights,
+            activations and cache. On a CPU the cache has 1 GiB, or the size given by
+            VLLM_CPU_KVCACHE_SPACE.
+        sleep_level: the effect of `sleep` on the weights, on GPUs only. 0: none; 1: they move to
+            CPU memory; 2: they are dropped, and `load_weights` must follow `wake_up`.
         trust_remote_code: passed to vLLM.
 
     Raises:
-        EngineError: vLLM is not installed, does not take the model, or has too little memory.
+        EngineError: vLLM is not installed, does not support the model, or has too little memory.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class VLLMEngine:
         self.max_model_length = max_model_length
         self.dtype = dtype
         self.sleep_level = sleep_level
-        self._dropped = False  # the weights, by sleep
+        self._dropped = False  # whether sleep dropped the weights
         self._adapters: dict[str, Any] = {}
         self._next_id = 1
         self._began_group = not torch.distributed.is_initialized()
@@ -85,7 +85,7 @@ class VLLMEngine:
             "gpu_memory_utilization": gpu_memory_utilization,
             "enable_sleep_mode": sleep_level > 0,
             "enable_prefix_caching": True,
-            "generation_config": "vllm",  # the model's own sampling settings stay out
+            "generation_config": "vllm",  # ignores the model's own sampling settings
             "logprobs_mode": "raw_logprobs",
             "load_format": "dummy",
             "skip_tokenizer_init": True,
@@ -97,7 +97,7 @@ class VLLMEngine:
                 enable_lora=True,
                 max_lora_rank=_rank_class(max_lora_rank),
                 max_loras=max_loras,
-                # The next one is loaded before the last is removed.
+                # The next adapter is loaded before the last one is removed.
                 max_cpu_loras=max_loras + 1,
             )
         if not torch.cuda.is_available():
@@ -105,7 +105,7 @@ class VLLMEngine:
             if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
                 settings["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # Every process of the training has an engine of its own, as in TRL.
+            # Every training process has its own engine, as in TRL.
             settings["distributed_executor_backend"] = "external_launcher"
         with tempfile.TemporaryDirectory() as folder, _in_this_process(), _random_state_kept():
             config.save_pretrained(folder)
@@ -117,7 +117,7 @@ class VLLMEngine:
                 self.llm = LLM(model=folder, **settings)
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 why = " ".join(str(error).split())
-                raise EngineError(f"vLLM does not start with this model: {why}{memory}") from error
+                raise EngineError(f"vLLM cannot start with this model: {why}{memory}") from error
         self.load_weights(weights)
 
     def sample(
@@ -154,7 +154,7 @@ class VLLMEngine:
         self, prompts: Prompts, params: Sequence[Any], adapter: str | None, done: Done
     ) -> list[Any]:
         if self._dropped:
-            raise EngineError("vLLM slept at level 2, which drops the weights: call load_weights")
+            raise EngineError("vLLM dropped its weights (sleep level 2): call load_weights")
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             list(params),
@@ -173,7 +173,7 @@ class VLLMEngine:
         try:
             self.llm.llm_engine.add_lora(request)
         except (ValueError, RuntimeError) as error:
-            raise EngineError(f"vLLM does not take the adapter: {error}") from error
+            raise EngineError(f"vLLM cannot load the adapter: {error}") from error
         self._adapters[name] = request
 
     def remove_adapter(self, name: str) -> None:
@@ -182,7 +182,7 @@ class VLLMEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See `Engine.load_weights`."""
-        # Every process holds the whole model here, so an iterator can be handed over as it is.
+        # Every process holds the whole model here, so the iterator can be passed on directly.
         cast = ((name, tensor.detach().to(self.dtype)) for name, tensor in weights)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
         if not torch.cuda.is_available():
@@ -191,7 +191,7 @@ class VLLMEngine:
         self._dropped = False
 
     def sleep(self) -> None:
-        """See `Engine.sleep`: the cache is dropped, and the weights as `sleep_level` says."""
+        """See `Engine.sleep`: drops the cache, and treats the weights as `sleep_level` says."""
         if self.sleep_level:
             self.llm.sleep(level=self.sleep_level)
             self._dropped = self.sleep_level == 2
@@ -202,43 +202,43 @@ class VLLMEngine:
             self.llm.wake_up()
 
     def close(self) -> None:
-        """Frees the engine; it answers no more."""
+        """Frees the engine, which cannot be used afterwards."""
         from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         destroy_model_parallel()
-        if self._began_group:  # else it is the training's own
+        if self._began_group:  # otherwise it belongs to the training
             destroy_distributed_environment()
         gc.collect()
 
 
 def _prefix_cache(utilization: float) -> str:
-    """What the engine asks of the GPU's memory, and what is free, to add to an error."""
+    """The GPU memory that the engine asks for and the free memory, to add to an error."""
     if not torch.cuda.is_available():
         return ""
     free, total = torch.cuda.mem_get_info()
     gib = 2**30
     return (
         f" (vllm_gpu_memory_utilization {utilization:g} asks for {utilization * total / gib:.1f} "
-        f"GiB of all {total / gib:.1f} GiB of this GPU; {free / gib:.1f} GiB were free before the "
-        "start: lower it where that is less, raise it where the weights do not fit)"
+        f"of this GPU's {total / gib:.1f} GiB, and {free / gib:.1f} GiB were free before the "
+        "start: lower it if less is free, raise it if the weights do not fit)"
     )
 
 
 def require_vllm() -> None:
-    """Raises `EngineError` where vLLM is absent."""
+    """Raises `EngineError` if vLLM is not installed."""
     if find_spec("vllm") is None:
         raise EngineError(
-            "use_vllm needs vLLM, which is not installed: pip install 'self-judge[vllm]', or "
-            "vllm_mode=server with the URL of one that runs elsewhere"
+            "use_vllm needs vLLM, which is not installed: pip install 'self-judge[vllm]', or set "
+            "vllm_mode=server with the URL of a running server"
         )
 
 
 @contextmanager
 def _in_this_process() -> Iterator[None]:
-    """vLLM starts no process for its core, so that weights are handed over by reference."""
-    # Nor does it send its usage statistics, which it does unless told not to.
+    """Keeps vLLM's core in this process, so that weights are passed by reference."""
+    # Also turns off vLLM's usage statistics, which are on by default.
     ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         ours["VLLM_LOGGING_LEVEL"] = "ERROR"
@@ -248,7 +248,7 @@ def _in_this_process() -> Iterator[None]:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """vLLM seeds every generator of the process; a training's go on as if it had not."""
+    """Restores the random state, because vLLM seeds every generator of the process."""
     state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
@@ -259,7 +259,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 def _name_the_architecture(config: PretrainedConfig, folder: Path) -> None:
-    """vLLM looks the model up by `architectures`, which a config made in memory may lack."""
+    """Adds `architectures`, by which vLLM finds the model; a config made in memory may lack it."""
     path = folder / "config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
     if not saved.get("architectures"):
@@ -274,13 +274,16 @@ def _rank_class(rank: int) -> int:
     classes = (8, 16, 32, 64, 128, 256, 320, 512)
     fitting = next((c for c in classes if c >= rank), None)
     if fitting is None:
-        raise EngineError(f"the adapter has rank {rank}: vLLM takes at most {classes[-1]}")
+        raise EngineError(f"the adapter has rank {rank}: vLLM supports at most {classes[-1]}")
     return fitting
 
 
 def _repack_head(model: torch.nn.Module) -> None:
-    """On a CPU vLLM 0.32 keeps a packed copy of the LM head, and forgets it when weights that the
-    head shares with the embeddings are loaded again."""
+    """Packs the LM head again, after vLLM 0.32 on a CPU has reloaded shared embeddings.
+
+    It keeps a packed copy of the head, and does not renew it when the head shares its weights with
+    the embeddings.
+    """
     head: Any = getattr(model, "lm_head", None)
     method = getattr(head, "quant_method", None)
     if method is not None:

@@ -1,7 +1,7 @@
 """vLLM in two roles: an adapter (or the engine's own weights) samples, the bare base judges.
 
-It knows what is asked of an engine and how the answers are read. Which engine it is, in this
-process (`colocated.py`) or behind URLs (`client.py`), it does not know.
+It knows the requests to an engine and its answers. It does not know whether the engine runs in this
+process (`colocated.py`) or behind URLs (`client.py`).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 
 @dataclass(frozen=True, slots=True)
 class SamplingRequest:
-    """One response to draw: its prompt, and the seed that its tokens are drawn from."""
+    """One response to draw: its prompt and its seed."""
 
     prompt: tuple[int, ...]
     seed: int
 
 
 class Engine(Protocol):
-    """What both roles need of vLLM.
+    """The operations of vLLM that both roles need.
 
     Attributes:
-        max_model_length: tokens of prompt and response together at most.
+        max_model_length: the most tokens of prompt and response together.
     """
 
     max_model_length: int
@@ -48,7 +48,7 @@ class Engine(Protocol):
         adapter: str | None,
         done: Done,
     ) -> list[list[int]]:
-        """The sampled ids of every request, with the token that ended it if one did."""
+        """The sampled ids of every request, including its stop token if there is one."""
         ...
 
     def next_token_logprobs(
@@ -58,7 +58,7 @@ class Engine(Protocol):
         ...
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Loads a LoRA adapter, as PEFT saves one, under a name not used before."""
+        """Loads a LoRA adapter, in PEFT's format, under a new name."""
         ...
 
     def remove_adapter(self, name: str) -> None:
@@ -66,13 +66,13 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Puts other weights in place of the engine's own, by their names in a checkpoint."""
+        """Replaces the engine's own weights, by their names in a checkpoint."""
         ...
 
     def sleep(self) -> None:
-        """Frees the accelerator's memory until `wake_up`, where the engine can.
+        """Frees the accelerator's memory until `wake_up`, if the engine supports it.
 
-        Adapters stay loaded. An engine may drop its own weights, if `load_weights` always follows.
+        Adapters stay loaded. An engine may drop its own weights if `load_weights` always follows.
         """
         ...
 
@@ -82,18 +82,18 @@ class Engine(Protocol):
 
 
 class VLLMSampler:
-    """Samples with vLLM: a `Sampler`, as `TransformersSampler` is.
+    """Samples with vLLM: a `Sampler`, like `TransformersSampler`.
 
-    Every response is a request of its own, with the seed it would have there, so it does not depend
-    on which others are computed beside it, nor on which server computes it, up to rounding in the
-    model. vLLM draws other noise from a seed than `TransformersSampler` does: one seed gives
-    different responses, of the same distribution.
+    Every response is a separate request with the seed that `TransformersSampler` would use. So it
+    does not depend on the other requests or on the server, up to rounding in the model. vLLM draws
+    other noise from a seed than `TransformersSampler`: the same seed gives different responses from
+    the same distribution.
 
     Args:
-        engine: where it runs.
-        encoder: gives the tokens at which an answer ends, and decodes.
-        settings: how to draw; all of it travels with every request, nothing of the model's own
-            generation settings mixes in.
+        engine: the engine that samples.
+        encoder: provides the stop tokens and decodes.
+        settings: the sampling settings; every request carries all of them, and the model's own
+            generation settings are not used.
         adapter: the loaded adapter that samples; `None`: the engine's own weights.
 
     Raises:
@@ -124,7 +124,7 @@ class VLLMSampler:
         """Draws `n` responses to every prompt; see `TransformersSampler.sample`.
 
         Raises:
-            ValueError: also, a prompt and the longest response do not fit into the engine.
+            ValueError: also if a prompt and the longest response do not fit into the engine.
         """
         rows = rows_to_sample(prompts, n, seeds)
         room = self.engine.max_model_length - self.settings.max_new_tokens
@@ -133,7 +133,7 @@ class VLLMSampler:
             raise ValueError(
                 f"prompt {long} has {len(prompts[long])} tokens, and max_new_tokens is "
                 f"{self.settings.max_new_tokens}: the engine holds {self.engine.max_model_length} "
-                "of both together (vllm_max_model_length, or --max-model-len of the server)"
+                "in total (vllm_max_model_length, or --max-model-len of the server)"
             )
         requests = [SamplingRequest(tuple(prompts[i]), seed) for i, seed in rows]
         with tqdm(total=len(rows), desc="sampling", unit="resp", disable=not progress) as bar:
@@ -147,17 +147,17 @@ class VLLMSampler:
 
 
 class VLLMScorer:
-    """Reads a judge's letters from vLLM: a `LetterScorer`, as `TransformersScorer` is.
+    """Reads a judge's letters from vLLM: a `LetterScorer`, like `TransformersScorer`.
 
     Args:
-        engine: where it runs.
+        engine: the engine that scores.
         adapter: the loaded adapter that judges; `None`: the bare base.
     """
 
     def __init__(self, engine: Engine, adapter: str | None = None) -> None:
         self.engine = engine
         self.adapter = adapter
-        # vLLM reads the letter while it generates a token, for which there must be room.
+        # vLLM reads the letter while it generates a token, which needs room.
         self.max_length: int | None = engine.max_model_length - 1
 
     def letter_probabilities(
@@ -170,14 +170,14 @@ class VLLMScorer:
         wrong = next((lp for row in logprobs for lp in row if not lp <= 1e-4), None)
         if wrong is not None and not math.isnan(wrong):
             raise EngineError(
-                f"the engine answered {wrong:.3f} as a log-probability: run it with "
+                f"the engine returned {wrong:.3f} as a log-probability: run it with "
                 "--logprobs-mode raw_logprobs, which is vLLM's default"
             )
         return torch.tensor(logprobs, dtype=torch.float64).exp().float()
 
 
 def request_parameters(settings: SamplingSettings, stop: Sequence[int]) -> dict[str, Any]:
-    """What vLLM is told of how to draw: every value, so that none of its own defaults counts."""
+    """The sampling parameters for vLLM: every value, so that none of its defaults applies."""
     drawing = asdict(settings)
     return {
         "n": 1,
@@ -185,18 +185,18 @@ def request_parameters(settings: SamplingSettings, stop: Sequence[int]) -> dict[
         **drawing,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        # The end of an answer is what the encoder says, not what the model's files say.
+        # The encoder decides which tokens end an answer, not the model's files.
         "ignore_eos": True,
         "stop_token_ids": list(stop),
     }
 
 
 def scoring_parameters(token_ids: Sequence[int]) -> dict[str, Any]:
-    """What vLLM is told to read tokens' log-probabilities after a prompt.
+    """The parameters with which vLLM returns tokens' log-probabilities after a prompt.
 
     `logprob_token_ids` reads the raw distribution over the whole vocabulary; `allowed_token_ids`
     would restrict it in vLLM's `processed_*` modes.
     """
-    # The token itself is not looked at; greedy draws no random number.
+    # The generated token is ignored; greedy decoding draws no random number.
     greedy = request_parameters(SamplingSettings(max_new_tokens=1, temperature=0.0), stop=())
     return {**greedy, "logprobs": len(token_ids), "logprob_token_ids": list(token_ids)}

@@ -1,5 +1,5 @@
-// Draws the report from the data inside the page. Text from data reaches the page as text nodes
-// only; Plotly, which reads some markup in labels, gets it escaped (`plain`).
+// Draws the report from the data inside the page. Text from the data becomes text nodes only;
+// Plotly, which interprets some markup in labels, gets it escaped (`plain`).
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -80,7 +80,7 @@
     ["length drift", "completions/length_drift", "change"], ["KL", "objective/kl"],
   ];
 
-  // A row for each of some things, in its colour; on a phone a card. Columns: title, thing → contents.
+  // One row per item, in its colour; on a phone, one card. Columns: title, item → contents.
   function cardTable(heading, things, columns, classOf = () => "number") {
     return el("div", { class: "scroll" }, el("table", { class: "cards" },
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, heading), columns.map(([title]) => el("th", { scope: "col", class: "number" }, title)))),
@@ -130,7 +130,7 @@
     };
     return {
       autosize: true, margin: { l: 44, r: 8, t: 8, b: 34 },
-      // Opaque: Plotly puts a rim of this colour around the line that follows the pointer.
+      // Opaque: Plotly draws a rim of this colour around the line that follows the pointer.
       paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"),
       font: { family: getComputedStyle(document.body).fontFamily, color: css("--ink"), size: 12 },
       xaxis: { ...axis, showgrid: false, title: { text: "step", font: { size: 11, color: css("--muted") }, standoff: 4 }, tickformat: "d", nticks: 7,
@@ -212,7 +212,7 @@
       output.textContent = range.value;
       redraw();
     } } });
-    const node = section("curves", "Curves", "What was logged while training. A dotted line marks what a chart is to be compared with; hover for values.",
+    const node = section("curves", "Curves", "The metrics logged during training. A dotted line marks a value to compare with; hover for numbers.",
       el("div", { class: "controls" }, chips, labelled(el("span", {}, "smoothing ", output), range)));
     const used = new Set();
     for (const group of data.charts) {
@@ -270,7 +270,7 @@
     if (!needle) return [text];
     const parts = [];
     const lower = text.toLowerCase();
-    // Lower case can be longer than the text (İ): then places differ, and nothing is marked.
+    // Lower case can be longer than the text (İ): then indices differ, and nothing is marked.
     if (lower.length !== text.length) return [text];
     let from = 0;
     for (let at = lower.indexOf(needle); at >= 0; at = lower.indexOf(needle, from)) {
@@ -319,7 +319,7 @@
       el("div", { class: "two" }, response("chosen", pair.chosen, pair.chosen_tokens, pair.chosen_finished, needle),
         response("rejected", pair.rejected, pair.rejected_tokens, pair.rejected_finished, needle)),
       verdictTable(pair.probabilities, pair.principles, "chosen", "rejected"),
-      pair.prompt && el("details", { class: "quiet" }, el("summary", {}, "the prompt as the policy continued it"), el("pre", {}, pair.prompt)));
+      pair.prompt && el("details", { class: "quiet" }, el("summary", {}, "the policy's prompt"), el("pre", {}, pair.prompt)));
   }
 
   function pairs() {
@@ -355,13 +355,13 @@
       until = 0;
       list.replaceChildren();
       status.textContent = `${found.length.toLocaleString("en")} of ${count(data.pairs.length, "pair")}`;
-      if (!found.length) list.append(el("p", { class: "empty" }, "No pair is like that. Loosen a filter, or search for less."));
+      if (!found.length) list.append(el("p", { class: "empty" }, "No pair matches. Relax a filter or the search."));
       extend();
     }
     more.addEventListener("click", extend);
     search.addEventListener("input", filter);
     Object.values(pick).forEach((select) => select.addEventListener("change", filter));
-    section("pairs", "Pairs", "What the policy sampled, and what the judge made of it: the probability of each letter, in both orders. The better response should win whichever letter it stands under.",
+    section("pairs", "Pairs", "Pairs that the policy sampled, with the judge's probability of each letter in both orders. The better response should win under either letter.",
       el("div", { class: "controls" }, labelled("search", search, "grow"), runs.length > 1 && labelled("run", pick.run),
         labelled("step", pick.step), labelled("outcome", pick.outcome), labelled("sorted by", pick.order)),
       status, list, more);
@@ -390,7 +390,7 @@
       button.addEventListener("click", () => open(m, button));
       return button;
     }
-    // A match follows from those of the round before that its entrants won.
+    // A match is preceded by the two matches of the earlier round that its entrants won.
     function node(round, place) {
       const m = bracket.rounds[round][place];
       const before = round ? [2 * place, 2 * place + 1].filter((k) => k < bracket.rounds[round - 1].length) : [];
@@ -427,9 +427,9 @@
         const lost = m.winner === m.a ? m.b : m.a;
         const probabilities = m.winner === m.a ? m.probabilities : (m.probabilities || []).map(([first, second]) => [second, first]);
         detail.append(el("div", { class: "detail" }, el("div", { class: "two" },
-          side(m.winner, `response ${m.winner + 1}, went on`, "chosen"), side(lost, `response ${lost + 1}`, "rejected")),
+          side(m.winner, `response ${m.winner + 1}, advanced`, "chosen"), side(lost, `response ${lost + 1}`, "rejected")),
           verdictTable(probabilities, bracket.principles, `response ${m.winner + 1}`, `response ${lost + 1}`) ||
-            el("p", { class: "muted" }, "Equal texts, or a pair that did not fit: no judgment.")));
+            el("p", { class: "muted" }, "No judgment: the texts are equal, or the pair did not fit.")));
         detail.scrollIntoView({ block: "nearest" });
       };
       box.replaceChildren(
@@ -441,7 +441,7 @@
         el("p", { class: "text" }, bracket.responses[bracket.winner] || "(empty)"));
     }
     select.addEventListener("change", show);
-    section("tournaments", "Tournaments", "Who met whom among one's own responses, and the swap-averaged score of each. Choose a match to see both texts and the judge's probabilities.",
+    section("tournaments", "Tournaments", "The matches between a model's own responses, with their swap-averaged scores. Select a match to see both texts and the judge's probabilities.",
       el("div", { class: "controls" }, labelled("context", select, "grow"),
         el("div", { class: "chips" }, el("button", { type: "button", on: { click: () => step(-1) } }, "Previous"),
           el("button", { type: "button", on: { click: () => step(1) } }, "Next"))), box);
@@ -498,7 +498,7 @@
       ["only the other right", (p) => number(p.only_other_right)], ["McNemar’s p", (p) => number(p.mcnemar_p)],
     ];
     const table = (title, things, shown) => things.length > 0 && shown.length > 0 && [el("h3", {}, title), cardTable("judged", things, shown)];
-    section("judge", "Judge", "On pairs of which the better response is known: is the judge right as often as it is sure? On the dotted line it is; below the line it is too sure of itself. Bars and ranges are 95 % intervals.",
+    section("judge", "Judge", "Results on labeled pairs. On the dotted line, the judge's confidence equals its accuracy; below it, the judge is overconfident. Bars and ranges are 95 % intervals.",
       drawn.length > 0 && plot,
       cardTable("judged", data.judges, columns),
       baselines(),
@@ -507,7 +507,7 @@
       table("Against the other judge, pair by pair", data.paired, paired));
   }
 
-  // Accuracy beside that of one order alone and of the longer response.
+  // The accuracy next to that of a single order and of the longer response.
   function baselines() {
     const rated = data.judges.filter((j) => Object.values(j.baselines || {}).some(known));
     if (!rated.length) return null;
@@ -537,7 +537,7 @@
 
   // -- policies compared -------------------------------------------------------------------------
 
-  const RATES = [["win_rate", "win rate"], ["length_controlled_win_rate", "at equal length"], ["both_orders", "a tie where orders disagree"], ["longer_wins_all", "if the longer one won"]];
+  const RATES = [["win_rate", "win rate"], ["length_controlled_win_rate", "at equal length"], ["both_orders", "a tie where orders disagree"], ["longer_wins_all", "if the longer answer won"]];
 
   function policies() {
     if (!data.comparisons.length) return;
@@ -566,7 +566,7 @@
     const columns = [["prompts", (c) => number(c.prompts)], ...RATES.map(([key, label]) => [label, (c) => ranged(of(c, key))]),
       ["wins / ties / losses", (c) => `${c.wins} / ${c.ties} / ${c.losses}`], ["orders agree", (c) => ranged(c.order_agreement)],
       ["characters, a / b", (c) => `${Math.round(c.characters.a.value)} / ${Math.round(c.characters.b.value)}`]];
-    section("policies", "Policies compared", "Both answer the same prompts, the judge says who answers better. Left of the dotted line b does. Ranges are 95 % intervals; the last row of the chart is what a judge would find that only counts characters.",
+    section("policies", "Policies compared", "Both policies answer the same prompts, and the judge decides which answer is better. Left of the dotted line b wins. Ranges are 95 % intervals; the last row of the chart is the result of always preferring the longer answer.",
       plot, cardTable("a against b", data.comparisons, columns));
   }
 
@@ -591,7 +591,7 @@
       row.hidden = only.checked && !row.classList.contains("differs");
     }) } });
     return el("details", { open }, el("summary", {}, title),
-      several && el("div", { class: "controls" }, el("label", { class: "check" }, only, "only what differs")),
+      several && el("div", { class: "controls" }, el("label", { class: "check" }, only, "only differences")),
       el("div", { class: "scroll" }, el("table", { class: "settings" },
         several && el("thead", {}, el("tr", {}, el("th", { scope: "col" }, ""), data.runs.map((r) => el("th", { scope: "col" }, r.name)))),
         el("tbody", {}, rows))));
@@ -606,7 +606,7 @@
     section("configuration", "Configuration", data.runs.length > 1 ? "Rows in bold differ between runs." : null,
       comparison("Run", about, true),
       comparison("Run file", (r) => r.about.run_file, false),
-      comparison("Arguments other than the defaults", (r) => r.about.changed_arguments, false),
+      comparison("Arguments that differ from the defaults", (r) => r.about.changed_arguments, false),
       comparison("Judge templates", (r) => r.about.judge_templates, false),
       comparison("Data", (r) => r.data, false),
       comparison("Versions", (r) => r.about.versions, false),
@@ -618,7 +618,7 @@
   document.getElementById("made").textContent = [data.runs.length && count(data.runs.length, "run"),
     data.brackets.length && count(data.brackets.length, "tournament"), `made ${data.made}`].filter(Boolean).join(" · ");
   document.title = ["self-judge report", ...data.runs.map((r) => r.name)].join(" · ");
-  if (data.runs.length) section("runs", "Runs", "The last logged values, and below them the first.", runsTable());
+  if (data.runs.length) section("runs", "Runs", "The last logged values, with the first below them.", runsTable());
   if (data.notes.length) main.append(el("ul", { class: "notes" }, data.notes.map((note) => el("li", {}, note))));
   charts();
   pairs();
@@ -626,7 +626,7 @@
   judges();
   policies();
   configuration();
-  document.getElementById("footer").textContent = `self_judge ${data.version} · plotly.js ${Plotly.version} · nothing on this page was loaded from or is sent to a network`;
+  document.getElementById("footer").textContent = `self_judge ${data.version} · plotly.js ${Plotly.version} · this page loads nothing from a network and sends nothing to one`;
   redraw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   root.dataset.ready = "true";

@@ -1,5 +1,5 @@
 """Judge-augmented supervised fine-tuning: a model learns to answer and to judge.
 
 It knows preference records, their examples, and TRL's SFTTrainer. It does not know self-training.
-It imports `training` and what that may import.
+It imports from `training` and the packages before it.
 """

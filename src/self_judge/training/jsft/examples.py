@@ -1,6 +1,6 @@
-"""JSFT: preference records to training examples, and batches of them.
+"""JSFT: preference records become training examples, and examples become batches.
 
-It knows what the loss falls on. It does not know where records come from or who trains.
+It knows which tokens are trained. It does not know where records come from or who trains.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# Why an example was cut or left out; the counts are printed and saved by the recipe.
+# Reasons for cutting or leaving out an example; the command prints and saves their counts.
 CUT = "cut at max_length"
 NO_ROOM = "no trained token within max_length"
 NO_FIT = "judge prompt does not fit into max_length"
@@ -34,10 +34,19 @@ class JSFTExample:
         kind: `"sft"` or `"judge"`.
         input_ids: token ids, length T.
         labels: the ids where the loss falls, else `ignore_index`; length T.
-        note: why it was cut or must be left out (then it has no ids), or `None`.
-        swapped: whether it is the example before it with the responses swapped.
-        principle: whose template a judge example has; empty for SFT.
+        note: why it is cut or left out (then it has no ids), or `None`.
+        swapped: whether it is the previous example with the responses swapped.
+        principle: the principle of a judge example's template; empty for SFT.
     """
+
+    # One record with a rated pair gives these examples (- is `ignore_index`):
+    #
+    #   sft              input_ids  user turn  answer  <end>        labels  -  answer  <end>
+    #   judge            input_ids  prompt (chosen first)    A      labels  -  A
+    #   judge, swapped   input_ids  prompt (rejected first)  B      labels  -  B
+    #
+    # With rationales their tokens follow the letter and are trained as well. With several
+    # principles there are two judge examples for each of them.
 
     kind: str
     input_ids: list[int]
@@ -53,9 +62,9 @@ class ExampleEncoder:
 
     Args:
         encoder: turns dialogues and judge prompts into ids.
-        templates, letter_ids: the judge's.
-        max_length: tokens of an example at most; `None`: no limit.
-        ignore_index: the label of a token that is not trained on.
+        templates, letter_ids: the judge templates and the ids of its letters.
+        max_length: the most tokens in an example; `None`: no limit.
+        ignore_index: the label of a token that is not trained.
     """
 
     encoder: ChatEncoder
@@ -67,10 +76,10 @@ class ExampleEncoder:
     def examples(self, record: PreferenceRecord) -> list[JSFTExample]:
         """D_SFT of one record and, in both orders, its D_Judge (paper, objective).
 
-        The SFT example trains every assistant turn of the dialogue and the token that ends it. A
-        judge example trains the letter alone, or the letter and the rationales where the templates
-        have `decision_rationale` and the pair has rationales; it trains no end of turn. A pair
-        labeled for one principle is judged under that principle's template, another under all.
+        The SFT example trains every assistant turn of the dialogue and its end-of-turn token. A
+        judge example trains only the letter, or the letter and the rationales if the templates have
+        `decision_rationale` and the pair has rationales; it trains no end of turn. A pair labeled
+        for one principle uses that principle's template; any other pair uses all templates.
 
         Raises:
             ValueError: a pair is labeled for a principle that has no template.
@@ -84,8 +93,8 @@ class ExampleEncoder:
             if pair.principle is not None and pair.principle not in self.templates:
                 raise ValueError(
                     f"{record.source}, record {record.index}: a pair is labeled for principle "
-                    f"{pair.principle!r}, but there are judge templates for "
-                    f"{', '.join(self.templates.principles)} only"
+                    f"{pair.principle!r}, but there are judge templates only for "
+                    f"{', '.join(self.templates.principles)}"
                 )
             comparison = Comparison(judge_context(record), pair.chosen, pair.rejected)
             labeled = self.templates.principles if pair.principle is None else (pair.principle,)
@@ -127,7 +136,7 @@ class ExampleEncoder:
         note = None
         if self.max_length is not None and len(ids) > self.max_length:
             ids, mask, note = ids[: self.max_length], mask[: self.max_length], CUT
-        # The first token of a sequence is predicted from nothing.
+        # Nothing predicts the first token of a sequence.
         if not any(mask[1:]):
             return JSFTExample(kind, [], [], NO_ROOM, principle=principle)
         labels = [i if m else self.ignore_index for i, m in zip(ids, mask, strict=True)]
@@ -154,12 +163,12 @@ def jsft_dataset(
     """The training set of JSFT: SFT and judge examples concatenated, without weights.
 
     Args:
-        records: what to learn from.
-        num_proc: processes that encode; the result does not depend on it.
+        records: the preference records.
+        num_proc: the number of encoding processes; it does not change the result.
 
     Returns:
-        A dataset with `input_ids`, `labels`, `length`, `kind`, `principle` and `swapped`, and
-        counts by kind and by why examples were cut or left out.
+        A dataset with `input_ids`, `labels`, `length`, `kind`, `principle` and `swapped`, and the
+        number of examples by kind and by reason for cutting or leaving them out.
 
     Raises:
         ValueError: no example is left, or a pair is labeled for an unknown principle.
@@ -175,7 +184,7 @@ def jsft_dataset(
         encode,
         batched=True,
         remove_columns=["record"],
-        # Told, not guessed: a batch in which nothing fits would have lists of nothing.
+        # Declared, because the types of a batch without any fitting example cannot be inferred.
         features=Features(
             input_ids=ids,
             labels=ids,
@@ -202,12 +211,12 @@ def jsft_dataset(
 
 
 def record_to_json(record: PreferenceRecord) -> str:
-    """One line of JSON; `record_from_json` reads it back."""
-    return json.dumps(asdict(record))  # escaped: Arrow refuses lone surrogates
+    """One line of JSON; `record_from_json` is the inverse."""
+    return json.dumps(asdict(record))  # escaped, because Arrow refuses lone surrogates
 
 
 def record_from_json(text: str) -> PreferenceRecord:
-    """Reads what `record_to_json` wrote."""
+    """The record that `record_to_json` wrote."""
     saved = json.loads(text)
     return PreferenceRecord(
         prompt=tuple(Message(role=m["role"], content=m["content"]) for m in saved["prompt"]),
@@ -223,9 +232,9 @@ class JudgeAugmentedSFTCollator:
     """Pads JSFT examples on the right into `input_ids`, `attention_mask` and `labels`, `(B, T)`.
 
     Args:
-        tokenizer: gives the padding token.
+        tokenizer: provides the padding token.
         ignore_index: the label of padding.
-        pad_to_multiple_of: T is rounded up to a multiple of it.
+        pad_to_multiple_of: T is rounded up to a multiple of this.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """SelfJudgeConfig: TRL's DPOConfig with the settings of sampling and judging.
 
-Values and their invariants only; it loads no model and touches no data.
+It holds values and their invariants; it loads no model and no data.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
     def __post_init__(self) -> None:
         if isinstance(self.vllm_server_base_url, str):
             self.vllm_server_base_url = [self.vllm_server_base_url]
-        if self.bf16 is None:  # TRL asks for it everywhere, also where it cannot be had
+        if self.bf16 is None:  # TRL's default is bf16 even on machines that do not support it
             cuda = torch.cuda.is_available()
             self.bf16 = not self.fp16 and cuda and torch.cuda.is_bf16_supported()
         super().__post_init__()
@@ -59,7 +59,7 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
 def as_self_judge_config(
     args: SelfJudgeConfig | TrainingArguments | None, model_name: str
 ) -> SelfJudgeConfig:
-    """The settings as they are, or a plain `TrainingArguments` with the method's defaults."""
+    """The settings unchanged, or a plain `TrainingArguments` with the method's defaults."""
     if isinstance(args, SelfJudgeConfig):
         return args
     if args is None:
@@ -71,7 +71,7 @@ def as_self_judge_config(
 
 
 def with_values(args: SelfJudgeConfig, **values: Any) -> SelfJudgeConfig:
-    """A copy with other values, checked again; `None` leaves a setting as it is."""
+    """A copy with other values, checked again; `None` leaves a setting unchanged."""
     changed = copy.copy(args)
     for key, value in values.items():
         if value is not None:
@@ -85,7 +85,7 @@ def trusts_code(config: SelfJudgeConfig) -> bool:
 
 
 def for_model(config: SelfJudgeConfig, model: Any) -> SelfJudgeConfig:
-    """The settings with safe loading of a named model, and a `max_length` within its context."""
+    """The settings with safe loading for a model name, and `max_length` within its context."""
     if isinstance(model, str):
         refuse_pickle(model)
         loading = {"use_safetensors": True, **(config.model_init_kwargs or {})}  # type: ignore[dict-item]

@@ -1,6 +1,6 @@
 """LogProbAveraging: log-probabilities averaged where the inherited loss sums, or summed.
 
-`SelfJudgeConfig.average_log_prob` asks for it.
+`SelfJudgeConfig.average_log_prob` turns it on.
 """
 
 from __future__ import annotations
@@ -15,31 +15,35 @@ from self_judge.packing.fused_head import BEFORE_FUSED_HEAD
 
 
 class LogProbAveraging:
-    """Sums or averages per-token log-probabilities otherwise than the inherited loss does.
+    """Switches between sums and means of a response's per-token log-probabilities.
 
-    TRL's sigmoid and hinge sum over a response's tokens, its ipo averages. The other convention is
-    had without touching the loss: the log-probabilities that the models return are divided
-    (sigmoid, hinge) or multiplied (ipo) by the number of the response's tokens.
+    TRL's sigmoid and hinge losses sum over tokens, its ipo loss averages. A hook gives the other
+    convention without changing the loss: it divides (sigmoid, hinge) or multiplies (ipo) the
+    log-probabilities that the models return by the number of the response's tokens.
     """
+
+    # With token log-probabilities -1, -3, -2 of a response, sigmoid sums them to -6. Divided by
+    # their number, -1/3, -1 and -2/3 sum to their mean -2. The other way round, ipo averages
+    # -3, -9 and -6 to -6.
 
     def __init__(self, average: bool) -> None:
         self.average = average
-        self.sums: list[torch.Tensor] = []  # policy, then reference: log π(y|x) as it is
+        self.sums: list[torch.Tensor] = []  # policy, then reference: the unscaled log π(y|x)
 
     @classmethod
     def attach(cls, trainer: Any) -> LogProbAveraging | None:
-        """Hooked to the models of a `SelfJudgeTrainer`; `None` where the loss has it as asked.
+        """Adds the hook to a trainer's models; `None` if the loss already has this convention.
 
         Raises:
-            ValueError: a TRL without the fused head that returns per-token log-probabilities.
+            ValueError: TRL has no fused head, which returns per-token log-probabilities.
         """
         average, (loss_type, *_) = trainer.args.average_log_prob, trainer.loss_types
         if average is None or average == (loss_type == "ipo"):
             return None
         if BEFORE_FUSED_HEAD:
             raise ValueError(
-                f"average_log_prob={average} with {loss_type} needs TRL 1.16 (Python 3.11), "
-                f"this is {trl.__version__}: leave it unset for TRL's own convention"
+                f"average_log_prob={average} with {loss_type} needs TRL 1.16 (Python 3.11), not "
+                f"{trl.__version__}: leave it unset for TRL's own convention"
             )
         units = cls(average)
         for model in (trainer.model, trainer.ref_model):
@@ -57,7 +61,7 @@ class LogProbAveraging:
         return output
 
     def correct_metrics(self, trainer: Any) -> None:
-        """Logs rewards of summed log-probabilities for the summed ipo, as for other losses."""
+        """For a summed ipo, logs the rewards of summed log-probabilities, as for other losses."""
         sums, self.sums = self.sums, []
         if self.average or len(sums) != 2:
             return

@@ -1,4 +1,4 @@
-"""Prompts for self-training: dataset rows to ids and judge contexts, and batches of them.
+"""Prompts for self-training: dataset rows become ids and judge contexts, and batches of them.
 
 It knows the row formats of the method and of TRL. It does not sample, judge or train.
 """
@@ -23,35 +23,35 @@ COLUMNS = ("record", "prompt_ids", "context", "chosen_ids", "rejected_ids")
 
 
 class SelfJudgeCollator:
-    """Passes prepared records through: what becomes of them is decided once they are sampled."""
+    """Collects prepared records unchanged; the pipeline samples and collates them later."""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         missing = {"record", "prompt_ids", "context"} - set(examples[0])
         if missing:
             raise ValueError(
-                f"SelfJudgeCollator got records without {sorted(missing)}: it collates what "
-                "SelfJudgeTrainer prepared from query/context or prompt"
+                f"SelfJudgeCollator got records without {sorted(missing)}: it collates records "
+                "that SelfJudgeTrainer prepared from query/context or prompt"
             )
         batch: dict[str, Any] = {
             name: [example.get(name) for example in examples] for name in COLUMNS[1:]
         }
-        # A tensor, so that Accelerate and the Trainer can tell the batch size.
+        # A tensor, from which Accelerate and the Trainer read the batch size.
         batch["record"] = torch.tensor([example["record"] for example in examples])
         return batch
 
 
 class PromptPreparer:
-    """Turns a dataset row into what a step needs; picklable, for `datasets.map(num_proc=…)`.
+    """Prepares a dataset row for training; picklable, for `datasets.map(num_proc=…)`.
 
     Args:
         encoder: turns the prompt into ids.
         max_length, max_new_tokens: a prompt may have `max_length - max_new_tokens` ids; a dialogue
-            loses its oldest exchanges until it fits, and has no ids when it cannot.
+            loses its oldest exchanges until it fits, and has no ids if it never does.
         dataset_name: for messages.
         with_responses: also encode the given `chosen` and `rejected`, for evaluation.
 
     Raises:
-        ValueError: a row that has no usable `query` or `prompt`; the message names the record.
+        ValueError: a row has no usable `query` or `prompt`; the message names the record.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class PromptPreparer:
     def _response_ids(
         self, response: Any, query: str | None, messages: list[Message] | None
     ) -> list[int] | None:
-        """Ids of a given response as the policy would have sampled it, with its end of turn."""
+        """The ids of a given response as the policy would sample them, with its end of turn."""
         if response is None:
             return None
         if not isinstance(response, str):
@@ -122,7 +122,8 @@ class PromptPreparer:
         if query is not None and eos:
             response = response.removesuffix(eos)
         if messages is not None:
-            # As the chat template writes it: what is trained on in the last turn.
+            # The last trained stretch of the encoded dialogue: the answer as the chat template
+            # writes it, with its end of turn.
             answered = [*messages, Message(role="assistant", content=response)]
             encoded = self.encoder.encode_dialogue(answered)
             last = len(encoded.mask) - 1
@@ -136,20 +137,20 @@ class PromptPreparer:
 
 
 def has_prompt(row: Mapping[str, Any]) -> bool:
-    """Whether a prepared prompt left room for a response."""
+    """Whether a prepared prompt leaves room for a response."""
     return len(row["prompt_ids"]) > 0
 
 
 def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) -> Any:
-    """Adds the ids of each prompt and the judge's context; leaves a prepared dataset alone.
+    """Adds each prompt's ids and judge context; a prepared dataset is returned unchanged.
 
     Args:
         dataset: a `Dataset` or an `IterableDataset` of rows; see `SelfJudgeTrainer`.
         args: a `SelfJudgeConfig`.
-        name: of the dataset, for messages; `train` has no given responses.
+        name: the name of the dataset, for messages; responses are ignored in `train`.
 
     Raises:
-        ValueError: a row that cannot be used, or no prompt fits into `max_length`.
+        ValueError: a row cannot be used, or no prompt fits into `max_length`.
     """
     if {"record", "prompt_ids", "context"} <= set(next(iter(dataset))):
         return dataset
@@ -165,7 +166,7 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
         kept = prepared.filter(has_prompt, **workers)
     if not len(kept):
         raise ValueError(
-            f"no prompt of the {name} dataset fits: max_length {args.max_length} less "
+            f"no prompt of the {name} dataset fits: max_length {args.max_length} minus "
             f"max_new_tokens {args.max_new_tokens} leaves too few tokens"
         )
     if len(kept) < len(prepared):
@@ -186,13 +187,14 @@ def _messages(prompt: Any, index: int, dataset_name: str) -> list[Message]:
             raise ValueError(f"{where} has a message without role and content: {message!r:.80}")
     if prompt[-1]["role"] != "user":
         raise ValueError(
-            f"{where} ends with a {prompt[-1]['role']!r} message; the model answers a 'user' one"
+            f"{where} ends with a {prompt[-1]['role']!r} message; the last message must be 'user'"
         )
     return [Message(role=m["role"], content=m["content"]) for m in prompt]
 
 
 def _without_oldest_exchange(messages: list[Message]) -> list[Message] | None:
-    """The dialogue less its first user turn and the answers to it; the system message stays."""
+    """The dialogue without its first user turn and the answers to it; the system message stays."""
+    # system u1 a1 u2   ->   system u2   ->   None: the last question always stays
     head = messages[:1] if messages[0]["role"] == "system" else []
     rest = messages[len(head) :]
     nexts = [i for i, m in enumerate(rest) if m["role"] == "user" and i > 0]

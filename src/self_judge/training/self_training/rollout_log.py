@@ -1,4 +1,4 @@
-"""What people see of rollouts: metrics over all processes, a file per step, a table on the console.
+"""The log of rollouts: metrics over all processes, a file per step, a table on the console.
 
 It reads judged pairs. It does not sample, judge or train.
 """
@@ -22,7 +22,7 @@ from self_judge.training.self_training.rollouts import Rollout
 
 
 def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> dict[str, float]:
-    """Sums over rollouts, so that processes can add theirs up; `rollout_metrics` divides them."""
+    """Sums over rollouts, to be added over processes and divided by `rollout_metrics`."""
     judged = [r.verdict for r in rollouts if r.decided and r.verdict is not None]
     lengths = [len(x.ids) for r in rollouts for x in (r.chosen, r.rejected)]
     totals = {
@@ -48,7 +48,7 @@ def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> di
 
 
 def is_broken(rollout: Rollout) -> bool:
-    """Whether nothing can be learned since something failed: no tokens, or scores not finite."""
+    """Whether a failure makes the pair useless: an empty response, or scores not finite."""
     if not (rollout.chosen.ids and rollout.rejected.ids):
         return True
     verdict = rollout.verdict
@@ -58,8 +58,8 @@ def is_broken(rollout: Rollout) -> bool:
 def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     """The logged means, from (summed) `rollout_totals`.
 
-    Margin, order agreement and the principles' win rates are over decided pairs; a principle's win
-    rate is the share of pairs in which it sides with the verdict.
+    Margin, order agreement and win rates are means over decided pairs; the win rate of a principle
+    is the share of pairs in which it agrees with the verdict.
     """
     decided, responses = max(totals["decided"], 1.0), max(totals["responses"], 1.0)
     pairs = max(totals["pairs"], 1.0)
@@ -86,12 +86,12 @@ def write_rollouts(
     principles: Sequence[str],
     decode: Callable[[Sequence[int]], str],
 ) -> None:
-    """Writes one JSON line per rollout; the file is whole or not there.
+    """Writes one JSON line per rollout; the file is complete or absent.
 
     Args:
-        step: the optimizer step that learns from them, from 1 on.
+        step: the optimizer step that learns from them, counted from 1.
         principles: names of the principles, in the order of a verdict's probabilities.
-        decode: ids of a prompt to its text, control tokens included: what the policy continued.
+        decode: turns the ids of a prompt into text, including control tokens.
     """
     with atomic_write(path) as file:
         for rollout in rollouts:
@@ -118,7 +118,7 @@ def _as_json(rollout: Rollout) -> dict[str, Any]:
         "decided": rollout.decided,
         "margin": verdict.margin if rollout.decided and verdict else None,
         "orders_agree": verdict.orders_agree if verdict else None,
-        # JSON knows no NaN: what is not finite is null.
+        # JSON has no NaN: numbers that are not finite become null.
         "probabilities": [
             [[p if math.isfinite(p) else None for p in letters] for letters in orders]
             for orders in verdict.probabilities
@@ -145,13 +145,13 @@ def kl_estimate(
     undecidable: Sequence[float],
     beta: float,
 ) -> float | None:
-    """KL(policy ‖ reference) in nats per response, estimated from what the loss computed anyway.
+    """KL(policy ‖ reference) in nats per response, estimated from numbers that the loss computes.
 
-    The policy sampled both responses of a pair itself, so the mean of log π(y|x) − log π_ref(y|x)
+    The policy itself sampled both responses of a pair, so the mean of log π(y|x) − log π_ref(y|x)
     over them estimates the divergence without further passes (the estimator k1 of Schulman,
-    "Approximating KL Divergence"). Unbiased for K = 2 at temperature 1 and top_p 1; with K > 2 only
-    the best and the worst response are counted. Undecidable pairs have empty rows, hence reward 0,
-    and are taken out by the share of decided ones.
+    "Approximating KL Divergence"). It is unbiased for K = 2 at temperature 1 and top_p 1; with
+    K > 2 only the best and the worst response count. Undecidable pairs have empty rows, so their
+    reward is 0, and the share of decided pairs corrects for them.
 
     Args:
         chosen_rewards, rejected_rewards: β (log π − log π_ref), means over batches of equal size.
@@ -159,8 +159,10 @@ def kl_estimate(
         beta: β.
 
     Returns:
-        `None` where there is no decided pair to estimate from.
+        The estimate, or `None` without decided pairs.
     """
+    # Rewards .3 and -.1 with β = .1: (.3 - .1) / (2·.1) = 1 nat. With half of the pairs undecidable
+    # the means are .15 and -.05, and (.15 - .05) / (2·.1·.5) is 1 nat again.
     if not (chosen_rewards and rejected_rewards and undecidable):
         return None
     decided = 1.0 - sum(undecidable) / len(undecidable)
@@ -175,7 +177,7 @@ def kl_estimate(
 def metrics_over_processes(
     rollouts: Sequence[Rollout], principles: Sequence[str], accelerator: Accelerator
 ) -> tuple[dict[str, float], bool]:
-    """The metrics of a step over all processes, and whether it has no rollout to learn from.
+    """The metrics of a step over all processes, and whether all its rollouts are broken.
 
     Every process must call it.
     """
@@ -202,6 +204,6 @@ def pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:
     for r in rollouts:
         margin = f"{r.verdict.margin:+.3f}" if r.decided and r.verdict else "undecidable"
         shown = (r.context[-400:], r.chosen.text[:400], r.rejected.text[:400])
-        # Text, not markup: brackets in a response are just brackets.
+        # Text, not markup: brackets in a response stay brackets.
         table.add_row(*(Text(neutral(s)) for s in shown), margin)
     return table

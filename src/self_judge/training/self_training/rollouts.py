@@ -1,6 +1,6 @@
-"""Rollouts: prompts to judged pairs of own responses, and judged pairs to TRL's preference batch.
+"""Rollouts: prompts become judged pairs of own responses, and pairs become TRL's preference batch.
 
-Three verbs: sample, judge, collate. It does not know the loss or the optimizer.
+It samples, judges and collates. It does not know the loss or the optimizer.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from self_judge.training.self_training.config import SelfJudgeConfig
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One prompt with the pair of its own responses that the policy is to learn from.
+    """One prompt with a pair of its sampled responses, from which the policy learns.
 
     Attributes:
-        record: the record's place in the dataset.
-        prompt_ids, context: what the policy continued, and what the judge was shown.
+        record: the record's index in the dataset.
+        prompt_ids, context: the prompt of the policy, and the context that the judge saw.
         chosen, rejected: the preferred response and the other, exactly as sampled.
         verdict: the judge's verdict with `chosen` as response a; `None` for two equal texts.
-        decided: whether the pair may be trained on.
+        decided: whether the pair is trained on.
     """
 
     record: int
@@ -53,20 +53,31 @@ def select_pairs(
     seeds: Sequence[int],
     selection: PairSelection = "best_worst",
 ) -> list[tuple[int, int, Verdict | None]]:
-    """Which two of each prompt's responses to learn from: the best, and the worst or a random one.
+    """Selects two responses per prompt to learn from: the best, and the worst or a random one.
 
-    Two responses are judged once. Of more, the best is the winner of a knockout, the worst the one
-    that goes on in its mirror, where losers go on; the mirror shares the first round and is played
-    by those who lost in it. The pair is then judged directly, unless it has met already, and is
-    decided only if that verdict agrees.
+    Two responses are judged once. With more, the best wins a knockout, and the worst "wins" its
+    mirror, in which losers advance. The mirror reuses the first round and starts with its losers.
+    The pair is then judged directly, unless the two have met, and is decided only if that verdict
+    agrees.
 
     Returns:
-        Per prompt the places of the better and the worse response, and the verdict on them with
-        the better as a (`None`: equal texts).
+        For each prompt the indices of the better and the worse response, and the verdict on them
+        with the better as a (`None`: equal texts).
 
     Raises:
-        ValueError: a prompt with fewer than two responses, or lists of different lengths.
+        ValueError: a prompt has fewer than two responses, or the lists differ in length.
     """
+    # The knockout of `tournament.py` (qualities 3 5 1 4 2, seed 5) and its mirror:
+    #
+    #   best    0-1 -> 1    3-2 -> 3    4 bye      3 rounds, 4 matches: response 1 is the best
+    #           1-3 -> 1    4 bye
+    #           1-4 -> 1
+    #   mirror  entrants: 0 and 2 (lost in round 1) and 4 (bye in round 1, lost later)
+    #           0-2 -> 2    4 bye                  2 matches more: response 2 is the worst
+    #           2-4 -> 2
+    #   direct  1-2                                they have not met yet: one match more
+    #
+    # 7 comparisons select the pair (1, 2). `known` keeps every verdict: no match is judged twice.
     for i, own in enumerate(responses):
         if len(own) < 2:
             raise ValueError(
@@ -100,9 +111,9 @@ def select_pairs(
 
 
 def _first_losers(bracket: Bracket) -> list[int]:
-    """Who may be the worst: those who lost in the first round, or had a bye in it and lost later.
+    """The candidates for the worst: losers of round 1, and a bye of round 1 that lost later.
 
-    Whoever won in the first round has a worse one behind them, so the winner is never among these.
+    A winner of the first round has beaten a worse response. The overall winner is no candidate.
     """
     losers = [m.b if m.winner == m.a else m.a for m in bracket.rounds[0]]
     byes = [m.a for m in bracket.rounds[0] if m.b is None and m.a != bracket.winner]
@@ -128,7 +139,7 @@ def judged_rollouts(
             chosen=responses[i][better],
             rejected=responses[i][worse],
             verdict=verdict,
-            # A response without a token has nothing to learn from, whatever the judge says of it.
+            # A response without tokens cannot be learned from, whatever the judge says.
             decided=verdict is not None
             and verdict.preferred == "a"
             and bool(responses[i][better].ids and responses[i][worse].ids),
@@ -147,13 +158,19 @@ def preference_batch(
 
     Args:
         pairs: (prompt ids, chosen ids, rejected ids, decided). An undecided pair keeps its two rows
-            with an empty completion mask: it takes part in the batch and carries no gradient.
-        pad_token_id: fills rows on the right.
-        max_length: rows are cut to so many tokens.
-        pad_to_multiple_of: T is rounded up to a multiple of it.
+            with an empty completion mask: it is in the batch, but has no gradient.
+        pad_token_id: pads rows on the right.
+        max_length: rows are cut to this many tokens.
+        pad_to_multiple_of: T is rounded up to a multiple of this.
 
-    Chosen rows come first. Ids are put together, never tokenized again.
+    Chosen rows come first. Ids are concatenated, never tokenized again.
     """
+    # Pair 0: prompt p q, chosen A B, rejected C. Pair 1 (undecided): r with D and with E F.
+    #
+    #   input_ids   p q A B     attention_mask   1 1 1 1     completion_mask   0 0 1 1    chosen 0
+    #               r D _ _                      1 1 0 0                       0 0 0 0    chosen 1
+    #               p q C _                      1 1 1 0                       0 0 1 0    rejected 0
+    #               r E F _                      1 1 1 0                       0 0 0 0    rejected 1
     rows: list[tuple[list[int], list[int]]] = []
     for side in ("chosen", "rejected"):
         for prompt, chosen, rejected, decided in pairs:
@@ -183,7 +200,7 @@ def evaluation_batch(
     """The preference batch of prepared records with given responses; see `preference_batch`.
 
     Raises:
-        ValueError: a record lacks one of its two responses; it is named.
+        ValueError: a record lacks a response; the message names the record.
     """
     for side in ("chosen", "rejected"):
         missing = next((i for i, ids in enumerate(inputs[f"{side}_ids"]) if not ids), None)
@@ -201,19 +218,20 @@ Samples = list[list[Response]]
 
 
 class BatchesAhead:
-    """The batches of an optimizer step, and those of the one after it, from one pass of data."""
+    """The batches of an optimizer step and of the next one, from one pass over the data."""
 
     def __init__(self) -> None:
         self._source: Iterator[Any] | None = None
         self._waiting: list[Any] = []
 
     def take(self, source: Iterator[Any], count: int) -> tuple[list[Any], list[Any]]:
-        """This step's batches, and as many more; fewer, or none, where the data end.
+        """This step's batches and those of the next; fewer or none at the end of the data.
 
         Args:
-            source: of one epoch; another one begins anew.
+            source: the batches of one epoch; another source starts from scratch.
             count: batches of a step.
         """
+        # Batches a b c d e, two a step:   [a b] [c d]   then   [c d] [e]   then   [e] []
         if source is not self._source:
             self._source, self._waiting = source, []
         self._draw(source, count)
@@ -230,23 +248,23 @@ class BatchesAhead:
 
 
 class SamplesAhead:
-    """Samples that are being drawn in a thread of their own, for given batches."""
+    """Samples for given batches, drawn in a separate thread."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._drawn: tuple[Sequence[Any], Future[Samples]] | None = None
 
     def start(self, batches: Sequence[Any], draw: Callable[[], Samples]) -> None:
-        """Begins to draw; what was begun before is waited for and forgotten."""
+        """Starts drawing; earlier unfinished draws are awaited and dropped."""
         self.close()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts-ahead")
         self._drawn = (batches, self._thread.submit(draw))
 
     def take(self, batches: Sequence[Any]) -> Samples | None:
-        """The samples for these batches, once they are there; `None` if they are not being drawn.
+        """Waits for the samples for these batches; `None` if they are not being drawn.
 
         Raises:
-            Exception: what drawing them raised.
+            Exception: any error of drawing them.
         """
         if self._drawn is None:
             return None
@@ -257,7 +275,7 @@ class SamplesAhead:
         return samples if same else None
 
     def close(self) -> None:
-        """Waits for what is being drawn."""
+        """Waits for the current draw."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
@@ -265,15 +283,15 @@ class SamplesAhead:
 
 
 class RolloutPipeline:
-    """The prompts of an optimizer step in, judged pairs out: samples, judges, and keeps the time.
+    """Samples and judges the prompts of an optimizer step, and times both.
 
     Args:
         judge: compares the responses.
-        settings: of the run; a sampler that had to halve its batches halves them here too.
-        clock: times the phases; the metrics go where its own go.
-        sampler: within it, what samples from the policy as it is at this step.
-        reference: within it, the judge's weights are in force.
-        lockstep: the packing of a judge that processes share.
+        settings: the run's settings; if a sampler halves its batches, the setting is halved too.
+        clock: times the phases and holds the metrics.
+        sampler: a context with a sampler from the current policy.
+        reference: a context in which the judge's weights are active.
+        lockstep: the packing of a judge that several processes share.
     """
 
     def __init__(
@@ -293,7 +311,7 @@ class RolloutPipeline:
         self._next: list[Any] = []
 
     def take(self, source: Iterator[Any], count: int) -> list[Any]:
-        """A step's batches; with rollouts ahead those of the next step are drawn and held."""
+        """A step's batches; with rollouts ahead, the next step's are read and kept as well."""
         now, self._next = self._batches.take(source, count)
         return now
 
@@ -304,8 +322,8 @@ class RolloutPipeline:
 
         Args:
             batches: the step's micro-batches of prepared prompts; see `SelfJudgeCollator`.
-            step: optimizer steps done so far; part of every seed.
-            last: no step follows, so nothing is sampled ahead.
+            step: the number of finished optimizer steps; part of every seed.
+            last: whether this is the last step, after which nothing is sampled ahead.
 
         Returns:
             One list of rollouts per micro-batch.
@@ -319,9 +337,10 @@ class RolloutPipeline:
             responses = self._sampled(*asked) if ahead is None else ahead
         self.clock.metrics["rollouts/steps_behind"].append(float(ahead is not None))
         self.sampled_tokens = sum(len(r.ids) for own in responses for r in own)
-        # Every rollout of a prompt has samples and lots of its own.
+        # Every rollout of a prompt has its own samples and lots. Two rollouts of K = 2 samples:
+        # responses[i] = [s0 s1 s2 s3] gives the pairs (i, 0) of s0 s1 and (i, 1) of s2 s3.
         each = [(i, t) for i in range(len(prompts)) for t in range(times)]
-        # The matches of a tournament have contexts and responses in common, a single one has not.
+        # The matches of a tournament share contexts and responses; a single match does not.
         rounds = self.judge.prefix_cache() if k > 2 else nullcontext()
         with self.clock.phase("judging"), self.reference(), rounds:
             if self.lockstep is not None:
@@ -345,10 +364,10 @@ class RolloutPipeline:
     def _asked(
         self, batches: Sequence[Mapping[str, Any]], step: int
     ) -> tuple[list[list[int]], int, list[int]]:
-        """The prompts of a step, how many responses each gets, and their seeds."""
+        """The prompts of a step, the number of responses per prompt, and the seeds."""
         prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
-        # A record's samples depend on the seed, the step and the record alone: not on the batch it
-        # is in, the number of processes or a resume in between.
+        # A record's samples depend only on the seed, the step and the record: not on its batch, the
+        # number of processes or a resume.
         records = [int(r) for batch in batches for r in batch["record"]]
         seeds = [stable_seed(self.settings.seed, step, r) for r in records]
         return prompts, self.settings.rollouts_per_update * self.settings.num_generations, seeds
@@ -356,17 +375,17 @@ class RolloutPipeline:
     def _sampled(self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int]) -> Samples:
         with self.sampler() as sampler:
             responses = sampler.sample(prompts, n, seeds)
-            if isinstance(sampler, TransformersSampler):  # less, if memory was full
+            if isinstance(sampler, TransformersSampler):  # smaller after running out of memory
                 self.settings.generation_batch_size = sampler.batch_size
         return responses
 
     def _sample_ahead(self, step: int) -> None:
-        """Has servers sample for the next step while this one updates."""
+        """Lets servers sample for the next step during this step's update."""
         with self.clock.phase("sampling"):
-            # No process may still sample from the policy that is replaced.
+            # Before the policy is replaced, every process must have finished sampling from it.
             self.clock.accelerator.wait_for_everyone()
-            with self.sampler() as servers:  # they stay when the context ends
+            with self.sampler() as servers:  # the servers outlive this context
                 draw = servers.sample
-        if self._next:  # else an epoch ends
+        if self._next:  # empty at the end of an epoch
             asked, batches = self._asked(self._next, step), self._next
             self._samples.start(batches, lambda: draw(*asked))

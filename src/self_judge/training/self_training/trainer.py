@@ -1,10 +1,21 @@
 """SelfJudgeTrainer: TRL's DPOTrainer whose batches are the policy's own judged responses.
 
-It replaces where the batch comes from, and nothing else: losses, metrics, PEFT, distributed
-preparation and checkpoints are inherited. Its forward passes share prefixes
-(`packing/fused_head.py`) and give the same numbers in the same places. `rollouts.py` samples and
-judges the pairs.
+It replaces only the source of the batches; losses, metrics, PEFT, distributed preparation and
+checkpoints are inherited. Its forward passes share prefixes (`packing/fused_head.py`) and return
+the same numbers at the same indices. `rollouts.py` samples and judges the pairs.
 """
+
+# One optimizer step with gradient_accumulation_steps 2. TRL's own methods are in brackets:
+#
+#   get_batch_samples           prompts of micro-batches 0 and 1, numbered
+#   [training_step] 0
+#     _prepare_inputs           first of the step: samples and judges the prompts of both
+#       _rolled_out             micro-batches, then asks the reference for all their pairs
+#     [_compute_loss]           TRL's DPO loss on micro-batch 0
+#   [training_step] 1
+#     _prepare_inputs           the second batch, prepared above
+#     [_compute_loss]
+#   [optimizer step]
 
 from __future__ import annotations
 
@@ -79,25 +90,25 @@ logger = logging.getLogger(__name__)
 class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     """On-policy self-training: sample, judge with the frozen initial model, update by DPO.
 
-    Takes what `DPOTrainer` takes, and the method's own arguments (which win over `args`):
+    It takes the arguments of `DPOTrainer` and those of the method, which override `args`:
 
     Args:
-        model: a name or folder, a model, or a `PeftModel` with the adapter to go on training.
+        model: a name or folder, a model, or a `PeftModel` whose adapter is trained further.
         args: a `SelfJudgeConfig`, or a plain `TrainingArguments`.
         processing_class, tokenizer: the tokenizer, under either name.
-        train_dataset: rows with `query` (text from which the model continues) and `context` (what
-            the judge is shown; default: the query), or with a conversational `prompt`.
+        train_dataset: rows with `query` (the text that the model continues) and `context` (the
+            judge's context; default: the query), or with a conversational `prompt`.
         eval_dataset: the same with `chosen` and `rejected`: the response alone, or query +
             response, or messages.
         judge_templates: `{principle: {system, user, assistant}}`; default: the `judge.json` that
             JSFT saved beside the model.
         token_id_a, token_id_b: checked against the ids derived from the tokenizer, if given.
-        ref_model: the judge and reference; default: a frozen copy of the model as given, or the
-            model with its new adapter off.
+        ref_model: the judge and reference; default: a frozen copy of the given model, or the model
+            with its new adapter off.
         encoder: a `ChatEncoder`, for a chat template other than the tokenizer's or the saved one.
 
     Raises:
-        ValueError: settings, templates or data that cannot work; the message says which and why.
+        ValueError: settings, templates or data cannot work; the message says which and why.
     """
 
     args: SelfJudgeConfig
@@ -172,7 +183,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             remedy="pass judge_templates, or start from a model that JSFT wrote",
         )
         self.judge_templates = settings.templates
-        # All that the dataset's preparation needs must stand before TRL's constructor runs it.
+        # TRL's constructor prepares the dataset, which needs these attributes.
         self.encoder = encoder or encoder_as_taught(processing_class, settings)
         letters = self.encoder.letter_ids(
             settings.templates, settings.token_id_a, settings.token_id_b
@@ -193,7 +204,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         self._set_up(config, letters)
 
     def _set_up(self, config: SelfJudgeConfig, letters: tuple[int, int]) -> None:
-        """The judge, the passes of both models and the rollouts, once TRL has placed the models."""
+        """Sets up the judge, packing and rollouts, once TRL has placed the models."""
         check_processes(self.accelerator)
         lighten(self.model)
         keep_freed_memory(self.accelerator.device)
@@ -212,6 +223,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             tokens = pinned_tokens_per_pass(unwrapped(self.model), self.output_dir)
         one_pass = needs_one_pass(self.accelerator.distributed_type)
         self.vllm = self._vllm_rollouts() if config.use_vllm else None
+        # The judge is the frozen reference: a separate model, or the policy's own base. In the
+        # latter case `_reference` turns the adapter off while the judge runs.
         here = self.ref_model if self.ref_model is not None else self.model
         self.judge = Judge(
             self.vllm.scorer() if self.vllm is not None and self.vllm.judges else here,
@@ -224,6 +237,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             packing=config.packing,
             batch_tokens=tokens,
         )
+        # Both forwards are packed; the policy's packing, set last, tells whether a step can be
+        # computed at once.
         self.packing: Packing | None = None
         for own in (self.ref_model, self.model):
             if own is not None:
@@ -231,6 +246,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
                     own, config.packing, one_pass=one_pass, batch_tokens=tokens
                 )
         self.max_over_ranks = max_over_ranks(self.accelerator)
+        # A sharded judge: all processes must make the same number of passes.
         scorer, lockstep = self.judge.scorer, None
         if self.max_over_ranks is not None and isinstance(scorer, TransformersScorer):
             scorer.packing = lockstep = LockstepPacking(
@@ -271,11 +287,13 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     # -- the step --------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Numbers all micro-batches of the coming optimizer step.
+        """Numbers all micro-batches of the next optimizer step.
 
-        They are rolled out at the first of them (in `_prepare_inputs`), not here: resuming from a
-        checkpoint restores the random state only after this prefetch.
+        `_prepare_inputs` rolls them all out at the first one. That does not happen here, because
+        resuming from a checkpoint restores the random state only after this prefetch.
         """
+        # With rollouts ahead, the pipeline reads the next step's prompts as well, and servers
+        # sample for them during this step's update.
         if self.args.rollouts_ahead:
             source, number, *rest = args
             args = (iter(self.pipeline.take(source, number)), number, *rest)
@@ -287,7 +305,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         if "input_ids" in inputs:
-            return inputs  # prepared already
+            return inputs  # already prepared
         if not self.model.training:
             pad, multiple = self._tokenizer.pad_token_id, self.args.pad_to_multiple_of
             batch = evaluation_batch(inputs, pad, self.args.max_length, multiple)  # type: ignore[arg-type]
@@ -321,11 +339,12 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     def _add_reference(
         self, rollouts: Sequence[Sequence[Rollout]], inputs: Sequence[dict[str, torch.Tensor]]
     ) -> None:
-        """Puts the reference's log-probabilities into the batches, where TRL's loss looks for them.
+        """Adds the reference's log-probabilities to the batches, under the keys of TRL's loss.
 
-        Packing lays out what it is given in passes of its own size, so it gets the whole step at
-        once. Without it a micro-batch is a pass, and so it is for a model that processes share.
+        Packing makes passes of its own size, so it gets the whole step at once. Without packing,
+        and for a model that processes share, each micro-batch is one pass.
         """
+        # Chosen and rejected log-probabilities of all pairs of the step, then split by micro-batch.
         together = self.packing is not None and not self.packing.shape.one_pass
         asked = [self._preference_batch([r for own in rollouts for r in own])]
         reference = self.ref_model if self.ref_model is not None else self.model
@@ -344,13 +363,13 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
 
     @contextmanager
     def _sampler(self) -> Iterator[Sampler]:
-        """What samples from the policy as it is at this step."""
+        """A sampler from the current policy."""
         if self.vllm is not None:
             yield self.vllm.sampler(self._reference())
             return
-        # Generating in training mode under gradient checkpointing would silently drop the cache.
+        # In training mode, generation with gradient checkpointing would silently drop the cache.
         checkpointing: dict[str, Any] = {}
-        if not BEFORE_FUSED_HEAD:  # the TRL before takes no such argument
+        if not BEFORE_FUSED_HEAD:  # earlier versions of TRL have no such argument
             checkpointing["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
         with unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=True, **checkpointing
@@ -380,7 +399,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
 
     @contextmanager
     def _reference(self) -> Iterator[None]:
-        """Puts the judge's weights in force: TRL's own rule for the reference of a `PeftModel`."""
+        """Activates the judge's weights, by TRL's own rule for the reference of a `PeftModel`."""
         if self.ref_model is not None:
             yield
             return
@@ -388,7 +407,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
             yield
 
-    # -- what people see -------------------------------------------------------------------------
+    # -- logs ------------------------------------------------------------------------------------
 
     def _record(self, rollouts: list[Rollout]) -> None:
         metrics, self.nothing_judged = metrics_over_processes(
@@ -414,7 +433,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             if self.accelerator.is_main_process:
                 Console().print(pairs_table(self._shown[:4], self.state.global_step))
             self._shown = []
-        # Averaged or reweighted log-probabilities are none of a response.
+        # Averaged or reweighted log-probabilities are not those of a response.
         if self.model.training and self.args.ld_alpha is None and not self._averages():
             own = self._metrics["train"]
             kl = kl_estimate(
@@ -434,7 +453,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         save_judge_settings(folder, self.encoder, self.judge_templates, self.judge.letter_ids)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        # In the rollout phase the reference was asked already; evaluation asks it here.
+        # Training batches hold the reference's log-probabilities; evaluation computes them here.
         self.precompute_ref_logps = "ref_chosen_logps" in inputs
         try:
             result = super()._compute_loss(model, inputs, return_outputs)

@@ -1,4 +1,4 @@
-"""The policy and judge in vLLM: the model in training hands over its adapter, or all its weights.
+"""The policy and judge in vLLM: the trainer sends its adapter or all its weights to an engine.
 
 It knows the model in training and an engine. It does not know what is sampled or judged. Sharded
 parameters (DeepSpeed ZeRO-3, FSDP2) are gathered one at a time; every process takes part.
@@ -34,14 +34,14 @@ from self_judge.training.self_training.config import SelfJudgeConfig
 
 
 class AdapterError(ValueError):
-    """An adapter that an engine cannot hold beside its base."""
+    """An engine cannot load this adapter beside its base."""
 
 
 def lora_config(model: PeftModel, adapter: str) -> LoraConfig:
-    """The configuration of an adapter that an engine can load at run time.
+    """The configuration of an adapter, checked to be loadable at run time.
 
     Raises:
-        AdapterError: it is no LoRA, or has parts that vLLM cannot load.
+        AdapterError: the adapter is not LoRA, or has parts that vLLM cannot load.
     """
     config: Any = model.peft_config[adapter]
     kind = getattr(config.peft_type, "value", config.peft_type)
@@ -55,20 +55,20 @@ def lora_config(model: PeftModel, adapter: str) -> LoraConfig:
     wrong = [reason for reason, holds in reasons.items() if holds]
     if wrong:
         raise AdapterError(
-            f"use_vllm: vLLM cannot load this adapter beside its base ({', '.join(wrong)}); use a "
-            "plain LoRA, or leave use_vllm out"
+            f"use_vllm: vLLM cannot load this adapter beside its base ({', '.join(wrong)}); use "
+            "plain LoRA, or leave use_vllm unset"
         )
     return config
 
 
 def lora_rank(model: PeftModel, adapter: str) -> int:
-    """The largest rank in an adapter."""
+    """The largest rank of an adapter."""
     config = lora_config(model, adapter)
     return max([config.r, *(config.rank_pattern or {}).values()])
 
 
 def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter under the names of its file, whole, on the CPU."""
+    """The full tensors of an adapter on the CPU, by their names in its file."""
     own = (
         name for name, _ in model.named_parameters() if _is_lora(name) and f".{adapter}." in name
     )
@@ -84,7 +84,7 @@ def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
 def save_adapter(
     model: PeftModel, adapter: str, tensors: dict[str, torch.Tensor], folder: Path
 ) -> None:
-    """Writes an adapter's two files, as PEFT would."""
+    """Writes the two files of an adapter, like PEFT."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     model.peft_config[adapter].save_pretrained(str(folder))
@@ -92,12 +92,12 @@ def save_adapter(
 
 
 def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights by their names in a checkpoint, one at a time; of a `PeftModel` its base's."""
+    """All weights, one at a time, by their names in a checkpoint; for a `PeftModel`, its base's."""
     own = {name for name, _ in model.named_parameters() if not _is_lora(name)}
     for name, tensor in _whole(model, own):
         if isinstance(model, PeftModel):
             name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        # What checkpointing and FSDP put into names is in no checkpoint.
+        # Gradient checkpointing and FSDP add parts to names that checkpoints do not have.
         name = name.replace("_checkpoint_wrapped_module.", "").replace("_fsdp_wrapped_module.", "")
         yield name, tensor
 
@@ -128,33 +128,42 @@ def _gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
 
 logger = logging.getLogger(__name__)
 
-# TRL's names of adapters: the one that is trained, and the frozen copy of one that was given.
+# TRL's names of adapters: the trained one, and the frozen copy of a given one.
 _POLICY, _REFERENCE = "default", "ref"
 _CHECKS = 2  # the first rollout, and the first after an update
 
 
 class VLLMSync:
-    """Keeps the policy in an engine as it is in training; with LoRA its base judges there.
+    """Keeps the engine's policy equal to the model in training; with LoRA, its base also judges.
 
-    With LoRA the engine holds the frozen base once: the current adapter, loaded anew after every
-    update, samples, and the bare base (or the frozen "ref" adapter of a given `PeftModel`) judges.
-    With full fine-tuning the engine holds the policy, whose weights are replaced after every
-    update, and the judge stays in the training process.
+    With LoRA the engine holds the frozen base once. The current adapter, reloaded after every
+    update, samples; the bare base (or the frozen "ref" adapter of a given `PeftModel`) judges. With
+    full fine-tuning the engine holds the policy, whose weights are replaced after every update, and
+    the judge stays in the training process.
 
-    `judges` says whether the engine has the frozen base to judge with. The first rollouts are
-    checked: the engine must answer as the model in training does.
+    `judges` says whether the engine has the frozen base for judging. The first rollouts are
+    checked: the engine must answer like the model in training.
 
     Args:
         model: the model in training, prepared or not.
-        args: `use_vllm` and what goes with it.
-        accelerator: of the training; in `server` mode the first process hands the weights over.
-        encoder: of the policy.
-        probe: a prompt to check the engine with.
-        separate_judge: the judge is a model of its own in the training process.
+        args: the settings, including `use_vllm` and the other vLLM settings.
+        accelerator: the training's; in `server` mode the first process sends the weights.
+        encoder: the policy's encoder.
+        probe: a prompt for checking the engine.
+        separate_judge: whether the judge is another model in the training process.
 
     Raises:
-        EngineError, AdapterError: no engine, or one that cannot hold this model.
+        EngineError, AdapterError: there is no engine, or it cannot hold this model.
     """
+
+    # What the engine holds in each step, and who uses it:
+    #
+    #                 LoRA                                  full fine-tuning
+    #   weights       the frozen base, loaded once          the policy, replaced every step
+    #   sample with   adapter self-judge-<run>-0, -1, ...   those weights
+    #   judge with    the bare base, or adapter "ref"       (the judge is in the training process)
+    #
+    # A new adapter is loaded under a new name before the last one is removed.
 
     def __init__(
         self,
@@ -190,16 +199,16 @@ class VLLMSync:
             self.model.config, "quantization_config", None
         ):
             raise EngineError(
-                "vllm_mode=colocate takes the weights from memory, which a quantized model has not "
-                "got in full: use vllm_mode=server, or no quantization"
+                "vllm_mode=colocate needs the full weights in memory, which a quantized model does "
+                "not have: use vllm_mode=server, or no quantization"
             )
         limit = self.args.max_length
         loras = [a for a in (_POLICY, _REFERENCE) if self.adapted and a in self.model.peft_config]
         context = getattr(config, "max_position_embeddings", None)
-        # One token more than a judge prompt: the letter.
+        # A judge prompt and one more token, the letter.
         wanted = self.args.vllm_max_model_length or (limit + 1 if limit else context)
         if wanted is None:
-            raise EngineError("set vllm_max_model_length: neither max_length nor the model says")
+            raise EngineError("set vllm_max_model_length: max_length and the model give no limit")
         return VLLMEngine(
             self.model.config,
             checkpoint_weights(self.model),
@@ -213,7 +222,7 @@ class VLLMSync:
         )
 
     def _sleep_level(self) -> Literal[0, 1, 2]:
-        """Below an adapter the base stays what it is; the weights of full training never do."""
+        """1 with an adapter, whose base never changes; 2 for full training, which replaces all."""
         if not self.args.vllm_enable_sleep_mode:
             return 0
         return 1 if self.adapted else 2
@@ -229,7 +238,7 @@ class VLLMSync:
         )
         if servers.max_model_length < (self.args.max_length or 0):
             raise EngineError(
-                f"the servers hold {servers.max_model_length} tokens, max_length is "
+                f"the servers hold {servers.max_model_length} tokens, but max_length is "
                 f"{self.args.max_length}: start them with --max-model-len "
                 f"{(self.args.max_length or 0) + 1}, or lower max_length"
             )
@@ -244,12 +253,12 @@ class VLLMSync:
         return own
 
     def scorer(self) -> VLLMScorer:
-        """What the judge reads its letters from."""
+        """The judge's letter scorer."""
         return VLLMScorer(self.engine, self._reference)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """The engine is awake meanwhile, and sleeps before and after where it can."""
+        """Wakes the engine for the block; before and after it sleeps, if it can."""
         self.engine.wake_up()
         try:
             yield
@@ -257,10 +266,10 @@ class VLLMSync:
             self.engine.sleep()
 
     def sampler(self, reference: AbstractContextManager[Any]) -> VLLMSampler:
-        """A sampler that draws from the policy as it is now, brought into the engine here.
+        """Updates the engine's policy and returns a sampler that draws from it.
 
         Args:
-            reference: puts the judge's weights in force in the model, for the first check.
+            reference: activates the judge's weights in the model, for the first check.
         """
         if self._refreshes == 0 and self.judges:
             self._check(reference, self._reference, "judge")
@@ -271,7 +280,7 @@ class VLLMSync:
         return VLLMSampler(self.engine, self.encoder, self.args.sampling(), self._policy)
 
     def _refresh(self) -> None:
-        """Brings the policy as it is now into the engine. Every process takes part."""
+        """Loads the current policy into the engine. Every process takes part."""
         if self.adapted:
             last = self._policy
             self._policy = self._load_adapter(_POLICY, str(self._refreshes))
@@ -287,7 +296,7 @@ class VLLMSync:
             self.accelerator.wait_for_everyone()
 
     def _load_adapter(self, adapter: str, version: str) -> str:
-        # The same name in every process, which is what a server knows it by.
+        # A server identifies the adapter by this name, so it is the same in every process.
         name = _from_main(f"self-judge-{self._run}-{version}", self.accelerator)
         tensors = adapter_tensors(self.model, adapter)
         folder = self._folder / name
@@ -300,14 +309,14 @@ class VLLMSync:
         return name
 
     def _hand_over(self, call: Any) -> None:
-        """To this process's engine, or by the first process to the servers of all."""
+        """Calls this process's own engine; for servers, only the first process calls."""
         if self.colocated or self.accelerator.is_main_process:
             call()
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def _check(self, weights: AbstractContextManager[Any], adapter: str | None, role: str) -> None:
-        """The engine must answer as the model here does: one prompt, its most likely tokens."""
+        """Compares the engine with the model here on one prompt and its most likely tokens."""
         with weights, in_evaluation_mode(self.model):
             logprobs_V = next_token_logits(self.model, self._probe)[0].float().log_softmax(-1)
         expected, tokens = (t.tolist() for t in logprobs_V.topk(4))
@@ -319,16 +328,16 @@ class VLLMSync:
             where, served = "in the engine", ""
             if not self.colocated:
                 where = "at " + ", ".join(self.args.vllm_server_base_url or [])
-                served = "; serve the model that is trained here, an adapter it had merged into it"
+                served = "; serve the model that is trained here, with any earlier adapter merged"
             raise EngineError(
-                f"the {role} answers otherwise in vLLM than in training: after a prompt of "
-                f"{len(self._probe[0])} tokens the likeliest next ones have the probabilities "
-                f"{_shown(there)} {where}, {_shown(here)} here{served}"
+                f"the {role} differs between vLLM and training: after a prompt of "
+                f"{len(self._probe[0])} tokens, the most likely next tokens have the probabilities "
+                f"{_shown(there)} {where} and {_shown(here)} here{served}"
             )
 
 
 def _handover_folder(wanted: str | None) -> tempfile.TemporaryDirectory[str]:
-    """A folder of this run, in memory where the machine has such a place; it goes with the run."""
+    """A temporary folder of this run, in memory if the machine has a memory file system."""
     shared = Path("/dev/shm")
     parent = wanted or (str(shared) if shared.is_dir() else None)
     if wanted is not None:
