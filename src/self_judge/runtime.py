@@ -10,14 +10,15 @@ import logging
 import os
 import platform
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -167,3 +168,34 @@ def halve_or_raise(stage: str, size: int, unit: str, error: BaseException) -> in
         stage, size, unit, half,
     )  # fmt: skip
     return half
+
+
+def device_of(inner: nn.Module) -> torch.device:
+    return next(inner.parameters()).device
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a CPU tensor to a device without waiting for the device's pending work."""
+    if device.type in ("cpu", "mps"):  # MPS would read the memory after it is freed
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def padded(
+    sequences: Sequence[Sequence[int]],
+    device: torch.device,
+    side: Literal["left", "right"] = "right",
+    pad: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Sequences as the inputs of one pass, `(B, T)` each.
+
+    Under a causal mask, right padding affects no sequence, whatever the kind of positions.
+    """
+    longest = max(map(len, sequences))
+    ids_BT = torch.full((len(sequences), longest), pad)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, sequence in enumerate(sequences):
+        start = longest - len(sequence) if side == "left" else 0
+        ids_BT[row, start : start + len(sequence)] = torch.tensor(list(sequence))
+        mask_BT[row, start : start + len(sequence)] = 1
+    return {"input_ids": to_device(ids_BT, device), "attention_mask": to_device(mask_BT, device)}

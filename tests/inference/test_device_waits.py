@@ -16,7 +16,7 @@ from self_judge.config.self_training import SamplingSettings
 from self_judge.inference import sampling
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.packing.fused_head import pack_fused_head
-from self_judge.packing.passes import to_device
+from self_judge.runtime import to_device
 
 CALLS: dict[str, tuple[Callable[[Any], Any], int]] = {
     "a number": (lambda x: x[0, 0].item(), 1),

@@ -39,8 +39,8 @@ from self_judge.packing.exactness import (
     warn_once,
     why_inexact,
 )
-from self_judge.packing.passes import padded, takes_positions, to_device
-from self_judge.runtime import unwrapped, without_cudnn_attention
+from self_judge.packing.passes import takes_positions
+from self_judge.runtime import padded, to_device, unwrapped, without_cudnn_attention
 
 logger = logging.getLogger(__name__)
 

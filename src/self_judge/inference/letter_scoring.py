@@ -16,11 +16,11 @@ import torch
 from self_judge.config.self_training import PackingChoice
 from self_judge.packing.packing import Packing
 from self_judge.packing.pass_size import tokens_per_pass
-from self_judge.packing.passes import padded
 from self_judge.runtime import (
     float32_logits,
     halve_or_raise,
     in_evaluation_mode,
+    padded,
     unwrapped,
     without_cudnn_attention,
 )

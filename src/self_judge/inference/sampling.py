@@ -23,9 +23,14 @@ from self_judge.config.self_training import SamplingSettings
 from self_judge.datatypes import Response, stable_seed
 from self_judge.inference.decoding import MaxOverRanks, cache_bytes, decode, why_not_shared
 from self_judge.inference.logits_processors import SeededTokenSampler
-from self_judge.packing.passes import padded, to_device
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.runtime import halve_or_raise, in_evaluation_mode, without_cudnn_attention
+from self_judge.runtime import (
+    halve_or_raise,
+    in_evaluation_mode,
+    padded,
+    to_device,
+    without_cudnn_attention,
+)
 
 
 class Sampler(Protocol):

@@ -16,8 +16,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from torch import nn
 
-from self_judge.packing.passes import device_of, padded
-from self_judge.runtime import in_evaluation_mode, unwrapped
+from self_judge.runtime import device_of, in_evaluation_mode, padded, unwrapped
 
 # Allowed differences, as fractions of the largest logit. With SmolLM2 in bfloat16, another order of
 # the same sums moves a logit by up to 2.8e-2; branches that see each other or tokens at wrong

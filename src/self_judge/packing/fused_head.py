@@ -20,9 +20,9 @@ from torch import nn
 
 from self_judge.config.self_training import PackingChoice
 from self_judge.packing.packing import Packing
-from self_judge.packing.passes import hidden_states_at, to_device
+from self_judge.packing.passes import hidden_states_at
 from self_judge.packing.prefix_tree import Ints
-from self_judge.runtime import unwrapped
+from self_judge.runtime import to_device, unwrapped
 
 # The last TRL for Python 3.10 has no fused LM head: its batches stay padded.
 BEFORE_FUSED_HEAD = Version(trl.__version__) < Version("1.16")

@@ -35,7 +35,6 @@ from self_judge.packing.passes import (
     attention,
     better_cached,
     cache_passes,
-    device_of,
     hidden_states_at,
     padded_passes,
     takes_positions,
@@ -43,7 +42,7 @@ from self_judge.packing.passes import (
 )
 from self_judge.packing.prefix_tree import Ints
 from self_judge.packing.segment_passes import PrefixCache, chunked_passes, segment_passes
-from self_judge.runtime import unwrapped
+from self_judge.runtime import device_of, unwrapped
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from self_judge.packing.prefix_tree import (
     prefix_rows,
 )
 from self_judge.packing.segment_attention import attending_by_segments
-from self_judge.runtime import without_cudnn_attention
+from self_judge.runtime import device_of, to_device, without_cudnn_attention
 
 # Under a dense mask, attention computes every pair of tokens, at a lower rate than a matrix
 # product. These factors say how much slower. On a CPU: measured with SmolLM2-135M on two cores
@@ -141,36 +141,6 @@ def hidden_states_at(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
 #   padding     3 rows   p q A _ / p q B C / p s _ _    nothing is shared; 12 tokens
 #
 # `segment_passes.py` adds trees without a mask (segments) and chunks.
-
-def device_of(inner: nn.Module) -> torch.device:
-    return next(inner.parameters()).device
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a CPU tensor to a device without waiting for the device's pending work."""
-    if device.type in ("cpu", "mps"):  # MPS would read the memory after it is freed
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def padded(
-    sequences: Sequence[Sequence[int]],
-    device: torch.device,
-    side: Literal["left", "right"] = "right",
-    pad: int = 0,
-) -> dict[str, torch.Tensor]:
-    """Sequences as the inputs of one pass, `(B, T)` each.
-
-    Under a causal mask, right padding affects no sequence, whatever the kind of positions.
-    """
-    longest = max(map(len, sequences))
-    ids_BT = torch.full((len(sequences), longest), pad)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, sequence in enumerate(sequences):
-        start = longest - len(sequence) if side == "left" else 0
-        ids_BT[row, start : start + len(sequence)] = torch.tensor(list(sequence))
-        mask_BT[row, start : start + len(sequence)] = 1
-    return {"input_ids": to_device(ids_BT, device), "attention_mask": to_device(mask_BT, device)}
 
 
 def pass_tokens(inner: Any, shape: Shape) -> int:

@@ -14,18 +14,10 @@ import torch
 from transformers import DynamicCache
 
 from self_judge.packing.chunked_prefill import Chunk, PrefixIndex, Segment, plan_chunks, segments_of
-from self_judge.packing.passes import (
-    Pass,
-    Shape,
-    Wanted,
-    device_of,
-    pass_over,
-    pass_tokens,
-    stacked,
-    to_device,
-)
+from self_judge.packing.passes import Pass, Shape, Wanted, pass_over, pass_tokens, stacked
 from self_judge.packing.prefix_tree import Ints, joined, prefix_rows
 from self_judge.packing.segment_attention import attending
+from self_judge.runtime import device_of, to_device
 
 
 def segment_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:

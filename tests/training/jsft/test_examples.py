@@ -151,7 +151,9 @@ def test_a_pair_labeled_for_an_unknown_principle_is_an_error_that_names_the_reco
     encoder: ChatEncoder, templates: JudgeTemplates, letters: tuple[int, int]
 ) -> None:
     record = replace(RECORD, pairs=(replace(PAIR, principle="brief"),))
-    with pytest.raises(ValueError, match=r"test, record 7: .* 'brief', .* only for helpful, honest"):
+    with pytest.raises(
+        ValueError, match=r"test, record 7: .* 'brief', .* only for helpful, honest"
+    ):
         jsft_examples(record, encoder, templates, letters)
 
 

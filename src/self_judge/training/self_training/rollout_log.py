@@ -18,6 +18,8 @@ from rich.text import Text
 
 from self_judge.console import neutral
 from self_judge.storage.atomic import atomic_write
+from self_judge.storage.run_dir import rollout_file, thin_rollouts
+from self_judge.training.self_training.config import SelfJudgeConfig
 from self_judge.training.self_training.rollouts import Rollout
 
 
@@ -172,6 +174,30 @@ def kl_estimate(
         rejected_rewards
     )
     return rewards / (2 * beta * decided)
+
+
+def add_kl_estimate(metrics: dict[str, list[float]], beta: float) -> None:
+    """Adds `objective/kl` to the metrics since the last log, where `kl_estimate` finds one."""
+    names = ("rewards/chosen", "rewards/rejected", "judge/undecidable")
+    chosen, rejected, undecidable = (metrics.get(name, ()) for name in names)
+    kl = kl_estimate(chosen, rejected, undecidable, beta)
+    if kl is not None:
+        metrics["objective/kl"].append(kl)
+
+
+def keep_rollouts(
+    rollouts: Sequence[Rollout],
+    step: int,
+    principles: Sequence[str],
+    args: SelfJudgeConfig,
+    decode: Callable[[Sequence[int]], str],
+) -> None:
+    """Writes a step's rollouts under the output folder, and thins earlier steps' files."""
+    folder = Path(str(args.output_dir))
+    write_rollouts(
+        rollout_file(folder, step), rollouts[: args.rollout_pairs], step, principles, decode
+    )
+    thin_rollouts(folder, step, args.rollout_files)
 
 
 def metrics_over_processes(

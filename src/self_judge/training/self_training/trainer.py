@@ -52,7 +52,6 @@ from self_judge.prompting.judge_json import (
 from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import keep_freed_memory, unwrapped
-from self_judge.storage.run_dir import rollout_file, thin_rollouts
 from self_judge.training.callbacks import RunLog, StepClock
 from self_judge.training.fault_tolerance import FaultToleranceMixin
 from self_judge.training.lora_layers import lighten
@@ -67,10 +66,10 @@ from self_judge.training.self_training.config import (
 from self_judge.training.self_training.logprob_averaging import LogProbAveraging
 from self_judge.training.self_training.prompts import COLUMNS, SelfJudgeCollator, prepare_dataset
 from self_judge.training.self_training.rollout_log import (
-    kl_estimate,
+    add_kl_estimate,
+    keep_rollouts,
     metrics_over_processes,
     pairs_table,
-    write_rollouts,
 )
 from self_judge.training.self_training.rollouts import (
     Rollout,
@@ -417,16 +416,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             self._metrics["train"][key].append(value)
         self._shown = rollouts
         if self.args.save_rollouts and self.accelerator.is_main_process:
-            step = self.state.global_step + 1
-            folder = Path(self.output_dir)
-            write_rollouts(
-                rollout_file(folder, step),
-                rollouts[: self.args.rollout_pairs],
-                step,
-                self.judge_templates.principles,
-                self._tokenizer.decode,
-            )
-            thin_rollouts(folder, step, self.args.rollout_files)
+            step, decode = self.state.global_step + 1, self._tokenizer.decode
+            keep_rollouts(rollouts, step, self.judge_templates.principles, self.args, decode)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.log_completions and self._shown and self.model.training:
@@ -435,15 +426,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             self._shown = []
         # Averaged or reweighted log-probabilities are not those of a response.
         if self.model.training and self.args.ld_alpha is None and not self._averages():
-            own = self._metrics["train"]
-            kl = kl_estimate(
-                own.get("rewards/chosen", ()),
-                own.get("rewards/rejected", ()),
-                own.get("judge/undecidable", ()),
-                self.beta,
-            )
-            if kl is not None:
-                own["objective/kl"].append(kl)
+            add_kl_estimate(self._metrics["train"], self.beta)
         super().log(logs, start_time)
 
     def _averages(self) -> bool:
