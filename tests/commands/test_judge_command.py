@@ -130,7 +130,7 @@ def test_a_field_that_the_input_gained_makes_it_another_one(
     assert main(command) == 0
     write(source, *({**pair, "note": None} for pair in pairs(2)))
     assert main(command) == 2
-    assert "not the verdict on line 1 of this input" in capsys.readouterr().err
+    assert "does not belong to line 1 of this input" in capsys.readouterr().err
 
 
 def test_another_model_template_or_input_is_refused(

@@ -45,7 +45,7 @@ class ModelArgs:
     Args:
         model_name_or_path: a folder or a Hub name.
         dtype: dtype of the weights; `"auto"` keeps the saved one.
-        attn_implementation: Transformers' name of the attention; `None` leaves the choice to
+        attn_implementation: attention implementation of Transformers; `None` leaves the choice to
             Transformers.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether the model's repository may run its own code.
