@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FilledT = TypeVar("FilledT")
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 PACKING = ("auto", "tree", "cache", "padding", "off")  # config.PackingChoice, not imported yet
-_OVERRIDES = "override any value of the file: key.path=value"
+_OVERRIDES = "override any value in the run file: key.path=value"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

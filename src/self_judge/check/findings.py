@@ -70,8 +70,9 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
             yield problem(
                 "chat template",
                 f"its prompt is not a prefix of prompt + answer: at token {same} sampling "
-                f"continues {shown[0]}, training has {shown[1]}. The model would get prompts that "
-                "it never saw; set templates.chat to a template that opens answers alike in both",
+                f"continues {shown[0]}, training has {shown[1]}. The model would be prompted "
+                "in a format it was not trained on; set templates.chat to a template that starts "
+                "answers the same way in training and sampling",
             )
             break
     bos = tokenizer.bos_token_id

@@ -9,7 +9,7 @@ processes and chunks of 2, rank r's file holds the items in row r:
     rank 1         x x               x
     rank 2               x x
 
-A resumed run reads its journal, drops an unfinished chunk at the end, and continues there.
+A resumed run reads its journal, drops an unfinished chunk at the end, and continues from there.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ _PREFILL_TOKENS_ELSEWHERE = 16_384
 # idle until the next pass; on a CPU a check is free, and an unnecessary pass is not.
 _LOOK_EVERY = {"cpu": 1}
 _LOOK_EVERY_ELSEWHERE = 8
-_LEAVE_AT = 0.75  # finished rows leave the batch once at most this share is unfinished
+_LEAVE_AT = 0.75  # drop finished rows once the unfinished share is at or below this
 
 
 class TokenSampler(Protocol):
@@ -81,7 +81,7 @@ def decode(
     max_over_ranks: MaxOverRanks | None = None,
     look_every: int | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt `copies` times, until a stop token (included) or the limit.
+    """Generates `copies` continuations of every prompt, up to a stop token (included) or the limit.
 
     The keys and values of a prompt are computed once for all its copies. Finished rows leave the
     batch once they are a quarter of it, because each departure copies the cache.

@@ -1,6 +1,6 @@
 """Votes: the letter probabilities of all principles and both orders become one verdict.
 
-Pure arithmetic over verdicts, without torch. It does not know where probabilities come from.
+Pure arithmetic over verdicts, without torch. It does not know how the probabilities are computed.
 """
 
 from __future__ import annotations

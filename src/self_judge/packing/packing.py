@@ -231,7 +231,7 @@ class Packing:
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Yields (indices of sequences, logits `(n, V)` of the token after each of them)."""
-        # Only last positions are wanted, so chunks can be used; with a single pass, segments.
+        # Only the last position of a sequence is needed, so chunks work; one pass uses segments.
         last = [np.array([len(s) - 1]) for s in sequences]
         for this in self._passes(sequences, last, "segments" if self.shape.one_pass else "chunks"):
             with hidden_states_at(self.inner, this) as inputs:
@@ -371,7 +371,7 @@ def _longest_path(config: Any) -> int | None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     ropes = [r for r in (rope, *rope.values()) if isinstance(r, Mapping)]
     for parameters in ropes:
-        # These scale positions by the longest sequence of a pass.
+        # These scale positions depending on the longest sequence in a pass.
         if parameters.get("rope_type", parameters.get("type")) in ("dynamic", "longrope"):
             original = parameters.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None

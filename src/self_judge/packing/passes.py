@@ -1,6 +1,6 @@
 """Packed passes: prefix trees as inputs of forward passes, and the hidden states to read from them.
 
-There is one generator per route. The route is given; `packing.py` decides whether it is exact for
+There is one generator per route. The caller chooses it; `packing.py` checks whether it is exact for
 a model.
 """
 

@@ -1,6 +1,6 @@
 """Passes that attend segment by segment: trees in one row, and chunks that read earlier passes.
 
-As in `passes.py`, the route is given; `packing.py` decides whether it is exact.
+As in `passes.py`, the caller chooses the route; `packing.py` checks whether it is exact.
 """
 
 from __future__ import annotations

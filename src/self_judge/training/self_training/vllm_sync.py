@@ -97,7 +97,7 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
     for name, tensor in _whole(model, own):
         if isinstance(model, PeftModel):
             name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        # Gradient checkpointing and FSDP add parts to names that checkpoints do not have.
+        # Gradient checkpointing and FSDP insert components into names; checkpoint names lack them.
         name = name.replace("_checkpoint_wrapped_module.", "").replace("_fsdp_wrapped_module.", "")
         yield name, tensor
 
