@@ -18,7 +18,7 @@ from self_judge.check.check import Report
 from self_judge.check.cost import Cost
 from self_judge.check.examples import Example
 from self_judge.check.memory import GIB
-from self_judge.console import neutral
+from self_judge.console import neutral, table
 
 _KINDS = {"jsft": "judge-augmented SFT", "self_judge": "self-training"}
 _TRAINED, _CONTROL, _QUIET = "bold black on green", "cyan", "dim"
@@ -97,19 +97,19 @@ def _figures(report: Report, console: Console) -> None:
     if report.counts:
         _line(console, ", ".join(f"{n:,} {what}" for what, n in report.counts.items() if n))
     if report.figures:
-        table = Table(box=None, pad_edge=False, header_style=_QUIET)
-        table.add_column("tokens")
-        for name in ("count", "median", "90 %", "99 %", "longest", "trained", "BOS", "ends"):
-            table.add_column(name, justify="right")
-        for f in report.figures:
-            table.add_row(
-                Text(neutral(f.kind)),
+        lengths = ("median", "90 %", "99 %", "longest")
+        headings = ("tokens", "count", *lengths, "trained", "BOS", "ends")
+        rows = [
+            (
+                f.kind,
                 f"{f.count:,}",
                 *(f"{f.tokens[p]:,}" for p in ("p50", "p90", "p99", "max")),
                 f"{f.trained:.1f}" if f.trained else "-",
                 *("–".join(map(str, dict.fromkeys(both))) for both in (f.bos, f.ends)),
             )
-        console.print(table)
+            for f in report.figures
+        ]
+        console.print(table("", headings, rows))
     for letter in report.letters:
         _line(
             console,
