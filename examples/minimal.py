@@ -177,16 +177,16 @@ def main(seed: int = 0) -> None:
     tokenizer = synthetic.tiny_tokenizer()
     model = synthetic.tiny_model(tokenizer, seed)
     examples = jsft_examples(tokenizer, synthetic.records(4000, seed, writers=2))
-    jsft(model, examples, steps=400, batch=32, lr=2e-3)
+    jsft(model, examples, steps=300, batch=32, lr=2e-3)
     policy = copy.deepcopy(model)
-    train = synthetic.records(1280, seed + 1)
+    train = synthetic.records(1024, seed + 1)
     self_training(policy, tokenizer, [r.prompt[0]["content"] for r in train], batch=64, lr=2e-4)
 
     held_out = synthetic.records(256, seed, "test", writers=2)
     pairs = [(r.prompt[0]["content"], r.pairs[0].chosen, r.pairs[0].rejected) for r in held_out]
     s_N2 = judge(model, tokenizer, pairs)
     print(f"judge accuracy    {(s_N2[:, 0] > s_N2[:, 1]).float().mean():.3f}")
-    asked = synthetic.instructions(128, seed)
+    asked = synthetic.instructions(96, seed)
     prompts = [prompt_ids(tokenizer, x) for x in asked]
     rounds = [sample(who, tokenizer, prompts) for who in (model, *[policy] * 8)]
     before, *own = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in rounds)
