@@ -63,6 +63,22 @@ def test_the_environment_gives_another_figure(monkeypatch: pytest.MonkeyPatch) -
     assert tokens_per_pass(Model(64)) in pass_size._CANDIDATES
 
 
+def test_a_process_measures_models_of_one_kind_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def clocked(matrices: list[torch.Tensor], tokens: int) -> float:
+        sizes.append(matrices[0].shape[1])
+        return float(min(tokens, 512))
+
+    monkeypatch.setenv(pass_size.ASKED, "measure")
+    monkeypatch.setattr(pass_size, "_MEASURED", {})
+    monkeypatch.setattr(pass_size, "_tokens_per_second", clocked)
+    model = Model(6)
+    found = [tokens_per_pass(m) for m in (model, model, Model(6), Model(7))]
+    assert found == [1024] * 4
+    assert [sizes.count(n) for n in (6, 7)] == [len(pass_size._CANDIDATES)] * 2
+
+
 @pytest.mark.parametrize("asked", ["0", "-1", "1e3", "fast", "1.5"])
 def test_an_environment_that_names_no_number_is_refused(
     asked: str, monkeypatch: pytest.MonkeyPatch
