@@ -5,6 +5,7 @@ It knows templates, checkpoints and servers. It does not know what is judged.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ class JudgeChoice:
     def __post_init__(self) -> None:
         self.judge_templates()  # find mistakes before reading data or loading a model
 
-    def template_args(self) -> TemplateArgs | None:
+    def _template_args(self) -> TemplateArgs | None:
         if self.templates is None:
             return None
         tree = read_yaml(Path(self.templates))
@@ -73,14 +74,17 @@ class JudgeChoice:
             raise ConfigError(f"{self.templates}: {error}") from error
         return args
 
-    def resolved(self) -> JudgeSettings:
-        """The judge settings: those of `templates`, else those saved with the model.
+    @functools.cached_property
+    def _resolved(self) -> tuple[TemplateArgs | None, JudgeSettings]:
+        """The `templates` file, and the judge settings: its own, else those saved with the model.
+
+        Both files are read once: what `settings` records is what `load` judges with.
 
         Raises:
             ValueError: there are no templates, or they are invalid.
         """
-        args = self.template_args()
-        return resolve_judge(
+        args = self._template_args()
+        return args, resolve_judge(
             self.model,
             args.judge_templates() if args else None,
             remedy="pass judge templates with --templates FILE, e.g. "
@@ -88,11 +92,11 @@ class JudgeChoice:
         )
 
     def judge_templates(self) -> JudgeTemplates:
-        return self.resolved().templates
+        return self._resolved[1].templates
 
     def load(self) -> Judge:
         """Loads the judge; under `accelerate launch` on this process's device."""
-        args, settings = self.template_args(), self.resolved()
+        args, settings = self._resolved
         hub: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         tokenizer = load_tokenizer(self.model, **hub)
         wanted = (args.chat, args.chat_template_kwargs, (args.user, args.assistant)) if args else ()
@@ -111,7 +115,7 @@ class JudgeChoice:
 
     def settings(self) -> dict[str, Any]:
         """All settings that affect a verdict, as plain data; a resumed run must have the same."""
-        args, settings = self.template_args(), self.resolved()
+        args, settings = self._resolved
         templates = json.dumps(settings.templates.to_dict(), sort_keys=True)
         wanted = (args.chat, args.user, args.assistant, args.chat_template_kwargs) if args else ()
         chat_template = settings.chat_template
