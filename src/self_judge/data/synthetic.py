@@ -7,7 +7,6 @@ rubric. This module imports torch only to create a model.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from self_judge.data.toy_world import (
 )
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.storage.atomic import atomic_write
+from self_judge.storage.jsonl import write_lines
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -207,9 +206,7 @@ def write_dataset(
     path = Path(path)
     if path.suffix != ".jsonl":
         raise ValueError(f"write_dataset writes JSON lines: {path} must end in .jsonl")
-    with atomic_write(path) as file:
-        for record in _EMITTERS[kind](n, seed, split):
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    write_lines(path, _EMITTERS[kind](n, seed, split))
     return path
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from self_judge.errors import ModelError, in_a_line, is_missing
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.storage.atomic import atomic_write
+from self_judge.storage.atomic import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,8 +57,7 @@ def save_judge_settings(
         "chat_template_kwargs": encoder.chat_template_kwargs,
     }
     path = Path(directory) / JUDGE_FILE
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, content)
     return path
 
 
