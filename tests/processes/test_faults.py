@@ -194,6 +194,11 @@ MOMENTS: dict[str, list[Any]] = {
         1,
         "before",
     ],
+    "before old checkpoints are removed, behind the last one": [
+        "self_judge.training.fault_tolerance:remove",
+        2,
+        "before",
+    ],
     "while an old checkpoint is removed": ["self_judge.storage.atomic:shutil.rmtree", 9, "before"],
     "while a number is logged": ["self_judge.training.callbacks:append_line", 2, "after"],
     "before the trained model is in place": [

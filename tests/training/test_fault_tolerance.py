@@ -144,3 +144,14 @@ def test_two_trainers_in_one_process_do_not_disturb_each_other(
     later = trained(both[1])
     assert same(trained(both[0]), alone[0])
     assert same(later, alone[1])
+
+
+def test_a_finished_run_resumed_into_an_empty_folder_ends_at_once(
+    make: Make, model: Any, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 2}
+    make(model=copy.deepcopy(model), **saving).train()
+    elsewhere = make(model=model, output_dir=str(tmp_path / "elsewhere"), **saving)
+    elsewhere.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert elsewhere.state.global_step == 2
+    assert not list((tmp_path / "elsewhere").glob("checkpoint-*"))

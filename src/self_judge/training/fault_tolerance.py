@@ -148,6 +148,8 @@ class FaultToleranceMixin(Base):
         # Resumed from a checkpoint of its last step, Transformers would do one more.
         if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
+            if self.args.should_save:  # a kill may have come between the last checkpoint and this
+                self._remove_surplus(Path(self._get_output_dir(None)))
             return
         super()._run_epoch(*args, **kwargs)
 
@@ -248,25 +250,25 @@ class FaultToleranceMixin(Base):
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
                 seal(staging / name)
                 commit(staging / name, run_folder / name)
-            for old in self._surplus(run_folder):
-                remove(old)
+            self._remove_surplus(run_folder)
             clear_unfinished(run_folder)
         self.accelerator.wait_for_everyone()
         if self._unsent is not None:
             self._unsent = None
             super()._push_from_checkpoint(str(run_folder / name))
 
-    def _surplus(self, run_folder: Path) -> list[Path]:
-        """The checkpoints beyond `save_total_limit`, chosen as Transformers does."""
+    def _remove_surplus(self, run_folder: Path) -> None:
+        """Removes the checkpoints beyond `save_total_limit`, chosen as Transformers does."""
         limit = self.args.save_total_limit
         if not limit or limit < 0:
-            return []
+            return
         there = [Path(p) for p in sort_checkpoints(str(run_folder), use_mtime=True)]
-        kept = {there[-1]}
+        kept = set(there[-1:])
         if self.state.best_model_checkpoint is not None:
             kept.add(Path(self.state.best_model_checkpoint))
         too_many = len(there) - max(limit, len(kept))
-        return [path for path in there if path not in kept][: max(0, too_many)]
+        for old in [path for path in there if path not in kept][: max(0, too_many)]:
+            remove(old)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # An upload runs in the background, so it waits for the final name of the folder.
