@@ -12,6 +12,7 @@ from torch import nn
 
 from self_judge.packing import pass_size
 from self_judge.packing.pass_size import (
+    busy_tokens,
     measured_tokens_per_pass,
     pinned_tokens_per_pass,
     tokens_per_pass,
@@ -39,17 +40,24 @@ def saturating_at(tokens: int):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize(
-    ("width", "device", "tokens"),
-    [(64, "cpu", 4096), (576, "cpu", 1024), (576, "meta", 16_384), (4096, "meta", 8192)],
+    ("width", "device", "tokens", "busy"),
+    [
+        (64, "cpu", 4096, 0),
+        (576, "cpu", 1024, 0),
+        (576, "meta", 16_384, 16_384),
+        (2048, "meta", 16_384, 4096),
+        (4096, "meta", 8192, 2048),
+    ],
 )
 def test_device_and_width_alone_decide_how_many_tokens_a_pass_holds(
-    width: int, device: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+    width: int, device: str, tokens: int, busy: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def clock() -> float:
         raise AssertionError("no clock may decide")
 
     monkeypatch.setattr(pass_size.time, "perf_counter", clock)
     assert tokens_per_pass(Model(width, device)) == tokens
+    assert busy_tokens(Model(width, device)) == busy
 
 
 def test_a_model_that_does_not_say_how_wide_it_is_has_the_common_figure() -> None:

@@ -261,6 +261,13 @@ def test_rows_of_like_lengths_are_one_pass_where_trees_cannot_be_joined() -> Non
     assert in_batches([10, 2], 1, one=True) == [[10, 2]]
 
 
+def test_a_pass_that_would_leave_a_device_idle_is_filled_before_padding_is_saved() -> None:
+    rows = [40, 38, *[8] * 10]  # 160 tokens in two passes, 480 in one
+    assert in_batches(rows, 480, busy_tokens=160) == [[40, 38], [8] * 10]
+    assert in_batches(rows, 480, busy_tokens=480) == [rows]
+    assert in_batches(rows, 100, busy_tokens=480) == in_batches(rows, 100)  # a pass is full
+
+
 def test_short_trees_stand_where_there_would_be_padding_under_a_mask() -> None:
     assert in_batches([10, 6, 4, 5, 5], 480, 1e-3) == [[10, 10, 10]]
     # Longer rows cost attention, padding costs tokens.

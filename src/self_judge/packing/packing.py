@@ -269,7 +269,7 @@ def _no_cache(packing: Packing) -> str | None:
 def _by_segments(packing: Packing) -> bool:
     """Whether to try attention by segments.
 
-    Its many small calls have not been measured on a GPU, where FlexAttention skips masked blocks.
+    On a GPU its many small calls take 2 to 4 times as long as masks (benchmarks/RESULTS.md).
     Gradient checkpointing repeats forward passes after the model's usual attention is restored.
     """
     inner = packing.inner

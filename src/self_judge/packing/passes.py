@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from self_judge.packing.flex_attention import NAME, ROW_MULTIPLE, tree_blocks
-from self_judge.packing.pass_size import attention_share, tokens_per_pass
+from self_judge.packing.pass_size import attention_share, busy_tokens, tokens_per_pass
 from self_judge.packing.prefix_tree import (
     Ints,
     PrefixGroup,
@@ -31,12 +31,11 @@ from self_judge.packing.segment_attention import attending_by_segments
 from self_judge.runtime import device_of, to_device, without_cudnn_attention
 
 # Under a dense mask, attention computes every pair of tokens, at a lower rate than a matrix
-# product. These factors say how much slower. On a CPU: measured with SmolLM2-135M on two cores
-# (benchmarks/RESULTS.md). Elsewhere: an estimate for an H100 in bfloat16. The memory-efficient
-# kernel, the only fused one that takes a mask, reaches some 130 of the 650 TFLOP/s of a large
-# matrix product; its backward pass is slower still, and small models' products are slower, too.
+# product. These factors say how much slower (benchmarks/RESULTS.md): measured on two CPU cores with
+# SmolLM2-135M, and on an H200 in bfloat16, where 1.0 is within 4 % of the best for a 1B shape. A
+# higher factor means more and smaller passes.
 _DENSE_ATTENTION = {"cpu": 2.0}
-_DENSE_ATTENTION_ELSEWHERE = 5.0
+_DENSE_ATTENTION_ELSEWHERE = 1.0
 # Tokens in the cache of one group: 16 GiB of keys and values for Llama 2 7B in bfloat16, and 4 GiB
 # for Llama 3 8B, whose query heads share them in fours.
 _CACHED_TOKENS = 32_768
@@ -163,7 +162,7 @@ def tree_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
         size = sum(map(len, rows)) if shape.one_pass else most
         batched = [[row] for row in joined(rows, size)]
     else:
-        batched = batches(rows, most, cost, one=shape.one_pass)
+        batched = batches(rows, most, cost, busy_tokens=busy_tokens(inner), one=shape.one_pass)
     for batch in batched:
         ids, positions, ends = stacked(batch, ROW_MULTIPLE if blocks else 1)
         device = device_of(inner)
@@ -188,6 +187,7 @@ def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) 
     """
     # Example: a prefix of 100 tokens with 16 branches of 20, in one row of 420 tokens. The dense
     # mask computes 420² = 176,400 scores; prefix and branches (`met`) 100² + 16·20·120 = 48,400.
+    # Branches are padded to the longest: with one of 60 among them, they count 16·60 tokens.
     cost, most = _dense_cost(inner), pass_tokens(inner, shape)
     cached: list[int] = []
     for group in prefix_groups(sequences):
@@ -195,11 +195,10 @@ def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) 
             continue  # one comparison in both orders: a second pass saves nothing
         own = [sequences[i] for i in group.members]
         lengths = [len(row) for row in prefix_rows(own, most, cost)]
-        branches = [len(s) - group.prefix for s in own]
-        met = group.prefix**2 + sum(b * (group.prefix + b) for b in branches)
-        if 1.2 * (group.prefix + sum(branches) + cost * met) < sum(
-            n + cost * n * n for n in lengths
-        ):
+        width = max(map(len, own)) - group.prefix
+        branches = len(own) * width
+        met = group.prefix**2 + branches * (group.prefix + width)
+        if 1.2 * (group.prefix + branches + cost * met) < sum(n + cost * n * n for n in lengths):
             cached += group.members
     return cached
 
@@ -224,7 +223,8 @@ def _dense_mask(inner: Any, ends_BL: torch.Tensor) -> torch.Tensor:
 
 def padded_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
     rows = [_single(i, s) for i, s in enumerate(asked.sequences)]
-    for batch in batches(rows, pass_tokens(inner, shape), one=shape.one_pass):
+    most, busy = pass_tokens(inner, shape), busy_tokens(inner)
+    for batch in batches(rows, most, busy_tokens=busy, one=shape.one_pass):
         # Right padding: under a causal mask it affects no token.
         ids, _, _ = stacked(batch)
         lengths = torch.tensor([len(r) for r in batch])

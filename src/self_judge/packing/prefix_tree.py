@@ -236,6 +236,7 @@ def batches(
     batch_tokens: int,
     attention_cost: float | None = None,
     *,
+    busy_tokens: int = 0,
     one: bool = False,
 ) -> list[list[Row]]:
     """Groups rows of similar length into passes, longest first, at the least cost with padding.
@@ -247,12 +248,15 @@ def batches(
         rows: one tree each.
         batch_tokens: the most tokens in a pass, padding included; a longer row has its own pass.
         attention_cost: the cost under a dense mask, see `prefix_rows`; `None`: do not join rows.
+        busy_tokens: a smaller pass costs as much as one of so many tokens, see
+            `pass_size.busy_tokens`.
         one: put everything into one pass, whatever its size. Rows are then joined up to
             `batch_tokens` only.
     """
     ordered = sorted(rows, key=len, reverse=True)
     lengths = [len(row) for row in ordered]
-    cuts = [(0, len(ordered))] if one else _stretches(lengths, batch_tokens, attention_cost)
+    whole = [(0, len(ordered))]
+    cuts = whole if one else _stretches(lengths, batch_tokens, attention_cost, busy_tokens)
     stretches = [ordered[start:end] for start, end in cuts]
     if attention_cost is None:
         return stretches
@@ -260,7 +264,7 @@ def batches(
 
 
 def _stretches(
-    lengths: Sequence[int], batch_tokens: int, attention_cost: float | None
+    lengths: Sequence[int], batch_tokens: int, attention_cost: float | None, busy_tokens: int
 ) -> list[tuple[int, int]]:
     """Cuts sorted lengths into the passes that cost least in total: (start, end) of each."""
     # The same dynamic programming as in `prefix_rows`. A pass from `start` to `end` is padded to
@@ -272,6 +276,9 @@ def _stretches(
     #
     # With joining, short rows follow each other in the padding: [90 20 18 16] counts max(144, 1·90)
     # tokens, not 4·90, so [100] [90 20 18 16] costs 244 + 2 passes = 269.0 and is chosen.
+    #
+    # With 150 busy tokens, [20 18 16] of the first line costs 150 instead of 60, as does each of
+    # two passes of the last line: 325.0.
     price = _PRICE_OF_A_PASS * batch_tokens
     longest = np.array(lengths, dtype=np.int64)
     tokens = np.concatenate([[0], longest.cumsum()])
@@ -285,7 +292,8 @@ def _stretches(
         if attention_cost is not None:
             count = np.minimum(count, halves[here] - np.arange(first, end))
         padded = np.maximum(tokens[end] - tokens[here], count * longest[here])
-        cost = best[here] + padded * (1 + (attention_cost or 0.0) * longest[here]) + price
+        work = padded * (1 + (attention_cost or 0.0) * longest[here])
+        cost = best[here] + np.maximum(work, busy_tokens) + price
         cost[:-1][padded[:-1] > batch_tokens] = np.inf
         start_of[end] = first + int(cost.argmin())
         best[end] = cost.min()
