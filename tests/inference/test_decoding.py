@@ -10,8 +10,9 @@ import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from families import CONFIGS, SIZES, build
-from self_judge.inference import decoding
-from self_judge.inference.decoding import _RoomyLayer, cache_bytes, decode, why_not_shared
+from self_judge.inference import decoding, graphed_step
+from self_judge.inference.decoding import cache_bytes, decode, why_no_graphs, why_not_shared
+from self_judge.inference.prompt_cache import RoomyLayer
 
 STOP = 5
 PROMPTS = [[10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
@@ -95,6 +96,25 @@ def test_every_row_is_what_its_prompt_alone_gives(
     assert draw.asked[0] == len(ROWS)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_steps_of_one_shape_under_a_mask_continue_as_growing_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA graphs repeat, without a graph."""
+    monkeypatch.setitem(CONFIGS, name, FAMILIES[name])
+    monkeypatch.setattr(graphed_step, "_TOKENS", 4)  # several widths
+    model = build(name, "eager" if name.startswith("bloom") or name == RECURRENT else "sdpa")
+    monkeypatch.setattr(decoding, "_GRAPHS", {model.device.type})
+    if name == RECURRENT or "window" in name or "ALiBi" in name:
+        assert why_no_graphs(model) is not None
+        return
+    expected = continued(model, Greedy(), 16, graphs=False)
+    assert len({len(ids) for ids in expected}) > 1 or len(expected[0]) == 16
+    assert continued(model, Greedy(), 16, graphs=True) == expected
+    assert continued(model, Greedy(), 16, graphs=True, look_every=3) == expected
+    assert why_no_graphs(model) is None
+
+
 def test_finished_rows_leave_the_batch() -> None:
     model = build("llama")
 
@@ -148,7 +168,7 @@ def test_a_batch_takes_the_memory_of_its_cache_once(monkeypatch: pytest.MonkeyPa
 
     def watch(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         layers = kwargs["past_key_values"].layers
-        if isinstance(layers[0], _RoomyLayer):
+        if isinstance(layers[0], RoomyLayer):
             held = [states for layer in layers for states in (layer.keys, layer.values)]
             rows.append(len(held[0]))
             storages = [states.untyped_storage() for states in held]
@@ -170,7 +190,7 @@ def test_under_autocast_the_cache_holds_what_attention_computes_with(name: str) 
     model, types = build(name), set()
 
     def watch(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        layers = [x for x in kwargs["past_key_values"].layers if isinstance(x, _RoomyLayer)]
+        layers = [x for x in kwargs["past_key_values"].layers if isinstance(x, RoomyLayer)]
         types.update(states.dtype for layer in layers for states in (layer.keys, layer.values))
 
     with torch.autocast("cpu", torch.bfloat16):

@@ -15,6 +15,9 @@ It knows ids, logits and KV caches. It does not know text, seeds or how a token 
 # `_` is padding. The cache that the model sees is a view of the room that grows by one token at
 # each step, so neither tokens nor leaving rows need a second cache. `rows` maps each remaining row
 # to its number at the start: [0 1 2], then [0 2].
+#
+# On CUDA, launching a step's kernels one by one takes longer than running them. There the view
+# keeps one width for many steps, under a mask, and a CUDA graph launches a step as a whole.
 
 from __future__ import annotations
 
@@ -29,9 +32,11 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from self_judge.inference.graphed_step import GraphedStep
+from self_judge.inference.prompt_cache import PromptLayer, empty_cache, joined
 from self_judge.packing.exactness import (
     as_called,
     padded_logits,
@@ -39,7 +44,7 @@ from self_judge.packing.exactness import (
     warn_once,
     why_inexact,
 )
-from self_judge.packing.passes import takes_positions
+from self_judge.packing.passes import attention, takes_positions
 from self_judge.runtime import padded, to_device, unwrapped, without_cudnn_attention
 
 logger = logging.getLogger(__name__)
@@ -55,7 +60,11 @@ _PREFILL_TOKENS_ELSEWHERE = 16_384
 # idle until the next pass; on a CPU a check is free, and an unnecessary pass is not.
 _LOOK_EVERY = {"cpu": 1}
 _LOOK_EVERY_ELSEWHERE = 8
-_LEAVE_AT = 0.75  # drop finished rows once the unfinished share is at or below this
+_GRAPHS = {"cuda"}  # the kinds of device on which a step is launched as one graph
+# Drop finished rows once the unfinished share is at or below this. With graphs, fewer rows need
+# another graph.
+_LEAVE_AT = 0.75
+_LEAVE_GRAPHS_AT = 0.5
 
 
 class TokenSampler(Protocol):
@@ -80,6 +89,7 @@ def decode(
     max_new_tokens: int,
     max_over_ranks: MaxOverRanks | None = None,
     look_every: int | None = None,
+    graphs: bool | None = None,
 ) -> list[list[int]]:
     """Generates `copies` continuations of every prompt, up to a stop token (included) or the limit.
 
@@ -96,6 +106,7 @@ def decode(
             all of them make the same number of forward passes.
         look_every: tokens between two checks for finished rows; it does not change the result.
             Default: 1 on a CPU, 8 elsewhere.
+        graphs: whether each step is one CUDA graph; default: where that is exact.
 
     Returns:
         The new ids of every row.
@@ -115,11 +126,16 @@ def decode(
     row_B = torch.arange(len(rows), device=device)
     unfinished_B = torch.ones(len(rows), dtype=torch.bool, device=device)
     positions = takes_positions(unwrapped(model))
+    if graphs is None:
+        graphs = max_over_ranks is None and why_no_graphs(model) is None
+    leave_at = _LEAVE_GRAPHS_AT if graphs else _LEAVE_AT
 
     with without_cudnn_attention():
         logits_BV, cache = _prefilled(
             model, prompts, of_row, longest + max_new_tokens, one_pass=max_over_ranks is not None
         )
+        if graphs:
+            graphed = GraphedStep(model, cache, ids_BT, seen_BT, lengths_B1, longest)
         for step in range(max_new_tokens):
             at = longest + step
             # A finished row that has not left yet gets padding tokens, which are cut at the end.
@@ -133,13 +149,18 @@ def decode(
                 left = [i for i, unfinished in enumerate(unfinished_B.tolist()) if unfinished]
                 if not (max_over_ranks(len(left)) if max_over_ranks else left):
                     break
-                if 0 < len(left) <= _LEAVE_AT * len(rows):
+                if 0 < len(left) <= leave_at * len(rows):
                     rows = [rows[i] for i in left]
                     kept = to_device(torch.tensor(left), device)
                     cache.batch_select_indices(kept)
                     draw.keep(kept)
                     ids_BT, seen_BT, lengths_B1 = ids_BT[kept], seen_BT[kept], lengths_B1[kept]
                     row_B, unfinished_B = row_B[kept], unfinished_B[kept]
+                    if graphs:
+                        graphed = GraphedStep(model, cache, ids_BT, seen_BT, lengths_B1, longest)
+            if graphs:
+                logits_BV = graphed(at)
+                continue
             inputs = {"input_ids": ids_BT[:, at : at + 1], "attention_mask": seen_BT[:, : at + 1]}
             if positions:
                 inputs["position_ids"] = lengths_B1 + step
@@ -210,77 +231,49 @@ def why_not_shared(model: nn.Module) -> str | None:
     known = _KNOWN.setdefault(inner, {})
     kind = isinstance(model, PeftModel)
     if kind not in known:
-        known[kind] = _gate(model) or _trial(model)
+        known[kind] = _gate(model) or _trial(model, graphs=False)
         if known[kind]:
             warn_once(logger, f"{type(inner).__name__} samples through generate: {known[kind]}")
     return known[kind]
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[bool, str | None]] = weakref.WeakKeyDictionary()
-
-
-class _PromptLayer(DynamicLayer):
-    """Keys and values of prompts, in the type that attention computes in.
-
-    Under autocast rotated keys are float32. The usual layer then converts the values as well, and
-    attention rounds both at every step.
-    """
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
-
-
-def _empty_cache(model: nn.Module) -> Any:
-    cache = DynamicCache(config=unwrapped(model).config)  # type: ignore[arg-type]
-    cache.layers = [_PromptLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    return cache
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for future tokens; remaining rows move up in place.
-
-    A batch allocates its memory once: nothing grows, and leaving rows need no second cache.
+def why_no_graphs(model: nn.Module) -> str | None:
+    """Why the steps of `decode` are no CUDA graphs, by the model's kind and a trial; else `None`.
 
     Args:
-        rooms: keys and values, `(B, H, tokens, D)` each.
-        length: the number of tokens already in them.
+        model: see `why_not_shared`, which is `None` for it.
     """
+    inner: Any = unwrapped(model)
+    known = _NO_GRAPHS.setdefault(inner, {})
+    key = (isinstance(model, PeftModel), attention(inner), _device(model).type)
+    if key not in known:
+        known[key] = _no_graphs(model)
+        logger.info("%s: graphs: %s", type(inner).__name__, known[key] or "yes")
+    return known[key]
 
-    # `rooms` own the memory; `keys` and `values` are views of their first rows and tokens:
-    #
-    #   start               update               batch_select_indices([0, 2])
-    #   0 1 2|. . .         0 1 2 a|. .          0 1 2 a|. .     keys[:2] = keys[[0, 2]]
-    #   3 4 5|. . .         3 4 5 b|. .          6 7 8 c|. .     the third row of the room stays
-    #   6 7 8|. . .         6 7 8 c|. .          ─────────       unused until the batch ends
 
-    keys: torch.Tensor
-    values: torch.Tensor
+def _no_graphs(model: nn.Module) -> str | None:
+    inner: Any = unwrapped(model)
+    if _device(model).type not in _GRAPHS:
+        return f"not on {_device(model).type}"
+    if len({p.device for p in model.parameters()}) > 1:
+        return "its weights are on several devices"
+    if attention(inner) != "sdpa" or not takes_positions(inner):
+        return "only with sdpa attention and position ids"
+    if not all(type(layer) is PromptLayer for layer in empty_cache(model).layers):
+        return "some layers do not keep all keys and values"
+    try:
+        return _trial(model, graphs=True)
+    except RuntimeError as error:
+        if "captur" not in str(error):
+            raise
+        return f"it cannot be captured: {str(error).splitlines()[0]:.160}"
 
-    def __init__(self, rooms: Sequence[torch.Tensor], length: int) -> None:
-        super().__init__()
-        self.lazy_initialization(*rooms)
-        self._take(rooms, length)
 
-    def _take(self, rooms: Sequence[torch.Tensor], length: int) -> None:
-        self.rooms = rooms
-        self.keys, self.values = (room[:, :, :length] for room in rooms)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        before = self.keys.shape[-2]
-        after = before + key_states.shape[-2]
-        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
-            room[:, :, before:after] = states
-        self._take(self.rooms, after)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        for states in (self.keys, self.values):
-            states[: len(indices)] = states[indices]
-        self._take([room[: len(indices)] for room in self.rooms], self.keys.shape[-2])
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[bool, str | None]] = weakref.WeakKeyDictionary()
+_NO_GRAPHS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _prefilled(
@@ -299,7 +292,7 @@ def _prefilled(
     device = _device(model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     # Other layers, such as windows, are filled in one pass and copied by the cache's own method.
-    whole = all(type(layer) is _PromptLayer for layer in _empty_cache(model).layers)
+    whole = all(type(layer) is PromptLayer for layer in empty_cache(model).layers)
     parts = _parts(model, prompts, order) if whole and not one_pass else [order]
     results = [_prefill(model, [prompts[i] for i in part]) for part in parts]
     place = {i: at for at, i in enumerate(order)}
@@ -317,9 +310,9 @@ def _prefilled(
     longest = len(prompts[order[0]])
     caches = [cache for _, cache in results]
     for number, layer in enumerate(caches[0].layers):
-        if type(layer) is _PromptLayer and layer.is_initialized:
+        if type(layer) is PromptLayer and layer.is_initialized:
             layers = [cache.layers[number] for cache in caches]
-            caches[0].layers[number] = _joined(layers, spread, len(of_row), longest, tokens)
+            caches[0].layers[number] = joined(layers, spread, len(of_row), longest, tokens)
         else:
             layer.reorder_cache(source_B)
     return torch.cat([logits for logits, _ in results])[source_B], caches[0]
@@ -352,37 +345,8 @@ def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[torch.
     if "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
         inputs["logits_to_keep"] = 1
     with _masks(min(map(len, prompts)) < longest):
-        output = model(**inputs, past_key_values=_empty_cache(model), use_cache=True)
+        output = model(**inputs, past_key_values=empty_cache(model), use_cache=True)
     return output.logits[:, -1], output.past_key_values
-
-
-def _joined(
-    layers: Sequence[DynamicLayer],
-    spread: Sequence[torch.Tensor],
-    rows: int,
-    longest: int,
-    tokens: int,
-) -> _RoomyLayer:
-    """One layer's keys and values of all rows, padded on the left, from the layers of all parts.
-
-    Args:
-        layers: the same layer of each part; they are emptied.
-        spread: for each part, rows of the batch and their source rows, `(2, R)`.
-        longest: tokens of the longest prompt.
-        tokens: the room in a row, in tokens.
-    """
-    rooms = []
-    for name in ("keys", "values"):
-        states = [getattr(layer, name) for layer in layers]
-        _, heads, _, size = states[0].shape
-        room = states[0].new_empty(rows, heads, tokens, size)
-        room[:, :, :longest].zero_()
-        for (to, of), state in zip(spread, states, strict=True):
-            room[to, :, longest - state.shape[2] : longest] = state[of]
-        rooms.append(room)
-    for layer in layers:
-        layer.reset()  # frees its memory at once
-    return _RoomyLayer(rooms, longest)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -412,26 +376,27 @@ class _Script:
         self.logits: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-        self.logits.append((self.rows, logits_BV))
+        self.logits.append((self.rows, logits_BV.clone()))
         return self.tokens_BT[self.rows, len(self.logits) - 1]
 
     def keep(self, rows: torch.Tensor) -> None:
         self.rows = self.rows[rows]
 
 
-def _trial(model: nn.Module) -> str | None:
-    """Compares a short decoding, with a row that leaves, with a padded batch of its results."""
+def _trial(model: nn.Module, *, graphs: bool) -> str | None:
+    """Compares a short decoding, with rows that leave, with a padded batch of its results."""
     called = as_called(model)
     stop, *drawn = trial_tokens(model, 33)
     drawn = [token if token != stop else token + 1 for token in drawn]  # nothing else stops
     prompts, copies = [drawn[:4], drawn[4:6], drawn[6:9]], [1, 2, 1]
-    script = [[drawn[9 + row], drawn[13 + row], drawn[17 + row]] for row in range(4)]
-    script[1][0] = stop
+    script = [drawn[9 + 5 * row : 14 + 5 * row] for row in range(4)]
+    script[1][0] = script[2][0] = stop
     device = _device(model)
 
     def logits() -> tuple[torch.Tensor, torch.Tensor]:
         draw = _Script(torch.tensor(script, device=device))
-        decode(called, prompts, copies, draw, stop=[stop], pad=stop, max_new_tokens=3, look_every=1)
+        settings: Any = {"stop": [stop], "pad": stop, "max_new_tokens": 5, "look_every": 2}
+        decode(called, prompts, copies, draw, **settings, graphs=graphs)
         found, sequences = [], []
         of_row = [0, 1, 1, 2]
         for step, (rows, logits_BV) in enumerate(draw.logits):
