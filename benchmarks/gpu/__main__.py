@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=root.parent / "shared/data/hh-rlhf")
     parser.add_argument("--out", type=Path, default=root / "outputs/gpu")
     parser.add_argument("--parts", default=",".join(names), help="names, in the order given")
-    parser.add_argument("--shapes", default="smollm2,1b,7b")
+    parser.add_argument("--shapes", default="1b,7b,smollm2")
     parser.add_argument("--until", type=float, default=float("inf"), help="seconds for all")
     parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU")
     given = parser.parse_args()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers as hf
 from measuring import Check, clean
-from project import Packing, built, pack_fused_head, why_not_shared
+from project import Packing, built, pack_fused_head, why_no_graphs, why_not_shared
 from trl.trainer.utils import add_fused_lm_head
 
 VOCABULARY = 512
@@ -118,7 +118,9 @@ def routes(
         }
         if choice == "auto":
             own_decoding = why_not_shared(model) or "shared prompts"
+            graphs = why_no_graphs(model) or "used"
             one |= {"why": packing.describe()[:200], "decoding": own_decoding[:160]}
+            one |= {"graphs": graphs[:160]}
         yield one
 
 

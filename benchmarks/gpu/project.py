@@ -37,7 +37,7 @@ from self_judge.data.files import read_raw
 from self_judge.data.records import judge_context
 from self_judge.data.sources import load_preferences
 from self_judge.evaluation.statistics import evaluate_judge
-from self_judge.inference.decoding import why_not_shared
+from self_judge.inference.decoding import why_no_graphs, why_not_shared
 from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.logits_processors import seeded_gumbel
 from self_judge.inference.sampling import TransformersSampler
@@ -82,6 +82,7 @@ __all__ = [
     "run_self_judge",
     "seeded_gumbel",
     "updating",
+    "why_no_graphs",
     "why_not_shared",
 ]
 

@@ -74,7 +74,7 @@ def _model(check: Check, weights: str, vocabulary: int) -> Any:
 
 def _trained(check: Check, weights: str, vocabulary: int) -> Any:
     """SmolLM2, where it is there; else a random model."""
-    if (check.model / "config.json").is_file():
+    if (check.model / "model.safetensors").is_file():
         return load_model(check.model, dtype=weights)
     return _model(check, weights, vocabulary)
 
