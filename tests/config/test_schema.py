@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
+from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.config.schema import (
     JSFTRun,
     SelfJudgeRun,
@@ -276,6 +278,48 @@ def test_values_may_refer_to_each_other_but_template_text_is_literal(minimal: Pa
     templates = run.templates.judge_templates()
     assert templates is not None
     assert templates["good"].user == text
+
+
+# Texts that OmegaConf would read as a reference, as the start of one, or as a resolver's call.
+DOLLARS = [
+    *("costs ${5} {x}", "${", "${${", "$", "$$", "}", "{{ '${' }}", "\\${a}", "${a b}", "${.x}"),
+    *("${oc.env:HOME}", "${oc.env:NO_SUCH,x}", "${model.model_name_or_path}", "${a[0]}", "???x"),
+]
+
+
+@pytest.mark.parametrize("dollars", DOLLARS)
+def test_dollars_and_braces_in_templates_are_text(
+    minimal: Path, tmp_path: Path, dollars: str
+) -> None:
+    text = f"{dollars} {QUESTION} {dollars}"
+    templates = {"judge": {"good": {"user": text, "assistant": f"{dollars} is"}}, "chat": text}
+    written = tmp_path / "written.yaml"
+    written.write_text(f"extends: {minimal}\ntemplates: {json.dumps(templates)}")
+    overrides = [
+        f"templates.judge.good.user={json.dumps(text)}",
+        f"templates.judge.good.assistant={json.dumps(f'{dollars} is')}",
+        f"templates.chat={json.dumps(text)}",
+    ]
+    for run in (load_run(written, [], "jsft"), load_run(minimal, overrides, "jsft")):
+        judge = run.templates.judge_templates()
+        assert judge is not None
+        assert (judge["good"].user, judge["good"].assistant) == (text, f"{dollars} is")
+        assert run.templates.chat == text
+    from_file = JudgeChoice("no/such/model", str(written)).judge_templates()
+    assert from_file["good"].user == text
+
+
+def test_nothing_is_read_from_the_environment(
+    minimal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "of the machine")
+    for text in ("${oc.env:SECRET}", "a/${oc.env:SECRET}/b", "${oc.decode:${oc.env:SECRET}}"):
+        run = load_run(minimal, [f"training_args.output_dir={text}"], "jsft")
+        assert run.training_args["output_dir"] == text
+    refer = ["training_args.output_dir=${oc.env:SECRET}-${model.model_name_or_path}-${"]
+    assert load_run(minimal, refer, "jsft").training_args["output_dir"] == (
+        "${oc.env:SECRET}-tiny-${"
+    )
 
 
 # --- what wrong files are told --------------------------------------------------------------------

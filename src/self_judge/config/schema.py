@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from self_judge.config.self_training import (
@@ -29,6 +28,7 @@ from self_judge.config.yaml import (
     convert,
     first_line,
     read_yaml,
+    resolve_references,
     unknown_key,
 )
 from self_judge.errors import ConfigError
@@ -305,10 +305,7 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
     try:
         # Template text is literal: "${" in it is never an interpolation.
         templates = tree.pop("templates", None)
-        resolved = OmegaConf.to_container(
-            OmegaConf.create(tree), resolve=True, throw_on_missing=True
-        )
-        tree = typing.cast("dict[str, Any]", resolved)
+        tree = resolve_references(tree)
         if templates is not None:
             tree["templates"] = templates
     except OmegaConfBaseException as error:

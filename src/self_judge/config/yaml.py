@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import io
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +35,50 @@ _RENAMED = {
     "use_flash_attention_2": "attn_implementation: flash_attention_2",
 }
 
+# OmegaConf refuses a "${" that opens no reference; such text is hidden from it: "$", this, "{".
+_HIDDEN = "\ue000"
+_NO_REFERENCE = re.compile(r"\$\{(?![A-Za-z_]\w*(\.\w+)*\})")
+
+
+def _plain(config: Any) -> Any:
+    """The plain dictionaries and lists of a parsed file, with hidden text shown again."""
+    return _shown_again(OmegaConf.to_container(config, resolve=False))
+
+
+def _hidden(text: str) -> str:
+    return text.replace("${", f"${_HIDDEN}{{")
+
+
+def resolve_references(tree: dict[str, Any]) -> dict[str, Any]:
+    """Replaces `${section.key}` by that key's value; all other `${` is text.
+
+    Raises:
+        OmegaConfBaseException: there is no such key, or a value is `???`.
+    """
+
+    def hidden(node: Any) -> Any:
+        if isinstance(node, str):
+            # ${dataset.seed} stays a reference; ${oc.env:HOME} and ${5} are text
+            return _NO_REFERENCE.sub(_hidden("${"), node)
+        return _over_text(hidden, node)
+
+    resolved = OmegaConf.to_container(
+        OmegaConf.create(hidden(tree)), resolve=True, throw_on_missing=True
+    )
+    return typing.cast("dict[str, Any]", _shown_again(resolved))
+
+
+def _shown_again(node: Any) -> Any:
+    if isinstance(node, str):
+        return node.replace(_hidden("${"), "${")
+    return _over_text(_shown_again, node)
+
+
+def _over_text(change: Callable[[Any], Any], node: Any) -> Any:
+    if isinstance(node, dict):
+        return {change(key): change(value) for key, value in node.items()}
+    return [change(item) for item in node] if isinstance(node, list) else node
+
 
 def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Loads a file on top of the files it extends, as plain dictionaries and lists.
@@ -47,7 +93,8 @@ def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file{named_in}")
     try:
-        loaded = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8")
+        tree = _plain(OmegaConf.load(io.StringIO(_hidden(text))))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -55,7 +102,6 @@ def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: cannot be read: {first_line(error)}") from error
-    tree = OmegaConf.to_container(loaded, resolve=False)
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(f"{path}: expected sections such as 'model:', found none")
     bases = tree.pop("extends", None) or []
@@ -87,7 +133,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if keys[0] == "extends":
         raise ConfigError(f"{said}: extends is only allowed in a file")
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
+        value = _plain(OmegaConf.from_dotlist([f"value={_hidden(text)}"]))["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{said}: the value is not valid YAML") from error
     node: Any = tree
