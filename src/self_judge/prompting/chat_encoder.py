@@ -14,6 +14,7 @@ loss mask needs no search for template tokens, and no text from data can become 
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import re
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from self_judge.datatypes import Message
 from self_judge.errors import EncodingError
 from self_judge.prompting.chat_template import (
+    CLOCK,
     ChatLayouts,
     Ending,
     Slot,
@@ -99,6 +101,10 @@ class ChatEncoder:
                 "templates.assistant"
             )
         given = {"enable_thinking": False, **(chat_template_kwargs or {})}
+        if CLOCK not in self.chat_template:
+            given.pop(CLOCK, None)
+        elif given.get(CLOCK) is None:
+            given[CLOCK] = datetime.date.today().isoformat()
         self.chat_template_kwargs = _plain_json(given)
         self._text = ContentTokenizer(tokenizer)
         self._layouts = ChatLayouts(self._text, self.chat_template, self.chat_template_kwargs)

@@ -17,24 +17,37 @@ The endings differ only in the last part:
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import functools
 import json
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import jinja2
 from jinja2.exceptions import TemplateError as JinjaError
 
 from self_judge.datatypes import Message
-from self_judge.errors import EncodingError
+from self_judge.errors import EncodingError, in_a_line
 from self_judge.prompting.content_tokenizer import ContentTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ending = Literal["closed", "prompt", "open"]
+
+# The function of Transformers that gives chat templates the date; as a key of a template's values,
+# the date that it gives, in ISO format.
+CLOCK = "strftime_now"
+
+
+class ContentChangedError(EncodingError):
+    """A template does something to contents that the layouts cannot express."""
+
 
 # Padding around each placeholder reveals how the template trims a content (`_trimmed`). The padding
 # that is left in front of the placeholder (the padding behind it mirrors this):
@@ -45,6 +58,29 @@ Ending = Literal["closed", "prompt", "open"]
 #
 # No template itself writes two tabs or five newlines.
 _TABS, _NEWLINES = "\t\t", "\n\n\n\n\n"
+# Contents that show what a template does to them: quoting, escaping, replacing, wrapping, cutting,
+# other ways to trim. "#" is the message's number.
+_ODD = (
+    "Ab# \"c\" 'd' \\e\\n &amp; <f> {{ g }} {% h %} {i} ${j} [k]\r\n\r\n* l\tm  n\n\n\n"
+    "### \u00e9 \u65e5\u672c \U0001f642 \u200b 1,234.50 https://example.org/?a=b&c=d"
+)
+_PROBES = (
+    _ODD,
+    " \n\t\u00a0# is it \u00a0\t\n ",
+    "0042.0",
+    '{"a": ["#"]}',
+    "word " * 500 + _ODD,
+)
+# Calling a method on nothing, dividing by zero, …: a template is code.
+_TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")
+_GUARDED_SHAPES = (
+    ("user",),
+    ("user", "assistant"),
+    ("system", "user", "assistant", "user"),
+    ("user", "assistant", "user", "assistant"),
+    ("user", "assistant", "tool", "assistant"),
+)
 _SYSTEM_SHAPES: tuple[tuple[tuple[str, ...], Ending], ...] = (
     (("system", "user"), "prompt"),
     (("system", "user", "assistant"), "closed"),
@@ -68,6 +104,15 @@ class Slot:
     strip_right: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """The place of a message's content in the rendered text."""
+
+    message: int
+    strip_left: str | None
+    strip_right: str | None
+
+
 # Slots, and between them the structure's ids, which do not depend on the contents.
 Layout: TypeAlias = tuple[Slot | tuple[int, ...], ...]
 
@@ -76,14 +121,17 @@ class ChatLayouts:
     """The layouts of one chat template, each computed once and cached.
 
     Args:
-        text: the tokenizer that renders the template and tokenizes its structure.
-        chat_template, chat_template_kwargs: a Jinja chat template and its arguments.
+        text: the tokenizer that renders the template and tokenizes its structure. The tokens that
+            the structure uses become control tokens of it.
+        chat_template, chat_template_kwargs: a Jinja chat template and its arguments, with `CLOCK`
+            where the template reads the clock.
 
     Attributes:
         takes_system: whether the template writes system messages into all prompts and dialogues.
 
     Raises:
-        EncodingError: the template drops or repeats the content of a lone user message.
+        EncodingError: the template drops, repeats or changes the content of a message, or does not
+            give the same text every time.
     """
 
     def __init__(
@@ -93,32 +141,75 @@ class ChatLayouts:
         chat_template_kwargs: Mapping[str, Any],
     ) -> None:
         self._text = text
+        values = dict(chat_template_kwargs)
+        if CLOCK in values:
+            chat_template = at_date(chat_template, values.pop(CLOCK))
         self._render: Callable[..., Any] = functools.partial(
             text.tokenizer.apply_chat_template,
             chat_template=chat_template,
             tokenize=False,
-            **chat_template_kwargs,
+            **values,
         )
+        self._pieces = functools.lru_cache(maxsize=512)(self._split)
         self.of = functools.lru_cache(maxsize=512)(self._layout)
-        self.of(("user",), "prompt")  # every usable template can do this
+        self._pieces(("user",), True)  # every usable template can do this
+        self._guard_structure(chat_template)
+        self.of(("user",), "prompt")
         self.takes_system = True
         try:
             for roles, ending in _SYSTEM_SHAPES:
                 self.of(roles, ending)
+        except ContentChangedError:
+            raise
         except EncodingError:  # Gemma rejects a system message; other templates drop it
             self.takes_system = False
 
+    def _guard_structure(self, chat_template: str) -> None:
+        """Keeps the tokens that the template writes out of reach of contents."""
+        ids: set[int] = set()
+        for roles in _GUARDED_SHAPES:
+            for generation in (False, True):
+                with contextlib.suppress(EncodingError):  # not every template knows every role
+                    for piece in self._pieces(roles, generation):
+                        ids |= set(self._structure(piece)) if isinstance(piece, str) else set()
+        # "data" is the text outside of {{ }} and {% %}, "string" a quoted text inside.
+        lexed = jinja2.Environment().lex(chat_template)
+        written = "\0".join(text for _, kind, text in lexed if kind in ("data", "string"))
+        self._text.guard(ids, written)
+
     def _layout(self, roles: tuple[str, ...], ending: Ending) -> Layout:
-        messages = [
-            {"role": role, "content": f"{_NEWLINES}{_TABS}zqcontent{i}qz{_TABS}{_NEWLINES}"}
-            for i, role in enumerate(roles)
-        ]
-        try:
-            rendered = str(self._render(messages, add_generation_prompt=ending == "prompt"))
-        except JinjaError as error:
+        *pieces, tail = self._pieces(roles, ending == "prompt")
+        parts: list[Slot | tuple[int, ...]] = []
+        before = lead = ""
+        for piece in pieces:
+            if isinstance(piece, str):
+                before, lead = self._text.without_lead(piece)
+                if before:
+                    parts.append(self._structure(before, at_start=not parts))
+            else:
+                anchor = self._text.anchor_after(before, at_start=not parts)
+                parts.append(Slot(piece.message, anchor, lead, piece.strip_left, piece.strip_right))
+        assert isinstance(tail, str)
+        if ending == "prompt":
+            tail, _ = self._text.without_lead(tail)
+        if tail and ending != "open":
+            parts.append(self._structure(tail))
+        for token in self._text.unguarded(i for p in parts if isinstance(p, tuple) for i in p):
             raise EncodingError(
-                f"the chat template cannot render the roles {'/'.join(roles)}: {error}"
-            ) from error
+                f"the chat template writes the added token {token!r} for the roles "
+                f"{'/'.join(roles)}, and contents can write it as well: mark it special in the "
+                "tokenizer"
+            )
+        return tuple(parts)
+
+    def _structure(self, text: str, at_start: bool = False) -> tuple[int, ...]:
+        anchor = "" if at_start else self._text.anchor
+        return tuple(self._text.encode_after(anchor, text))
+
+    def _split(self, roles: tuple[str, ...], generation: bool) -> tuple[str | _Gap, ...]:
+        """A rendered chat: texts of the structure and gaps for contents in turn, a text last."""
+        padded = [f"{_NEWLINES}{_TABS}zqcontent{i}qz{_TABS}{_NEWLINES}" for i in range(len(roles))]
+        rendered = self._rendered(roles, padded, generation)
         found = [
             (m.start(), m.end(), int(m[1]))
             for m in re.finditer(r"zqcontent(\d+)qz", rendered)
@@ -132,34 +223,73 @@ class ChatLayouts:
                     f"{counts[i]} times for the roles {'/'.join(roles)}: it must "
                     "write it exactly once"
                 )
-        parts: list[Slot | tuple[int, ...]] = []
+        pieces: list[str | _Gap] = []
         cursor = 0
-        # Per placeholder: structure before it | lead | padding, placeholder, padding. `cursor` is
-        # the end of the text already turned into parts.
+        # Per placeholder: structure before it | padding, placeholder, padding. `cursor` is the end
+        # of the text already turned into pieces.
         for start, end, i in found:
             before, strip_left = _trimmed(rendered[cursor:start])
-            lead = before[len(before.rstrip(" ")) :]
-            before = before[: len(before) - len(lead)]
-            if before:
-                parts.append(self._structure(before, at_start=cursor == 0))
-            cursor = end
             # The padding behind the placeholder mirrors the one before it, so reverse the text.
-            following = rendered[cursor : cursor + len(_NEWLINES + _TABS)]
+            following = rendered[end : end + len(_NEWLINES + _TABS)]
             left, strip_right = _trimmed(following[::-1])
-            cursor += len(following) - len(left)
-            anchor = self._text.anchor_after(before, at_start=not parts)
-            parts.append(Slot(i, anchor, lead, strip_left, strip_right))
-        tail = "" if ending == "open" else rendered[cursor:]
-        if ending == "prompt":
-            # A trailing space belongs to the answer's first word, as in `Slot.lead`.
-            tail = tail.rstrip(" ")
-        if tail:
-            parts.append(self._structure(tail, at_start=False))
-        return tuple(parts)
+            cursor = end + len(following) - len(left)
+            pieces += [before, _Gap(i, strip_left, strip_right)]
+        pieces.append(rendered[cursor:])
+        for probe in _PROBES:
+            contents = [probe.replace("#", str(i)) for i in range(len(roles))]
+            self._compare(roles, pieces, contents, self._rendered(roles, contents, generation))
+        return tuple(pieces)
 
-    def _structure(self, text: str, at_start: bool) -> tuple[int, ...]:
-        anchor = "" if at_start else self._text.anchor
-        return tuple(self._text.encode_after(anchor, text))
+    def _rendered(self, roles: Sequence[str], contents: Sequence[str], generation: bool) -> str:
+        messages = [
+            {"role": role, "content": text} for role, text in zip(roles, contents, strict=True)
+        ]
+        for _ in range(3):  # another thread may draw random numbers at the same time
+            state = random.getstate()
+            try:
+                rendered = str(self._render(messages, add_generation_prompt=generation))
+            except (JinjaError, *_TEMPLATE_ERRORS) as error:
+                why = str(error) if isinstance(error, JinjaError) else in_a_line(error)
+                raise EncodingError(
+                    f"the chat template cannot render the roles {'/'.join(roles)}: {why}"
+                ) from error
+            if random.getstate() == state and not _ADDRESS.search(rendered):
+                return rendered
+        raise ContentChangedError(
+            "the chat template gives another text every time (it draws random numbers, or writes "
+            "an address in memory): set templates.chat to one that depends on the messages alone"
+        )
+
+    @staticmethod
+    def _compare(
+        roles: Sequence[str],
+        pieces: Sequence[str | _Gap],
+        contents: Sequence[str],
+        rendered: str,
+    ) -> None:
+        """Raises if the template does more to contents than trim them."""
+        ours = ""
+        spans: list[tuple[int, int, int]] = []  # of each content: start, end, message
+        for piece in pieces:
+            if isinstance(piece, _Gap):
+                content = contents[piece.message]
+                content = content.lstrip(piece.strip_left).rstrip(piece.strip_right)
+                spans.append((len(ours), len(ours) + len(content), piece.message))
+                ours += content
+            else:
+                ours += piece
+        if rendered == ours:
+            return
+        pairs = enumerate(zip(ours, rendered, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(rendered)))
+        start, _, message = min(spans, key=lambda span: max(span[0] - at, at - span[1]))
+        inside = max(0, at - start)
+        raise ContentChangedError(
+            f"the chat template changes the content of a {roles[message]!r} message: "
+            f"{contents[message][max(0, inside - 12) : inside + 24]!r} is written as "
+            f"{rendered[max(0, at - 12) : at + 24]!r}; set templates.chat to a template that "
+            "writes contents as they are, or trimmed"
+        )
 
 
 def _trimmed(before: str) -> tuple[str, str | None]:
@@ -173,6 +303,32 @@ def _trimmed(before: str) -> tuple[str, str | None]:
     if not before.endswith(_NEWLINES):
         return before, "\n"
     return before[: -len(_NEWLINES)], ""
+
+
+def at_date(chat_template: str, date: str) -> str:
+    """The template with its clock stopped at midnight of `date` ("2026-03-01").
+
+    Raises:
+        EncodingError: `date` is not a date in ISO format.
+    """
+    try:
+        moment = datetime.datetime.combine(datetime.date.fromisoformat(date), datetime.time())
+    except (TypeError, ValueError) as error:
+        raise EncodingError(
+            f"chat_template_kwargs.{CLOCK} must be a date such as '2026-03-01', got {date!r:.40}"
+        ) from error
+    # Transformers passes no functions to templates, so the template gets a macro of that name that
+    # replaces each directive in the format: "%d %b" -> "01 %b" -> "01 Mar".
+    written = {f"%{x}": moment.strftime(f"%{x}") for x in "aAbBcdDeFfGhHIjmMpRSTuUVwWxXyYzZ"}
+    without_zero = {f"%-{x[1]}": text.lstrip("0") or "0" for x, text in written.items()}
+    steps = [("%%", "\1"), *written.items(), *without_zero.items(), ("\1", "%")]
+    return (
+        "{%- macro " + CLOCK + "(format) -%}{%- set now = namespace(text=format) -%}"
+        "{%- for directive, text in " + json.dumps(steps) + " -%}"
+        "{%- set now.text = now.text | replace(directive, text) -%}{%- endfor -%}"
+        # The newline is dropped behind the tag, and the template starts a line as before.
+        "{{ now.text }}{%- endmacro %}\n" + chat_template
+    )
 
 
 def system_into_user(messages: Sequence[Message]) -> list[Message]:

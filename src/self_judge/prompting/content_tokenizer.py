@@ -22,14 +22,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Added tokens that look like markup (<think>, [TOOL_CALLS], <|...|>) control a chat model even if
-# they are not marked special; added words and sequences of spaces do not.
+# they are not marked special; added words and sequences of spaces do not, unless the chat template
+# uses them (`ContentTokenizer.guard`).
 _MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # "\n" comes first: it never merges with other text in SentencePiece vocabularies.
@@ -49,19 +50,50 @@ class ContentTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.control = _control_tokens(tokenizer)
-        # Longest first: "<|a|>" must match before "<|" if both are tokens.
-        self._controls_longest_first = sorted(self.control.values(), key=len, reverse=True)
-        self._control_pattern = re.compile(
-            "|".join(map(re.escape, self._controls_longest_first)) or r"(?!)"
-        )
         # Unknown characters become <unk>, which controls nothing. "<unk>" spelled out is just text.
         self._unknown = _unknown_token(tokenizer)
-        if self._unknown is not None:
-            self.control.pop(self._unknown[0], None)
+        self._set_control(_control_tokens(tokenizer))
         self._head = functools.lru_cache(maxsize=64)(self._ids)
         self._anchors = self._find_anchors()
         self.anchor = self._anchors[0] if self._anchors else ""
+
+    def _set_control(self, control: dict[int, str]) -> None:
+        # Longest first: "<|a|>" must match before "<|" if both are tokens.
+        self._controls_longest_first = sorted(control.values(), key=len, reverse=True)
+        self._control_pattern = re.compile(
+            "|".join(map(re.escape, self._controls_longest_first)) or r"(?!)"
+        )
+        self.control = dict(control)
+        if self._unknown is not None:
+            self.control.pop(self._unknown[0], None)
+
+    def guard(self, ids: Iterable[int], written: str) -> None:
+        """Makes the tokens that a chat template uses control tokens, however they are spelled.
+
+        White space stays text: in Gemma's vocabulary newlines are added tokens.
+
+        Args:
+            ids: the ids of the template's structure.
+            written: the template's own texts; they may name more added tokens.
+        """
+        used = set(ids)
+        control = _control_tokens(self.tokenizer)
+        for token_id, token in self.tokenizer.added_tokens_decoder.items():
+            if token.content.strip() and (token_id in used or token.content in written):
+                control.setdefault(token_id, token.content)
+        for token_id in used:  # a marker may also be an ordinary entry of the vocabulary
+            text = str(self.tokenizer.decode([token_id])).strip()
+            if _MARKUP.match(text) and re.search(r"\w", text):
+                control.setdefault(token_id, text)
+        self._set_control(control)
+
+    def unguarded(self, ids: Iterable[int]) -> Iterator[str]:
+        """The added tokens among `ids` that a text could become."""
+        added = self.tokenizer.added_tokens_decoder
+        unknown = {self._unknown[0]} if self._unknown is not None else set()
+        for token_id in {*ids} & added.keys() - self.control.keys() - unknown:
+            if added[token_id].content.strip():
+                yield added[token_id].content
 
     def encode(self, text: str, anchor: str | None = None) -> list[int]:
         """Ids of a text inside another text: no BOS, no control tokens.
@@ -81,7 +113,7 @@ class ContentTokenizer:
         ids = self._encode_parts(anchor, text, cuts)
         if not self.control.keys().isdisjoint(ids):  # e.g. "＜" normalized to "<": cut everywhere
             ids = self._encode_parts(anchor, text, range(1, len(text)))
-        return [i for i in ids if i not in self.control]
+        return ids
 
     def encode_after(self, anchor: str, text: str) -> list[int]:
         """Ids of a text behind `anchor`; control tokens stay control tokens (for template text)."""
@@ -109,8 +141,23 @@ class ContentTokenizer:
             part = (self.anchor if start else anchor, text[start:end])
             if part not in known:
                 known[part] = self.encode_after(*part)
+                # A marker of one character cannot be cut.
+                if len(part[1]) == 1 and not self.control.keys().isdisjoint(known[part]):
+                    known[part] = self._character(part[1])
             ids += known[part]
         return ids
+
+    def _character(self, character: str) -> list[int]:
+        """Ids of a character that is a control token, by the vocabulary without added tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return []
+        pre = backend.pre_tokenizer
+        # These may put a space in front: "🧑" -> "▁🧑".
+        words = [word for word, _ in pre.pre_tokenize_str(character)] if pre else [character]
+        bare = [word if len(word) == 1 else word.lstrip("▁Ġ") for word in words]
+        ids = [token.id for word in bare for token in backend.model.tokenize(word)]
+        return [i for i in ids if i not in self.control]
 
     def _ids(self, text: str) -> list[int]:
         # verbose=False: no warning about long texts; the caller knows the limit.
@@ -145,8 +192,19 @@ class ContentTokenizer:
         if not self._anchors or (at_start and not before):
             return ""
         bare = before.rstrip()
-        last = next((t for t in self._controls_longest_first if bare.endswith(t)), None)
+        ends = (t.rstrip() for t in self._controls_longest_first)
+        last = next((t for t in ends if t and bare.endswith(t)), None)
         return self.anchor if last is None else before[len(bare) - len(last) :]
+
+    def without_lead(self, structure: str) -> tuple[str, str]:
+        """A structure's text without its trailing spaces, and these; see `Slot.lead`.
+
+        A control token that ends in a space keeps it.
+        """
+        bare = structure.rstrip(" ")
+        kept = (t for t in self.control.values() if t.endswith(" ") and structure.endswith(t))
+        end = max((len(bare), *(len(structure) for _ in kept)))
+        return structure[:end], structure[end:]
 
     def show(self, ids: Sequence[int]) -> str:
         """Ids with their tokens, for error messages."""
