@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers.training_args
 
-from conftest import ROOT, TEMPLATES, Make, byte_bpe, tiny_llama, wrap
+from conftest import CHATML, ROOT, TEMPLATES, Make, byte_bpe, tiny_llama, wrap
 from self_judge import ChatEncoder, Judge, JudgeTemplates, SelfJudgeConfig
 from self_judge import tournament_rejection_sampling as play
 from self_judge.inference.sampling import stop_tokens
@@ -308,6 +308,13 @@ WORDING = [
     Case("a chat template value that is not JSON",
          lambda p: ChatEncoder(wrap(byte_bpe()), chat_template_kwargs={"tools": object()}),
          ("chat_template_kwargs must be plain JSON values",), ""),
+    Case("a chat template that changes contents",
+         lambda p: ChatEncoder(wrap(byte_bpe()), CHATML.replace("m['content']", "m.content | e")),
+         ("the chat template changes the content of a 'user' message", "is written as"),
+         "set another templates.chat"),
+    Case("a chat template that draws random numbers",
+         lambda p: ChatEncoder(wrap(byte_bpe()), "{{ range(9) | random }}" + CHATML),
+         ("the chat template gives another text every time",), "set another templates.chat"),
     Case("a tokenizer without padding and end", lambda p: load_tokenizer(_mute(p)),
          ("has neither a padding nor an end-of-sequence token: set tokenizer.eos_token",),
          "save it again afterwards"),

@@ -18,7 +18,7 @@ import torch
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import PeftConfig, get_peft_model
 
-from self_judge.check import findings
+from self_judge.check import findings, text_findings
 from self_judge.check.cost import Cost, Training, device_for, jsft_cost, self_judge_cost, setting_of
 from self_judge.check.examples import Encoded, Example, Figures, encoded_row, summary
 from self_judge.check.findings import Finding, note, problem, warning
@@ -225,6 +225,7 @@ def _look(prepared: _Prepared, examples: int) -> None:
     found += _packing(run, args, unwrapped(model))
     found += findings.setting_findings(run, args)
     found += findings.chat_findings(encoder)
+    found += text_findings.clock_findings(encoder, run)
     if isinstance(run, SelfJudgeRun):
         found += findings.judge_findings(templates, encoder, run.model.model_name_or_path)
     letters = None
@@ -239,7 +240,7 @@ def _look(prepared: _Prepared, examples: int) -> None:
         ]
     except ValueError as error:
         found.append(_refusal("letters", error))
-    records = _records(report, run, examples)
+    records = _records(report, run, encoder, examples)
     if letters is None:
         return
     if isinstance(run, JSFTRun):
@@ -289,7 +290,9 @@ def _packing(run: Any, args: Any, whole: Any) -> Iterable[Finding]:
     return findings.packing_findings(model, run, args)
 
 
-def _records(report: Report, run: Any, examples: int) -> list[PreferenceRecord]:
+def _records(
+    report: Report, run: Any, encoder: ChatEncoder, examples: int
+) -> list[PreferenceRecord]:
     """Reads all records and returns the evenly spread ones that are encoded."""
     rationales = isinstance(run, JSFTRun) and run.uses_rationales
     train, held_out = setup.load_data(run.dataset, lambda line: None, rationales=rationales)
@@ -299,6 +302,7 @@ def _records(report: Report, run: Any, examples: int) -> list[PreferenceRecord]:
     if pairs:
         report.chosen_longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs)
     report.findings += findings.data_findings(train, held_out)
+    report.findings += text_findings.rendered_findings(train.records, encoder)
     report.records = len(train.records)
     report.encoded = count = min(examples or report.records, report.records)
     return [train.records[i * report.records // count] for i in range(count)]

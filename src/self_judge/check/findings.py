@@ -27,6 +27,7 @@ from self_judge.datatypes import Message
 from self_judge.inference.decoding import why_not_shared
 from self_judge.packing.packing import Packing
 from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.chat_template import CLOCK
 from self_judge.prompting.judge_json import load_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import device_of, unwrapped
@@ -158,7 +159,7 @@ def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -
     given = encoder.chat_template_kwargs if saved.chat_template_kwargs else {}
     for key, value in given.items():
         theirs = saved.chat_template_kwargs.get(key)
-        if value != theirs:
+        if value != theirs and (theirs is not None or key != CLOCK):
             yield problem(
                 f"templates.chat_template_kwargs.{key}",
                 f"is {value!r}, but was {theirs!r} in the model's training (its judge.json); leave "

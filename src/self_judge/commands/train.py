@@ -44,6 +44,7 @@ from self_judge.training.jsft.trainer import JSFTTrainer
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from self_judge.training.setup import (
     Say,
+    already_rendered,
     jsft_chat_setup,
     jsft_config,
     load_data,
@@ -80,6 +81,7 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
     encoder, settings = jsft_chat_setup(run)
     templates = settings.templates
     data, held_out = load_data(run.dataset, say, rationales=run.uses_rationales)
+    _warn_of_texts(encoder, data.records, say)
     model = _load_model(run, merge=True)
     trainer = jsft_trainer(
         model,
@@ -196,6 +198,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     set_seed(args.seed)
     encoder, settings = self_judge_chat_setup(run)
     data, held_out = load_data(run.dataset, say, rationales=False)
+    _warn_of_texts(encoder, data.records, say)
     if held_out is None:
         args.eval_strategy = "no"
     # With a new adapter, merge an existing one into the base; without, continue to train it.
@@ -242,6 +245,11 @@ def _fitted(run: Run, say: Say) -> Run:
     for warning in warnings:
         say(f"warning: {warning}")
     return run
+
+
+def _warn_of_texts(encoder: ChatEncoder, records: Sequence[PreferenceRecord], say: Say) -> None:
+    if rendered := already_rendered(records, encoder):
+        say(f"warning: {rendered}")
 
 
 def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:

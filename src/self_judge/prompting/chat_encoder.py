@@ -156,6 +156,13 @@ class ChatEncoder:
         """Whether a token is a control token: BOS, a turn marker, an end of turn."""
         return token_id in self._text.control
 
+    def marker_in(self, text: str) -> str | None:
+        """The first turn marker written out in a text, if any: the text was rendered already.
+
+        Markers are those of this template that are not plain words, and those of well-known ones.
+        """
+        return self._text.marker_in(text)
+
     @functools.cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: the tokenizer's EOS and the template's end of turn."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # they are not marked special; added words and sequences of spaces do not, unless the chat template
 # uses them (`ContentTokenizer.guard`).
 _MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
+# Turn markers of well-known templates, to recognize text that was rendered for another model.
+_FOREIGN_MARKERS = r"<\|\w+\|>|\[/?INST\]|<(?:start|end)_of_turn>"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # "\n" comes first: it never merges with other text in SentencePiece vocabularies.
 _ANCHORS = ("\n", ":", "|", "。")
@@ -53,6 +55,7 @@ class ContentTokenizer:
         # Unknown characters become <unk>, which controls nothing. "<unk>" spelled out is just text.
         self._unknown = _unknown_token(tokenizer)
         self._set_control(_control_tokens(tokenizer))
+        self._marker_pattern = re.compile(_FOREIGN_MARKERS)
         self._head = functools.lru_cache(maxsize=64)(self._ids)
         self._anchors = self._find_anchors()
         self.anchor = self._anchors[0] if self._anchors else ""
@@ -86,6 +89,14 @@ class ContentTokenizer:
             if _MARKUP.match(text) and re.search(r"\w", text):
                 control.setdefault(token_id, text)
         self._set_control(control)
+        markers = {self.control[i] for i in used & self.control.keys()}
+        own = [re.escape(t.strip()) for t in sorted(markers) if re.search(r"[^\w\s]", t)]
+        self._marker_pattern = re.compile("|".join([*own, _FOREIGN_MARKERS]))
+
+    def marker_in(self, text: str) -> str | None:
+        """The first turn marker written out in a text, of this template or a well-known one."""
+        found = self._marker_pattern.search(text)
+        return found and found[0]
 
     def unguarded(self, ids: Iterable[int]) -> Iterator[str]:
         """The added tokens among `ids` that a text could become."""

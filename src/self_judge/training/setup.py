@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +29,15 @@ from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ConfigError
 from self_judge.models import load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_json import JudgeSettings, encoder_as_taught, resolve_judge
+from self_judge.prompting.chat_template import CLOCK
+from self_judge.prompting.judge_json import (
+    JudgeSettings,
+    encoder_as_taught,
+    load_judge_settings,
+    resolve_judge,
+)
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.storage.atomic import LAST, latest_complete
 from self_judge.training.self_training.config import SelfJudgeConfig
 
 Say = Callable[[str], None]
@@ -152,7 +160,20 @@ def _encoder(run: JSFTRun | SelfJudgeRun, saved: JudgeSettings | None) -> ChatEn
     )
     words = run.templates
     markers = (words.user, words.assistant)
-    return encoder_as_taught(tokenizer, saved, words.chat, words.chat_template_kwargs, markers)
+    values = dict(words.chat_template_kwargs or {})
+    encoder = encoder_as_taught(tokenizer, saved, words.chat, values, markers)
+    given = {**(saved.chat_template_kwargs if saved else {}), **values}
+    if CLOCK not in encoder.chat_template_kwargs or given.get(CLOCK):
+        return encoder
+    # A run that goes on after midnight goes on with the date that it began with.
+    wanted = run.training_args.get("resume_from_checkpoint")
+    output = Path(str(run.training_args.get("output_dir") or "."))
+    folder = latest_complete(output)[0] if wanted in LAST else wanted or None
+    begun = load_judge_settings(folder) if folder else None
+    if begun is not None and CLOCK in begun.chat_template_kwargs:
+        values[CLOCK] = begun.chat_template_kwargs[CLOCK]
+        return encoder_as_taught(tokenizer, saved, words.chat, values, markers)
+    return encoder
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -186,6 +207,24 @@ def load_data(
     if not dataset.held_out:
         return train, None
     return train, load(dataset.sources, "held_out", dataset.held_out, dataset.max_eval_records)
+
+
+def already_rendered(records: Sequence[PreferenceRecord], encoder: ChatEncoder) -> str | None:
+    """Says how many records have turn markers in their texts, and names the first."""
+    found: list[str] = []
+    for record in records:
+        texts = [message["content"] for message in record.prompt]
+        texts += [text for pair in record.pairs for text in (pair.chosen, pair.rejected)]
+        markers = map(encoder.marker_in, [*texts, record.demonstration or ""])
+        if marker := next(filter(None, markers), None):
+            found.append(f"{marker!r} in {record.source}, record {record.index}")
+    if not found:
+        return None
+    return (
+        f"{len(found):,} of {len(records):,} records have turn markers in their texts, the first "
+        f"{found[0]}: they look rendered already, and the markers are trained as plain text; use "
+        "the messages themselves"
+    )
 
 
 def prompt_rows(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
