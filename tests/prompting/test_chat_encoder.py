@@ -346,29 +346,74 @@ def test_turn_markers_may_be_any_text() -> None:
     assert rendered == '<s>"🧑": a{{🤖}}\nb<|im_end|>'
 
 
-def test_a_query_is_continued_and_gets_no_end() -> None:
-    tokenizer = wrap(byte_bpe(), None)
-    encoder = ChatEncoder(tokenizer, CHATML)
-    assert encoder.encode_query("is it") == ids_of(encoder, "is it")
-    assert tokens(encoder, encoder.encode_query("a</s>"))[-1] == "</s>"
-    backend = byte_bpe()
+def ending(backend: Any, single: str) -> Any:
+    """A tokenizer that adds special tokens around each text."""
+    specials = [("<s>", 0), ("</s>", 1)]
     backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        single=single, special_tokens=[t for t in specials if t[0] in single]
     )
-    closing = wrap(backend, "{{ messages[0].content }}")
-    assert tokens(ChatEncoder(closing, CHATML), closing("a")["input_ids"]) == ["<s>", "a", "</s>"]
-    closing.eos_token = "</s>"
-    asked = ChatEncoder(closing, CHATML)
-    assert tokens(asked, asked.encode_query("a")) == ["<s>", "a"]
-    assert tokens(asked, asked.encode_query("<s>a")) == ["<s>", "a"]
-    backend.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
+    tokenizer = wrap(backend, CHATML)
+    tokenizer.eos_token = "</s>"
+    return tokenizer
+
+
+@pytest.mark.parametrize("single", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+def test_a_query_is_continued_and_begins_and_ends_as_the_template_has_it(single: str) -> None:
+    tokenizer = ending(byte_bpe(), single)
+    without = ChatEncoder(tokenizer)
+    assert without.encode_query("is it") == ids_of(without, "is it")
+    assert tokens(without, without.encode_query("<s>a")) == ["<s>", "a"]
+    assert tokens(without, without.encode_query("a</s>")) == ["a", "</s>"]
+    opening = ChatEncoder(tokenizer, "{{ bos_token }}" + CHATML)
+    assert tokens(opening, opening.encode_query("a")) == ["<s>", "a"]
+    assert tokens(opening, opening.encode_query("<s>a")) == ["<s>", "a"]
+
+
+def rendered_prompt(encoder: ChatEncoder, messages: Any) -> str:
+    return str(
+        encoder.tokenizer.apply_chat_template(
+            messages,
+            chat_template=encoder.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
     )
-    ending = wrap(backend, CHATML)
-    ending.eos_token = "</s>"
-    ends = ChatEncoder(ending)
-    assert tokens(ends, ends.encode_query("a")) == ["a"]
-    assert tokens(ends, ends.encode_query("")) == ["</s>"], "nothing to continue is no query"
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, *KINDS])
+@given(data=st.data())
+def test_a_rendered_prompt_gets_the_ids_of_its_messages(kind: str, data: st.DataObject) -> None:
+    encoder = encoder_of(kind)
+    words = st.sampled_from(["is", "it", "?", "a?", "yes:", "é", "\n", "\n\n", " ", "{x}", "日本"])
+    content = st.lists(words, min_size=1, max_size=6).map("".join).filter(lambda x: x.strip())
+    roles = data.draw(st.sampled_from([1, 3, 5])) * ["user", "assistant"]
+    roles = [*(["system"] if data.draw(st.booleans()) else []), *roles[: len(roles) // 2]]
+    messages = [{"role": r, "content": data.draw(content)} for r in roles]
+    if roles[0] == "system" and kind in NO_SYSTEM_ROLE:
+        messages = messages[1:]
+    query = rendered_prompt(encoder, messages)
+    assert encoder.encode_query(query) == encoder.encode_prompt(messages)
+
+
+@pytest.mark.parametrize("single", ["$A", "<s> $A"])
+def test_a_prompt_between_turn_markers_gets_the_ids_of_its_messages(single: str) -> None:
+    tokenizer = ending(byte_bpe(), single)
+    tokenizer.chat_template = None
+    encoder = ChatEncoder(tokenizer, user_marker="\n\nHuman:", assistant_marker="\n\nAssistant:")
+    messages = [user("is it?"), assistant("yes"), user("why?")]
+    prompt = encoder.encode_prompt(messages)
+    assert encoder.encode_query(rendered_prompt(encoder, messages)) == prompt
+    [asked] = encoder.messages_of(rendered_prompt(encoder, [user("a?")])) or []
+    assert asked == user("a?")
+    assert encoder.messages_of("What is it?") is None
+    assert encoder.messages_of("\n\nHuman: \n\nAssistant:") is None
+
+
+def test_control_tokens_in_a_query_stay_control_tokens() -> None:
+    encoder = encoder_of("chatml")
+    query = "<|im_start|>user\na<|endoftext|>b<|im_end|>\n<|im_start|>assistant\n"
+    assert encoder.encode_query(query) == ids_of(encoder, query)
 
 
 # -- hostile text --------------------------------------------------------------------------------

@@ -128,18 +128,23 @@ class ChatEncoder:
         return self._encode(messages, "closed")
 
     def encode_query(self, query: str) -> list[int]:
-        """Ids of a rendered prompt, with at most one BOS.
+        """Ids of a rendered prompt: those of `encode_prompt` if the chat template renders it so.
 
         Control tokens in `query` stay control tokens, since the prompt is already rendered. Pass
-        untrusted text as messages to `encode_prompt` instead.
+        untrusted text as messages to `encode_prompt` instead. It begins with BOS if the template's
+        prompts do.
         """
-        ids = list(self.tokenizer(query)["input_ids"])
-        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        if len(ids) > 1 and ids[-1] == eos and not query.endswith(self.tokenizer.eos_token or "\0"):
-            ids.pop()  # some tokenizers append EOS to every text, but the model continues this one
-        if bos is not None and ids[:2] == [bos, bos]:
-            ids.pop(0)
-        return ids
+        messages = self.messages_of(query)
+        if messages and not any(self._text.spells_control(m["content"]) for m in messages):
+            return self.encode_prompt(messages)
+        ids = list(self.tokenizer(query, add_special_tokens=False)["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        opens = self.encode_prompt([Message(role="user", content="a")])[0]
+        return [bos, *ids] if opens == bos and ids[:1] != [bos] else ids
+
+    def messages_of(self, query: str) -> list[Message] | None:
+        """The messages that the chat template renders as this prompt; `None` if there are none."""
+        return self._layouts.messages_of(query)
 
     def encode_content(self, text: str) -> list[int]:
         """Ids of a text inside another text: no BOS, no control tokens."""

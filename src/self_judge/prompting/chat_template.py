@@ -112,6 +112,9 @@ class _Gap:
     strip_left: str | None
     strip_right: str | None
 
+    def trim(self, content: str) -> str:
+        return content.lstrip(self.strip_left).rstrip(self.strip_right)
+
 
 # Slots, and between them the structure's ids, which do not depend on the contents.
 Layout: TypeAlias = tuple[Slot | tuple[int, ...], ...]
@@ -163,6 +166,26 @@ class ChatLayouts:
             raise
         except EncodingError:  # Gemma rejects a system message; other templates drop it
             self.takes_system = False
+
+    def messages_of(self, prompt: str) -> list[Message] | None:
+        """The messages that the template renders as `prompt`, or `None` if there are none."""
+        found: list[Message] | None = None
+        for head in (("system",), ()) if self.takes_system else ((),):
+            roles = (*head, "user")
+            while True:
+                try:
+                    contents = _contents(self._pieces(roles, True), prompt)
+                except EncodingError:
+                    break
+                if contents is None:
+                    break
+                pairs = zip(roles, contents, strict=True)
+                found = [Message(role=role, content=content) for role, content in pairs]
+                # The longest dialogue counts: a question may hold all the other turns.
+                roles = (*roles, "assistant", "user")
+            if found is not None:
+                break
+        return found
 
     def _guard_structure(self, chat_template: str) -> None:
         """Keeps the tokens that the template writes out of reach of contents."""
@@ -272,8 +295,7 @@ class ChatLayouts:
         spans: list[tuple[int, int, int]] = []  # of each content: start, end, message
         for piece in pieces:
             if isinstance(piece, _Gap):
-                content = contents[piece.message]
-                content = content.lstrip(piece.strip_left).rstrip(piece.strip_right)
+                content = piece.trim(contents[piece.message])
                 spans.append((len(ours), len(ours) + len(content), piece.message))
                 ours += content
             else:
@@ -290,6 +312,29 @@ class ChatLayouts:
             f"{rendered[max(0, at - 12) : at + 24]!r}; set templates.chat to a template that "
             "writes contents as they are, or trimmed"
         )
+
+
+def _contents(pieces: Sequence[str | _Gap], prompt: str) -> list[str] | None:
+    """The contents that fill the gaps to give `prompt`, or `None` if none do."""
+    # pieces "Q: " _ "\nA: " _ "\nQ: " _ "\nA:"    prompt "Q: a\nA: b\nQ: c\nA:"    -> a b c
+    contents: dict[int, str] = {}
+    before, *rest = pieces
+    *inner, tail = rest
+    tail = str(tail) if prompt.endswith(str(tail)) else str(tail).rstrip(" ")
+    if not (prompt.startswith(str(before)) and prompt.endswith(tail)):
+        return None
+    at, last = len(str(before)), len(prompt) - len(tail)
+    texts = [piece for piece in inner if isinstance(piece, str)]
+    for gap in (piece for piece in inner if isinstance(piece, _Gap)):
+        following = texts.pop(0) if texts else None
+        end = last if following is None else prompt.find(following, at, last)
+        content = prompt[at : max(at, end)]
+        # A template that trims writes no outer blanks.
+        if not content.strip() or content != gap.trim(content):
+            return None
+        contents[gap.message] = content
+        at = end + len(following or "")
+    return [contents[i] for i in range(len(contents))]
 
 
 def _trimmed(before: str) -> tuple[str, str | None]:

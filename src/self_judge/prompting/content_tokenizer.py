@@ -93,6 +93,9 @@ class ContentTokenizer:
         own = [re.escape(t.strip()) for t in sorted(markers) if re.search(r"[^\w\s]", t)]
         self._marker_pattern = re.compile("|".join([*own, _FOREIGN_MARKERS]))
 
+    def spells_control(self, text: str) -> bool:
+        return self._control_pattern.search(text) is not None
+
     def marker_in(self, text: str) -> str | None:
         """The first turn marker written out in a text, of this template or a well-known one."""
         found = self._marker_pattern.search(text)

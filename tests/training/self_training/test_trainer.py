@@ -13,13 +13,15 @@ import trl
 from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import processors
 from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from conftest import TEMPLATES, Make, history, same, tiny_llama, weights
-from self_judge import SelfJudgeCollator, SelfJudgeConfig, SelfJudgeTrainer
+from conftest import CHATML, TEMPLATES, Make, byte_bpe, history, same, tiny_llama, weights, wrap
+from self_judge import ChatEncoder, SelfJudgeCollator, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.models import load_model, merged
 from self_judge.prompting.judge_json import load_judge_settings
+from self_judge.training.self_training.prompts import COLUMNS
 from self_judge.training.self_training.rollouts import preference_batch
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -487,6 +489,41 @@ def test_the_methods_own_way_of_calling_works(tokenizer: Any, model: Any, tmp_pa
     assert prepared["context"] == "what is 0?"
     trainer.train()
     assert "eval_loss" in trainer.evaluate()
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_rows_by_query_are_trained_from_the_ids_of_rows_by_prompt(
+    bos: bool, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = wrap(byte_bpe(), None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    template = ("{{ bos_token }}" if bos else "") + CHATML
+    asked = [[{"role": "user", "content": f"what is {i}?\n\n"}] for i in range(4)]
+    queries = [
+        tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        for messages in asked
+    ]
+    prepared = [
+        make(
+            encoder=ChatEncoder(tokenizer, template),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(rows),
+        ).train_dataset["prompt_ids"]
+        for rows in ([{"prompt": x} for x in asked], [{"query": x} for x in queries])
+    ]
+    assert list(prepared[0]) == list(prepared[1])
+    assert all((ids[0] == tokenizer.bos_token_id) == bos for ids in prepared[1])
+    assert "queries are not as" not in caplog.text
+    plain = Dataset.from_list([{"query": x} for x in [*queries, "Q: what?\nA:"]])
+    trainer = make(
+        encoder=ChatEncoder(tokenizer, template), processing_class=tokenizer, train_dataset=plain
+    )
+    assert "1 of 5 queries are not as the chat template renders prompts" in caplog.text
+    assert trainer.train_dataset.column_names == list(COLUMNS)
 
 
 def test_a_model_by_name_brings_its_tokenizer_and_judge_templates(

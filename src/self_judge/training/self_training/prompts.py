@@ -19,6 +19,8 @@ from self_judge.prompting.judge_templates import dialogue_text
 
 logger = logging.getLogger(__name__)
 
+# Whether a query is no text that the chat template renders; counted, then removed.
+_FOREIGN = "foreign"
 COLUMNS = ("record", "prompt_ids", "context", "chosen_ids", "rejected_ids")
 
 
@@ -83,9 +85,10 @@ class PromptPreparer:
                     "a text"
                 )
             ids, messages = self.encoder.encode_query(query), None
+            foreign = self.encoder.messages_of(query) is None
             context = row.get("context") or query
         else:
-            messages = _messages(prompt, index, self.dataset_name)
+            messages, foreign = _messages(prompt, index, self.dataset_name), False
             context = row.get("context") or dialogue_text(messages)
             ids = self.encoder.encode_prompt(messages)
             while self.budget is not None and len(ids) > self.budget:
@@ -101,6 +104,7 @@ class PromptPreparer:
             "context": context,
             "chosen_ids": None,
             "rejected_ids": None,
+            _FOREIGN: foreign,
         }
         if self.with_responses:
             for side in ("chosen", "rejected"):
@@ -160,10 +164,17 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
     mapped: dict[str, Any] = {"with_indices": True, "remove_columns": dataset.column_names}
     with PartialState().main_process_first():
         if isinstance(dataset, IterableDataset):
-            return dataset.map(prepare, **mapped).filter(has_prompt)
+            return dataset.map(prepare, **mapped).filter(has_prompt).remove_columns(_FOREIGN)
         workers = {"num_proc": args.dataset_num_proc}
         prepared = dataset.map(prepare, desc=f"Encoding {name} prompts", **mapped, **workers)
-        kept = prepared.filter(has_prompt, **workers)
+        kept = prepared.filter(has_prompt, **workers).remove_columns(_FOREIGN)
+    foreign = sum(prepared[_FOREIGN])
+    if foreign:
+        logger.warning(
+            "%s dataset: %d of %d queries are not as the chat template renders prompts; they are "
+            "continued as they are, in another format than 'prompt' rows and JSFT",
+            name, foreign, len(prepared),
+        )  # fmt: skip
     if not len(kept):
         raise ValueError(
             f"no prompt of the {name} dataset fits: max_length {args.max_length} minus "
