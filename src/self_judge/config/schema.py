@@ -73,7 +73,8 @@ class TemplateArgs:
             saved with the checkpoint.
         decision_rationale: the text after the letter, with `{rationale_a}` and `{rationale_b}`.
         chat: a Jinja chat template that replaces the tokenizer's own.
-        chat_template_kwargs: passed to the chat template, such as `{enable_thinking: true}`.
+        chat_template_kwargs: passed to the chat template, such as `{enable_thinking: true}`;
+            `strftime_now` is the date for a template that reads the clock.
         user, assistant: turn markers such as `"\\n\\nHuman:"`, for a tokenizer without a chat
             template; used only if `chat` is not set either.
         skip_first_token: accepted and ignored; loss masks are built together with the ids.

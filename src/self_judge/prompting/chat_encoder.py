@@ -65,19 +65,25 @@ class ChatEncoder:
     - control tokens spelled out in a content, `<think>` included, are tokenized as ordinary text;
     - a token never spans content and structure ("?\\n" is one token in Llama 3's vocabulary);
     - a system text that the template rejects or drops goes to the start of the first user message;
-    - a template that branches on a message's content takes the branch for plain words.
+    - a template that branches on a message's content takes the branch for plain words;
+    - a template that reads the clock gets one date, at midnight.
+
+    Control tokens are special tokens, added tokens that look like markup, and all that the
+    template's structure uses, plain words included.
 
     Args:
         tokenizer: a Transformers tokenizer.
         chat_template: a Jinja chat template that overrides the tokenizer's own.
         user_marker, assistant_marker: plain-text turn markers such as `"\\n\\nHuman:"`; used only
             if there is no `chat_template` and the tokenizer has none.
-        chat_template_kwargs: passed to the template; `enable_thinking` is off unless set here.
-            They must be plain JSON values, since they are saved with the model.
+        chat_template_kwargs: passed to the template; `enable_thinking` is off unless set here, and
+            `strftime_now` is the date for a template that reads the clock ("2026-03-01"; default:
+            today). They must be plain JSON values, since they are saved with the model.
 
     Raises:
-        EncodingError: there is no template, the template drops or repeats contents, or
-            `chat_template_kwargs` are not plain JSON.
+        EncodingError: there is no template; the template drops, repeats or changes contents (more
+            than trimming them), or gives another text every time; or `chat_template_kwargs` are
+            not plain JSON.
     """
 
     def __init__(

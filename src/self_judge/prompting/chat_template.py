@@ -169,23 +169,16 @@ class ChatLayouts:
 
     def messages_of(self, prompt: str) -> list[Message] | None:
         """The messages that the template renders as `prompt`, or `None` if there are none."""
-        found: list[Message] | None = None
-        for head in (("system",), ()) if self.takes_system else ((),):
-            roles = (*head, "user")
-            while True:
-                try:
-                    contents = _contents(self._pieces(roles, True), prompt)
-                except EncodingError:
-                    break
-                if contents is None:
-                    break
-                pairs = zip(roles, contents, strict=True)
-                found = [Message(role=role, content=content) for role, content in pairs]
-                # The longest dialogue counts: a question may hold all the other turns.
-                roles = (*roles, "assistant", "user")
-            if found is not None:
-                break
-        return found
+        found: list[list[Message]] = []
+        for head in ((), ("system",)) if self.takes_system else ((),):
+            roles: tuple[str, ...] = (*head, "user")
+            with contextlib.suppress(EncodingError):
+                while contents := _contents(self._pieces(roles, True), prompt):
+                    pairs = zip(roles, contents, strict=True)
+                    found.append([Message(role=role, content=text) for role, text in pairs])
+                    roles = (*roles, "assistant", "user")
+        # A question may hold all other turns as text; the reading with the least content counts.
+        return min(found, key=_characters, default=None)
 
     def _guard_structure(self, chat_template: str) -> None:
         """Keeps the tokens that the template writes out of reach of contents."""
@@ -335,6 +328,10 @@ def _contents(pieces: Sequence[str | _Gap], prompt: str) -> list[str] | None:
         contents[gap.message] = content
         at = end + len(following or "")
     return [contents[i] for i in range(len(contents))]
+
+
+def _characters(messages: Sequence[Message]) -> int:
+    return sum(len("".join(message["content"].split())) for message in messages)
 
 
 def _trimmed(before: str) -> tuple[str, str | None]:
