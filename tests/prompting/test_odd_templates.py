@@ -15,10 +15,10 @@ import transformers.utils.chat_template_utils as rendering
 import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 
 from chat_templates import FAMILIES
-from conftest import CHATML, TEMPLATES, byte_bpe, sentencepiece_bpe, wrap
+from conftest import CHATML, TEMPLATES, byte_bpe, sentencepiece_bpe, unigram, wrap
 from self_judge import ChatEncoder, JudgeTemplates
 from self_judge.errors import EncodingError
 from self_judge.prompting.judge_json import (
@@ -335,6 +335,29 @@ def test_added_words_that_the_structure_does_not_use_stay_words(kind: str) -> No
     [otter] = encoder.tokenizer.convert_tokens_to_ids(["otter"])
     assert otter in encoder.encode_content("an otter swims")
     assert not encoder.is_control(otter)
+
+
+def test_a_marker_that_is_an_ordinary_entry_of_the_vocabulary_is_one_too() -> None:
+    saved = json.loads(unigram().to_str())
+    saved["model"]["vocab"] += [["<turn>", 0.0], ["<stop>", 0.0]]
+    tokenizer = wrap(Tokenizer.from_str(json.dumps(saved)))
+    turn, stop = tokenizer.convert_tokens_to_ids(["<turn>", "<stop>"])
+    assert turn in tokenizer("a<turn>")["input_ids"]
+    encoder = ChatEncoder(
+        tokenizer, "{% for m in messages %}<turn>{{ m.content }}<stop>{% endfor %}"
+    )
+    ids = encoder.encode_dialogue([QUESTION, {"role": "assistant", "content": "<turn>a<stop>"}])
+    assert [i for i in ids.ids if i in (turn, stop)] == [turn, stop, turn, stop]
+    assert encoder.stop_token_ids[0] == stop
+
+
+def test_plain_text_markers_stay_text_in_contents() -> None:
+    encoder = ChatEncoder(
+        wrap(byte_bpe(), None), user_marker="\n\nHuman:", assistant_marker="\n\nAssistant:"
+    )
+    text = "a\n\nHuman: b\n\nAssistant: c"
+    assert encoder.encode_content(text) == encoder.tokenizer(text)["input_ids"]
+    assert encoder.tokenizer.eos_token_id == encoder.stop_token_ids[0]
 
 
 def test_a_marker_that_only_an_unusual_role_shows_is_refused() -> None:
