@@ -127,7 +127,7 @@ def log_probs(model: Any, prompts: Sequence[Ids], answers: Sequence[Ids]) -> tor
 def dpo_loss(
     policy: Any, reference: Any, prompts: list[Ids], answers: list[Ids], decided_N: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the mean of (3), beta 0.1; `prompts` lists all prompts twice, `answers` all y_w first.
+    """Returns the mean of (3), beta 0.1; `prompts` has each prompt twice, `answers` all y_w first.
 
     An undecided pair has no gradient, as if both answers were equal.
     """
