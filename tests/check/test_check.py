@@ -473,12 +473,12 @@ def test_prefixes_that_will_not_be_shared_are_warned_of(
     model = bloom(tmp_path / "bloom", base)
     own = given(model, data["hh"], "model.attn_implementation=eager")
     found = warnings(check(JSFT, [*own, "training_args.gradient_checkpointing=true"]))
-    assert "the update shares no prefixes: no tree: it takes no position ids" in found
-    assert "gradient checkpointing leaves no cache" in found
+    assert "the update shares no prefixes: no tree: it does not accept position ids" in found
+    assert "gradient checkpointing does not support a cache" in found
     without = warnings(check(JSFT, [*own, "training_args.gradient_checkpointing=false"]))
     assert "no prefix is shared" not in without
     forced = problems(check(JSFT, [*own, "jsft_args.packing=tree"]))
-    assert "packing=tree cannot be used: it takes no position ids" in forced
+    assert "packing=tree cannot be used: it does not accept position ids" in forced
 
 
 def test_bf16_alone_is_no_reason_not_to_share_prefixes(base: Path, data: dict[str, Path]) -> None:

@@ -43,6 +43,7 @@ Ending = Literal["closed", "prompt", "open"]
 #     ↵↵↵↵↵ tab tab zqcontent0qz   {{ content }}             trims nothing
 #           tab tab zqcontent0qz   {{ content.strip('\n') }} trims newlines (Qwen 3)
 #                   zqcontent0qz   {{ content | trim }}      trims all whitespace
+#
 # Templates themselves do not write two tabs or five newlines.
 _TABS, _NEWLINES = "\t\t", "\n\n\n\n\n"
 _SYSTEM_SHAPES: tuple[tuple[tuple[str, ...], Ending], ...] = (
