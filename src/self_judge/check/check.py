@@ -264,7 +264,7 @@ def _about(prepared: _Prepared) -> dict[str, str]:
     if encoder.chat_template == encoder.tokenizer.chat_template:
         template = "the tokenizer's own"
     if encoder.tokenizer.chat_template is None and run.templates.chat is None:
-        template = "turn markers of the run file"
+        template = "turn markers from the run file"
     return {
         "model": f"{run.model.model_name_or_path} ({type(inner).__name__}, "
         f"{str(inner.dtype).removeprefix('torch.')})",

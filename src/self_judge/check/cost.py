@@ -184,8 +184,8 @@ def self_judge_cost(
         "judge prompts": everywhere * played * 2 * principles,
     }
     assumed = (
-        f"memory: responses of {new} tokens; trained tokens: responses of {response:.0f} tokens"
-        + (" (the mean of the data's better ones)" if responses else "")
+        f"memory: responses with {new} tokens; trained tokens: responses with {response:.0f} tokens"
+        + (" (the mean of the better responses in the data)" if responses else "")
     )
     return _cost(training, work, examples, per_step, assumed)
 

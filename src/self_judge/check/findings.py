@@ -141,7 +141,7 @@ def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -
                     "templates.judge",
                     f"{principle}.{part} differs from the model's training (its judge.json): "
                     f"{ours[shown]!r} here, {theirs[shown]!r} there. Leave templates.judge null "
-                    "to use the latter",
+                    "to use the model's templates",
                 )
     left = [p for p in saved.templates if p not in templates]
     if left:
@@ -411,7 +411,7 @@ def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Find
     text = (
         f"the engine takes {taken / GIB:.1f} GiB, this share of all {total / GIB:.0f} GiB, and "
         f"cannot start if less is free; about {at_start / GIB:.1f} GiB are in use before it "
-        f"starts, and at most {beside / GIB:.1f} GiB beside it"
+        f"starts, and at most {beside / GIB:.1f} GiB in addition to it"
     )
     if weights > taken:
         level = "problem"

@@ -113,7 +113,7 @@ def _figures(report: Report, console: Console) -> None:
     for letter in report.letters:
         _line(
             console,
-            f"the letter {letter.letter} is token {letter.id} {letter.token!r}: the one that "
+            f"the letter {letter.letter} is token {letter.id} {letter.token!r}, which "
             f'" {letter.letter}" adds after …{neutral(letter.after)!r}',
         )
     if report.letter_counts:
@@ -152,7 +152,7 @@ def _cost(cost: Cost, console: Console) -> None:
         "parameters": f"{size.parameters:,}, {size.trainable:,} of them trained ({percent} %)",
         "steps": f"{cost.steps:,} ({cost.steps_per_epoch:,} per epoch of {cost.examples:,})",
         "per step": ", ".join(f"{n:,} {what}" for what, n in cost.per_step.items()),
-        "tokens trained": f"{cost.tokens:,} in total, shared ones counted once",
+        "tokens trained": f"{cost.tokens:,} in total, with shared tokens counted once",
         "memory": f"at most {_gib(memory.peak)}, in the {memory.largest_phase}{there}",
         "": ", ".join(f"{name} {_gib(n)}" for name, n in parts.items()),
     }

@@ -1,4 +1,4 @@
-"""Chunked prefill computes the prefix tree of many sequences in chunks, and each token once.
+"""Chunked prefill computes the prefix tree of many sequences in chunks and each token once.
 
 This module computes layouts from token ids. `prefix_tree.py` puts whole trees into rows, while this
 module cuts a tree of any size into chunks in depth-first order. A chunk reads the keys and values

@@ -1,4 +1,4 @@
-"""Computes TRL's batches in packed passes with the same outputs, and each shared token once.
+"""Runs TRL's batches in packed passes, which compute each shared token only once.
 
 TRL's losses call `model(input_ids, attention_mask, labels, fused_lm_head=True)` with `(B, T)` rows
 and read `(B, T - 1)` per-token values. This module computes these values in packed passes and

@@ -31,8 +31,8 @@ from self_judge.packing.segment_attention import attending_by_segments
 from self_judge.runtime import device_of, to_device, without_cudnn_attention
 
 # With a dense mask, attention computes every pair of tokens, at a lower rate than a matrix product.
-# These factors are the slowdown (benchmarks/RESULTS.md). They were measured on two CPU cores with
-# SmolLM2-135M, and on an H200 in bfloat16, where 1.0 is within 4 % of the best value for a 1B
+# These factors describe the slowdown (benchmarks/RESULTS.md). They were measured on two CPU cores
+# with SmolLM2-135M, and on an H200 in bfloat16, where 1.0 is within 4 % of the best value for a 1B
 # shape. A higher factor leads to more and smaller passes.
 _DENSE_ATTENTION = {"cpu": 2.0}
 _DENSE_ATTENTION_ELSEWHERE = 1.0
@@ -239,8 +239,8 @@ def padded_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
 
 
 def cache_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
-    # Every branch holds keys and values, including those of its prefix. The limit is the memory. A
-    # group is not split earlier than needed, because each part recomputes the prefix.
+    # Every branch holds keys and values, including those of its prefix. The limit depends on
+    # memory. A group is not split earlier than needed, because each part recomputes the prefix.
     most = 2 * pass_tokens(inner, shape)
     whole = most if shape.split_pairs else max(most, _CACHED_TOKENS)
     groups = [

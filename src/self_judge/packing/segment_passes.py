@@ -127,7 +127,7 @@ class PrefixCache:
 def chunked_passes(
     inner: Any, shape: Shape, asked: Wanted, prefix_cache: PrefixCache | None = None
 ) -> Iterator[Pass]:
-    """Computes the tree of all sequences, and each token once; only last positions are available.
+    """Computes the tree of all sequences, in which only the last positions can be requested.
 
     Args:
         prefix_cache: the results of earlier calls. The new sequences are added to it.

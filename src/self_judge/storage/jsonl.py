@@ -180,7 +180,7 @@ def open_journal(
     resumes = not overwrite and path.exists() and path.stat().st_size > 0
     if resumes and not beside.exists():
         raise JournalError(
-            f"{path} exists but has no {beside.name} beside it, so it cannot be resumed: choose "
+            f"{path} exists, but {beside.name} is missing, so it cannot be resumed: choose "
             "another output or pass --overwrite"
         )
     noted = _noted(beside) if resumes else None
