@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 # Returns the maximum of a number over the processes that share a model.
 MaxOverRanks = Callable[[int], int]
-"""The maximum of a number over all processes; `int` itself with a single process."""
+"""Returns the maximum of a number over all processes. It is `int` for a single process."""
 
 # About this many tokens keep two CPU cores busy. A GPU needs more tokens.
 _PREFILL_TOKENS = {"cpu": 1024}
@@ -239,7 +239,7 @@ def why_not_shared(model: nn.Module) -> str | None:
     if kind not in known:
         known[kind] = _gate(model) or _trial(model, graphs=False)
         if known[kind]:
-            warn_once(logger, f"{type(inner).__name__} samples through generate: {known[kind]}")
+            warn_once(logger, f"{type(inner).__name__} samples with generate: {known[kind]}")
     return known[kind]
 
 

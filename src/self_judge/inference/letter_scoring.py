@@ -41,7 +41,7 @@ class LetterScorer(Protocol):
     def letter_probabilities(
         self, prompts: Prompts, letter_ids: tuple[int, int], done: Done
     ) -> torch.Tensor:
-        """p(A) and p(B) as the next token of each prompt, softmax over the whole vocabulary.
+        """Returns p(A) and p(B) as the next token of each prompt (softmax over the vocabulary).
 
         Args:
             prompts: the token ids of different prompts.

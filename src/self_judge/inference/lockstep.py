@@ -40,8 +40,9 @@ def check_processes(accelerator: Accelerator) -> None:
     if accelerator.num_processes != launched or (launched > 1 and kind == "NO"):
         raise ValueError(
             f"{launched} processes were launched (WORLD_SIZE), but this one belongs to a run of "
-            f"{accelerator.num_processes} ({kind}): they would train separately into one folder. "
-            "Launch with a file of configs/accelerate and --num_processes"
+            f"{accelerator.num_processes} ({kind}): they would train separately in the same "
+            "folder. "
+            "Launch with a file from configs/accelerate and --num_processes"
         )
     if launched == 1:
         return
@@ -55,7 +56,7 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def max_over_ranks(accelerator: Accelerator) -> MaxOverRanks | None:
-    """Returns a function for the maximum over all processes, or `None` if they share no model."""
+    """Returns a function for the maximum over processes, or `None` if they do not share a model."""
     if accelerator.num_processes == 1 or not needs_one_pass(accelerator.distributed_type):
         return None
 
@@ -104,7 +105,7 @@ class LockstepPacking(Packing):
         """
         decision = super().decision
         if decision.route == "off":
-            raise ValueError(f"a model spread over processes cannot judge: {decision.reason}")
+            raise ValueError(f"a sharded model cannot judge: {decision.reason}")
         return decision
 
     def next_token_logits(

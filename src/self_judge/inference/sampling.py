@@ -79,8 +79,8 @@ def stop_tokens(encoder: ChatEncoder) -> tuple[int, ...]:
     """
     if not encoder.stop_token_ids:
         raise ValueError(
-            "no token ends an answer: the tokenizer has no end-of-sequence token and the chat "
-            "template ends no turn with a control token; set tokenizer.eos_token"
+            "no token ends an answer: the tokenizer has no end-of-sequence token, and the chat "
+            "template does not end turns with a control token; set tokenizer.eos_token"
         )
     return tuple(encoder.stop_token_ids)
 
