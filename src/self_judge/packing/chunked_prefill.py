@@ -265,7 +265,7 @@ def segments_of(row: Row) -> tuple[Segment, ...]:
     """Returns the segments of a row with one or more whole trees, equivalent to its mask."""
     # In depth-first order, a token that is one level deeper than its left neighbour is the child of
     # that neighbour. Any other depth starts a segment. Row p q A B C s has depths 0 1 2 2 3 1, so
-    # its segments are
+    # its segments are:
     #   p q A (before: nothing)      B C (before: keys 0 to 2, p q)      s (before: keys 0 to 1, p)
     starts = np.flatnonzero(np.diff(row.positions, prepend=-2) != 1).tolist()
     path = _NOTHING

@@ -77,7 +77,7 @@ def busy_tokens(inner: nn.Module) -> int:
     A smaller pass is not faster. On a CPU, the number is 0.
 
     Args:
-        inner: the model under all wrappers.
+        inner: the model inside all wrappers.
     """
     return 0 if _on_cpu(inner) else _by_width(inner, _BUSY_ELSEWHERE)
 
@@ -99,7 +99,7 @@ def measured_tokens_per_pass(inner: nn.Module, measure: Measure | None = None) -
     number, and therefore different rounding.
 
     Args:
-        inner: the model under all wrappers.
+        inner: the model inside all wrappers.
         measure: returns the tokens per second for a list of matrices (default: measured time).
     """
     matrices = _matrices(inner)

@@ -64,9 +64,9 @@ class Wanted(NamedTuple):
         offsets: the index of the first needed position of each sequence among all needed positions.
     """
 
-    # For `pqA`, `pqBC`, `ps` with wanted [1 2], [2 3], [1], the five states are numbered
+    # For `pqA`, `pqBC`, `ps` with wanted [1 2], [2 3], [1], the five states are numbered like this:
     #   qA of 0: 0 1      BC of 1: 2 3      s of 2: 4      so offsets = [0 2 4]
-    # and in the row p q A B C s (one pass) they are at `Pass.states` = [1 2 3 4 5].
+    # In the row p q A B C s (one pass), they are at `Pass.states` = [1 2 3 4 5].
 
     sequences: Sequence[Sequence[int]]
     wanted: Sequence[Ints]

@@ -217,7 +217,7 @@ def _check_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any
     if other:
         changes = "; ".join(f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in other)
         raise JournalError(
-            f"{path} has other settings ({changes}): choose another output or pass --overwrite"
+            f"{path} has different settings ({changes}): choose another output or pass --overwrite"
         )
 
 
