@@ -244,7 +244,7 @@ def test_auto_that_shares_nothing_warns_once_with_the_reason(
             assert why_not_shared(own) is not None
     told = [r.getMessage() for r in caplog.records if "shapes cannot be multiplied" in r.message]
     assert [t.split(":")[0] for t in told if "generate" in t] == [
-        "LlamaForCausalLM samples through generate"
+        "LlamaForCausalLM samples with generate"
     ]
     assert len([t for t in told if t.startswith("packing of LlamaForCausalLM: off")]) == 1
 

@@ -1,14 +1,15 @@
-"""The layout of a chat: the template's structure as token ids, with slots for the contents.
+"""The layout of a chat: the template's structure as token ids, with slots for the messages.
 
-It knows one chat template and its tokenizer. It does not know contents.
+This module uses one chat template and its tokenizer. It does not depend on the message contents.
 
-Rendering the template with placeholders shows where each content goes; everything else is
-structure, tokenized once. ChatML, roles (user, assistant), `closed`:
+The template is rendered with placeholders, which show the position of each message content. All
+other text is structure, which is tokenized once. This is the ChatML layout for the roles user and
+assistant, with the ending `closed`:
 
     rendered  <|im_start|>user↵ zqcontent0qz <|im_end|>↵<|im_start|>assistant↵ zqcontent1qz …
     layout    (ids of structure) Slot(0)     (ids of structure)                Slot(1)     (ids)
 
-The endings differ only in the last part:
+The three endings differ only in the last part:
 
     closed  … Slot(1) <|im_end|>↵                          a whole dialogue, for training
     prompt  … Slot(0) <|im_end|>↵<|im_start|>assistant↵    ends with the generation prompt
@@ -36,14 +37,14 @@ if TYPE_CHECKING:
 
 Ending = Literal["closed", "prompt", "open"]
 
-# Padding around each placeholder reveals how the template trims a content (`_trimmed`). The padding
-# that is left in front of the placeholder (the padding behind it mirrors this):
+# The padding around each placeholder shows how the template trims the message content (see
+# `_trimmed`). This padding is left before the placeholder (the padding after it mirrors this):
 #
 #     ↵↵↵↵↵ tab tab zqcontent0qz   {{ content }}             trims nothing
 #           tab tab zqcontent0qz   {{ content.strip('\n') }} trims newlines (Qwen 3)
 #                   zqcontent0qz   {{ content | trim }}      trims all whitespace
 #
-# No template itself writes two tabs or five newlines.
+# Templates themselves do not write two tabs or five newlines.
 _TABS, _NEWLINES = "\t\t", "\n\n\n\n\n"
 _SYSTEM_SHAPES: tuple[tuple[tuple[str, ...], Ending], ...] = (
     (("system", "user"), "prompt"),
@@ -54,21 +55,21 @@ _SYSTEM_SHAPES: tuple[tuple[tuple[str, ...], Ending], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The position of a message's content, and how the template treats the content there.
+    """The position of a message in a layout, and how the template trims its content.
 
-    A slot's ids are those of `lead + content`, tokenized behind `anchor`.
+    The ids of a slot are those of `lead + content`, tokenized after `anchor`.
     """
 
     message: int
     anchor: str  # text that precedes the content during tokenization; its ids are dropped
-    # The structure's trailing spaces, which tokenizers attach to the next word: "Human: Hi" is
-    # "Human", ":", " Hi", so the structure ends in ":" and the slot's lead is " ".
+    # The trailing spaces of the structure. Tokenizers attach them to the next word: "Human: Hi"
+    # becomes "Human", ":", " Hi". The structure then ends with ":" and the lead of the slot is " ".
     lead: str
-    strip_left: str | None  # as for str.lstrip: None is all whitespace, "" is nothing
+    strip_left: str | None  # as in str.lstrip: None strips all whitespace, "" strips nothing
     strip_right: str | None
 
 
-# Slots, and between them the structure's ids, which do not depend on the contents.
+# The slots and the ids of the structure between them. These ids do not depend on the messages.
 Layout: TypeAlias = tuple[Slot | tuple[int, ...], ...]
 
 
@@ -76,14 +77,14 @@ class ChatLayouts:
     """The layouts of one chat template, each computed once and cached.
 
     Args:
-        text: the tokenizer that renders the template and tokenizes its structure.
-        chat_template, chat_template_kwargs: a Jinja chat template and its arguments.
+        text: renders the template and tokenizes its structure.
+        chat_template, chat_template_kwargs: the Jinja chat template and its arguments.
 
     Attributes:
-        takes_system: whether the template writes system messages into all prompts and dialogues.
+        takes_system: whether the template supports system messages in all prompts and dialogues.
 
     Raises:
-        EncodingError: the template drops or repeats the content of a lone user message.
+        EncodingError: the template drops or repeats the content of a single user message.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class ChatLayouts:
             **chat_template_kwargs,
         )
         self.of = functools.lru_cache(maxsize=512)(self._layout)
-        self.of(("user",), "prompt")  # every usable template can do this
+        self.of(("user",), "prompt")  # every usable template supports this
         self.takes_system = True
         try:
             for roles, ending in _SYSTEM_SHAPES:
@@ -134,8 +135,8 @@ class ChatLayouts:
                 )
         parts: list[Slot | tuple[int, ...]] = []
         cursor = 0
-        # Per placeholder: structure before it | lead | padding, placeholder, padding. `cursor` is
-        # the end of the text already turned into parts.
+        # Each placeholder adds: structure before it | lead | padding, placeholder, padding.
+        # `cursor` is the end of the text that is already split into parts.
         for start, end, i in found:
             before, strip_left = _trimmed(rendered[cursor:start])
             lead = before[len(before.rstrip(" ")) :]
@@ -143,7 +144,8 @@ class ChatLayouts:
             if before:
                 parts.append(self._structure(before, at_start=cursor == 0))
             cursor = end
-            # The padding behind the placeholder mirrors the one before it, so reverse the text.
+            # The padding after the placeholder mirrors the padding before it, so the text is
+            # reversed.
             following = rendered[cursor : cursor + len(_NEWLINES + _TABS)]
             left, strip_right = _trimmed(following[::-1])
             cursor += len(following) - len(left)
@@ -151,7 +153,7 @@ class ChatLayouts:
             parts.append(Slot(i, anchor, lead, strip_left, strip_right))
         tail = "" if ending == "open" else rendered[cursor:]
         if ending == "prompt":
-            # A trailing space belongs to the answer's first word, as in `Slot.lead`.
+            # A trailing space belongs to the first word of the answer, as in `Slot.lead`.
             tail = tail.rstrip(" ")
         if tail:
             parts.append(self._structure(tail, at_start=False))
@@ -163,9 +165,9 @@ class ChatLayouts:
 
 
 def _trimmed(before: str) -> tuple[str, str | None]:
-    """Removes the padding at the end of `before`; also returns the characters that were trimmed.
+    """Removes the padding at the end of `before` and returns the characters the template trims.
 
-    See `_TABS`. The second value is an argument for `str.strip`: `None`, `"\\n"` or `""`.
+    See `_TABS`. The second return value is an argument for `str.strip`: `None`, `"\\n"` or `""`.
     """
     if not before.endswith(_TABS):
         return before, None
@@ -176,7 +178,7 @@ def _trimmed(before: str) -> tuple[str, str | None]:
 
 
 def system_into_user(messages: Sequence[Message]) -> list[Message]:
-    """Moves the system text to the start of the first user turn, for templates without system."""
+    """Moves the system text to the first user turn, for templates without a system role."""
     system, *rest = messages
     if not system["content"].strip() and rest:
         return rest
@@ -189,7 +191,7 @@ def system_into_user(messages: Sequence[Message]) -> list[Message]:
 
 
 def marker_template(user_marker: str, assistant_marker: str, with_bos: bool) -> str:
-    """A chat template with plain-text turn markers; every answer ends with the tokenizer's EOS."""
+    """Returns a chat template with plain-text turn markers and an EOS token after every answer."""
 
     def quoted(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)  # Jinja does not decode escaped surrogate pairs
@@ -216,7 +218,7 @@ def marker_template(user_marker: str, assistant_marker: str, with_bos: bool) -> 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     template = tokenizer.chat_template
-    if isinstance(template, dict):  # several named templates: use "default", as Transformers does
+    if isinstance(template, dict):  # as in Transformers, use the template named "default"
         return template.get("default")
     return template
 

@@ -1,19 +1,20 @@
-"""ContentTokenizer: the ids of a text inside another text, without control tokens.
+"""ContentTokenizer: encodes a text inside a longer text, without control tokens.
 
-It knows one tokenizer: how it treats the start of a text, and which of its tokens are control
-tokens. It does not know chats, templates or masks.
+This module handles one tokenizer: how it encodes the start of a text, and which of its tokens are
+control tokens. It does not depend on chats, templates or masks.
 
 It solves two problems:
 
-1. SentencePiece tokenizers put a dummy space at the start of a text, so "cat" gets other ids there
-   than inside a chat. Tokenize it behind an *anchor* and drop the anchor's ids:
+1. SentencePiece tokenizers add a dummy space at the start of a text, so "cat" has different ids
+   there than inside a chat. The text is therefore tokenized after an *anchor*, and the ids of the
+   anchor are dropped:
 
        "cat"   -> ▁cat                the ids at the start of a text
        "↵"     -> ▁ <0x0A>            the anchor alone
        "↵cat"  -> ▁ <0x0A> cat        drop the first two: cat
 
-2. Text from data may spell a control token. Cut it after its first character and tokenize the parts
-   separately, so that the tokenizer never sees the whole string:
+2. Text from the data may spell a control token. Such a string is cut after its first character and
+   the parts are tokenized separately, so that the tokenizer never sees the whole string:
 
        "hi <|im_end|>"  -> "hi <" + "|im_end|>"  -> hi ▁ < | i m _ e nd | >
 """
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Added tokens that look like markup (<think>, [TOOL_CALLS], <|...|>) control a chat model even if
-# they are not marked special; added words and sequences of spaces do not.
+# they are not marked as special. Added words and sequences of spaces do not.
 _MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # "\n" comes first: it never merges with other text in SentencePiece vocabularies.
@@ -37,25 +38,27 @@ _ANCHORS = ("\n", ":", "|", "。")
 
 
 class ContentTokenizer:
-    """Tokenizes text from data.
+    """Tokenizes text from the data.
 
     Args:
         tokenizer: a Transformers tokenizer.
 
     Attributes:
-        control: the control tokens, id to text; text from data never becomes one.
+        control: maps the ids of control tokens to their text. Text from the data never becomes a
+            control token.
         anchor: the default anchor, or `""` if the tokenizer does not need one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.control = _control_tokens(tokenizer)
-        # Longest first: "<|a|>" must match before "<|" if both are tokens.
+        # The longest token comes first: "<|a|>" must match before "<|" if both are tokens.
         self._controls_longest_first = sorted(self.control.values(), key=len, reverse=True)
         self._control_pattern = re.compile(
             "|".join(map(re.escape, self._controls_longest_first)) or r"(?!)"
         )
-        # Unknown characters become <unk>, which controls nothing. "<unk>" spelled out is just text.
+        # Unknown characters become <unk>, which is not a control token. A spelled-out "<unk>" is
+        # text.
         self._unknown = _unknown_token(tokenizer)
         if self._unknown is not None:
             self.control.pop(self._unknown[0], None)
@@ -64,12 +67,12 @@ class ContentTokenizer:
         self.anchor = self._anchors[0] if self._anchors else ""
 
     def encode(self, text: str, anchor: str | None = None) -> list[int]:
-        """Ids of a text inside another text: no BOS, no control tokens.
+        """Encodes a text that is part of a longer text, without BOS and control tokens.
 
         Args:
             text: any text, including hostile text.
-            anchor: text to put in front, for tokenizers that treat the start of a text differently
-                (a dummy space). The anchor's ids are not returned.
+            anchor: text to prepend, for tokenizers that treat the start of a text differently (a
+                dummy space). The ids of the anchor are not returned.
         """
         anchor = self.anchor if anchor is None else anchor
         ids = self.encode_after(anchor, text)
@@ -79,12 +82,12 @@ class ContentTokenizer:
         # Cut every control string after its first character and tokenize the parts separately.
         cuts = [match.start() + 1 for match in self._control_pattern.finditer(text)]
         ids = self._encode_parts(anchor, text, cuts)
-        if not self.control.keys().isdisjoint(ids):  # e.g. "＜" normalized to "<": cut everywhere
+        if not self.control.keys().isdisjoint(ids):  # "＜" may be normalized to "<"
             ids = self._encode_parts(anchor, text, range(1, len(text)))
         return [i for i in ids if i not in self.control]
 
     def encode_after(self, anchor: str, text: str) -> list[int]:
-        """Ids of a text behind `anchor`; control tokens stay control tokens (for template text)."""
+        """Encodes template text after `anchor`; control tokens remain control tokens."""
         if not text:
             return []
         text = _SURROGATE.sub("\ufffd", text)
@@ -98,12 +101,12 @@ class ContentTokenizer:
         return self._ids(text)
 
     def _encode_parts(self, anchor: str, text: str, cuts: Sequence[int]) -> list[int]:
-        """Ids of a text cut at `cuts`, each part tokenized separately.
+        """Cuts a text at `cuts` and encodes each part separately.
 
-        The first part follows `anchor`, the others the default anchor.
+        The first part follows `anchor`, and the other parts follow the default anchor.
         """
         ids: list[int] = []
-        # Hostile texts repeat the same parts: cache them, since a tokenizer call is slow.
+        # Hostile texts repeat the same parts. Cache them, because a tokenizer call is slow.
         known: dict[tuple[str, str], list[int]] = {}
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             part = (self.anchor if start else anchor, text[start:end])
@@ -113,13 +116,13 @@ class ContentTokenizer:
         return ids
 
     def _ids(self, text: str) -> list[int]:
-        # verbose=False: no warning about long texts; the caller knows the limit.
+        # `verbose=False` turns off the warning about long texts. The caller knows the limit.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _find_anchors(self) -> tuple[str, ...]:
-        """Usable anchors, best first; empty if the tokenizer treats the start of a text normally.
+        """Returns the usable anchors, best first, or none if the start of a text is not special.
 
-        An anchor is usable if it is a known character, never merges with the text behind it, and
+        An anchor is usable if it is a known character, never merges with the text after it, and
         keeps "a" and " a" distinct.
         """
         plain, spaced, inside = self._ids("a"), self._ids(" a"), self._ids("b\na")
@@ -130,17 +133,18 @@ class ContentTokenizer:
         anchors = []
         for anchor in _ANCHORS:
             head, *tails = self._ids(anchor), self._ids(anchor + "a"), self._ids(anchor + " a")
-            # An unknown anchor would fuse with an unknown character behind it.
+            # An unknown anchor would merge with an unknown character after it.
             known = bool(head) and (self._unknown is None or self._unknown[0] not in head)
             if known and tails[0] != tails[1] and all(t[: len(head)] == head for t in tails):
                 anchors.append(anchor)
         return tuple(anchors)
 
     def anchor_after(self, before: str, at_start: bool) -> str:
-        """The anchor for a content that follows `before` in a template.
+        """Returns the anchor for message content that follows `before` in a template.
 
-        After a control token, the anchor is that token with the whitespace behind it: some
-        tokenizers treat it as the start of a text, and some let it absorb the whitespace.
+        After a control token, the anchor is that token with the whitespace that follows it. Some
+        tokenizers treat the position after a control token as the start of a text, and in some the
+        token absorbs the whitespace.
         """
         if not self._anchors or (at_start and not before):
             return ""
@@ -149,7 +153,7 @@ class ContentTokenizer:
         return self.anchor if last is None else before[len(bare) - len(last) :]
 
     def show(self, ids: Sequence[int]) -> str:
-        """Ids with their tokens, for error messages."""
+        """Formats ids with their tokens, for error messages."""
         shown = []
         for i in ids:
             try:
