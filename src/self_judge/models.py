@@ -1,6 +1,6 @@
-"""Loading, merging and saving models, and the frozen reference.
+"""Loads, merges and saves models, and creates the frozen reference.
 
-It knows files and weights. It does not know data, prompts or training.
+This module handles files and weights. It does not depend on data, prompts or the trainers.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer; a tokenizer without a padding token pads with EOS.
+    """Loads a tokenizer. If it has no padding token, it pads with the EOS token.
 
-    Padding with EOS is safe, since loss masks are built together with the ids, never by searching
-    for a token.
+    Padding with EOS is safe, because loss masks are built together with the ids and not by
+    searching for a token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -80,23 +80,23 @@ def load_model(
     use_bnb_nested_quant: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
-    """Loads a causal language model, or an adapter together with the base it names.
+    """Loads a causal language model, or an adapter together with its base model.
 
     Args:
         name_or_path: a Hub name or a folder; a folder with `adapter_config.json` is an adapter.
-        device: device of the weights; `"auto"` is `own_device()`, for sampling and judging. `None`
-            is for training and keeps Transformers' default (the CPU; 4-bit weights: the current
-            GPU), from where the trainer moves them.
+        device: device of the weights. `"auto"`, for sampling and judging, means `own_device()`.
+            `None`, for training, keeps Transformers' default (the CPU, or the current GPU for 4-bit
+            weights), and the trainer moves the weights.
         dtype: `"auto"`, `"float32"`, `"bfloat16"`, … or a `torch.dtype`.
-        merge: merge an adapter into its base and return a plain model; `False` returns a trainable
-            `PeftModel`.
-        load_in_4bit: quantize linear layers to 4 bits with bitsandbytes; they compute in `dtype`,
-            and `"auto"` then means bfloat16.
+        merge: whether to merge an adapter into its base and return a plain model. `False` returns a
+            trainable `PeftModel`.
+        load_in_4bit: whether to quantize linear layers to 4 bits with bitsandbytes. They compute in
+            `dtype`, and `"auto"` then means bfloat16.
         bnb_4bit_quant_type, use_bnb_nested_quant: see `transformers.BitsAndBytesConfig`.
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ModelError: there is no model at that name or path, its weights are pickled (loading them
+        ModelError: there is no model with that name or path, its weights are pickled (loading them
             could run code), an adapter does not fit its base or would be merged into 4-bit weights,
             or bitsandbytes is needed but not installed.
     """
@@ -130,8 +130,8 @@ def load_model(
         return loaded
     if load_in_4bit and merge:
         raise ModelError(
-            f"{path} is an adapter, and merging it into 4-bit weights would round it away: merge "
-            "it first (load_model(folder).save_pretrained(another)) and load the merged model"
+            f"{path} is an adapter, and rounding would lose it in 4-bit weights: merge it first "
+            "(load_model(folder).save_pretrained(another)) and load the merged model"
         )
     base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     if not base_name:
@@ -145,12 +145,12 @@ def load_model(
         **kwargs,
     )
     try:
-        # By default PEFT loads the adapter onto the first GPU, wherever the base is.
+        # By default, PEFT loads the adapter onto the first GPU, even if the base is elsewhere.
         model = PeftModel.from_pretrained(
             base, str(path), is_trainable=not merge, torch_device=str(base.device)
         )
     except (RuntimeError, ValueError, SafetensorError) as error:
-        # PyTorch lists every weight after a heading; the first is enough.
+        # PyTorch lists every weight after a heading. The first one is enough.
         lines = _lines(error)
         raise ModelError(
             f"the adapter {path} does not fit its base {base_name}, or is damaged: "
@@ -176,8 +176,8 @@ def _four_bits(dtype: str | torch.dtype, kind: str, nested: bool) -> BitsAndByte
 def _keep_trainable(model: torch.nn.Module) -> None:
     """Disables a CPU weight layout of bitsandbytes that blocks gradients.
 
-    On CPUs with AVX512-BF16, the first pass in evaluation mode converts a layer's weights to this
-    layout permanently. Later training would then silently train only the layers above it.
+    On CPUs with AVX512-BF16, the first forward pass in evaluation mode permanently converts a
+    layer's weights to this layout. Later training would then silently skip the layers below it.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -198,9 +198,9 @@ _CONVERT_ADAPTER = (
 
 
 def refuse_pickle(name_or_path: str | os.PathLike[str]) -> None:
-    """Raises `ModelError` if a folder's weights are a pickle, since loading one can run code.
+    """Raises `ModelError` if a folder's weights are pickled, since loading a pickle can run code.
 
-    Pickles beside safetensors files are harmless: only the safetensors files are loaded.
+    Pickles next to safetensors files are harmless, because only the safetensors files are loaded.
     """
     path = Path(name_or_path)
     adapter = (path / "adapter_config.json").is_file()
@@ -209,20 +209,20 @@ def refuse_pickle(name_or_path: str | os.PathLike[str]) -> None:
     named = None if adapter else _weights_named_in_config(path)
     if named is None and any(path.glob(safe)):
         return
-    # Training arguments and optimizer state are pickles too, but not weights.
+    # Training arguments and optimizer state are also pickled, but they are not weights.
     beside = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
     found = [f.name for p in unsafe for f in sorted(path.glob(p)) if f.name not in beside]
     if named is not None or found:
         convert = (_CONVERT_ADAPTER if adapter else _CONVERT_MODEL).format(folder=str(path))
         raise ModelError(
-            f"{path} has its weights as a pickle ({named or found[0]}), and loading one can run "
-            "code: only safetensors are loaded. If you trust its origin, convert it: "
+            f"{path} has pickled weights ({named or found[0]}), and loading a pickle can run code: "
+            "only safetensors files are loaded. If you trust the source, convert it: "
             f"python -c {shlex.quote(convert)}"
         )
 
 
 def _weights_named_in_config(path: Path) -> str | None:
-    """The weights file that a model's configuration names, unless it is a safetensors file."""
+    """Returns the weights file that a model's configuration names, unless it is safetensors."""
     try:
         named = json.loads((path / "config.json").read_text("utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
@@ -232,10 +232,10 @@ def _weights_named_in_config(path: Path) -> str | None:
 
 
 def apply_umask(directory: str | os.PathLike[str]) -> None:
-    """Gives the safetensors files of a folder the permissions of a normal new file.
+    """Gives the safetensors files in a folder the permissions of a normal new file.
 
-    The safetensors library ignores the umask and makes files readable by their owner only; a
-    colleague, or a server under another user, could not read the model.
+    The safetensors library ignores the umask and makes files readable only by their owner. Other
+    users, and servers that run as another user, could then not read the model.
     """
     folder = Path(directory)
     files = list(folder.glob("*.safetensors"))
@@ -249,7 +249,7 @@ def apply_umask(directory: str | os.PathLike[str]) -> None:
 
 
 def merged_in_full(model: PeftModel) -> PreTrainedModel:
-    """Like `merged`, but first reloads a 4-bit base as saved, without quantization."""
+    """Like `merged`, but first reloads a 4-bit base from disk without quantization."""
     base: Any = unwrapped(model)
     if getattr(base, "quantization_method", None) is None:
         return merged(model)
@@ -259,9 +259,9 @@ def merged_in_full(model: PeftModel) -> PreTrainedModel:
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Merges the active adapter into its base; returns plain models unchanged.
+    """Merges the active adapter into its base. Plain models are returned unchanged.
 
-    PEFT disables the gradients of the base weights; this enables them again.
+    PEFT disables the gradients of the base weights, and this function enables them again.
     """
     if not isinstance(model, PeftModel):
         return model
@@ -273,9 +273,9 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def frozen_reference(model: ModelT) -> ModelT:
-    """A copy of the current model, in evaluation mode and without gradients.
+    """Returns a copy of the current model, in evaluation mode and without gradients.
 
-    It copies the weights in memory, not those on disk, so that it includes merged adapters and
+    The weights are copied from memory and not from disk, so the copy includes merged adapters and
     edited weights.
     """
     reference = copy.deepcopy(model)
@@ -289,20 +289,20 @@ def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
     embeddings: torch.nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     tables = [m for m in embeddings.modules() if isinstance(m, torch.nn.Embedding)]
     if not tables:
-        return  # a custom embedding without a standard way to get its size
+        return  # a custom embedding has no standard way to get its size
     size = tables[0].num_embeddings
     largest = max(tokenizer.get_vocab().values())
     if largest >= size:
         raise ModelError(
-            f"the tokenizer has token ids up to {largest}, the model has embeddings for "
-            f"{size}: they do not belong together (or call model.resize_token_embeddings)"
+            f"the tokenizer has token ids up to {largest}, but the model has only {size} "
+            "embeddings: use the model's own tokenizer, or call model.resize_token_embeddings"
         )
 
 
 def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | None:
     """Limits `max_length` to the model's number of positions, with a warning.
 
-    Beyond that number, learned positions fail and rotary positions are untrained.
+    Beyond that number, learned position embeddings fail and rotary ones are untrained.
 
     Args:
         config: the model's configuration.
@@ -320,26 +320,28 @@ def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | 
 
 
 def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
-    """Why loading a model failed, in one line.
+    """Returns in one line the reason why loading a model failed.
 
-    For a local path that does not exist it says so: the libraries would take the path for a Hub
-    name and complain about its format.
+    It says if a local path does not exist, because the libraries would treat the path as a Hub name
+    and complain about its format.
     """
     return "there is no such folder" if is_missing(name_or_path) else in_a_line(error)
 
 
 def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
-    """A frozen copy as judge and reference; `None` under ZeRO-3, where TRL loads it from disk.
+    """Returns a frozen copy of the model to use as judge and reference.
+
+    Under ZeRO-3, it returns `None`, and TRL loads the reference from disk.
 
     Raises:
-        ValueError: under ZeRO-3, the model has no name to load it by.
+        ValueError: the model has no name, which ZeRO-3 needs to load it.
     """
     if is_deepspeed_zero3_enabled():  # sharded parameters cannot be copied
         name = model.config.name_or_path
         if not name:
             raise ValueError(
-                "ZeRO-3 loads the judge by the model's name, and this model has none: pass a "
-                "ref_model, or the folder of the model"
+                "ZeRO-3 loads the judge by the model's name, but this model has no name: pass "
+                "ref_model, or pass the model's folder as model"
             )
         logger.warning("ZeRO-3: loading the judge from %s instead of copying the model", name)
         return None
@@ -348,10 +350,10 @@ def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
 
 
 def _place(model: Any, args: TrainingArguments) -> None:
-    """Moves a model to its training device, so that its copy is made there, not in host memory.
+    """Moves a model to its training device, so that it is copied there and not in host memory.
 
-    FSDP and DeepSpeed place sharded models; models with a device map or in 4 bits are already
-    placed.
+    FSDP and DeepSpeed place sharded models. Models with a device map or with 4-bit weights are
+    already placed.
     """
     launched = (os.environ.get(f"ACCELERATE_USE_{kind}", "") for kind in ("FSDP", "DEEPSPEED"))
     sharded = args.fsdp or args.deepspeed or any(a.lower() in ("1", "true") for a in launched)

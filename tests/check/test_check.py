@@ -346,7 +346,7 @@ def test_a_tokenizer_larger_than_the_model_is_a_problem(
     tokenizer = synthetic.tiny_tokenizer()
     tiny_llama(len(tokenizer) - 8).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert "do not belong together" in problems(check(JSFT, given(tmp_path, data["hh"])))
+    assert "use the model's own tokenizer" in problems(check(JSFT, given(tmp_path, data["hh"])))
 
 
 def test_a_tokenizer_without_a_chat_template_is_a_problem(
