@@ -177,7 +177,7 @@ def _keep_trainable(model: torch.nn.Module) -> None:
     """Disables a CPU weight layout of bitsandbytes that blocks gradients.
 
     On CPUs with AVX512-BF16, the first forward pass in evaluation mode permanently converts a
-    layer's weights to this layout. Later training would then silently skip the layers below it.
+    layer's weights to this layout. Later training would silently train only the layers above it.
     """
     from bitsandbytes.nn import Linear4bit
 
