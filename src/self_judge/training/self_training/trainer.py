@@ -150,7 +150,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         **trainer_arguments: Any,
     ) -> None:
         if processing_class is not None and tokenizer is not None:
-            raise ValueError("tokenizer and processing_class are two names of one argument: pass one")
+            raise ValueError("tokenizer and processing_class are two names of one argument")
         name = model if isinstance(model, str) else str(model.config.name_or_path)
         config = with_values(
             as_self_judge_config(args, name),
