@@ -1,6 +1,6 @@
-"""Loading, merging and saving models, and the frozen reference.
+"""Loads, merges and saves models, and creates the frozen reference.
 
-It knows files and weights. It does not know data, prompts or training.
+This module handles files and weights. It does not depend on data, prompts or the trainers.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer; a tokenizer without a padding token pads with EOS.
+    """Loads a tokenizer. If it has no padding token, it pads with the EOS token.
 
-    An adapter without a tokenizer of its own uses that of its base.
+    An adapter without its own tokenizer uses the tokenizer of its base model.
 
-    Padding with EOS is safe, since loss masks are built together with the ids, never by searching
-    for a token.
+    Padding with EOS is safe, because loss masks are built together with the ids and not by
+    searching for a token.
     """
     config = adapter_config(name_or_path, revision)
     if config and not repository_file(name_or_path, "tokenizer_config.json", revision):
@@ -86,18 +86,18 @@ def load_model(
     use_bnb_nested_quant: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
-    """Loads a causal language model, or an adapter together with the base it names.
+    """Loads a causal language model, or an adapter together with its base model.
 
     Args:
-        name_or_path: a Hub name or a folder; with an `adapter_config.json`, it is an adapter.
-        device: device of the weights; `"auto"` is `own_device()`, for sampling and judging. `None`
-            is for training and keeps Transformers' default (the CPU; 4-bit weights: the current
-            GPU), from where the trainer moves them.
+        name_or_path: a Hub name or a folder. With an `adapter_config.json`, it is an adapter.
+        device: device of the weights. `"auto"`, for sampling and judging, means `own_device()`.
+            `None`, for training, keeps Transformers' default (the CPU, or the current GPU for 4-bit
+            weights), and the trainer moves the weights.
         dtype: `"auto"`, `"float32"`, `"bfloat16"`, … or a `torch.dtype`.
-        merge: merge an adapter into its base and return a plain model; `False` returns a trainable
-            `PeftModel`.
-        load_in_4bit: quantize linear layers to 4 bits with bitsandbytes; they compute in `dtype`,
-            and `"auto"` then means bfloat16.
+        merge: whether to merge an adapter into its base and return a plain model. `False` returns a
+            trainable `PeftModel`.
+        load_in_4bit: whether to quantize linear layers to 4 bits with bitsandbytes. They compute in
+            `dtype`, and `"auto"` then means bfloat16.
         bnb_4bit_quant_type, use_bnb_nested_quant: see `transformers.BitsAndBytesConfig`.
         kwargs: passed on to `from_pretrained`.
 
@@ -125,8 +125,8 @@ def load_model(
     base_name, base_revision, adapters = adapter_chain(name_or_path, revision)
     if adapters and load_in_4bit and merge:
         raise ModelError(
-            f"{name_or_path} is an adapter, and merging it into 4-bit weights would round it away: "
-            "merge it first (load_model(folder).save_pretrained(another)) and load the merged model"
+            f"{name_or_path} is an adapter, and rounding would lose it in 4-bit weights: merge it first "
+            "(load_model(folder).save_pretrained(another)) and load the merged model"
         )
     model = _load_base(base_name, {**common, "revision": base_revision})
     if load_in_4bit:
@@ -233,7 +233,7 @@ def _with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -
             torch_device=str(base.device),
         )
     except (RuntimeError, ValueError, SafetensorError) as error:
-        # PyTorch lists every weight after a heading; the first is enough.
+        # PyTorch lists every weight after a heading. The first one is enough.
         lines = _lines(error)
         raise ModelError(
             f"the adapter {adapter.name} does not fit its base {adapter.base}, or is damaged: "
@@ -275,8 +275,8 @@ def _four_bits(dtype: str | torch.dtype, kind: str, nested: bool) -> BitsAndByte
 def _keep_trainable(model: torch.nn.Module) -> None:
     """Disables a CPU weight layout of bitsandbytes that blocks gradients.
 
-    On CPUs with AVX512-BF16, the first pass in evaluation mode converts a layer's weights to this
-    layout permanently. Later training would then silently train only the layers above it.
+    On CPUs with AVX512-BF16, the first forward pass in evaluation mode permanently converts a
+    layer's weights to this layout. Later training would silently train only the layers above it.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -297,9 +297,9 @@ _CONVERT_ADAPTER = (
 
 
 def refuse_pickle(name_or_path: str | os.PathLike[str]) -> None:
-    """Raises `ModelError` if a folder's weights are a pickle, since loading one can run code.
+    """Raises `ModelError` if a folder's weights are pickled, since loading a pickle can run code.
 
-    Pickles beside safetensors files are harmless: only the safetensors files are loaded.
+    Pickles next to safetensors files are harmless, because only the safetensors files are loaded.
     """
     path = Path(name_or_path)
     adapter = (path / "adapter_config.json").is_file()
@@ -308,20 +308,20 @@ def refuse_pickle(name_or_path: str | os.PathLike[str]) -> None:
     named = None if adapter else _weights_named_in_config(path)
     if named is None and any(path.glob(safe)):
         return
-    # Training arguments and optimizer state are pickles too, but not weights.
+    # Training arguments and optimizer state are also pickled, but they are not weights.
     beside = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
     found = [f.name for p in unsafe for f in sorted(path.glob(p)) if f.name not in beside]
     if named is not None or found:
         convert = (_CONVERT_ADAPTER if adapter else _CONVERT_MODEL).format(folder=str(path))
         raise ModelError(
-            f"{path} has its weights as a pickle ({named or found[0]}), and loading one can run "
-            "code: only safetensors are loaded. If you trust its origin, convert it: "
+            f"{path} has pickled weights ({named or found[0]}), and loading a pickle can run code: "
+            "only safetensors files are loaded. If you trust the source, convert it: "
             f"python -c {shlex.quote(convert)}"
         )
 
 
 def _weights_named_in_config(path: Path) -> str | None:
-    """The weights file that a model's configuration names, unless it is a safetensors file."""
+    """Returns the weights file that a model's configuration names, unless it is safetensors."""
     try:
         named = json.loads((path / "config.json").read_text("utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
@@ -331,10 +331,10 @@ def _weights_named_in_config(path: Path) -> str | None:
 
 
 def apply_umask(directory: str | os.PathLike[str]) -> None:
-    """Gives the safetensors files of a folder the permissions of a normal new file.
+    """Gives the safetensors files in a folder the permissions of a normal new file.
 
-    The safetensors library ignores the umask and makes files readable by their owner only; a
-    colleague, or a server under another user, could not read the model.
+    The safetensors library ignores the umask and makes files readable only by their owner. Other
+    users, and servers that run as another user, could then not read the model.
     """
     folder = Path(directory)
     files = list(folder.glob("*.safetensors"))
@@ -348,7 +348,7 @@ def apply_umask(directory: str | os.PathLike[str]) -> None:
 
 
 def merged_in_full(model: PeftModel) -> PreTrainedModel:
-    """Like `merged`, but first reloads a 4-bit base as saved, without quantization."""
+    """Like `merged`, but first reloads a 4-bit base from disk without quantization."""
     base: Any = unwrapped(model)
     if getattr(base, "quantization_method", None) is None:
         return merged(model)
@@ -375,9 +375,9 @@ def _untie_adapted(model: PeftModel) -> None:
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Merges the active adapter into its base; returns plain models unchanged.
+    """Merges the active adapter into its base. Plain models are returned unchanged.
 
-    PEFT disables the gradients of the base weights; this enables them again.
+    PEFT disables the gradients of the base weights, and this function enables them again.
     """
     if not isinstance(model, PeftModel):
         return model
@@ -395,20 +395,20 @@ def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
     embeddings: torch.nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     tables = [m for m in embeddings.modules() if isinstance(m, torch.nn.Embedding)]
     if not tables:
-        return  # a custom embedding without a standard way to get its size
+        return  # a custom embedding has no standard way to get its size
     size = tables[0].num_embeddings
     largest = max(tokenizer.get_vocab().values())
     if largest >= size:
         raise ModelError(
-            f"the tokenizer has token ids up to {largest}, the model has embeddings for "
-            f"{size}: they do not belong together (or call model.resize_token_embeddings)"
+            f"the tokenizer has token ids up to {largest}, but the model has only {size} "
+            "embeddings: use the model's own tokenizer, or call model.resize_token_embeddings"
         )
 
 
 def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | None:
     """Limits `max_length` to the model's number of positions, with a warning.
 
-    Beyond that number, learned positions fail and rotary positions are untrained.
+    Beyond that number, learned position embeddings fail and rotary ones are untrained.
 
     Args:
         config: the model's configuration.
@@ -426,9 +426,9 @@ def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | 
 
 
 def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
-    """Why loading a model failed, in one line.
+    """Returns in one line the reason why loading a model failed.
 
-    For a local path that does not exist it says so: the libraries would take the path for a Hub
-    name and complain about its format.
+    It says if a local path does not exist, because the libraries would treat the path as a Hub name
+    and complain about its format.
     """
     return "there is no such folder" if is_missing(name_or_path) else in_a_line(error)

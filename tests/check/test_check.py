@@ -257,7 +257,7 @@ def test_no_room_beside_a_response_is_refused_when_the_file_is_read(
         (["peft_config.rank=8"], "peft_config.rank"),
         (["training_args.learning_rat=1"], "learning_rat"),
         (["jsft_args.global_batch_size=7"], "global_batch_size 7"),
-        (["jsft_args.max_length=8"], "no training example is left"),
+        (["jsft_args.max_length=8"], "no training example remains"),
         (["dataset.sources.0.pairs=false"], "no judge example"),
     ],
 )
@@ -346,7 +346,7 @@ def test_a_tokenizer_larger_than_the_model_is_a_problem(
     tokenizer = synthetic.tiny_tokenizer()
     tiny_llama(len(tokenizer) - 8).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert "do not belong together" in problems(check(JSFT, given(tmp_path, data["hh"])))
+    assert "use the model's own tokenizer" in problems(check(JSFT, given(tmp_path, data["hh"])))
 
 
 def test_a_tokenizer_without_a_chat_template_is_a_problem(

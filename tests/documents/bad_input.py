@@ -275,7 +275,7 @@ DATA = [
     Case("an unknown file type", lambda p: p.run(source=p.file("x.docx", b"hello")),
          ("x.docx: unknown file type; supported are .json",), "convert it to JSON lines"),
     setting("only examples above the limit", "jsft_args.max_length=4",
-            "no training example is left of 40 records", "raise jsft_args.max_length"),
+            "no training example remains from 40 records", "raise jsft_args.max_length"),
     Case("a principle without a template",
          lambda p: p.run(
              'templates.judge={helpfulness: {user: "{context} {response_a} {response_b}", '
@@ -331,10 +331,10 @@ MODELS = [
          "save it beside the model"),
     Case("tokenizer and model of different vocabularies",
          lambda p: p.run(f"model.model_name_or_path={_small(p)}"),
-         ("the tokenizer has token ids up to ", "the model has embeddings for 50",
-          "they do not belong together"), "use the model's tokenizer"),
+         ("the tokenizer has token ids up to ", "but the model has only 50 embeddings",
+          "use the model's own tokenizer"), "use the model's tokenizer"),
     Case("pickled weights", lambda p: load_model(_pickled(p)),
-         ("has its weights as a pickle (pytorch_model.bin)", "convert it: python -c "),
+         ("has pickled weights (pytorch_model.bin)", "convert it: python -c "),
          "run the printed command"),
     Case("truncated weights", lambda p: load_model(_cut(p)),
          ("cannot load a model from ", "SafetensorError"), "download or save them again"),
@@ -354,7 +354,7 @@ MODELS = [
          ("judge.json is not a judge file written by JSFT",), "copy it from the checkpoint"),
     Case("a frozen model",
          lambda p: p.make(model=tiny_llama(441).requires_grad_(False)),
-         ("no parameter of the model takes gradients",), "model.requires_grad_(True)"),
+         ("no parameter of the model requires gradients",), "model.requires_grad_(True)"),
 ]  # fmt: skip
 
 
@@ -389,10 +389,10 @@ LIBRARY = [
          ("record 0 of the train dataset has neither 'query' nor 'prompt'; it has ['text']",),
          "rename the column"),
     Case("an empty prompt", lambda p: p.make(train_dataset=_rows({"prompt": ""})),
-         ("record 0 of the train dataset: 'query' is empty or not a text",), "drop the row"),
+         ("record 0 of the train dataset: 'query' is empty or not text",), "drop the row"),
     Case("only prompts above the limit",
          lambda p: p.make(train_dataset=_rows({"prompt": "so " * 900})),
-         ("no prompt of the train dataset fits: max_length 256 minus max_new_tokens 6",),
+         ("no prompt in the train dataset fits: max_length 256 minus max_new_tokens 6",),
          "raise max_length"),
     Case("a trainer without judge templates", lambda p: p.make(judge_templates=None),
          ("has no judge.json beside it (JSFT writes it): pass judge_templates",),

@@ -1,4 +1,4 @@
-"""`self-judge compare`: two policies answer the same prompts, and a judge compares the answers.
+"""`self-judge compare` lets two policies answer the same prompts and a judge compare the answers.
 
 Each step writes a file from which an interrupted run resumes. Other modules implement sampling,
 judging and statistics.
@@ -48,10 +48,10 @@ class ComparisonJob:
     """Two policies and the prompts to compare them on.
 
     Args:
-        policies: each a model (folder or Hub name) to sample from, or a file of responses.
+        policies: two models (folder or Hub name) to sample from, or files of responses.
         prompts: a file of prompts; optional if a file of responses includes them.
-        sampling: sampling parameters of a model.
-        seed: sampling seed; the two policies use different seeds derived from it.
+        sampling: sampling parameters for a model.
+        seed: sampling seed, from which the two policies derive different seeds.
         sampling_batch_size: number of responses sampled at a time.
         max_prompts: use the first N prompts.
     """
@@ -79,7 +79,7 @@ class ComparisonJob:
 
 
 def is_responses(policy: str) -> bool:
-    """Whether a policy is a file of responses rather than a model."""
+    """Returns whether a policy is a file of responses and not a model."""
     return Path(policy).is_file() or reader_of(Path(policy)) is not None
 
 
@@ -92,14 +92,14 @@ def run_compare(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Compares two policies; returns the contents of `output/results.json`.
+    """Compares two policies and returns the contents of `output/results.json`.
 
-    Writes the pairs with their verdicts to `output/pairs.jsonl`, and sampled responses to
-    `output/responses_a.jsonl` and `responses_b.jsonl`. Under `accelerate launch` each process
+    It writes the pairs with their verdicts to `output/pairs.jsonl`, and sampled responses to
+    `output/responses_a.jsonl` and `responses_b.jsonl`. Under `accelerate launch`, each process
     samples and judges its shard.
 
     Raises:
-        ValueError: a model, prompts or responses cannot be used, or `output` holds another
+        ValueError: a model, prompts or responses cannot be used, or `output` contains another
             comparison.
     """
     output, console = Path(output), console or Console()
@@ -198,13 +198,13 @@ def _sample(
         title=f"{side} answers",
         things="responses",
         chunk=job.sampling_batch_size,
-        may_be_longer=True,  # answers do not depend on the number of prompts
+        may_be_longer=True,  # an answer does not depend on the number of prompts
     )
     answers.run(load, overwrite=overwrite)
 
 
 def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:
-    """Reads one `{"text", "finished"}` per prompt; a prompt in a line must match its prompt."""
+    """Reads one `{"text", "finished"}` per prompt. If a line has a prompt, it must match."""
     found: list[dict[str, Any]] = []
     for index, line in enumerate(itertools.islice(read_raw(str(file)), len(prompts))):
         where = RecordRef(str(file), index)
@@ -215,12 +215,12 @@ def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[di
             raise where.error("prompt", "differs from the prompt to answer at this index")
         found.append({"text": text, "finished": line.get("finished")})
     if len(found) < len(prompts):
-        raise ValueError(f"{file}: {len(found):,} responses to {len(prompts):,} prompts")
+        raise ValueError(f"{file}: {len(found):,} responses for {len(prompts):,} prompts")
     return found
 
 
 def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
-    """Win rates of policy a over policy b from judged pairs, as JSON data."""
+    """Computes win rates of policy a over policy b from judged pairs, as JSON data."""
     plain: list[float] = []
     consistent: Counter[float] = Counter()
     lengths: list[tuple[int, int]] = []
@@ -290,8 +290,8 @@ def _table(results: Mapping[str, Any]) -> Table:
         [
             (*row("win rate of a", results["win_rate"]), counts(results)),
             row("win rate of a, length-controlled", results["length_controlled_win_rate"]),
-            (*row("win rate of a, tie where orders disagree", both["win_rate"]), counts(both)),
-            row("win rate of a, if the longer one won", results["longer_wins_all"]),
+            (*row("win rate of a, tie if orders disagree", both["win_rate"]), counts(both)),
+            row("win rate of a, if longer always won", results["longer_wins_all"]),
             None,
             row("orders agree", results["order_agreement"]),
             ("undecidable", number(results["undecidable"])),

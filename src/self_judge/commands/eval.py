@@ -1,6 +1,6 @@
-"""`self-judge eval`: evaluates a judge on labeled comparisons; writes a table, JSON and a page.
+"""`self-judge eval` evaluates a judge on labeled comparisons and writes a table, JSON and a page.
 
-Other modules read, judge, tally and draw; this one calls them in order.
+This module calls other modules that read, judge, compute the results and draw them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from self_judge.storage.jsonl import read_journal, settings_path
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
-_LINE = ("source", "index", "subset", "principle", "label", "digest")  # a pair's fields in its line
-_ALL = ""  # key of all pairs, next to the names of subsets
+_LINE = ("source", "index", "subset", "principle", "label", "digest")  # a pair's fields in a line
+_ALL = ""  # the key for all pairs, among the names of subsets
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class JudgeEvaluation:
             raise ValueError(f"--max-pairs must be at least 1, got {self.max_pairs}")
 
     def read(self, skipped: Counter[str] | None = None) -> Iterator[LabeledComparison]:
-        """Yields all comparisons; with several sources, subset names start with the source's."""
+        """Yields all comparisons. With several sources, their names are part of subset names."""
         for source in self.sources:
             for pair in itertools.islice(read_comparisons(source, skipped), self.max_pairs):
                 if len(self.sources) > 1:
@@ -71,19 +71,20 @@ def run_eval(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a judge; returns the contents of `output/results.json`.
+    """Evaluates a judge and returns the contents of `output/results.json`.
 
-    It appends verdicts to `output/verdicts.jsonl`; after an interruption, the same call resumes.
-    Under `accelerate launch` each process judges its shard, and the main process does the rest.
+    It appends verdicts to `output/verdicts.jsonl`. After an interruption, the same call resumes.
+    Under `accelerate launch`, each process judges its shard, and the main process does the rest.
 
     Args:
         compare: another judge, or the folder of a finished evaluation, for a paired comparison on
             the same pairs; see `compared_judge`.
-        overwrite: judge from scratch even if verdicts exist.
+        overwrite: whether to judge from scratch even if verdicts exist.
         console: prints the table.
 
     Raises:
-        ValueError: data, model or templates cannot be used, or `output` holds another evaluation.
+        ValueError: data, model or templates cannot be used, or `output` contains another
+            evaluation.
     """
     output, console = Path(output), console or Console()
     compared = output / "compared" / VERDICTS
@@ -115,7 +116,7 @@ def _results(
     rate: float | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Writes and prints the results; `theirs` are the verdicts of the judge to compare with."""
+    """Writes and prints the results. `theirs` has the verdicts of the judge to compare with."""
     results: dict[str, Any] = {
         "kind": "judge evaluation",
         "version": __version__,
@@ -135,7 +136,7 @@ def _results(
 
 
 def compared_judge(choice: JudgeChoice, other: str) -> JudgeChoice | Path:
-    """The value of `--compare`: the folder of a finished evaluation, or a judge to run."""
+    """Interprets `--compare` as the folder of a finished evaluation or as a judge to run."""
     folder = Path(other)
     return folder if (folder / VERDICTS).is_file() else replace(choice, model=other)
 
@@ -202,7 +203,7 @@ def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
     for ours, line in itertools.zip_longest(read_journal(verdicts), read_journal(theirs)):
         if ours is None or line is None or ours["digest"] != line["digest"]:
             raise ValueError(
-                f"{theirs} has different pairs from {verdicts}: evaluate both judges on the same "
+                f"{theirs} and {verdicts} have different pairs: evaluate both judges on the same "
                 "data"
             )
         if ours["label"] == "tie":

@@ -1,6 +1,6 @@
-"""The judge and the sampler of a command: how to load them, and what their results depend on.
+"""Loads the judge and the sampler of a command and lists the settings that affect their results.
 
-It knows templates, checkpoints and servers. It does not know what is judged.
+This module handles templates, checkpoints and servers. It does not depend on the data.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class JudgeChoice:
         templates: a YAML file with `templates:` that replaces the model's `judge.json`.
         batch_size, max_length, packing: see `Judge`.
         dtype, revision, trust_remote_code: see `models.load_model`.
-        servers: URLs of `vllm serve` replicas of the model that judge instead of this process.
+        servers: URLs of `vllm serve` replicas of the model, which judge instead of this process.
     """
 
     model: str
@@ -77,9 +77,9 @@ class JudgeChoice:
 
     @functools.cached_property
     def _resolved(self) -> tuple[TemplateArgs | None, JudgeSettings]:
-        """The `templates` file, and the judge settings: its own, else those saved with the model.
+        """Reads the `templates` file and the judge settings, which may be saved with the model.
 
-        Both files are read once: what `settings` records is what `load` judges with.
+        Both files are read only once, so that `settings` and `load` use the same contents.
 
         Raises:
             ValueError: there are no templates, or they are invalid.
@@ -97,7 +97,7 @@ class JudgeChoice:
         return self._resolved[1].templates
 
     def load(self) -> Judge:
-        """Loads the judge; under `accelerate launch` on this process's device."""
+        """Loads the judge, onto this process's device under `accelerate launch`."""
         args, settings = self._resolved
         hub: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         tokenizer = load_tokenizer(self.model, **hub)
@@ -116,7 +116,7 @@ class JudgeChoice:
         )
 
     def settings(self) -> dict[str, Any]:
-        """All settings that affect a verdict, as plain data; a resumed run must have the same."""
+        """Returns all settings that affect a verdict. A resumed run must have the same ones."""
         args, settings = self._resolved
         templates = json.dumps(settings.templates.to_dict(), sort_keys=True)
         wanted = (args.chat, args.user, args.assistant, args.chat_template_kwargs) if args else ()
@@ -144,10 +144,10 @@ def load_sampler(
 
 
 def fingerprint(model: str, revision: str | None = None) -> str | None:
-    """A hash that identifies the weights of a folder, or the commit of a model on the Hub.
+    """Returns a hash that identifies the weights of a folder, or the commit of a model on the Hub.
 
-    It covers the names, sizes and 64 evenly spaced slices of the files: reading a large model
-    completely would take minutes, and training changes every slice.
+    It covers the names, sizes and 64 evenly spaced slices of the files. Training changes every
+    slice, and reading a large model completely would take minutes.
     """
     folder = Path(model)
     if not folder.is_dir():

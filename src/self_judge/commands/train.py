@@ -1,6 +1,6 @@
 """Runs JSFT and self-training from a run's configuration, and saves the results.
 
-Other packages implement the steps; this module calls them in order.
+Other packages implement the steps, and this module calls them in order.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class TrainingStopped(Exception):  # noqa: N818  not an error
-    """A run stopped on request, with a checkpoint; the message names the last step."""
+    """The run stopped on request, with a checkpoint. The message names the last step."""
 
 
 # -- JSFT ----------------------------------------------------------------------------------------
 
 
 def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
-    """Runs judge-augmented SFT; returns the folder of the model.
+    """Runs judge-augmented SFT and returns the folder of the model.
 
     Raises:
         TrainingStopped: the process received SIGTERM; the model is in a checkpoint.
@@ -127,14 +127,14 @@ def jsft_trainer(
     max_skipped_steps: int = 3,
     say: Say = logger.info,
 ) -> JSFTTrainer:
-    """Creates a packed TRL `SFTTrainer` for SFT and judge examples, encoded here.
+    """Encodes SFT and judge examples and creates a packed TRL `SFTTrainer` for them.
 
     Args:
         records: training records.
         held_out: records for the evaluation loss, if `args` enables evaluation.
         packing: see `Packing`.
         max_skipped_steps: see `FaultToleranceMixin`.
-        say: logs the number of examples and of truncated ones.
+        say: logs the number of examples, including truncated ones.
     """
     check_vocabulary(model, encoder.tokenizer)
     max_length = clamp_to_context(model.config, max_length)
@@ -152,7 +152,7 @@ def jsft_trainer(
     evaluation = encode(held_out)[0] if held_out else None
     if evaluation is None:
         args.eval_strategy = "no"
-    args.max_length = None  # examples are truncated and counted when they are built
+    args.max_length = None  # examples are already truncated and counted
     return JSFTTrainer(
         model=model,
         args=args,
@@ -171,7 +171,7 @@ def jsft_trainer(
 def save_jsft(
     trainer: JSFTTrainer, encoder: ChatEncoder, templates: JudgeTemplates, *, merge: bool
 ) -> Path:
-    """Saves the trained model with its judge.json; `merge` merges an adapter into its base."""
+    """Saves the trained model with its judge.json, and with a merged adapter if `merge` is set."""
     output = Path(str(trainer.args.output_dir))
     tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
     tokenizer.chat_template = encoder.chat_template
@@ -198,7 +198,7 @@ def save_jsft(
 
 
 def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
-    """Runs on-policy self-training; returns the folder of the policy.
+    """Runs on-policy self-training and returns the folder of the policy.
 
     Raises:
         TrainingStopped: the process received SIGTERM; the policy is in a checkpoint.
@@ -212,7 +212,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     data, held_out = load_data(run.dataset, say, rationales=False)
     if held_out is None:
         args.eval_strategy = "no"
-    # With a new adapter, merge an existing one into the base; without, continue to train it.
+    # An existing adapter is merged into the base if there is a new one, and else trained further.
     model = _load_model(run, merge=run.peft_config is not None)
     trainer = SelfJudgeTrainer(
         model=model,
@@ -278,7 +278,7 @@ def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
 def _train(
     trainer: JSFTTrainer | SelfJudgeTrainer, run: Run, args: Any, say: Say, progress: LiveProgress
 ) -> None:
-    """Trains; `resume_from_checkpoint: true` resumes from the latest checkpoint, if any."""
+    """Trains, and resumes from the latest checkpoint with `resume_from_checkpoint: true`."""
     output = Path(str(args.output_dir))
     resume: str | None = _checkpoint(output, args.resume_from_checkpoint, say)
     this = json.loads(json.dumps(dataclasses.asdict(run), default=str))
@@ -287,7 +287,7 @@ def _train(
         for line in _changes(output, this):
             say(f"warning: {line}")
     trainer.run_log.run_file = this
-    # Packing tests a sharded model at the first batch, since all processes must take part.
+    # Packing tests a sharded model at the first batch, because all processes must take part.
     if trainer.packing is not None and not trainer.packing.shape.one_pass:
         say(trainer.packing.describe())
     if not args.disable_tqdm:
@@ -317,7 +317,7 @@ def _checkpoint(output: Path, wanted: str | bool | None, say: Say) -> str | None
 
 
 def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
-    """Settings that changed since the checkpoint."""
+    """Yields a line for each setting that changed since the checkpoint."""
     try:
         before = json.loads((output / RUN).read_text(encoding="utf-8")).get("run_file") or {}
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""Parsers for dialogues with a chosen and a rejected end: HH texts, TRL preference data.
+"""Parses dialogues with a chosen and a rejected last answer: HH texts and TRL preference data.
 
-Pure functions of one record: they do not know where records are stored.
+The parsers are pure functions of one record.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _DIFFERENT_PREFIX = "the two dialogues differ before the last answer"
 def select_hh(
     record: Mapping[str, Any], index: int, *, with_pairs: bool = True, source: str = "hh"
 ) -> Parsed:
-    """Parses an HH record: `chosen` and `rejected`, each a whole dialogue as text.
+    """Parses an HH record, in which `chosen` and `rejected` are whole dialogues as text.
 
-    The demonstration is the last answer of `chosen`; earlier answers are part of the prompt. With
+    The demonstration is the last answer in `chosen`. Earlier answers are part of the prompt. With
     `with_pairs=False`, `rejected` is ignored.
 
     Raises:
@@ -54,7 +54,7 @@ def select_hh(
 
 
 def parse_dialogue(text: str) -> list[Message]:
-    """Splits an HH dialogue text into messages; keeps empty and repeated turns.
+    """Splits an HH dialogue text into messages, including empty and repeated turns.
 
     Raises:
         ValueError: the text does not start with a Human turn.
@@ -80,7 +80,7 @@ def _dialogue(text: str, where: RecordRef, field: str) -> list[Message]:
 
 
 def _split_dialogue(turns: list[Message]) -> tuple[tuple[Message, ...], str, str]:
-    """Returns (prompt, last answer, problem); problem is empty if there is none."""
+    """Returns (prompt, last answer, problem). The problem is empty if there is none."""
     if turns[-1]["role"] != "assistant":
         return (), "", "the dialogue does not end with an answer"
     if not turns[-1]["content"]:
@@ -100,12 +100,12 @@ def _pair_problem(chosen: str, rejected: str) -> str:
 def select_preference(
     record: Mapping[str, Any], index: int, *, with_pairs: bool = True, source: str = "preference"
 ) -> Parsed:
-    """Parses a record of TRL preference data: `chosen`, `rejected` and optionally `prompt`.
+    """Parses a TRL preference record with `chosen`, `rejected` and optionally `prompt`.
 
-    It may be standard (strings), conversational (lists of messages), or a string as prompt with
-    messages as responses. The prompt may be explicit, repeated in the responses, or implicit (only
-    in the responses). Equal `score_chosen` and `score_rejected` (also inside `metadata`) are a tie
-    and give no pair.
+    The record may be standard (strings) or conversational (lists of messages), or it may combine a
+    string as the prompt with messages as responses. The prompt may be explicit, repeated in the
+    responses, or implicit (only in the responses). If `score_chosen` and `score_rejected` are equal
+    (also inside `metadata`), the pair is a tie and is skipped.
 
     Raises:
         DataError: a field is missing or has the wrong type, or a response is not the assistant's.
@@ -115,7 +115,7 @@ def select_preference(
     given = record.get("prompt")
     other_names = sorted({"instruction", "query", "question"} & record.keys())
     if "prompt" not in record and other_names:
-        # Otherwise the words at the start of both responses would count as the prompt.
+        # Otherwise, the common start of both responses would be treated as the prompt.
         raise where.error("prompt", f"is missing; rename the column {other_names[0]!r}")
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt, better, worse = _standard(record, given, where)
@@ -144,7 +144,7 @@ def select_preference(
 def _standard(
     record: Mapping[str, Any], given: Any, where: RecordRef
 ) -> tuple[list[Message], str, str]:
-    """Returns (prompt, chosen response, rejected response) of a record with string responses."""
+    """Returns (prompt, chosen response, rejected response) for a record with string responses."""
     chosen, rejected = where.text(record, "chosen"), where.text(record, "rejected")
     if isinstance(given, list):
         return where.messages(given, "prompt"), chosen.strip(), rejected.strip()
@@ -163,9 +163,9 @@ def _standard(
 
 
 def _shared_prefix(a: str, b: str) -> int:
-    """Length of the common prefix of two texts, cut back to a word boundary."""
+    """Returns the length of two texts' common prefix, shortened to a word boundary."""
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if length is None:  # one text is a prefix of the other: the end of the prompt is unknown
+    if length is None:  # one text is a prefix of the other, so the end of the prompt is unknown
         return 0
     while length and not a[length - 1].isspace():
         length -= 1
@@ -173,9 +173,9 @@ def _shared_prefix(a: str, b: str) -> int:
 
 
 def _whole_dialogue(given: Any, response: Any, field: str, where: RecordRef) -> list[Message]:
-    """Joins prompt and response into one dialogue that ends with an assistant message.
+    """Joins the prompt and response into one dialogue that ends with an assistant message.
 
-    The response may repeat the end of the prompt or all of it, or contain its own prompt.
+    The response may repeat all or the end of the prompt, or it may contain its own prompt.
     """
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]

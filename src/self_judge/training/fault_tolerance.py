@@ -1,11 +1,12 @@
-"""Fault tolerance of both trainers: a run killed at any moment resumes with the same numbers.
+"""Fault tolerance for both trainers, so that a killed run resumes with the same numbers.
 
 Checkpoints are complete or absent (`storage/atomic.py`) and are checked before a run resumes. They
-hold the metrics that are not logged yet. SIGTERM ends a run after its step. Numbers that are not
-finite never reach the weights. A run without such events is unchanged.
+contain the metrics that are not logged yet. SIGTERM ends a run after the current step. Non-finite
+numbers never reach the weights. A run without such events is unchanged.
 """
 
-# How a checkpoint is written. A kill at any line leaves no `checkpoint-20` or a complete one:
+# A checkpoint is written in these steps. If the run is killed in any of them, `checkpoint-20` is
+# either absent or complete:
 #
 #   .unfinished/checkpoint-20/...           the staging folder: weights, optimizer, random state,
 #                                           unlogged_0.json, ... (each process writes its files)
@@ -14,9 +15,9 @@ finite never reach the weights. A run without such events is unchanged.
 #   checkpoint-20/                          commit: one rename
 #   .unfinished/checkpoint-10.old           `save_total_limit`: old ones are renamed, then deleted
 #
-# The next start deletes `.unfinished` and resumes from the last folder that matches its manifest.
+# The next run deletes `.unfinished` and resumes from the last folder that matches its manifest.
 #
-# Why a resumed run logs the same numbers, with logging_steps 10 and a checkpoint at step 14:
+# A resumed run logs the same numbers, here with logging_steps 10 and a checkpoint at step 14:
 #
 #   steps     1 ........ 10 | 11 .. 14 # 15 .. 17 killed
 #                       log            └ checkpoint holds the sums of steps 11 to 14
@@ -82,18 +83,18 @@ SKIPPED = "skipped_steps"
 
 
 class NotFiniteError(FloatingPointError):
-    """Training stops because its numbers are not finite; the message names the first bad step."""
+    """Stops training because numbers are not finite. The message names the step."""
 
 
 class FaultToleranceMixin(Base):
-    """A mixin before a Transformers trainer.
+    """A mixin to list before a Transformers trainer.
 
     Attributes:
-        max_skipped_steps: training stops after this many skipped steps in a row: steps without a
-            finite gradient, or with `nothing_judged`.
+        max_skipped_steps: training stops after this many skipped steps in a row. A step is skipped
+            if its gradient is not finite or if `nothing_judged` is set.
         on_saved: called with every folder into which the model is saved, to add files to it.
-        nothing_judged: whether the current step has no pair that could be judged; set by the
-            trainer that judges.
+        nothing_judged: whether none of the step's pairs could be judged. The trainer that judges
+            sets it.
         stop_on_sigterm: whether SIGTERM ends training after the current step, with a checkpoint,
             instead of ending the process. The caller then checks `stopped_early`.
         stopped_early: whether SIGTERM ended the last call of `train`.
@@ -112,18 +113,18 @@ class FaultToleranceMixin(Base):
     _skipped = 0
 
     def _send_telemetry(self) -> None:
-        """Sends nothing: TRL would report the kind of model and machine to its authors."""
+        """Sends nothing. TRL would report the kind of model and machine to its authors."""
 
     # -- resuming ----------------------------------------------------------------------------------
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Like Transformers' `train`, but checks the checkpoint to resume from first.
+        """Like Transformers' `train`, but first checks the checkpoint to resume from.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last complete one in the
-                output folder.
+            resume_from_checkpoint: a checkpoint folder, or True for the last complete checkpoint in
+                the output folder.
 
         Raises:
             CheckpointError: the folder is not a complete checkpoint, or there is none.
@@ -136,7 +137,8 @@ class FaultToleranceMixin(Base):
             clear_unfinished(Path(str(self.args.output_dir)))
         self._skipped = 0
         self._before_training(Path(found) if found else None)
-        # Transformers seeds in the constructor only: draws made since then would change the run.
+        # Transformers sets the seed only in the constructor. Random draws since then would change
+        # the run.
         set_seed(self.args.seed)
         with _stopping(self), without_cudnn_attention():
             result = super().train(found, *args, **kwargs)
@@ -186,10 +188,10 @@ class FaultToleranceMixin(Base):
         return with_optimizer(path)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Resumed from a checkpoint of its last step, Transformers would do one more.
+        # If a run resumes from the checkpoint of its last step, Transformers would run one more.
         if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
-            if self.args.should_save:  # a kill may have come between the last checkpoint and this
+            if self.args.should_save:  # the run may have been killed after its last checkpoint
                 self._remove_surplus(Path(self._get_output_dir(None)))
             return
         super()._run_epoch(*args, **kwargs)
@@ -205,9 +207,9 @@ class FaultToleranceMixin(Base):
             return
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["processes"] != self.args.world_size:
-            return  # each process has its own sums, which another number of them cannot share
+            return  # each process has its own sums, which need the same number of processes
         self._tr_loss += kept["loss"]
-        # Transformers reports the mean loss of this call of `train`, without earlier steps.
+        # Transformers reports the mean loss for this call of `train`, without earlier steps.
         self._total_loss_scalar -= kept["loss"]
         self._globalstep_last_logged = kept["last_logged_step"]
         self._skipped = kept[SKIPPED]
@@ -234,8 +236,8 @@ class FaultToleranceMixin(Base):
     # -- saving ------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Like Transformers' `save_model`, but replaces each file only by a complete new one."""
-        if _internal_call:  # part of a checkpoint, which has a staging folder of its own
+        """Like Transformers' `save_model`, but replaces each file only with a complete new one."""
+        if _internal_call:  # part of a checkpoint, which has its own staging folder
             self._write_model(output_dir)
             return
         target = Path(output_dir or str(self.args.output_dir))
@@ -276,7 +278,7 @@ class FaultToleranceMixin(Base):
         if self.args.should_save:
             shutil.rmtree(staging / name, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        # While `_staging` is set, `_get_output_dir` sends Transformers' files there.
+        # While `_staging` is set, `_get_output_dir` makes Transformers write its files there.
         self._staging = staging
         try:
             with _writing(run_folder):
@@ -286,7 +288,7 @@ class FaultToleranceMixin(Base):
             self._staging = None
         if self.state.best_model_checkpoint == str(staging / name):
             self.state.best_model_checkpoint = str(run_folder / name)
-        # Every process has written its files before the first one seals and renames the folder.
+        # Every process must write its files before the main process seals and renames the folder.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with _writing(run_folder):
@@ -304,7 +306,7 @@ class FaultToleranceMixin(Base):
             super()._push_from_checkpoint(str(run_folder / name))
 
     def _remove_surplus(self, run_folder: Path) -> None:
-        """Removes the checkpoints beyond `save_total_limit`, chosen as Transformers does."""
+        """Removes the checkpoints beyond `save_total_limit`, like Transformers."""
         limit = self.args.save_total_limit
         if not limit or limit < 0:
             return
@@ -317,13 +319,13 @@ class FaultToleranceMixin(Base):
             remove(old)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # An upload runs in the background, so it waits for the final name of the folder.
+        # An upload runs in the background, so it starts when the folder has its final name.
         self._unsent = checkpoint_folder
 
     # -- numbers that are not finite ---------------------------------------------------------------
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Skips a step without a usable gradient: weights and optimizer stay unchanged."""
+        """Skips a step without a usable gradient. The weights and optimizer stay unchanged."""
         norm = super()._get_grad_norm(model, grad_norm)
         value = float(norm)
         learned = math.isfinite(value) and not self.nothing_judged
@@ -352,7 +354,7 @@ class FaultToleranceMixin(Base):
                 f"row: {what}. {weights}. Try a smaller learning_rate, or a dtype with more range "
                 "(float16 ends at 65,504)"
             )
-        # DeepSpeed steps the optimizer itself, and skips such steps itself.
+        # DeepSpeed steps the optimizer itself and also skips such steps.
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             model.zero_grad(set_to_none=True)
         return norm
@@ -372,10 +374,10 @@ class FaultToleranceMixin(Base):
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turns all errors of writing into one: torch and safetensors raise their own.
+    """Turns all write errors, including those of torch and safetensors, into an `OSError`.
 
     Raises:
-        OSError: in one line, with the last complete checkpoint.
+        OSError: writing failed; the message names the last complete checkpoint.
     """
     try:
         yield
@@ -384,9 +386,9 @@ def _writing(folder: Path) -> Iterator[None]:
         last, _ = latest_complete(folder)
         why = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
-            f"{folder} could not be written to ({why:.200}); "
+            f"cannot write to {folder} ({why:.200}); "
             + (f"{last} is complete" if last else "it has no complete checkpoint")
-            + ". Make room and start the same command again"
+            + ". Free some disk space and run the same command again"
         ) from error
 
 
@@ -394,14 +396,14 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 class StopAfterStep(TrainerCallback):
-    """Ends training, with a checkpoint, after the step in which any process gets SIGTERM.
+    """Ends training, with a checkpoint, after the step in which any process receives SIGTERM.
 
     Attributes:
-        asked: whether this process got the signal.
+        asked: whether this process received the signal.
         stopped: whether training ended because of it.
     """
 
-    # The signal reaches processes at different steps, so they agree at the end of each step:
+    # The processes may receive the signal in different steps, so they synchronize after each step:
     #
     #   process 0     step 7 ... step 8 ... SIGTERM ... step 9 ends: trigger ─┐
     #   process 1     step 7 ... step 8 ............... step 9 ends ──────────┴─> both save and stop
@@ -425,7 +427,7 @@ class StopAfterStep(TrainerCallback):
 
 @contextmanager
 def _stopping(trainer: Any) -> Iterator[None]:
-    """Within the block, SIGTERM ends training after the current step; see `stopped_early`.
+    """Makes SIGTERM end training after the current step; see `stopped_early`.
 
     Only the main thread receives signals. Transformers' `enable_jit_checkpoint` has its own
     handler.

@@ -308,7 +308,7 @@ def test_a_merged_adapter_in_memory_is_its_own_reference(
 
 
 def test_a_model_that_cannot_learn_is_refused(make: Make, model: Any) -> None:
-    with pytest.raises(ValueError, match="no parameter of the model takes gradients"):
+    with pytest.raises(ValueError, match="no parameter of the model requires gradients"):
         make(model=model.requires_grad_(False))
 
 

@@ -1,6 +1,6 @@
-"""SelfJudgeConfig: TRL's DPOConfig with the settings of sampling and judging.
+"""SelfJudgeConfig extends TRL's DPOConfig with the settings for sampling and judging.
 
-It holds values and their invariants; it loads no model and no data.
+It contains and validates values. It does not load models or data.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from self_judge.models import clamp_to_context
 
 @dataclass
 class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
-    """TRL's `DPOConfig` with the settings of sampling and judging (`SelfTrainingSettings`).
+    """TRL's `DPOConfig` with settings for sampling and judging (see `SelfTrainingSettings`).
 
     Raises:
-        ValueError: values that contradict each other or the method.
+        ValueError: values contradict each other or the method.
     """
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
 def as_self_judge_config(
     args: SelfJudgeConfig | TrainingArguments | None, model_name: str
 ) -> SelfJudgeConfig:
-    """The settings unchanged, or a plain `TrainingArguments` with the method's defaults."""
+    """Returns the settings, after adding the method's defaults to plain `TrainingArguments`."""
     if isinstance(args, SelfJudgeConfig):
         return args
     if args is None:
@@ -71,7 +71,7 @@ def as_self_judge_config(
 
 
 def with_values(args: SelfJudgeConfig, **values: Any) -> SelfJudgeConfig:
-    """A copy with other values, checked again; `None` leaves a setting unchanged."""
+    """Returns a validated copy with other values; `None` leaves a setting unchanged."""
     changed = copy.copy(args)
     for key, value in values.items():
         if value is not None:
@@ -85,5 +85,5 @@ def trusts_code(config: SelfJudgeConfig) -> bool:
 
 
 def for_model(config: SelfJudgeConfig, model: Any) -> SelfJudgeConfig:
-    """The settings, with `max_length` within the model's context."""
+    """Limits `max_length` to the model's context."""
     return with_values(config, max_length=clamp_to_context(model.config, config.max_length))

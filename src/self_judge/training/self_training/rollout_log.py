@@ -1,6 +1,6 @@
-"""The log of rollouts: metrics over all processes, a file per step, a table on the console.
+"""Logs rollouts as metrics over all processes, one file per step, and a table on the console.
 
-It reads judged pairs. It does not sample, judge or train.
+This module reads judged pairs. It does not sample, judge or train.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from self_judge.training.self_training.rollouts import Rollout
 
 
 def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> dict[str, float]:
-    """Sums over rollouts, to be added over processes and divided by `rollout_metrics`."""
+    """Returns sums over rollouts. After adding those of all processes, see `rollout_metrics`."""
     judged = [r.verdict for r in rollouts if r.decided and r.verdict is not None]
     lengths = [len(x.ids) for r in rollouts for x in (r.chosen, r.rejected)]
     totals = {
@@ -50,7 +50,7 @@ def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> di
 
 
 def is_broken(rollout: Rollout) -> bool:
-    """Whether a failure makes the pair useless: an empty response, or scores not finite."""
+    """Returns whether an empty response or a non-finite score makes the pair unusable."""
     if not (rollout.chosen.ids and rollout.rejected.ids):
         return True
     verdict = rollout.verdict
@@ -58,9 +58,9 @@ def is_broken(rollout: Rollout) -> bool:
 
 
 def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
-    """The logged means, from (summed) `rollout_totals`.
+    """Computes the logged means from the sums of `rollout_totals`.
 
-    Margin, order agreement and win rates are means over decided pairs; the win rate of a principle
+    Margin, order agreement and win rates are means over decided pairs. The win rate of a principle
     is the share of pairs in which it agrees with the verdict.
     """
     decided, responses = max(totals["decided"], 1.0), max(totals["responses"], 1.0)
@@ -88,12 +88,12 @@ def write_rollouts(
     principles: Sequence[str],
     decode: Callable[[Sequence[int]], str],
 ) -> None:
-    """Writes one JSON line per rollout; the file is complete or absent.
+    """Writes one JSON line per rollout. The file is complete or absent.
 
     Args:
-        step: the optimizer step that learns from them, counted from 1.
-        principles: names of the principles, in the order of a verdict's probabilities.
-        decode: turns the ids of a prompt into text, including control tokens.
+        step: the optimizer step that learns from the rollouts, counted from 1.
+        principles: the names of the principles, in the order of a verdict's probabilities.
+        decode: decodes the ids of a prompt to text, including control tokens.
     """
     with atomic_write(path) as file:
         for rollout in rollouts:
@@ -120,7 +120,7 @@ def _as_json(rollout: Rollout) -> dict[str, Any]:
         "decided": rollout.decided,
         "margin": verdict.margin if rollout.decided and verdict else None,
         "orders_agree": verdict.orders_agree if verdict else None,
-        # JSON has no NaN: numbers that are not finite become null.
+        # JSON has no NaN, so non-finite numbers become null.
         "probabilities": [
             [[p if math.isfinite(p) else None for p in letters] for letters in orders]
             for orders in verdict.probabilities
@@ -147,24 +147,24 @@ def kl_estimate(
     undecidable: Sequence[float],
     beta: float,
 ) -> float | None:
-    """KL(policy ‖ reference) in nats per response, estimated from numbers that the loss computes.
+    """Estimates KL(policy ‖ reference) in nats per response from numbers that the loss computes.
 
     The policy itself sampled both responses of a pair, so the mean of log π(y|x) − log π_ref(y|x)
-    over them estimates the divergence without further passes (the estimator k1 of Schulman,
-    "Approximating KL Divergence"). It is unbiased for K = 2 at temperature 1 and top_p 1; with
-    K > 2 only the best and the worst response count. Undecidable pairs have empty rows, so their
-    reward is 0, and the share of decided pairs corrects for them.
+    over them estimates the divergence without further forward passes (this is the estimator k1 in
+    Schulman, "Approximating KL Divergence"). It is unbiased for K = 2 at temperature 1 and top_p 1.
+    With K > 2, only the best and the worst response count. Undecidable pairs have empty rows and
+    therefore a reward of 0, which dividing by the share of decided pairs corrects.
 
     Args:
-        chosen_rewards, rejected_rewards: β (log π − log π_ref), means over batches of equal size.
-        undecidable: share of undecidable pairs per optimizer step.
+        chosen_rewards, rejected_rewards: means of β (log π − log π_ref) over equally large batches.
+        undecidable: the share of undecidable pairs in each optimizer step.
         beta: β.
 
     Returns:
-        The estimate, or `None` without decided pairs.
+        The estimate, or `None` if there are no decided pairs.
     """
-    # Rewards .3 and -.1 with β = .1: (.3 - .1) / (2·.1) = 1 nat. With half of the pairs undecidable
-    # the means are .15 and -.05, and (.15 - .05) / (2·.1·.5) is 1 nat again.
+    # For rewards .3 and -.1 with β = .1, it is (.3 - .1) / (2·.1) = 1 nat. If half of the pairs are
+    # undecidable, the means are .15 and -.05, and (.15 - .05) / (2·.1·.5) is also 1 nat.
     if not (chosen_rewards and rejected_rewards and undecidable):
         return None
     decided = 1.0 - sum(undecidable) / len(undecidable)
@@ -177,7 +177,7 @@ def kl_estimate(
 
 
 def add_kl_estimate(metrics: dict[str, list[float]], beta: float) -> None:
-    """Adds `objective/kl` to the metrics since the last log, where `kl_estimate` finds one."""
+    """Adds `objective/kl` to the metrics since the last log, if `kl_estimate` returns a value."""
     names = ("rewards/chosen", "rewards/rejected", "judge/undecidable")
     chosen, rejected, undecidable = (metrics.get(name, ()) for name in names)
     kl = kl_estimate(chosen, rejected, undecidable, beta)
@@ -192,7 +192,7 @@ def keep_rollouts(
     args: SelfJudgeConfig,
     decode: Callable[[Sequence[int]], str],
 ) -> None:
-    """Writes a step's rollouts under the output folder, and thins earlier steps' files."""
+    """Writes a step's rollouts to the output folder and removes some files of earlier steps."""
     folder = Path(str(args.output_dir))
     write_rollouts(
         rollout_file(folder, step), rollouts[: args.rollout_pairs], step, principles, decode
@@ -203,9 +203,9 @@ def keep_rollouts(
 def metrics_over_processes(
     rollouts: Sequence[Rollout], principles: Sequence[str], accelerator: Accelerator
 ) -> tuple[dict[str, float], bool]:
-    """The metrics of a step over all processes, and whether all its rollouts are broken.
+    """Returns a step's metrics over all processes and whether all its rollouts are broken.
 
-    Every process must call it.
+    Every process must call this function.
     """
     totals = rollout_totals(rollouts, principles)
     lengths = [float(len(x.ids)) for r in rollouts for x in (r.chosen, r.rejected)]
@@ -222,7 +222,7 @@ def metrics_over_processes(
 
 
 def pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:
-    """Sampled pairs with their margins, for the console."""
+    """Returns a table of sampled pairs with their margins for the console."""
     table = Table(title=f"sampled pairs at step {step}", show_lines=True)
     for heading in ("context", "chosen", "rejected"):
         table.add_column(heading, ratio=1, overflow="fold")
@@ -230,6 +230,6 @@ def pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:
     for r in rollouts:
         margin = f"{r.verdict.margin:+.3f}" if r.decided and r.verdict else "undecidable"
         shown = (r.context[-400:], r.chosen.text[:400], r.rejected.text[:400])
-        # Text, not markup: brackets in a response stay brackets.
+        # Use text and not markup, so that brackets in a response are printed unchanged.
         table.add_row(*(Text(neutral(s)) for s in shown), margin)
     return table

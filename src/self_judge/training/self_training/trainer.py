@@ -1,6 +1,6 @@
-"""SelfJudgeTrainer: TRL's DPOTrainer whose batches are the policy's own judged responses.
+"""SelfJudgeTrainer is TRL's DPOTrainer with batches of the policy's own judged responses.
 
-It replaces only the source of the batches; losses, metrics, PEFT, distributed preparation and
+It replaces only the source of the batches. Losses, metrics, PEFT, distributed preparation and
 checkpoints are inherited. Its forward passes share prefixes (`packing/fused_head.py`) and return
 the same numbers at the same indices. `rollouts.py` samples and judges the pairs.
 """
@@ -9,8 +9,8 @@ the same numbers at the same indices. `rollouts.py` samples and judges the pairs
 #
 #   get_batch_samples           prompts of micro-batches 0 and 1, numbered
 #   [training_step] 0
-#     _prepare_inputs           first of the step: samples and judges the prompts of both
-#       _rolled_out             micro-batches, then asks the reference for all their pairs
+#     _prepare_inputs           first of the step: samples and judges for both micro-batches,
+#       _rolled_out             then computes the reference's log-probabilities of all pairs
 #     [_compute_loss]           TRL's DPO loss on micro-batch 0
 #   [training_step] 1
 #     _prepare_inputs           the second batch, prepared above
@@ -93,27 +93,27 @@ logger = logging.getLogger(__name__)
 
 
 class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
-    """On-policy self-training: sample, judge with the frozen initial model, update by DPO.
+    """Samples responses, judges them with the frozen initial model, and updates by DPO.
 
-    It takes the arguments of `DPOTrainer` and those of the method, which override `args`:
+    The arguments are those of `DPOTrainer` and those of the method, which override `args`.
 
     Args:
         model: a name or folder, a model, or a `PeftModel` whose adapter is trained further.
-        args: a `SelfJudgeConfig`, or a plain `TrainingArguments`.
+        args: a `SelfJudgeConfig` or a plain `TrainingArguments`.
         processing_class, tokenizer: the tokenizer, under either name.
         train_dataset: rows with `query` (the text that the model continues) and `context` (the
             judge's context; default: the query), or with a conversational `prompt`.
-        eval_dataset: the same with `chosen` and `rejected`: the response alone, or query +
-            response, or messages.
+        eval_dataset: the same rows with `chosen` and `rejected`, each as the response alone, as
+            query + response, or as messages.
         judge_templates: `{principle: {system, user, assistant}}`; default: the `judge.json` that
-            JSFT saved beside the model.
+            JSFT saved with the model.
         token_id_a, token_id_b: checked against the ids derived from the tokenizer, if given.
         ref_model: the judge and reference; default: a frozen copy of the given model, or the model
-            with its new adapter off.
+            with its new adapter disabled.
         encoder: a `ChatEncoder`, for a chat template other than the tokenizer's or the saved one.
 
     Raises:
-        ValueError: settings, templates or data cannot work; the message says which and why.
+        ValueError: settings, templates or data are invalid; the message says which and why.
     """
 
     args: SelfJudgeConfig
@@ -214,13 +214,13 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         self._set_up(config, letters)
 
     def _set_up(self, config: SelfJudgeConfig, letters: tuple[int, int]) -> None:
-        """Sets up the judge, packing and rollouts, once TRL has placed the models."""
+        """Sets up the judge, packing and rollouts after TRL has placed the models."""
         check_processes(self.accelerator)
         lighten(self.model)
         keep_freed_memory(self.accelerator.device)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
-                "no parameter of the model takes gradients (PEFT leaves a merged model frozen): "
+                "no parameter of the model requires gradients (PEFT leaves a merged model frozen): "
                 "call model.requires_grad_(True), or pass a peft_config"
             )
         if self.ref_model is not None:
@@ -234,7 +234,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         one_pass = needs_one_pass(self.accelerator.distributed_type)
         self.vllm = self._vllm_rollouts() if config.use_vllm else None
         # The judge is the frozen reference: a separate model, or the policy's own base. In the
-        # latter case `_reference` turns the adapter off while the judge runs.
+        # latter case, `_reference` disables the adapter while the judge runs.
         here = self.ref_model if self.ref_model is not None else self.model
         self.judge = Judge(
             self.vllm.scorer() if self.vllm is not None and self.vllm.judges else here,
@@ -247,8 +247,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             packing=config.packing,
             batch_tokens=tokens,
         )
-        # Both forwards are packed; the policy's packing, set last, tells whether a step can be
-        # computed at once.
+        # The forward passes of both models are packed. The policy's packing, which is set last,
+        # determines whether a step can be computed at once.
         self.packing: Packing | None = None
         for own in (self.ref_model, self.model):
             if own is not None:
@@ -256,7 +256,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
                     own, config.packing, one_pass=one_pass, batch_tokens=tokens
                 )
         self.max_over_ranks = max_over_ranks(self.accelerator)
-        # A sharded judge: all processes must make the same number of passes.
+        # If the judge is sharded, all processes must run the same number of passes.
         scorer, lockstep = self.judge.scorer, None
         if self.max_over_ranks is not None and isinstance(scorer, TransformersScorer):
             scorer.packing = lockstep = LockstepPacking(
@@ -299,7 +299,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Numbers all micro-batches of the next optimizer step.
 
-        `_prepare_inputs` rolls them all out at the first one. That does not happen here, because
+        `_prepare_inputs` rolls out all of them at the first one. This does not happen here, because
         resuming from a checkpoint restores the random state only after this prefetch.
         """
         # With rollouts ahead, the pipeline reads the next step's prompts as well, and servers
@@ -328,7 +328,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         return super()._prepare_inputs(dict(self._step_inputs[number]))
 
     def _rolled_out(self, batches: Sequence[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-        """TRL's batch for each micro-batch of the step, with the reference's log-probabilities."""
+        """Returns TRL's batch for each micro-batch, with the reference's log-probabilities."""
         with self.vllm.awake() if self.vllm is not None else nullcontext():
             rollouts = self._roll_out(batches)
         inputs = [self._preference_batch(own) for own in rollouts]
@@ -351,10 +351,10 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     ) -> None:
         """Adds the reference's log-probabilities to the batches, under the keys of TRL's loss.
 
-        Packing makes passes of its own size, so it gets the whole step at once. Without packing,
-        and for a model that processes share, each micro-batch is one pass.
+        Packing chooses its own pass size, so it gets the whole step at once. Without packing, and
+        for a model that several processes share, each micro-batch is one pass.
         """
-        # Chosen and rejected log-probabilities of all pairs of the step, then split by micro-batch.
+        # Chosen and rejected log-probabilities of all pairs in the step, then split by micro-batch.
         together = self.packing is not None and not self.packing.shape.one_pass
         asked = [self._preference_batch([r for own in rollouts for r in own])]
         reference = self.ref_model if self.ref_model is not None else self.model
@@ -373,11 +373,11 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
 
     @contextmanager
     def _sampler(self) -> Iterator[Sampler]:
-        """A sampler from the current policy."""
+        """Provides a sampler for the current policy."""
         if self.vllm is not None:
             yield self.vllm.sampler(self._reference())
             return
-        # In training mode, generation with gradient checkpointing would silently drop the cache.
+        # In training mode with gradient checkpointing, generation would silently drop the cache.
         checkpointing: dict[str, Any] = {}
         if not BEFORE_FUSED_HEAD:  # earlier versions of TRL have no such argument
             checkpointing["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
@@ -424,7 +424,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             if self.accelerator.is_main_process:
                 Console().print(pairs_table(self._shown[:4], self.state.global_step))
             self._shown = []
-        # Averaged or reweighted log-probabilities are not those of a response.
+        # Averaged or reweighted log-probabilities do not give the KL divergence.
         if self.model.training and self.args.ld_alpha is None and not self._averages():
             add_kl_estimate(self._metrics["train"], self.beta)
         super().log(logs, start_time)
@@ -436,7 +436,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         save_judge_settings(folder, self.encoder, self.judge_templates, self.judge.letter_ids)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        # Training batches hold the reference's log-probabilities; evaluation computes them here.
+        # Training batches contain the reference's log-probabilities. Evaluation computes them here.
         self.precompute_ref_logps = "ref_chosen_logps" in inputs
         try:
             result = super()._compute_loss(model, inputs, return_outputs)
