@@ -125,8 +125,8 @@ def load_model(
     base_name, base_revision, adapters = adapter_chain(name_or_path, revision)
     if adapters and load_in_4bit and merge:
         raise ModelError(
-            f"{name_or_path} is an adapter, and rounding would lose it in 4-bit weights: merge it first "
-            "(load_model(folder).save_pretrained(another)) and load the merged model"
+            f"{name_or_path} is an adapter, and rounding would lose it in 4-bit weights: merge it "
+            "first (load_model(folder).save_pretrained(another)) and load the merged model"
         )
     model = _load_base(base_name, {**common, "revision": base_revision})
     if load_in_4bit:

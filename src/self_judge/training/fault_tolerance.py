@@ -59,9 +59,9 @@ from self_judge.storage.atomic import (
     remove,
     seal,
 )
-from self_judge.storage.repository import refuse_overwriting
 from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
 from self_judge.training.saved_weights import (
+    check_arguments,
     check_configuration,
     check_same_adapter,
     check_saved,
@@ -148,10 +148,7 @@ class FaultToleranceMixin(Base):
     def _before_training(self, checkpoint: Path | None) -> None:
         """Finds errors that would otherwise appear at the first save, or never."""
         model: Any = self.model
-        for name, value in vars(self.args).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} is {value}: give a finite number")
-        refuse_overwriting([str(self.args.output_dir)], filter(None, [model.name_or_path]))
+        check_arguments(self.args, model)
         self._data = data_fingerprint(self.train_dataset)
         if is_sharded(self.args):
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 
 from self_judge.errors import CheckpointError, ModelError
 from self_judge.runtime import unwrapped
 from self_judge.storage.atomic import write_json
+from self_judge.storage.repository import refuse_overwriting
 from self_judge.training.reference import ReferenceCheck, probe_logits
 
 # Another value of these gives an adapter with other weights.
@@ -43,6 +46,15 @@ def _is_finite(parameter: torch.Tensor) -> bool:
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     # A sum is not finite if any weight is not. One number replaces a mask as large as the weights.
     return bool(torch.isfinite(local.detach().sum(dtype=torch.float64)))
+
+
+def check_arguments(args: TrainingArguments, model: nn.Module) -> None:
+    """Raises `ValueError` if a number is not finite or the output folder is the model's own."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: give a finite number")
+    inner: Any = unwrapped(model)
+    refuse_overwriting([str(args.output_dir)], filter(None, [inner.name_or_path]))
 
 
 def check_configuration(model: nn.Module, folder: Path) -> None:
