@@ -35,6 +35,7 @@ from self_judge.evaluation.statistics import (
 )
 from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.prompting.thoughts import answer_of
 from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import read_journal
 
@@ -172,7 +173,7 @@ def _sample(
             seeds = [stable_seed(job.seed, side, index) for index, _ in batch]
             sampled = sampler.sample(ids, 1, seeds)
             return [
-                {"prompt": list(prompt), "response": answer.text, "finished": answer.finished}
+                {"prompt": list(prompt), "response": answer.judged, "finished": answer.finished}
                 for (_, prompt), (answer,) in zip(batch, sampled, strict=True)
             ]
 
@@ -219,14 +220,16 @@ def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
     consistent: Counter[float] = Counter()
     lengths: list[tuple[int, int]] = []
     finished: tuple[list[bool], list[bool]] = ([], [])
-    agree = undecidable = 0
+    reasons: Counter[str] = Counter()
+    agree = 0
     for line in read_journal(pairs):
         verdict = verdict_from_json(line["verdict"])
         plain.append(_win(verdict))
         consistent[_win(verdict) if verdict.orders_agree else 0.5] += 1
-        lengths.append((len(line["response_a"]), len(line["response_b"])))
+        a, b = (len(answer_of(line[f"response_{side}"]) or "") for side in "ab")
+        lengths.append((a, b))
         agree += verdict.orders_agree
-        undecidable += verdict.preferred is None
+        reasons.update(filter(None, [verdict.undecidable_because]))
         for kept, ended in zip(finished, line["finished"], strict=True):
             if ended is not None:
                 kept.append(ended)
@@ -252,7 +255,8 @@ def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
         },
         "longer_wins_all": estimate_json(proportion(longer, len(plain))),
         "order_agreement": estimate_json(proportion(agree, len(plain))),
-        "undecidable": undecidable / len(plain),
+        "undecidable": reasons.total() / len(plain),
+        "undecidable_because": dict(reasons),
         "characters": {
             side: estimate_json(bootstrap_mean([pair[k] for pair in lengths], seed))
             for k, side in enumerate("ab")
@@ -289,6 +293,10 @@ def _table(results: Mapping[str, Any]) -> Table:
             None,
             row("orders agree", results["order_agreement"]),
             ("undecidable", number(results["undecidable"])),
+            *(
+                (f"undecidable, {why}", f"{count:,} pairs")
+                for why, count in results["undecidable_because"].items()
+            ),
             None,
             *(row(f"characters, {side}", results["characters"][side], 0) for side in "ab"),
             *(

@@ -22,11 +22,12 @@ from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import Bracket, judged_knockouts
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.prompting.thoughts import with_answers
 from self_judge.storage.jsonl import parse_lines
 
 # Lines per chunk: the judge processes all their matches of a round together.
 CHUNK = 256
-ADDED = ("responses", "winner", "response", "principles", "bracket")
+ADDED = ("responses", "winner", "response", "unanswered", "principles", "bracket")
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class TournamentJob:
             seeds = [stable_seed(self.seed, "sample", entry.number) for entry in missing]
             sampled = iter(sampler().sample(prompts, self.n, seeds))
         return [
-            [response.text for response in next(sampled)] if entry.responses is None
+            [response.judged for response in next(sampled)] if entry.responses is None
             else entry.responses
             for entry in entries
         ]  # fmt: skip
@@ -182,13 +183,19 @@ def played_line(
     bracket: Bracket,
     principles: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """A line with its winner; with `principles`, also with the bracket."""
+    """A line with its winner; with `principles`, also with the bracket.
+
+    `unanswered`, if there are any, are the indices of responses whose thought never ends.
+    """
     written = {
         **line,
         "responses": list(responses),
         "winner": bracket.winner,
         "response": responses[bracket.winner],
     }
+    answered = with_answers(responses)
+    if len(answered) < len(responses):
+        written["unanswered"] = [k for k in range(len(responses)) if k not in answered]
     if principles is not None:
         written["principles"] = list(principles)
         written["bracket"] = bracket_json(bracket)

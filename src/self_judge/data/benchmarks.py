@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from self_judge.data.files import is_saved_dataset, read_raw, reader_of, split_of
-from self_judge.data.records import RecordRef, judge_context
+from self_judge.data.records import RecordRef, judge_context, pair_problem
 from self_judge.data.sources import PARSERS, kind_of
 from self_judge.datatypes import Comparison
 from self_judge.errors import DataError
@@ -265,8 +265,8 @@ def _pair(
     where: RecordRef, context: str, a: str, b: str, label: Label, subset: str = ""
 ) -> LabeledComparison | str:
     # Empty responses are kept, since people have rated them.
-    if a == b:
-        return "pair: identical responses"
+    if problem := pair_problem(a, b):
+        return f"pair: {problem}"
     comparison = Comparison(context, a, b)
     return LabeledComparison(comparison, label, subset, None, where.source, where.index)
 

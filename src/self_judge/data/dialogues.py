@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from self_judge.data.records import Parsed, RecordRef, merge_turns
+from self_judge.data.records import Parsed, RecordRef, merge_turns, pair_problem
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
+from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _LAST_ANSWER = "\n\nAssistant:"
@@ -83,8 +84,8 @@ def _split_dialogue(turns: list[Message]) -> tuple[tuple[Message, ...], str, str
     """Returns (prompt, last answer, problem); problem is empty if there is none."""
     if turns[-1]["role"] != "assistant":
         return (), "", "the dialogue does not end with an answer"
-    if not turns[-1]["content"]:
-        return (), "", "empty response"
+    if problem := _response_problem(turns[-1]["content"]):
+        return (), "", problem
     *prompt, answer = merge_turns(turns)
     if not prompt or prompt[0]["role"] != "user":
         return (), "", "empty prompt"
@@ -92,9 +93,12 @@ def _split_dialogue(turns: list[Message]) -> tuple[tuple[Message, ...], str, str
 
 
 def _pair_problem(chosen: str, rejected: str) -> str:
-    if not rejected:
-        return "empty response"
-    return "identical responses" if chosen == rejected else ""
+    return _response_problem(rejected) or pair_problem(chosen, rejected)
+
+
+def _response_problem(text: str) -> str:
+    answer = answer_of(text)
+    return NO_ANSWER if answer is None else "" if answer.strip() else "empty response"
 
 
 def select_preference(
@@ -132,8 +136,8 @@ def select_preference(
         return Parsed(None, (f"record: {'no common prompt' if given is None else 'empty prompt'}",))
     if prompt[-1]["role"] != "user":
         raise where.error("prompt", f"ends with role {prompt[-1]['role']!r}, expected 'user'")
-    if not better:
-        return Parsed(None, ("record: empty response",))
+    if problem := _response_problem(better):
+        return Parsed(None, (f"record: {problem}",))
     problem = "" if same_prompt else _DIFFERENT_PREFIX
     problem = problem or _score_problem(record, where) or _pair_problem(better, worse)
     pairs = (LabeledPair(better, worse),) if with_pairs and not problem else ()

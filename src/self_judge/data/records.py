@@ -15,6 +15,7 @@ from typing import Any
 from self_judge.datatypes import Message, PreferenceRecord
 from self_judge.errors import DataError
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -69,6 +70,14 @@ def merge_turns(messages: Iterable[Message]) -> list[Message]:
         else:
             merged.append(message)
     return merged
+
+
+def pair_problem(chosen: str, rejected: str) -> str:
+    """Why two responses cannot be a pair to judge, by what a judge sees of them; else `""`."""
+    better, worse = answer_of(chosen), answer_of(rejected)
+    if better is None or worse is None:
+        return NO_ANSWER
+    return "identical responses" if better == worse else ""
 
 
 @dataclass(frozen=True, slots=True)
