@@ -153,6 +153,8 @@ def _results(
     }
     write_json(output / RESULTS, results)
     console.print(_table(results))
+    for reason, count in results["undecidable_because"].items():
+        say(console, f"undecidable, {reason}: {count:,}")
     say(console, f"written to {output}: {RESULTS}, {PAIRS}")
     return results
 
@@ -293,10 +295,6 @@ def _table(results: Mapping[str, Any]) -> Table:
             None,
             row("orders agree", results["order_agreement"]),
             ("undecidable", number(results["undecidable"])),
-            *(
-                (f"undecidable, {why}", f"{count:,} pairs")
-                for why, count in results["undecidable_because"].items()
-            ),
             None,
             *(row(f"characters, {side}", results["characters"][side], 0) for side in "ab"),
             *(

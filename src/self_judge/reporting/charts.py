@@ -32,6 +32,7 @@ class Chart:
             that ends in `/` stands for every metric with this prefix, named by the rest.
         format: `percent`, or plain numbers.
         reference: the value of a dotted line.
+        maybe: further lines, of metrics that only some runs log.
     """
 
     section: tuple[str, str]
@@ -41,6 +42,7 @@ class Chart:
     about: str
     format: str | None = None
     reference: float | None = None
+    maybe: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def prefix(self) -> str | None:
@@ -49,7 +51,7 @@ class Chart:
 
     def to_dict(self) -> dict[str, Any]:
         """The chart as data for the page's script."""
-        named = {} if self.prefix else self.lines
+        named = {} if self.prefix else {**self.lines, **self.maybe}
         lines = [{"key": key, "label": label} for key, label in named.items()]
         return {**dataclasses.asdict(self), "lines": lines, "prefix": self.prefix}
 
@@ -88,16 +90,16 @@ CHARTS = (  # in the order of the page
           "Share of decided pairs in which a principle agrees with the verdict.", PERCENT),
     Chart(RESPONSES, "length", "Response length",
           {"completions/mean_length": "all", "completions/chosen_length": "chosen",
-           "completions/rejected_length": "rejected", "completions/thought_length": "thought"},
-          "Tokens of an answer. If chosen stays above rejected, the policy learns length."),
+           "completions/rejected_length": "rejected"},
+          "Tokens of an answer. If chosen stays above rejected, the policy learns length.",
+          maybe={"completions/thought_length": "thought"}),
     Chart(RESPONSES, "drift", "Length against the reference",
           {"completions/length_drift": "ratio"},
           "Mean length divided by that of the first log, when the policy equals the reference.",
           reference=1.0),
-    Chart(RESPONSES, "finished", "Finished responses",
-          {"completions/finished": "finished", "completions/unanswered": "without an answer"},
+    Chart(RESPONSES, "finished", "Finished responses", {"completions/finished": "finished"},
           "Share of responses that the model ended itself; the others are cut at the limit.",
-          PERCENT),
+          PERCENT, maybe={"completions/unanswered": "a thought without an end"}),
     Chart(JSFT, "jsft-loss", "JSFT: loss", {"loss": "training", "eval_loss": HELD_OUT},
           "Cross-entropy per trained token, of SFT and judge examples together."),
     Chart(JSFT, "jsft-accuracy", "JSFT: token accuracy",
