@@ -22,6 +22,7 @@ from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import Bracket, judged_knockouts
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.prompting.messages import content_of, lost
 from self_judge.prompting.thoughts import with_answers
 from self_judge.storage.jsonl import parse_lines
 
@@ -253,9 +254,14 @@ def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, list) and all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
     ):
-        messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
+        for message in prompt:
+            if what := lost(message):
+                raise ValueError(f"{where}: a message of 'prompt' has {what}, which is no text")
+        messages = [{"role": m["role"], "content": content_of(m)} for m in prompt]
+        if not all(isinstance(m["content"], str) for m in messages):
+            raise ValueError(f"{where}: a message of 'prompt' has no text as content")
     elif prompt is not None:
         raise ValueError(f"{where}: 'prompt' must be a string or a list of messages")
     if context is None and messages:

@@ -19,7 +19,7 @@ from self_judge.data.files import is_saved_dataset, read_raw, reader_of, split_o
 from self_judge.data.records import RecordRef, judge_context, pair_problem
 from self_judge.data.sources import PARSERS, kind_of
 from self_judge.datatypes import Comparison
-from self_judge.errors import DataError
+from self_judge.errors import DataError, UnusableRecordError
 from self_judge.prompting.judge_templates import dialogue_text
 
 Label = Literal["a", "b", "tie"]
@@ -93,7 +93,7 @@ def read_comparisons(
             raise DataError(f"{label}: there are no records")
         select = _reader_of(first, label)
         for index, record in enumerate(chain([first], records)):
-            for found in select(record, RecordRef(label, index)):
+            for found in _usable(select(record, RecordRef(label, index))):
                 if isinstance(found, str):
                     skipped[found] += 1
                 else:
@@ -163,6 +163,13 @@ def _reader_of(record: Mapping[str, Any], label: str) -> _Reader:
             "(input, targets)"
         ) from None
     return partial(_parsed, kind)
+
+
+def _usable(found: _Found) -> _Found:
+    try:
+        yield from found
+    except UnusableRecordError as error:
+        yield f"record: {error.reason}"
 
 
 def _llmbar(record: Mapping[str, Any], where: RecordRef) -> _Found:

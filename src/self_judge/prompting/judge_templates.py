@@ -13,6 +13,7 @@ from typing import Any
 
 from self_judge.datatypes import Comparison, Message
 from self_judge.errors import TemplateError
+from self_judge.prompting.messages import content_of
 from self_judge.prompting.thoughts import answer_of
 
 _COMPARISON_FIELDS = ("context", "response_a", "response_b")
@@ -193,7 +194,7 @@ def dialogue_text(messages: Sequence[Message]) -> str:
     tell the turns apart: `"Human: …\\n\\nAssistant: …\\n\\nHuman: …"`. Thoughts are left out.
     """
     if len(messages) == 1 and messages[0]["role"] == "user":
-        return messages[0]["content"].strip()
+        return _shown(messages[0]).strip()
     return "\n\n".join(
         f"{_ROLE_LABELS.get(m['role'], m['role'].capitalize())}: {_shown(m).strip()}"
         for m in messages
@@ -201,7 +202,7 @@ def dialogue_text(messages: Sequence[Message]) -> str:
 
 
 def _shown(message: Message) -> str:
-    return (answer_of if message["role"] == "assistant" else str)(message["content"]) or ""
+    return (answer_of if message["role"] == "assistant" else str)(content_of(message)) or ""
 
 
 def turns_of(context: str) -> list[str]:
