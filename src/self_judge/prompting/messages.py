@@ -46,8 +46,9 @@ def content_of(message: Mapping[str, Any]) -> Any:
     content = message["content"]
     if not isinstance(content, list):
         return content
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-    return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else content
+    given = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    texts = [text for text in given if isinstance(text, str)]
+    return "".join(texts) if given and len(texts) == len(given) else content
 
 
 def _type(part: Any) -> Any:
