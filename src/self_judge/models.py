@@ -5,19 +5,21 @@ It knows files and weights. It does not know data, prompts or training.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import logging
 import os
 import shlex
 import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,12 +27,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from self_judge.errors import ModelError, _lines, in_a_line, is_missing
 from self_judge.runtime import own_device, unwrapped
+from self_judge.storage.repository import repository_file, same_path
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,14 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Loads a tokenizer; a tokenizer without a padding token pads with EOS.
 
+    An adapter without a tokenizer of its own uses that of its base.
+
     Padding with EOS is safe, since loss masks are built together with the ids, never by searching
     for a token.
     """
+    config = adapter_config(name_or_path, revision)
+    if config and not repository_file(name_or_path, "tokenizer_config.json", revision):
+        name_or_path, revision = str(config.base_model_name_or_path), config.revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(name_or_path), revision=revision, trust_remote_code=trust_remote_code
@@ -83,7 +89,7 @@ def load_model(
     """Loads a causal language model, or an adapter together with the base it names.
 
     Args:
-        name_or_path: a Hub name or a folder; a folder with `adapter_config.json` is an adapter.
+        name_or_path: a Hub name or a folder; with an `adapter_config.json`, it is an adapter.
         device: device of the weights; `"auto"` is `own_device()`, for sampling and judging. `None`
             is for training and keeps Transformers' default (the CPU; 4-bit weights: the current
             GPU), from where the trainer moves them.
@@ -96,9 +102,9 @@ def load_model(
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ModelError: there is no model at that name or path, its weights are pickled (loading them
-            could run code), an adapter does not fit its base or would be merged into 4-bit weights,
-            or bitsandbytes is needed but not installed.
+        ModelError: there is no model at that name or path, its files lack weights or have surplus
+            ones, they are pickled (loading them could run code), an adapter does not fit its base
+            or would be merged into 4-bit weights, or bitsandbytes is needed but not installed.
     """
     refuse_pickle(name_or_path)
     if device == "auto":
@@ -116,47 +122,140 @@ def load_model(
         **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         **kwargs,
     }
-    path = Path(name_or_path)
-    if not (path / "adapter_config.json").is_file():
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(str(name_or_path), **common)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = why(name_or_path, error)
-            raise ModelError(f"cannot load a model from {name_or_path}: {reason}") from error
-        if load_in_4bit:
-            _keep_trainable(loaded)
-        if device is not None and loaded.device != torch.device(device):
-            loaded.to(torch.device(device))  # type: ignore[arg-type]
-        return loaded
-    if load_in_4bit and merge:
+    base_name, base_revision, adapters = adapter_chain(name_or_path, revision)
+    if adapters and load_in_4bit and merge:
         raise ModelError(
-            f"{path} is an adapter, and merging it into 4-bit weights would round it away: merge "
-            "it first (load_model(folder).save_pretrained(another)) and load the merged model"
+            f"{name_or_path} is an adapter, and merging it into 4-bit weights would round it away: "
+            "merge it first (load_model(folder).save_pretrained(another)) and load the merged model"
         )
-    base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
-    if not base_name:
-        raise ModelError(f"the adapter {path} does not name its base model in adapter_config.json")
-    base = load_model(
-        base_name,
-        device=device,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        **kwargs,
-    )
+    model = _load_base(base_name, {**common, "revision": base_revision})
+    if load_in_4bit:
+        _keep_trainable(model)
+    if device is not None and model.device != torch.device(device):
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    for adapter in adapters[:-1]:
+        model = merged(_with_adapter(model, adapter, trainable=False))
+    if not adapters:
+        return model
+    adapted = _with_adapter(model, adapters[-1], trainable=not merge)
+    return merged(adapted) if merge else adapted
+
+
+class Adapter(NamedTuple):
+    name: str
+    revision: str | None
+    base: str
+
+
+def adapter_config(
+    name_or_path: str | os.PathLike[str], revision: str | None = None
+) -> PeftConfig | None:
+    """The configuration of an adapter, from a folder or the Hub; `None` for a plain model.
+
+    Raises:
+        ModelError: the file cannot be read, or it does not name the base model.
+    """
+    file = repository_file(name_or_path, "adapter_config.json", revision)
+    if file is None:
+        return None
     try:
+        config = PeftConfig.from_pretrained(str(file.parent))
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ModelError(f"{name_or_path} is no adapter for PEFT: {in_a_line(error)}") from error
+    if not config.base_model_name_or_path:
+        raise ModelError(
+            f"the adapter {name_or_path} does not name its base model in adapter_config.json"
+        )
+    return config
+
+
+class AdapterChain(NamedTuple):
+    """A plain model, with its revision, and the adapters on it, innermost first."""
+
+    base: str
+    revision: str | None
+    adapters: list[Adapter]
+
+
+def adapter_chain(
+    name_or_path: str | os.PathLike[str], revision: str | None = None
+) -> AdapterChain:
+    """The models that a name or folder leads to."""
+    # An adapter on an adapter: outputs/self_judge -> outputs/jsft -> meta-llama/Llama-2-7b-hf
+    name = str(name_or_path)
+    adapters: list[Adapter] = []
+    while (config := adapter_config(name, revision)) is not None:
+        base = str(config.base_model_name_or_path)
+        adapters.append(Adapter(name, revision, base))
+        if any(base == seen.name or same_path(base, seen.name) for seen in adapters):
+            raise ModelError(
+                f"the adapter {name} names {base} as its base, which is an adapter on itself: the "
+                "base model was overwritten, or adapter_config.json is wrong"
+            )
+        name, revision = base, config.revision
+        refuse_pickle(name)
+    return AdapterChain(name, revision, adapters[::-1])
+
+
+def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Loads a plain model whose weights are all in its files.
+
+    Transformers only warns if some are missing, and initializes them at random.
+    """
+    loaded: Any
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if should_reduce_batch_size(error):
+            raise
+        raise ModelError(f"cannot load a model from {name}: {why(name, error)}") from error
+    model, report = loaded
+    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has surplus")):
+        names = sorted(report[kind])
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(
+                f"the model {name} {what} weights: {', '.join(names[:3])}{more}. Its files are "
+                "incomplete, or do not belong to its config.json"
+            )
+    return model
+
+
+def _with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
+    try:
+        _resize_for(base, adapter)
         # By default PEFT loads the adapter onto the first GPU, wherever the base is.
-        model = PeftModel.from_pretrained(
-            base, str(path), is_trainable=not merge, torch_device=str(base.device)
+        return PeftModel.from_pretrained(
+            base,
+            adapter.name,
+            revision=adapter.revision,
+            is_trainable=trainable,
+            torch_device=str(base.device),
         )
     except (RuntimeError, ValueError, SafetensorError) as error:
         # PyTorch lists every weight after a heading; the first is enough.
         lines = _lines(error)
         raise ModelError(
-            f"the adapter {path} does not fit its base {base_name}, or is damaged: "
+            f"the adapter {adapter.name} does not fit its base {adapter.base}, or is damaged: "
             f"{lines[1] if len(lines) > 1 else in_a_line(error):.200}"
         ) from error
-    return merged(model) if merge else model
+
+
+def _resize_for(base: PreTrainedModel, adapter: Adapter) -> None:
+    """Gives the base the embeddings for which the adapter was trained with added tokens."""
+    file = repository_file(adapter.name, "adapter_model.safetensors", adapter.revision)
+    if file is None:
+        return
+    with safe_open(file, "pt") as weights:
+        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    # Such tables are saved in full; LoRA's own matrix for a table has a column per token.
+    tables: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    own = [name for name, module in base.named_modules() if any(module is t for t in tables)]
+    ends = tuple(f"{name}{part}.weight" for name in own for part in ("", ".base_layer"))
+    rows = {shape[0] for name, shape in shapes.items() if name.endswith(ends)}
+    rows |= {shape[1] for name, shape in shapes.items() if name.endswith("lora_embedding_A")}
+    if rows and rows != {tables[0].weight.shape[0]}:
+        base.resize_token_embeddings(max(rows), mean_resizing=False)
 
 
 def _four_bits(dtype: str | torch.dtype, kind: str, nested: bool) -> BitsAndBytesConfig:
@@ -258,6 +357,23 @@ def merged_in_full(model: PeftModel) -> PreTrainedModel:
         return load_model(adapter, dtype=base.dtype)  # type: ignore[return-value]
 
 
+def _untie_adapted(model: PeftModel) -> None:
+    """Gives adapted layers weights of their own where another layer shares them.
+
+    Merging would otherwise change the other layer as well. Tied embeddings with LoRA on one side
+    are saved as two tables; PEFT then sets `tie_word_embeddings` to false.
+    """
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for layer in model.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        base: Any = layer.get_base_layer()
+        for name, weight in list(base.named_parameters(recurse=False)):
+            if holders[id(weight)] > 1:
+                own = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                setattr(base, name, own)
+
+
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Merges the active adapter into its base; returns plain models unchanged.
 
@@ -265,22 +381,12 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """
     if not isinstance(model, PeftModel):
         return model
+    _untie_adapted(model)
     plain = model.merge_and_unload()
     for parameter in plain.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     return plain
-
-
-def frozen_reference(model: ModelT) -> ModelT:
-    """A copy of the current model, in evaluation mode and without gradients.
-
-    It copies the weights in memory, not those on disk, so that it includes merged adapters and
-    edited weights.
-    """
-    reference = copy.deepcopy(model)
-    reference.requires_grad_(False)
-    return reference.eval()
 
 
 def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -326,37 +432,3 @@ def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
     name and complain about its format.
     """
     return "there is no such folder" if is_missing(name_or_path) else in_a_line(error)
-
-
-def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
-    """A frozen copy as judge and reference; `None` under ZeRO-3, where TRL loads it from disk.
-
-    Raises:
-        ValueError: under ZeRO-3, the model has no name to load it by.
-    """
-    if is_deepspeed_zero3_enabled():  # sharded parameters cannot be copied
-        name = model.config.name_or_path
-        if not name:
-            raise ValueError(
-                "ZeRO-3 loads the judge by the model's name, and this model has none: pass a "
-                "ref_model, or the folder of the model"
-            )
-        logger.warning("ZeRO-3: loading the judge from %s instead of copying the model", name)
-        return None
-    _place(model, args)
-    return frozen_reference(model)
-
-
-def _place(model: Any, args: TrainingArguments) -> None:
-    """Moves a model to its training device, so that its copy is made there, not in host memory.
-
-    FSDP and DeepSpeed place sharded models; models with a device map or in 4 bits are already
-    placed.
-    """
-    launched = (os.environ.get(f"ACCELERATE_USE_{kind}", "") for kind in ("FSDP", "DEEPSPEED"))
-    sharded = args.fsdp or args.deepspeed or any(a.lower() in ("1", "true") for a in launched)
-    placed = sharded or any(
-        getattr(model, name, None) for name in ("hf_device_map", "quantization_method")
-    )
-    if args.place_model_on_device is not False and not placed:
-        model.to(args.device)

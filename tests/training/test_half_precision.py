@@ -18,10 +18,11 @@ from conftest import TEMPLATES, Make, weights
 from self_judge import Comparison, Judge
 from self_judge.inference.decoding import why_not_shared
 from self_judge.inference.letter_scoring import TransformersScorer
-from self_judge.models import frozen_reference, load_model
+from self_judge.models import load_model
 from self_judge.packing import exactness
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import _LAYOUTS, Packing
+from self_judge.training.reference import frozen_reference
 
 BF16 = torch.bfloat16
 AUTOCAST = {"bf16": True, "use_cpu": True, "max_steps": 1}

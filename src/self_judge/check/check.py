@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from peft import PeftConfig, get_peft_model
+from peft import get_peft_model
 
 from self_judge.check import findings
 from self_judge.check.cost import Cost, Training, device_for, jsft_cost, self_judge_cost, setting_of
@@ -28,7 +28,7 @@ from self_judge.config.hardware import Machine, fit_to_machine
 from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
 from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.models import check_vocabulary
+from self_judge.models import adapter_config, check_vocabulary
 from self_judge.packing.prefix_tree import shared_length
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
@@ -200,10 +200,10 @@ def _prepared(
         trust_remote_code=asked.trust_remote_code,
     )
     adapter: Any = _or_refused("peft_config", setup.lora_config, run.peft_config)
-    folder = os.path.join(asked.model_name_or_path, "adapter_config.json")
-    if adapter is None and not jsft and os.path.isfile(folder):
-        adapter = PeftConfig.from_pretrained(asked.model_name_or_path)
-        adapter.inference_mode = False
+    if adapter is None and not jsft:
+        adapter = adapter_config(asked.model_name_or_path, asked.revision)
+        if adapter is not None:
+            adapter.inference_mode = False
     if adapter is not None:
         model = _or_refused("peft_config", get_peft_model, model, adapter)
     make = setup.jsft_chat_setup if jsft else setup.self_judge_chat_setup

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from self_judge.errors import ModelError
-from self_judge.models import refuse_pickle, why
+from self_judge.models import adapter_chain, refuse_pickle, why
 from self_judge.runtime import unwrapped
 
 # Whether frozen linear layers are stored in 4 bits; `nested`: their block scales are quantized too.
@@ -41,9 +39,7 @@ def empty_model(
             its weights are a pickle.
     """
     refuse_pickle(name_or_path)
-    if (Path(name_or_path) / "adapter_config.json").is_file():
-        base = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
-        return empty_model(str(base), dtype=dtype, trust_remote_code=trust_remote_code)
+    name_or_path, revision, _ = adapter_chain(name_or_path, revision)
     try:
         config = AutoConfig.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code

@@ -38,8 +38,9 @@ from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.prompting.thoughts import answer_of
 from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import read_journal
+from self_judge.storage.repository import refuse_overwriting
+from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
-PAIRS, RESULTS = "pairs.jsonl", "results.json"
 _RESPONSE_FIELDS = ("response", "output")
 
 
@@ -108,6 +109,11 @@ def run_compare(
         Path(policy) if is_responses(policy) else output / f"responses_{side}.jsonl"
         for policy, side in zip(job.policies, "ab", strict=True)
     ]
+    given = list(filter(is_responses, [*job.policies, *filter(None, [job.prompts])]))
+    sampled = [f for f, policy in zip(files, job.policies, strict=True) if not is_responses(policy)]
+    refuse_overwriting([output / RESULTS, output / PAIRS, *sampled], given)
+    if (output / VERDICTS).exists():
+        raise ValueError(f"{output} holds an evaluation of a judge: choose another output folder")
     for policy in filter(is_responses, job.policies):
         _read_responses(Path(policy), prompts)  # find mistakes before sampling
     for policy, side, file in zip(job.policies, "ab", files, strict=True):

@@ -40,7 +40,7 @@ from self_judge.evaluation.statistics import (
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import judged_knockouts
-from self_judge.models import frozen_reference, load_model
+from self_judge.models import load_model
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.reporting.page import report_on
@@ -48,6 +48,7 @@ from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import write_lines
 from self_judge.storage.run_dir import BRACKETS, JUDGED
 from self_judge.training.callbacks import LiveProgress
+from self_judge.training.reference import frozen_reference
 from self_judge.training.self_training.config import SelfJudgeConfig
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 

@@ -28,8 +28,9 @@ from self_judge.prompting.thoughts import answer_of
 from self_judge.reporting.page import report_on
 from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import read_journal, settings_path
+from self_judge.storage.repository import refuse_overwriting
+from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
-VERDICTS, RESULTS = "verdicts.jsonl", "results.json"
 _LINE = ("source", "index", "subset", "principle", "label", "digest")  # a pair's fields in its line
 _ALL = ""  # key of all pairs, next to the names of subsets
 
@@ -86,11 +87,18 @@ def run_eval(
         ValueError: data, model or templates cannot be used, or `output` holds another evaluation.
     """
     output, console = Path(output), console or Console()
+    compared = output / "compared" / VERDICTS
+    files = [output / RESULTS, output / VERDICTS, compared]
+    refuse_overwriting(files, [source.path for source in evaluation.sources])
+    if (output / PAIRS).exists():
+        raise ValueError(f"{output} holds a comparison of policies: choose another output folder")
+    if isinstance(compare, Path):
+        refuse_overwriting([output], [compare])
     skipped: Counter[str] = Counter()
     rate = _judged(choice, evaluation, output / VERDICTS, skipped, overwrite, "judging")
     theirs: Path | None = None
     if isinstance(compare, JudgeChoice):
-        theirs = output / "compared" / VERDICTS
+        theirs = compared
         _judged(compare, evaluation, theirs, Counter(), overwrite, "judging, other model")
     elif compare is not None:
         theirs = compare / VERDICTS

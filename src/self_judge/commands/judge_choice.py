@@ -21,7 +21,7 @@ from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMScorer
 from self_judge.judging.judge import Judge
-from self_judge.models import load_model, load_tokenizer
+from self_judge.models import adapter_config, load_model, load_tokenizer
 from self_judge.prompting.judge_json import (
     JudgeSettings,
     encoder_as_taught,
@@ -29,6 +29,7 @@ from self_judge.prompting.judge_json import (
     resolve_judge,
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.storage.repository import repository_file
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
 _SLICES, _SLICE_BYTES = 64, 65536
@@ -87,6 +88,7 @@ class JudgeChoice:
         return args, resolve_judge(
             self.model,
             args.judge_templates() if args else None,
+            revision=self.revision,
             remedy="pass judge templates with --templates FILE, e.g. "
             "configs/templates/instructions.yaml",
         )
@@ -124,7 +126,7 @@ class JudgeChoice:
         return {
             "model": self.model,
             "revision": self.revision,
-            "weights": fingerprint(self.model),
+            "weights": fingerprint(self.model, self.revision),
             "templates": _hash(templates.encode(), chat.encode()),
             "principles": list(settings.templates.principles),
             "max_length": self.max_length,
@@ -141,15 +143,21 @@ def load_sampler(
     return TransformersSampler(model, encoder, settings, batch_size)
 
 
-def fingerprint(model: str) -> str | None:
-    """A hash that identifies a local checkpoint; `None` for a Hub name.
+def fingerprint(model: str, revision: str | None = None) -> str | None:
+    """A hash that identifies the weights of a folder, or the commit of a model on the Hub.
 
     It covers the names, sizes and 64 evenly spaced slices of the files: reading a large model
     completely would take minutes, and training changes every slice.
     """
     folder = Path(model)
     if not folder.is_dir():
-        return None
+        adapter = adapter_config(model, revision)
+        file = repository_file(model, "adapter_config.json" if adapter else "config.json", revision)
+        if file is None:
+            return None
+        commit = file.parent.name  # the cache keeps one folder per commit
+        base = adapter and fingerprint(str(adapter.base_model_name_or_path), adapter.revision)
+        return _hash(commit.encode(), str(base).encode()) if base else commit
     parts: list[bytes] = []
     for file in sorted({f for pattern in _WEIGHTS for f in folder.glob(pattern)}):
         size = file.stat().st_size
@@ -159,10 +167,9 @@ def fingerprint(model: str) -> str | None:
             for start in range(0, size, step):
                 reader.seek(start)
                 parts.append(reader.read(_SLICE_BYTES))
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        parts.append(str(base and fingerprint(base)).encode())
+    if config := adapter_config(folder):
+        base = fingerprint(str(config.base_model_name_or_path), config.revision)
+        parts.append(str(base).encode())
     return _hash(*parts)
 
 

@@ -31,6 +31,7 @@ from self_judge.console import say
 from self_judge.errors import JournalError
 from self_judge.runtime import own_device
 from self_judge.storage.jsonl import Journal, open_journal, read_journal, settings_path
+from self_judge.storage.repository import refuse_overwriting
 
 ItemT = TypeVar("ItemT")
 FoundT = TypeVar("FoundT")
@@ -46,8 +47,7 @@ def input_and_output(source: str | Path, target: str | Path) -> tuple[Path, Path
     source, target = Path(source), Path(target)
     if not source.is_file():
         raise ValueError(f"{source}: no such file")
-    if source.resolve() == target.resolve():
-        raise ValueError(f"{target}: the output would overwrite the input")
+    refuse_overwriting([target, settings_path(target)], [source])
     return source, target
 
 

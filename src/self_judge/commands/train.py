@@ -19,6 +19,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from self_judge.config.hardware import Run, fit_to_machine, threads_for
@@ -27,6 +28,7 @@ from self_judge.config.self_training import PackingChoice
 from self_judge.console import say
 from self_judge.datatypes import PreferenceRecord
 from self_judge.models import (
+    adapter_chain,
     apply_umask,
     check_vocabulary,
     clamp_to_context,
@@ -34,13 +36,17 @@ from self_judge.models import (
     merged_in_full,
 )
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_json import save_judge_settings
+from self_judge.prompting.judge_json import JUDGE_FILE, save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.runtime import unwrapped
 from self_judge.storage.atomic import LAST, atomic_files, latest_complete, write_json
-from self_judge.storage.run_dir import RUN
+from self_judge.storage.repository import refuse_overwriting
+from self_judge.storage.run_dir import METRICS, RUN
 from self_judge.training.callbacks import LiveProgress
 from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.training.jsft.trainer import JSFTTrainer
+from self_judge.training.reference import probe_logits
+from self_judge.training.saved_weights import check_merged, check_saved
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from self_judge.training.setup import (
     Say,
@@ -57,6 +63,7 @@ from self_judge.training.setup import (
 
 logger = logging.getLogger(__name__)
 
+DATA = "data.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -74,6 +81,7 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
         TrainingStopped: the process received SIGTERM; the model is in a checkpoint.
     """
     say = _speaker(console)
+    refuse_own_inputs(run)
     run = _fitted(run, say)
     args = jsft_config(run)
     set_seed(args.seed)
@@ -96,7 +104,7 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
         max_skipped_steps=run.jsft_args.max_skipped_steps,
         say=say,
     )
-    _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
+    _save_json(Path(str(args.output_dir)) / DATA, data.counts_by_source)
     _train(trainer, run, args, say, LiveProgress("JSFT", _console(console)))
     output = save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
     say(f"JSFT model and judge.json: {output}")
@@ -173,7 +181,12 @@ def save_jsft(
         return output
     if trainer.accelerator.is_main_process:
         with atomic_files(output, without=ADAPTER_FILES) as folder:
-            merged_in_full(model).save_pretrained(folder)
+            quantized = getattr(unwrapped(model), "quantization_method", None)
+            expected = None if quantized else probe_logits(model)
+            plain = merged_in_full(model)
+            check_merged(plain, expected)
+            plain.save_pretrained(folder)
+            check_saved(plain, folder)
             apply_umask(folder)
             tokenizer.save_pretrained(folder)
             save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
@@ -191,6 +204,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
         TrainingStopped: the process received SIGTERM; the policy is in a checkpoint.
     """
     say = _speaker(console)
+    refuse_own_inputs(run)
     run = _fitted(run, say)
     args = self_judge_config(run)
     set_seed(args.seed)
@@ -212,7 +226,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
         token_id_a=settings.token_id_a,
         token_id_b=settings.token_id_b,
     )
-    _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
+    _save_json(Path(str(args.output_dir)) / DATA, data.counts_by_source)
     _train(trainer, run, args, say, LiveProgress("self-training", _console(console)))
     trainer.save_model(str(args.output_dir))
     say(f"policy: {args.output_dir}")
@@ -242,6 +256,18 @@ def _fitted(run: Run, say: Say) -> Run:
     for warning in warnings:
         say(f"warning: {warning}")
     return run
+
+
+def refuse_own_inputs(run: JSFTRun | SelfJudgeRun) -> None:
+    """Raises `ValueError` if the run would overwrite the model or the data that it starts from."""
+    output = Path(str(run.training_args.get("output_dir") or "trainer_output"))
+    chain = adapter_chain(run.model.model_name_or_path, run.model.revision)
+    models = [Path(chain.base), *(Path(adapter.name) for adapter in chain.adapters)]
+    # Checkpoints of an earlier run would be replaced by those of this one.
+    models += [m.parent for m in models if m.name.startswith(PREFIX_CHECKPOINT_DIR)]
+    refuse_overwriting([output], [m for m in models if m.exists()])
+    written = [output / name for name in (RUN, METRICS, DATA, JUDGE_FILE)]
+    refuse_overwriting(written, [s.path for s in (*run.dataset.sources, *run.dataset.eval)])
 
 
 def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:

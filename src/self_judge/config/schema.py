@@ -7,6 +7,7 @@ It defines and validates the keys of a run. It does not know torch, the trainers
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -317,6 +318,7 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
         if section in tree and not section.startswith(kind):
             raise ConfigError(f"{where}: it has {section}, so it is a file for {command}")
     try:
+        _refuse_not_finite(tree, "")
         return typing.cast("JSFTRun | SelfJudgeRun", build(_RUNS[kind], tree, ""))
     except ValueError as error:
         text = str(error)
@@ -325,6 +327,16 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
         shown = [f"'{o if len(o) <= 80 else o[:79] + '…'}'" for o in blamed]
         given = f" (with {', '.join(shown)})" if shown else ""
         raise ConfigError(f"{where}{given}: {error}") from error
+
+
+def _refuse_not_finite(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} is {value}: give a finite number")
+    items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        items = enumerate(value)
+    for key, own in items:
+        _refuse_not_finite(own, f"{where}.{key}" if where else str(key))
 
 
 def _last_key(override: str) -> str:

@@ -156,7 +156,13 @@ class Judge:
             ValueError: there is no model, there are no templates, or a letter is not the saved
                 token.
         """
-        settings = resolve_judge(name_or_path, templates, token_id_a, token_id_b)
+        settings = resolve_judge(
+            name_or_path,
+            templates,
+            token_id_a,
+            token_id_b,
+            revision=model_kwargs.get("revision"),
+        )
         if encoder is None:
             named = {k: model_kwargs[k] for k in _ALSO_TOKENIZER if k in model_kwargs}
             tokenizer = load_tokenizer(name_or_path, **named)

@@ -18,6 +18,7 @@ from self_judge.errors import ModelError, in_a_line, is_missing
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.storage.atomic import write_json
+from self_judge.storage.repository import repository_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,10 +62,12 @@ def save_judge_settings(
     return path
 
 
-def load_judge_settings(directory: str | os.PathLike[str]) -> JudgeSettings | None:
-    """Reads `judge.json` as written by `save_judge_settings`; `None` if there is no such file."""
-    path = Path(directory) / JUDGE_FILE
-    if not path.is_file():
+def load_judge_settings(
+    name_or_path: str | os.PathLike[str], revision: str | None = None
+) -> JudgeSettings | None:
+    """Reads the `judge.json` of a model, from its folder or the Hub; `None` if it has none."""
+    path = repository_file(name_or_path, JUDGE_FILE, revision)
+    if path is None:
         return None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -86,6 +89,7 @@ def resolve_judge(
     token_id_a: int | None = None,
     token_id_b: int | None = None,
     *,
+    revision: str | None = None,
     remedy: str = "pass the judge templates",
 ) -> JudgeSettings:
     """Returns the judge's settings: the given templates, else those saved with the model.
@@ -94,6 +98,7 @@ def resolve_judge(
         name_or_path: folder or Hub name of the judge model; `None` or empty if it has none.
         templates: replace the saved templates and the saved letter ids.
         token_id_a, token_id_b: replace the saved letter ids.
+        revision: of the model on the Hub.
         remedy: tells the user how to pass templates; ends the error message.
 
     Returns:
@@ -103,7 +108,7 @@ def resolve_judge(
         ValueError: no templates are given or saved.
         ModelError: the folder does not exist, or its `judge.json` is damaged.
     """
-    saved = load_judge_settings(name_or_path) if name_or_path else None
+    saved = load_judge_settings(name_or_path, revision) if name_or_path else None
     if templates is None:
         if saved is None:
             if name_or_path and is_missing(name_or_path):

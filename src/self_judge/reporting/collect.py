@@ -17,9 +17,7 @@ from typing import Any
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
 from self_judge.judging.voting import verdict_from_json
 from self_judge.storage.jsonl import loads, read_lines
-from self_judge.storage.run_dir import METRICS, RUN, rollout_files
-
-RESULTS = "results.json"
+from self_judge.storage.run_dir import METRICS, RESULTS, RUN, rollout_files
 
 Line = dict[str, Any]
 

@@ -20,6 +20,9 @@ METRICS = "metrics.jsonl"
 RUN = "run.json"
 ROLLOUTS = "rollouts"
 BRACKETS = "brackets.jsonl"  # tournaments, as `self-judge tournament --brackets` writes them
+VERDICTS = "verdicts.jsonl"  # of `self-judge eval`
+PAIRS = "pairs.jsonl"  # of `self-judge compare`
+RESULTS = "results.json"  # of both
 JUDGED = "judged.jsonl"  # verdicts on pairs with a known better response
 
 

@@ -37,10 +37,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import DistributedType, set_seed
+from peft import PeftModel
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -58,6 +57,18 @@ from self_judge.storage.atomic import (
     move_files,
     remove,
     seal,
+)
+from self_judge.storage.repository import refuse_overwriting
+from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
+from self_judge.training.saved_weights import (
+    check_configuration,
+    check_same_adapter,
+    check_saved,
+    data_fingerprint,
+    not_finite,
+    same_data,
+    save_data_fingerprint,
+    with_optimizer,
 )
 
 if TYPE_CHECKING:
@@ -94,6 +105,8 @@ class FaultToleranceMixin(Base):
     stopped_early = False
     nothing_judged = False
     on_saved: Callable[[Path], object] | None = None
+    reference: ReferenceCheck | None = None
+    _data: str | None = None
     _staging: Path | None = None
     _unsent: str | None = None
     _skipped = 0
@@ -122,10 +135,38 @@ class FaultToleranceMixin(Base):
         if self.is_world_process_zero():
             clear_unfinished(Path(str(self.args.output_dir)))
         self._skipped = 0
+        self._before_training(Path(found) if found else None)
         # Transformers seeds in the constructor only: draws made since then would change the run.
         set_seed(self.args.seed)
         with _stopping(self), without_cudnn_attention():
-            return super().train(found, *args, **kwargs)
+            result = super().train(found, *args, **kwargs)
+        self._check_weights()
+        return result
+
+    def _before_training(self, checkpoint: Path | None) -> None:
+        """Finds errors that would otherwise appear at the first save, or never."""
+        model: Any = self.model
+        for name, value in vars(self.args).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}: give a finite number")
+        refuse_overwriting([str(self.args.output_dir)], filter(None, [model.name_or_path]))
+        self._data = data_fingerprint(self.train_dataset)
+        if is_sharded(self.args):
+            return
+        if self.args.should_save:
+            check_configuration(model, Path(str(self.args.output_dir)) / UNFINISHED / "rehearsal")
+            clear_unfinished(Path(str(self.args.output_dir)))
+        if self.reference is None and isinstance(model, PeftModel):
+            with model.disable_adapter():
+                self.reference = ReferenceCheck(probe_logits(model), model)
+        if self.reference is not None:
+            self.reference.before_training()
+        if checkpoint is not None:
+            check_same_adapter(model, checkpoint)
+            if self.reference is not None:
+                self.reference.check_saved(checkpoint)
+            if not same_data(checkpoint, self._data):
+                logger.warning("the training data has changed since %s", checkpoint)
 
     def _checked(self, asked: str | bool) -> Path:
         if asked is True:
@@ -137,12 +178,12 @@ class FaultToleranceMixin(Base):
                     f"{self.args.output_dir} has no complete checkpoint to resume from: leave "
                     "resume_from_checkpoint unset to start from scratch"
                 )
-            return path
+            return with_optimizer(path)
         path = Path(str(asked))
         reason = "there is no such folder" if not path.is_dir() else integrity_error(path)
         if reason is not None:
             raise CheckpointError(f"{path} cannot be resumed from: {reason}")
-        return path
+        return with_optimizer(path)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed from a checkpoint of its last step, Transformers would do one more.
@@ -214,10 +255,13 @@ class FaultToleranceMixin(Base):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _write_model(self, output_dir: str | None) -> None:
+        self._check_weights()
         super().save_model(output_dir, _internal_call=True)
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
+        if not is_sharded(self.args):
+            check_saved(self.accelerator.unwrap_model(self.model), folder)
         apply_umask(folder)
         if self.on_saved is not None:
             self.on_saved(folder)
@@ -226,7 +270,6 @@ class FaultToleranceMixin(Base):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._check_weights()
         run_folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = run_folder / UNFINISHED
@@ -248,6 +291,9 @@ class FaultToleranceMixin(Base):
         if self.args.should_save:
             with _writing(run_folder):
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                save_data_fingerprint(staging / name, self._data)
+                if self.reference is not None:
+                    self.reference.save(staging / name)
                 seal(staging / name)
                 commit(staging / name, run_folder / name)
             self._remove_surplus(run_folder)
@@ -294,11 +340,17 @@ class FaultToleranceMixin(Base):
         )
         logger.warning("step %d is skipped: %s", step, what)
         if self._skipped >= self.max_skipped_steps:
+            broken = not_finite(model)
+            weights = (
+                f"{len(broken)} trained weights are not finite either, such as {broken[0]}: do not "
+                "use them"
+                if broken
+                else f"The weights are those after step {step - self._skipped}, as in checkpoints"
+            )
             raise NotFiniteError(
                 f"training stops at step {step}, the last of {self._skipped} skipped steps in a "
-                f"row: {what}. The weights are those after step {step - self._skipped}, as in the "
-                "checkpoints. Try a smaller learning_rate, or a dtype with more range (float16 "
-                "ends at 65,504)"
+                f"row: {what}. {weights}. Try a smaller learning_rate, or a dtype with more range "
+                "(float16 ends at 65,504)"
             )
         # DeepSpeed steps the optimizer itself, and skips such steps itself.
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -306,17 +358,16 @@ class FaultToleranceMixin(Base):
         return norm
 
     def _check_weights(self) -> None:
+        """Raises an error if trained weights are not finite, or the reference has moved."""
         model: Any = self.model
-        broken = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and not _is_finite(parameter)
-        ]
+        broken = not_finite(model)
         if broken:
             raise NotFiniteError(
                 f"step {self.state.global_step}: {len(broken)} trained weights are not finite, "
-                f"starting with {broken[0]}; no checkpoint is written. The last one is complete"
+                f"starting with {broken[0]}; nothing is saved. Earlier checkpoints are complete"
             )
+        if self.reference is not None:
+            self.reference.check(self.state.global_step)
 
 
 @contextmanager
@@ -337,12 +388,6 @@ def _writing(folder: Path) -> Iterator[None]:
             + (f"{last} is complete" if last else "it has no complete checkpoint")
             + ". Make room and start the same command again"
         ) from error
-
-
-def _is_finite(parameter: torch.Tensor) -> bool:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    # A sum is not finite if any weight is not. One number replaces a mask as large as the weights.
-    return bool(torch.isfinite(local.detach().sum(dtype=torch.float64)))
 
 
 # -- SIGTERM ---------------------------------------------------------------------------------------

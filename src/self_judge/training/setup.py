@@ -139,6 +139,7 @@ def self_judge_chat_setup(run: SelfJudgeRun) -> tuple[ChatEncoder, JudgeSettings
         run.templates.judge_templates(),
         run.self_judge_args.token_id_a,
         run.self_judge_args.token_id_b,
+        revision=run.model.revision,
         remedy="start from a model that JSFT wrote, or set templates.judge",
     )
     return _encoder(run, settings), settings

@@ -593,7 +593,7 @@ def test_the_frozen_copy_is_made_where_the_model_is_trained(
         events.append("copied")
         raise KeyboardInterrupt  # what comes after is not looked at
 
-    monkeypatch.setattr("self_judge.models.frozen_reference", copied)
+    monkeypatch.setattr("self_judge.training.reference.frozen_reference", copied)
     if kind is not None:  # as the launcher says it; these place the weights themselves
         monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     with pytest.raises(KeyboardInterrupt):

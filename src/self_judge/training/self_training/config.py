@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, TrainingArguments
+from transformers import TrainingArguments
 from trl import DPOConfig
 
 from self_judge.config.self_training import SelfTrainingSettings, require
-from self_judge.models import clamp_to_context, refuse_pickle
+from self_judge.models import clamp_to_context
 
 
 @dataclass
@@ -85,16 +85,5 @@ def trusts_code(config: SelfJudgeConfig) -> bool:
 
 
 def for_model(config: SelfJudgeConfig, model: Any) -> SelfJudgeConfig:
-    """The settings with safe loading for a model name, and `max_length` within its context."""
-    if isinstance(model, str):
-        refuse_pickle(model)
-        loading = {"use_safetensors": True, **(config.model_init_kwargs or {})}  # type: ignore[dict-item]
-        config = with_values(config, model_init_kwargs=loading)
-        about = AutoConfig.from_pretrained(
-            model,
-            trust_remote_code=trusts_code(config),
-            revision=loading.get("revision") or "main",
-        )
-    else:
-        about = model.config
-    return with_values(config, max_length=clamp_to_context(about, config.max_length))
+    """The settings, with `max_length` within the model's context."""
+    return with_values(config, max_length=clamp_to_context(model.config, config.max_length))

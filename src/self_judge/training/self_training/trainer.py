@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,12 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOTrainer
 from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import use_adapter
 
-from self_judge.datatypes import Comparison
 from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.lockstep import LockstepPacking, check_processes, max_over_ranks
 from self_judge.inference.sampling import Sampler, TransformersSampler
 from self_judge.judging.judge import Judge
-from self_judge.models import load_tokenizer, reference_in_memory
+from self_judge.models import load_tokenizer
 from self_judge.packing.fused_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.pass_size import pinned_tokens_per_pass
@@ -49,13 +48,20 @@ from self_judge.prompting.judge_json import (
     resolve_judge,
     save_judge_settings,
 )
-from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.training.callbacks import RunLog, StepClock
 from self_judge.training.fault_tolerance import FaultToleranceMixin
 from self_judge.training.lora_layers import lighten
 from self_judge.training.oom_retry import MICRO_BATCH, OOMRetryMixin
+from self_judge.training.reference import (
+    ReferenceCheck,
+    active_reference,
+    given_logits,
+    load_by_name,
+    reference_in_memory,
+    reference_logits,
+)
 from self_judge.training.self_training.config import (
     SelfJudgeConfig,
     as_self_judge_config,
@@ -77,7 +83,7 @@ from self_judge.training.self_training.rollouts import (
     evaluation_batch,
     preference_batch,
 )
-from self_judge.training.self_training.vllm_sync import VLLMSync
+from self_judge.training.self_training.vllm_sync import VLLMSync, probe_prompt
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -166,6 +172,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             average_log_prob=average_log_prob,
             ignore_index=ignore_index,
         )
+        if isinstance(model, str):
+            model = load_by_name(model, config, trainer_arguments, merge=peft_config is not None)
         config = for_model(config, model)
         processing_class = (
             processing_class
@@ -187,7 +195,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         letters = self.encoder.letter_ids(
             settings.templates, settings.token_id_a, settings.token_id_b
         )
-        if ref_model is None and peft_config is None and not isinstance(model, (str, PeftModel)):
+        given = given_logits(model, ref_model, config)
+        if ref_model is None and peft_config is None and not isinstance(model, PeftModel):
             ref_model = reference_in_memory(model, config)
         super().__init__(
             model=model,
@@ -200,6 +209,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             peft_config=peft_config,
             **trainer_arguments,
         )
+        if given is not None:
+            self.reference = ReferenceCheck(given, self.model, partial(reference_logits, self))
         self._set_up(config, letters)
 
     def _set_up(self, config: SelfJudgeConfig, letters: tuple[int, int]) -> None:
@@ -383,28 +394,17 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             )
 
     def _vllm_rollouts(self) -> VLLMSync:
-        principle = self.judge_templates.principles[0]
-        asked = Comparison("Where does the otter live?", "In the river.", "In the sky.")
-        orders = encode_orders(self.encoder, self.judge_templates, principle, asked, None)
-        assert orders is not None  # without a limit every prompt fits
         return VLLMSync(
             self.model,
             self.args,
             self.accelerator,
             self.encoder,
-            probe=orders[0],
+            probe=probe_prompt(self.encoder, self.judge_templates),
             separate_judge=self.ref_model is not None,
         )
 
-    @contextmanager
-    def _reference(self) -> Iterator[None]:
-        """Activates the judge's weights, by TRL's own rule for the reference of a `PeftModel`."""
-        if self.ref_model is not None:
-            yield
-            return
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
-            yield
+    def _reference(self) -> AbstractContextManager[None]:
+        return active_reference(self)
 
     # -- logs ------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from self_judge.datatypes import Comparison
 from self_judge.errors import EngineError
 from self_judge.inference.letter_scoring import next_token_logits
 from self_judge.inference.vllm.client import VLLMServers
@@ -29,6 +30,8 @@ from self_judge.inference.vllm.colocated import VLLMEngine
 from self_judge.inference.vllm.protocol import Engine, VLLMSampler, VLLMScorer
 from self_judge.models import apply_umask
 from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_prompt import encode_orders
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import in_evaluation_mode
 from self_judge.training.self_training.config import SelfJudgeConfig
 
@@ -131,6 +134,14 @@ logger = logging.getLogger(__name__)
 # TRL's names of adapters: the trained one, and the frozen copy of a given one.
 _POLICY, _REFERENCE = "default", "ref"
 _CHECKS = 2  # the first rollout, and the first after an update
+
+
+def probe_prompt(encoder: ChatEncoder, templates: JudgeTemplates) -> list[int]:
+    """A judge prompt whose logits show whether an engine has the training's weights."""
+    asked = Comparison("Where does the otter live?", "In the river.", "In the sky.")
+    orders = encode_orders(encoder, templates, templates.principles[0], asked, None)
+    assert orders is not None  # without a limit every prompt fits
+    return orders[0]
 
 
 class VLLMSync:
