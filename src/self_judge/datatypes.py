@@ -99,13 +99,31 @@ class Response:
 
     Attributes:
         ids: the sampled token ids, including the end-of-turn token if the model emitted it.
-        text: the decoded text, without special tokens and surrounding whitespace.
-        finished: whether the model ended the response itself; False if the limit truncated it.
+        text: the answer: the decoded ids without thought, special tokens and surrounding
+            whitespace.
+        finished: whether the model ended the response itself, with an answer (False: it was cut at
+            the limit, or its thought never ends).
+        thought: the decoded thought before the answer, or `None`.
+        thought_length: the number of ids of the thought, its markers included.
+        answered: whether there is an answer; after a thought that never ends there is none.
     """
 
     ids: tuple[int, ...]
     text: str
     finished: bool
+    thought: str | None = None
+    thought_length: int = 0
+    answered: bool = True
+
+    @property
+    def answer_length(self) -> int:
+        """The number of ids without those of the thought."""
+        return len(self.ids) - self.thought_length
+
+    @property
+    def judged(self) -> str:
+        """The text for judges and files: the answer, or an open thought, which is no answer."""
+        return self.text if self.answered else f"<think>\n{self.thought}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -15,6 +16,21 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """Invalid data. The message names the source, the record and the field."""
+
+
+class UnusableRecordError(DataError):
+    """A record that cannot be used, though it is well-formed: loading skips and counts it.
+
+    Attributes:
+        reason: why, as a short phrase to count.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.reason)
 
 
 class TemplateError(ValueError):

@@ -262,6 +262,11 @@ DATA = [
          lambda p: p.on("e.jsonl", {"prompt": "", "chosen": "y", "rejected": "n"}),
          ("e.jsonl: no record could be used", "skipped record: empty prompt: 1"),
          ""),
+    Case("only tool calls",
+         lambda p: p.on("e.jsonl", {"prompt": "x", "rejected": "n", "chosen": [
+             {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]}),
+         ("e.jsonl: no record could be used", "skipped record: a message with tool_calls: 1"),
+         ""),
     Case("only empty responses",
          lambda p: p.on("e.jsonl", {"prompt": "x", "chosen": "", "rejected": "n"}),
          ("e.jsonl: no record could be used", "skipped record: empty response: 1"),

@@ -33,6 +33,7 @@ from self_judge.packing.prefix_tree import shared_length
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
 from self_judge.prompting.judge_prompt import encode_orders
+from self_judge.prompting.thoughts import answers_of
 from self_judge.runtime import unwrapped
 from self_judge.training import setup
 from self_judge.training.jsft.examples import jsft_dataset
@@ -404,9 +405,11 @@ def _judged(
     tight = 0
     for record in records:
         for pair in record.pairs[:1]:
-            chosen, rejected = map(len, map(encoder.encode_content, (pair.chosen, pair.rejected)))
-            responses.append(chosen)
-            comparison = Comparison(judge_context(record), pair.chosen, pair.rejected)
+            given = Comparison(judge_context(record), pair.chosen, pair.rejected)
+            comparison = answers_of(given) or given
+            texts = (comparison.response_a, comparison.response_b)
+            chosen, rejected = map(len, map(encoder.encode_content, texts))
+            responses.append(len(encoder.encode_content(pair.chosen)))
             orders = {
                 principle: both
                 for principle in templates

@@ -35,6 +35,7 @@ from self_judge.evaluation.statistics import (
 )
 from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.prompting.thoughts import answer_of
 from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import read_journal
 from self_judge.storage.repository import refuse_overwriting
@@ -158,6 +159,8 @@ def _results(
     }
     write_json(output / RESULTS, results)
     console.print(_table(results))
+    for reason, count in results["undecidable_because"].items():
+        say(console, f"undecidable, {reason}: {count:,}")
     say(console, f"written to {output}: {RESULTS}, {PAIRS}")
     return results
 
@@ -178,7 +181,7 @@ def _sample(
             seeds = [stable_seed(job.seed, side, index) for index, _ in batch]
             sampled = sampler.sample(ids, 1, seeds)
             return [
-                {"prompt": list(prompt), "response": answer.text, "finished": answer.finished}
+                {"prompt": list(prompt), "response": answer.judged, "finished": answer.finished}
                 for (_, prompt), (answer,) in zip(batch, sampled, strict=True)
             ]
 
@@ -225,14 +228,16 @@ def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
     consistent: Counter[float] = Counter()
     lengths: list[tuple[int, int]] = []
     finished: tuple[list[bool], list[bool]] = ([], [])
-    agree = undecidable = 0
+    reasons: Counter[str] = Counter()
+    agree = 0
     for line in read_journal(pairs):
         verdict = verdict_from_json(line["verdict"])
         plain.append(_win(verdict))
         consistent[_win(verdict) if verdict.orders_agree else 0.5] += 1
-        lengths.append((len(line["response_a"]), len(line["response_b"])))
+        a, b = (len(answer_of(line[f"response_{side}"]) or "") for side in "ab")
+        lengths.append((a, b))
         agree += verdict.orders_agree
-        undecidable += verdict.preferred is None
+        reasons.update(filter(None, [verdict.undecidable_because]))
         for kept, ended in zip(finished, line["finished"], strict=True):
             if ended is not None:
                 kept.append(ended)
@@ -258,7 +263,8 @@ def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
         },
         "longer_wins_all": estimate_json(proportion(longer, len(plain))),
         "order_agreement": estimate_json(proportion(agree, len(plain))),
-        "undecidable": undecidable / len(plain),
+        "undecidable": reasons.total() / len(plain),
+        "undecidable_because": dict(reasons),
         "characters": {
             side: estimate_json(bootstrap_mean([pair[k] for pair in lengths], seed))
             for k, side in enumerate("ab")

@@ -24,6 +24,7 @@ from self_judge.console import say
 from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
 from self_judge.judging.voting import verdict_from_json
+from self_judge.prompting.thoughts import answer_of
 from self_judge.reporting.page import report_on
 from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import read_journal, settings_path
@@ -152,10 +153,10 @@ def _judged(
     def items() -> Iterator[Item]:
         skipped.clear()
         for pair in evaluation.read(skipped):
-            a, b = pair.comparison.response_a, pair.comparison.response_b
+            shown = (pair.comparison.response_a, pair.comparison.response_b)
             line = {
                 **{name: getattr(pair, name) for name in _LINE},
-                "characters": [len(a), len(b)],
+                "characters": [len(answer_of(text) or "") for text in shown],
             }
             yield Item(pair.comparison, line)
 

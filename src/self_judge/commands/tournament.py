@@ -23,11 +23,13 @@ from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import Bracket, judged_knockouts
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.prompting.messages import content_of, lost
+from self_judge.prompting.thoughts import with_answers
 from self_judge.storage.jsonl import parse_lines
 
 # Lines per chunk. The judge processes all matches of a round in a chunk together.
 CHUNK = 256
-ADDED = ("responses", "winner", "response", "principles", "bracket")
+ADDED = ("responses", "winner", "response", "unanswered", "principles", "bracket")
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class TournamentJob:
             seeds = [stable_seed(self.seed, "sample", entry.number) for entry in missing]
             sampled = iter(sampler().sample(prompts, self.n, seeds))
         return [
-            [response.text for response in next(sampled)] if entry.responses is None
+            [response.judged for response in next(sampled)] if entry.responses is None
             else entry.responses
             for entry in entries
         ]  # fmt: skip
@@ -184,13 +186,19 @@ def played_line(
     bracket: Bracket,
     principles: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Returns a line with its winner and, if `principles` is given, with its bracket."""
+    """Returns a line with its winner and, if `principles` is given, with its bracket.
+
+    `unanswered` lists the indices of responses whose thought never ends, if there are any.
+    """
     written = {
         **line,
         "responses": list(responses),
         "winner": bracket.winner,
         "response": responses[bracket.winner],
     }
+    answered = with_answers(responses)
+    if len(answered) < len(responses):
+        written["unanswered"] = [k for k in range(len(responses)) if k not in answered]
     if principles is not None:
         written["principles"] = list(principles)
         written["bracket"] = bracket_json(bracket)
@@ -248,9 +256,14 @@ def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, list) and all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
     ):
-        messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
+        for message in prompt:
+            if what := lost(message):
+                raise ValueError(f"{where}: a message of 'prompt' has {what}, which is no text")
+        messages = [{"role": m["role"], "content": content_of(m)} for m in prompt]
+        if not all(isinstance(m["content"], str) for m in messages):
+            raise ValueError(f"{where}: a message of 'prompt' has no text as content")
     elif prompt is not None:
         raise ValueError(f"{where}: 'prompt' must be a string or a list of messages")
     if context is None and messages:

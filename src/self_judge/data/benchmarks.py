@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from self_judge.data.files import is_saved_dataset, read_raw, reader_of, split_of
-from self_judge.data.records import RecordRef, judge_context
+from self_judge.data.records import RecordRef, judge_context, pair_problem
 from self_judge.data.sources import PARSERS, kind_of
 from self_judge.datatypes import Comparison
-from self_judge.errors import DataError
+from self_judge.errors import DataError, UnusableRecordError
 from self_judge.prompting.judge_templates import dialogue_text
 
 Label = Literal["a", "b", "tie"]
@@ -93,7 +93,7 @@ def read_comparisons(
             raise DataError(f"{label}: there are no records")
         select = _reader_of(first, label)
         for index, record in enumerate(chain([first], records)):
-            for found in select(record, RecordRef(label, index)):
+            for found in _usable(select(record, RecordRef(label, index))):
                 if isinstance(found, str):
                     skipped[found] += 1
                 else:
@@ -163,6 +163,13 @@ def _reader_of(record: Mapping[str, Any], label: str) -> _Reader:
             "(input, targets)"
         ) from None
     return partial(_parsed, kind)
+
+
+def _usable(found: _Found) -> _Found:
+    try:
+        yield from found
+    except UnusableRecordError as error:
+        yield f"record: {error.reason}"
 
 
 def _llmbar(record: Mapping[str, Any], where: RecordRef) -> _Found:
@@ -264,9 +271,9 @@ def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef) -> _Found:
 def _pair(
     where: RecordRef, context: str, a: str, b: str, label: Label, subset: str = ""
 ) -> LabeledComparison | str:
-    # Empty responses are kept, because people have rated them.
-    if a == b:
-        return "pair: identical responses"
+    # Empty responses are kept, since people have rated them.
+    if problem := pair_problem(a, b):
+        return f"pair: {problem}"
     comparison = Comparison(context, a, b)
     return LabeledComparison(comparison, label, subset, None, where.source, where.index)
 

@@ -9,10 +9,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from self_judge.data.records import Parsed, RecordRef, merge_turns
+from self_judge.data.records import Parsed, RecordRef, merge_turns, pair_problem
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
+from self_judge.prompting.messages import REASONING
+from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+# Headers at the start of a turn: "Human: Hi" in "\n\nAssistant: Human: Hi".
+_HEADER = re.compile(r"\A(?:\s*(?:Human|Assistant):)+")
+_HEADER_OF_TURN = "redundant header of a turn"
 _LAST_ANSWER = "\n\nAssistant:"
 _ROLE_OF = {"Human": "user", "Assistant": "assistant"}
 _DIFFERENT_PREFIX = "the two dialogues differ before the last answer"
@@ -37,6 +42,7 @@ def select_hh(
         return Parsed(None, (f"record: {problem}",))
     pairs: tuple[LabeledPair, ...] = ()
     skipped: tuple[str, ...] = ()
+    rejected_text = ""
     if with_pairs:
         rejected_text = where.text(record, "rejected")
         other_prompt, worse, problem = _split_dialogue(_dialogue(rejected_text, where, "rejected"))
@@ -50,11 +56,23 @@ def select_hh(
             skipped = (f"pair: {problem}",)
         else:
             pairs = (LabeledPair(demonstration, worse),)
-    return Parsed(PreferenceRecord(prompt, demonstration, pairs, source, index), skipped)
+    removed = (_HEADER_OF_TURN,) * _headers(chosen_text, rejected_text)
+    return Parsed(PreferenceRecord(prompt, demonstration, pairs, source, index), skipped, removed)
+
+
+def _headers(chosen: str, rejected: str) -> int:
+    """The redundant headers that `parse_dialogue` removes from a pair; its prompt counts once."""
+    own, other = (
+        [bool(_HEADER.match(turn)) for turn in _TURN.split(text)[2::2]]
+        for text in (chosen, rejected)
+    )
+    return sum(own) + sum(other[-1:])
 
 
 def parse_dialogue(text: str) -> list[Message]:
     """Splits an HH dialogue text into messages, including empty and repeated turns.
+
+    A turn that opens with another header ("Assistant: Human: Hi") loses it (paper, A.1).
 
     Raises:
         ValueError: the text does not start with a Human turn.
@@ -63,7 +81,7 @@ def parse_dialogue(text: str) -> list[Message]:
         raise ValueError("does not start with 'Human:'")
     parts = _TURN.split(text)[1:]
     return [
-        {"role": _ROLE_OF[speaker], "content": content.strip()}
+        {"role": _ROLE_OF[speaker], "content": _HEADER.sub("", content).strip()}
         for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     ]
 
@@ -83,8 +101,8 @@ def _split_dialogue(turns: list[Message]) -> tuple[tuple[Message, ...], str, str
     """Returns (prompt, last answer, problem). The problem is empty if there is none."""
     if turns[-1]["role"] != "assistant":
         return (), "", "the dialogue does not end with an answer"
-    if not turns[-1]["content"]:
-        return (), "", "empty response"
+    if problem := _response_problem(turns[-1]["content"]):
+        return (), "", problem
     *prompt, answer = merge_turns(turns)
     if not prompt or prompt[0]["role"] != "user":
         return (), "", "empty prompt"
@@ -92,9 +110,12 @@ def _split_dialogue(turns: list[Message]) -> tuple[tuple[Message, ...], str, str
 
 
 def _pair_problem(chosen: str, rejected: str) -> str:
-    if not rejected:
-        return "empty response"
-    return "identical responses" if chosen == rejected else ""
+    return _response_problem(rejected) or pair_problem(chosen, rejected)
+
+
+def _response_problem(text: str) -> str:
+    answer = answer_of(text)
+    return NO_ANSWER if answer is None else "" if answer.strip() else "empty response"
 
 
 def select_preference(
@@ -132,13 +153,19 @@ def select_preference(
         return Parsed(None, (f"record: {'no common prompt' if given is None else 'empty prompt'}",))
     if prompt[-1]["role"] != "user":
         raise where.error("prompt", f"ends with role {prompt[-1]['role']!r}, expected 'user'")
-    if not better:
-        return Parsed(None, ("record: empty response",))
+    if problem := _response_problem(better):
+        return Parsed(None, (f"record: {problem}",))
     problem = "" if same_prompt else _DIFFERENT_PREFIX
     problem = problem or _score_problem(record, where) or _pair_problem(better, worse)
     pairs = (LabeledPair(better, worse),) if with_pairs and not problem else ()
     skipped = (f"pair: {problem}",) if with_pairs and problem else ()
-    return Parsed(PreferenceRecord(tuple(prompt), better, pairs, source, index), skipped)
+    removed = tuple(REASONING for answer in (chosen, rejected) if _has_reasoning(answer))
+    parsed = PreferenceRecord(tuple(prompt), better, pairs, source, index)
+    return Parsed(parsed, skipped, removed)
+
+
+def _has_reasoning(answer: Any) -> bool:
+    return isinstance(answer, list) and bool(answer[-1].get(REASONING))
 
 
 def _standard(

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from self_judge.datatypes import Message, PreferenceRecord
-from self_judge.errors import DataError
+from self_judge.errors import DataError, UnusableRecordError
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.prompting.messages import content_of, lost
+from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -25,11 +27,13 @@ class Parsed:
     Attributes:
         record: the parsed record, or `None` if it is unusable.
         skipped: reasons for skipped parts, as short phrases to count: `"record: …"` for the whole
-            record, or `"pair: …"` for a pair if the demonstration is still usable.
+            record, `"pair: …"` for a pair whose record is still usable as a demonstration.
+        removed: what was removed from a record that is still usable, as phrases to count.
     """
 
     record: PreferenceRecord | None
     skipped: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
@@ -68,6 +72,14 @@ def merge_turns(messages: Iterable[Message]) -> list[Message]:
         else:
             merged.append(message)
     return merged
+
+
+def pair_problem(chosen: str, rejected: str) -> str:
+    """Why two responses cannot be a pair to judge, by what a judge sees of them; else `""`."""
+    better, worse = answer_of(chosen), answer_of(rejected)
+    if better is None or worse is None:
+        return NO_ANSWER
+    return "identical responses" if better == worse else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +137,11 @@ class RecordRef:
         return list(value)
 
     def messages(self, value: Any, field: str) -> list[Message]:
-        """Returns a list of messages after checking their roles and texts."""
+        """A list of messages with known roles and contents of text; thoughts are left out.
+
+        Raises:
+            UnusableRecordError: a message has what text cannot keep (`messages.lost`).
+        """
         if not isinstance(value, list):
             raise self.expected("text or a list of messages", value, field)
         messages: list[Message] = []
@@ -136,5 +152,13 @@ class RecordRef:
             role = self.text(message, "role", at)
             if role not in _ROLES:
                 raise self.error(f"{at}.role", f"is {role!r}, expected one of {', '.join(_ROLES)}")
-            messages.append({"role": role, "content": self.text(message, "content", at)})
+            if what := lost(message):
+                raise UnusableRecordError(
+                    f"{self.source}, record {self.index}, field {at!r}: has {what}, which cannot "
+                    "be judged as text; leave such records out",
+                    reason=f"a message with {what}",
+                )
+            self.value(message, "content", at)
+            content = {"content": content_of(message)}
+            messages.append({"role": role, "content": self.text(content, "content", at)})
         return messages

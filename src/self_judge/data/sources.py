@@ -20,7 +20,7 @@ from self_judge.data.files import read_raw, reader_of
 from self_judge.data.records import Parsed, RecordRef, first_question, is_held_out, judge_context
 from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import Message, PreferenceRecord
-from self_judge.errors import ConfigError, DataError
+from self_judge.errors import ConfigError, DataError, UnusableRecordError
 
 Subset = Literal["train", "held_out", "all"]
 
@@ -31,9 +31,10 @@ class PreferenceData:
 
     Attributes:
         records: the selected records.
-        counts_by_source: the counts for each source label: `read`, `other subset` (records in the
-            subset that is not selected), `records`, `demonstrations`, `pairs`, `pairs,
-            <principle>`, and one `skipped record: …` or `skipped pair: …` per reason.
+        counts_by_source: by source label: `read`, `other subset` (in the other subset of the
+            held-out split), `records`, `demonstrations`, `pairs`, `pairs, <principle>`, and one
+            `skipped record: …` or `skipped pair: …` per reason; `removed …` is left out of records
+            that are used.
     """
 
     records: list[PreferenceRecord]
@@ -178,12 +179,16 @@ def select_records(
         if len(kept) == max_records:
             break
         counts["read"] += 1
-        parsed = parse(record, index, with_pairs=pairs, source=label)
+        try:
+            parsed = parse(record, index, with_pairs=pairs, source=label)
+        except UnusableRecordError as error:
+            parsed = Parsed(None, (f"record: {error.reason}",))
         chosen = _in_subset(parsed.record, subset, held_out)
         if parsed.record is not None and chosen is None:
             counts["other subset"] += 1
             continue
         counts.update(f"skipped {why}" for why in parsed.skipped)
+        counts.update(f"removed {what}" for what in parsed.removed)
         if chosen is not None and not sft:
             chosen = replace(chosen, demonstration=None)
         if chosen is not None and chosen.demonstration is None and not chosen.pairs:

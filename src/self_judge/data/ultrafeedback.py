@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from self_judge.data.records import Parsed, RecordRef
+from self_judge.data.records import Parsed, RecordRef, pair_problem
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
+from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
 # In "Text 1 is better than Text 3", the annotator refers to responses that the judge does not see.
 _OTHER_TEXTS = re.compile(r"\bTexts?\b")
@@ -67,8 +68,11 @@ def select_ultrafeedback(
         for number, raw in enumerate(completions)
         if (completion := _completion(raw, where, f"completions[{number}]")) is not None
     ]
+    unanswered = [c for c in rated if answer_of(c.text) is None]
+    rated = [c for c in rated if c not in unanswered]
     if not rated:
-        return Parsed(None, ("record: no rated response",))
+        why = NO_ANSWER if unanswered else "no rated response"
+        return Parsed(None, (f"record: {why}",))
     best = max(rated, key=lambda c: (c.score, len(c.text)))
     drawn: list[tuple[str, LabeledPair | str]] = []  # (suffix for counts, pair or reason)
     if with_pairs and not principles:
@@ -90,8 +94,8 @@ def select_ultrafeedback(
         # instruction.
         context=instruction,
     )
-    skipped = (f"pair{about}: {why}" for about, why in drawn if isinstance(why, str))
-    return Parsed(selected, tuple(skipped))
+    skipped = [f"pair{about}: {why}" for about, why in drawn if isinstance(why, str)]
+    return Parsed(selected, (*skipped, *[f"response: {NO_ANSWER}" for _ in unanswered]))
 
 
 def _principles_of(rated: Sequence[_Completion]) -> list[str]:
@@ -104,7 +108,7 @@ def _general_pair(
     """Pairs the best completion with a random one of lower score, or returns why it cannot."""
     if len(rated) == 1:
         return "a single rated response"
-    worse = [c for c in rated if c.score < best.score and c.text != best.text]
+    worse = [c for c in rated if c.score < best.score and not pair_problem(best.text, c.text)]
     if not worse:
         return "tied scores"
     return LabeledPair(best.text, rng.choice(worse).text)
@@ -121,7 +125,7 @@ def _principle_pair(
     couples = [
         (a, b) if a.ratings[principle] > b.ratings[principle] else (b, a)
         for a, b in combinations([c for c in rated if principle in c.ratings], 2)
-        if a.ratings[principle] != b.ratings[principle] and a.text != b.text
+        if a.ratings[principle] != b.ratings[principle] and not pair_problem(a.text, b.text)
     ]
     if not couples:
         return "no two different ratings"

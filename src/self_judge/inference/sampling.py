@@ -25,6 +25,7 @@ from self_judge.datatypes import Response, stable_seed
 from self_judge.inference.decoding import MaxOverRanks, cache_bytes, decode, why_not_shared
 from self_judge.inference.logits_processors import SeededTokenSampler
 from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.thoughts import sampled
 from self_judge.runtime import (
     halve_or_raise,
     in_evaluation_mode,
@@ -85,12 +86,11 @@ def stop_tokens(encoder: ChatEncoder) -> tuple[int, ...]:
     return tuple(encoder.stop_token_ids)
 
 
-def sampled_response(sampled: Sequence[int], encoder: ChatEncoder) -> Response:
-    """Cuts the sampled ids after the first stop token; with one, the response is finished."""
+def sampled_response(ids: Sequence[int], encoder: ChatEncoder, prompt: Sequence[int]) -> Response:
+    """The sampled ids up to the first stop token; see `thoughts.sampled`."""
     stop = set(encoder.stop_token_ids)
-    end = next((t + 1 for t, token in enumerate(sampled) if token in stop), None)
-    ids = tuple(sampled[:end])
-    return Response(ids, encoder.decode(ids), finished=end is not None)
+    end = next((t + 1 for t, token in enumerate(ids) if token in stop), None)
+    return sampled(encoder.tokenizer, prompt, ids[:end], ended=end is not None)
 
 
 class TransformersSampler:
@@ -203,7 +203,9 @@ class TransformersSampler:
                     continue
                 # The samples for a prompt remain in order, even if several batches contain them.
                 for i, ks in batch:
-                    responses[i] += [sampled_response(next(drawn), self.encoder) for _ in ks]
+                    responses[i] += [
+                        sampled_response(next(drawn), self.encoder, prompts[i]) for _ in ks
+                    ]
                 bar.update(count)
                 number += 1
         return responses

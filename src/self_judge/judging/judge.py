@@ -25,6 +25,7 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import encoder_as_taught, resolve_judge
 from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.prompting.thoughts import NO_ANSWER, answers_of
 
 # The arguments that `from_pretrained` passes to both the tokenizer and the model.
 _ALSO_TOKENIZER = ("revision", "trust_remote_code")
@@ -186,8 +187,9 @@ class Judge:
     ) -> list[Verdict]:
         """Judges every comparison and returns the verdicts in the same order.
 
-        A pair whose judge prompt does not fit into `max_length` is undecidable, and its verdict
-        gives this reason.
+        Of a response that opens with a thought, the judge sees the answer. A pair with a thought
+        that never ends, or whose judge prompt does not fit into `max_length`, is undecidable; its
+        verdict says so.
 
         Raises:
             TypeError: an element is not a `Comparison`. The message contains its index.
@@ -201,9 +203,12 @@ class Judge:
                 )
         prompts: list[list[int]] = []
         fits: list[bool] = []
-        for comparison in comparisons:
+        shown = [answers_of(comparison) for comparison in comparisons]
+        for comparison in shown:
             encoded = [
                 encode_orders(self.encoder, self.templates, p, comparison, self.max_length)
+                if comparison is not None
+                else None
                 for p in self.templates
             ]
             # If the prompt for one principle does not fit, the pair is undecidable.
@@ -216,9 +221,10 @@ class Judge:
         # the next pair. Each group of two rows contains the two orders for one principle.
         per_verdict = 2 * len(self.templates)
         verdicts, start = [], 0
-        for fit in fits:
+        for comparison, fit in zip(shown, fits, strict=True):
             if not fit:
-                verdicts.append(undecidable((), "the pair does not fit into max_length"))
+                long = "the pair does not fit into max_length"
+                verdicts.append(undecidable((), NO_ANSWER if comparison is None else long))
                 continue
             rows = letters[start : start + per_verdict]
             start += per_verdict

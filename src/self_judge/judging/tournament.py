@@ -36,6 +36,7 @@ from self_judge.datatypes import Comparison, Verdict, stable_seed
 from self_judge.judging.judge import Judge
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.prompting.thoughts import with_answers
 
 Compare = Callable[[list[Comparison]], list[Verdict]]
 Seek = Literal["best", "worst"]
@@ -91,14 +92,15 @@ def knockouts(
     """Plays one knockout per context; all matches in a round are judged together.
 
     Args:
-        compare: a function that judges a list of comparisons, such as `Judge.compare`.
-        contexts: the contexts that the judge sees.
-        responses: the responses to each context. They are not changed.
-        seeds: one seed per context, which determines the draw and the lots.
-        entrants: the responses to each context that take part (default: all).
-        seek: with `"worst"`, the loser of each match advances.
-        known: known verdicts by (context, a, b), which are not judged again. New verdicts are
-            added.
+        compare: judges a list of comparisons, e.g. `Judge.compare`.
+        contexts: the N contexts that the judge sees.
+        responses: the responses to each context; never changed.
+        seeds: one per context; each fixes the draw and the lots.
+        entrants: the responses that take part, per context. By default those with an answer
+            (`thoughts.answer_of`), so that a thought that never ends cannot win; if none has one,
+            all take part, and lots decide.
+        seek: with `"worst"` the loser of each match advances.
+        known: verdicts by (context, a, b); looked up first, and extended.
 
     Raises:
         ValueError: a context has no responses, or the lists differ in length.
@@ -108,7 +110,7 @@ def knockouts(
     generators = [random.Random(seed) for seed in seeds]
     standing: list[list[int]] = []
     for i, own in enumerate(responses):
-        drawn = list(range(len(own)) if entrants is None else entrants[i])
+        drawn = list((with_answers(own) or range(len(own))) if entrants is None else entrants[i])
         if not drawn:
             raise ValueError(f"context {i} has no entrants: {contexts[i]!r:.80}")
         generators[i].shuffle(drawn)

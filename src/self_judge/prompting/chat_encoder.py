@@ -36,6 +36,7 @@ from self_judge.prompting.chat_template import (
 from self_judge.prompting.content_tokenizer import ContentTokenizer
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompting.letter_tokens import letter_ids
+from self_judge.prompting.messages import REASONING, content_of, lost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -189,11 +190,15 @@ class ChatEncoder:
                 raise EncodingError(
                     f"the role {role!r:.80} is not a plain word such as 'user' or 'assistant'"
                 )
-            if not isinstance(message["content"], str):
+            last = message is messages[-1] and ending != "prompt"
+            if what := lost(message) or (last and message.get(REASONING) and REASONING):
+                raise EncodingError(f"a {role!r} message has {what}: only text can be encoded")
+            if not isinstance(content_of(message), str):
                 raise EncodingError(
-                    f"the content of a {message['role']!r} message is a "
+                    f"the content of a {role!r} message is a "
                     f"{type(message['content']).__name__}: only text can be encoded"
                 )
+        messages = [Message(role=m["role"], content=content_of(m)) for m in messages]
         if not self._layouts.takes_system and messages and messages[0]["role"] == "system":
             messages = system_into_user(messages)
         layout = self._layouts.of(tuple(m["role"] for m in messages), ending)

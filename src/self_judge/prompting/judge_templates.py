@@ -13,6 +13,8 @@ from typing import Any
 
 from self_judge.datatypes import Comparison, Message
 from self_judge.errors import TemplateError
+from self_judge.prompting.messages import content_of
+from self_judge.prompting.thoughts import answer_of
 
 _COMPARISON_FIELDS = ("context", "response_a", "response_b")
 _RATIONALE_FIELDS = ("rationale_a", "rationale_b")
@@ -188,15 +190,19 @@ def _checked_rationales(
 def dialogue_text(messages: Sequence[Message]) -> str:
     """Formats a dialogue for a judge prompt.
 
-    A single user message has no label. In a longer dialogue, each turn has a role label, so that
-    the judge can tell the turns apart: `"Human: …\\n\\nAssistant: …\\n\\nHuman: …"`.
+    A single user message has no label; a longer dialogue gets role labels, so that the judge can
+    tell the turns apart: `"Human: …\\n\\nAssistant: …\\n\\nHuman: …"`. Thoughts are left out.
     """
     if len(messages) == 1 and messages[0]["role"] == "user":
-        return messages[0]["content"].strip()
+        return _shown(messages[0]).strip()
     return "\n\n".join(
-        f"{_ROLE_LABELS.get(m['role'], m['role'].capitalize())}: {m['content'].strip()}"
+        f"{_ROLE_LABELS.get(m['role'], m['role'].capitalize())}: {_shown(m).strip()}"
         for m in messages
     )
+
+
+def _shown(message: Message) -> str:
+    return (answer_of if message["role"] == "assistant" else str)(content_of(message)) or ""
 
 
 def turns_of(context: str) -> list[str]:

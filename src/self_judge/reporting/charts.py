@@ -33,6 +33,7 @@ class Chart:
             rest.
         format: `percent`, or `None` for plain numbers.
         reference: the value of a dotted line.
+        maybe: further lines, of metrics that only some runs log.
     """
 
     section: tuple[str, str]
@@ -42,6 +43,7 @@ class Chart:
     about: str
     format: str | None = None
     reference: float | None = None
+    maybe: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def prefix(self) -> str | None:
@@ -49,8 +51,8 @@ class Chart:
         return next((name for name in self.lines if name.endswith("/")), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the chart as data for the script of the page."""
-        named = {} if self.prefix else self.lines
+        """The chart as data for the page's script."""
+        named = {} if self.prefix else {**self.lines, **self.maybe}
         lines = [{"key": key, "label": label} for key, label in named.items()]
         return {**dataclasses.asdict(self), "lines": lines, "prefix": self.prefix}
 
@@ -82,20 +84,22 @@ CHARTS = (  # in the order on the page
           "The share of decided pairs on which both orders agree. At 50 %, only position decides.",
           PERCENT, 0.5),
     Chart(JUDGE, "undecidable", "Undecidable pairs", {"judge/undecidable": "undecidable"},
-          "The share of pairs without a gradient: equal texts, exact ties, too long.", PERCENT),
+          "Share of pairs without a gradient: equal texts, exact ties, too long, open thoughts.",
+          PERCENT),
     Chart(JUDGE, "principles", "Win rate by principle", {"judge/win_rate/": ""},
           "The share of decided pairs in which a principle agrees with the verdict.", PERCENT),
     Chart(RESPONSES, "length", "Response length",
           {"completions/mean_length": "all", "completions/chosen_length": "chosen",
            "completions/rejected_length": "rejected"},
-          "Tokens per response. If chosen stays above rejected, the policy learns length."),
+          "Tokens of an answer. If chosen stays above rejected, the policy learns length.",
+          maybe={"completions/thought_length": "thought"}),
     Chart(RESPONSES, "drift", "Length against the reference",
           {"completions/length_drift": "ratio"},
           "Mean length divided by the first value, when the policy equals the reference.",
           reference=1.0),
     Chart(RESPONSES, "finished", "Finished responses", {"completions/finished": "finished"},
-          "The share of responses that the model ended itself. The others are cut at the limit.",
-          PERCENT),
+          "Share of responses that the model ended itself; the others are cut at the limit.",
+          PERCENT, maybe={"completions/unanswered": "a thought without an end"}),
     Chart(JSFT, "jsft-loss", "JSFT: loss", {"loss": "training", "eval_loss": HELD_OUT},
           "Cross-entropy per trained token, for SFT and judge examples together."),
     Chart(JSFT, "jsft-accuracy", "JSFT: token accuracy",

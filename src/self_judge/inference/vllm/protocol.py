@@ -144,7 +144,7 @@ class VLLMSampler:
             )
         responses: list[list[Response]] = [[] for _ in prompts]
         for (i, _), ids in zip(rows, sampled, strict=True):
-            responses[i].append(sampled_response(ids, self.encoder))
+            responses[i].append(sampled_response(ids, self.encoder, prompts[i]))
         return responses
 
 

@@ -15,6 +15,7 @@ from self_judge.datatypes import Comparison, LabeledPair, Message, PreferenceRec
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.prompting.thoughts import NO_ANSWER, answers_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -107,9 +108,11 @@ class ExampleEncoder:
         self, pair: LabeledPair, comparison: Comparison, principle: str
     ) -> list[JSFTExample]:
         room = None if self.max_length is None else self.max_length - 1  # for the letter
-        orders = encode_orders(self.encoder, self.templates, principle, comparison, room)
-        if orders is None:
-            return [JSFTExample("judge", [], [], NO_FIT, principle=principle)] * 2
+        shown = answers_of(comparison)  # as at inference
+        orders = shown and encode_orders(self.encoder, self.templates, principle, shown, room)
+        if not orders:
+            note = NO_ANSWER if shown is None else NO_FIT
+            return [JSFTExample("judge", [], [], note, principle=principle)] * 2
         rationales: list[list[int]] = [[], []]
         if self.templates.has_rationales and pair.rationale_chosen and pair.rationale_rejected:
             given = (pair.rationale_chosen, pair.rationale_rejected)
@@ -200,7 +203,7 @@ def jsft_dataset(
     )
     counts: dict[str, int] = {}
     for kind, note in zip(encoded["kind"], encoded["note"], strict=True):
-        if note not in (NO_ROOM, NO_FIT):
+        if note not in (NO_ROOM, NO_FIT, NO_ANSWER):
             counts[f"{kind} examples"] = counts.get(f"{kind} examples", 0) + 1
         if note:
             key = f"{kind} examples: {note}"

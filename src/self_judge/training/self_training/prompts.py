@@ -16,6 +16,7 @@ from datasets import IterableDataset
 from self_judge.datatypes import Message
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.prompting.messages import content_of, lost
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,9 @@ class PromptPreparer:
         if response is None:
             return None
         if not isinstance(response, str):
-            response = response[-1]["content"]
+            if what := lost(response[-1]):
+                raise ValueError(f"a response has {what}: only text can be encoded")
+            response = content_of(response[-1])
         elif query is not None:
             response = response.removeprefix(query)
         end = list(self.encoder.stop_token_ids[:1])
@@ -185,11 +188,13 @@ def _messages(prompt: Any, index: int, dataset_name: str) -> list[Message]:
     for message in prompt:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise ValueError(f"{where} has a message without role and content: {message!r:.80}")
+        if what := lost(message):
+            raise ValueError(f"{where} has a message with {what}: only text can be encoded")
     if prompt[-1]["role"] != "user":
         raise ValueError(
             f"{where} ends with a {prompt[-1]['role']!r} message; the last message must be 'user'"
         )
-    return [Message(role=m["role"], content=m["content"]) for m in prompt]
+    return [Message(role=m["role"], content=content_of(m)) for m in prompt]
 
 
 def _without_oldest_exchange(messages: list[Message]) -> list[Message] | None:

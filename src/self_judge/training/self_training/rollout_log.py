@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from self_judge.console import neutral
+from self_judge.prompting.thoughts import NO_ANSWER
 from self_judge.storage.atomic import atomic_write
 from self_judge.storage.run_dir import rollout_file, thin_rollouts
 from self_judge.training.self_training.config import SelfJudgeConfig
@@ -26,18 +27,22 @@ from self_judge.training.self_training.rollouts import Rollout
 def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> dict[str, float]:
     """Returns sums over rollouts. After adding those of all processes, see `rollout_metrics`."""
     judged = [r.verdict for r in rollouts if r.decided and r.verdict is not None]
-    lengths = [len(x.ids) for r in rollouts for x in (r.chosen, r.rejected)]
+    both = [x for r in rollouts for x in (r.chosen, r.rejected)]
+    thoughts = [x.thought_length for x in both if x.thought is not None]
     totals = {
         "pairs": float(len(rollouts)),
         "decided": float(len(judged)),
         "margin": math.fsum(v.margin for v in judged),
         "orders_agree": float(sum(v.orders_agree for v in judged)),
         "broken": float(sum(is_broken(r) for r in rollouts)),
-        "responses": float(len(lengths)),
-        "tokens": float(sum(lengths)),
-        "finished": float(sum(x.finished for r in rollouts for x in (r.chosen, r.rejected))),
-        "chosen_tokens": float(sum(len(r.chosen.ids) for r in rollouts)),
-        "rejected_tokens": float(sum(len(r.rejected.ids) for r in rollouts)),
+        "responses": float(len(both)),
+        "tokens": float(sum(x.answer_length for x in both)),
+        "finished": float(sum(x.finished for x in both)),
+        "chosen_tokens": float(sum(r.chosen.answer_length for r in rollouts)),
+        "rejected_tokens": float(sum(r.rejected.answer_length for r in rollouts)),
+        "thoughts": float(len(thoughts)),
+        "thought_tokens": float(sum(thoughts)),
+        "unanswered": float(sum(not x.answered for x in both)),
     }
     for p, principle in enumerate(principles):
         wins = 0.0
@@ -60,8 +65,9 @@ def is_broken(rollout: Rollout) -> bool:
 def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     """Computes the logged means from the sums of `rollout_totals`.
 
-    Margin, order agreement and win rates are means over decided pairs. The win rate of a principle
-    is the share of pairs in which it agrees with the verdict.
+    Margin, order agreement and win rates are means over decided pairs; the win rate of a principle
+    is the share of pairs in which it agrees with the verdict. Lengths are those of answers. If
+    there are thoughts, their mean length is logged, and the share of responses without an answer.
     """
     decided, responses = max(totals["decided"], 1.0), max(totals["responses"], 1.0)
     pairs = max(totals["pairs"], 1.0)
@@ -75,6 +81,9 @@ def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
         "completions/chosen_length": totals["chosen_tokens"] / pairs,
         "completions/rejected_length": totals["rejected_tokens"] / pairs,
     }
+    if totals["thoughts"]:
+        metrics["completions/thought_length"] = totals["thought_tokens"] / totals["thoughts"]
+        metrics["completions/unanswered"] = totals["unanswered"] / responses
     for name, value in totals.items():
         if name.startswith("wins/"):
             metrics[f"judge/win_rate/{name.removeprefix('wins/')}"] = value / decided
@@ -113,8 +122,8 @@ def _as_json(rollout: Rollout) -> dict[str, Any]:
         "context": rollout.context,
         "chosen": rollout.chosen.text,
         "rejected": rollout.rejected.text,
-        "chosen_tokens": len(rollout.chosen.ids),
-        "rejected_tokens": len(rollout.rejected.ids),
+        "chosen_tokens": rollout.chosen.answer_length,
+        "rejected_tokens": rollout.rejected.answer_length,
         "chosen_finished": rollout.chosen.finished,
         "rejected_finished": rollout.rejected.finished,
         "decided": rollout.decided,
@@ -128,6 +137,12 @@ def _as_json(rollout: Rollout) -> dict[str, Any]:
         if verdict
         else None,
         "undecidable_because": _why_undecided(rollout),
+        **{
+            f"{side}_{name}": value
+            for side, own in (("chosen", rollout.chosen), ("rejected", rollout.rejected))
+            if own.thought is not None
+            for name, value in (("thought", own.thought), ("thought_tokens", own.thought_length))
+        },
     }
 
 
@@ -135,7 +150,7 @@ def _why_undecided(rollout: Rollout) -> str | None:
     if rollout.decided:
         return None
     if rollout.verdict is None:
-        return "equal texts"
+        return "equal texts" if rollout.chosen.answered else NO_ANSWER
     if not (rollout.chosen.ids and rollout.rejected.ids):
         return "a response without a token"
     return rollout.verdict.undecidable_because or "the verdict contradicts the tournament"
@@ -208,7 +223,7 @@ def metrics_over_processes(
     Every process must call this function.
     """
     totals = rollout_totals(rollouts, principles)
-    lengths = [float(len(x.ids)) for r in rollouts for x in (r.chosen, r.rejected)]
+    lengths = [float(x.answer_length) for r in rollouts for x in (r.chosen, r.rejected)]
     device = accelerator.device
     summed = accelerator.reduce(
         torch.tensor(list(totals.values()), device=device, dtype=torch.float32), "sum"
@@ -229,7 +244,7 @@ def pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:
     table.add_column("margin", justify="right", no_wrap=True)
     for r in rollouts:
         margin = f"{r.verdict.margin:+.3f}" if r.decided and r.verdict else "undecidable"
-        shown = (r.context[-400:], r.chosen.text[:400], r.rejected.text[:400])
-        # Use text and not markup, so that brackets in a response are printed unchanged.
+        shown = (r.context[-400:], r.chosen.judged[:400], r.rejected.judged[:400])
+        # Text, not markup: brackets in a response stay brackets.
         table.add_row(*(Text(neutral(s)) for s in shown), margin)
     return table

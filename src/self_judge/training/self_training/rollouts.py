@@ -83,9 +83,16 @@ def select_pairs(
             raise ValueError(
                 f"prompt {i} has {len(own)} responses, but a training pair needs at least 2"
             )
-    texts = [[r.text for r in own] for own in responses]
+    texts = [[r.judged for r in own] for own in responses]
+    # Responses without an answer are left out, unless fewer than two have one: then the judge
+    # cannot decide.
+    answered = [[k for k, r in enumerate(own) if r.answered] for own in responses]
+    entered = [
+        own if len(own) > 1 else list(range(len(all_)))
+        for own, all_ in zip(answered, responses, strict=True)
+    ]
     known: dict[tuple[int, int, int], Verdict] = {}
-    brackets = knockouts(compare, contexts, texts, seeds=seeds, known=known)
+    brackets = knockouts(compare, contexts, texts, seeds=seeds, entrants=entered, known=known)
     best = [bracket.winner for bracket in brackets]
     if selection == "best_worst":
         losers = [_first_losers(bracket) for bracket in brackets]
@@ -95,8 +102,8 @@ def select_pairs(
         worst = [bracket.winner for bracket in mirrored]
     else:
         worst = [
-            random.Random(stable_seed(s, "other")).choice([k for k in range(len(own)) if k != b])
-            for s, own, b in zip(seeds, texts, best, strict=True)
+            random.Random(stable_seed(s, "other")).choice([k for k in own if k != b])
+            for s, own, b in zip(seeds, entered, best, strict=True)
         ]
     pairs = list(enumerate(zip(best, worst, strict=True)))
     asked = [
