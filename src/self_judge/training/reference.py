@@ -45,9 +45,7 @@ def frozen_reference(model: ModelT) -> ModelT:
     # An earlier trainer may have replaced the forward by a closure that calls the original model,
     # as TRL's fused head does. A copy of it would compute with the weights that are trained.
     inner: Any = unwrapped(reference)
-    if (
-        "_hf_hook" not in inner.__dict__
-    ):  # Accelerate's hooks for several devices replace it as well
+    if "_hf_hook" not in inner.__dict__:  # Accelerate replaces it for several devices
         for name in ("forward", "_original_forward"):
             inner.__dict__.pop(name, None)
     reference.requires_grad_(False)
