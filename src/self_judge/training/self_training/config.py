@@ -85,7 +85,7 @@ def trusts_code(config: SelfJudgeConfig) -> bool:
 
 
 def for_model(config: SelfJudgeConfig, model: Any) -> SelfJudgeConfig:
-    """Makes a model name load safely and limits `max_length` to the model's context."""
+    """Enables safe loading for a model name and limits `max_length` to the model's context."""
     if isinstance(model, str):
         refuse_pickle(model)
         loading = {"use_safetensors": True, **(config.model_init_kwargs or {})}  # type: ignore[dict-item]
