@@ -134,7 +134,7 @@ def _add_evaluation(commands: Commands) -> None:
     add("--output", required=True, metavar="DIR", help="output folder")
     add("--compare", metavar="MODEL",
         help="another judge, or the --output folder of its evaluation, to compare with")
-    add("--split", default="test", metavar="NAME[,NAME…]", help="split of Hub data (default: test)")
+    add("--split", default="test", metavar="NAME[,NAME…]", help="dataset split (default: test)")
     add("--data-dir", metavar="DIR", help="folder inside the data")
     add("--name", help="configuration name of a Hub dataset")
     add("--data-revision", metavar="REV", help="revision of a Hub dataset")

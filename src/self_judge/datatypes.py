@@ -23,7 +23,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A context and two responses to it. The names a and b do not set their order in a prompt.
+    """A context and two responses to it. The names a and b do not imply an order in a prompt.
 
     Args:
         context: the dialogue as text for a judge prompt (see `judge_templates.dialogue_text`).

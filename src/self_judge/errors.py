@@ -50,11 +50,11 @@ class EngineError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be resumed from."""
+    """A checkpoint from which a run cannot resume."""
 
 
 class JournalError(ValueError):
-    """An output file that cannot be resumed."""
+    """An output file that a resumed command cannot continue."""
 
 
 def in_a_line(error: BaseException) -> str:

@@ -190,7 +190,7 @@ def padded(
 ) -> dict[str, torch.Tensor]:
     """Pads sequences and returns `input_ids` and `attention_mask`, each `(B, T)`.
 
-    Under a causal mask, right padding does not affect the sequences, for any kind of positions.
+    Under a causal mask, right padding does not affect the sequences with any position encoding.
     """
     longest = max(map(len, sequences))
     ids_BT = torch.full((len(sequences), longest), pad)

@@ -326,7 +326,7 @@ def test_values_may_refer_to_each_other_but_template_text_is_literal(minimal: Pa
         ),
         (
             "training_args.gradient_accumulation_steps=2",
-            "follows from jsft_args.global_batch_size: leave one out",
+            "is computed from jsft_args.global_batch_size: unset one of them",
         ),
         ("training_args.output_dir=${nowhere}", "Interpolation key 'nowhere' not found"),
         # about the override itself

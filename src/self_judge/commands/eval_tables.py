@@ -163,7 +163,7 @@ def _compared_table(compared: Mapping[str, Any]) -> Table:
     paired = {**compared["paired"]["subsets"], "all": compared["paired"]["overall"]}
     theirs = {**compared["subsets"], "all": compared["overall"]}  # the subsets may differ
     return table(
-        f"compared with {compared['judge']['model']}: this judge minus the other, in pairs",
+        f"compared with {compared['judge']['model']}: paired difference, this judge minus other",
         ("", "other's accuracy", "difference", "only this right", "only other right",
          "McNemar's p"),
         (

@@ -20,7 +20,7 @@ from self_judge.datatypes import Comparison
 from self_judge.judging.voting import verdict_json
 from self_judge.prompting.judge_templates import dialogue_text
 
-CHUNK = 64  # comparisons per write to disk, which is the most that a kill can lose
+CHUNK = 64  # comparisons per write to disk, and the most that are lost if the process is killed
 
 
 class Item(NamedTuple):
@@ -74,7 +74,7 @@ def judge_in_bulk(
         return judged
 
     def is_line_of(written: Mapping[str, Any], item: Item) -> bool:
-        # Compare dictionaries and not values, because Python's NaN object equals itself only there.
+        # Compare dictionaries and not values, because a NaN object in a dictionary equals itself.
         names = known_by or (written.keys() | item.line.keys()) - {field}
         there, given = (
             {name: line[name] for name in names if name in line} for line in (written, item.line)

@@ -97,7 +97,7 @@ class JudgeChoice:
         return self._resolved[1].templates
 
     def load(self) -> Judge:
-        """Loads the judge, onto this process's device under `accelerate launch`."""
+        """Loads the judge. Under `accelerate launch`, it is on this process's device."""
         args, settings = self._resolved
         hub: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         tokenizer = load_tokenizer(self.model, **hub)

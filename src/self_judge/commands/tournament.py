@@ -1,7 +1,6 @@
 """`self-judge tournament` picks the best of N responses for each line of a JSON Lines file.
 
-This module handles the files and calls the steps. Other packages implement sampling, judging and
-brackets.
+This module reads and writes the files. Other packages implement sampling, judging and brackets.
 """
 
 from __future__ import annotations
@@ -211,7 +210,7 @@ def _is_line_of(written: Mapping[str, Any], entry: Entry) -> bool:
         for name, value in entry.line.items()
         if name not in ADDED or (name == "responses" and value is not None)
     }
-    # Compare dictionaries and not values, because Python's NaN object equals itself only there.
+    # Compare dictionaries and not values, because a NaN object in a dictionary equals itself.
     return {name: written.get(name) for name in given} == given
 
 

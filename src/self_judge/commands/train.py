@@ -212,7 +212,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     data, held_out = load_data(run.dataset, say, rationales=False)
     if held_out is None:
         args.eval_strategy = "no"
-    # An existing adapter is merged into the base if there is a new one, and else trained further.
+    # An existing adapter is merged into the base if there is a new one, or else trained further.
     model = _load_model(run, merge=run.peft_config is not None)
     trainer = SelfJudgeTrainer(
         model=model,
@@ -278,7 +278,7 @@ def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
 def _train(
     trainer: JSFTTrainer | SelfJudgeTrainer, run: Run, args: Any, say: Say, progress: LiveProgress
 ) -> None:
-    """Trains, and resumes from the latest checkpoint with `resume_from_checkpoint: true`."""
+    """Trains the model. `resume_from_checkpoint: true` resumes from the latest checkpoint."""
     output = Path(str(args.output_dir))
     resume: str | None = _checkpoint(output, args.resume_from_checkpoint, say)
     this = json.loads(json.dumps(dataclasses.asdict(run), default=str))

@@ -19,7 +19,7 @@ from self_judge.config.schema import JSFTRun, SelfJudgeRun
 
 Run = TypeVar("Run", JSFTRun, SelfJudgeRun)
 
-# Tracker names for `report_to`, each with modules of which at least one must be installed.
+# Tracker names for `report_to` with their modules. At least one module must be installed.
 _TRACKER_MODULES = {
     "clearml": ("clearml",),
     "codecarbon": ("codecarbon",),
@@ -167,11 +167,11 @@ def _fit_sharding(
         )
         if reason:
             del training["deepspeed"]
-            warnings.append(f"{reason}: using plain data parallel instead")
+            warnings.append(f"{reason}: using plain data parallelism instead")
     if training.get("fsdp") and not on_gpu:
         del training["fsdp"]
         training.pop("fsdp_config", None)
-        warnings.append("FSDP needs CUDA GPUs: using plain data parallel instead")
+        warnings.append("FSDP needs CUDA GPUs: using plain data parallelism instead")
 
 
 def _fit_trackers(training: dict[str, Any], trackers: frozenset[str], warnings: list[str]) -> None:
@@ -225,8 +225,8 @@ def threads_for(machine: Machine, environ: Mapping[str, str] = os.environ) -> in
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Returns whether the CPU multiplies bf16 in hardware (x86 AVX512-BF16 or AMX, ARM bf16).
 
-    It returns False, so that float32 is used, if the flags cannot be read or on systems other than
-    Linux.
+    If the flags cannot be read, or on systems other than Linux, it returns False, and float32 is
+    used.
     """
     if not cpuinfo.is_file():
         return False

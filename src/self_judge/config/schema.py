@@ -45,7 +45,7 @@ class ModelArgs:
 
     Args:
         model_name_or_path: a folder or a Hub name.
-        dtype: dtype of the weights; `"auto"` keeps the dtype in which they were saved.
+        dtype: dtype of the weights; `"auto"` keeps the saved dtype.
         attn_implementation: the attention implementation; `None` leaves the choice to Transformers.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether the model's repository may run its own code.
@@ -113,7 +113,7 @@ class Source:
     Args:
         path: a Hub name, a local file (.json, .jsonl, .jsonl.gz, .parquet) or a `save_to_disk`
             folder.
-        data_dir, name, split, revision: as for `datasets.load_dataset`.
+        data_dir, name, split, revision: as in `datasets.load_dataset`.
         kind: the schema; `"auto"` detects it from the columns.
         sft: whether to train on the chosen responses as demonstrations.
         pairs: whether to train the judge on the pairs.
@@ -142,7 +142,7 @@ class DatasetArgs:
     Args:
         sources: training sources, read in this order.
         held_out: fraction of the prompts held out from training for evaluation, in [0, 1). It is
-            unused if `eval` has its own sources.
+            ignored if `eval` is set.
         eval: evaluation sources.
         max_records, max_eval_records: maximum number of records (`None`: all).
         principles: whether to use one pair per principle instead of one general pair
@@ -351,7 +351,7 @@ def check_training_args(
     """Raises an error for the first key that is not a field of the configuration class.
 
     Args:
-        keys: the keys of the section.
+        keys: the keys in the section.
         valid_names: the field names of the class, such as `trl.SFTConfig` or `peft.LoraConfig`.
         section: the section's name for the error message.
 
@@ -369,8 +369,8 @@ def check_training_values(
 ) -> dict[str, Any]:
     """Validates keys, numbers and booleans, and converts integers to floats where needed.
 
-    It checks only fields of type int, float or bool, or an optional one of these. The class itself
-    checks the others.
+    It checks only fields of type int, float or bool and optional fields of these types. The class
+    itself checks the others.
 
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type.
@@ -430,6 +430,6 @@ def _check_sections(run: _Run, own: JSFTArgs | SelfJudgeArgs, section: str) -> N
         require(key not in names, f"training_args.{key}: set {section}.{key} instead")
     require(
         own.global_batch_size is None or "gradient_accumulation_steps" not in run.training_args,
-        "training_args.gradient_accumulation_steps follows from "
-        f"{section}.global_batch_size: leave one out ({section}.global_batch_size=null)",
+        "training_args.gradient_accumulation_steps is computed from "
+        f"{section}.global_batch_size: unset one of them ({section}.global_batch_size=null)",
     )

@@ -110,8 +110,8 @@ class SelfTrainingSettings:
     generation_batch_size: int = _field(64, "Maximum number of responses sampled at once.")
     generation_batch_tokens: int | None = _field(
         None,
-        "Maximum number of prompt and response tokens in their KV cache. If unset, it is chosen by "
-        "the device's memory.",
+        "Maximum number of prompt and response tokens in their KV cache. If unset, it is chosen to "
+        "fit the device's memory.",
     )
     judge_batch_size: int = _field(
         8,
@@ -130,8 +130,8 @@ class SelfTrainingSettings:
     average_log_prob: bool | None = _field(
         None,
         "Average log-probabilities over a response's tokens (True) or sum them (False). If unset, "
-        "TRL's convention applies: sigmoid and hinge sum, ipo averages. The original method's ipo "
-        "sums.",
+        "TRL's convention applies: sigmoid and hinge sum, and ipo averages. In the original "
+        "method, ipo sums too.",
     )
     ignore_index: int = _field(-100, "Label of positions without loss; must be -100.")
     log_completions: bool = _field(False, "Print sampled pairs with their verdicts when logging.")
@@ -148,7 +148,7 @@ class SelfTrainingSettings:
         "not train.",
     )
 
-    use_vllm: bool = _field(False, "Sample with vLLM; with LoRA, judge with it too.")
+    use_vllm: bool = _field(False, "Use vLLM for sampling and, with LoRA, also for judging.")
     vllm_mode: VLLMMode = _field(
         "colocate",
         "Run an engine in every training process (colocate) or use separate servers (server).",

@@ -118,7 +118,7 @@ def build(cls: type, tree: Any, where: str) -> Any:
     """Builds a dataclass, with nested dataclasses, from plain dictionaries and lists.
 
     Args:
-        where: the key path of `tree`, which starts error messages. It is empty at the top level.
+        where: the key path of `tree`, a prefix for error messages. It is empty at the top level.
 
     Raises:
         ConfigError: a key is unknown or missing, a value has the wrong type, or the class's

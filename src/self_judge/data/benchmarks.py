@@ -186,7 +186,7 @@ def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
     votes = Counter(where.number(record[name], name) for name in _ANNOTATORS)
     if not votes.keys() <= {0, 1, 2}:
         given = [record[name] for name in _ANNOTATORS]
-        raise where.error("annotator1", f"expected annotators' 0, 1 or 2, got {given}")
+        raise where.error("annotator1", f"expected 0, 1 or 2 from all annotators, got {given}")
     vote, count = votes.most_common(1)[0]
     if count < 2:
         yield "the annotators have no majority"

@@ -1,6 +1,6 @@
 """Parsed records, and validated access to the fields of raw records.
 
-The modules for individual data formats share this module. It does not import torch.
+The modules for individual data formats use this module. It does not import torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Parsed:
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
-    """Returns whether a prompt is held out, which a hash of its text alone decides.
+    """Returns whether a prompt is held out, which depends only on a hash of its text.
 
     The held-out prompts are therefore the same for every stage, seed, order and number of
     processes, and a prompt is never in both subsets.

@@ -64,9 +64,9 @@ def records(
 ) -> list[PreferenceRecord]:
     """Creates `PreferenceRecord`s for JSFT and for evaluating a judge.
 
-    The demonstration is the best of `writers` completions (or the longest of equal ones, as in the
-    paper). The first pair is general (`principle=None`) and has the best completion and one with a
-    lower score. It is followed by one pair with rationales for each principle with different
+    The demonstration is the best of `writers` completions (the longest one in a tie, as in the
+    paper). The first pair is general (`principle=None`) and consists of the best completion and one
+    with a lower score. It is followed by one pair with rationales for each principle with different
     ratings.
 
     Args:

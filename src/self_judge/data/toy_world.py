@@ -151,7 +151,7 @@ def _read(response: str) -> _Reading:
 
 
 def gold_ratings(instruction: str, response: str) -> dict[str, Rating]:
-    """Rates any text under every principle by the gold rubric, with rationales.
+    """Rates any text under every principle with the gold rubric and gives rationales.
 
     Helpfulness requires an answer and a tip, and no chatter. Honesty requires a hedge, because an
     answer from memory may be wrong, and no boasting. Instruction following requires the last word.
@@ -291,5 +291,5 @@ def completions(instruction: str, count: int, g: random.Random) -> list[Completi
 
 
 def best(written: list[Completion]) -> Completion:
-    """Returns the completion with the best score, or the longest of these, as in the paper."""
+    """Returns the best completion. In a tie, it is the longest one, as in the paper."""
     return max(written, key=lambda c: (c.score, len(c.response)))

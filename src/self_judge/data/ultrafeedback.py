@@ -1,6 +1,6 @@
 """Parses rated completions from UltraFeedback as demonstrations and pairs.
 
-The functions are pure functions of one record.
+All functions are pure and process one record.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def select_ultrafeedback(
 
     Completions are ranked by their mean rating over principles, and then by length. The best one is
     the demonstration, with its `custom_system_prompt` as the system message. By default, there is
-    one pair, which has the best completion and a random one with a strictly lower score. With
+    one pair of the best completion and a random one with a strictly lower score. With
     `principles` (`True` for all rated ones, or their names), there is a random pair with different
     ratings for each principle instead. With `rationales`, both completions also need a rationale
     that does not mention another "Text" (see the paper's section on data).
@@ -105,7 +105,7 @@ def _principles_of(rated: Sequence[_Completion]) -> list[str]:
 def _general_pair(
     rated: Sequence[_Completion], best: _Completion, rng: random.Random
 ) -> LabeledPair | str:
-    """Pairs the best completion with a random one of lower score, or returns why it cannot."""
+    """Pairs the best completion with a random worse one, or returns why there is none."""
     if len(rated) == 1:
         return "a single rated response"
     worse = [c for c in rated if c.score < best.score and not pair_problem(best.text, c.text)]

@@ -87,7 +87,7 @@ class NotFiniteError(FloatingPointError):
 
 
 class FaultToleranceMixin(Base):
-    """A mixin to list before a Transformers trainer.
+    """A mixin that adds fault tolerance to a Transformers trainer, which it must precede.
 
     Attributes:
         max_skipped_steps: training stops after this many skipped steps in a row. A step is skipped
@@ -204,7 +204,7 @@ class FaultToleranceMixin(Base):
             return
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["processes"] != self.args.world_size:
-            return  # each process has its own sums, which need the same number of processes
+            return  # each process has its own sums, so the number of processes must match
         self._tr_loss += kept["loss"]
         # Transformers reports the mean loss for this call of `train`, without earlier steps.
         self._total_loss_scalar -= kept["loss"]

@@ -17,7 +17,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def lighten(model: nn.Module) -> None:
-    """Makes the plain LoRA layers of a model read and write memory fewer times.
+    """Makes the plain LoRA layers of a model read and write less memory.
 
     The choice is made at each call. A layer uses PEFT's own code if it has several adapters, active
     dropout, a variant of LoRA, adapter biases, or base weights that are merged, quantized or

@@ -98,7 +98,7 @@ class OOMRetryMixin(Base):
         return torch.stack(losses).sum()
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Computes the loss, weighted by the share of the pairs for part of a micro-batch."""
+        """Computes the loss and weights part of a micro-batch by its share of the pairs."""
         found: Any = super().compute_loss(model, inputs, *args, **kwargs)
         return found if self._share == 1.0 else found * self._share
 

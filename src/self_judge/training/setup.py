@@ -198,8 +198,8 @@ def prompt_rows(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
 
 
 def pair_rows(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
-    """Returns the pairs for evaluating self-training; some record must have both responses."""
+    """Returns the pairs for evaluating self-training. At least one record must have a pair."""
     rows = [r for r in to_self_judge_rows(records) if r["chosen"] and r["rejected"]]
     if not rows:
-        raise ValueError("the evaluation data has no pair of a chosen and a rejected response")
+        raise ValueError("no record in the evaluation data has a chosen and a rejected response")
     return rows

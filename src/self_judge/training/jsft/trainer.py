@@ -63,7 +63,7 @@ class PairSampler(Sampler[int]):
 
 
 class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
-    """A TRL `SFTTrainer` for a dataset from `jsft_dataset`, with the same arguments and more.
+    """TRL's `SFTTrainer` for a dataset from `jsft_dataset`, with further arguments.
 
     Args:
         packing: see `Packing`. With `off`, batches are padded and drawn as in `SFTTrainer`.

@@ -62,7 +62,7 @@ class LogProbAveraging:
         return output
 
     def correct_metrics(self, trainer: Any) -> None:
-        """Makes a summed ipo loss log rewards from summed log-probabilities, like other losses."""
+        """Logs a summed ipo loss's rewards from summed log-probabilities, like other losses."""
         sums, self.sums = self.sums, []
         if self.average or len(sums) != 2:
             return

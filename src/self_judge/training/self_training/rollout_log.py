@@ -25,7 +25,7 @@ from self_judge.training.self_training.rollouts import Rollout
 
 
 def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> dict[str, float]:
-    """Returns sums over rollouts. After adding those of all processes, see `rollout_metrics`."""
+    """Returns sums over rollouts, from which `rollout_metrics` computes the means."""
     judged = [r.verdict for r in rollouts if r.decided and r.verdict is not None]
     both = [x for r in rollouts for x in (r.chosen, r.rejected)]
     thoughts = [x.thought_length for x in both if x.thought is not None]
@@ -178,8 +178,8 @@ def kl_estimate(
     Returns:
         The estimate, or `None` if there are no decided pairs.
     """
-    # For rewards .3 and -.1 with β = .1, it is (.3 - .1) / (2·.1) = 1 nat. If half of the pairs are
-    # undecidable, the means are .15 and -.05, and (.15 - .05) / (2·.1·.5) is also 1 nat.
+    # For rewards .3 and -.1 with β = .1, the estimate is (.3 - .1) / (2·.1) = 1 nat. If half of the
+    # pairs are undecidable, the means are .15 and -.05, and (.15 - .05) / (2·.1·.5) is also 1 nat.
     if not (chosen_rewards and rejected_rewards and undecidable):
         return None
     decided = 1.0 - sum(undecidable) / len(undecidable)

@@ -354,7 +354,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         Packing chooses its own pass size, so it gets the whole step at once. Without packing, and
         for a model that several processes share, each micro-batch is one pass.
         """
-        # Chosen and rejected log-probabilities of all pairs in the step, then split by micro-batch.
+        # Compute the log-probabilities for all pairs in the step, and split them by micro-batch.
         together = self.packing is not None and not self.packing.shape.one_pass
         asked = [self._preference_batch([r for own in rollouts for r in own])]
         reference = self.ref_model if self.ref_model is not None else self.model

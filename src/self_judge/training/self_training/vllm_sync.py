@@ -219,7 +219,7 @@ class VLLMSync:
         # The length of a judge prompt and its letter, which is one more token.
         wanted = self.args.vllm_max_model_length or (limit + 1 if limit else context)
         if wanted is None:
-            raise EngineError("set vllm_max_model_length: neither max_length nor the model sets it")
+            raise EngineError("set vllm_max_model_length: max_length and the model set no limit")
         return VLLMEngine(
             self.model.config,
             checkpoint_weights(self.model),
