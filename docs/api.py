@@ -1,6 +1,6 @@
-"""Writes docs/api.md: every public name with its signature and the start of its docstring.
+"""Writes docs/api.md: all public names with signatures and the first paragraph of docstrings.
 
-make api
+Run it with `make api`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import self_judge
 
 PAGE = Path(__file__).parent / "api.md"
-MANY = 30  # a class with more fields than this refers to its own documentation
+MANY = 30  # for a class with more fields, the page shows "…" instead of all parameters
 HEAD = """# API
 
 This page lists the public names of `self_judge` by package; `make api` writes it from docstrings.
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def page() -> str:
-    """The text of docs/api.md, with the packages in the order in which they import each other."""
+    """Returns the text of docs/api.md, with the packages in import order."""
     parts = [HEAD]
     for package, modules in groupby(self_judge._NAMES_OF, lambda name: name.partition(".")[0]):
         names = [name for module in modules for name in self_judge._NAMES_OF[module]]
@@ -39,13 +39,13 @@ def page() -> str:
 
 
 def entry(name: str, value: Any) -> str:
-    """One name: its signature without annotations, and the first paragraph of its docstring."""
+    """Formats a name: its signature without annotations and the first docstring paragraph."""
     about = (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ")
     return f"- `{name}({', '.join(parameters(value))})`: {about}\n"
 
 
 def parameters(value: Any) -> list[str]:
-    """The parameters with their defaults, as they are written in a call."""
+    """Lists the parameters with their defaults, as written in a call."""
     if dataclasses.is_dataclass(value) and len(dataclasses.fields(value)) > MANY:
         return ["…"]
     words, marked = [], False

@@ -1,6 +1,6 @@
-"""Writes the demo's figures into README.md: `python docs/demo_table.py outputs/demo`.
+"""Writes the demo's results to README.md: `python docs/demo_table.py outputs/demo`.
 
-The table stands between two comments, with the machine that this command runs on.
+The table is placed between two comments and names the machine that runs this command.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BEGIN, END = "<!-- made by docs/demo_table.py -->", "<!-- end of the table -->"
 
 
 def machine() -> str:
-    """The processor, its cores and PyTorch's version."""
+    """Describes the processor, the number of cores and the PyTorch version."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -30,7 +30,7 @@ def machine() -> str:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary of a demo as a Markdown table."""
+    """Formats the summary of a demo as a Markdown table."""
     judge, gold, best = summary["judge"], summary["gold"], summary["gold"]["self_judge_rejection"]
 
     def row(name: str, value: float, ci95: list[float] | None = None) -> str:
@@ -45,7 +45,7 @@ def table(summary: dict[str, Any]) -> str:
         [
             f"Seed {summary['seed']}, {summary['seconds']:.0f} s on {machine()}:",
             "",
-            "| on prompts never trained on | value | 95 % interval |",
+            "| on held-out prompts | value | 95 % interval |",
             "|---|---|---|",
             row(f"judge accuracy ({judge['n']} pairs)", judge["accuracy"]),
             row("judge order agreement", judge["order_agreement"]),

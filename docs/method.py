@@ -1,4 +1,4 @@
-"""Draws docs/images/method-light.svg and method-dark.svg: the method in one picture."""
+"""Draws docs/images/method-light.svg and method-dark.svg, which show the method."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def drawing(c: dict[str, str]) -> str:
         arrow("M830 90V112", c),
         box(760, 114, 140, 130, [], c["box"], c),
     ]
-    # A bracket of four.
+    # A bracket with four answers.
     for y in (134, 162, 190, 218):
         parts.append(f'<path d="M776 {y}H802" stroke="{c["line"]}" stroke-width="1.6"/>')
     for top, bottom in ((134, 162), (190, 218)):

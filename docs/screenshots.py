@@ -1,6 +1,6 @@
-"""Takes the pictures of docs/report.md: `python docs/screenshots.py outputs/demo/report.html`.
+"""Takes the screenshots for docs/report.md: `python docs/screenshots.py outputs/demo/report.html`.
 
-Needs Chromium and Playwright (`make browser`).
+It requires Chromium and Playwright (`make browser`).
 """
 
 from __future__ import annotations

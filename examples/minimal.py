@@ -1,18 +1,18 @@
-"""SELF-JUDGE (arXiv 2402.11253) from top to bottom: one model answers, judges itself and improves.
+"""SELF-JUDGE (arXiv 2402.11253) in one file: a model answers, judges its answers and improves.
 
     python examples/minimal.py            # about a minute on two CPU cores
 
-Plain PyTorch and Transformers on a small world of questions about animals, whose rubric gives
-every answer a gold score in [0, 1]. The four equations, numbered as in the comments below:
+This example uses plain PyTorch and Transformers on a small world of questions about animals. A
+rubric gives every answer a gold score in [0, 1]. The comments below refer to these four equations:
 
-(1) JSFT       L = -mean log p(token) over answers y_w, and over the one letter of a judge prompt:
+(1) JSFT       L = -mean log p(token) over answers y_w and over the letter after a judge prompt:
                C(x, y_w, y_l) -> "A" and C(x, y_l, y_w) -> "B", where C asks which is better.
 (2) judging    s(a) = 1/2 [p("A" | C(x, a, b)) + p("B" | C(x, b, a))], s(b) likewise.
 (3) learning   y, y' ~ policy(. | x); the frozen initial model judges which one is y_w; DPO:
                L = -log sigmoid(beta [log pi/pi_ref(y_w | x) - log pi/pi_ref(y_l | x)])
-(4) answering  the best of N answers by a knockout of (2), N - 1 matches.
+(4) answering  the best of N answers, found in a knockout with (2) and N - 1 matches.
 
-Shapes: B rows, T tokens, V words, N pairs. The package does the same, packed and distributed.
+Shapes: B rows, T tokens, V words, N pairs. The package adds packing and distributed training.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ import torch.nn.functional as F
 
 from self_judge.data import synthetic, toy_world
 
-QUESTION = "{x}\n{a} (A)\n{b} (B)"  # C(x, a, b), answered by a letter right after the lead-in
+QUESTION = "{x}\n{a} (A)\n{b} (B)"  # C(x, a, b); the letter directly follows the lead-in
 LEAD_IN = "Better:"
 Ids = list[int]
 
-# -- text to ids (this tokenizer adds no special tokens by itself) ---------------------------------
+# -- text to ids (this tokenizer does not add special tokens) --------------------------------------
 
 
 def prompt_ids(tokenizer: Any, question: str) -> Ids:
-    """A chat up to where the assistant's answer begins."""
+    """Encodes a chat up to the start of the assistant's answer."""
     chat = [{"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text)
 
 
 def judge_ids(tokenizer: Any, x: str, a: str, b: str) -> Ids:
-    """C(x, a, b): the question about both answers and the lead-in; the letter comes next."""
+    """Encodes C(x, a, b): the question about both answers, then the lead-in."""
     return prompt_ids(tokenizer, QUESTION.format(x=x, a=a, b=b)) + tokenizer.encode(LEAD_IN)
 
 
 def letter_ids(tokenizer: Any) -> Ids:
-    """The tokens that " A" and " B" add after the lead-in."""
+    """Returns the tokens that " A" and " B" add after the lead-in."""
     return [tokenizer.encode(f"{LEAD_IN} {letter}")[-1] for letter in "AB"]
 
 
 def padded(rows: Sequence[Ids], value: int = 0, left: bool = False) -> torch.Tensor:
-    """Rows as one tensor `(B, T)`. Behind a row, causal attention needs no mask for padding."""
+    """Pads rows to one tensor `(B, T)`. With causal attention, right padding needs no mask."""
     fills = [[value] * (max(map(len, rows)) - len(row)) for row in rows]
     return torch.tensor([f + r if left else r + f for r, f in zip(rows, fills, strict=True)])
 
@@ -61,7 +61,7 @@ def padded(rows: Sequence[Ids], value: int = 0, left: bool = False) -> torch.Ten
 
 
 def jsft_examples(tokenizer: Any, records: Sequence[Any]) -> list[tuple[Ids, Ids]]:
-    """(ids, labels) of every answer and of both orders of every pair; -100 has no loss."""
+    """Returns (ids, labels) for all answers and both orders of all pairs; -100 has no loss."""
     letter_a, letter_b = letter_ids(tokenizer)
     examples = []
     for record in records:
@@ -77,7 +77,7 @@ def jsft_examples(tokenizer: Any, records: Sequence[Any]) -> list[tuple[Ids, Ids
 
 
 def jsft(model: Any, examples: list[tuple[Ids, Ids]], steps: int, batch: int, lr: float) -> None:
-    """Minimizes (1); the answers and the letters weigh as they come."""
+    """Minimizes (1) over answers and letters together, without weighting."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     for _ in range(steps):
@@ -92,22 +92,22 @@ def jsft(model: Any, examples: list[tuple[Ids, Ids]], steps: int, batch: int, lr
 
 @torch.no_grad()
 def judge(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str, str]]) -> torch.Tensor:
-    """s(a) and s(b) of every (x, a, b), `(N, 2)`."""
+    """Returns s(a) and s(b) for every (x, a, b), shape `(N, 2)`."""
     prompts = [judge_ids(tokenizer, x, a, b) for x, a, b in pairs]
     prompts += [judge_ids(tokenizer, x, b, a) for x, a, b in pairs]  # the other order
     logits_BTV = model(input_ids=padded(prompts)).logits
     last_B = torch.tensor([len(prompt) - 1 for prompt in prompts])
     p_BV = logits_BTV[torch.arange(len(prompts)), last_B].softmax(-1)
     first_N2, second_N2 = p_BV[:, letter_ids(tokenizer)].chunk(2)
-    return (first_N2 + second_N2.flip(-1)) / 2  # in the other order the letter B names a
+    return (first_N2 + second_N2.flip(-1)) / 2  # in the other order, letter B means a
 
 
-# -- (3) learning from own judged answers ----------------------------------------------------------
+# -- (3) learning from the model's own judged answers ----------------------------------------------
 
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompts: Sequence[Ids], tokens: int = 28) -> list[Ids]:
-    """One answer to every prompt, exactly as sampled, up to and with the end of turn."""
+    """Samples one answer per prompt, up to and including the end-of-turn token."""
     ids_BT, mask_BT = padded(prompts, left=True), padded([[1] * len(p) for p in prompts], left=True)
     out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, do_sample=True, top_k=0,
                             max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
@@ -116,10 +116,10 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[Ids], tokens: int = 28)
 
 
 def log_probs(model: Any, prompts: Sequence[Ids], answers: Sequence[Ids]) -> torch.Tensor:
-    """log pi(answer | prompt), summed over the answer's tokens, `(B,)`."""
+    """Returns log pi(answer | prompt), summed over the answer's tokens, shape `(B,)`."""
     ids_BT = padded([p + a for p, a in zip(prompts, answers, strict=True)])
     own = [[0] * len(p) + [1] * len(a) for p, a in zip(prompts, answers, strict=True)]
-    logp_BTV = model(input_ids=ids_BT).logits[:, :-1].log_softmax(-1)  # at t, of the token at t + 1
+    logp_BTV = model(input_ids=ids_BT).logits[:, :-1].log_softmax(-1)  # of the token at t + 1
     logp_BT = logp_BTV.gather(-1, ids_BT[:, 1:, None]).squeeze(-1)
     return (logp_BT * padded(own)[:, 1:]).sum(-1)
 
@@ -127,9 +127,9 @@ def log_probs(model: Any, prompts: Sequence[Ids], answers: Sequence[Ids]) -> tor
 def dpo_loss(
     policy: Any, reference: Any, prompts: list[Ids], answers: list[Ids], decided_N: torch.Tensor
 ) -> torch.Tensor:
-    """(3) with beta 0.1, the mean over pairs; `prompts` twice, all y_w before all y_l in `answers`.
+    """Returns the mean of (3), beta 0.1; `prompts` has each prompt twice, `answers` all y_w first.
 
-    An undecided pair counts as two equal answers: it has no gradient.
+    An undecided pair has no gradient, as if both answers were equal.
     """
     with torch.no_grad():
         reference_B = log_probs(reference, prompts, answers)
@@ -138,7 +138,7 @@ def dpo_loss(
 
 
 def self_training(policy: Any, tokenizer: Any, questions: list[str], batch: int, lr: float) -> None:
-    """On-policy: samples a pair from the policy, judges it with the frozen start, updates."""
+    """Samples pairs from the policy, judges them with the frozen initial model, and updates."""
     reference = copy.deepcopy(policy).requires_grad_(False).eval()  # the judge, and DPO's reference
     optimizer = torch.optim.AdamW(policy.parameters(), lr, weight_decay=0.0)
     for start in range(0, len(questions), batch):
@@ -156,13 +156,13 @@ def self_training(policy: Any, tokenizer: Any, questions: list[str], batch: int,
         optimizer.step(), optimizer.zero_grad()
 
 
-# -- (4) answering: a knockout of own judgments ----------------------------------------------------
+# -- (4) answering: a knockout with the model's own judgments --------------------------------------
 
 
 def tournament(model: Any, tokenizer: Any, x: str, answers: Sequence[str], seed: int) -> int:
-    """The number of the winning answer; the seed draws the bracket, and lots for undecided ones."""
+    """Returns the index of the best answer; `seed` draws the bracket and breaks ties."""
     lots, standing = random.Random(seed), list(range(len(answers)))
-    lots.shuffle(standing)  # neighbours meet; the last of an odd number goes through
+    lots.shuffle(standing)  # neighbors meet; with an odd number, the last answer gets a bye
     while len(standing) > 1:
         matches = list(zip(standing[::2], standing[1::2], strict=False))
         s_N2 = judge(model, tokenizer, [(x, answers[a], answers[b]) for a, b in matches])

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from conftest import byte_bpe, tiny_llama, wrap
 from self_judge.errors import ModelError
-from self_judge.models import check_vocabulary, frozen_reference, load_model, load_tokenizer, merged
+from self_judge.models import check_vocabulary, load_model, load_tokenizer, merged
 from self_judge.runtime import (
     float32_logits,
     in_evaluation_mode,
@@ -23,6 +23,7 @@ from self_judge.runtime import (
     unwrapped,
     without_cudnn_attention,
 )
+from self_judge.training.reference import frozen_reference
 
 IDS = torch.tensor([[5, 60, 70, 80, 90]])
 

@@ -189,7 +189,7 @@ def test_a_pickled_model_is_refused_with_the_command_that_converts_it(folder: Pa
     weights = load_model(folder).state_dict()
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"as a pickle \(pytorch_model.bin\)") as refused:
+    with pytest.raises(ModelError, match=r"pickled weights \(pytorch_model.bin\)") as refused:
         load_model(folder)
     with pytest.raises(ModelError, match="only safetensors"):
         Judge.from_pretrained(folder, TEMPLATES)
@@ -209,7 +209,7 @@ def test_a_pickle_that_a_models_configuration_names_is_refused(folder: Path) -> 
     (folder / "config.json").write_text(
         json.dumps({**config, "transformers_weights": "weights.dat"})
     )
-    with pytest.raises(ModelError, match=r"as a pickle \(weights.dat\)"):
+    with pytest.raises(ModelError, match=r"pickled weights \(weights.dat\)"):
         load_model(folder)
 
 
@@ -226,7 +226,7 @@ def test_a_pickled_adapter_is_refused_with_the_command_that_converts_it(
     weights = load_file(safe)
     safe.unlink()
     torch.save(weights, adapter / "adapter_model.bin")
-    with pytest.raises(ModelError, match=r"as a pickle \(adapter_model.bin\)") as refused:
+    with pytest.raises(ModelError, match=r"pickled weights \(adapter_model.bin\)") as refused:
         load_model(adapter)
     converted(str(refused.value))
     again = load_file(safe)

@@ -1,6 +1,6 @@
 """self_judge: align a language model with its own pairwise judgments (arXiv 2402.11253).
 
-The public names are re-exported lazily, so that `import self_judge` is fast and light modules never
+The public names are imported lazily, so that `import self_judge` is fast and light modules do not
 import torch.
 """
 

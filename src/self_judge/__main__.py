@@ -1,4 +1,4 @@
-"""`python -m self_judge` runs the command `self-judge`, for when it is not on the PATH."""
+"""Lets `python -m self_judge` run the `self-judge` command if it is not on the PATH."""
 
 import sys
 

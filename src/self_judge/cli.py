@@ -1,4 +1,4 @@
-"""The command `self-judge`: argument parsing and error messages only; `commands` does the work.
+"""The `self-judge` command, which parses arguments and reports errors; `commands` does the work.
 
 Heavy modules are imported only when a command needs them, so that help and usage errors are fast.
 """
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 FilledT = TypeVar("FilledT")
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-PACKING = ("auto", "tree", "cache", "padding", "off")  # config.PackingChoice, not imported yet
+PACKING = ("auto", "tree", "cache", "padding", "off")  # equals config.PackingChoice
 _OVERRIDES = "override any value in the run file: key.path=value"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status (2: bad input, with a one-line message)."""
+    """Runs the command and returns its exit status (2 for bad input, with a one-line message)."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse rejects positional arguments after an option: accept overrides there.
+    # argparse rejects positional arguments after an option, so accept overrides here.
     if rest and (
         "overrides" not in arguments or any(r.startswith("-") or "=" not in r for r in rest)
     ):
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_main(kind: RunKind, argv: Sequence[str] | None = None) -> int:
-    """Entry point of `train_jsft.py` and `train_self_judge.py`: `--config=FILE key.path=value…`."""
-    parser = argparse.ArgumentParser(description=f"Start the {kind} run of a YAML file.")
+    """Runs `train_jsft.py` and `train_self_judge.py` (`--config=FILE key.path=value…`)."""
+    parser = argparse.ArgumentParser(description=f"Start a {kind} run from a YAML file.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=_OVERRIDES)
@@ -66,18 +66,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     demo = commands.add_parser(
-        "demo", help="run the whole method on a small synthetic world, in minutes on a CPU"
+        "demo", help="run the whole method on a small synthetic world (takes minutes on a CPU)"
     )
     demo.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     demo.add_argument("--output", default="outputs/demo", metavar="DIR", help="output folder")
     demo.set_defaults(run=_demo)
     _add_runs(commands)
     _add_tournament(commands)
-    report = commands.add_parser("report", help="show the results of runs in one HTML page")
+    report = commands.add_parser("report", help="show the results of runs on one HTML page")
     add = report.add_argument
     add("paths", nargs="+", metavar="DIR",
-        help="folder of one or several runs; also files of tournaments and evaluations")
-    add("-o", "--output", metavar="FILE", help="the page (default: report.html in the first DIR)")
+        help="folder with one or more runs, or a file from a tournament or an evaluation")
+    add("-o", "--output", metavar="FILE", help="HTML page (default: report.html in the first DIR)")
     add("--pairs", type=int, default=400, help="maximum number of sampled pairs (default: 400)")
     report.set_defaults(run=_report)
     _add_evaluation(commands)
@@ -85,11 +85,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_runs(commands: Commands) -> None:
-    """Adds the commands that take a run file: training, and the check before it."""
+    """Adds the commands that read a run file: training, and the check before it."""
     for name, kind, text in (
         ("jsft", "jsft", "judge-augmented supervised fine-tuning"),
         ("train", "self_judge", "on-policy self-training by self-judgment"),
-        ("check", None, "before a run, show its data and cost, and find problems"),
+        ("check", None, "show the data and cost of a run and find problems before it starts"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("config", metavar="CONFIG", help="the run's YAML file")
@@ -97,26 +97,26 @@ def _add_runs(commands: Commands) -> None:
         command.set_defaults(run=_train if kind else _check, kind=kind)
     add = command.add_argument  # of check
     add("--examples", type=int, default=400, metavar="N",
-        help="records to encode, evenly spaced; all are read and counted (default: 400; 0: all)")
+        help="encode N evenly spaced records; all are counted (default: 400; 0 encodes all)")
     add("--gpu", metavar="KIND",
         help="estimate for this GPU, such as h100 or a100-80gb (default: this machine's)")
     add("--processes", type=int, metavar="N", help="estimate for N processes")
     add("--sharding", choices=["none", "zero2", "zero3", "fsdp"],
-        help="sharding to assume, if the launcher's file sets it")
+        help="sharding to assume if the launcher's configuration sets it")
     add("--plain", action="store_true", help="no colors, for logs")
     add("--json", action="store_true", help="print everything as JSON to standard output")
 
 
 def _add_tournament(commands: Commands) -> None:
     tournament = commands.add_parser(
-        "tournament", help="self-rejection: pick the best of N responses by knockout"
+        "tournament", help="pick the best of N responses by a knockout (self-rejection)"
     )
     add = tournament.add_argument
-    add("input", metavar="IN.jsonl", help="context + responses, or prompts")
-    add("output", metavar="OUT.jsonl", help="one line per input line")
+    add("input", metavar="IN.jsonl", help="file with contexts and responses, or with prompts")
+    add("output", metavar="OUT.jsonl", help="output file, with one line per input line")
     add("--model", required=True, metavar="DIR", help="a model trained by JSFT")
     add("--policy", metavar="DIR", help="model that samples responses (default: the judge)")
-    add("--n", type=int, default=16, help="responses to sample per prompt (default: 16)")
+    add("--n", type=int, default=16, help="number of responses per prompt (default: 16)")
     _add_sampling(tournament)
     add("--brackets", action="store_true", help="also write the brackets")
     _add_bulk(tournament, "lines", 256)
@@ -124,7 +124,7 @@ def _add_tournament(commands: Commands) -> None:
 
 
 def _add_evaluation(commands: Commands) -> None:
-    """Adds the commands that evaluate judges and policies, and that judge pairs in bulk."""
+    """Adds the commands that evaluate judges and policies and that judge pairs in bulk."""
     evaluate = commands.add_parser("eval", help="evaluate a judge on labeled pairs")
     add = evaluate.add_argument
     add("data", nargs="+", metavar="DATA",
@@ -133,33 +133,33 @@ def _add_evaluation(commands: Commands) -> None:
     add("--model", required=True, metavar="MODEL", help="the judge")
     add("--output", required=True, metavar="DIR", help="output folder")
     add("--compare", metavar="MODEL",
-        help="another judge, or the --output of its evaluation, for paired differences")
-    add("--split", default="test", metavar="NAME[,NAME…]", help="split of Hub data (default: test)")
-    add("--data-dir", metavar="DIR", help="a folder inside the data")
-    add("--name", help="configuration of Hub data")
-    add("--data-revision", metavar="REV", help="revision of Hub data")
+        help="another judge, or the --output folder of its evaluation, to compare with")
+    add("--split", default="test", metavar="NAME[,NAME…]", help="dataset split (default: test)")
+    add("--data-dir", metavar="DIR", help="folder inside the data")
+    add("--name", help="configuration name of a Hub dataset")
+    add("--data-revision", metavar="REV", help="revision of a Hub dataset")
     add("--max-pairs", type=int, metavar="N", help="use the first N pairs of each source")
     _add_judge(evaluate)
     evaluate.set_defaults(run=_eval)
 
-    compare = commands.add_parser("compare", help="find out which of two policies answers better")
+    compare = commands.add_parser("compare", help="compare the answers of two policies")
     add = compare.add_argument
     for name in ("policy_a", "policy_b"):
         add(name, metavar=name.upper(), help="a model to sample from, or a file of responses")
-    add("--prompts", metavar="FILE", help="prompts to answer")
+    add("--prompts", metavar="FILE", help="file of prompts to answer")
     add("--judge", required=True, metavar="MODEL", help="the judge")
     add("--output", required=True, metavar="DIR", help="output folder")
     add("--max-prompts", type=int, metavar="N", help="use the first N prompts")
     add("--sampling-batch-size", type=int, default=32, metavar="N",
-        help="responses sampled at once (default: 32)")
+        help="number of responses sampled at once (default: 32)")
     _add_sampling(compare)
     _add_judge(compare)
     compare.set_defaults(run=_compare)
 
     judge = commands.add_parser("judge", help="judge pairs in bulk")
     add = judge.add_argument
-    add("input", metavar="IN.jsonl", help="context or prompt, response_a, response_b")
-    add("output", metavar="OUT.jsonl", help="one line per input line")
+    add("input", metavar="IN.jsonl", help="file with context or prompt, response_a and response_b")
+    add("output", metavar="OUT.jsonl", help="output file, with one line per input line")
     add("--model", required=True, metavar="MODEL", help="the judge")
     add("--field", default="verdict", help="key of the verdict in an output line")
     _add_judge(judge)
@@ -177,7 +177,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 def _add_judge(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--templates", metavar="FILE",
-        help="YAML file with judge templates, for a model without judge.json or to override it")
+        help="YAML file with judge templates, if the model has no judge.json or to override it")
     add("--dtype", default="auto", help="dtype of the weights (default: as saved)")
     add("--packing", default="auto", choices=PACKING, help="how prompts share prefixes")
     add("--revision", metavar="REV", help="revision of a Hub model")
@@ -186,15 +186,15 @@ def _add_judge(command: argparse.ArgumentParser) -> None:
 
 
 def _add_bulk(command: argparse.ArgumentParser, things: str, chunk: int) -> None:
-    """Adds the options of resumable commands, which judge in bulk and write to a file."""
+    """Adds the options of the resumable commands, which judge in bulk and write to a file."""
     add = command.add_argument
     add("--batch-size", type=int, default=8, metavar="N",
         help="prompts per forward pass without packing (default: 8)")
-    add("--max-length", type=int, metavar="N", help="maximum number of tokens of a judge prompt")
+    add("--max-length", type=int, metavar="N", help="maximum number of tokens in a judge prompt")
     add("--vllm-server", dest="servers", nargs="+", default=(), metavar="URL",
-        help="`vllm serve MODEL` replicas that compute instead of this process")
+        help="URLs of `vllm serve MODEL` replicas that run the model instead of this process")
     add("--chunk", type=int, default=chunk, metavar="N",
-        help=f"{things} per write to disk (default: {chunk})")
+        help=f"number of {things} per write to disk (default: {chunk})")
     add("--overwrite", action="store_true", help="start from scratch instead of resuming")
 
 
@@ -212,7 +212,7 @@ def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: i
         text = neutral(" ".join(str(error).split())) or type(error).__name__
         print(f"self-judge: error: {text}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:  # the training failed, not the user's input
+    except FloatingPointError as error:  # training failed, but the user's input is valid
         if debug:
             raise
         print(f"self-judge: stopped: {error}", file=sys.stderr)
@@ -229,7 +229,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from self_judge.config.schema import load_run
 
-    # Check the file before the slow import of torch, so that mistakes show at once.
+    # Check the file before the slow import of torch, so that mistakes are reported immediately.
     if arguments.kind == "jsft":
         jsft = load_run(arguments.config, arguments.overrides, "jsft")
     else:
@@ -254,7 +254,7 @@ def _train(arguments: argparse.Namespace) -> None:
         else:
             train.run_self_judge(self_judge)
     except train.TrainingStopped as stopped:
-        # A preempted run ends successfully: its exit status is 0.
+        # A preempted run ends successfully, with exit status 0.
         if PartialState().is_main_process:
             print(f"{stopped}\nresume with: {_resume_command(sys.argv)}", file=sys.stderr)
     _leave_process_group()
@@ -267,13 +267,13 @@ def _leave_process_group() -> None:
     """
     from accelerate import PartialState
 
-    # Free the trainer first: DDP's reducer must not outlive the group's threads.
+    # Free the trainer first, because DDP's reducer must not outlive the group's threads.
     gc.collect()
     PartialState().destroy_process_group()
 
 
 def _resume_command(argv: Sequence[str]) -> str:
-    """The command that resumes a run."""
+    """Returns the command that resumes a run."""
     override = "training_args.resume_from_checkpoint=true"
     kept = [a for a in argv[1:] if not a.startswith("training_args.resume_from_checkpoint=")]
     name = os.path.basename(argv[0])
@@ -282,10 +282,10 @@ def _resume_command(argv: Sequence[str]) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    """Checks a run; returns exit status 1 if it has problems."""
+    """Checks a run and returns exit status 1 if it has problems."""
     from self_judge.config.schema import kind_of_run, load_run
 
-    # Check the file before the slow import of torch, so that mistakes show at once.
+    # Check the file before the slow import of torch, so that mistakes are reported immediately.
     load_run(
         arguments.config, arguments.overrides, kind_of_run(arguments.config, arguments.overrides)
     )
@@ -312,7 +312,7 @@ def _check(arguments: argparse.Namespace) -> int:
             sharding=arguments.sharding,
         )
     if arguments.json:
-        # `json` escapes everything outside ASCII and all control characters except DEL.
+        # `json` escapes all non-ASCII characters and all control characters except DEL.
         print(json.dumps(report.to_dict(), indent=2).replace("\x7f", "\\u007f"))
     elif arguments.plain:
         show(report, Console(color_system=None, highlight=False, width=100), plain=True)
@@ -329,7 +329,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _filled(kind: type[FilledT], arguments: argparse.Namespace, **given: Any) -> FilledT:
-    """Builds a dataclass from command-line values of the same names; `given` overrides them."""
+    """Fills a dataclass's fields from the command line; `given` overrides the values."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{k: v for k, v in {**vars(arguments), **given}.items() if k in names})
 

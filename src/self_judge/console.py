@@ -1,6 +1,6 @@
-"""Terminal output: escaped text from data, lines, tables and intervals.
+"""Terminal output: escaped text, lines, tables and intervals.
 
-It knows characters and table layout. It does not know what a table contains.
+This module defines how text and tables look. Other modules define their contents.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 # Control and format characters (C0, C1, bidirectional overrides, zero-width), lone surrogates,
-# private use, line and paragraph separators.
+# private-use characters, and line and paragraph separators.
 _UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 
 
 def neutral(text: str) -> str:
-    """Escapes all characters that could control a terminal: `\\x1b`, `\\u202e`, …
+    """Escapes all characters that could control a terminal, such as `\\x1b` and `\\u202e`.
 
-    Newlines stay. All text from data, files or servers passes through here before it reaches a
-    terminal; wrapping it in rich's `Text` also disables markup.
+    Newlines are kept. All text from data, files or servers passes through this function before it
+    reaches a terminal. Wrapping the result in rich's `Text` also disables markup.
     """
     if text.isprintable():
         return text
@@ -35,16 +35,17 @@ def neutral(text: str) -> str:
 
 
 def say(console: Console, line: str) -> None:
-    """Prints a line without markup; a terminal wraps it, a log keeps it on one line."""
+    """Prints a line without markup. A terminal wraps the line, and a log file does not."""
     console.print(neutral(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | None] = ()) -> Table:
-    """A table of numbers with intervals; the first column holds their names.
+    """Returns a table of numbers with intervals, and with their names in the first column.
 
     Args:
-        title, headings: text that may come from data.
-        rows: a name that may come from data, and cells in rich's markup; `None` draws a line.
+        title, headings: text, which may come from data.
+        rows: each row has a name, which may come from data, and cells with rich markup. `None`
+            draws a line.
     """
     drawn = Table(title=Text(neutral(title), "bold"), title_justify="left", box=SIMPLE_HEAD)
     for index, heading in enumerate(headings):
@@ -59,18 +60,18 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | No
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A formatted number; a dash for `None`."""
+    """Returns the formatted number, or a dash for `None`."""
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def ends(estimate: Mapping[str, Any], digits: int = 3) -> str:
-    """The interval of an estimate as written by `estimate_json`."""
+    """Formats the interval of an estimate from `estimate_json`."""
     low, high = estimate["ci95"]
     return f"{low:,.{digits}f} – {high:,.{digits}f}"
 
 
 def interval(estimate: Mapping[str, Any] | None) -> str:
-    """A table cell with an estimate and its interval."""
+    """Returns a table cell with an estimate and its interval."""
     if estimate is None:
         return "–"
     low, high = estimate["ci95"]

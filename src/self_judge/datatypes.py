@@ -1,6 +1,6 @@
 """The shared data types: messages, comparisons, verdicts, responses, pairs, records.
 
-Plain data. This module does not know tokens, models or templates, and does not import torch.
+This module does not depend on tokens, models or templates, and it does not import torch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A context and two responses to it. The letters a and b are names, not the order in a prompt.
+    """A context and two responses to it. The names a and b do not imply an order in a prompt.
 
     Args:
-        context: the dialogue text in a judge prompt (see `judge_templates.dialogue_text`).
-        response_a: the response named *a*; it comes first in the given order.
+        context: the dialogue as text for a judge prompt (see `judge_templates.dialogue_text`).
+        response_a: the response named *a*, which comes first in the given order.
         response_b: the response named *b*.
     """
 
@@ -36,7 +36,7 @@ class Comparison:
     response_b: str
 
     def swapped(self) -> Comparison:
-        """The same comparison with the two responses in the other order."""
+        """Returns the same comparison with the two responses swapped."""
         return Comparison(self.context, self.response_b, self.response_a)
 
 
@@ -48,13 +48,14 @@ class Verdict:
         preferred: `"a"`, `"b"`, or `None` if the judge cannot decide (an exact tie, a score that is
             not finite, or a pair longer than the judge's `max_length`).
         score_a: mean over principles of s(a) = ½[p(A | a first) + p(B | b first)], in [0, 1].
-        score_b: the same for b.
+        score_b: the same score for b.
         win_rate: fraction of principles under which a wins (an exact tie counts as half).
         margin: `score_a - score_b`.
-        orders_agree: whether both orders prefer the same response, each averaged over principles.
-        probabilities: `[principle][order][letter]`, full-vocabulary softmax; order 0 shows a first,
-            order 1 shows b first; letter 0 is A, letter 1 is B. Empty for a pair that did not fit.
-        undecidable_because: the reason if `preferred` is `None`, else `None`.
+        orders_agree: whether both orders, averaged over principles, prefer the same response.
+        probabilities: `[principle][order][letter]`, a softmax over the full vocabulary. Order 0
+            shows a first and order 1 shows b first. Letter 0 is A and letter 1 is B. Empty if the
+            pair did not fit.
+        undecidable_because: the reason if `preferred` is `None`; otherwise `None`.
     """
 
     preferred: Side | None
@@ -67,9 +68,10 @@ class Verdict:
     undecidable_because: str | None = None
 
     def order_margins(self) -> tuple[float, float]:
-        """The margin of each order alone, a first and b first; above 0 the order prefers a.
+        """Returns the margins of the two orders: a first, then b first.
 
-        p(a's letter) − p(b's letter), summed over principles; zeros for a pair that did not fit.
+        A margin is p(a's letter) − p(b's letter), summed over principles. A positive margin means
+        that the order prefers a. Both margins are 0 if the pair did not fit.
         """
         return (
             math.fsum(first[0] - first[1] for first, _ in self.probabilities),
@@ -77,7 +79,7 @@ class Verdict:
         )
 
     def swapped(self) -> Verdict:
-        """The verdict on the swapped comparison."""
+        """Returns the verdict on the swapped comparison."""
         other: dict[Side | None, Side | None] = {"a": "b", "b": "a", None: None}
         return Verdict(
             preferred=other[self.preferred],
@@ -97,13 +99,31 @@ class Response:
 
     Attributes:
         ids: the sampled token ids, including the end-of-turn token if the model emitted it.
-        text: the decoded ids without special tokens and surrounding whitespace.
-        finished: whether the model ended the response itself (False: it was cut at the limit).
+        text: the answer: the decoded ids without thought, special tokens and surrounding
+            whitespace.
+        finished: whether the model ended the response itself, with an answer (False: it was cut at
+            the limit, or its thought never ends).
+        thought: the decoded thought before the answer, or `None`.
+        thought_length: the number of ids of the thought, its markers included.
+        answered: whether there is an answer; after a thought that never ends there is none.
     """
 
     ids: tuple[int, ...]
     text: str
     finished: bool
+    thought: str | None = None
+    thought_length: int = 0
+    answered: bool = True
+
+    @property
+    def answer_length(self) -> int:
+        """The number of ids without those of the thought."""
+        return len(self.ids) - self.thought_length
+
+    @property
+    def judged(self) -> str:
+        """The text for judges and files: the answer, or an open thought, which is no answer."""
+        return self.text if self.answered else f"<think>\n{self.thought}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +132,9 @@ class LabeledPair:
 
     Attributes:
         chosen, rejected: the better and the worse response, as plain text.
-        principle: the principle under which `chosen` is better; `None` means better overall, and
-            the pair is judged under every template.
-        rationale_chosen, rationale_rejected: the reasons for their ratings; both or neither.
+        principle: the principle under which `chosen` is better. `None` means better overall, and
+            the pair is then judged under every template.
+        rationale_chosen, rationale_rejected: the reasons for their ratings; set both or neither.
     """
 
     chosen: str
@@ -126,16 +146,16 @@ class LabeledPair:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRecord:
-    """One prompt with its labeled answers: the common format of all data sources.
+    """One prompt with its labeled answers, in the common format of all data sources.
 
     Attributes:
-        prompt: the dialogue to answer; starts with an optional system message and ends with a user
-            message.
+        prompt: the dialogue to answer. It starts with an optional system message and ends with a
+            user message.
         demonstration: the answer to imitate in supervised fine-tuning, or `None`.
         pairs: the labeled pairs for training and evaluating a judge; may be empty.
         source, index: the origin of the record, for error messages.
-        context: the dialogue text in a judge prompt if it differs from the prompt, else `None` (see
-            `records.judge_context`).
+        context: the dialogue text for a judge prompt if it differs from the prompt; otherwise
+            `None` (see `records.judge_context`).
     """
 
     prompt: tuple[Message, ...]
@@ -147,6 +167,6 @@ class PreferenceRecord:
 
 
 def stable_seed(*parts: object) -> int:
-    """A 63-bit seed from any printable values; the same in every process and on every machine."""
+    """Returns a 63-bit seed that depends only on the given printable values."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

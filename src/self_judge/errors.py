@@ -1,12 +1,13 @@
-"""Errors caused by user input; the command line shows each as one line.
+"""Errors caused by user input, which the command line shows on one line.
 
-There is one class per kind of input. A message says what is wrong, where, and what to do.
+Each kind of input has its own class. Each message says what is wrong, where, and how to fix it.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -14,11 +15,26 @@ class ConfigError(ValueError):
 
 
 class DataError(ValueError):
-    """Invalid data; the message names the source, the record and the field."""
+    """Invalid data. The message names the source, the record and the field."""
+
+
+class UnusableRecordError(DataError):
+    """A record that cannot be used, though it is well-formed: loading skips and counts it.
+
+    Attributes:
+        reason: why, as a short phrase to count.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.reason)
 
 
 class TemplateError(ValueError):
-    """Invalid judge template; the message names the principle and the missing part."""
+    """Invalid judge template. The message names the principle and the missing part."""
 
 
 class EncodingError(ValueError):
@@ -34,15 +50,15 @@ class EngineError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be resumed from."""
+    """A checkpoint from which a run cannot resume."""
 
 
 class JournalError(ValueError):
-    """An output file that cannot be resumed."""
+    """An output file that a resumed command cannot continue."""
 
 
 def in_a_line(error: BaseException) -> str:
-    """The error's class and the first non-empty line of its message."""
+    """Returns the error's class and the first non-empty line of its message."""
     text = _lines(error)
     if not text:
         return type(error).__name__
@@ -56,7 +72,7 @@ def _lines(error: BaseException) -> list[str]:
 
 
 def is_missing(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether this is clearly a local path that does not exist."""
+    """Returns whether the argument is clearly a local path that does not exist."""
     name = str(name_or_path)
     local = name.startswith((".", "/", "~")) or name.count("/") > 1
     return local and not Path(name).exists()

@@ -1,23 +1,25 @@
-"""Loading, merging and saving models, and the frozen reference.
+"""Loads, merges and saves models, and creates the frozen reference.
 
-It knows files and weights. It does not know data, prompts or training.
+This module handles files and weights. It does not depend on data, prompts or the trainers.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import logging
 import os
 import shlex
 import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,12 +27,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from self_judge.errors import ModelError, _lines, in_a_line, is_missing
 from self_judge.runtime import own_device, unwrapped
+from self_judge.storage.repository import repository_file, same_path
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,16 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer; a tokenizer without a padding token pads with EOS.
+    """Loads a tokenizer. If it has no padding token, it pads with the EOS token.
 
-    Padding with EOS is safe, since loss masks are built together with the ids, never by searching
-    for a token.
+    An adapter without its own tokenizer uses the tokenizer of its base model.
+
+    Padding with EOS is safe, because loss masks are built together with the ids and not by
+    searching for a token.
     """
+    config = adapter_config(name_or_path, revision)
+    if config and not repository_file(name_or_path, "tokenizer_config.json", revision):
+        name_or_path, revision = str(config.base_model_name_or_path), config.revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(name_or_path), revision=revision, trust_remote_code=trust_remote_code
@@ -80,25 +86,25 @@ def load_model(
     use_bnb_nested_quant: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
-    """Loads a causal language model, or an adapter together with the base it names.
+    """Loads a causal language model, or an adapter together with its base model.
 
     Args:
-        name_or_path: a Hub name or a folder; a folder with `adapter_config.json` is an adapter.
-        device: device of the weights; `"auto"` is `own_device()`, for sampling and judging. `None`
-            is for training and keeps Transformers' default (the CPU; 4-bit weights: the current
-            GPU), from where the trainer moves them.
+        name_or_path: a Hub name or a folder. With an `adapter_config.json`, it is an adapter.
+        device: device of the weights. `"auto"`, for sampling and judging, means `own_device()`.
+            `None`, for training, keeps Transformers' default (the CPU, or the current GPU for 4-bit
+            weights), and the trainer moves the weights.
         dtype: `"auto"`, `"float32"`, `"bfloat16"`, … or a `torch.dtype`.
-        merge: merge an adapter into its base and return a plain model; `False` returns a trainable
-            `PeftModel`.
-        load_in_4bit: quantize linear layers to 4 bits with bitsandbytes; they compute in `dtype`,
-            and `"auto"` then means bfloat16.
+        merge: whether to merge an adapter into its base and return a plain model. `False` returns a
+            trainable `PeftModel`.
+        load_in_4bit: whether to quantize linear layers to 4 bits with bitsandbytes. They compute in
+            `dtype`, and `"auto"` then means bfloat16.
         bnb_4bit_quant_type, use_bnb_nested_quant: see `transformers.BitsAndBytesConfig`.
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ModelError: there is no model at that name or path, its weights are pickled (loading them
-            could run code), an adapter does not fit its base or would be merged into 4-bit weights,
-            or bitsandbytes is needed but not installed.
+        ModelError: there is no model at that name or path, its files lack weights or have surplus
+            ones, they are pickled (loading them could run code), an adapter does not fit its base
+            or would be merged into 4-bit weights, or bitsandbytes is needed but not installed.
     """
     refuse_pickle(name_or_path)
     if device == "auto":
@@ -116,47 +122,140 @@ def load_model(
         **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         **kwargs,
     }
-    path = Path(name_or_path)
-    if not (path / "adapter_config.json").is_file():
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(str(name_or_path), **common)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = why(name_or_path, error)
-            raise ModelError(f"cannot load a model from {name_or_path}: {reason}") from error
-        if load_in_4bit:
-            _keep_trainable(loaded)
-        if device is not None and loaded.device != torch.device(device):
-            loaded.to(torch.device(device))  # type: ignore[arg-type]
-        return loaded
-    if load_in_4bit and merge:
+    base_name, base_revision, adapters = adapter_chain(name_or_path, revision)
+    if adapters and load_in_4bit and merge:
         raise ModelError(
-            f"{path} is an adapter, and merging it into 4-bit weights would round it away: merge "
-            "it first (load_model(folder).save_pretrained(another)) and load the merged model"
+            f"{name_or_path} is an adapter, and rounding would lose it in 4-bit weights: merge it "
+            "first (load_model(folder).save_pretrained(another)) and load the merged model"
         )
-    base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
-    if not base_name:
-        raise ModelError(f"the adapter {path} does not name its base model in adapter_config.json")
-    base = load_model(
-        base_name,
-        device=device,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        **kwargs,
-    )
+    model = _load_base(base_name, {**common, "revision": base_revision})
+    if load_in_4bit:
+        _keep_trainable(model)
+    if device is not None and model.device != torch.device(device):
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    for adapter in adapters[:-1]:
+        model = merged(_with_adapter(model, adapter, trainable=False))
+    if not adapters:
+        return model
+    adapted = _with_adapter(model, adapters[-1], trainable=not merge)
+    return merged(adapted) if merge else adapted
+
+
+class Adapter(NamedTuple):
+    name: str
+    revision: str | None
+    base: str
+
+
+def adapter_config(
+    name_or_path: str | os.PathLike[str], revision: str | None = None
+) -> PeftConfig | None:
+    """The configuration of an adapter, from a folder or the Hub; `None` for a plain model.
+
+    Raises:
+        ModelError: the file cannot be read, or it does not name the base model.
+    """
+    file = repository_file(name_or_path, "adapter_config.json", revision)
+    if file is None:
+        return None
     try:
+        config = PeftConfig.from_pretrained(str(file.parent))
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ModelError(f"{name_or_path} is no adapter for PEFT: {in_a_line(error)}") from error
+    if not config.base_model_name_or_path:
+        raise ModelError(
+            f"the adapter {name_or_path} does not name its base model in adapter_config.json"
+        )
+    return config
+
+
+class AdapterChain(NamedTuple):
+    """A plain model, with its revision, and the adapters on it, innermost first."""
+
+    base: str
+    revision: str | None
+    adapters: list[Adapter]
+
+
+def adapter_chain(
+    name_or_path: str | os.PathLike[str], revision: str | None = None
+) -> AdapterChain:
+    """The models that a name or folder leads to."""
+    # An adapter on an adapter: outputs/self_judge -> outputs/jsft -> meta-llama/Llama-2-7b-hf
+    name = str(name_or_path)
+    adapters: list[Adapter] = []
+    while (config := adapter_config(name, revision)) is not None:
+        base = str(config.base_model_name_or_path)
+        adapters.append(Adapter(name, revision, base))
+        if any(base == seen.name or same_path(base, seen.name) for seen in adapters):
+            raise ModelError(
+                f"the adapter {name} names {base} as its base, which is an adapter on itself: the "
+                "base model was overwritten, or adapter_config.json is wrong"
+            )
+        name, revision = base, config.revision
+        refuse_pickle(name)
+    return AdapterChain(name, revision, adapters[::-1])
+
+
+def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Loads a plain model whose weights are all in its files.
+
+    Transformers only warns if some are missing, and initializes them at random.
+    """
+    loaded: Any
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if should_reduce_batch_size(error):
+            raise
+        raise ModelError(f"cannot load a model from {name}: {why(name, error)}") from error
+    model, report = loaded
+    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has surplus")):
+        names = sorted(report[kind])
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(
+                f"the model {name} {what} weights: {', '.join(names[:3])}{more}. Its files are "
+                "incomplete, or do not belong to its config.json"
+            )
+    return model
+
+
+def _with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
+    try:
+        _resize_for(base, adapter)
         # By default PEFT loads the adapter onto the first GPU, wherever the base is.
-        model = PeftModel.from_pretrained(
-            base, str(path), is_trainable=not merge, torch_device=str(base.device)
+        return PeftModel.from_pretrained(
+            base,
+            adapter.name,
+            revision=adapter.revision,
+            is_trainable=trainable,
+            torch_device=str(base.device),
         )
     except (RuntimeError, ValueError, SafetensorError) as error:
-        # PyTorch lists every weight after a heading; the first is enough.
+        # PyTorch lists every weight after a heading. The first one is enough.
         lines = _lines(error)
         raise ModelError(
-            f"the adapter {path} does not fit its base {base_name}, or is damaged: "
+            f"the adapter {adapter.name} does not fit its base {adapter.base}, or is damaged: "
             f"{lines[1] if len(lines) > 1 else in_a_line(error):.200}"
         ) from error
-    return merged(model) if merge else model
+
+
+def _resize_for(base: PreTrainedModel, adapter: Adapter) -> None:
+    """Gives the base the embeddings for which the adapter was trained with added tokens."""
+    file = repository_file(adapter.name, "adapter_model.safetensors", adapter.revision)
+    if file is None:
+        return
+    with safe_open(file, "pt") as weights:
+        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    # Such tables are saved in full; LoRA's own matrix for a table has a column per token.
+    tables: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    own = [name for name, module in base.named_modules() if any(module is t for t in tables)]
+    ends = tuple(f"{name}{part}.weight" for name in own for part in ("", ".base_layer"))
+    rows = {shape[0] for name, shape in shapes.items() if name.endswith(ends)}
+    rows |= {shape[1] for name, shape in shapes.items() if name.endswith("lora_embedding_A")}
+    if rows and rows != {tables[0].weight.shape[0]}:
+        base.resize_token_embeddings(max(rows), mean_resizing=False)
 
 
 def _four_bits(dtype: str | torch.dtype, kind: str, nested: bool) -> BitsAndBytesConfig:
@@ -176,8 +275,8 @@ def _four_bits(dtype: str | torch.dtype, kind: str, nested: bool) -> BitsAndByte
 def _keep_trainable(model: torch.nn.Module) -> None:
     """Disables a CPU weight layout of bitsandbytes that blocks gradients.
 
-    On CPUs with AVX512-BF16, the first pass in evaluation mode converts a layer's weights to this
-    layout permanently. Later training would then silently train only the layers above it.
+    On CPUs with AVX512-BF16, the first forward pass in evaluation mode permanently converts a
+    layer's weights to this layout. Later training would silently train only the layers above it.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -198,9 +297,9 @@ _CONVERT_ADAPTER = (
 
 
 def refuse_pickle(name_or_path: str | os.PathLike[str]) -> None:
-    """Raises `ModelError` if a folder's weights are a pickle, since loading one can run code.
+    """Raises `ModelError` if a folder's weights are pickled, since loading a pickle can run code.
 
-    Pickles beside safetensors files are harmless: only the safetensors files are loaded.
+    Pickles next to safetensors files are harmless, because only the safetensors files are loaded.
     """
     path = Path(name_or_path)
     adapter = (path / "adapter_config.json").is_file()
@@ -209,20 +308,20 @@ def refuse_pickle(name_or_path: str | os.PathLike[str]) -> None:
     named = None if adapter else _weights_named_in_config(path)
     if named is None and any(path.glob(safe)):
         return
-    # Training arguments and optimizer state are pickles too, but not weights.
+    # Training arguments and optimizer state are also pickled, but they are not weights.
     beside = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
     found = [f.name for p in unsafe for f in sorted(path.glob(p)) if f.name not in beside]
     if named is not None or found:
         convert = (_CONVERT_ADAPTER if adapter else _CONVERT_MODEL).format(folder=str(path))
         raise ModelError(
-            f"{path} has its weights as a pickle ({named or found[0]}), and loading one can run "
-            "code: only safetensors are loaded. If you trust its origin, convert it: "
+            f"{path} has pickled weights ({named or found[0]}), and loading a pickle can run code: "
+            "only safetensors files are loaded. If you trust the source, convert it: "
             f"python -c {shlex.quote(convert)}"
         )
 
 
 def _weights_named_in_config(path: Path) -> str | None:
-    """The weights file that a model's configuration names, unless it is a safetensors file."""
+    """Returns the weights file that a model's configuration names, unless it is safetensors."""
     try:
         named = json.loads((path / "config.json").read_text("utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
@@ -232,10 +331,10 @@ def _weights_named_in_config(path: Path) -> str | None:
 
 
 def apply_umask(directory: str | os.PathLike[str]) -> None:
-    """Gives the safetensors files of a folder the permissions of a normal new file.
+    """Gives the safetensors files in a folder the permissions of a normal new file.
 
-    The safetensors library ignores the umask and makes files readable by their owner only; a
-    colleague, or a server under another user, could not read the model.
+    The safetensors library ignores the umask and makes files readable only by their owner. Other
+    users, and servers that run as another user, could then not read the model.
     """
     folder = Path(directory)
     files = list(folder.glob("*.safetensors"))
@@ -249,7 +348,7 @@ def apply_umask(directory: str | os.PathLike[str]) -> None:
 
 
 def merged_in_full(model: PeftModel) -> PreTrainedModel:
-    """Like `merged`, but first reloads a 4-bit base as saved, without quantization."""
+    """Like `merged`, but first reloads a 4-bit base from disk without quantization."""
     base: Any = unwrapped(model)
     if getattr(base, "quantization_method", None) is None:
         return merged(model)
@@ -258,29 +357,36 @@ def merged_in_full(model: PeftModel) -> PreTrainedModel:
         return load_model(adapter, dtype=base.dtype)  # type: ignore[return-value]
 
 
-def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Merges the active adapter into its base; returns plain models unchanged.
+def _untie_adapted(model: PeftModel) -> None:
+    """Gives adapted layers weights of their own where another layer shares them.
 
-    PEFT disables the gradients of the base weights; this enables them again.
+    Merging would otherwise change the other layer as well. Tied embeddings with LoRA on one side
+    are saved as two tables; PEFT then sets `tie_word_embeddings` to false.
+    """
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for layer in model.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        base: Any = layer.get_base_layer()
+        for name, weight in list(base.named_parameters(recurse=False)):
+            if holders[id(weight)] > 1:
+                own = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                setattr(base, name, own)
+
+
+def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Merges the active adapter into its base. Plain models are returned unchanged.
+
+    PEFT disables the gradients of the base weights, and this function enables them again.
     """
     if not isinstance(model, PeftModel):
         return model
+    _untie_adapted(model)
     plain = model.merge_and_unload()
     for parameter in plain.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     return plain
-
-
-def frozen_reference(model: ModelT) -> ModelT:
-    """A copy of the current model, in evaluation mode and without gradients.
-
-    It copies the weights in memory, not those on disk, so that it includes merged adapters and
-    edited weights.
-    """
-    reference = copy.deepcopy(model)
-    reference.requires_grad_(False)
-    return reference.eval()
 
 
 def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -289,20 +395,20 @@ def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
     embeddings: torch.nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     tables = [m for m in embeddings.modules() if isinstance(m, torch.nn.Embedding)]
     if not tables:
-        return  # a custom embedding without a standard way to get its size
+        return  # a custom embedding has no standard way to get its size
     size = tables[0].num_embeddings
     largest = max(tokenizer.get_vocab().values())
     if largest >= size:
         raise ModelError(
-            f"the tokenizer has token ids up to {largest}, the model has embeddings for "
-            f"{size}: they do not belong together (or call model.resize_token_embeddings)"
+            f"the tokenizer has token ids up to {largest}, but the model has only {size} "
+            "embeddings: use the model's own tokenizer, or call model.resize_token_embeddings"
         )
 
 
 def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | None:
     """Limits `max_length` to the model's number of positions, with a warning.
 
-    Beyond that number, learned positions fail and rotary positions are untrained.
+    Beyond that number, learned position embeddings fail and rotary ones are untrained.
 
     Args:
         config: the model's configuration.
@@ -320,43 +426,9 @@ def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | 
 
 
 def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
-    """Why loading a model failed, in one line.
+    """Returns in one line the reason why loading a model failed.
 
-    For a local path that does not exist it says so: the libraries would take the path for a Hub
-    name and complain about its format.
+    It says if a local path does not exist, because the libraries would treat the path as a Hub name
+    and complain about its format.
     """
     return "there is no such folder" if is_missing(name_or_path) else in_a_line(error)
-
-
-def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
-    """A frozen copy as judge and reference; `None` under ZeRO-3, where TRL loads it from disk.
-
-    Raises:
-        ValueError: under ZeRO-3, the model has no name to load it by.
-    """
-    if is_deepspeed_zero3_enabled():  # sharded parameters cannot be copied
-        name = model.config.name_or_path
-        if not name:
-            raise ValueError(
-                "ZeRO-3 loads the judge by the model's name, and this model has none: pass a "
-                "ref_model, or the folder of the model"
-            )
-        logger.warning("ZeRO-3: loading the judge from %s instead of copying the model", name)
-        return None
-    _place(model, args)
-    return frozen_reference(model)
-
-
-def _place(model: Any, args: TrainingArguments) -> None:
-    """Moves a model to its training device, so that its copy is made there, not in host memory.
-
-    FSDP and DeepSpeed place sharded models; models with a device map or in 4 bits are already
-    placed.
-    """
-    launched = (os.environ.get(f"ACCELERATE_USE_{kind}", "") for kind in ("FSDP", "DEEPSPEED"))
-    sharded = args.fsdp or args.deepspeed or any(a.lower() in ("1", "true") for a in launched)
-    placed = sharded or any(
-        getattr(model, name, None) for name in ("hf_device_map", "quantization_method")
-    )
-    if args.place_model_on_device is not False and not placed:
-        model.to(args.device)

@@ -1,6 +1,6 @@
-"""Device, memory, precision and mode of a model on this machine.
+"""Controls a model's device, memory, precision and mode on this machine.
 
-It knows torch and devices. It does not know how a model was loaded or what it computes.
+This module does not depend on how a model was loaded or what it computes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# Rows of the head's matrix converted to float32 at a time: 0.25 GiB at a width of 2,048.
+# Number of rows of the head's weight converted to float32 at a time. They take 0.25 GiB at a hidden
+# size of 2,048.
 _HEAD_ROWS = 32_768
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The causal language model inside all wrappers (DDP, PEFT), including adapter layers."""
+    """Returns the causal language model inside all wrappers (DDP, PEFT), with adapter layers."""
     inner: Any = model
     while isinstance(inner, PeftModel) or isinstance(
         getattr(inner, "module", None), torch.nn.Module
@@ -37,11 +38,11 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def own_device() -> torch.device:
-    """The device of this process: its own GPU, or the CPU without GPUs.
+    """Returns this process's device: its own GPU, or the CPU if there is no GPU.
 
-    Each process of a launch has its own GPU. If Accelerate is already initialized (by a trainer, or
-    by a command under `accelerate launch`), this is Accelerate's device; otherwise Accelerate stays
-    uninitialized.
+    Each process in a launch has its own GPU. If Accelerate is already initialized (by a trainer, or
+    by a command under `accelerate launch`), this function returns Accelerate's device. It does not
+    initialize Accelerate.
     """
     if PartialState._shared_state:
         return PartialState().device
@@ -54,7 +55,7 @@ def own_device() -> torch.device:
 
 @contextmanager
 def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode, and restores every module's mode afterwards."""
+    """Puts the model into evaluation mode and restores every module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -68,10 +69,10 @@ def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 def without_cudnn_attention() -> Iterator[None]:
     """Disables the cuDNN backend of PyTorch's attention (CUDA only).
 
-    On recent GPUs PyTorch prefers cuDNN, which builds a plan for every new shape, in tens of
-    milliseconds. Packed rows, and keys that grow with each decoded token, rarely have the same
-    shape twice. Wrap a whole training in it, not only forward passes: gradient checkpointing
-    recomputes forward passes in the backward pass.
+    On recent GPUs, PyTorch prefers cuDNN, which needs tens of milliseconds to build a plan for each
+    new shape. Packed rows rarely have the same shape twice, and neither do keys that grow with each
+    decoded token. Wrap the whole training run in this context, not only forward passes, because
+    gradient checkpointing recomputes forward passes in the backward pass.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -86,11 +87,11 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Makes this process keep freed memory instead of returning it, for training on a CPU.
+    """Makes this process keep freed memory for reuse, which speeds up training on a CPU.
 
-    By default glibc returns large blocks to the system at once, and the system clears every page of
-    the next one: half a million page faults in one step of SmolLM2. Does nothing with other C
-    libraries or on other devices.
+    By default, glibc returns large blocks to the system immediately, and the system clears every
+    page of the next block. This causes half a million page faults in one training step of SmolLM2.
+    The function does nothing with other C libraries or on other devices.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
@@ -101,18 +102,18 @@ def keep_freed_memory(device: torch.device) -> None:
 
 @contextmanager
 def float32_logits(model: torch.nn.Module) -> Iterator[None]:
-    """Makes the model's head compute float32 logits, whatever dtype the rest uses.
+    """Makes the model's head compute float32 logits, even if the model uses another dtype.
 
-    bfloat16 has eight bits of precision, so it rounds a logit of 20 to a multiple of 1/8, which is
-    often as much as the difference between a judge's two letters. Autocast is disabled inside the
-    head, since a trainer's model enables it in its own `forward`. This covers every plain linear
-    layer of the head, including those of an adapter, and uses the weights at call time: gathered,
-    if processes share them. A quantized head is unchanged.
+    bfloat16 has eight bits of precision, so it rounds a logit of 20 to a multiple of 1/8. The
+    logits of a judge's two letters often differ by no more than that. Autocast is disabled inside
+    the head, because a trainer's model enables it in its own `forward`. The context changes every
+    plain linear layer of the head, including those of an adapter. It reads the weights at call
+    time, when sharded weights are gathered. A quantized head is unchanged.
     """
     head: Any = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     for layer in head.modules() if head is not None else ():
-        # Accelerate stores the original forward of a layer with its own device under this name.
+        # If a layer has its own device, Accelerate stores its original forward under this name.
         own = vars(layer)
         name = "_old_forward" if "_old_forward" in own else "forward"
         usual = own.get(name)
@@ -145,12 +146,12 @@ def _linear_in_float32(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Te
 
 
 def halve_or_raise(stage: str, size: int, unit: str, error: BaseException) -> int:
-    """Returns half of `size` after an out-of-memory error; raises any other error again.
+    """Returns half of `size` after an out-of-memory error and re-raises any other error.
 
     Args:
-        stage: the current activity, for the warning, such as "judging".
+        stage: the current activity for the warning, such as "judging".
         size: the number of units processed at a time.
-        unit: the name of the units, in the plural.
+        unit: the plural name of the units.
         error: the error that occurred.
 
     Raises:
@@ -158,13 +159,13 @@ def halve_or_raise(stage: str, size: int, unit: str, error: BaseException) -> in
     """
     if not (isinstance(error, Exception) and should_reduce_batch_size(error)) or size <= 1:
         raise error
-    # The traceback keeps the failed pass's tensors alive.
+    # The traceback keeps the tensors of the failed pass alive.
     error.__traceback__ = None
     clear_device_cache(garbage_collection=True)
     half = size // 2
     logger.warning(
-        "out of memory while %s %d %s at a time: continuing with %d, with the same results. A "
-        "smaller setting from the start avoids this failed attempt",
+        "out of memory while %s %d %s at a time: continuing with %d at a time. The results are the "
+        "same. Set a smaller batch size to avoid the failed attempt",
         stage, size, unit, half,
     )  # fmt: skip
     return half
@@ -187,9 +188,9 @@ def padded(
     side: Literal["left", "right"] = "right",
     pad: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Sequences as the inputs of one pass, `(B, T)` each.
+    """Pads sequences and returns `input_ids` and `attention_mask`, each `(B, T)`.
 
-    Under a causal mask, right padding affects no sequence, whatever the kind of positions.
+    Under a causal mask, right padding does not affect the sequences with any position encoding.
     """
     longest = max(map(len, sequences))
     ids_BT = torch.full((len(sequences), longest), pad)

@@ -257,7 +257,7 @@ def test_no_room_beside_a_response_is_refused_when_the_file_is_read(
         (["peft_config.rank=8"], "peft_config.rank"),
         (["training_args.learning_rat=1"], "learning_rat"),
         (["jsft_args.global_batch_size=7"], "global_batch_size 7"),
-        (["jsft_args.max_length=8"], "no training example is left"),
+        (["jsft_args.max_length=8"], "no training example remains"),
         (["dataset.sources.0.pairs=false"], "no judge example"),
     ],
 )
@@ -346,7 +346,7 @@ def test_a_tokenizer_larger_than_the_model_is_a_problem(
     tokenizer = synthetic.tiny_tokenizer()
     tiny_llama(len(tokenizer) - 8).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert "do not belong together" in problems(check(JSFT, given(tmp_path, data["hh"])))
+    assert "use the model's own tokenizer" in problems(check(JSFT, given(tmp_path, data["hh"])))
 
 
 def test_a_tokenizer_without_a_chat_template_is_a_problem(
@@ -363,7 +363,7 @@ def test_sequences_beyond_the_models_context_are_a_problem(
     tokenizer = synthetic.tiny_tokenizer()
     tiny_llama(len(tokenizer), max_position_embeddings=64).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert "the model's context is 64" in problems(check(JSFT, given(tmp_path, data["hh"])))
+    assert "the model's context has 64" in problems(check(JSFT, given(tmp_path, data["hh"])))
 
 
 def test_cut_examples_and_full_half_precision_are_warned_of(
@@ -375,12 +375,12 @@ def test_cut_examples_and_full_half_precision_are_warned_of(
     assert "examples are left out" in warnings(short) + problems(short)
     half = given(base, data["hh"], "peft_config=null", "model.dtype=bfloat16")
     found = check(JSFT, half, gpu="h100")
-    assert "rounds small updates away" in warnings(found)
+    assert "loses small updates to rounding" in warnings(found)
 
 
 def test_evaluation_on_what_is_trained_on_is_warned_of(base: Path, data: dict[str, Path]) -> None:
     same = given(base, data["hh"], f"dataset.eval=[{{path: {data['hh']}}}]")
-    assert "evaluation prompts begin with a question of the training data" in warnings(
+    assert "evaluation prompts begin with a question from the training data" in warnings(
         check(JSFT, same)
     )
 
@@ -449,7 +449,7 @@ def test_settings_that_do_not_do_what_they_say(
     goes_on = check(TRAIN, before)
     assert any("the run resumes from" in f.text for f in goes_on.findings)
     anew = [*before, "training_args.resume_from_checkpoint=null"]
-    assert "has checkpoints of another run" in warnings(check(TRAIN, anew))
+    assert "has checkpoints from another run" in warnings(check(TRAIN, anew))
     nothing = [*own, "dataset.held_out=0.0"]
     assert "no evaluation data" in warnings(check(TRAIN, nothing))
     ipo = check(TRAIN, [*own, "self_judge_args.loss_type=ipo"])
@@ -473,12 +473,12 @@ def test_prefixes_that_will_not_be_shared_are_warned_of(
     model = bloom(tmp_path / "bloom", base)
     own = given(model, data["hh"], "model.attn_implementation=eager")
     found = warnings(check(JSFT, [*own, "training_args.gradient_checkpointing=true"]))
-    assert "the update shares no prefixes: no tree: it takes no position ids" in found
-    assert "gradient checkpointing leaves no cache" in found
+    assert "the update shares no prefixes: no tree: it does not accept position ids" in found
+    assert "gradient checkpointing does not support a cache" in found
     without = warnings(check(JSFT, [*own, "training_args.gradient_checkpointing=false"]))
     assert "no prefix is shared" not in without
     forced = problems(check(JSFT, [*own, "jsft_args.packing=tree"]))
-    assert "packing=tree cannot be used: it takes no position ids" in forced
+    assert "packing=tree cannot be used: it does not accept position ids" in forced
 
 
 def test_bf16_alone_is_no_reason_not_to_share_prefixes(base: Path, data: dict[str, Path]) -> None:

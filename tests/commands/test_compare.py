@@ -86,7 +86,7 @@ def test_responses_to_other_or_fewer_prompts_are_refused(
     judge = ["--judge", str(saved_judge), "--output", str(tmp_path / "out")]
     few = responses(tmp_path / "few.jsonl", ["no"] * 2)
     assert main(["compare", str(a), str(few), "--prompts", str(prompts), *judge]) == 2
-    assert "2 responses to 6 prompts" in capsys.readouterr().err
+    assert "2 responses for 6 prompts" in capsys.readouterr().err
     other = responses(tmp_path / "other.jsonl", ["no"] * 6, prompt="something else?")
     assert main(["compare", str(a), str(other), "--prompts", str(prompts), *judge]) == 2
     assert "differs from the prompt to answer" in capsys.readouterr().err

@@ -124,7 +124,7 @@ def test_two_judges_are_compared_pair_by_pair(
     assert "McNemar" in capsys.readouterr().out
     (benchmark / "Natural" / "dataset.json").unlink()
     assert main(command("fewer", tmp_path / "itself")) == 2
-    assert "has different pairs from" in capsys.readouterr().err
+    assert "have different pairs: evaluate" in capsys.readouterr().err
 
 
 def test_judges_are_compared_though_the_data_was_divided_otherwise(

@@ -58,7 +58,7 @@ def test_a_laptop_gets_the_nearest_thing_to_everything_and_the_run_passed_in_sta
     assert warnings == [
         "flash-attn needs a CUDA GPU: using SDPA attention instead",
         "this CPU does not support bf16: using float32 instead",
-        "DeepSpeed needs CUDA GPUs: using plain data parallel instead",
+        "DeepSpeed needs CUDA GPUs: using plain data parallelism instead",
         "the tracker wandb is not installed: not reporting to it",
     ]
     assert fit_to_machine(fitted, LAPTOP) == (fitted, []), "nothing is left to say"
@@ -105,7 +105,7 @@ def test_an_old_gpu_keeps_its_place_but_not_bf16() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"deepspeed": False}, "DeepSpeed is not installed: using plain data parallel instead"),
+        ({"deepspeed": False}, "DeepSpeed is not installed: using plain data parallelism instead"),
         ({"processes": 1}, "DeepSpeed needs several processes, and this run has one: using plain "),
         (
             {"sharded_by_launcher": True},
@@ -147,14 +147,14 @@ def test_fsdp_and_tf32_need_a_gpu() -> None:
     assert {"fsdp", "fsdp_config", "tf32"}.isdisjoint(fitted.training_args)
     assert warnings == [
         "tf32 needs a CUDA GPU: tf32 is disabled",
-        "FSDP needs CUDA GPUs: using plain data parallel instead",
+        "FSDP needs CUDA GPUs: using plain data parallelism instead",
     ]
 
 
 def test_use_cpu_in_the_file_is_obeyed_on_a_machine_with_gpus() -> None:
     fitted, warnings = fit_to_machine(uf_jsft("training_args.use_cpu=true"), BOX)
     assert fitted.training_args["use_cpu"] is True
-    assert warnings == ["DeepSpeed needs CUDA GPUs: using plain data parallel instead"]
+    assert warnings == ["DeepSpeed needs CUDA GPUs: using plain data parallelism instead"]
 
 
 def test_installed_trackers_stay_and_unknown_names_are_left_to_transformers() -> None:

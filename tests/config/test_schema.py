@@ -370,7 +370,7 @@ def test_nothing_is_read_from_the_environment(
         ),
         (
             "training_args.gradient_accumulation_steps=2",
-            "follows from jsft_args.global_batch_size: leave one out",
+            "is computed from jsft_args.global_batch_size: unset one of them",
         ),
         ("training_args.output_dir=${nowhere}", "Interpolation key 'nowhere' not found"),
         # about the override itself

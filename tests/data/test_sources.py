@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,15 +77,16 @@ def only(record: PreferenceRecord | None) -> PreferenceRecord:
 # --- the real data --------------------------------------------------------------------------------
 
 HH_COUNTS = {
-    "base_train": (1287, 1287, 1275, {"empty": 3, "identical": 1, "prefix": 8}),
-    "base_test_1000": (1000, 1000, 997, {"empty": 1, "identical": 1, "prefix": 1}),
+    "base_train": (1287, 1287, 1275, {"empty": 3, "identical": 1, "prefix": 8, "header": 12}),
+    "base_test_1000": (1000, 1000, 997, {"empty": 1, "identical": 1, "prefix": 1, "header": 16}),
     "online_train": (1137, 1137, 1130, {"empty": 3, "identical": 2, "no answer": 2}),
-    "rs_train": (2747, 2747, 2712, {"identical": 32, "prefix": 3}),
+    "rs_train": (2747, 2747, 2712, {"identical": 32, "prefix": 3, "header": 45}),
 }
 REASONS = {
     "empty": "skipped pair: empty response",
     "identical": "skipped pair: identical responses",
     "prefix": "skipped pair: the two dialogues differ before the last answer",
+    "header": "removed redundant header of a turn",
     "no answer": "skipped pair: the dialogue does not end with an answer",
 }
 
@@ -112,7 +114,7 @@ def test_real_hh_dialogues_become_alternating_turns_that_lose_no_text(name: str)
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
         turns = [m["content"] for m in record.prompt] + [str(record.demonstration)]
         assert all(turn.strip() for turn in turns)
-        spoken = raw["chosen"].replace("\n\nHuman:", "").replace("\n\nAssistant:", "")
+        spoken = re.sub(r"\n\n(Human|Assistant):(\s*(Human|Assistant):)?", "", raw["chosen"])
         assert "".join("".join(turns).split()) == "".join(spoken.split())
         for pair in record.pairs:
             assert pair.chosen == record.demonstration

@@ -354,7 +354,7 @@ def test_a_length_at_which_nothing_fits_leaves_it_to_the_lot(arguments: dict[str
 @pytest.mark.parametrize("left_out", ["model", "tokenizer", "judge_templates"])
 def test_what_is_needed_and_missing_is_said(arguments: dict[str, Any], left_out: str) -> None:
     del arguments[left_out]
-    with pytest.raises(ValueError, match="needs model, tokenizer and judge_templates"):
+    with pytest.raises(ValueError, match="or model, tokenizer and judge_templates"):
         tournament_rejection_sampling(**arguments)
 
 

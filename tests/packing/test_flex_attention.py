@@ -251,7 +251,7 @@ def test_a_missing_compiler_is_one_line_with_what_to_do(no_graphs: Any, monkeypa
 def test_what_its_kernel_would_leave_out_is_refused(asked: dict[str, Any], what: str) -> None:
     query, key = states(1, 4, 256, 16), states(1, 2, 256, 16)
     blocks = tree_blocks(torch.full((256,), 256))
-    with torch.no_grad(), pytest.raises(ValueError, match=f"no {what}: set"):
+    with torch.no_grad(), pytest.raises(ValueError, match=f"not support {what}: set"):
         tree_attention(nn.Module(), query, key, key, blocks, **asked)
 
 

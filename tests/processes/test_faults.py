@@ -337,8 +337,8 @@ def test_on_a_full_disk_a_run_says_so_in_one_line_and_its_last_checkpoint_stays_
         filler.write(bytes(shutil.disk_usage(disk).free - 24_000))
     assert place.command(argv) == 2, place.command.said
     last = place.command.said.splitlines()[-1]
-    assert last.startswith(f"self-judge: error: {output} could not be written to (")
-    assert f"; {output / 'checkpoint-2'} is complete. Make room and start" in last
+    assert last.startswith(f"self-judge: error: cannot write to {output} (")
+    assert f"; {output / 'checkpoint-2'} is complete. Free some disk space" in last
     assert "Traceback" not in place.command.said
     assert [p.name for p in output.glob("checkpoint-*")] == ["checkpoint-2"]
     assert integrity_error(output / "checkpoint-2") is None

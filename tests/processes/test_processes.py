@@ -312,5 +312,5 @@ def test_a_shared_model_that_cannot_be_packed_is_refused() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("self_judge.packing.packing._decide", lambda *_: bare)
         patch.setattr("self_judge.packing.packing._KNOWN", {})
-        with pytest.raises(ValueError, match="spread over processes cannot judge: no backbone"):
+        with pytest.raises(ValueError, match="a sharded model cannot judge: no backbone"):
             packing.decision  # noqa: B018

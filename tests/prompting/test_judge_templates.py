@@ -79,7 +79,7 @@ def test_a_bad_template_is_refused_by_name_and_by_what_is_missing(
     [
         ("{rationale_a}", "'honest' lacks {rationale_b}"),
         ({"honest": "none"}, "lacks {rationale_a}, {rationale_b}"),
-        ({"kind": RATIONALE}, "principles ['kind'], the judge templates have ['honest']"),
+        ({"kind": RATIONALE}, "principles ['kind'], but the judge templates have ['honest']"),
         ({"honest": 3}, "'honest' must be a text, got int"),
         (3, "one text for all principles or a mapping"),
     ],

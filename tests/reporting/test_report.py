@@ -288,7 +288,7 @@ def test_without_plotly_the_command_says_what_to_install(
 
 
 def test_an_empty_report_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one folder"):
+    with pytest.raises(ValueError, match="at least one run folder"):
         write_report([])
     assert ReportData().runs == []
 

@@ -148,7 +148,7 @@ def test_filter_search_and_more(tmp_path: Path, opened: Open) -> None:
     assert page.locator("mark").inner_text() == "OTTER live? 12 1"
     page.get_by_role("searchbox", name="search").fill("no such word")
     assert cards.count() == 0
-    assert "No pair matches" in page.locator("#pairs").inner_text()
+    assert "No pairs match" in page.locator("#pairs").inner_text()
     page.get_by_role("searchbox", name="search").fill("")
     page.get_by_role("combobox", name="step", exact=True).select_option("7")
     assert status.inner_text() == "2 of 24 pairs"

@@ -93,7 +93,7 @@ def test_a_journal_without_a_line_is_begun_anew_with_any_settings(tmp_path: Path
         pass  # what was to be written could not be computed
     with open_journal(path, {"model": "b"}) as journal:
         journal.append([{"x": 1}])
-    with pytest.raises(JournalError, match="has other settings"):
+    with pytest.raises(JournalError, match="has different settings"):
         with open_journal(path, {"model": "a"}):
             pass
 

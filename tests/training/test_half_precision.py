@@ -18,10 +18,11 @@ from conftest import TEMPLATES, Make, weights
 from self_judge import Comparison, Judge
 from self_judge.inference.decoding import why_not_shared
 from self_judge.inference.letter_scoring import TransformersScorer
-from self_judge.models import frozen_reference, load_model
+from self_judge.models import load_model
 from self_judge.packing import exactness
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import _LAYOUTS, Packing
+from self_judge.training.reference import frozen_reference
 
 BF16 = torch.bfloat16
 AUTOCAST = {"bf16": True, "use_cpu": True, "max_steps": 1}
@@ -243,7 +244,7 @@ def test_auto_that_shares_nothing_warns_once_with_the_reason(
             assert why_not_shared(own) is not None
     told = [r.getMessage() for r in caplog.records if "shapes cannot be multiplied" in r.message]
     assert [t.split(":")[0] for t in told if "generate" in t] == [
-        "LlamaForCausalLM samples through generate"
+        "LlamaForCausalLM samples with generate"
     ]
     assert len([t for t in told if t.startswith("packing of LlamaForCausalLM: off")]) == 1
 

@@ -38,7 +38,7 @@ def test_in_a_pipe_every_log_is_one_plain_line() -> None:
     first, second = text.getvalue().splitlines()
     assert first.startswith("self-training: step 1/4, ")
     assert first.endswith("; loss 0.693 · judge margin 0.125 · undecidable 0 · KL 1.5")
-    assert "s a step, 0:00:0" in first
+    assert "s per step, 0:00:0" in first
     assert second.endswith("; held-out loss 0.5")
     assert "\x1b" not in text.getvalue()
 

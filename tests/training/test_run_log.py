@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -30,7 +31,7 @@ def trained(
         **changes,
     }
     trainer = SelfJudgeTrainer(
-        model=model,
+        model=copy.deepcopy(model),  # PEFT changes the model that it is given
         args=SelfJudgeConfig(str(folder), **settings),
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(queries),

@@ -1,7 +1,7 @@
-"""`self-judge check`: checks a run before training.
+"""Implements `self-judge check`, which checks a run before training.
 
-It prepares the run like training does, on some of its records, and returns plain data. `view.py`
-shows the result.
+This module prepares the run as training does, with some of its records, and returns plain data.
+`view.py` displays the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from peft import PeftConfig, get_peft_model
+from peft import get_peft_model
 
 from self_judge.check import findings, text_findings
 from self_judge.check.cost import Cost, Training, device_for, jsft_cost, self_judge_cost, setting_of
@@ -28,11 +28,12 @@ from self_judge.config.hardware import Machine, fit_to_machine
 from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
 from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.models import check_vocabulary
+from self_judge.models import adapter_config, check_vocabulary
 from self_judge.packing.prefix_tree import shared_length
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
 from self_judge.prompting.judge_prompt import encode_orders
+from self_judge.prompting.thoughts import answers_of
 from self_judge.runtime import unwrapped
 from self_judge.training import setup
 from self_judge.training.jsft.examples import jsft_dataset
@@ -40,12 +41,12 @@ from self_judge.training.self_training.prompts import PromptPreparer
 
 T = TypeVar("T")
 _ORDERS = ("first response first", "second response first")
-EXAMPLES = 400  # records to encode; all records are read
+EXAMPLES = 400  # the number of records to encode; all records are read
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """A letter's token, and the end of the judge's lead-in before it."""
+    """The token of a letter, and the end of the judge's lead-in before it."""
 
     letter: str
     id: int
@@ -58,17 +59,17 @@ class Report:
     """The result of a check.
 
     Attributes:
-        config, kind: the run file and its kind.
-        about: the run in a few words: model, data, batch, …
-        sources, held_out: counts of the data by source; see `PreferenceData.counts_by_source`.
+        config, kind: the run file and the kind of run.
+        about: a short description of the run: model, data, batch, …
+        sources, held_out: counts for each data source; see `PreferenceData.counts_by_source`.
         letters: the tokens of the two letters.
-        encoded, records: the number of encoded records and of all records.
-        counts: examples by kind, and by reason for cutting or leaving them out.
-        letter_counts: how often each letter is the answer (JSFT).
-        chosen_longer: share of the pairs whose better response is the longer text.
-        figures, examples: statistics and examples of every kind of sequence.
-        cost: the estimate; `None` if an earlier problem prevents it.
-        findings: all findings; the run is wrong if one of them is a problem.
+        encoded, records: the number of encoded records and the number of all records.
+        counts: the number of examples by kind, and by the reason they were cut or left out.
+        letter_counts: the number of examples with each letter as the answer (JSFT).
+        chosen_longer: the share of pairs whose better response is the longer text.
+        figures, examples: statistics and examples for every kind of sequence.
+        cost: the cost estimate, or `None` if an earlier problem prevents it.
+        findings: all findings. The run is wrong if any of them is a problem.
     """
 
     config: str
@@ -92,7 +93,7 @@ class Report:
         return [f for f in self.findings if f.level == "problem"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Returns plain data for JSON."""
         found = dataclasses.asdict(self)
         found |= {"needs": found.pop("cost"), "samples": found.pop("examples")}
         return {**found, "problems": len(self.problems)}
@@ -110,15 +111,15 @@ def check(
     """Checks a run.
 
     Args:
-        config, overrides: the run file and overrides, as for the run.
-        examples: records to encode, evenly spread over the data; 0: all.
-        gpu: estimate for this kind of GPU instead of this machine (a key of `memory.GPUS`).
-        processes: estimate for N processes (default: one per GPU of this machine, or those of this
-            launch).
-        sharding: how the processes shard the model, if a launcher file sets it.
+        config, overrides: the run file and overrides, as passed to the run.
+        examples: the number of records to encode, evenly spread over the data; 0 encodes all.
+        gpu: the kind of GPU to estimate for, instead of this machine (a key of `memory.GPUS`).
+        processes: the number of processes to estimate for (default: one per GPU in this machine, or
+            the processes of this launch).
+        sharding: how the processes shard the model, if a launcher file sets this.
 
     Raises:
-        ValueError: a file, setting or record is unusable.
+        ValueError: a file, setting or record cannot be used.
     """
     if examples < 0:
         raise ValueError(f"--examples must be 0 (all) or positive, got {examples}")
@@ -150,7 +151,7 @@ def check(
 
 
 class _RefusedError(Exception):
-    """The refused part and the error; the check cannot continue without this part."""
+    """Holds a rejected part and its error. The check cannot continue without this part."""
 
 
 def _refusal(about: str, error: ValueError | TypeError) -> Finding:
@@ -166,11 +167,12 @@ def _or_refused(about: str, make: Callable[..., T], *args: Any, **kwargs: Any) -
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A run as it would start, and its report.
+    """A prepared run and its report.
 
     Attributes:
         run: the run, fitted to the requested `machine`.
-        training: with the trainer's settings for this machine, where alone they can be checked.
+        training: contains the trainer's settings for this machine, because they can only be checked
+            here.
     """
 
     report: Report
@@ -199,10 +201,10 @@ def _prepared(
         trust_remote_code=asked.trust_remote_code,
     )
     adapter: Any = _or_refused("peft_config", setup.lora_config, run.peft_config)
-    folder = os.path.join(asked.model_name_or_path, "adapter_config.json")
-    if adapter is None and not jsft and os.path.isfile(folder):
-        adapter = PeftConfig.from_pretrained(asked.model_name_or_path)
-        adapter.inference_mode = False
+    if adapter is None and not jsft:
+        adapter = adapter_config(asked.model_name_or_path, asked.revision)
+        if adapter is not None:
+            adapter.inference_mode = False
     if adapter is not None:
         model = _or_refused("peft_config", get_peft_model, model, adapter)
     make = setup.jsft_chat_setup if jsft else setup.self_judge_chat_setup
@@ -264,7 +266,7 @@ def _about(prepared: _Prepared) -> dict[str, str]:
     if encoder.chat_template == encoder.tokenizer.chat_template:
         template = "the tokenizer's own"
     if encoder.tokenizer.chat_template is None and run.templates.chat is None:
-        template = "turn markers of the run file"
+        template = "turn markers from the run file"
     return {
         "model": f"{run.model.model_name_or_path} ({type(inner).__name__}, "
         f"{str(inner.dtype).removeprefix('torch.')})",
@@ -283,7 +285,7 @@ def _packing(run: Any, args: Any, whole: Any) -> Iterable[Finding]:
         trust_remote_code=run.model.trust_remote_code,
     )
     if model is None:
-        text = "the way to share prefixes is chosen by a trial on the model when the run starts"
+        text = "the packing mode is chosen by a trial on the model when the run starts"
         return [note("packing", text)]
     adapter = setup.lora_config(run.peft_config)
     model = model if adapter is None else get_peft_model(model, adapter)
@@ -293,7 +295,7 @@ def _packing(run: Any, args: Any, whole: Any) -> Iterable[Finding]:
 def _records(
     report: Report, run: Any, encoder: ChatEncoder, examples: int
 ) -> list[PreferenceRecord]:
-    """Reads all records and returns the evenly spread ones that are encoded."""
+    """Reads all records and returns an evenly spread selection to encode."""
     rationales = isinstance(run, JSFTRun) and run.uses_rationales
     train, held_out = setup.load_data(run.dataset, lambda line: None, rationales=rationales)
     report.sources = train.counts_by_source
@@ -338,8 +340,8 @@ def _jsft(
 def _units(
     rows: Sequence[dict[str, Any]], ignored: int, shared: bool
 ) -> list[tuple[int, int, int]]:
-    """(examples, tokens, trained tokens) of examples that are drawn together."""
-    # An example of 100 tokens and its swap, which shares the first 70: (2, 130, 2).
+    """Returns (examples, tokens, trained tokens) for each set of examples drawn together."""
+    # For an example with 100 tokens and a swap that shares the first 70, this is (2, 130, 2).
     units: list[tuple[int, int, int]] = []
     for row, before in zip(rows, [None, *rows]):  # noqa: B905
         ids, trained = row["input_ids"], sum(x != ignored for x in row["labels"])
@@ -391,12 +393,12 @@ def _self_judge(prepared: _Prepared, records: Sequence[PreferenceRecord]) -> Cos
 def _judged(
     prepared: _Prepared, records: Sequence[PreferenceRecord]
 ) -> tuple[list[Encoded], list[int], list[tuple[int, int]]]:
-    """Encodes the data's own pairs as judge prompts.
+    """Encodes the pairs in the data as judge prompts.
 
     Returns:
-        The judge prompts of the pairs that fit; the lengths of all better responses; and for each
-        pair that fits (tokens of all its judge prompts, shared ones counted once; tokens of the
-        longest prompt with responses of maximum length).
+        The judge prompts for the pairs that fit; the lengths of all better responses; and for each
+        pair that fits, the tokens in all its judge prompts (shared tokens are counted once) and the
+        tokens in the longest prompt with responses of maximum length.
     """
     report, own, encoder = prepared.report, prepared.run.self_judge_args, prepared.encoder
     templates = prepared.judge.templates
@@ -407,9 +409,11 @@ def _judged(
     tight = 0
     for record in records:
         for pair in record.pairs[:1]:
-            chosen, rejected = map(len, map(encoder.encode_content, (pair.chosen, pair.rejected)))
-            responses.append(chosen)
-            comparison = Comparison(judge_context(record), pair.chosen, pair.rejected)
+            given = Comparison(judge_context(record), pair.chosen, pair.rejected)
+            comparison = answers_of(given) or given
+            texts = (comparison.response_a, comparison.response_b)
+            chosen, rejected = map(len, map(encoder.encode_content, texts))
+            responses.append(len(encoder.encode_content(pair.chosen)))
             orders = {
                 principle: both
                 for principle in templates

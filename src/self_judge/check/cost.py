@@ -1,7 +1,7 @@
-"""The cost of a prepared run: steps, tokens, judge calls and memory.
+"""Estimates the cost of a prepared run: steps, tokens, judge calls and memory.
 
-It turns a run's settings and the lengths of its examples into the work of a step, for `memory`. It
-does not know text or data.
+This module computes the work in one step from the settings of a run and the lengths of its
+examples. `memory` uses the result. It does not depend on text or data.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ class Cost:
     """The cost of a run.
 
     Attributes:
-        device, device_memory: the device and its memory in bytes (0: unknown).
+        device, device_memory: the device and its memory in bytes (0 if unknown).
         processes, sharding: the number of processes, and how they shard the model.
         size: the size of the model.
-        examples: training examples (JSFT) or prompts (self-training) of an epoch.
-        steps, steps_per_epoch: optimizer steps.
-        tokens: tokens that all updates compute; shared prefixes count once.
-        per_step: the work of one step over all processes: examples, responses, judge prompts, …
-        memory: the estimate for one process.
-        activations_counted: whether activations were counted or are a rule of thumb.
-        assumed: the assumptions behind the numbers, in words.
+        examples: the number of training examples (JSFT) or prompts (self-training) in an epoch.
+        steps, steps_per_epoch: the number of optimizer steps.
+        tokens: the number of tokens that all updates compute; shared prefixes count once.
+        per_step: the work in one step over all processes: examples, responses, judge prompts, …
+        memory: the memory estimate for one process.
+        activations_counted: whether activations were counted instead of estimated by a rule of
+            thumb.
+        assumed: a description of the assumptions behind the numbers.
     """
 
     device: str
@@ -57,7 +58,7 @@ class Cost:
 
 
 def device_for(gpu: str | None, machine: Machine) -> Device:
-    """The requested device, or the device of this machine.
+    """Returns the requested device, or the device of this machine.
 
     Raises:
         ValueError: the GPU is not in the table.
@@ -75,7 +76,7 @@ def device_for(gpu: str | None, machine: Machine) -> Device:
 def setting_of(
     run: JSFTRun | SelfJudgeRun, args: Any, machine: Machine, sharding: Sharding | None, model: Any
 ) -> Setting:
-    """The memory-relevant settings of a run that is fitted to `machine`."""
+    """Returns the settings that affect memory, for a run that is fitted to `machine`."""
     training = run.training_args
     if sharding is None:
         deepspeed = training.get("deepspeed")
@@ -85,7 +86,7 @@ def setting_of(
         sharding = named.get(stage, "fsdp" if training.get("fsdp") else "none")
     kept: FourBits = "nested" if run.model.use_bnb_nested_quant else "plain"
     return Setting(
-        # Without an adapter that can be disabled, the judge is a copy of all weights.
+        # If there is no adapter to disable, the judge is a copy of all weights.
         reference=isinstance(run, SelfJudgeRun) and not isinstance(model, PeftModel),
         checkpointing=bool(args.gradient_checkpointing),
         bf16=bool(training.get("bf16", machine.bf16) or training.get("fp16")),
@@ -98,10 +99,10 @@ def setting_of(
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """The model, settings and device of a run.
+    """The model, settings and device for a run.
 
     Attributes:
-        model: an empty model with its adapter.
+        model: an empty model with the adapter.
         args: the trainer's settings.
     """
 
@@ -112,17 +113,17 @@ class Training:
 
 
 def jsft_cost(training: Training, units: Sequence[tuple[int, int, int]], examples: int) -> Cost:
-    """The cost of a JSFT run.
+    """Estimates the cost of a JSFT run.
 
     Args:
-        units: (examples, tokens with shared ones counted once, trained tokens) of examples that are
-            drawn together.
+        units: for each set of examples that are drawn together, (examples, tokens, trained tokens).
+            Shared tokens are counted once.
         examples: the total number of examples.
     """
     drawn, tokens, scored = (sum(column) for column in zip(*units, strict=True))
     own = training.args.per_device_train_batch_size
     step = own * training.args.gradient_accumulation_steps
-    # An example and its swapped example share one row.
+    # An example and its swap share one row.
     rows = max(1, round(own * len(units) / drawn))
     work = Work(
         tokens=tokens / drawn * step,
@@ -135,7 +136,7 @@ def jsft_cost(training: Training, units: Sequence[tuple[int, int, int]], example
 
 
 def _longest(lengths: Sequence[float], size: int, draws: int = 1000) -> int:
-    """The longest sequence of `draws` random micro-batches of `size`; others are padded to it."""
+    """Returns the length of the longest sequence in `draws` random micro-batches of `size`."""
     chosen = random.Random(0)
     return math.ceil(max(chosen.choices(lengths, k=size * draws)))
 
@@ -149,13 +150,13 @@ def self_judge_cost(
     judged: Sequence[tuple[int, int]],
     examples: int,
 ) -> Cost:
-    """The cost of a self-training run.
+    """Estimates the cost of a self-training run.
 
     Args:
-        prompts: lengths of the prompts.
-        responses: lengths of the data's better responses; may be empty.
-        judged: for each comparison, (tokens of all its prompts with shared ones counted once,
-            tokens of its longest prompt).
+        prompts: the lengths of the prompts.
+        responses: the lengths of the better responses in the data; may be empty.
+        judged: for each comparison, (tokens in all its prompts, tokens in its longest prompt).
+            Shared tokens are counted once.
         examples: the total number of prompts.
     """
     new, per_device = own.max_new_tokens, training.args.per_device_train_batch_size
@@ -171,7 +172,7 @@ def self_judge_cost(
         largest=(per_device, _longest(prompts, per_device) + 2 * new),
         largest_scored=per_device * 2 * new,
         sampled_at_once=min(own.generation_batch_size, step * own.num_generations),
-        # Sampling a batch ends with its longest response.
+        # Sampling a batch takes as long as its longest response.
         sampled_length=prompt + new,
         judged_at_once=round(own.judge_batch_size * longest if own.packing == "off" else together),
     )
@@ -183,14 +184,14 @@ def self_judge_cost(
         "judge prompts": everywhere * played * 2 * principles,
     }
     assumed = (
-        f"memory: responses of {new} tokens; trained tokens: responses of {response:.0f} tokens"
-        + (" (the mean of the data's better ones)" if responses else "")
+        f"memory: responses with {new} tokens; trained tokens: responses with {response:.0f} tokens"
+        + (" (the mean of the better responses in the data)" if responses else "")
     )
     return _cost(training, work, examples, per_step, assumed)
 
 
 def comparisons_per_prompt(responses: int, selection: PairSelection) -> int:
-    """The number of comparisons that select a pair, counted with a judge that always prefers a."""
+    """Counts the comparisons needed to select a pair, using a judge that always prefers a."""
     played = 0
 
     def compare(comparisons: Any) -> list[Verdict]:

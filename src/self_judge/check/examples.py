@@ -1,6 +1,7 @@
-"""Training sequences token by token: examples to read, and figures over all encoded sequences.
+"""Shows training sequences token by token, with statistics for all encoded sequences.
 
-It reads ids and labels as the trainers get them. It does not know where they come from, or colours.
+This module reads the ids and labels that the trainers receive. It does not depend on their source
+or on colours.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive tokens of one kind.
+    """Consecutive tokens of the same kind.
 
     Attributes:
         ids: token ids.
-        text: their text, including control tokens.
-        trained: whether they are trained.
-        control: whether they are control tokens (BOS, turn markers, ends).
+
+            text: the text of the tokens, including control tokens.
+        trained: whether the tokens are trained.
+        control: whether the tokens are control tokens (BOS, turn markers, ends of turns).
     """
 
     ids: list[int]
@@ -33,7 +35,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example as the model sees it."""
+    """An example as the model sees it."""
 
     title: str
     pieces: list[Piece]
@@ -49,14 +51,14 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Sequences of one kind, in numbers.
+    """Statistics for sequences of one kind.
 
     Attributes:
         kind: the kind of sequence.
         count: the number of sequences.
-        tokens: their lengths: `p50`, `p90`, `p99`, `max`.
+        tokens: percentiles of the lengths: `p50`, `p90`, `p99`, `max`.
         trained: the mean number of trained tokens.
-        bos, ends: smallest and largest number of BOS tokens, and of tokens that end an answer.
+        bos, ends: the smallest and largest number of BOS tokens and of tokens that end an answer.
     """
 
     kind: str
@@ -68,13 +70,14 @@ class Figures:
 
 
 class Encoded(NamedTuple):
-    """An encoded training sequence or prompt of the run.
+    """An encoded training sequence or prompt from the run.
 
     Attributes:
-        kind: sequences of one kind share their figures; a kind may have several titles.
-        title: the heading of its example.
+        kind: the kind of sequence. Statistics are computed per kind, and a kind may have several
+            titles.
+        title: the heading of the example.
         ids: token ids.
-        labels: the training labels; empty: nothing is trained.
+        labels: the training labels, or empty if no token is trained.
     """
 
     kind: str
@@ -84,7 +87,7 @@ class Encoded(NamedTuple):
 
 
 def encoded_row(row: Mapping[str, Any]) -> Encoded:
-    """A row of `jsft_dataset`."""
+    """Converts a row of `jsft_dataset`."""
     kind, title = "SFT", "SFT: the dialogue, answers trained"
     if row["kind"] == "judge":
         kind = f"judge, {row['principle']}"
@@ -96,7 +99,7 @@ def encoded_row(row: Mapping[str, Any]) -> Encoded:
 def summary(
     sequences: Iterable[Encoded], encoder: ChatEncoder, ignore_index: int = -100
 ) -> tuple[list[Example], list[Figures]]:
-    """The first sequence of every title, token by token, and the figures of every kind."""
+    """Returns the first sequence of every title, split into pieces, and the figures per kind."""
     firsts: dict[str, Encoded] = {}
     kinds: dict[str, list[Encoded]] = {}
     for sequence in sequences:
@@ -109,7 +112,7 @@ def summary(
 
 
 def _example(sequence: Encoded, encoder: ChatEncoder, ignore_index: int) -> Example:
-    """Splits a sequence at the borders of trained and control tokens."""
+    """Splits a sequence where the kind of token (trained, control) changes."""
     ids = sequence.ids
     kinds = [
         (label != ignore_index, encoder.is_control(i))
@@ -120,7 +123,7 @@ def _example(sequence: Encoded, encoder: ChatEncoder, ignore_index: int) -> Exam
     for (trained, control), group in groupby(kinds):
         start, end = end, end + len(list(group))
         own = ids[start:end]
-        # Decoded from the start, because SentencePiece drops the space before a text's first word.
+        # Decode from the start, because SentencePiece drops the space before the first word.
         whole = _decoded(encoder, ids[:end])
         text = whole[len(before) :] if whole.startswith(before) else ""
         pieces.append(Piece(own, text or _decoded(encoder, own), trained, control))
@@ -151,7 +154,7 @@ def _figures(same: list[Encoded], encoder: ChatEncoder, ignore_index: int) -> Fi
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:
-    """`p50`, `p90`, `p99` and `max` of one or more numbers, without interpolation."""
+    """Computes `p50`, `p90`, `p99` and `max` of one or more numbers, without interpolation."""
     ordered = sorted(lengths)
     shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     return {name: ordered[math.ceil(p * len(ordered)) - 1] for name, p in shares.items()}

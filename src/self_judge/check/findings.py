@@ -1,7 +1,7 @@
-"""Findings: settings, templates, models and data with which a run starts but goes wrong.
+"""Finds settings, templates, models and data with which a run starts but goes wrong.
 
-Every function checks one aspect and yields findings in words. Errors at the start of a run are
-reported by the code that raises them. This module does not load data or print.
+Each function checks one aspect and yields findings. Errors at the start of a run are reported by
+the code that raises them. This module does not load data or print.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Finding:
     """One finding.
 
     Attributes:
-        level: `problem`: the run would be wrong; `warning`: check this; `note`: correct, but
-            perhaps surprising.
-        about: the key of the run file, or the subject.
-        text: the finding, its effect, and what to do.
+        level: `problem` if the run would be wrong, `warning` if the user should check this, or
+            `note` if this is correct but may be surprising.
+        about: the key in the run file, or the subject.
+        text: the finding, its effect and the remedy.
     """
 
     level: Level
@@ -59,7 +59,7 @@ note = partial(Finding, "note")
 
 
 def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
-    """A template whose prompts differ from training, or that trains no end of answers."""
+    """Checks that prompts match the training format and that the end of answers is trained."""
     tokenizer = encoder.tokenizer
     user, answer = Message(role="user", content="a"), Message(role="assistant", content="b")
     for asked in ([user], [user, answer, user]):
@@ -70,14 +70,15 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
             shown = [tokenizer.convert_ids_to_tokens(x[same : same + 4]) for x in (prompt, whole)]
             yield problem(
                 "chat template",
-                f"its prompt is not a prefix of prompt + answer: at token {same} sampling "
-                f"continues {shown[0]}, training has {shown[1]}. The model would be prompted "
-                "in a format it was not trained on; set templates.chat to a template that starts "
+                f"its prompt is not a prefix of prompt + answer: at token {same}, sampling "
+                f"has {shown[0]}, but training has {shown[1]}. The model would be prompted "
+                "in a format that it was not trained on. Set templates.chat to a template that "
+                "starts "
                 "answers the same way in training and sampling",
             )
             break
     bos = tokenizer.bos_token_id
-    # Only the start is checked: in ChatML, every turn begins with the BOS token of some tokenizers.
+    # Only the start is checked, because for some tokenizers every ChatML turn begins with BOS.
     if bos is not None and encoder.encode_prompt([user])[:2] == [bos, bos]:
         yield problem(
             "chat template",
@@ -88,39 +89,39 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
     if not encoder.stop_token_ids:
         yield problem(
             "tokenizer",
-            "no token ends an answer: there is no end-of-sequence token, and the template does not "
-            "close turns with a control token; sampling would run to max_new_tokens. Set "
+            "no token ends an answer: there is no end-of-sequence token, and the template does "
+            "not close turns with a control token. Sampling would run to max_new_tokens. Set "
             "tokenizer.eos_token",
         )
     elif not trained or trained[-1] not in encoder.stop_token_ids:
         yield problem(
             "chat template",
             "the end of an answer is not trained: the template writes no control token after it, "
-            "so the model does not learn to stop; let templates.chat close answers with "
+            "so the model does not learn to stop. Let templates.chat close answers with "
             f"{tokenizer.eos_token!r}",
         )
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield note(
             "tokenizer",
-            f"padding is the end-of-sequence token ({tokenizer.pad_token!r}): harmless here, "
-            "because masks do not depend on it, and ends of answers are trained",
+            f"the padding token is the end-of-sequence token ({tokenizer.pad_token!r}). This is "
+            "harmless here, because masks do not depend on it and the ends of answers are trained",
         )
 
 
 def _shared(first: Any, second: Any) -> int:
-    """The length of the longest common prefix of two texts or lists of ids."""
+    """Returns the length of the longest common prefix of two texts or lists of ids."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -> Iterator[Finding]:
-    """Judge settings that differ from those the model was trained with (self-training)."""
+    """Checks for judge settings that differ from the model's training (self-training)."""
     saved = load_judge_settings(name)
     if saved is None:
         yield warning(
             "templates.judge",
-            f"{name} has no judge.json: it is unknown whether this model was trained to judge with "
-            "these templates; start from a model that JSFT wrote",
+            f"{name} has no judge.json: it is unknown whether this model was trained to judge "
+            "with these templates. Start from a model that was trained with JSFT",
         )
         return
     for principle, asked in templates.items():
@@ -128,7 +129,7 @@ def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -
         if taught is None:
             yield problem(
                 "templates.judge",
-                f"the model was not trained on the principle {principle!r}, but on "
+                f"the model was not trained on the principle {principle!r}, only on "
                 f"{', '.join(saved.templates)} (its judge.json)",
             )
             continue
@@ -140,65 +141,65 @@ def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -
                 yield problem(
                     "templates.judge",
                     f"{principle}.{part} differs from the model's training (its judge.json): "
-                    f"{ours[shown]!r} here, {theirs[shown]!r} there; leave templates.judge null "
-                    "to use the latter",
+                    f"{ours[shown]!r} here, {theirs[shown]!r} there. Leave templates.judge null "
+                    "to use the model's templates",
                 )
     left = [p for p in saved.templates if p not in templates]
     if left:
         yield warning(
             "templates.judge",
-            f"the model was also trained on {', '.join(left)}: these principles do not vote",
+            f"the model was also trained on {', '.join(left)}, but these principles do not vote",
         )
     if saved.chat_template is not None and saved.chat_template != encoder.chat_template:
         yield problem(
             "templates.chat",
-            "differs from the chat template of the model's training (its judge.json); leave it "
-            "unset to use that one",
+            "differs from the chat template in the model's training (its judge.json). Leave it "
+            "unset to use that template",
         )
-    # The encoder has all saved values, updated with those of the run file.
+    # The encoder has all saved values, updated with the values from the run file.
     given = encoder.chat_template_kwargs if saved.chat_template_kwargs else {}
     for key, value in given.items():
         theirs = saved.chat_template_kwargs.get(key)
         if value != theirs and (theirs is not None or key != CLOCK):
             yield problem(
                 f"templates.chat_template_kwargs.{key}",
-                f"is {value!r}, but was {theirs!r} in the model's training (its judge.json); leave "
-                "it unset to use that",
+                f"is {value!r}, but was {theirs!r} in the model's training (its judge.json). "
+                "Leave it unset to use that value",
             )
 
 
 def model_findings(
     size: Size, run: JSFTRun | SelfJudgeRun, max_length: int, longest: int
 ) -> Iterator[Finding]:
-    """A model without trained parameters, or with too short a context.
+    """Checks that the model has trained parameters and a context that is long enough.
 
     Args:
         max_length: the most tokens allowed in a sequence.
-        longest: tokens of the longest sequence.
+        longest: the number of tokens in the longest sequence.
     """
     if not size.trainable:
         yield problem(
             "peft_config" if run.peft_config else "model",
-            "no parameter is trained: remove inference_mode, or name target_modules",
+            "no parameter is trained: remove inference_mode or set target_modules",
         )
     if size.context is not None and max_length > size.context:
-        beyond = f", and there are sequences of {longest}" if longest > size.context else ""
+        beyond = f", and the longest sequence has {longest}" if longest > size.context else ""
         yield (problem if beyond else warning)(
             "max_length",
-            f"{max_length} tokens are allowed, but the model's context is {size.context}{beyond}: "
+            f"{max_length} tokens are allowed, but the model's context has {size.context}{beyond}: "
             "lower max_length",
         )
     half = size.weight_bytes < 3 * size.parameters
     if run.peft_config is None and half and size.trainable == size.parameters:
         yield warning(
             "model.dtype",
-            "full fine-tuning of half-precision weights rounds small updates away: "
+            "full fine-tuning of half-precision weights loses small updates to rounding: "
             "set model.dtype to float32 (training_args.bf16 still computes in bfloat16)",
         )
 
 
 def packing_findings(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
-    """Packing that is not exact for the run's model.
+    """Checks whether packing is exact for the run's model.
 
     Args:
         model: a `shallow_model` with weights of the run's dtype, and the run's adapter.
@@ -213,7 +214,7 @@ def packing_findings(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -
     if args.gradient_checkpointing:
         inner.gradient_checkpointing_enable()
     with autocast:
-        # A judge needs no gradients, so it can use routes that an update cannot.
+        # A judge needs no gradients, so it can use packing modes that an update cannot use.
         for what, gradients in (("judging", False), ("update", True))[int(jsft) :]:
             try:
                 decision = Packing(model, choice, gradients=gradients).decision
@@ -225,14 +226,14 @@ def packing_findings(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -
         if isinstance(run, SelfJudgeRun) and not run.self_judge_args.use_vllm:
             why = why_not_shared(model)
             if why is not None:
-                text = "the model's own generate computes a prompt again for each response"
+                text = "the model's own generate method computes the prompt again for each response"
                 yield warning("sampling", f"{text}: {why}")
 
 
 def setting_findings(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
-    """Settings that are accepted but have no effect, or another than expected."""
+    """Checks for settings that are accepted but have no effect or an unexpected effect."""
     for key, why in {
-        "padding_free": "TRL ignores it here; use `packing`, which shares prefixes",
+        "padding_free": "TRL ignores it here. Use `packing`, which shares prefixes",
         "use_liger_kernel": "deprecated in TRL, and its loss bypasses packing",
     }.items():
         if run.training_args.get(key):
@@ -251,8 +252,8 @@ def setting_findings(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding
         if "ipo" in losses and own.average_log_prob is None:
             yield note(
                 "self_judge_args.average_log_prob",
-                "TRL's ipo averages log-probabilities over tokens, the method's sums them: set "
-                "false for sums",
+                "TRL's ipo loss averages log-probabilities over tokens, but the method sums them: "
+                "set false for sums",
             )
 
 
@@ -261,7 +262,7 @@ def _output_findings(
 ) -> Iterator[Finding]:
     key, resume_key = "training_args.output_dir", "training_args.resume_from_checkpoint"
     if output.resolve() == Path(run.model.model_name_or_path).resolve():
-        yield problem(key, "is the model's own folder: the model would be overwritten")
+        yield problem(key, "is the model's own folder, so the model would be overwritten")
     elif output.is_dir() and resume in LAST:
         found, passed_over = latest_complete(output)
         for line in passed_over:
@@ -271,21 +272,21 @@ def _output_findings(
     elif output.is_dir() and not resume and get_last_checkpoint(str(output)):
         yield warning(
             key,
-            f"{output} has checkpoints of another run, and this one would add to them: set "
-            f"{resume_key}=true to resume, or use another folder",
+            f"{output} has checkpoints from another run, and this run would add to them: set "
+            f"{resume_key}=true to resume that run, or use another folder",
         )
 
 
 def data_findings(train: PreferenceData, held_out: PreferenceData | None) -> Iterator[Finding]:
-    """Data shared by training and evaluation, or largely skipped."""
+    """Checks for data that training and evaluation share, and for data that is largely skipped."""
     if held_out is not None:
         seen = {first_question(r) for r in train.records}
         shared = sum(first_question(r) in seen for r in held_out.records)
         if shared:
             yield warning(
                 "dataset.eval",
-                f"{shared:,} of {len(held_out.records):,} evaluation prompts begin with a question "
-                "of the training data: the evaluation is too optimistic",
+                f"{shared:,} of {len(held_out.records):,} evaluation prompts begin with a "
+                "question from the training data, so the evaluation is too optimistic",
             )
     for label, counts in train.counts_by_source.items():
         for noun in ("record", "pair"):
@@ -299,14 +300,17 @@ def data_findings(train: PreferenceData, held_out: PreferenceData | None) -> Ite
 
 
 def example_findings(counts: dict[str, int], letters: dict[str, int]) -> Iterator[Finding]:
-    """JSFT examples that are cut or left out, and unbalanced letters.
+    """Checks for JSFT examples that are cut or left out, and for unbalanced letters.
 
     Args:
-        counts: the counts of `jsft_dataset`.
-        letters: how often each letter is the answer.
+        counts: the counts from `jsft_dataset`.
+        letters: the number of examples with each letter as the answer.
     """
     about = "jsft_args.max_length"
-    for kind, end in (("sft", "they train no end of answer"), ("judge", "rationales are cut off")):
+    for kind, end in (
+        ("sft", "they do not train the end of the answer"),
+        ("judge", "rationales are cut off"),
+    ):
         kept = counts.get(f"{kind} examples", 0)
         for why in (NO_FIT, NO_ROOM):
             lost = counts.get(f"{kind} examples: {why}", 0)
@@ -322,58 +326,58 @@ def example_findings(counts: dict[str, int], letters: dict[str, int]) -> Iterato
         counted = ", ".join(f"{n:,} {letter}" for letter, n in letters.items())
         yield warning(
             about,
-            f"the letters are unbalanced ({counted}): one order of some pairs is missing, so the "
+            f"the letters are unbalanced ({counted}): some pairs are missing one order, so the "
             "judge learns to prefer a letter",
         )
     if not any(letters.values()):
         yield problem(
             "dataset.sources",
-            "there is no judge example: the model would learn to answer, not to judge",
+            "there are no judge examples: the model would learn to answer, but not to judge",
         )
 
 
 def prompt_findings(kept: int, shorter: int, of: int, own: SelfJudgeArgs) -> Iterator[Finding]:
-    """Prompts that leave no room for a response (self-training).
+    """Checks for prompts that leave no room for a response (self-training).
 
     Args:
-        kept, shorter, of: the number of prompts that fit, of those among them that lost exchanges,
-            and of all prompts.
+        kept, shorter, of: the number of prompts that fit, the number of these that lost exchanges,
+            and the number of all prompts.
     """
     about, advice = "self_judge_args.max_new_tokens", "raise max_length or lower max_new_tokens"
     room = f"max_length {own.max_length} - max_new_tokens {own.max_new_tokens} = "
     room += f"{own.max_length - own.max_new_tokens} tokens"
     text = f"prompts are longer than {room} and are left out: {advice}"
     yield from _share(about, of - kept, of, text, level="warning" if kept else "problem")
-    text = f"prompts lose their oldest exchanges to fit into {room}: {advice}"
+    text = f"prompts lose their oldest exchanges to fit in {room}: {advice}"
     yield from _share(about, shorter, of, text, least=0.01)
 
 
 def judge_prompt_findings(
     no_fit: int, tight: int, of: int, new: int, limit: int
 ) -> Iterator[Finding]:
-    """Judge prompts that do not fit (self-training).
+    """Checks for judge prompts that do not fit (self-training).
 
     Args:
-        no_fit: the number of the data's own pairs that do not fit.
+        no_fit: the number of pairs in the data that do not fit.
         tight: the number of other pairs that do not fit with two responses of `new` tokens.
         of: the number of pairs.
         limit: the most tokens in a judge prompt.
     """
     yield from _share(
         "self_judge_args.max_length", no_fit, of,
-        "of the data's own pairs do not fit into a judge prompt: such pairs are undecidable; "
-        "raise max_length",
+        "of the pairs in the data do not fit in a judge prompt, so they are undecidable: raise "
+        "max_length",
     )  # fmt: skip
     yield from _share(
         "self_judge_args.max_new_tokens", tight, of,
         f"of the prompts leave no room in a judge prompt for two responses of {new} tokens within "
-        f"max_length {limit}: the judge then loses context, or cannot decide; raise max_length or "
+        f"max_length {limit}. The judge then loses context or cannot decide: raise max_length or "
         "lower max_new_tokens", least=0.05,
     )  # fmt: skip
 
 
 def memory_findings(cost: Cost) -> Iterator[Finding]:
-    """A run that probably does not fit; the estimate has been up to a quarter off."""
+    """Checks whether the run fits in memory. The estimate has been wrong by up to a quarter."""
     memory, there = cost.memory, cost.device_memory
     if memory.peak > 0.9 * there > 0:
         advice = {
@@ -385,22 +389,22 @@ def memory_findings(cost: Cost) -> Iterator[Finding]:
         yield (problem if memory.peak > 1.25 * there else warning)(
             "memory",
             f"each process needs about {memory.peak / GIB:.0f} GiB, but {cost.device} has "
-            f"{there / GIB:.0f}; the largest phase is {memory.largest_phase}: {advice}",
+            f"{there / GIB:.0f} GiB. The largest phase is {memory.largest_phase}: {advice}",
         )
 
 
 def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Finding]:
-    """A colocated vLLM engine, which needs a share of the GPU beside the training.
+    """Checks whether a colocated vLLM engine fits on the GPU in addition to the training.
 
     Args:
-        bf16: whether the engine uses two bytes per weight.
+        bf16: whether the engine stores two bytes per weight.
     """
     if not own.use_vllm or own.vllm_mode != "colocate":
         return
     total, memory, size = cost.device_memory, cost.memory, cost.size
     taken = own.vllm_gpu_memory_utilization * total
     weights = 2 * size.parameters if bf16 else size.weight_bytes
-    # The engine starts before there are gradients and optimizer states.
+    # The engine starts before gradients and optimizer states are allocated.
     at_start = memory.weights + memory.reference + memory.resident
     asleep = own.vllm_enable_sleep_mode
     beside = max(at_start, memory.held + (0 if asleep else memory.phases["update"]))
@@ -408,7 +412,7 @@ def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Find
     text = (
         f"the engine takes {taken / GIB:.1f} GiB, this share of all {total / GIB:.0f} GiB, and "
         f"cannot start if less is free; about {at_start / GIB:.1f} GiB are in use before it "
-        f"starts, and at most {beside / GIB:.1f} GiB beside it"
+        f"starts, and at most {beside / GIB:.1f} GiB in addition to it"
     )
     if weights > taken:
         level = "problem"
@@ -421,15 +425,15 @@ def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Find
     yield Finding(level, "vllm_gpu_memory_utilization", text)
     yield note(
         "use_vllm",
-        "the estimate does not include the start of the engine, which compiles and captures graphs "
-        "(minutes, and memory beyond its share)",
+        "the estimate does not include the start of the engine. It compiles and captures graphs, "
+        "which takes minutes and memory beyond its share",
     )
 
 
 def _share(
     about: str, count: int, of: int, text: str, least: float = 0.0, level: Level = "warning"
 ) -> Iterator[Finding]:
-    """A finding if `count` is more than the share `least` of `of`."""
+    """Yields a finding if `count` is more than the share `least` of `of`."""
     if of and count > least * of:
         share = f"{count:,} of {of:,} ({100 * count / of:.0f} %)"
         yield Finding(level, about, f"{share} {text}")

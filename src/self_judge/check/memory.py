@@ -1,9 +1,10 @@
-"""The memory that a run needs on each process, from a model's size and the work of a step.
+"""Estimates the memory of each process from the size of a model and the work in a step.
 
-Plain arithmetic, each constant with its origin. It does not know data or run files.
+This module only does arithmetic, and gives the origin of each constant. It does not depend on data
+or run files.
 """
 
-# The estimate in one picture: parts that are held in every phase, and the largest phase on top.
+# An overview of the estimate: the parts that are held in every phase, plus the largest phase.
 #
 #   held     weights + reference + gradients + optimizer + resident
 #   phases   update:    activations of the largest micro-batch + head
@@ -24,7 +25,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device.
+    """A device and its memory.
 
     Attributes:
         memory: bytes; 0 if unknown.
@@ -50,9 +51,9 @@ GPUS: dict[str, Device] = {
 
 
 def this_cpu(meminfo: Path = Path("/proc/meminfo")) -> Device:
-    """This machine without a GPU.
+    """Returns this machine without a GPU.
 
-    The memory of the process itself was measured with SmolLM2-135M (benchmarks/RESULTS.md).
+    The memory that the process itself needs was measured with SmolLM2-135M (benchmarks/RESULTS.md).
     """
     memory = 0
     if meminfo.is_file():
@@ -63,15 +64,15 @@ def this_cpu(meminfo: Path = Path("/proc/meminfo")) -> Device:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The settings of a run that determine its memory.
+    """The settings that determine the memory of a run.
 
     Attributes:
         reference: whether there is a frozen copy of all weights (full fine-tuning with a judge).
-        checkpointing: gradient checkpointing.
-        bf16: autocast to bfloat16.
+        checkpointing: whether gradient checkpointing is on.
+        bf16: whether autocast to bfloat16 is on.
         optimizer: the name in `training_args.optim`.
-        processes, sharding: the number of processes, and what they shard.
-        four_bits: how the weights below the adapter are stored.
+        processes, sharding: the number of processes, and how they shard the model.
+        four_bits: how the base model's weights are stored.
     """
 
     reference: bool = False
@@ -85,15 +86,15 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One optimizer step on one process; lengths in tokens.
+    """The work in one optimizer step on one process, with lengths in tokens.
 
     Attributes:
-        tokens: tokens that the update computes, shared ones counted once.
-        largest: (rows, tokens) of the largest micro-batch, whose activations are held at once.
-        largest_scored: its positions that the head scores.
-        sampled_at_once: responses that are sampled together; 0 without sampling.
-        sampled_length: tokens of a prompt with a response of maximum length.
-        judged_at_once: tokens of one pass of the judge.
+        tokens: the tokens that the update computes. Shared tokens are counted once.
+        largest: (rows, tokens) of the largest micro-batch, whose activations are all held together.
+        largest_scored: the number of positions in this micro-batch that the head scores.
+        sampled_at_once: the number of responses that are sampled together; 0 without sampling.
+        sampled_length: the tokens in a prompt and a response of maximum length.
+        judged_at_once: the tokens in one forward pass of the judge.
     """
 
     tokens: float
@@ -106,15 +107,15 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one process.
+    """The memory of one process, in bytes.
 
     Attributes:
-        weights, reference, gradients, optimizer: held throughout.
-        activations: activations of the largest micro-batch at the start of its backward pass.
+        weights, reference, gradients, optimizer: memory that is held in every phase.
+        activations: the activations of the largest micro-batch at the start of its backward pass.
         head: memory for scoring responses.
-        cache: memory of sampling at full length, including a sharded model made whole.
-        judging: memory of one pass of the judge, without gradients.
-        resident: memory of the process itself.
+        cache: memory for sampling at full length, including a gathered model if it is sharded.
+        judging: memory for one forward pass of the judge, without gradients.
+        resident: memory for the process itself.
     """
 
     weights: int
@@ -134,13 +135,13 @@ class Memory:
 
     @property
     def phases(self) -> dict[str, int]:
-        """The additional memory of each phase."""
+        """The additional memory in each phase."""
         update = self.activations + self.head
         return {"update": update, "sampling": self.cache, "judging": self.judging}
 
     @property
     def peak(self) -> int:
-        """The memory of the largest phase."""
+        """The memory in the largest phase."""
         return self.held + max(self.phases.values())
 
     @property
@@ -148,14 +149,14 @@ class Memory:
         return max(self.phases, key=self.phases.__getitem__)
 
 
-# TRL's fused head works in tiles of tokens × vocabulary, with a few float32 copies of each.
+# TRL's fused head processes tiles of tokens × vocabulary, with a few float32 copies of each tile.
 _TILE_TOKENS, _TILE_WORDS, _TILE_COPIES = 4096, 32_768, 3
-# The memory of a pass without gradients, in copies of the hidden state.
+# The memory for a forward pass without gradients, in copies of the hidden state.
 _INFERENCE_COPIES = 16
 
 
 def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device) -> Memory:
-    """The memory of one process; `kept` must be for `work.largest`."""
+    """Estimates the memory of one process; `kept` must be for `work.largest`."""
     n = setting.processes
     spread = n if setting.sharding in ("zero3", "fsdp") else 1
     weights, gradients = size.weight_bytes, size.trainable_bytes
@@ -166,13 +167,13 @@ def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device)
         weights, gradients = 2 * size.parameters, 2 * size.trainable
         moments = 4 * size.trainable * (1 + _moments(setting.optimizer))
     gathered = 0
-    if spread > 1:  # one layer is gathered at a time, while the next one is fetched
+    if spread > 1:  # one layer is gathered while the next one is fetched
         gathered = 2 * 2 * size.matrix // size.layers
     elif setting.bf16 and not deepspeed and size.weight_bytes > 3 * size.parameters:
         gathered = 2 * size.matrix  # autocast keeps a bfloat16 copy of float32 weights
     over = n if setting.sharding != "none" else 1
     sampled = work.sampled_at_once
-    # To sample, TRL gathers a whole sharded model.
+    # For sampling, TRL gathers a whole sharded model.
     whole = 2 * size.parameters if spread > 1 and sampled else 0
     kept_bytes = kept.checkpoints if setting.checkpointing else kept.kept
     tile = min(work.largest_scored, _TILE_TOKENS) * min(size.vocabulary, _TILE_WORDS)
@@ -194,7 +195,7 @@ def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device)
 
 
 def _moments(optimizer: str) -> float:
-    """The optimizer's state, in copies of the trainable weights."""
+    """Returns the size of the optimizer state, in copies of the trainable weights."""
     name = optimizer.lower()
     if "8bit" in name or "bnb" in name:
         return 0.5

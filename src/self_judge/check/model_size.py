@@ -1,29 +1,28 @@
-"""The size of a model from its configuration alone: parameters, KV cache, saved activations.
+"""Computes model size from the configuration alone: parameters, KV cache, saved activations.
 
-No weights are loaded: the model is on the meta device, and a forward pass over fake tensors counts
-the activations that autograd saves. It does not know runs, machines or data.
+No weights are loaded. The model is on the meta device, and a forward pass with fake tensors counts
+the activations that autograd saves. This module does not depend on runs, machines or data.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from self_judge.errors import ModelError
-from self_judge.models import refuse_pickle, why
+from self_judge.models import adapter_chain, refuse_pickle, why
 from self_judge.runtime import unwrapped
 
-# Whether frozen linear layers are stored in 4 bits; `nested`: their block scales are quantized too.
+# Whether frozen linear layers are stored in 4 bits. With `nested`, their block scales are also
+# quantized.
 FourBits: TypeAlias = Literal["no", "plain", "nested"]
 
 
@@ -34,16 +33,14 @@ def empty_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model on the meta device: shapes without weights; for an adapter's folder, its base.
+    """Returns the model on the meta device, without weights; for an adapter, its base model.
 
     Raises:
-        ModelError: there is no configuration of a causal language model at that name or path, or
-            its weights are a pickle.
+        ModelError: the name or path has no configuration for a causal language model, or its
+            weights are a pickle file.
     """
     refuse_pickle(name_or_path)
-    if (Path(name_or_path) / "adapter_config.json").is_file():
-        base = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
-        return empty_model(str(base), dtype=dtype, trust_remote_code=trust_remote_code)
+    name_or_path, revision, _ = adapter_chain(name_or_path, revision)
     try:
         config = AutoConfig.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -53,7 +50,7 @@ def empty_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=wanted, trust_remote_code=trust_remote_code
             )
-        model.tie_weights()  # moving parameters to the meta device separated tied ones
+        model.tie_weights()  # moving to the meta device separated tied parameters
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot read the model configuration of {name_or_path}: {why(name_or_path, error)}"
@@ -61,7 +58,7 @@ def empty_model(
     return model
 
 
-# The most parameters of a shallow model: half a second of random numbers on two cores.
+# The most parameters in a shallow model. Two cores need half a second for these random numbers.
 _SHALLOW = 300_000_000
 
 
@@ -71,16 +68,16 @@ def shallow_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel | None:
-    """A model with one layer of each kind, at full width, with random weights.
+    """Builds a model with one layer of each kind, at full width, with random weights.
 
-    It can share prefixes in the same ways as the whole model, and takes a second to make.
+    It can share prefixes in the same ways as the whole model and is built in a second.
 
     Args:
-        model: the whole model, on the meta device or not; only its configuration and dtype matter.
+        model: the whole model, on any device. Only its configuration and dtype are used.
 
     Returns:
-        The model in evaluation mode; `None` if it would be large, or if its configuration does not
-        allow fewer layers.
+        The model in evaluation mode, or `None` if it would be large or if its configuration does
+        not allow fewer layers.
     """
     config: Any = copy.deepcopy(model.config)
     text = config.get_text_config()
@@ -100,7 +97,7 @@ def shallow_model(
             return None
         shallow: PreTrainedModel = AutoModelForCausalLM.from_config(config, **asked)
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError):
-        return None  # e.g. lists with an entry for every layer, or the model's own code
+        return None  # for example, the configuration has a list with an entry for every layer
     return shallow.eval()
 
 
@@ -109,13 +106,14 @@ class Size:
     """The size of a model.
 
     Attributes:
-        parameters, trainable: all and trained parameters, with the adapter; tied ones once.
-        weight_bytes, trainable_bytes: their bytes.
-        matrix: parameters that multiply every token, without embeddings and head.
-        head: parameters of the LM head.
-        layers, hidden, vocabulary: from the configuration.
+        parameters, trainable: the number of all and of trained parameters, including the adapter.
+            Tied parameters are counted once.
+        weight_bytes, trainable_bytes: the sizes of these parameters in bytes.
+        matrix: the number of parameters that multiply every token, without embeddings and head.
+        head: the number of parameters in the LM head.
+        layers, hidden, vocabulary: values from the configuration.
         context: the model's context length, or `None`.
-        cache_bytes: bytes of the KV cache per token of one sequence.
+        cache_bytes: the bytes in the KV cache for each token of a sequence.
     """
 
     parameters: int
@@ -131,16 +129,16 @@ class Size:
     cache_bytes: int
 
 
-# bitsandbytes stores half a byte per weight, and a float32 scale per block of 64; nested, a scale
-# takes one byte.
+# bitsandbytes stores half a byte per weight and a float32 scale per block of 64 weights. With
+# nested quantization, a scale needs one byte.
 _FOUR_BITS = {"plain": 0.5 + 4 / 64, "nested": 0.5 + 1 / 64}
 
 
 def size_of(model: nn.Module, four_bits: FourBits = "no") -> Size:
-    """Counts a model, on the meta device or not; of experts, those that process a token.
+    """Computes the size of a model on any device. Only the experts that process a token count.
 
     Args:
-        four_bits: count the frozen linear layers, except the head, in 4 bits.
+        four_bits: whether the frozen linear layers, except the head, are stored in 4 bits.
     """
     inner: Any = unwrapped(model)
     config = inner.config.get_text_config()
@@ -183,7 +181,7 @@ def size_of(model: nn.Module, four_bits: FourBits = "no") -> Size:
 
 
 def _expert_share(config: Any) -> float:
-    """The share of a layer's experts that process one token."""
+    """Returns the share of the experts in a layer that process a token."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((n for name in names if (n := getattr(config, name, None))), None)
     used = getattr(config, "num_experts_per_tok", None)
@@ -196,9 +194,9 @@ class Kept:
 
     Attributes:
         kept: bytes without gradient checkpointing.
-        checkpoints: bytes with gradient checkpointing, the inputs of every layer.
-        layer: bytes of one layer; checkpointing recomputes one layer at a time.
-        counted: whether the pass was traced; otherwise the numbers follow the rule of thumb of 34
+        checkpoints: bytes with gradient checkpointing, which keeps the inputs of every layer.
+        layer: bytes for one layer. Checkpointing recomputes one layer at a time.
+        counted: whether the forward pass was traced. Otherwise the numbers use a rule of thumb: 34
             bytes per token, layer and unit of hidden size in half precision (Korthikanti et al.,
             2022).
     """
@@ -210,10 +208,10 @@ class Kept:
 
 
 def kept_activations(model: nn.Module, rows: int, tokens: int, *, bf16: bool = False) -> Kept:
-    """Traces a forward pass of the backbone over `(rows, tokens)` with a dense mask, as in packing.
+    """Traces a forward pass of the backbone for `(rows, tokens)` with a dense mask, as in packing.
 
     Args:
-        model: an empty model, with its adapter.
+        model: an empty model with the adapter.
         bf16: whether to trace under autocast to bfloat16.
     """
     size = size_of(model)
@@ -224,14 +222,14 @@ def kept_activations(model: nn.Module, rows: int, tokens: int, *, bf16: bool = F
         with FakeTensorMode(allow_non_fake_inputs=True):
             kept = _followed(inner.base_model, rows, tokens, inner.dtype, bf16)
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
-        # Experts are chosen by values, and fake tensors have no values.
+        # The choice of experts depends on values, which fake tensors do not have.
         thumb = 34 * rows * tokens * size.hidden * size.layers * (1 if half else 2)
         return Kept(thumb, checkpoints, thumb // size.layers, counted=False)
     return Kept(kept, checkpoints, kept // size.layers, counted=True)
 
 
 def _followed(backbone: nn.Module, rows: int, tokens: int, dtype: torch.dtype, bf16: bool) -> int:
-    """Bytes that a pass over fake tensors saves for its backward pass, without the parameters."""
+    """Returns the bytes that a forward pass saves for its backward pass, without the parameters."""
     parameters = {
         name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
         for name, p in backbone.named_parameters()
@@ -242,7 +240,7 @@ def _followed(backbone: nn.Module, rows: int, tokens: int, dtype: torch.dtype, b
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            seen[storage._cdata] = storage  # held, so that its address is not reused
+            seen[storage._cdata] = storage  # keep it, so that its address is not reused
         return tensor
 
     inputs = {

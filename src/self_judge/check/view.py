@@ -1,7 +1,7 @@
-"""Shows a check: a rich console page, or plain text for logs.
+"""Displays the result of a check on a rich console, or as plain text for logs.
 
-It knows only `Report`. Control characters in text from data are escaped, so that they cannot affect
-a terminal.
+This module depends only on `Report`. Control characters in text from the data are escaped, so that
+they cannot affect the terminal.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from self_judge.console import neutral, table
 _KINDS = {"jsft": "judge-augmented SFT", "self_judge": "self-training"}
 _TRAINED, _CONTROL, _QUIET = "bold black on green", "cyan", "dim"
 _LEVELS = {"problem": "bold red", "warning": "yellow", "note": "green"}
-_PARTS = {"head": "scores", "cache": "KV cache", "resident": "process"}  # of memory, if renamed
-_SHOWN = 900  # characters of an untrained piece; its middle is omitted
+_PARTS = {"head": "scores", "cache": "KV cache", "resident": "process"}  # memory parts to rename
+_SHOWN = 900  # the most characters shown of an untrained piece; the middle is omitted
 
 
 def show(report: Report, console: Console, *, plain: bool = False) -> None:
     """Prints the whole report.
 
     Args:
-        plain: mark trained tokens with «…» instead of colour.
+        plain: mark trained tokens with «…» instead of a colour.
     """
     _heading(console, f"{report.config}: {_KINDS[report.kind]}")
     _facts(console, report.about)
@@ -82,7 +82,7 @@ def _data(report: Report, console: Console) -> None:
         _line(
             console,
             f"in {100 * report.chosen_longer:.0f} % of the training pairs the better response is "
-            "the longer one (50 %: no relation)",
+            "the longer one (50 % means no relation)",
         )
 
 
@@ -92,7 +92,7 @@ def _figures(report: Report, console: Console) -> None:
     if report.encoded == report.records:
         part = f"all {report.records:,} records were encoded"
     else:
-        part += " (--examples 0: from all)"
+        part += " (use --examples 0 for all)"
     _line(console, part, _QUIET)
     if report.counts:
         _line(console, ", ".join(f"{n:,} {what}" for what, n in report.counts.items() if n))
@@ -113,7 +113,7 @@ def _figures(report: Report, console: Console) -> None:
     for letter in report.letters:
         _line(
             console,
-            f"the letter {letter.letter} is token {letter.id} {letter.token!r}: the one that "
+            f"the letter {letter.letter} is token {letter.id} {letter.token!r}, which "
             f'" {letter.letter}" adds after …{neutral(letter.after)!r}',
         )
     if report.letter_counts:
@@ -126,7 +126,7 @@ def _example(example: Example, console: Console, plain: bool) -> None:
     for piece in example.pieces:
         shown, style = neutral(piece.text), _CONTROL if piece.control else ""
         if piece.trained:
-            # A trained end of turn stays recognizable as a control token.
+            # A trained end of turn must remain recognizable as a control token.
             style = _TRAINED + (" underline" if piece.control else "")
             shown = f"«{shown}»" if plain else shown
         elif len(shown) > _SHOWN:
@@ -152,7 +152,7 @@ def _cost(cost: Cost, console: Console) -> None:
         "parameters": f"{size.parameters:,}, {size.trainable:,} of them trained ({percent} %)",
         "steps": f"{cost.steps:,} ({cost.steps_per_epoch:,} per epoch of {cost.examples:,})",
         "per step": ", ".join(f"{n:,} {what}" for what, n in cost.per_step.items()),
-        "tokens trained": f"{cost.tokens:,} in total, shared ones counted once",
+        "tokens trained": f"{cost.tokens:,} in total, with shared tokens counted once",
         "memory": f"at most {_gib(memory.peak)}, in the {memory.largest_phase}{there}",
         "": ", ".join(f"{name} {_gib(n)}" for name, n in parts.items()),
     }

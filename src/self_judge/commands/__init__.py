@@ -1,5 +1,5 @@
-"""The implementation of each command of `self-judge`: its inputs, work and outputs.
+"""Implements each `self-judge` command: its inputs, work and outputs.
 
-It knows files, models and consoles, and connects the packages. It does not parse arguments: `cli`
-does. It may import every other package.
+This package connects the other packages with files, models and consoles. It does not parse
+arguments, which is the task of `cli`. It may import every other package.
 """

@@ -1,4 +1,4 @@
-"""`self-judge compare`: two policies answer the same prompts, and a judge compares the answers.
+"""`self-judge compare` lets two policies answer the same prompts and a judge compare the answers.
 
 Each step writes a file from which an interrupted run resumes. Other modules implement sampling,
 judging and statistics.
@@ -35,10 +35,12 @@ from self_judge.evaluation.statistics import (
 )
 from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.prompting.thoughts import answer_of
 from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import read_journal
+from self_judge.storage.repository import refuse_overwriting
+from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
-PAIRS, RESULTS = "pairs.jsonl", "results.json"
 _RESPONSE_FIELDS = ("response", "output")
 
 
@@ -47,10 +49,10 @@ class ComparisonJob:
     """Two policies and the prompts to compare them on.
 
     Args:
-        policies: each a model (folder or Hub name) to sample from, or a file of responses.
+        policies: two models (folder or Hub name) to sample from, or files of responses.
         prompts: a file of prompts; optional if a file of responses includes them.
-        sampling: sampling parameters of a model.
-        seed: sampling seed; the two policies use different seeds derived from it.
+        sampling: sampling parameters for a model.
+        seed: sampling seed, from which the two policies derive different seeds.
         sampling_batch_size: number of responses sampled at a time.
         max_prompts: use the first N prompts.
     """
@@ -78,7 +80,7 @@ class ComparisonJob:
 
 
 def is_responses(policy: str) -> bool:
-    """Whether a policy is a file of responses rather than a model."""
+    """Returns whether a policy is a file of responses and not a model."""
     return Path(policy).is_file() or reader_of(Path(policy)) is not None
 
 
@@ -91,14 +93,14 @@ def run_compare(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Compares two policies; returns the contents of `output/results.json`.
+    """Compares two policies and returns the contents of `output/results.json`.
 
-    Writes the pairs with their verdicts to `output/pairs.jsonl`, and sampled responses to
-    `output/responses_a.jsonl` and `responses_b.jsonl`. Under `accelerate launch` each process
+    It writes the pairs with their verdicts to `output/pairs.jsonl`, and sampled responses to
+    `output/responses_a.jsonl` and `responses_b.jsonl`. Under `accelerate launch`, each process
     samples and judges its shard.
 
     Raises:
-        ValueError: a model, prompts or responses cannot be used, or `output` holds another
+        ValueError: a model, prompts or responses cannot be used, or `output` contains another
             comparison.
     """
     output, console = Path(output), console or Console()
@@ -107,6 +109,11 @@ def run_compare(
         Path(policy) if is_responses(policy) else output / f"responses_{side}.jsonl"
         for policy, side in zip(job.policies, "ab", strict=True)
     ]
+    given = list(filter(is_responses, [*job.policies, *filter(None, [job.prompts])]))
+    sampled = [f for f, policy in zip(files, job.policies, strict=True) if not is_responses(policy)]
+    refuse_overwriting([output / RESULTS, output / PAIRS, *sampled], given)
+    if (output / VERDICTS).exists():
+        raise ValueError(f"{output} holds an evaluation of a judge: choose another output folder")
     for policy in filter(is_responses, job.policies):
         _read_responses(Path(policy), prompts)  # find mistakes before sampling
     for policy, side, file in zip(job.policies, "ab", files, strict=True):
@@ -152,6 +159,8 @@ def _results(
     }
     write_json(output / RESULTS, results)
     console.print(_table(results))
+    for reason, count in results["undecidable_because"].items():
+        say(console, f"undecidable, {reason}: {count:,}")
     say(console, f"written to {output}: {RESULTS}, {PAIRS}")
     return results
 
@@ -172,7 +181,7 @@ def _sample(
             seeds = [stable_seed(job.seed, side, index) for index, _ in batch]
             sampled = sampler.sample(ids, 1, seeds)
             return [
-                {"prompt": list(prompt), "response": answer.text, "finished": answer.finished}
+                {"prompt": list(prompt), "response": answer.judged, "finished": answer.finished}
                 for (_, prompt), (answer,) in zip(batch, sampled, strict=True)
             ]
 
@@ -192,13 +201,13 @@ def _sample(
         title=f"{side} answers",
         things="responses",
         chunk=job.sampling_batch_size,
-        may_be_longer=True,  # answers do not depend on the number of prompts
+        may_be_longer=True,  # an answer does not depend on the number of prompts
     )
     answers.run(load, overwrite=overwrite)
 
 
 def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:
-    """Reads one `{"text", "finished"}` per prompt; a prompt in a line must match its prompt."""
+    """Reads one `{"text", "finished"}` per prompt. If a line has a prompt, it must match."""
     found: list[dict[str, Any]] = []
     for index, line in enumerate(itertools.islice(read_raw(str(file)), len(prompts))):
         where = RecordRef(str(file), index)
@@ -209,24 +218,26 @@ def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[di
             raise where.error("prompt", "differs from the prompt to answer at this index")
         found.append({"text": text, "finished": line.get("finished")})
     if len(found) < len(prompts):
-        raise ValueError(f"{file}: {len(found):,} responses to {len(prompts):,} prompts")
+        raise ValueError(f"{file}: {len(found):,} responses for {len(prompts):,} prompts")
     return found
 
 
 def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
-    """Win rates of policy a over policy b from judged pairs, as JSON data."""
+    """Computes win rates of policy a over policy b from judged pairs, as JSON data."""
     plain: list[float] = []
     consistent: Counter[float] = Counter()
     lengths: list[tuple[int, int]] = []
     finished: tuple[list[bool], list[bool]] = ([], [])
-    agree = undecidable = 0
+    reasons: Counter[str] = Counter()
+    agree = 0
     for line in read_journal(pairs):
         verdict = verdict_from_json(line["verdict"])
         plain.append(_win(verdict))
         consistent[_win(verdict) if verdict.orders_agree else 0.5] += 1
-        lengths.append((len(line["response_a"]), len(line["response_b"])))
+        a, b = (len(answer_of(line[f"response_{side}"]) or "") for side in "ab")
+        lengths.append((a, b))
         agree += verdict.orders_agree
-        undecidable += verdict.preferred is None
+        reasons.update(filter(None, [verdict.undecidable_because]))
         for kept, ended in zip(finished, line["finished"], strict=True):
             if ended is not None:
                 kept.append(ended)
@@ -252,7 +263,8 @@ def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
         },
         "longer_wins_all": estimate_json(proportion(longer, len(plain))),
         "order_agreement": estimate_json(proportion(agree, len(plain))),
-        "undecidable": undecidable / len(plain),
+        "undecidable": reasons.total() / len(plain),
+        "undecidable_because": dict(reasons),
         "characters": {
             side: estimate_json(bootstrap_mean([pair[k] for pair in lengths], seed))
             for k, side in enumerate("ab")
@@ -284,8 +296,8 @@ def _table(results: Mapping[str, Any]) -> Table:
         [
             (*row("win rate of a", results["win_rate"]), counts(results)),
             row("win rate of a, length-controlled", results["length_controlled_win_rate"]),
-            (*row("win rate of a, tie where orders disagree", both["win_rate"]), counts(both)),
-            row("win rate of a, if the longer one won", results["longer_wins_all"]),
+            (*row("win rate of a, tie if orders disagree", both["win_rate"]), counts(both)),
+            row("win rate of a, if longer always won", results["longer_wins_all"]),
             None,
             row("orders agree", results["order_agreement"]),
             ("undecidable", number(results["undecidable"])),

@@ -1,7 +1,7 @@
-"""`self-judge demo`: runs the whole method on the synthetic world and evaluates it.
+"""`self-judge demo` runs the whole method on the synthetic world and evaluates it.
 
-Data, JSFT, self-training, self-rejection, evaluation against the gold rubric; it downloads nothing.
-The method's code is the same as in any other run.
+The demo creates data, runs JSFT, self-training and self-rejection, and evaluates the results with
+the gold rubric. It downloads nothing. It uses the same code for the method as any other run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from self_judge.evaluation.statistics import (
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import judged_knockouts
-from self_judge.models import frozen_reference, load_model
+from self_judge.models import load_model
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.reporting.page import report_on
@@ -48,16 +48,17 @@ from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import write_lines
 from self_judge.storage.run_dir import BRACKETS, JUDGED
 from self_judge.training.callbacks import LiveProgress
+from self_judge.training.reference import frozen_reference
 from self_judge.training.self_training.config import SelfJudgeConfig
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 
 SIZES = (1, 4, 16)  # N of self-rejection
-SHOWN_BRACKETS = 12  # tournaments kept for the report
+SHOWN_BRACKETS = 12  # number of tournaments saved for the report
 
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """Sizes and hyperparameters of the demo; its results are in benchmarks/RESULTS.md."""
+    """Sizes and hyperparameters of the demo. Its results are in benchmarks/RESULTS.md."""
 
     jsft_records: int = 6000
     pairs_per_record: int = 2
@@ -79,12 +80,12 @@ def run_demo(
     settings: DemoSettings | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Runs the demo; returns the contents of `output/summary.json`.
+    """Runs the demo and returns the contents of `output/summary.json`.
 
     Args:
-        seed: seed of data, initial weights, sampling and brackets.
-        output: folder for `jsft/`, `self_judge/`, `summary.json`, the held-out verdicts, a few
-            tournaments (`judged.jsonl`, `brackets.jsonl`), and `report.html`.
+        seed: seed for data, initial weights, sampling and brackets.
+        output: folder for `jsft/`, `self_judge/`, `summary.json`, the held-out verdicts
+            (`judged.jsonl`), a few tournaments (`brackets.jsonl`), and `report.html`.
         settings: sizes that replace the defaults.
         console: shows progress and the table.
     """
@@ -93,12 +94,12 @@ def run_demo(
     demo = _Demo(seed, Path(output), settings or DemoSettings(), console)
     _quiet()
     console.print(
-        "[bold]self_judge demo[/bold]: a tiny model learns to answer and to judge, then aligns "
+        "[bold]self_judge demo[/bold]: a tiny model learns to answer and to judge, and then aligns "
         f"itself with its own judgments (seed {seed})"
     )
     jsft_model = demo.jsft()
-    # The model learned to judge under each principle and overall. Use the overall template only: it
-    # needs two prompts per pair instead of eight.
+    # The model learned to judge under each principle and overall. Use only the overall template,
+    # because it needs two prompts per pair instead of eight.
     templates = synthetic.judge_templates(principles=False, overall=True)
     reference, batch_size = frozen_reference(jsft_model), demo.settings.judge_batch
     judge = Judge(reference, demo.encoder, templates, batch_size=batch_size)
@@ -109,14 +110,14 @@ def run_demo(
     summary = _summary(seed, time.perf_counter() - started, quality, gold)
     write_json(demo.output / "summary.json", summary)
     console.print(_table(summary))
-    say(console, f"{summary['seconds']:.0f} s in all; written to {demo.output}/summary.json")
+    say(console, f"{summary['seconds']:.0f} s in total; written to {demo.output}/summary.json")
     report_on(demo.output, console)
     return summary
 
 
 @dataclass
 class _Demo:
-    """The steps of the demo; each writes its files to `output`."""
+    """The steps of the demo, which write their files to `output`."""
 
     seed: int
     output: Path
@@ -153,7 +154,7 @@ class _Demo:
         return load_model(output, device="auto")
 
     def judge_quality(self, judge: Judge) -> JudgeQuality:
-        """Judges pairs of held-out prompts with the overall template."""
+        """Judges pairs for held-out prompts with the overall template."""
         items = []
         for record in synthetic.records(self.settings.held_out_pairs, self.seed, "test", writers=2):
             pair = next(p for p in record.pairs if p.principle is None)
@@ -201,7 +202,7 @@ class _Demo:
         return trainer.model
 
     def gold_scores(self, judge: Judge, policy: Any) -> _Gold:
-        """Gold scores of JSFT, policy and self-rejection on held-out prompts."""
+        """Computes gold scores of JSFT, policy and self-rejection on held-out prompts."""
         seed, encoder, console = self.seed, self.encoder, self.console
         instructions = synthetic.instructions(self.settings.held_out_prompts, seed)
         prompts = [encoder.encode_prompt([{"role": "user", "content": i}]) for i in instructions]
@@ -254,7 +255,7 @@ class _Demo:
 
 
 def _taught_pairs(record: PreferenceRecord, count: int, seed: int) -> PreferenceRecord:
-    """Keeps the general pair, under the overall template, and `count` pairs of principles."""
+    """Keeps the general pair for the overall template, and `count` pairs for principles."""
     general, *specific = record.pairs
     chosen = random.Random(stable_seed(seed, "pairs", record.index)).sample(
         specific, min(count, len(specific))
@@ -264,7 +265,7 @@ def _taught_pairs(record: PreferenceRecord, count: int, seed: int) -> Preference
 
 
 def judged_line(comparison: Comparison, verdict: Verdict, gold: Side) -> dict[str, Any]:
-    """A verdict on a pair with known better response `gold`, as plain data."""
+    """Returns a verdict as plain data, for a pair whose better response `gold` is known."""
     finite = verdict.preferred is not None
     return {
         "context": comparison.context,

@@ -1,6 +1,6 @@
-"""`self-judge eval`: evaluates a judge on labeled comparisons; writes a table, JSON and a page.
+"""`self-judge eval` evaluates a judge on labeled comparisons and writes a table, JSON and a page.
 
-Other modules read, judge, tally and draw; this one calls them in order.
+This module calls other modules that read, judge, compute the results and draw them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from self_judge.console import say
 from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
 from self_judge.judging.voting import verdict_from_json
+from self_judge.prompting.thoughts import answer_of
 from self_judge.reporting.page import report_on
 from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import read_journal, settings_path
+from self_judge.storage.repository import refuse_overwriting
+from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
-VERDICTS, RESULTS = "verdicts.jsonl", "results.json"
-_LINE = ("source", "index", "subset", "principle", "label", "digest")  # a pair's fields in its line
-_ALL = ""  # key of all pairs, next to the names of subsets
+_LINE = ("source", "index", "subset", "principle", "label", "digest")  # a pair's fields in a line
+_ALL = ""  # the key for all pairs, among the names of subsets
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class JudgeEvaluation:
             raise ValueError(f"--max-pairs must be at least 1, got {self.max_pairs}")
 
     def read(self, skipped: Counter[str] | None = None) -> Iterator[LabeledComparison]:
-        """Yields all comparisons; with several sources, subset names start with the source's."""
+        """Yields all comparisons. With several sources, their names are part of subset names."""
         for source in self.sources:
             for pair in itertools.islice(read_comparisons(source, skipped), self.max_pairs):
                 if len(self.sources) > 1:
@@ -70,26 +72,34 @@ def run_eval(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a judge; returns the contents of `output/results.json`.
+    """Evaluates a judge and returns the contents of `output/results.json`.
 
-    It appends verdicts to `output/verdicts.jsonl`; after an interruption, the same call resumes.
-    Under `accelerate launch` each process judges its shard, and the main process does the rest.
+    It appends verdicts to `output/verdicts.jsonl`. After an interruption, the same call resumes.
+    Under `accelerate launch`, each process judges its shard, and the main process does the rest.
 
     Args:
         compare: another judge, or the folder of a finished evaluation, for a paired comparison on
             the same pairs; see `compared_judge`.
-        overwrite: judge from scratch even if verdicts exist.
+        overwrite: whether to judge from scratch even if verdicts exist.
         console: prints the table.
 
     Raises:
-        ValueError: data, model or templates cannot be used, or `output` holds another evaluation.
+        ValueError: data, model or templates cannot be used, or `output` contains another
+            evaluation.
     """
     output, console = Path(output), console or Console()
+    compared = output / "compared" / VERDICTS
+    files = [output / RESULTS, output / VERDICTS, compared]
+    refuse_overwriting(files, [source.path for source in evaluation.sources])
+    if (output / PAIRS).exists():
+        raise ValueError(f"{output} holds a comparison of policies: choose another output folder")
+    if isinstance(compare, Path):
+        refuse_overwriting([output], [compare])
     skipped: Counter[str] = Counter()
     rate = _judged(choice, evaluation, output / VERDICTS, skipped, overwrite, "judging")
     theirs: Path | None = None
     if isinstance(compare, JudgeChoice):
-        theirs = output / "compared" / VERDICTS
+        theirs = compared
         _judged(compare, evaluation, theirs, Counter(), overwrite, "judging, other model")
     elif compare is not None:
         theirs = compare / VERDICTS
@@ -107,7 +117,7 @@ def _results(
     rate: float | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Writes and prints the results; `theirs` are the verdicts of the judge to compare with."""
+    """Writes and prints the results. `theirs` has the verdicts of the judge to compare with."""
     results: dict[str, Any] = {
         "kind": "judge evaluation",
         "version": __version__,
@@ -127,7 +137,7 @@ def _results(
 
 
 def compared_judge(choice: JudgeChoice, other: str) -> JudgeChoice | Path:
-    """The value of `--compare`: the folder of a finished evaluation, or a judge to run."""
+    """Interprets `--compare` as the folder of a finished evaluation or as a judge to run."""
     folder = Path(other)
     return folder if (folder / VERDICTS).is_file() else replace(choice, model=other)
 
@@ -143,10 +153,10 @@ def _judged(
     def items() -> Iterator[Item]:
         skipped.clear()
         for pair in evaluation.read(skipped):
-            a, b = pair.comparison.response_a, pair.comparison.response_b
+            shown = (pair.comparison.response_a, pair.comparison.response_b)
             line = {
                 **{name: getattr(pair, name) for name in _LINE},
-                "characters": [len(a), len(b)],
+                "characters": [len(answer_of(text) or "") for text in shown],
             }
             yield Item(pair.comparison, line)
 
@@ -194,7 +204,7 @@ def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
     for ours, line in itertools.zip_longest(read_journal(verdicts), read_journal(theirs)):
         if ours is None or line is None or ours["digest"] != line["digest"]:
             raise ValueError(
-                f"{theirs} has different pairs from {verdicts}: evaluate both judges on the same "
+                f"{theirs} and {verdicts} have different pairs: evaluate both judges on the same "
                 "data"
             )
         if ours["label"] == "tie":

@@ -1,6 +1,6 @@
 """The result tables of `self-judge eval`.
 
-It knows the keys of `results.json`. It computes nothing.
+This module formats the values in `results.json`. It does not compute any results.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ _BASELINES = {
     "judge, one order (swapped)": "one order, swapped",
     "the longer response": "the longer response",
 }
-# Columns by subset: heading there, name in the table of all pairs, value.
+# Each entry has the column heading in the table of subsets, the name in the table of all pairs, and
+# a function that returns the value.
 _BIASES = (
     ("orders agree", "orders agree", lambda r: r["order_agreement"]),
-    ("by place", "decided by position", lambda r: r["decided_by_position"]),
+    ("by position", "decided by position", lambda r: r["decided_by_position"]),
     ("first wins", "first position wins", lambda r: r["first_position"]),
     ("longer wins", "longer preferred", lambda r: r["longer"]["preferred"]),
     ("right if longer", "accuracy, better is longer",
@@ -91,7 +92,7 @@ def _subset_table(subsets: Mapping[str, Any]) -> Table:
         values = [(value(report) or {"value": None})["value"] for _, value in biases]
         values.append((report["calibration"] or {"ece": None})["ece"])
         rows.append((name, *map(number, values)))
-    drawn = table("the same by subset (intervals: results.json)", headings, rows)
+    drawn = table("by subset (the intervals are in results.json)", headings, rows)
     for heading, column in zip(headings[1:], drawn.columns[1:], strict=True):
         column.min_width = max(map(len, heading.split()))
     return drawn
@@ -99,7 +100,7 @@ def _subset_table(subsets: Mapping[str, Any]) -> Table:
 
 def _reliability_table(calibration: Mapping[str, Any]) -> Table:
     return table(
-        "reliability: accuracy of the judge by confidence",
+        "reliability: the judge's accuracy by confidence",
         ("confidence", "pairs", "mean confidence", "accuracy"),
         (
             (
@@ -116,7 +117,7 @@ def _reliability_table(calibration: Mapping[str, Any]) -> Table:
 
 def _principle_table(overall: Mapping[str, Any]) -> Table:
     agreement, names = overall["principle_agreement"], list(overall["principles"])
-    title = "principles: accuracy of each alone, and agreement (Cohen's κ) with the others"
+    title = "principles: accuracy of each one, and its agreement (Cohen's κ) with the others"
     kappa = agreement["fleiss_kappa"]
     pairwise = {
         frozenset(entry["principles"]): f"{entry['agreement']:.3f} ({number(entry['kappa'], 2)})"
@@ -143,8 +144,8 @@ def _principle_table(overall: Mapping[str, Any]) -> Table:
 def _ties_table(overall: Mapping[str, Any]) -> Table:
     ties = overall["with_ties"]
     return table(
-        f"{overall['ties']:,} pairs are ties in the data; disagreeing orders count as the judge's "
-        "tie",
+        f"{overall['ties']:,} pairs are ties in the data; if the orders disagree, the judge's "
+        "verdict counts as a tie",
         ("", "three-way agreement", "ties found", "mean margin, ties", "others"),
         [
             (
@@ -160,9 +161,9 @@ def _ties_table(overall: Mapping[str, Any]) -> Table:
 
 def _compared_table(compared: Mapping[str, Any]) -> Table:
     paired = {**compared["paired"]["subsets"], "all": compared["paired"]["overall"]}
-    theirs = {**compared["subsets"], "all": compared["overall"]}  # its subsets may differ
+    theirs = {**compared["subsets"], "all": compared["overall"]}  # the subsets may differ
     return table(
-        f"paired with {compared['judge']['model']}: this judge minus the other",
+        f"compared with {compared['judge']['model']}: paired difference, this judge minus other",
         ("", "other's accuracy", "difference", "only this right", "only other right",
          "McNemar's p"),
         (

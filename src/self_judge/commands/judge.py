@@ -1,7 +1,7 @@
 """Judges many comparisons in chunks and writes them to a resumable file.
 
-`eval` and `compare` use `judge_in_bulk`. `run_judge` is `self-judge judge`: it adds verdicts to the
-lines of a JSON Lines file. It does not know how verdicts are used.
+`eval` and `compare` use `judge_in_bulk`. `run_judge` implements `self-judge judge`, which adds
+verdicts to the lines of a JSON Lines file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from self_judge.datatypes import Comparison
 from self_judge.judging.voting import verdict_json
 from self_judge.prompting.judge_templates import dialogue_text
 
-CHUNK = 64  # comparisons per write to disk: a kill loses at most this many
+CHUNK = 64  # comparisons per write to disk, and the most that are lost if the process is killed
 
 
 class Item(NamedTuple):
@@ -43,21 +43,21 @@ def judge_in_bulk(
     title: str = "judging",
     console: Console | None = None,
 ) -> tuple[int, float]:
-    """Writes one line per item, in order; resumes an interrupted call.
+    """Writes one line per item, in order, and resumes an interrupted call.
 
     Args:
         items: returns the items from the start at every call.
-        settings: further settings that the lines depend on, besides `choice`.
+        settings: settings other than `choice` that the lines depend on.
         field: key of the verdict in a line.
-        known_by: the fields of an existing line that must equal its item's; default: all.
+        known_by: the fields that an existing line and its item must have in common; default: all.
         output, chunk, title: see `ResumableJob`.
         overwrite, console: see `ResumableJob.run`.
 
     Returns:
-        The number of lines, and the pairs judged per second (NaN if unknown).
+        The number of lines, and the number of pairs judged per second (NaN if unknown).
 
     Raises:
-        ValueError: an item cannot be used, or the existing file belongs to other items or settings.
+        ValueError: an item cannot be used, or the existing file is for other items or settings.
     """
     principles = choice.judge_templates().principles
 
@@ -74,7 +74,7 @@ def judge_in_bulk(
         return judged
 
     def is_line_of(written: Mapping[str, Any], item: Item) -> bool:
-        # Compare dictionaries, not values: inside them, Python's NaN object equals itself.
+        # Compare dictionaries and not values, because a NaN object in a dictionary equals itself.
         names = known_by or (written.keys() | item.line.keys()) - {field}
         there, given = (
             {name: line[name] for name in names if name in line} for line in (written, item.line)
@@ -104,18 +104,18 @@ def run_judge(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Writes every input line with the judge's verdict as `field`; returns the number of lines.
+    """Adds the judge's verdict as `field` to every input line and returns the number of lines.
 
-    Under `accelerate launch` each process judges its shard of the lines, and the main process joins
-    them.
+    Under `accelerate launch`, each process judges its shard of the lines, and the main process
+    joins them.
 
     Args:
-        source: JSON lines with `context` (a string) or `prompt` (a string or messages), and
+        source: JSON lines with `context` (a string) or `prompt` (a string or messages), and with
             `response_a` and `response_b`, or `responses` with two strings.
-        target: gets one line per input line, in order; an interrupted call resumes.
+        target: the output, with one line per input line, in order. An interrupted call resumes.
 
     Raises:
-        ValueError: a line cannot be used; the message names file, line number and field.
+        ValueError: a line cannot be used; the message names the file, line number and field.
     """
     source, target = input_and_output(source, target)
 

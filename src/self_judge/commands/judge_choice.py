@@ -1,6 +1,6 @@
-"""The judge and the sampler of a command: how to load them, and what their results depend on.
+"""Loads the judge and the sampler of a command and lists the settings that affect their results.
 
-It knows templates, checkpoints and servers. It does not know what is judged.
+This module handles templates, checkpoints and servers. It does not depend on the data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMScorer
 from self_judge.judging.judge import Judge
-from self_judge.models import load_model, load_tokenizer
+from self_judge.models import adapter_config, load_model, load_tokenizer
 from self_judge.prompting.judge_json import (
     JudgeSettings,
     encoder_as_taught,
@@ -29,6 +29,7 @@ from self_judge.prompting.judge_json import (
     resolve_judge,
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.storage.repository import repository_file
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
 _SLICES, _SLICE_BYTES = 64, 65536
@@ -43,7 +44,7 @@ class JudgeChoice:
         templates: a YAML file with `templates:` that replaces the model's `judge.json`.
         batch_size, max_length, packing: see `Judge`.
         dtype, revision, trust_remote_code: see `models.load_model`.
-        servers: URLs of `vllm serve` replicas of the model that judge instead of this process.
+        servers: URLs of `vllm serve` replicas of the model, which judge instead of this process.
     """
 
     model: str
@@ -76,9 +77,9 @@ class JudgeChoice:
 
     @functools.cached_property
     def _resolved(self) -> tuple[TemplateArgs | None, JudgeSettings]:
-        """The `templates` file, and the judge settings: its own, else those saved with the model.
+        """Reads the `templates` file and the judge settings, which may be saved with the model.
 
-        Both files are read once: what `settings` records is what `load` judges with.
+        Both files are read only once, so that `settings` and `load` use the same contents.
 
         Raises:
             ValueError: there are no templates, or they are invalid.
@@ -87,6 +88,7 @@ class JudgeChoice:
         return args, resolve_judge(
             self.model,
             args.judge_templates() if args else None,
+            revision=self.revision,
             remedy="pass judge templates with --templates FILE, e.g. "
             "configs/templates/instructions.yaml",
         )
@@ -95,7 +97,7 @@ class JudgeChoice:
         return self._resolved[1].templates
 
     def load(self) -> Judge:
-        """Loads the judge; under `accelerate launch` on this process's device."""
+        """Loads the judge. Under `accelerate launch`, it is on this process's device."""
         args, settings = self._resolved
         hub: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         tokenizer = load_tokenizer(self.model, **hub)
@@ -114,7 +116,7 @@ class JudgeChoice:
         )
 
     def settings(self) -> dict[str, Any]:
-        """All settings that affect a verdict, as plain data; a resumed run must have the same."""
+        """Returns all settings that affect a verdict. A resumed run must have the same ones."""
         args, settings = self._resolved
         templates = json.dumps(settings.templates.to_dict(), sort_keys=True)
         wanted = (args.chat, args.user, args.assistant, args.chat_template_kwargs) if args else ()
@@ -124,7 +126,7 @@ class JudgeChoice:
         return {
             "model": self.model,
             "revision": self.revision,
-            "weights": fingerprint(self.model),
+            "weights": fingerprint(self.model, self.revision),
             "templates": _hash(templates.encode(), chat.encode()),
             "principles": list(settings.templates.principles),
             "max_length": self.max_length,
@@ -141,15 +143,21 @@ def load_sampler(
     return TransformersSampler(model, encoder, settings, batch_size)
 
 
-def fingerprint(model: str) -> str | None:
-    """A hash that identifies a local checkpoint; `None` for a Hub name.
+def fingerprint(model: str, revision: str | None = None) -> str | None:
+    """Returns a hash that identifies the weights of a folder, or the commit of a model on the Hub.
 
-    It covers the names, sizes and 64 evenly spaced slices of the files: reading a large model
-    completely would take minutes, and training changes every slice.
+    It covers the names, sizes and 64 evenly spaced slices of the files. Training changes every
+    slice, and reading a large model completely would take minutes.
     """
     folder = Path(model)
     if not folder.is_dir():
-        return None
+        adapter = adapter_config(model, revision)
+        file = repository_file(model, "adapter_config.json" if adapter else "config.json", revision)
+        if file is None:
+            return None
+        commit = file.parent.name  # the cache keeps one folder per commit
+        base = adapter and fingerprint(str(adapter.base_model_name_or_path), adapter.revision)
+        return _hash(commit.encode(), str(base).encode()) if base else commit
     parts: list[bytes] = []
     for file in sorted({f for pattern in _WEIGHTS for f in folder.glob(pattern)}):
         size = file.stat().st_size
@@ -159,10 +167,9 @@ def fingerprint(model: str) -> str | None:
             for start in range(0, size, step):
                 reader.seek(start)
                 parts.append(reader.read(_SLICE_BYTES))
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        parts.append(str(base and fingerprint(base)).encode())
+    if config := adapter_config(folder):
+        base = fingerprint(str(config.base_model_name_or_path), config.revision)
+        parts.append(str(base).encode())
     return _hash(*parts)
 
 

@@ -1,8 +1,8 @@
-"""Resumable work over many items, with one JSON line of output per item.
+"""Resumable processing of many items, with one JSON line of output per item.
 
-Under `accelerate launch` each process works on its own chunks of items and writes its own file; the
-main process joins the files in order. It does not know what an item or a line means. With 3
-processes and chunks of 2, rank r's file holds the items in row r:
+Under `accelerate launch`, each process works on its own chunks of items and writes its own file.
+The main process joins the files in order. With 3 processes and chunks of 2, rank r's file contains
+the items in row r:
 
     item     0 1   2 3   4 5   6 7   8
     rank 0   x x               x x
@@ -31,6 +31,7 @@ from self_judge.console import say
 from self_judge.errors import JournalError
 from self_judge.runtime import own_device
 from self_judge.storage.jsonl import Journal, open_journal, read_journal, settings_path
+from self_judge.storage.repository import refuse_overwriting
 
 ItemT = TypeVar("ItemT")
 FoundT = TypeVar("FoundT")
@@ -38,7 +39,7 @@ Work = Callable[[list[ItemT]], list[dict[str, Any]]]
 
 
 def input_and_output(source: str | Path, target: str | Path) -> tuple[Path, Path]:
-    """Validates input and output and returns both as paths.
+    """Validates the input and output and returns both as paths.
 
     Raises:
         ValueError: the input does not exist, or the output would overwrite it.
@@ -46,19 +47,18 @@ def input_and_output(source: str | Path, target: str | Path) -> tuple[Path, Path
     source, target = Path(source), Path(target)
     if not source.is_file():
         raise ValueError(f"{source}: no such file")
-    if source.resolve() == target.resolve():
-        raise ValueError(f"{target}: the output would overwrite the input")
+    refuse_overwriting([target, settings_path(target)], [source])
     return source, target
 
 
 @dataclass(frozen=True)
 class RankShards:
-    """The division of items among processes: every `world_size`-th chunk belongs to one process.
+    """Divides items among processes. Every `world_size`-th chunk belongs to the same process.
 
     Attributes:
         target: the final output file.
-        chunk: items per chunk.
-        world_size, rank: the number of processes, and the rank of this one.
+        chunk: the number of items per chunk.
+        world_size, rank: the number of processes, and the rank of this process.
     """
 
     target: Path
@@ -68,13 +68,13 @@ class RankShards:
 
     @classmethod
     def here(cls, target: Path, chunk: int) -> RankShards:
-        """The shards of this launch's processes; a single shard without a launch."""
+        """Returns the shards for this launch's processes, or a single shard without a launch."""
         state = PartialState(cpu=own_device().type == "cpu")
         return cls(target, chunk, state.num_processes, state.process_index)
 
     @property
     def paths(self) -> list[Path]:
-        """The files of all processes; a single process writes the target itself."""
+        """The files of all processes. A single process writes directly to the target."""
         if self.world_size == 1:
             return [self.target]
         return [self.target.with_name(f"{self.target.name}.{i}") for i in range(self.world_size)]
@@ -84,18 +84,20 @@ class RankShards:
         return self.paths[self.rank]
 
     def owns(self, index: int) -> bool:
-        """Whether this process works on the item at `index`."""
+        """Returns whether this process works on the item at `index`."""
         return index // self.chunk % self.world_size == self.rank
 
     def agreed(self, find: Callable[[], FoundT]) -> FoundT:
-        """Broadcasts the main process's result, since only one process may open a journal."""
+        """Broadcasts the main process's result, because only one process may open a journal."""
         if self.world_size == 1:
             return find()
         found: list[Any] = [find() if PartialState().is_main_process else None]
         return broadcast_object_list(found)[0]
 
     def join(self, settings: Mapping[str, Any]) -> None:
-        """Waits for all processes; the main process joins the chunks in order. All must call it.
+        """Waits for all processes, and lets the main process join the chunks in order.
+
+        All processes must call it.
 
         Args:
             settings: see `open_journal`.
@@ -125,15 +127,16 @@ class ResumableJob(Generic[ItemT]):
     """Writes one line per item, in order, and resumes interrupted calls.
 
     Attributes:
-        items: returns the items from the start at every call; raises if one cannot be used.
-        target: the output file; its settings go to a file beside it.
+        items: returns the items from the start at every call. It raises an error if an item cannot
+            be used.
+        target: the output file. Its settings are written to a file next to it.
         settings: all settings that the lines depend on, as plain JSON data.
-        is_line_of: whether a written line belongs to an item.
-        mismatch: error text for a line that does not belong to its item; `{number}` is the item's
+        is_line_of: returns whether a written line belongs to an item.
+        mismatch: error text for a line that does not belong to its item. `{number}` is the item's
             number, counted from 1.
-        title, things: names of the work and of the items in the progress bar.
-        chunk: items processed together and then written to disk.
-        may_be_longer: whether to accept lines after that of the last item.
+        title, things: the names of the job and of the items in the progress bar.
+        chunk: the number of items that are processed together and then written to disk.
+        may_be_longer: whether to accept more lines than items.
     """
 
     items: Callable[[], Iterable[ItemT]]
@@ -155,20 +158,19 @@ class ResumableJob(Generic[ItemT]):
     ) -> tuple[int, float]:
         """Writes the missing lines.
 
-        It iterates over the items twice: the first pass checks all items and existing lines before
-        a model is loaded. At most one chunk of items is in memory.
+        It iterates over the items twice. The first iteration checks all items and existing lines
+        before a model is loaded. At most one chunk of items is in memory.
 
         Args:
-            load: loads the function that processes a chunk; called only if lines are missing.
-            overwrite: start from scratch.
+            load: loads the function that processes a chunk. It is called only if lines are missing.
+            overwrite: whether to start from scratch.
             console: shows progress; default: standard error.
 
         Returns:
-            The number of items, and the items processed per second (NaN if unknown).
+            The number of items, and the number processed per second (NaN if unknown).
 
         Raises:
-            ValueError: an item cannot be used, or the existing file belongs to other items or
-                settings.
+            ValueError: an item cannot be used, or the existing file is for other items or settings.
         """
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {self.chunk}")
@@ -182,8 +184,8 @@ class ResumableJob(Generic[ItemT]):
             total, own = self._checked(journal, shards)
             if journal.lines < own:
                 work = load()
-                # Repeat an incomplete chunk as a whole: all lines are then bit-identical to those
-                # of an uninterrupted run.
+                # Repeat an incomplete chunk completely, so that all lines are bit-identical to
+                # those of an uninterrupted run.
                 journal.cut(journal.lines // self.chunk * self.chunk)
                 self._work_off(work, journal, shards, own, console)
             rate = journal.timed / journal.seconds if journal.seconds else math.nan
@@ -191,7 +193,7 @@ class ResumableJob(Generic[ItemT]):
         return total, rate * shards.world_size
 
     def _joined(self) -> int | None:
-        """The number of items if an earlier multi-process call wrote all lines, else `None`."""
+        """Returns the number of items if an earlier multi-process call wrote all lines."""
         if not self.target.exists() or not settings_path(self.target).exists():
             return None
         with open_journal(self.target, self.settings) as journal:
@@ -199,10 +201,10 @@ class ResumableJob(Generic[ItemT]):
             return total if journal.lines >= total else None
 
     def _checked(self, journal: Journal, shards: RankShards) -> tuple[int, int]:
-        """Counts all items and those of this process, and checks the existing lines against them.
+        """Counts all items and those of this process, and checks that existing lines match them.
 
         Raises:
-            ValueError: there are no items, or existing lines do not match the first ones.
+            ValueError: there are no items, or existing lines do not match the first items.
         """
         written = journal.read()
         total = own = 0

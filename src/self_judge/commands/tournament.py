@@ -1,6 +1,6 @@
-"""`self-judge tournament`: picks the best of N responses for each line of a JSON Lines file.
+"""`self-judge tournament` picks the best of N responses for each line of a JSON Lines file.
 
-It knows files and the order of the steps; other packages implement sampling, judging and brackets.
+This module reads and writes the files. Other packages implement sampling, judging and brackets.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import Bracket, judged_knockouts
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.prompting.messages import content_of, lost
+from self_judge.prompting.thoughts import with_answers
 from self_judge.storage.jsonl import parse_lines
 
-# Lines per chunk: the judge processes all their matches of a round together.
+# Lines per chunk. The judge processes all matches of a round in a chunk together.
 CHUNK = 256
-ADDED = ("responses", "winner", "response", "principles", "bracket")
+ADDED = ("responses", "winner", "response", "unanswered", "principles", "bracket")
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class TournamentJob:
 
     Args:
         model: the judge, a folder with its `judge.json`.
-        sampling: sampling parameters of the responses.
+        sampling: sampling parameters for the responses.
         policy: the model to sample from; default: the judge, or its servers.
         batch_size, max_length, servers: see `JudgeChoice`.
-        n: responses sampled per prompt.
-        seed: seed of sampling, brackets and lots.
-        brackets: also write the principles, and every match with the judge's probabilities.
+        n: number of responses per prompt.
+        seed: seed for sampling, brackets and lots.
+        brackets: whether to write the principles and every match with the judge's probabilities.
 
     Raises:
         ValueError: n is below 1.
@@ -61,7 +63,7 @@ class TournamentJob:
             raise ValueError(f"--n must be at least 1, got {self.n}")
 
     def settings(self) -> dict[str, Any]:
-        """All settings that affect a line, as plain data; a resumed run must have the same."""
+        """Returns all settings that affect a line. A resumed run must have the same ones."""
         return {
             "model": self.model,
             "weights": fingerprint(self.model),
@@ -75,7 +77,7 @@ class TournamentJob:
         }
 
     def load(self) -> Work[Entry]:
-        """Loads the models; returns the function that samples and plays a chunk of entries."""
+        """Loads the models and returns a function that samples and plays a chunk of entries."""
         judge = JudgeChoice(
             self.model,
             batch_size=self.batch_size,
@@ -111,7 +113,7 @@ class TournamentJob:
     def _with_samples(
         self, entries: list[Entry], sampler: Callable[[], TransformersSampler | VLLMSampler]
     ) -> list[list[str]]:
-        """The responses of each entry; samples them for entries without responses."""
+        """Returns each entry's responses, which are sampled if the entry has none."""
         missing = [entry for entry in entries if entry.responses is None]
         sampled: Iterator[list[Response]] = iter(())
         if missing:
@@ -119,14 +121,14 @@ class TournamentJob:
             seeds = [stable_seed(self.seed, "sample", entry.number) for entry in missing]
             sampled = iter(sampler().sample(prompts, self.n, seeds))
         return [
-            [response.text for response in next(sampled)] if entry.responses is None
+            [response.judged for response in next(sampled)] if entry.responses is None
             else entry.responses
             for entry in entries
         ]  # fmt: skip
 
 
 class Entry(NamedTuple):
-    """One validated line of the input; numbers start at 1."""
+    """One validated line of the input. Line numbers start at 1."""
 
     line: dict[str, Any]
     number: int
@@ -144,22 +146,23 @@ def run_tournament(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Writes every input line with `winner` (an index) and `response`; returns the number of lines.
+    """Adds `winner` (an index) and `response` to every input line and returns the number of lines.
 
-    After an interruption, the same call resumes at the last complete chunk. Under `accelerate
-    launch` each process plays its shard of the lines, and the main process joins them in order; the
-    result equals that of one process, up to rounding.
+    After an interruption, the same call resumes after the last complete chunk. Under `accelerate
+    launch`, each process plays its shard of the lines, and the main process joins them in order.
+    Except for rounding, the result is the same as that of one process.
 
     Args:
         source: JSON lines with `context` and `responses`, or with `prompt` (a string or messages),
             for which responses are sampled first.
-        target: gets one line per input line, in order; its settings go to a file beside it.
-        chunk: lines played together and then written to disk.
-        overwrite: start from scratch even if the target exists.
+        target: the output, with one line per input line, in order. Its settings are written to a
+            file next to it.
+        chunk: the number of lines that are played together and then written to disk.
+        overwrite: whether to start from scratch even if the target exists.
 
     Raises:
-        ValueError: a line cannot be used (the message names file, line number and field), or the
-            target belongs to another input or other settings.
+        ValueError: a line cannot be used (the message names the file, line number and field), or
+            the target is for another input or other settings.
     """
     source, target = input_and_output(source, target)
     world_size = RankShards.here(target, chunk).world_size
@@ -182,13 +185,19 @@ def played_line(
     bracket: Bracket,
     principles: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """A line with its winner; with `principles`, also with the bracket."""
+    """Returns a line with its winner and, if `principles` is given, with its bracket.
+
+    `unanswered` lists the indices of responses whose thought never ends, if there are any.
+    """
     written = {
         **line,
         "responses": list(responses),
         "winner": bracket.winner,
         "response": responses[bracket.winner],
     }
+    answered = with_answers(responses)
+    if len(answered) < len(responses):
+        written["unanswered"] = [k for k in range(len(responses)) if k not in answered]
     if principles is not None:
         written["principles"] = list(principles)
         written["bracket"] = bracket_json(bracket)
@@ -201,12 +210,12 @@ def _is_line_of(written: Mapping[str, Any], entry: Entry) -> bool:
         for name, value in entry.line.items()
         if name not in ADDED or (name == "responses" and value is not None)
     }
-    # Compare dictionaries, not values: inside them, Python's NaN object equals itself.
+    # Compare dictionaries and not values, because a NaN object in a dictionary equals itself.
     return {name: written.get(name) for name in given} == given
 
 
 def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
-    """The rounds of a bracket, each match with the judge's probabilities, as plain data."""
+    """Returns a bracket's rounds as plain data, with the judge's probabilities in each match."""
     return [
         [
             {
@@ -225,7 +234,7 @@ def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
 def _entries(path: Path) -> Iterator[Entry]:
     number = 0
     try:
-        with path.open(encoding="utf-8") as file:  # in text mode, since a line may end in CR alone
+        with path.open(encoding="utf-8") as file:  # text mode, because CR alone may end a line
             for number, line in parse_lines(file, path):
                 yield _entry(line, number, f"{path}, line {number}")
     except UnicodeDecodeError as error:
@@ -246,9 +255,14 @@ def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, list) and all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
     ):
-        messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
+        for message in prompt:
+            if what := lost(message):
+                raise ValueError(f"{where}: a message of 'prompt' has {what}, which is no text")
+        messages = [{"role": m["role"], "content": content_of(m)} for m in prompt]
+        if not all(isinstance(m["content"], str) for m in messages):
+            raise ValueError(f"{where}: a message of 'prompt' has no text as content")
     elif prompt is not None:
         raise ValueError(f"{where}: 'prompt' must be a string or a list of messages")
     if context is None and messages:

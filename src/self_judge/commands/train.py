@@ -1,6 +1,6 @@
 """Runs JSFT and self-training from a run's configuration, and saves the results.
 
-Other packages implement the steps; this module calls them in order.
+Other packages implement the steps, and this module calls them in order.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from self_judge.config.hardware import Run, fit_to_machine, threads_for
@@ -27,6 +28,7 @@ from self_judge.config.self_training import PackingChoice
 from self_judge.console import say
 from self_judge.datatypes import PreferenceRecord
 from self_judge.models import (
+    adapter_chain,
     apply_umask,
     check_vocabulary,
     clamp_to_context,
@@ -34,13 +36,17 @@ from self_judge.models import (
     merged_in_full,
 )
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_json import save_judge_settings
+from self_judge.prompting.judge_json import JUDGE_FILE, save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.runtime import unwrapped
 from self_judge.storage.atomic import LAST, atomic_files, latest_complete, write_json
-from self_judge.storage.run_dir import RUN
+from self_judge.storage.repository import refuse_overwriting
+from self_judge.storage.run_dir import METRICS, RUN
 from self_judge.training.callbacks import LiveProgress
 from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.training.jsft.trainer import JSFTTrainer
+from self_judge.training.reference import probe_logits
+from self_judge.training.saved_weights import check_merged, check_saved
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from self_judge.training.setup import (
     Say,
@@ -58,23 +64,25 @@ from self_judge.training.setup import (
 
 logger = logging.getLogger(__name__)
 
+DATA = "data.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class TrainingStopped(Exception):  # noqa: N818  not an error
-    """A run stopped on request, with a checkpoint; the message names the last step."""
+    """The run stopped on request, with a checkpoint. The message names the last step."""
 
 
 # -- JSFT ----------------------------------------------------------------------------------------
 
 
 def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
-    """Runs judge-augmented SFT; returns the folder of the model.
+    """Runs judge-augmented SFT and returns the folder of the model.
 
     Raises:
         TrainingStopped: the process received SIGTERM; the model is in a checkpoint.
     """
     say = _speaker(console)
+    refuse_own_inputs(run)
     run = _fitted(run, say)
     args = jsft_config(run)
     set_seed(args.seed)
@@ -98,7 +106,7 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
         max_skipped_steps=run.jsft_args.max_skipped_steps,
         say=say,
     )
-    _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
+    _save_json(Path(str(args.output_dir)) / DATA, data.counts_by_source)
     _train(trainer, run, args, say, LiveProgress("JSFT", _console(console)))
     output = save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
     say(f"JSFT model and judge.json: {output}")
@@ -121,14 +129,14 @@ def jsft_trainer(
     max_skipped_steps: int = 3,
     say: Say = logger.info,
 ) -> JSFTTrainer:
-    """Creates a packed TRL `SFTTrainer` for SFT and judge examples, encoded here.
+    """Encodes SFT and judge examples and creates a packed TRL `SFTTrainer` for them.
 
     Args:
         records: training records.
         held_out: records for the evaluation loss, if `args` enables evaluation.
         packing: see `Packing`.
         max_skipped_steps: see `FaultToleranceMixin`.
-        say: logs the number of examples and of truncated ones.
+        say: logs the number of examples, including truncated ones.
     """
     check_vocabulary(model, encoder.tokenizer)
     max_length = clamp_to_context(model.config, max_length)
@@ -146,7 +154,7 @@ def jsft_trainer(
     evaluation = encode(held_out)[0] if held_out else None
     if evaluation is None:
         args.eval_strategy = "no"
-    args.max_length = None  # examples are truncated and counted when they are built
+    args.max_length = None  # examples are already truncated and counted
     return JSFTTrainer(
         model=model,
         args=args,
@@ -165,7 +173,7 @@ def jsft_trainer(
 def save_jsft(
     trainer: JSFTTrainer, encoder: ChatEncoder, templates: JudgeTemplates, *, merge: bool
 ) -> Path:
-    """Saves the trained model with its judge.json; `merge` merges an adapter into its base."""
+    """Saves the trained model with its judge.json, and with a merged adapter if `merge` is set."""
     output = Path(str(trainer.args.output_dir))
     tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
     tokenizer.chat_template = encoder.chat_template
@@ -175,7 +183,12 @@ def save_jsft(
         return output
     if trainer.accelerator.is_main_process:
         with atomic_files(output, without=ADAPTER_FILES) as folder:
-            merged_in_full(model).save_pretrained(folder)
+            quantized = getattr(unwrapped(model), "quantization_method", None)
+            expected = None if quantized else probe_logits(model)
+            plain = merged_in_full(model)
+            check_merged(plain, expected)
+            plain.save_pretrained(folder)
+            check_saved(plain, folder)
             apply_umask(folder)
             tokenizer.save_pretrained(folder)
             save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
@@ -187,12 +200,13 @@ def save_jsft(
 
 
 def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
-    """Runs on-policy self-training; returns the folder of the policy.
+    """Runs on-policy self-training and returns the folder of the policy.
 
     Raises:
         TrainingStopped: the process received SIGTERM; the policy is in a checkpoint.
     """
     say = _speaker(console)
+    refuse_own_inputs(run)
     run = _fitted(run, say)
     args = self_judge_config(run)
     set_seed(args.seed)
@@ -201,7 +215,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     _warn_of_texts(encoder, data.records, say)
     if held_out is None:
         args.eval_strategy = "no"
-    # With a new adapter, merge an existing one into the base; without, continue to train it.
+    # An existing adapter is merged into the base if there is a new one, or else trained further.
     model = _load_model(run, merge=run.peft_config is not None)
     trainer = SelfJudgeTrainer(
         model=model,
@@ -215,7 +229,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
         token_id_a=settings.token_id_a,
         token_id_b=settings.token_id_b,
     )
-    _save_json(Path(str(args.output_dir)) / "data.json", data.counts_by_source)
+    _save_json(Path(str(args.output_dir)) / DATA, data.counts_by_source)
     _train(trainer, run, args, say, LiveProgress("self-training", _console(console)))
     trainer.save_model(str(args.output_dir))
     say(f"policy: {args.output_dir}")
@@ -247,6 +261,18 @@ def _fitted(run: Run, say: Say) -> Run:
     return run
 
 
+def refuse_own_inputs(run: JSFTRun | SelfJudgeRun) -> None:
+    """Raises `ValueError` if the run would overwrite the model or the data that it starts from."""
+    output = Path(str(run.training_args.get("output_dir") or "trainer_output"))
+    chain = adapter_chain(run.model.model_name_or_path, run.model.revision)
+    models = [Path(chain.base), *(Path(adapter.name) for adapter in chain.adapters)]
+    # Checkpoints of an earlier run would be replaced by those of this one.
+    models += [m.parent for m in models if m.name.startswith(PREFIX_CHECKPOINT_DIR)]
+    refuse_overwriting([output], [m for m in models if m.exists()])
+    written = [output / name for name in (RUN, METRICS, DATA, JUDGE_FILE)]
+    refuse_overwriting(written, [s.path for s in (*run.dataset.sources, *run.dataset.eval)])
+
+
 def _warn_of_texts(encoder: ChatEncoder, records: Sequence[PreferenceRecord], say: Say) -> None:
     if rendered := already_rendered(records, encoder):
         say(f"warning: {rendered}")
@@ -260,7 +286,7 @@ def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
 def _train(
     trainer: JSFTTrainer | SelfJudgeTrainer, run: Run, args: Any, say: Say, progress: LiveProgress
 ) -> None:
-    """Trains; `resume_from_checkpoint: true` resumes from the latest checkpoint, if any."""
+    """Trains the model. `resume_from_checkpoint: true` resumes from the latest checkpoint."""
     output = Path(str(args.output_dir))
     resume: str | None = _checkpoint(output, args.resume_from_checkpoint, say)
     this = json.loads(json.dumps(dataclasses.asdict(run), default=str))
@@ -269,7 +295,7 @@ def _train(
         for line in _changes(output, this):
             say(f"warning: {line}")
     trainer.run_log.run_file = this
-    # Packing tests a sharded model at the first batch, since all processes must take part.
+    # Packing tests a sharded model at the first batch, because all processes must take part.
     if trainer.packing is not None and not trainer.packing.shape.one_pass:
         say(trainer.packing.describe())
     if not args.disable_tqdm:
@@ -299,7 +325,7 @@ def _checkpoint(output: Path, wanted: str | bool | None, say: Say) -> str | None
 
 
 def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
-    """Settings that changed since the checkpoint."""
+    """Yields a line for each setting that changed since the checkpoint."""
     try:
         before = json.loads((output / RUN).read_text(encoding="utf-8")).get("run_file") or {}
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Adapts a run to its machine, so that one file works on a laptop and on 8 GPUs.
+"""Adapts a run to its machine, so that the same file works on a laptop and on 8 GPUs.
 
-Pure functions of a small description of the machine. It does not import torch: the caller tells
-`detect_machine` whether there is a GPU.
+The functions are pure and take a small description of the machine. They do not import torch; the
+caller tells `detect_machine` whether there is a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from self_judge.config.schema import JSFTRun, SelfJudgeRun
 
 Run = TypeVar("Run", JSFTRun, SelfJudgeRun)
 
-# Tracker name in `report_to` -> modules, at least one of which must be installed.
+# Tracker names for `report_to` with their modules. At least one module must be installed.
 _TRACKER_MODULES = {
     "clearml": ("clearml",),
     "codecarbon": ("codecarbon",),
@@ -41,13 +41,14 @@ class Machine:
     """The capabilities of a machine.
 
     Attributes:
-        cuda: there is a CUDA GPU.
-        bf16: the compute device (the GPU, or the CPU without one) supports bf16 in hardware.
-        flash_attn, deepspeed: the package is installed.
+        cuda: whether there is a CUDA GPU.
+        bf16: whether the compute device (the GPU if there is one, or else the CPU) supports bf16 in
+            hardware.
+        flash_attn, deepspeed: whether the package is installed.
         trackers: the installed trackers, by their `report_to` names.
-        cpu_count: CPU cores this process may use.
-        processes: processes of this run, over all machines.
-        sharded_by_launcher: the launcher's configuration already enables FSDP or DeepSpeed.
+        cpu_count: the number of CPU cores that this process may use.
+        processes: the number of processes in this run, over all machines.
+        sharded_by_launcher: whether the launcher's configuration already enables FSDP or DeepSpeed.
     """
 
     cuda: bool = False
@@ -70,9 +71,9 @@ def detect_machine(
 
     Args:
         cuda: `torch.cuda.is_available()`.
-        bf16: `torch.cuda.is_bf16_supported(including_emulation=False)`; without a GPU the CPU's
-            flags decide.
-        installed: tells whether a top-level module can be imported; tests replace it.
+        bf16: `torch.cuda.is_bf16_supported(including_emulation=False)`. Without a GPU, the CPU's
+            flags are used instead.
+        installed: returns whether a top-level module can be imported. Tests replace it.
     """
     # `accelerate launch --cpu` disables the GPU.
     on_gpu = cuda and not _is_true(environ, "ACCELERATE_USE_CPU")
@@ -95,9 +96,9 @@ def detect_machine(
 def fit_to_machine(run: Run, machine: Machine) -> tuple[Run, list[str]]:
     """Replaces features that this machine lacks; returns the new run and one warning per change.
 
-    flash-attn becomes SDPA, bf16 becomes float32, fp16 on a CPU becomes bf16 (or float32 if the CPU
-    lacks bf16), DeepSpeed and FSDP become plain data parallel, and missing trackers are dropped.
-    `run` itself is not modified.
+    flash-attn becomes SDPA, bf16 becomes float32, and fp16 on a CPU becomes bf16 (or float32 if the
+    CPU lacks bf16). DeepSpeed and FSDP become plain data parallelism, and missing trackers are
+    removed. `run` itself is not modified.
     """
     training = dict(run.training_args)
     model = run.model
@@ -126,7 +127,7 @@ def fit_to_machine(run: Run, machine: Machine) -> tuple[Run, list[str]]:
 def _fit_precision(
     training: dict[str, Any], dtype: Any, on_gpu: bool, bf16: bool, warnings: list[str]
 ) -> Any:
-    """Sets `bf16`, `fp16` and `tf32` in `training`; returns the dtype of the weights."""
+    """Sets `bf16`, `fp16` and `tf32` in `training` and returns the dtype of the weights."""
     if not on_gpu and training.pop("tf32", None):
         warnings.append("tf32 needs a CUDA GPU: tf32 is disabled")
     if not on_gpu and (training.get("fp16") or dtype == "float16"):
@@ -140,10 +141,10 @@ def _fit_precision(
     if training.get("bf16") or training.get("bf16_full_eval") or dtype == "bfloat16":
         device = "GPU" if on_gpu else "CPU"
         warnings.append(f"this {device} does not support bf16: using float32 instead")
-    # Set it explicitly, since TRL enables bf16 by default.
+    # Set it explicitly, because TRL enables bf16 by default.
     training["bf16"] = False
     training.pop("bf16_full_eval", None)
-    # "auto" takes the checkpoint's dtype, and most checkpoints are saved in bfloat16.
+    # "auto" uses the checkpoint's dtype, and most checkpoints are saved in bfloat16.
     return "float32" if dtype in ("bfloat16", "auto") else dtype
 
 
@@ -166,11 +167,11 @@ def _fit_sharding(
         )
         if reason:
             del training["deepspeed"]
-            warnings.append(f"{reason}: using plain data parallel instead")
+            warnings.append(f"{reason}: using plain data parallelism instead")
     if training.get("fsdp") and not on_gpu:
         del training["fsdp"]
         training.pop("fsdp_config", None)
-        warnings.append("FSDP needs CUDA GPUs: using plain data parallel instead")
+        warnings.append("FSDP needs CUDA GPUs: using plain data parallelism instead")
 
 
 def _fit_trackers(training: dict[str, Any], trackers: frozenset[str], warnings: list[str]) -> None:
@@ -186,18 +187,20 @@ def _fit_trackers(training: dict[str, Any], trackers: frozenset[str], warnings: 
 def launch_over_gpus(
     argv: Sequence[str], gpus: int, environ: Mapping[str, str] = os.environ
 ) -> list[str] | None:
-    """The command that restarts this program with one process per GPU, if it should restart.
+    """Returns the command that restarts this program with one process per GPU, if needed.
 
-    No `accelerate launch` configuration means "one process per GPU, or one without GPUs":
-    `num_processes: auto` starts one process per CPU core on a machine without GPUs. So the shipped
-    configurations start one process, which relaunches itself with `os.execv(command[0], command)`.
+    No `accelerate launch` configuration can request one process per GPU, or a single process if
+    there is no GPU. Without GPUs, `num_processes: auto` starts one process per CPU core. Therefore,
+    the included configurations start one process, which relaunches itself with
+    `os.execv(command[0], command)`.
 
     Args:
         argv: `sys.argv`.
-        gpus: visible CUDA GPUs.
+        gpus: the number of visible CUDA GPUs.
 
     Returns:
-        `None` with at most one GPU, or if a launcher already started a distributed run.
+        The command, or `None` with at most one GPU or if a launcher already started several
+        processes.
     """
     launched = "WORLD_SIZE" in environ or "LOCAL_RANK" in environ
     if gpus < 2 or launched or _is_true(environ, "ACCELERATE_USE_CPU"):
@@ -207,11 +210,11 @@ def launch_over_gpus(
 
 
 def threads_for(machine: Machine, environ: Mapping[str, str] = os.environ) -> int | None:
-    """CPU threads for a process on a machine without GPUs; `None` keeps the current setting.
+    """Returns the number of CPU threads for a run without GPUs, or `None` to keep the setting.
 
-    `accelerate launch` sets `OMP_NUM_THREADS=1` unless the variable is set, which leaves all cores
-    but one idle. A user's own `OMP_NUM_THREADS=1` looks the same; use `taskset` to limit a run to
-    one core.
+    Unless the variable is already set, `accelerate launch` sets `OMP_NUM_THREADS=1`, which leaves
+    all cores but one idle. This cannot be distinguished from a user's own `OMP_NUM_THREADS=1`. Use
+    `taskset` to limit a run to one core.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in environ and environ.get("OMP_NUM_THREADS") == "1"
     if machine.cuda or machine.processes > 1 or not launched:
@@ -220,9 +223,10 @@ def threads_for(machine: Machine, environ: Mapping[str, str] = os.environ) -> in
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU multiplies bf16 in hardware (x86 AVX512-BF16 or AMX, ARM bf16), on Linux.
+    """Returns whether the CPU multiplies bf16 in hardware (x86 AVX512-BF16 or AMX, ARM bf16).
 
-    On other systems, or if the flags cannot be read: False, and float32 is used.
+    If the flags cannot be read, or on systems other than Linux, it returns False, and float32 is
+    used.
     """
     if not cpuinfo.is_file():
         return False
@@ -237,7 +241,7 @@ def _is_true(environ: Mapping[str, str], name: str) -> bool:
 
 
 def _cpu_count() -> int:
-    # A container or taskset may allow fewer cores than the machine has; only Linux reports them.
+    # A container or taskset may allow fewer cores than the machine has. Only Linux reports this.
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,12 +1,13 @@
-"""Typed run configurations, from a YAML file, the files it extends, and `key.path=value` overrides.
+"""Typed run configurations from a YAML file, the files it extends, and `key.path=value` overrides.
 
-It defines and validates the keys of a run. It does not know torch, the trainers or the machine:
-`hardware.py` adapts a run to the machine, `commands/train.py` runs it.
+This module defines and validates the keys of a run. It does not depend on torch or the trainers.
+`hardware.py` adapts a run to the machine, and `commands/train.py` runs it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,12 +45,12 @@ class ModelArgs:
 
     Args:
         model_name_or_path: a folder or a Hub name.
-        dtype: dtype of the weights; `"auto"` keeps the saved one.
-        attn_implementation: attention implementation of Transformers; `None` leaves the choice to
-            Transformers.
+        dtype: dtype of the weights; `"auto"` keeps the saved dtype.
+        attn_implementation: the attention implementation; `None` leaves the choice to Transformers.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether the model's repository may run its own code.
-        load_in_4bit: QLoRA: a frozen base in 4 bits (bitsandbytes) under a trained adapter.
+        load_in_4bit: whether to load the base in 4 bits with bitsandbytes, for training an adapter
+            (QLoRA).
         bnb_4bit_quant_type: the 4-bit number format.
         use_bnb_nested_quant: whether to quantize the quantization constants as well.
     """
@@ -69,15 +70,15 @@ class TemplateArgs:
     """Judge templates and chat templates.
 
     Args:
-        judge: `{principle: {system, user, assistant}}`. `None` in self-training uses the templates
-            saved with the checkpoint.
+        judge: `{principle: {system, user, assistant}}`. With `None`, self-training uses the
+            templates saved with the checkpoint.
         decision_rationale: the text after the letter, with `{rationale_a}` and `{rationale_b}`.
         chat: a Jinja chat template that replaces the tokenizer's own.
         chat_template_kwargs: passed to the chat template, such as `{enable_thinking: true}`;
             `strftime_now` is the date for a template that reads the clock.
-        user, assistant: turn markers such as `"\\n\\nHuman:"`, for a tokenizer without a chat
-            template; used only if `chat` is not set either.
-        skip_first_token: accepted and ignored; loss masks are built together with the ids.
+        user, assistant: turn markers such as `"\\n\\nHuman:"`, used if neither `chat` nor the
+            tokenizer gives a chat template.
+        skip_first_token: accepted but ignored, because loss masks are built together with the ids.
     """
 
     judge: dict[str, Any] | None = None
@@ -100,7 +101,7 @@ class TemplateArgs:
         self.judge_templates()
 
     def judge_templates(self) -> JudgeTemplates | None:
-        """The judge templates, or `None` to use those saved with the checkpoint."""
+        """Returns the judge templates, or `None` to use those saved with the checkpoint."""
         if self.judge is None:
             return None
         return JudgeTemplates(self.judge, self.decision_rationale)
@@ -113,10 +114,10 @@ class Source:
     Args:
         path: a Hub name, a local file (.json, .jsonl, .jsonl.gz, .parquet) or a `save_to_disk`
             folder.
-        data_dir, name, split, revision: as for `datasets.load_dataset`.
+        data_dir, name, split, revision: as in `datasets.load_dataset`.
         kind: the schema; `"auto"` detects it from the columns.
         sft: whether to train on the chosen responses as demonstrations.
-        pairs: whether to train on the pairs as judgments.
+        pairs: whether to train the judge on the pairs.
     """
 
     path: str
@@ -131,7 +132,7 @@ class Source:
     def __post_init__(self) -> None:
         require(
             self.sft or self.pairs,
-            "sft and pairs are both false: this source would give nothing; remove it",
+            "sft and pairs are both false: this source would not be used; remove it",
         )
 
 
@@ -141,16 +142,17 @@ class DatasetArgs:
 
     Args:
         sources: training sources, read in this order.
-        held_out: fraction of the prompts held out of training for evaluation, in [0, 1); unused if
-            `eval` names its own sources.
+        held_out: fraction of the prompts held out from training for evaluation, in [0, 1). It is
+            ignored if `eval` is set.
         eval: evaluation sources.
         max_records, max_eval_records: maximum number of records (`None`: all).
-        principles: one pair per principle instead of one general pair (UltraFeedback).
-        rationales: train on the rationales too; `None` means if `templates.decision_rationale` is
-            set.
-        seed: seed for sampling pairs. The held-out prompts depend on their text alone, so JSFT and
-            self-training hold out the same ones.
-        num_proc: processes that read the data (`None`: this one).
+        principles: whether to use one pair per principle instead of one general pair
+            (UltraFeedback).
+        rationales: whether to train on the rationales too. With `None`, this is the case if
+            `templates.decision_rationale` is set.
+        seed: seed for sampling pairs. Held-out prompts are chosen only by their text, so JSFT and
+            self-training hold out the same prompts.
+        num_proc: number of processes that read the data (`None`: only this process).
     """
 
     sources: list[Source]
@@ -176,15 +178,16 @@ class JSFTArgs:
     Args:
         max_length: maximum number of tokens per training example.
         ignore_index: the label of tokens without loss.
-        global_batch_size: examples per optimizer step over all processes; it determines the
-            accumulation steps (see `accumulation_steps`). `None` uses those of `training_args`.
-        group_by_length: group examples of similar length within each random optimizer step, for
-            less padding. Only useful with `packing: off`, since packing sorts by length itself.
+        global_batch_size: number of examples per optimizer step over all processes. It determines
+            the accumulation steps (see `accumulation_steps`). `None` uses those of `training_args`.
+        group_by_length: whether to group examples of similar length within each random optimizer
+            step, for less padding. This is useful only with `packing: off`, because packing sorts
+            by length itself.
         packing: how sequences share prefixes (see `Packing`): `auto`, `tree`, `cache`, `padding`,
             or `off`.
-        merge_adapter: after LoRA training, merge the adapter into the weights and save a plain
-            model; otherwise only the adapter is saved.
-        max_skipped_steps: stop after this many steps in a row without a finite gradient.
+        merge_adapter: whether to merge the adapter into the weights after LoRA training and save a
+            plain model. Otherwise, only the adapter is saved.
+        max_skipped_steps: stop after this number of steps in a row without a finite gradient.
     """
 
     max_length: int = 2048
@@ -211,10 +214,10 @@ class _Run:
 
 @dataclass(frozen=True)
 class JSFTRun(_Run):
-    """One run of judge-augmented SFT: the validated contents of its YAML file.
+    """The validated contents of the YAML file of a judge-augmented SFT run.
 
-    `training_args` is for `trl.SFTConfig` and `peft_config` for `peft.LoraConfig`;
-    `check_training_args` validates their keys once those classes are imported.
+    `training_args` is for `trl.SFTConfig` and `peft_config` is for `peft.LoraConfig`.
+    `check_training_args` validates their keys after these classes are imported.
     """
 
     jsft_args: JSFTArgs = field(default_factory=JSFTArgs)
@@ -228,8 +231,8 @@ class JSFTRun(_Run):
         )
         require(
             not self.dataset.rationales or self.dataset.principles,
-            "dataset.rationales is true but dataset.principles is false: rationales belong to "
-            "principles",
+            "dataset.rationales is true but dataset.principles is false: each rationale belongs to "
+            "a principle",
         )
 
     @property
@@ -242,9 +245,9 @@ class JSFTRun(_Run):
 
 @dataclass(frozen=True)
 class SelfJudgeRun(_Run):
-    """One run of self-training: the validated contents of its YAML file.
+    """The validated contents of the YAML file of a self-training run.
 
-    `training_args` is for `SelfJudgeConfig` and `peft_config` for `peft.LoraConfig`.
+    `training_args` is for `SelfJudgeConfig` and `peft_config` is for `peft.LoraConfig`.
     """
 
     self_judge_args: SelfJudgeArgs = field(default_factory=SelfJudgeArgs)
@@ -261,10 +264,10 @@ _STARTED_BY = {
 
 
 def kind_of_run(path: str | Path, overrides: Sequence[str] = ()) -> RunKind:
-    """The kind of run that a file describes: it has either `jsft_args` or `self_judge_args`.
+    """Returns the kind of run: a run file has either `jsft_args` or `self_judge_args`.
 
     Raises:
-        ConfigError: the file cannot be read, or has neither section, or both.
+        ConfigError: the file cannot be read, or it has neither or both of the sections.
     """
     tree = read_yaml(Path(path))
     for override in overrides:
@@ -273,8 +276,8 @@ def kind_of_run(path: str | Path, overrides: Sequence[str] = ()) -> RunKind:
     if len(kinds) != 1:
         found = "both" if kinds else "neither"
         raise ConfigError(
-            f"{path}: it has {found} of jsft_args and self_judge_args: a run file has exactly one "
-            "of them"
+            f"{path}: it has {found} of jsft_args and self_judge_args: a run file must have "
+            "exactly one of them"
         )
     return kinds[0]
 
@@ -289,22 +292,22 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
     """Loads a run file, the files it extends, and the overrides, and validates the result.
 
     Args:
-        path: a YAML file. Its key `extends` names one or several YAML files, relative to it, which
-            are loaded first; the file's own keys override theirs.
-        overrides: `key.path=value` strings, with the value as YAML; a list item has its index in
-            the path (`dataset.sources.0.path=data.jsonl`).
+        path: a YAML file. Its key `extends` names one or more YAML files, relative to it, which are
+            loaded first. The file's own keys override theirs.
+        overrides: `key.path=value` strings, with the value as YAML. A list item is addressed by its
+            index (`dataset.sources.0.path=data.jsonl`).
         kind: the expected kind of run.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown (the message suggests the closest
-            one), or a value has the wrong type or is invalid.
+            one), or a value is invalid or has the wrong type.
     """
     tree = read_yaml(Path(path))
     where = str(path)
     for override in overrides:
         apply_override(tree, override)
     try:
-        # Template text is literal: "${" in it is never an interpolation.
+        # Template text is literal, so a "${" in it is not an interpolation.
         templates = tree.pop("templates", None)
         tree = resolve_references(tree)
         if templates is not None:
@@ -315,6 +318,7 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
         if section in tree and not section.startswith(kind):
             raise ConfigError(f"{where}: it has {section}, so it is a file for {command}")
     try:
+        _refuse_not_finite(tree, "")
         return typing.cast("JSFTRun | SelfJudgeRun", build(_RUNS[kind], tree, ""))
     except ValueError as error:
         text = str(error)
@@ -325,6 +329,16 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
         raise ConfigError(f"{where}{given}: {error}") from error
 
 
+def _refuse_not_finite(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} is {value}: give a finite number")
+    items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        items = enumerate(value)
+    for key, own in items:
+        _refuse_not_finite(own, f"{where}.{key}" if where else str(key))
+
+
 def _last_key(override: str) -> str:
     return override.partition("=")[0].rpartition(".")[2]
 
@@ -332,15 +346,15 @@ def _last_key(override: str) -> str:
 def check_training_args(
     keys: Iterable[str], valid_names: Iterable[str], section: str = "training_args"
 ) -> None:
-    """Raises on the first key that is not a field of the section's configuration class.
+    """Raises an error for the first key that is not a field of the configuration class.
 
     Args:
-        keys: the keys of the section.
+        keys: the keys in the section.
         valid_names: the field names of the class, such as `trl.SFTConfig` or `peft.LoraConfig`.
-        section: the section's name, for the message.
+        section: the section's name for the error message.
 
     Raises:
-        ConfigError: the message suggests the closest valid name, or the new name of a renamed key.
+        ConfigError: a key is not valid; the message suggests the closest name or the new name.
     """
     valid = list(valid_names)
     for key in keys:
@@ -351,13 +365,13 @@ def check_training_args(
 def check_training_values(
     values: Mapping[str, Any], config_class: type, section: str = "training_args"
 ) -> dict[str, Any]:
-    """Validates keys, numbers and booleans; converts integers to floats where a float is expected.
+    """Validates keys, numbers and booleans, and converts integers to floats where needed.
 
-    Only fields of type int, float or bool (or an optional one of these) are checked: the class
-    itself checks the rest.
+    It checks only fields of type int, float or bool and optional fields of these types. The class
+    itself checks the others.
 
     Raises:
-        ConfigError: an unknown key, or a value of the wrong type (key, expected, got).
+        ConfigError: a key is unknown, or a value has the wrong type.
     """
     check_training_args(values, [f.name for f in dataclasses.fields(config_class)], section)
     hints = typing.get_type_hints(config_class)
@@ -375,7 +389,7 @@ def check_training_values(
 
 
 def accumulation_steps(global_batch_size: int, per_device: int, processes: int) -> int:
-    """Micro-batches per optimizer step that give `global_batch_size` over all processes.
+    """Returns the number of micro-batches per optimizer step for a global batch size.
 
     Raises:
         ConfigError: the global batch size is not a multiple of one micro-batch on all processes.
@@ -403,17 +417,17 @@ def accumulation_steps(global_batch_size: int, per_device: int, processes: int) 
 
 
 def _check_sections(run: _Run, own: JSFTArgs | SelfJudgeArgs, section: str) -> None:
-    """Checks across sections; each key belongs to one section only, so values cannot conflict."""
+    """Checks settings across sections. Each key may be in only one section, to avoid conflicts."""
     require(
         not run.model.load_in_4bit or run.peft_config is not None,
-        "model.load_in_4bit is true but peft_config is not set: 4-bit weights cannot be trained, "
-        "only an adapter on them",
+        "model.load_in_4bit is true but peft_config is not set: 4-bit weights cannot be trained "
+        "without an adapter",
     )
     names = {f.name for f in dataclasses.fields(own)}
     for key in run.training_args:
         require(key not in names, f"training_args.{key}: set {section}.{key} instead")
     require(
         own.global_batch_size is None or "gradient_accumulation_steps" not in run.training_args,
-        "training_args.gradient_accumulation_steps follows from "
-        f"{section}.global_batch_size: leave one out ({section}.global_batch_size=null)",
+        "training_args.gradient_accumulation_steps is computed from "
+        f"{section}.global_batch_size: unset one of them ({section}.global_batch_size=null)",
     )

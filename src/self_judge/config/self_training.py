@@ -1,7 +1,7 @@
-"""Settings of sampling and self-training, each declared and validated once.
+"""Declares and validates the settings for sampling and self-training.
 
 A run file's `self_judge_args` (`SelfJudgeArgs`) and the trainer's `SelfJudgeConfig` inherit from
-`SelfTrainingSettings`. It knows values and their limits, not torch or TRL.
+`SelfTrainingSettings`. This module does not import torch or TRL.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PackingChoice = Literal["auto", "tree", "cache", "padding", "off"]
 PairSelection = Literal["best_worst", "best_random"]
 VLLMMode = Literal["colocate", "server"]
 
-# The pairwise losses of TRL 1.16's DPOTrainer.
+# The pairwise losses in TRL 1.16's DPOTrainer.
 LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
     *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
@@ -32,7 +32,7 @@ def require(holds: bool, message: str) -> None:
 
 
 def require_at_least(settings: Any, *, unset: bool = False, **least: int) -> None:
-    """Raises `ConfigError` for the first named value below its minimum.
+    """Raises `ConfigError` for the first named value that is below its minimum.
 
     Args:
         unset: whether a value may be `None`.
@@ -51,13 +51,13 @@ def require_choice(name: str, value: object, choices: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """Sampling parameters. The model's own generation config is ignored.
+    """Sampling parameters. They replace the model's generation config.
 
     Attributes:
         max_new_tokens: maximum number of tokens per response.
         temperature: 0 means greedy decoding.
-        top_p, top_k, min_p: 1.0, 0 and 0.0 disable them.
-        repetition_penalty: 1.0 disables it.
+        top_p, top_k, min_p: the values 1.0, 0 and 0.0 disable them.
+        repetition_penalty: the value 1.0 disables it.
 
     Raises:
         ValueError: a value is out of range.
@@ -85,16 +85,16 @@ class SamplingSettings:
 
 
 def _field(default: Any, help: str, choices: Any = None) -> Any:
-    """A field with the help text that `HfArgumentParser` shows."""
+    """Returns a field with the help text that `HfArgumentParser` shows."""
     more = {} if choices is None else {"choices": list(get_args(choices))}
     return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
 class SelfTrainingSettings:
-    """Settings for sampling, judging and saved rollouts; defaults from the paper."""
+    """Settings for sampling, judging and saved rollouts, with the paper's default values."""
 
-    num_generations: int = _field(2, "Responses sampled per prompt, at least 2 (K).")
+    num_generations: int = _field(2, "Number of responses per prompt (K), at least 2.")
     rollouts_per_update: int = _field(
         1, "Training pairs per prompt and step, each from its own num_generations samples."
     )
@@ -110,28 +110,28 @@ class SelfTrainingSettings:
     generation_batch_size: int = _field(64, "Maximum number of responses sampled at once.")
     generation_batch_tokens: int | None = _field(
         None,
-        "Maximum number of tokens in their KV cache, prompts and responses together. Unset: fitted "
-        "to the device's memory.",
+        "Maximum number of prompt and response tokens in their KV cache. If unset, it is chosen to "
+        "fit the device's memory.",
     )
     judge_batch_size: int = _field(
         8,
         "Judge prompts per forward pass on one device without packing; doubled if processes share "
-        "the model. With packing, the number of tokens sets the size of a pass.",
+        "the model. With packing, the number of tokens limits a pass.",
     )
     packing: PackingChoice = _field(
         "auto",
-        "How sequences share prefixes in judging and in the update: auto uses tree masks, a KV "
-        "cache or sorted padding, whichever is exact for the model; off disables packing.",
+        "How sequences share prefixes in judging and in the update. auto uses tree masks, a KV "
+        "cache or sorted padding, whichever is exact for the model. off disables packing.",
         PackingChoice,
     )
     max_length: int | None = _field(
-        2048, "Maximum number of tokens of prompt + response, and of a judge prompt."
+        2048, "Maximum number of tokens in prompt + response, and in a judge prompt."
     )
     average_log_prob: bool | None = _field(
         None,
-        "Average log-probabilities over a response's tokens (True) or sum them (False). Unset: the "
-        "default of TRL's loss (sigmoid and hinge sum, ipo averages; the original method's ipo "
-        "sums).",
+        "Average log-probabilities over a response's tokens (True) or sum them (False). If unset, "
+        "TRL's convention applies: sigmoid and hinge sum, and ipo averages. In the original "
+        "method, ipo sums too.",
     )
     ignore_index: int = _field(-100, "Label of positions without loss; must be -100.")
     log_completions: bool = _field(False, "Print sampled pairs with their verdicts when logging.")
@@ -139,43 +139,43 @@ class SelfTrainingSettings:
         True, "Write pairs and verdicts under output_dir/rollouts, one file per step."
     )
     rollout_files: int | None = _field(
-        200, "Keep the files of at most N steps, evenly spaced, and of the last one."
+        200, "Keep the files of at most N evenly spaced steps, and of the last one."
     )
     rollout_pairs: int | None = _field(64, "Keep at most N pairs per step.")
     max_skipped_steps: int = _field(
         3,
-        "Stop after N steps in a row without a finite gradient or a finite verdict, since they "
-        "train nothing.",
+        "Stop after N steps in a row without a finite gradient or verdict, because such steps do "
+        "not train.",
     )
 
-    use_vllm: bool = _field(False, "Sample with vLLM; with LoRA, judge with it too.")
+    use_vllm: bool = _field(False, "Use vLLM for sampling and, with LoRA, also for judging.")
     vllm_mode: VLLMMode = _field(
         "colocate",
         "Run an engine in every training process (colocate) or use separate servers (server).",
         VLLMMode,
     )
     vllm_server_base_url: list[str] | None = _field(
-        None, "URL of the server, or of several replicas (http://host:port)."
+        None, "URL of the server, or URLs of several replicas (http://host:port)."
     )
     rollouts_ahead: bool = _field(
         False,
-        "Let servers sample for the next step during the update, one step off-policy and without "
-        "correction (vllm_mode=server).",
+        "Let servers sample for the next step during the update (vllm_mode=server). The samples "
+        "are one step off-policy, which is not corrected.",
     )
     vllm_server_timeout: float = _field(240.0, "Seconds to wait until the servers are up.")
     vllm_gpu_memory_utilization: float = _field(
         0.3, "The colocated engine's fraction of the GPU's total memory."
     )
     vllm_max_model_length: int | None = _field(
-        None, "The colocated engine's maximum sequence length; max_length if unset."
+        None, "The colocated engine's maximum sequence length. If unset, it is max_length."
     )
     vllm_enable_sleep_mode: bool = _field(
         False, "Free the colocated engine's GPU memory during updates."
     )
     vllm_sync_dir: str | None = _field(
         None,
-        "Folder visible to both training and servers, used to transfer adapters and weights. "
-        "Unset: this machine's memory.",
+        "Folder for transferring adapters and weights, which training and servers must both see. "
+        "If unset, this machine's memory is used.",
     )
 
     def check(self) -> None:
@@ -183,8 +183,8 @@ class SelfTrainingSettings:
         self.sampling()  # validates the sampling settings
         require(
             self.temperature > 0,
-            f"temperature must be above 0, got {self.temperature}: greedy samples of a prompt are "
-            "all the same",
+            f"temperature must be above 0, got {self.temperature}: all greedy samples for a prompt "
+            "are the same",
         )
         require_at_least(
             self,
@@ -203,7 +203,7 @@ class SelfTrainingSettings:
         require(
             self.max_length is None or self.max_new_tokens < self.max_length,
             f"max_new_tokens ({self.max_new_tokens}) must be below max_length ({self.max_length}), "
-            "which limits prompt and response together",
+            "which limits the prompt and response together",
         )
         require(
             self.ignore_index == -100,
@@ -225,7 +225,7 @@ class SelfTrainingSettings:
         )
         require(
             not servers or bool(self.vllm_server_base_url),
-            "vllm_mode=server needs vllm_server_base_url: one or several `vllm serve` URLs",
+            "vllm_mode=server needs vllm_server_base_url: one or more `vllm serve` URLs",
         )
         least = self.max_length or self.max_new_tokens + 1
         require(
@@ -237,7 +237,7 @@ class SelfTrainingSettings:
         )
 
     def check_losses(self, losses: Sequence[str]) -> None:
-        """Raises `ConfigError` for an unknown loss, or one that `average_log_prob` excludes."""
+        """Raises `ConfigError` if a loss is unknown or incompatible with `average_log_prob`."""
         require(bool(losses), "loss_type is an empty list")
         for loss in losses:
             require(loss in LOSS_TYPES, f"loss_type {unknown_key(loss, LOSS_TYPES)}")
@@ -249,7 +249,7 @@ class SelfTrainingSettings:
         )
 
     def sampling(self) -> SamplingSettings:
-        """The sampling parameters among these settings."""
+        """Returns the sampling parameters among these settings."""
         return SamplingSettings(**{f.name: getattr(self, f.name) for f in fields(SamplingSettings)})
 
 
@@ -258,13 +258,13 @@ class SelfJudgeArgs(SelfTrainingSettings):
     """A run file's `self_judge_args`: on-policy self-training by self-judgment.
 
     Args:
-        token_id_a, token_id_b: ids of the letters, derived from the tokenizer by default; if set,
-            they are checked against it.
+        token_id_a, token_id_b: ids of the letters. By default, they are derived from the tokenizer.
+            If set, they are checked against it.
         loss_type: one of TRL's pairwise losses, or a list of them.
-        beta: strength of the pull towards the reference.
-        disable_dropout: whether to disable dropout in policy and reference.
-        global_batch_size: prompts per optimizer step over all processes; it determines the
-            accumulation steps. `None` uses those of `training_args`.
+        beta: how strongly the policy is kept close to the reference.
+        disable_dropout: whether to disable dropout in the policy and the reference.
+        global_batch_size: number of prompts per optimizer step over all processes. It determines
+            the accumulation steps. `None` uses those of `training_args`.
 
     Raises:
         ConfigError: values contradict each other or the method.

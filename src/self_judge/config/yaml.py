@@ -1,7 +1,7 @@
-"""YAML files to typed dataclasses: `extends`, `key.path=value` overrides, and precise errors.
+"""Reads YAML files into typed dataclasses, with `extends` and `key.path=value` overrides.
 
-It knows types and keys, and suggests the closest key for an unknown one. It does not know what the
-keys mean: `schema.py` defines the sections of a run.
+This module checks types and keys, and suggests the closest key for an unknown one. `schema.py`
+defines the sections of a run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from self_judge.errors import ConfigError
 
-# Names from older versions of Transformers and TRL that people still use.
+# Names from older versions of Transformers and TRL that are still in use.
 _RENAMED = {
     "warmup_ratio": "warmup_steps (a number below 1 is a fraction of all steps)",
     "group_by_length": "jsft_args.group_by_length, or train_sampling_strategy: group_by_length",
@@ -81,7 +81,7 @@ def _over_text(change: Callable[[Any], Any], node: Any) -> Any:
 
 
 def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Loads a file on top of the files it extends, as plain dictionaries and lists.
+    """Loads a file and merges it over the files it extends, as plain dictionaries and lists.
 
     Raises:
         ConfigError: a file is missing, is not valid YAML (the message names the line), or extends
@@ -124,7 +124,7 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Applies one `key.path=value` in place; `build` later checks whether the key exists."""
+    """Applies one `key.path=value` in place. `build` later checks whether the key exists."""
     said = f"override {override!r:.80}"
     path, equals, text = override.partition("=")
     keys = path.strip().lstrip("-").split(".")
@@ -164,11 +164,11 @@ def build(cls: type, tree: Any, where: str) -> Any:
     """Builds a dataclass, with nested dataclasses, from plain dictionaries and lists.
 
     Args:
-        where: the key path of `tree`, used as a prefix of error messages; empty at the top.
+        where: the key path of `tree`, a prefix for error messages. It is empty at the top level.
 
     Raises:
-        ConfigError: an unknown or missing key, a value of the wrong type, or an error from the
-            class's `__post_init__`.
+        ConfigError: a key is unknown or missing, a value has the wrong type, or the class's
+            `__post_init__` raises an error.
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{where or 'the file'}: expected a section with keys, got {tree!r:.60}")
@@ -192,15 +192,15 @@ def build(cls: type, tree: Any, where: str) -> Any:
 
 
 def _is_section(hint: Any) -> bool:
-    """Whether `key:` without a value means an empty section, not null."""
+    """Returns whether `key:` without a value means an empty section and not null."""
     return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """Checks that `value` has type `hint`; the only conversion is from integer to float.
+    """Checks that `value` has type `hint`. It converts only integers to floats.
 
     Raises:
-        ConfigError: the message names the key, the expected type and the value.
+        ConfigError: the type is wrong; the message names the key, the expected type and the value.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -235,7 +235,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _name(hint: Any) -> str:
-    """A type in plain words."""
+    """Describes a type in plain words."""
     words: dict[Any, str] = {
         int: "a whole number",
         float: "a number",
@@ -259,17 +259,17 @@ def _shown(value: Any) -> str:
 
 
 def unknown_key(key: str, valid: Sequence[str]) -> str:
-    """`key: unknown …` with the closest valid name, or its new name if it was renamed."""
+    """Returns `key: unknown …` with the closest valid name, or the new name of a renamed key."""
     if key in _RENAMED:
         return f"{key}: unknown key; it is now {_RENAMED[key]}"
     nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     if nearest:
         return f"{key}: unknown; did you mean {nearest[0]}?"
-    # Without a close match, list the valid keys, unless there are too many (150 in SFTConfig).
+    # If there is no close match, list the valid keys, unless there are too many (150 in SFTConfig).
     known = f"known are {', '.join(valid)}" if len(valid) <= 30 else "see the class's documentation"
     return f"{key}: unknown; {known}"
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message."""
+    """Returns the first line of an exception's message."""
     return str(error).strip().partition("\n")[0]

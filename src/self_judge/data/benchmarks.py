@@ -1,7 +1,7 @@
-"""Labeled comparisons from judge benchmarks and preference data, one by one.
+"""Reads labeled comparisons from judge benchmarks and preference data, one by one.
 
-LLMBar, PandaLM, HHH, MT-Bench's human votes, RewardBench, HH, UltraFeedback and any TRL preference
-data, from the Hub or from local files and folders. It does not know judges or verdicts.
+It supports LLMBar, PandaLM, HHH, MT-Bench's human votes, RewardBench, HH, UltraFeedback and any TRL
+preference data, from the Hub or from local files and folders.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from self_judge.data.files import is_saved_dataset, read_raw, reader_of, split_of
-from self_judge.data.records import RecordRef, judge_context
+from self_judge.data.records import RecordRef, judge_context, pair_problem
 from self_judge.data.sources import PARSERS, kind_of
 from self_judge.datatypes import Comparison
-from self_judge.errors import DataError
+from self_judge.errors import DataError, UnusableRecordError
 from self_judge.prompting.judge_templates import dialogue_text
 
 Label = Literal["a", "b", "tie"]
@@ -31,10 +31,10 @@ class LabeledComparison:
     """A comparison with the data's label.
 
     Attributes:
-        comparison: in the data's order; for chosen and rejected, a hash of the texts decides which
-            response is a, so that "a first" is a fair single order.
+        comparison: the responses in the data's order. For chosen and rejected responses, a hash of
+            the texts decides which response is a, so that the order "a first" is fair.
         label: the better response, or `"tie"`.
-        subset: part of the data that gets its own results; may be empty.
+        subset: the part of the data that gets its own results; may be empty.
         principle: the principle of the label; `None` means overall.
         source, index: the origin of the record.
     """
@@ -48,7 +48,7 @@ class LabeledComparison:
 
     @property
     def digest(self) -> str:
-        """A hash of the texts and the label; it matches pairs between two evaluations."""
+        """A hash of the texts and the label, used to match pairs between two evaluations."""
         c = self.comparison
         parts = (c.context, c.response_a, c.response_b, self.label, self.principle or "")
         return _digest(*parts).hex()
@@ -59,11 +59,11 @@ class BenchmarkSource:
     """One source of labeled comparisons.
 
     Args:
-        path: a Hub name, a local file or a folder, as for `files.read_raw`. In a folder without
-            splits in its file names, each file in it and in its subfolders is a subset (LLMBar).
-        splits: read one after the other; if there are several, each is a subset. A file is read
-            completely, whatever the split.
-        data_dir, name, revision: as for `files.read_raw`.
+        path: a Hub name, a local file or a folder, as in `files.read_raw`. If the file names in a
+            folder have no splits, each file in it and in its subfolders is a subset (LLMBar).
+        splits: splits to read in this order. If there are several, each is a subset. A file is
+            always read completely.
+        data_dir, name, revision: as in `files.read_raw`.
     """
 
     path: str
@@ -76,12 +76,12 @@ class BenchmarkSource:
 def read_comparisons(
     source: BenchmarkSource, skipped: Counter[str] | None = None
 ) -> Iterator[LabeledComparison]:
-    """Yields the labeled comparisons of a source in order.
+    """Yields the labeled comparisons from a source in order.
 
-    The columns of the first record of each file or split determine its format.
+    The columns of the first record in each file or split determine its format.
 
     Args:
-        skipped: gets the number of skipped items per reason.
+        skipped: receives the number of skipped items per reason.
 
     Raises:
         DataError: the source has no records, its format is unknown, or a record is malformed.
@@ -93,7 +93,7 @@ def read_comparisons(
             raise DataError(f"{label}: there are no records")
         select = _reader_of(first, label)
         for index, record in enumerate(chain([first], records)):
-            for found in select(record, RecordRef(label, index)):
+            for found in _usable(select(record, RecordRef(label, index))):
                 if isinstance(found, str):
                     skipped[found] += 1
                 else:
@@ -122,7 +122,7 @@ def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, Iterator[dict[st
 
 
 def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[str, Path]:
-    """Data files by subset in a local folder and its subfolders, unless file names have splits."""
+    """Returns a local folder's data files by subset, unless the file names contain splits."""
     if not root.is_dir() or is_saved_dataset(root):
         return {}
     files = [f for f in sorted(root.rglob("*")) if f.is_file() and reader_of(f)]
@@ -137,7 +137,7 @@ def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[str, Path
     return subsets
 
 
-# A record gives comparisons, and reasons (strings) for skipped parts.
+# A record yields comparisons and, for skipped parts, reasons (strings).
 _Found = Iterator[LabeledComparison | str]
 _Reader = Callable[[Mapping[str, Any], RecordRef], _Found]
 
@@ -165,6 +165,13 @@ def _reader_of(record: Mapping[str, Any], label: str) -> _Reader:
     return partial(_parsed, kind)
 
 
+def _usable(found: _Found) -> _Found:
+    try:
+        yield from found
+    except UnusableRecordError as error:
+        yield f"record: {error.reason}"
+
+
 def _llmbar(record: Mapping[str, Any], where: RecordRef) -> _Found:
     label = where.number(record["label"], "label")
     if label not in (1, 2):
@@ -175,11 +182,11 @@ def _llmbar(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """The majority of three annotators, 0 for a tie."""
+    """Uses the majority of three annotators; 0 means a tie."""
     votes = Counter(where.number(record[name], name) for name in _ANNOTATORS)
     if not votes.keys() <= {0, 1, 2}:
         given = [record[name] for name in _ANNOTATORS]
-        raise where.error("annotator1", f"expected annotators' 0, 1 or 2, got {given}")
+        raise where.error("annotator1", f"expected 0, 1 or 2 from all annotators, got {given}")
     vote, count = votes.most_common(1)[0]
     if count < 2:
         yield "the annotators have no majority"
@@ -189,7 +196,7 @@ def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
     if record.get("input"):
         asked.append(where.text(record, "input").strip())
     a, b = (
-        # the published file has turned "True" into a boolean
+        # In the published file, the text "True" became a boolean.
         str(record[name]) if isinstance(record[name], bool) else where.text(record, name).strip()
         for name in ("response1", "response2")
     )
@@ -197,7 +204,7 @@ def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """One human vote. The context is the first question; the rest is the response."""
+    """Parses one human vote. The context is the first question, and the rest is the response."""
     labels: dict[Any, Label] = {"model_a": "a", "model_b": "b"}
     winner = where.text(record, "winner")
     label = "tie" if winner.startswith("tie") else labels.get(winner)
@@ -212,7 +219,7 @@ def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
         if len(messages) < 2 * turn or messages[-1]["role"] != "assistant":
             raise where.error(name, f"expected {turn} questions, each with its answer")
     if sides[0][0] != sides[1][0]:
-        raise where.error("conversation_b", "has a different first question than conversation_a")
+        raise where.error("conversation_b", "has a different first question from conversation_a")
     a, b = (
         m[1]["content"].strip() if turn == 1 else dialogue_text(m[1:]).removeprefix("Assistant: ")
         for m in sides
@@ -221,7 +228,7 @@ def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _hhh_targets(record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """HHH in the format of BIG-bench and the Hub: two choices, one of them labeled 1."""
+    """Parses HHH in the format of BIG-bench and the Hub: two choices, one with label 1."""
     targets = record["targets"]
     if not isinstance(targets, Mapping):
         raise where.error("targets", "expected a mapping of choices and labels")
@@ -240,12 +247,12 @@ def _hhh(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """Yields the pairs of a training record, each in an order decided by a hash."""
+    """Yields the pairs of a training record. A hash decides the order of each pair."""
     parsed = PARSERS[kind](record, where.index, source=where.source)
     yield from parsed.skipped
     if parsed.record is None:
         return
-    # RewardBench has its subsets in `subset`, HHH in `source`; UltraFeedback's source is no subset.
+    # The subset is in `subset` in RewardBench and in `source` in HHH. UltraFeedback has no subsets.
     named = record.get("subset", record.get("source")) if kind == "preference" else None
     subset, context = named if isinstance(named, str) else "", judge_context(parsed.record)
     for pair in parsed.record.pairs:
@@ -265,8 +272,8 @@ def _pair(
     where: RecordRef, context: str, a: str, b: str, label: Label, subset: str = ""
 ) -> LabeledComparison | str:
     # Empty responses are kept, since people have rated them.
-    if a == b:
-        return "pair: identical responses"
+    if problem := pair_problem(a, b):
+        return f"pair: {problem}"
     comparison = Comparison(context, a, b)
     return LabeledComparison(comparison, label, subset, None, where.source, where.index)
 

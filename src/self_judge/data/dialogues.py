@@ -1,6 +1,6 @@
-"""Parsers for dialogues with a chosen and a rejected end: HH texts, TRL preference data.
+"""Parses dialogues with a chosen and a rejected last answer: HH texts and TRL preference data.
 
-Pure functions of one record: they do not know where records are stored.
+The parsers are pure functions of one record.
 """
 
 from __future__ import annotations
@@ -9,10 +9,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from self_judge.data.records import Parsed, RecordRef, merge_turns
+from self_judge.data.records import Parsed, RecordRef, merge_turns, pair_problem
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
+from self_judge.prompting.messages import REASONING
+from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+# Headers at the start of a turn: "Human: Hi" in "\n\nAssistant: Human: Hi".
+_HEADER = re.compile(r"\A(?:\s*(?:Human|Assistant):)+")
+_HEADER_OF_TURN = "redundant header of a turn"
 _LAST_ANSWER = "\n\nAssistant:"
 _ROLE_OF = {"Human": "user", "Assistant": "assistant"}
 _DIFFERENT_PREFIX = "the two dialogues differ before the last answer"
@@ -21,9 +26,9 @@ _DIFFERENT_PREFIX = "the two dialogues differ before the last answer"
 def select_hh(
     record: Mapping[str, Any], index: int, *, with_pairs: bool = True, source: str = "hh"
 ) -> Parsed:
-    """Parses an HH record: `chosen` and `rejected`, each a whole dialogue as text.
+    """Parses an HH record, in which `chosen` and `rejected` are whole dialogues as text.
 
-    The demonstration is the last answer of `chosen`; earlier answers are part of the prompt. With
+    The demonstration is the last answer in `chosen`. Earlier answers are part of the prompt. With
     `with_pairs=False`, `rejected` is ignored.
 
     Raises:
@@ -37,6 +42,7 @@ def select_hh(
         return Parsed(None, (f"record: {problem}",))
     pairs: tuple[LabeledPair, ...] = ()
     skipped: tuple[str, ...] = ()
+    rejected_text = ""
     if with_pairs:
         rejected_text = where.text(record, "rejected")
         other_prompt, worse, problem = _split_dialogue(_dialogue(rejected_text, where, "rejected"))
@@ -50,11 +56,23 @@ def select_hh(
             skipped = (f"pair: {problem}",)
         else:
             pairs = (LabeledPair(demonstration, worse),)
-    return Parsed(PreferenceRecord(prompt, demonstration, pairs, source, index), skipped)
+    removed = (_HEADER_OF_TURN,) * _headers(chosen_text, rejected_text)
+    return Parsed(PreferenceRecord(prompt, demonstration, pairs, source, index), skipped, removed)
+
+
+def _headers(chosen: str, rejected: str) -> int:
+    """The redundant headers that `parse_dialogue` removes from a pair; its prompt counts once."""
+    own, other = (
+        [bool(_HEADER.match(turn)) for turn in _TURN.split(text)[2::2]]
+        for text in (chosen, rejected)
+    )
+    return sum(own) + sum(other[-1:])
 
 
 def parse_dialogue(text: str) -> list[Message]:
-    """Splits an HH dialogue text into messages; keeps empty and repeated turns.
+    """Splits an HH dialogue text into messages, including empty and repeated turns.
+
+    A turn that opens with another header ("Assistant: Human: Hi") loses it (paper, A.1).
 
     Raises:
         ValueError: the text does not start with a Human turn.
@@ -63,7 +81,7 @@ def parse_dialogue(text: str) -> list[Message]:
         raise ValueError("does not start with 'Human:'")
     parts = _TURN.split(text)[1:]
     return [
-        {"role": _ROLE_OF[speaker], "content": content.strip()}
+        {"role": _ROLE_OF[speaker], "content": _HEADER.sub("", content).strip()}
         for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     ]
 
@@ -80,11 +98,11 @@ def _dialogue(text: str, where: RecordRef, field: str) -> list[Message]:
 
 
 def _split_dialogue(turns: list[Message]) -> tuple[tuple[Message, ...], str, str]:
-    """Returns (prompt, last answer, problem); problem is empty if there is none."""
+    """Returns (prompt, last answer, problem). The problem is empty if there is none."""
     if turns[-1]["role"] != "assistant":
         return (), "", "the dialogue does not end with an answer"
-    if not turns[-1]["content"]:
-        return (), "", "empty response"
+    if problem := _response_problem(turns[-1]["content"]):
+        return (), "", problem
     *prompt, answer = merge_turns(turns)
     if not prompt or prompt[0]["role"] != "user":
         return (), "", "empty prompt"
@@ -92,20 +110,23 @@ def _split_dialogue(turns: list[Message]) -> tuple[tuple[Message, ...], str, str
 
 
 def _pair_problem(chosen: str, rejected: str) -> str:
-    if not rejected:
-        return "empty response"
-    return "identical responses" if chosen == rejected else ""
+    return _response_problem(rejected) or pair_problem(chosen, rejected)
+
+
+def _response_problem(text: str) -> str:
+    answer = answer_of(text)
+    return NO_ANSWER if answer is None else "" if answer.strip() else "empty response"
 
 
 def select_preference(
     record: Mapping[str, Any], index: int, *, with_pairs: bool = True, source: str = "preference"
 ) -> Parsed:
-    """Parses a record of TRL preference data: `chosen`, `rejected` and optionally `prompt`.
+    """Parses a TRL preference record with `chosen`, `rejected` and optionally `prompt`.
 
-    It may be standard (strings), conversational (lists of messages), or a string as prompt with
-    messages as responses. The prompt may be explicit, repeated in the responses, or implicit (only
-    in the responses). Equal `score_chosen` and `score_rejected` (also inside `metadata`) are a tie
-    and give no pair.
+    The record may be standard (strings) or conversational (lists of messages), or it may combine a
+    string as the prompt with messages as responses. The prompt may be explicit, repeated in the
+    responses, or implicit (only in the responses). If `score_chosen` and `score_rejected` are equal
+    (also inside `metadata`), the pair is a tie and is skipped.
 
     Raises:
         DataError: a field is missing or has the wrong type, or a response is not the assistant's.
@@ -115,7 +136,7 @@ def select_preference(
     given = record.get("prompt")
     other_names = sorted({"instruction", "query", "question"} & record.keys())
     if "prompt" not in record and other_names:
-        # Otherwise the words at the start of both responses would count as the prompt.
+        # Otherwise, the common start of both responses would be treated as the prompt.
         raise where.error("prompt", f"is missing; rename the column {other_names[0]!r}")
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt, better, worse = _standard(record, given, where)
@@ -132,19 +153,25 @@ def select_preference(
         return Parsed(None, (f"record: {'no common prompt' if given is None else 'empty prompt'}",))
     if prompt[-1]["role"] != "user":
         raise where.error("prompt", f"ends with role {prompt[-1]['role']!r}, expected 'user'")
-    if not better:
-        return Parsed(None, ("record: empty response",))
+    if problem := _response_problem(better):
+        return Parsed(None, (f"record: {problem}",))
     problem = "" if same_prompt else _DIFFERENT_PREFIX
     problem = problem or _score_problem(record, where) or _pair_problem(better, worse)
     pairs = (LabeledPair(better, worse),) if with_pairs and not problem else ()
     skipped = (f"pair: {problem}",) if with_pairs and problem else ()
-    return Parsed(PreferenceRecord(tuple(prompt), better, pairs, source, index), skipped)
+    removed = tuple(REASONING for answer in (chosen, rejected) if _has_reasoning(answer))
+    parsed = PreferenceRecord(tuple(prompt), better, pairs, source, index)
+    return Parsed(parsed, skipped, removed)
+
+
+def _has_reasoning(answer: Any) -> bool:
+    return isinstance(answer, list) and bool(answer[-1].get(REASONING))
 
 
 def _standard(
     record: Mapping[str, Any], given: Any, where: RecordRef
 ) -> tuple[list[Message], str, str]:
-    """Returns (prompt, chosen response, rejected response) of a record with string responses."""
+    """Returns (prompt, chosen response, rejected response) for a record with string responses."""
     chosen, rejected = where.text(record, "chosen"), where.text(record, "rejected")
     if isinstance(given, list):
         return where.messages(given, "prompt"), chosen.strip(), rejected.strip()
@@ -163,9 +190,9 @@ def _standard(
 
 
 def _shared_prefix(a: str, b: str) -> int:
-    """Length of the common prefix of two texts, cut back to a word boundary."""
+    """Returns the length of two texts' common prefix, shortened to a word boundary."""
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if length is None:  # one text is a prefix of the other: the end of the prompt is unknown
+    if length is None:  # one text is a prefix of the other, so the end of the prompt is unknown
         return 0
     while length and not a[length - 1].isspace():
         length -= 1
@@ -173,9 +200,9 @@ def _shared_prefix(a: str, b: str) -> int:
 
 
 def _whole_dialogue(given: Any, response: Any, field: str, where: RecordRef) -> list[Message]:
-    """Joins prompt and response into one dialogue that ends with an assistant message.
+    """Joins the prompt and response into one dialogue that ends with an assistant message.
 
-    The response may repeat the end of the prompt or all of it, or contain its own prompt.
+    The response may repeat all or the end of the prompt, or it may contain its own prompt.
     """
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]

@@ -1,6 +1,6 @@
 """Reads raw records, one by one, from the Hub or from local files and folders.
 
-It knows where records are stored, not their contents: each is a plain dictionary.
+Each record is a plain dictionary, whose contents this module does not interpret.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ def read_raw(
     revision: str | None = None,
     num_proc: int | None = None,
 ) -> Iterator[Record]:
-    """Yields the records of a source in order.
+    """Yields the records in a source in order.
 
-    Local JSON is read line by line in plain Python, since Arrow cannot infer a schema if a field's
-    type varies (a rating that is sometimes a number and sometimes "N/A").
+    Local JSON is read line by line in plain Python, because Arrow cannot infer a schema if the type
+    of a field varies (such as a rating that is sometimes a number and sometimes "N/A").
 
     Args:
-        path: a local file (see `FORMATS`; read completely, whatever the split), a local folder of
-            such files or written by `save_to_disk`, or the name of a dataset on the Hub.
-        split: the split; in a folder, file names determine it ("train.jsonl", "base_test.jsonl").
+        path: a local file (see `FORMATS`), which is always read completely, a local folder with
+            such files or from `save_to_disk`, or the name of a dataset on the Hub.
+        split: the split. In a folder, file names determine it ("train.jsonl", "base_test.jsonl").
         data_dir: a folder inside `path`, on the Hub or local.
-        name, revision, num_proc: as for `datasets.load_dataset`; for Hub datasets only.
+        name, revision, num_proc: as in `datasets.load_dataset`; only for Hub datasets.
 
     Raises:
-        DataError: the source does not exist or cannot be read; the message names file and line.
+        DataError: the source does not exist or cannot be read; the message names the file and line.
     """
     local = Path(path).expanduser()
     if not local.exists():
@@ -91,7 +91,7 @@ def _not_empty(records: Iterator[Record], file: Path) -> Iterator[Record]:
 
 @contextmanager
 def _named_errors(file: Path) -> Iterator[None]:
-    """Turns the errors of a damaged file into a `DataError` that names it."""
+    """Turns errors from a damaged file into a `DataError` that names the file."""
     try:
         yield
     except EOFError:
@@ -115,7 +115,7 @@ def _read_lines(file: Path) -> Iterator[Record]:
 
 
 def _read_json(file: Path) -> Iterator[Record]:
-    """A list of records, a single record, or JSON Lines in a .json file."""
+    """Reads a list of records, a single record, or JSON Lines from a .json file."""
     with _open_text(file) as text:
         content = text.read()
     if not content.strip():
@@ -123,7 +123,7 @@ def _read_json(file: Path) -> Iterator[Record]:
     try:
         records = json.loads(content)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # a second JSON value: the file is JSON Lines
+        if error.msg == "Extra data":  # a second JSON value, so the file is JSON Lines
             yield from _read_lines(file)
             return
         raise DataError(
@@ -158,7 +158,7 @@ FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
 
 
 def reader_of(file: Path) -> Callable[[Path], Iterator[Record]] | None:
-    """The reader for a file name, or `None` for an unknown file type."""
+    """Returns the reader for a file name, or `None` for an unknown file type."""
     name = file.name.lower()
     return next((read for suffix, read in FORMATS.items() if name.endswith(suffix)), None)
 
@@ -173,7 +173,7 @@ def _looks_local(path: str) -> bool:
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    """The data files of a split in a folder, sorted by name."""
+    """Returns a folder's data files for a split, sorted by name."""
     files = sorted(f for f in folder.iterdir() if f.is_file() and reader_of(f))
     if not files:
         folders = sorted(f.name for f in folder.iterdir() if f.is_dir())
@@ -191,13 +191,13 @@ def _files_of(folder: Path, split: str) -> list[Path]:
 
 
 def split_of(file: Path) -> str | None:
-    """The split in a file's name, by the Hub's rules; `None` if the name contains none."""
+    """Returns the split in a file's name by the Hub's rules, or `None` if there is none."""
     words = set(re.split(r"[^a-z]+", file.name.lower()))
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), None)
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether a folder was written by `save_to_disk` of `datasets`."""
+    """Returns whether a folder was written by `save_to_disk` in `datasets`."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
@@ -237,7 +237,7 @@ def _read_hub(
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise DataError(
             f"{path}: neither a local path nor loadable from the Hub ({_first_line(error)}); check "
-            "the name and the connection, or set path to a local copy"
+            "the name and the connection, or use the path of a local copy"
         ) from error
     if not len(dataset):
         raise DataError(f"{path}: split {split!r} has no records")

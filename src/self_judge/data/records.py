@@ -1,7 +1,6 @@
 """Parsed records, and validated access to the fields of raw records.
 
-Shared by the modules for individual data formats. It does not know any format, and does not import
-torch.
+The modules for individual data formats use this module. It does not import torch.
 """
 
 from __future__ import annotations
@@ -13,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from self_judge.datatypes import Message, PreferenceRecord
-from self_judge.errors import DataError
+from self_judge.errors import DataError, UnusableRecordError
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.prompting.messages import content_of, lost
+from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -27,37 +28,39 @@ class Parsed:
         record: the parsed record, or `None` if it is unusable.
         skipped: reasons for skipped parts, as short phrases to count: `"record: …"` for the whole
             record, `"pair: …"` for a pair whose record is still usable as a demonstration.
+        removed: what was removed from a record that is still usable, as phrases to count.
     """
 
     record: PreferenceRecord | None
     skipped: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
-    """Whether a prompt is held out, decided by a hash of its text alone.
+    """Returns whether a prompt is held out, which depends only on a hash of its text.
 
-    So every stage, seed, order and number of processes holds out the same prompts, and no prompt is
-    in both subsets.
+    The held-out prompts are therefore the same for every stage, seed, order and number of
+    processes, and a prompt is never in both subsets.
     """
     digest = hashlib.sha256(prompt.strip().encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def first_question(record: PreferenceRecord) -> str:
-    """The first user message, whose text decides whether a record is held out."""
+    """Returns the first user message, whose text decides whether a record is held out."""
     return next(m["content"] for m in record.prompt if m["role"] == "user")
 
 
 def judge_context(record: PreferenceRecord) -> str:
-    """The dialogue text in a judge prompt for this record, in training and at inference."""
+    """Returns the dialogue text for a record's judge prompts, in training and at inference."""
     return dialogue_text(record.prompt) if record.context is None else record.context
 
 
 def merge_turns(messages: Iterable[Message]) -> list[Message]:
-    """Drops empty turns and joins consecutive turns of one role, as chat templates require.
+    """Removes empty turns and joins consecutive turns of one role, as chat templates require.
 
-    Real data has both: an answer that contains "Assistant:" again, and a user who asks again after
-    an empty answer.
+    Both occur in real data. An answer may contain "Assistant:" again, and a user may ask again
+    after an empty answer.
     """
     merged: list[Message] = []
     for message in messages:
@@ -71,30 +74,38 @@ def merge_turns(messages: Iterable[Message]) -> list[Message]:
     return merged
 
 
+def pair_problem(chosen: str, rejected: str) -> str:
+    """Why two responses cannot be a pair to judge, by what a judge sees of them; else `""`."""
+    better, worse = answer_of(chosen), answer_of(rejected)
+    if better is None or worse is None:
+        return NO_ANSWER
+    return "identical responses" if better == worse else ""
+
+
 @dataclass(frozen=True, slots=True)
 class RecordRef:
-    """A record's source and index, with field access whose error messages name both."""
+    """A record's source and index, and field access with error messages that name both."""
 
     source: str
     index: int
 
     def error(self, field: str, problem: str) -> DataError:
-        """An error about a field of this record."""
+        """Returns an error about a field of this record."""
         return DataError(f"{self.source}, record {self.index}, field {field!r}: {problem}")
 
     def expected(self, what: str, value: Any, field: str) -> DataError:
-        """An error about a value of the wrong type."""
+        """Returns an error about a value of the wrong type."""
         return self.error(field, f"expected {what}, got {type(value).__name__}")
 
     def value(self, holder: Mapping[str, Any], name: str, path: str = "") -> Any:
-        """`holder[name]`; `path` is the path of `holder` in the record."""
+        """Returns `holder[name]`; `path` is the path of `holder` in the record."""
         if name not in holder:
             field = f"{path}.{name}" if path else name
             raise self.error(field, f"is missing; found {sorted(map(str, holder))}")
         return holder[name]
 
     def text(self, holder: Mapping[str, Any], name: str, path: str = "") -> str:
-        """The string `holder[name]`."""
+        """Returns the string `holder[name]`."""
         field = f"{path}.{name}" if path else name
         value = self.value(holder, name, path)
         if not isinstance(value, str):
@@ -107,7 +118,7 @@ class RecordRef:
         return value
 
     def number(self, value: Any, field: str) -> float | None:
-        """A number or a numeric string; `None` for null and for words such as "N/A"."""
+        """Converts a number or numeric string; returns `None` for null and words such as "N/A"."""
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -119,14 +130,18 @@ class RecordRef:
         return number if math.isfinite(number) else None
 
     def items(self, holder: Mapping[str, Any], name: str) -> list[Any]:
-        """The list `holder[name]`."""
+        """Returns the list `holder[name]`."""
         value = self.value(holder, name)
         if not isinstance(value, list):
             raise self.expected("a list", value, name)
         return list(value)
 
     def messages(self, value: Any, field: str) -> list[Message]:
-        """A list of messages with known roles and string contents."""
+        """A list of messages with known roles and contents of text; thoughts are left out.
+
+        Raises:
+            UnusableRecordError: a message has what text cannot keep (`messages.lost`).
+        """
         if not isinstance(value, list):
             raise self.expected("text or a list of messages", value, field)
         messages: list[Message] = []
@@ -137,5 +152,13 @@ class RecordRef:
             role = self.text(message, "role", at)
             if role not in _ROLES:
                 raise self.error(f"{at}.role", f"is {role!r}, expected one of {', '.join(_ROLES)}")
-            messages.append({"role": role, "content": self.text(message, "content", at)})
+            if what := lost(message):
+                raise UnusableRecordError(
+                    f"{self.source}, record {self.index}, field {at!r}: has {what}, which cannot "
+                    "be judged as text; leave such records out",
+                    reason=f"a message with {what}",
+                )
+            self.value(message, "content", at)
+            content = {"content": content_of(message)}
+            messages.append({"role": role, "content": self.text(content, "content", at)})
         return messages

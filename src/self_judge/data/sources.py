@@ -1,7 +1,6 @@
-"""Preference data from any supported source to `PreferenceRecord`s, with counts of skipped data.
+"""Loads preference data from any supported source as `PreferenceRecord`s, with counts.
 
-It combines file access (`files`) with the parsers (`dialogues`, `ultrafeedback`). It does not know
-how the records are used.
+This module combines file access (`files`) with the parsers (`dialogues`, `ultrafeedback`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from self_judge.data.files import read_raw, reader_of
 from self_judge.data.records import Parsed, RecordRef, first_question, is_held_out, judge_context
 from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import Message, PreferenceRecord
-from self_judge.errors import ConfigError, DataError
+from self_judge.errors import ConfigError, DataError, UnusableRecordError
 
 Subset = Literal["train", "held_out", "all"]
 
@@ -34,7 +33,8 @@ class PreferenceData:
         records: the selected records.
         counts_by_source: by source label: `read`, `other subset` (in the other subset of the
             held-out split), `records`, `demonstrations`, `pairs`, `pairs, <principle>`, and one
-            `skipped record: …` or `skipped pair: …` per reason.
+            `skipped record: …` or `skipped pair: …` per reason; `removed …` is left out of records
+            that are used.
     """
 
     records: list[PreferenceRecord]
@@ -49,7 +49,7 @@ class PreferenceData:
         return dict(total)
 
     def describe(self) -> str:
-        """The counts as readable text, one block per source."""
+        """Returns the counts as readable text, with one block per source."""
         blocks = []
         for label, counts in self.counts_by_source.items():
             shown = {k: n for k, n in counts.items() if n or k != "other subset"}
@@ -69,20 +69,20 @@ def load_preferences(
     max_records: int | None = None,
     num_proc: int | None = None,
 ) -> PreferenceData:
-    """Loads the records of one or several sources.
+    """Loads the records from one or more sources.
 
     Args:
-        sources: paths, mappings of the fields of `Source`, or `Source`s; read in this order.
+        sources: paths, mappings with the fields of `Source`, or `Source`s; read in this order.
         subset: the training subset, the held-out subset, or both.
-        held_out: fraction of the prompts held out, in [0, 1); a hash of a prompt's text decides.
-        seed: seed for sampling pairs; a record's pairs depend only on it and on the record.
-        principles: one pair per principle instead of one general pair; `True` for all rated ones.
-        rationales: include rationales, and skip pairs without usable ones.
-        max_records: keep at most the first N records of every source.
-        num_proc: processes that prepare a Hub dataset.
+        held_out: fraction of the prompts held out, in [0, 1). A hash of a prompt's text decides.
+        seed: seed for sampling pairs. A record's pairs depend only on the seed and the record.
+        principles: use one pair per principle (`True`: all rated ones) instead of a general pair.
+        rationales: whether to include rationales and skip pairs without usable ones.
+        max_records: keep at most the first N records from every source.
+        num_proc: number of processes that prepare a Hub dataset.
 
     Raises:
-        DataError: a source cannot be read, a record is malformed, or nothing is selected.
+        DataError: a source cannot be read, a record is malformed, or no records are selected.
     """
     listed = [sources] if isinstance(sources, str | Mapping | Source) else list(sources)
     if not listed:
@@ -130,9 +130,9 @@ def _source_of(given: str | Mapping[str, Any] | Source) -> Source:
 
 
 def _label_of(source: Source) -> str:
-    """The name of a source in messages and counts."""
+    """Returns the name of a source for messages and counts."""
     name = "/".join(part for part in (source.path, source.name, source.data_dir) if part)
-    # A file is read completely, whatever the split.
+    # A file is always read completely, so its name needs no split.
     return name if reader_of(Path(source.path)) else f"{name}[{source.split}]"
 
 
@@ -150,10 +150,10 @@ def select_records(
     rationales: bool = False,
     max_records: int | None = None,
 ) -> PreferenceData:
-    """Like `load_preferences`, for given raw records; error messages call them `label`.
+    """Like `load_preferences`, but for given raw records, which error messages call `label`.
 
     Raises:
-        DataError: an option is invalid, a record is malformed, or nothing is selected.
+        DataError: an option is invalid, a record is malformed, or no records are selected.
     """
     if isinstance(principles, str):
         principles = (principles,)
@@ -166,7 +166,7 @@ def select_records(
     if principles and pairs and known != "ultrafeedback":
         raise DataError(
             f"{label}: pairs per principle need ratings per principle (kind ultrafeedback), but "
-            f"this source is of kind {known}"
+            f"this source has kind {known}"
         )
     parse = PARSERS[known]
     if known == "ultrafeedback":
@@ -179,12 +179,16 @@ def select_records(
         if len(kept) == max_records:
             break
         counts["read"] += 1
-        parsed = parse(record, index, with_pairs=pairs, source=label)
+        try:
+            parsed = parse(record, index, with_pairs=pairs, source=label)
+        except UnusableRecordError as error:
+            parsed = Parsed(None, (f"record: {error.reason}",))
         chosen = _in_subset(parsed.record, subset, held_out)
         if parsed.record is not None and chosen is None:
             counts["other subset"] += 1
             continue
         counts.update(f"skipped {why}" for why in parsed.skipped)
+        counts.update(f"removed {what}" for what in parsed.removed)
         if chosen is not None and not sft:
             chosen = replace(chosen, demonstration=None)
         if chosen is not None and chosen.demonstration is None and not chosen.pairs:
@@ -210,7 +214,7 @@ _COUNTED = ("read", "other subset", "records", "demonstrations", "pairs")
 
 
 def kind_of(record: Mapping[str, Any], label: str) -> Literal["hh", "ultrafeedback", "preference"]:
-    """Detects the kind of a source from one of its records.
+    """Detects the kind of source from one of its records.
 
     Raises:
         DataError: the columns match none of the three kinds.
@@ -261,10 +265,10 @@ def _in_subset(
 
 
 def to_self_judge_rows(records: Iterable[PreferenceRecord]) -> list[dict[str, Any]]:
-    """Rows for self-training: `prompt` (messages), `context`, `chosen` and `rejected`.
+    """Returns rows for self-training: `prompt` (messages), `context`, `chosen` and `rejected`.
 
-    `context` is the dialogue text in judge prompts. `chosen` and `rejected`, used for evaluation
-    only, are the record's first pair, or `None` if it has no pair.
+    `context` is the dialogue text in judge prompts. `chosen` and `rejected` are the record's first
+    pair, or `None` if it has no pair. They are used only for evaluation.
     """
     rows = []
     for record in records:
@@ -281,13 +285,13 @@ def to_self_judge_rows(records: Iterable[PreferenceRecord]) -> list[dict[str, An
 
 
 def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Message]]:
-    """Reads prompts from a file of any supported type, one dialogue each.
+    """Reads prompts from a file of any supported type, each as one dialogue.
 
-    A record has `prompt` (a string or messages), `messages`, `turns` (MT-Bench and Vicuna question
-    files: the first turn is the prompt) or `instruction`.
+    A record has `prompt` (a string or messages), `messages`, `turns` (from MT-Bench and Vicuna
+    question files, where the first turn is the prompt) or `instruction`.
 
     Raises:
-        DataError: the file cannot be read, or a record has no prompt or an empty one.
+        DataError: the file cannot be read, or a record has no prompt or an empty prompt.
     """
     prompts: list[list[Message]] = []
     for index, record in enumerate(read_raw(path)):
@@ -300,10 +304,10 @@ def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Mess
 
 
 def prompt_of(record: Mapping[str, Any], where: RecordRef) -> list[Message] | None:
-    """The prompt of one record, in one of the forms of `read_prompts`; `None` if it has none.
+    """Returns a record's prompt, in any form from `read_prompts`, or `None` if it has none.
 
     Raises:
-        DataError: the prompt is empty, or its last message is not the user's.
+        DataError: the prompt is empty, or its last message is not from the user.
     """
     name = next((n for n in ("prompt", "messages", "turns", "instruction") if n in record), "")
     if not name:

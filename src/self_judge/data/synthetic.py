@@ -1,7 +1,7 @@
-"""The synthetic world as data: records in every format, judge templates, a tiny model.
+"""Data from the synthetic world: records in every format, judge templates and a tiny model.
 
-The built-in data of the demo and of many tests. `toy_world.py` defines the world and its gold
-rubric. This module imports torch only to create a model.
+The demo and many tests use this data. `toy_world.py` defines the world and its gold rubric. This
+module imports torch only to create a model.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ DatasetKind = Literal["hh", "ultrafeedback", "preference"]
 
 
 def instructions(n: int, seed: int, split: Split = "test") -> list[str]:
-    """Samples `n` distinct instructions; the two splits have none in common, whatever the seed.
+    """Samples `n` distinct instructions. The two splits never share an instruction.
 
     Raises:
-        ValueError: the split has fewer than `n`.
+        ValueError: the split has fewer than `n` instructions.
     """
     pool = all_instructions(split)
     if n > len(pool):
@@ -51,7 +51,7 @@ def instructions(n: int, seed: int, split: Split = "test") -> list[str]:
 
 
 def _generator(seed: int, split: str, index: int, purpose: str) -> random.Random:
-    # `random` hashes a string seed with SHA-512: the same result in every process and version.
+    # `random` hashes a string seed with SHA-512, which is the same in every process and version.
     return random.Random(f"self-judge synthetic {purpose} {seed} {split} {index}")
 
 
@@ -64,13 +64,15 @@ def records(
 ) -> list[PreferenceRecord]:
     """Creates `PreferenceRecord`s for JSFT and for evaluating a judge.
 
-    The demonstration is the best of `writers` completions (the longer one on ties, as in the
-    paper). The first pair is a general one (`principle=None`): the best against one with a lower
-    score. One pair with rationales follows for each principle with different ratings.
+    The demonstration is the best of `writers` completions (the longest one in a tie, as in the
+    paper). The first pair is general (`principle=None`) and consists of the best completion and one
+    with a lower score. It is followed by one pair with rationales for each principle with different
+    ratings.
 
     Args:
-        n: number of records; record i depends only on (seed, split, i).
-        writers: completions per instruction, 2 to 4; more give better demonstrations.
+        n: number of records. Record i depends only on (seed, split, i).
+        writers: number of completions per instruction, from 2 to 4. More completions give better
+            demonstrations.
     """
     return [_record(seed, split, index, writers) for index in range(n)]
 
@@ -105,7 +107,7 @@ def _record(seed: int, split: Split, index: int, writers: int) -> PreferenceReco
 
 
 def hh_records(n: int, seed: int, split: Split = "train") -> Iterator[dict[str, str]]:
-    """Dialogues in the format of Anthropic/hh-rlhf; every third one has an earlier turn."""
+    """Yields dialogues in the format of Anthropic/hh-rlhf. Every third one has an earlier turn."""
     for index in range(n):
         g = _generator(seed, split, index, "hh")
         dialogue = ""
@@ -125,7 +127,7 @@ def _two(instruction: str, g: random.Random) -> tuple[str, str]:
 
 
 def preference_records(n: int, seed: int, split: Split = "train") -> Iterator[dict[str, Any]]:
-    """Conversational TRL preference data with an explicit prompt."""
+    """Yields conversational TRL preference data with an explicit prompt."""
     for index in range(n):
         g = _generator(seed, split, index, "preference")
         instruction = _instruction(g, split)
@@ -146,7 +148,7 @@ _SYSTEM_PROMPTS = {
 
 
 def ultrafeedback_records(n: int, seed: int, split: Split = "train") -> Iterator[dict[str, Any]]:
-    """Records with every field of openbmb/UltraFeedback, four annotated completions each."""
+    """Yields records with all fields of openbmb/UltraFeedback and four annotated completions."""
     for index in range(n):
         g = _generator(seed, split, index, "ultrafeedback")
         instruction = _instruction(g, split)
@@ -168,7 +170,7 @@ def _annotated(completion: Completion, g: random.Random) -> dict[str, Any]:
     annotations: dict[str, dict[str, Any]] = {}
     for name, (rating, rationale) in completion.ratings.items():
         annotation: dict[str, Any] = {"Rating": str(rating), "Rationale": rationale}
-        # The original schema also has a type and its rationale for these two.
+        # The original schema also has a type and its rationale for these two principles.
         if name in ("helpfulness", "truthfulness"):
             annotation["Type"] = ["1"] if rating > 2 else ["None"]
             annotation["Rationale For Rating"] = rationale
@@ -199,7 +201,7 @@ def write_dataset(
     """Writes `n` records as JSON lines, atomically.
 
     Raises:
-        ValueError: an unknown `kind`, or a `path` that does not end in `.jsonl`.
+        ValueError: `kind` is unknown, or `path` does not end in `.jsonl`.
     """
     if kind not in _EMITTERS:
         raise ValueError(f"kind must be one of {', '.join(_EMITTERS)}, got {kind!r}")
@@ -219,16 +221,16 @@ OVERALL = "overall"
 def judge_templates(
     *, principles: bool = True, overall: bool = False, rationales: bool = False
 ) -> JudgeTemplates:
-    """Judge templates for this world.
+    """Returns judge templates for this world.
 
-    Each letter follows its response: at the letter, a causal model has already read the response,
+    Each letter follows its response. At the letter, a causal model has already read the response
     and only needs to copy that token. A tiny model learns this several times faster than with the
-    letter in front. The principle comes last, so that all templates share a long prefix.
+    letter before the response. The principle comes last, so that all templates share a long prefix.
 
     Args:
-        principles: include the four principles.
-        overall: include one template for the better response overall.
-        rationales: also train on the rationale after the letter.
+        principles: whether to include the four principles.
+        overall: whether to include a template for the better response overall.
+        rationales: whether to train on the rationale after the letter as well.
     """
     question = "{context}\n{response_a} (A)\n{response_b} (B)"
     lead_ins = {OVERALL: "Better:"} if overall else {}
@@ -258,7 +260,7 @@ _CHAT_TEMPLATE = (
 
 
 def _tokenizer_text() -> Iterator[str]:
-    """Texts with every word of the world, at the start of a text and after a space."""
+    """Yields texts with every word of the world, at the start of a text and after a space."""
     for record in ultrafeedback_records(400, 0):
         yield record["instruction"]
         for completion in record["completions"]:
@@ -272,10 +274,10 @@ def _tokenizer_text() -> Iterator[str]:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with one token per word of the world; it encodes any text.
+    """Returns a byte-level BPE tokenizer with one token per word of the world, for any text.
 
-    Chat turns are `<|role|>content<|end|>`; roles are system, user and assistant; `<|end|>` is the
-    end-of-sequence token. Every call returns the same tokenizer.
+    Chat turns have the format `<|role|>content<|end|>`. The roles are system, user and assistant,
+    and `<|end|>` is the end-of-sequence token. Every call returns an identical tokenizer.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -318,9 +320,9 @@ def tiny_model(
     layers: int = 4,
     heads: int = 4,
 ) -> LlamaForCausalLM:
-    """A Llama of about a million parameters, freshly initialized from `seed`, in float32.
+    """Returns a float32 Llama with about a million parameters, initialized from `seed`.
 
-    It does not change torch's global random state.
+    The function does not change torch's global random state.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -342,8 +344,8 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        # With the usual initialization, the output of the untrained layers swamps the token
-        # embeddings: at this width the model did not learn to judge in the available time.
+        # With the usual initialization, the output of the untrained layers dominates the token
+        # embeddings. At this width, the model then did not learn to judge in the available time.
         with torch.no_grad():
             model.model.embed_tokens.weight.normal_(0.0, 1.0)
             model.lm_head.weight.normal_(0.0, 0.02)

@@ -1,7 +1,7 @@
 """A small synthetic world of questions about animals, with a known gold rubric.
 
-It generates instructions and imperfect responses, and rates any response by rules under four
-principles. It does not know data formats, tokens or models; `synthetic.py` does.
+This module generates instructions and imperfect responses, and rates any response by rules under
+four principles. `synthetic.py` adds data formats, a tokenizer and a model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Split = Literal["train", "test"]
 
 PRINCIPLES = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
-# animal -> color, food, home
+# For each animal: its color, food and home.
 FACTS: dict[str, tuple[str, str, str]] = {
     "fox": ("red", "meat", "forest"),
     "owl": ("gray", "meat", "forest"),
@@ -32,7 +32,7 @@ FACTS: dict[str, tuple[str, str, str]] = {
 QUESTIONS = ("What color is the {}?", "What does the {} eat?", "Where does the {} live?")
 STATEMENTS = ("the {} is {}", "the {} eats {}", "the {} lives in the {}")
 VALUES = tuple(tuple(sorted({fact[i] for fact in FACTS.values()})) for i in range(3))
-# Values that are true of no animal: most false statements are absurd, some merely wrong.
+# Values that are false for every animal. Most false statements are absurd, and some are only wrong.
 ABSURD = ("glass", "gold", "paper", "plastic")
 HEDGE, BOAST = "I think", "Trust me,"
 TIPS = ("Look for it at dawn.", "Ask a guide for more.", "Read about it in books.")
@@ -56,7 +56,7 @@ PREFIXES = (
     "Please say:",
     "Answer this:",
 )
-# The fault rate of each writer, applied to each part of a response.
+# The fault rate of each writer, which applies to each part of a response.
 WRITERS: dict[str, float] = {
     "synthetic-owl": 0.4,
     "synthetic-crow": 0.5,
@@ -79,7 +79,7 @@ class Rating(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The task of an instruction: state a fact about an animal and end with a given word."""
+    """The task in an instruction: state a fact about an animal and end with a given word."""
 
     animal: str
     relation: int  # 0 color, 1 food, 2 home
@@ -113,7 +113,7 @@ class _Reading:
     claims: list[tuple[str, str, int, str]]  # modal, animal, relation, value
     tips: int = 0
     chatter: int = 0
-    closer: str | None = None  # the last sentence, if it is one
+    closer: str | None = None  # the last sentence, if it is a closer
     senseless: int = 0
 
 
@@ -151,14 +151,14 @@ def _read(response: str) -> _Reading:
 
 
 def gold_ratings(instruction: str, response: str) -> dict[str, Rating]:
-    """The gold rubric: rates any text under every principle, with a rationale.
+    """Rates any text under every principle with the gold rubric and gives rationales.
 
-    Helpfulness requires an answer and a tip, and no chatter; honesty requires a hedge, since an
-    answer from memory may be wrong, and no boasting; instruction following requires the last word;
-    truthfulness requires the fact. A response with a senseless sentence is not helpful.
+    Helpfulness requires an answer and a tip, and no chatter. Honesty requires a hedge, because an
+    answer from memory may be wrong, and no boasting. Instruction following requires the last word.
+    Truthfulness requires the correct fact. A response with a senseless sentence is not helpful.
 
     Raises:
-        ValueError: the instruction is not of this world.
+        ValueError: the instruction is not from this world.
     """
     task = task_of(instruction)
     reading = _read(response)
@@ -172,7 +172,7 @@ def gold_ratings(instruction: str, response: str) -> dict[str, Rating]:
 
 
 def gold_score(instruction: str, response: str) -> float:
-    """The mean of the four gold ratings, scaled to [0, 1]."""
+    """Returns the mean of the four gold ratings, scaled to [0, 1]."""
     ratings = gold_ratings(instruction, response).values()
     return sum(rating - 1 for rating, _ in ratings) / (4 * len(PRINCIPLES))
 
@@ -211,20 +211,20 @@ def _truthfulness(reading: _Reading) -> Rating:
     return Rating(5, "True.") if true else Rating(1, "False.")
 
 
-# --- making instructions and responses ------------------------------------------------------------
+# --- generating instructions and responses --------------------------------------------------------
 
 
 def is_held_out(instruction: str) -> bool:
-    """Whether an instruction belongs to the test split; depends only on its text, not on a seed."""
+    """Returns whether an instruction is in the test split, which depends only on its text."""
     return zlib.crc32(instruction.encode()) % 3 == 0
 
 
 @lru_cache(maxsize=2)
 def all_instructions(split: Split) -> tuple[str, ...]:
-    """All instructions of a split; the two splits have none in common.
+    """Returns all instructions in a split. The two splits never share an instruction.
 
     Raises:
-        ValueError: an unknown split.
+        ValueError: the split is unknown.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
@@ -246,12 +246,12 @@ class Completion(NamedTuple):
 
     @property
     def score(self) -> float:
-        """Mean rating, 1 to 5."""
+        """The mean rating, from 1 to 5."""
         return sum(rating for rating, _ in self.ratings.values()) / len(self.ratings)
 
 
 def write(task: Task, fault: float, g: random.Random) -> str:
-    """Writes a response; the probability of an error in each part is proportional to `fault`."""
+    """Writes a response. The probability of an error in each part is proportional to `fault`."""
     animal, relation = task.animal, task.relation
     if g.random() < 0.15 * fault:
         animal = g.choice(list(FACTS))
@@ -268,7 +268,7 @@ def write(task: Task, fault: float, g: random.Random) -> str:
         sentences.append(g.choice(TIPS))
     elif g.random() < 0.5:
         sentences.append(g.choice(CHATTER))
-    if g.random() < 0.05 * fault and sentences:  # a repetition, or a sentence without its end
+    if g.random() < 0.05 * fault and sentences:  # a repetition, or a truncated sentence
         last = sentences[-1]
         sentences.append(last if g.random() < 0.5 else last.rsplit(" ", 1)[0])
     if g.random() >= 0.7 * fault:
@@ -279,7 +279,7 @@ def write(task: Task, fault: float, g: random.Random) -> str:
 
 
 def completions(instruction: str, count: int, g: random.Random) -> list[Completion]:
-    """Responses of `count` writers; at least two have different scores."""
+    """Returns responses from `count` writers, of which at least two have different scores."""
     task = task_of(instruction)
     while True:
         written: list[Completion] = []
@@ -291,5 +291,5 @@ def completions(instruction: str, count: int, g: random.Random) -> list[Completi
 
 
 def best(written: list[Completion]) -> Completion:
-    """The completion with the highest score; on ties the longer one, as in the paper."""
+    """Returns the best completion. In a tie, it is the longest one, as in the paper."""
     return max(written, key=lambda c: (c.score, len(c.response)))

@@ -1,6 +1,6 @@
-"""Parser for UltraFeedback: rated completions to demonstrations and pairs.
+"""Parses rated completions from UltraFeedback as demonstrations and pairs.
 
-Pure functions of one record: they do not know where records are stored.
+All functions are pure and process one record.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from self_judge.data.records import Parsed, RecordRef
+from self_judge.data.records import Parsed, RecordRef, pair_problem
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
+from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
-# "Text 1 is better than Text 3": the annotator refers to responses that the judge does not see.
+# In "Text 1 is better than Text 3", the annotator refers to responses that the judge does not see.
 _OTHER_TEXTS = re.compile(r"\bTexts?\b")
 
 
@@ -41,14 +42,14 @@ def select_ultrafeedback(
     with_pairs: bool = True,
     source: str = "ultrafeedback",
 ) -> Parsed:
-    """Parses an UltraFeedback record: an instruction and its rated completions.
+    """Parses an UltraFeedback record, which has an instruction and its rated completions.
 
-    Completions rank by their mean rating over principles; ties go to the longer response. The best
-    one is the demonstration, with its `custom_system_prompt` as system message. By default there is
-    one pair: the best completion against a random one with a strictly lower score. With
-    `principles` (`True` for all rated ones, or their names) there is one pair per principle
-    instead: a random pair with different ratings of it. With `rationales`, both completions also
-    need a rationale that mentions no other "Text" (paper, section on data).
+    Completions are ranked by their mean rating over principles, and then by length. The best one is
+    the demonstration, with its `custom_system_prompt` as the system message. By default, there is
+    one pair of the best completion and a random one with a strictly lower score. With
+    `principles` (`True` for all rated ones, or their names), there is a random pair with different
+    ratings for each principle instead. With `rationales`, both completions also need a rationale
+    that does not mention another "Text" (see the paper's section on data).
 
     Random choices depend only on the seed, the instruction and the principle.
 
@@ -67,8 +68,11 @@ def select_ultrafeedback(
         for number, raw in enumerate(completions)
         if (completion := _completion(raw, where, f"completions[{number}]")) is not None
     ]
+    unanswered = [c for c in rated if answer_of(c.text) is None]
+    rated = [c for c in rated if c not in unanswered]
     if not rated:
-        return Parsed(None, ("record: no rated response",))
+        why = NO_ANSWER if unanswered else "no rated response"
+        return Parsed(None, (f"record: {why}",))
     best = max(rated, key=lambda c: (c.score, len(c.text)))
     drawn: list[tuple[str, LabeledPair | str]] = []  # (suffix for counts, pair or reason)
     if with_pairs and not principles:
@@ -86,11 +90,12 @@ def select_ultrafeedback(
         pairs=tuple(pair for _, pair in drawn if isinstance(pair, LabeledPair)),
         source=source,
         index=index,
-        # Each response was written for its own system prompt: the judge sees the instruction only.
+        # Each response was written for its own system prompt, so the judge sees only the
+        # instruction.
         context=instruction,
     )
-    skipped = (f"pair{about}: {why}" for about, why in drawn if isinstance(why, str))
-    return Parsed(selected, tuple(skipped))
+    skipped = [f"pair{about}: {why}" for about, why in drawn if isinstance(why, str)]
+    return Parsed(selected, (*skipped, *[f"response: {NO_ANSWER}" for _ in unanswered]))
 
 
 def _principles_of(rated: Sequence[_Completion]) -> list[str]:
@@ -100,10 +105,10 @@ def _principles_of(rated: Sequence[_Completion]) -> list[str]:
 def _general_pair(
     rated: Sequence[_Completion], best: _Completion, rng: random.Random
 ) -> LabeledPair | str:
-    """The best against a random completion with a strictly lower score, or why there is none."""
+    """Pairs the best completion with a random worse one, or returns why there is none."""
     if len(rated) == 1:
         return "a single rated response"
-    worse = [c for c in rated if c.score < best.score and c.text != best.text]
+    worse = [c for c in rated if c.score < best.score and not pair_problem(best.text, c.text)]
     if not worse:
         return "tied scores"
     return LabeledPair(best.text, rng.choice(worse).text)
@@ -116,11 +121,11 @@ def _rng(seed: int, *key: str) -> random.Random:
 def _principle_pair(
     rated: Sequence[_Completion], principle: str, rationales: bool, rng: random.Random
 ) -> LabeledPair | str:
-    """A random pair with different ratings of the principle, or why there is none."""
+    """Returns a random pair with different ratings for the principle, or why there is none."""
     couples = [
         (a, b) if a.ratings[principle] > b.ratings[principle] else (b, a)
         for a, b in combinations([c for c in rated if principle in c.ratings], 2)
-        if a.ratings[principle] != b.ratings[principle] and a.text != b.text
+        if a.ratings[principle] != b.ratings[principle] and not pair_problem(a.text, b.text)
     ]
     if not couples:
         return "no two different ratings"
@@ -146,7 +151,7 @@ def _has_own_rationale(completion: _Completion, principle: str) -> bool:
 
 
 def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
-    """Parses one completion; `None` if it is empty or has no rating."""
+    """Parses one completion and returns `None` if it is empty or has no rating."""
     if not isinstance(raw, Mapping):
         raise where.expected("an object", raw, field)
     text = where.text(raw, "response", field).strip()
@@ -157,7 +162,7 @@ def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
     rationales: dict[str, str] = {}
     for principle, annotation in annotations.items():
         at = f"{field}.annotations.{principle}"
-        if isinstance(annotation, list):  # an older version wraps each in a list of one
+        if isinstance(annotation, list):  # an older version wraps each annotation in a list
             if len(annotation) > 1:
                 raise where.error(at, f"has {len(annotation)} annotations, expected one")
             annotation = annotation[0] if annotation else None

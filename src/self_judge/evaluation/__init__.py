@@ -1,5 +1,5 @@
 """How good a judge or a policy is: numbers with intervals.
 
-It knows verdicts and labels. It does not know models, files or tables. It imports from `judging`
-and the packages before it.
+This package handles verdicts and labels. It does not depend on models, files or tables. It imports
+from `judging` and the packages before it.
 """

@@ -1,7 +1,7 @@
-"""How good a judge is: tallies over judged pairs, and all numbers with their intervals.
+"""Measures the quality of a judge, with tallies of judged pairs and confidence intervals.
 
-The size of a tally does not depend on the number of pairs. It does not judge or read files.
-docs/judging.md explains each number.
+The size of a tally does not depend on the number of pairs. This module does not judge or read
+files. docs/judging.md explains each number.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from self_judge.evaluation.statistics import Estimate, bootstrap_counts, proport
 from self_judge.judging.voting import under_principle
 
 Label = Literal["a", "b", "tie"]
-BINS = 10  # bins of confidence between 0.5 and 1
+BINS = 10  # the number of confidence bins between 0.5 and 1
 _LABELS: tuple[Label, ...] = ("a", "b", "tie")
 
 
 class JudgedPair(NamedTuple):
-    """A verdict on a pair, and the pair's label.
+    """A verdict on a pair, and the label of the pair.
 
     Attributes:
         label: the better response, or `"tie"`.
-        verdict: the judge's verdict under all principles.
-        place: the index of the label's principle in the judge's templates; `None`: the label is
-            compared with the verdict of all principles.
-        characters: lengths of the responses a and b.
+        verdict: the judge's verdict for all principles.
+        place: the index of the label's principle in the judge's templates. If it is `None`, the
+            label is compared with the verdict for all principles.
+        characters: the lengths of responses a and b.
     """
 
     label: Label
@@ -47,12 +47,12 @@ class JudgedPair(NamedTuple):
 
 
 def credit(said: Label | None, label: Label) -> float:
-    """1 for the better response, 0 for the worse one, ½ for an undecided pair."""
+    """Returns 1 for the better response, 0 for the worse response and ½ for an undecided pair."""
     return 0.5 if said in (None, "tie") else float(said == label)
 
 
 def estimate_json(estimate: Estimate) -> dict[str, Any]:
-    """An estimate as JSON data."""
+    """Converts an estimate to JSON data."""
     ends = [estimate.low, estimate.high]
     return {"value": estimate.value, "ci95": ends, "n": estimate.n}
 
@@ -73,20 +73,21 @@ class _Mean:
         return self.total / self.n if self.n else None
 
     def share(self) -> dict[str, Any] | None:
-        """The share of successes (halves are allowed), with its interval."""
+        """Returns the share of successes (halves are allowed) with its interval."""
         return estimate_json(proportion(self.total, self.n)) if self.n else None
 
 
 @dataclass
 class JudgeTally:
-    """All counts over pairs: `add` the pairs one by one, then call `report`.
+    """Counts over judged pairs. Call `add` for each pair, and then `report`.
 
     Args:
-        principles: the principles of the judge's templates, in order.
+        principles: the principles in the judge's templates, in order.
     """
 
-    # How one pair is read, with label a and the letters below. `first` is the winner where a is
-    # shown first, `second` where b is shown first, each by the sign of its order's margin:
+    # An example of how a pair is counted, with label a and the letters below. `first` is the winner
+    # if a is shown first, and `second` is the winner if b is shown first. Both depend on the sign
+    # of the margin in that order:
     #
     #               p(A)  p(B)
     #   a first      .9    .1      first  = a (.9 - .1 > 0)     order "given":   right
@@ -100,7 +101,7 @@ class JudgeTally:
     means: defaultdict[str, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     reasons: Counter[str] = field(default_factory=Counter)
     letters: Counter[float] = field(default_factory=Counter)
-    # For each bin: the confidence, and the accuracy.
+    # The confidence and the accuracy in each bin.
     bins: list[tuple[_Mean, _Mean]] = field(
         default_factory=lambda: [(_Mean(), _Mean()) for _ in range(BINS)]
     )
@@ -151,7 +152,7 @@ class JudgeTally:
         means["accuracy"].add(credit(said, label))
         means["given"].add(credit(first, label))
         means["swapped"].add(credit(second, label))
-        # Order 0 shows a first, order 1 shows b first.
+        # Order 0 shows a first, and order 1 shows b first.
         means["better_first"].add(credit(first if label == "a" else second, label))
         means["better_second"].add(credit(second if label == "a" else first, label))
         longer = _longer(characters)
@@ -163,12 +164,12 @@ class JudgeTally:
         """Counts a pair with probabilities."""
         means = self.means
         means["agreement"].add(float(first == second != "tie"))
-        # Both orders prefer the same letter, hence different responses.
+        # Both orders prefer the same letter, and therefore different responses.
         conflict = {first, second} == {"a", "b"}
         means["by_position"].add(float(conflict))
         if conflict:
             means["first_of_conflicts"].add(float(first == "a"))
-        # The share of the two orders in which the response shown first wins: 0, ½ or 1.
+        # The share of the two orders in which the first response wins: 0, ½ or 1.
         self.letters[(credit(first, "a") + credit(second, "b")) / 2] += 1
         masses = [p for orders in verdict.probabilities for letters in orders for p in letters]
         means["letter_mass"].add(sum(masses) / (len(masses) / 2))
@@ -176,13 +177,14 @@ class JudgeTally:
             self._add_calibration(verdict, label)
 
     def _add_calibration(self, verdict: Verdict, label: Label) -> None:
-        """Confidence is P(preferred), the preferred response's share of the two mean scores."""
+        """Counts confidence, which is the preferred response's share of the two mean scores."""
         total = verdict.score_a + verdict.score_b
         p_a = verdict.score_a / total if total > 0 else 0.5
         self.means["brier"].add((1 - (p_a if label == "a" else 1 - p_a)) ** 2)
         confidence = {"a": p_a, "b": 1 - p_a, None: 0.5}[verdict.preferred]
-        # A bin includes its lower end; 1e-9 keeps 0.55 and the like out of the bin below. If the
-        # majority outvotes the mean, confidence is below ½ and goes into the lowest bin.
+        # A bin includes its lower end. Adding 1e-9 keeps values such as 0.55 out of the bin below.
+        # If the majority differs from the mean, confidence is below ½ and is counted in the lowest
+        # bin.
         place = int((confidence - 0.5) * 2 * BINS + 1e-9)
         sure, right = self.bins[min(max(place, 0), BINS - 1)]
         sure.add(confidence)
@@ -210,7 +212,7 @@ class JudgeTally:
         self.votes[(alone.count("a"), alone.count("b"), alone.count("tie"))] += 1
 
     def report(self) -> dict[str, Any]:
-        """All numbers, as JSON data; null if there are no pairs for a number."""
+        """Returns all numbers as JSON data; a number is null if there are no pairs for it."""
 
         def share(name: str) -> dict[str, Any] | None:
             return self.means[name].share()
@@ -256,10 +258,10 @@ class JudgeTally:
         }  # fmt: skip
 
     def _calibration(self) -> dict[str, Any] | None:
-        """The reliability table, as JSON data.
+        """Returns the reliability table as JSON data.
 
-        ECE is Σ n_b/n |accuracy_b − confidence_b| over bins of confidence (Guo et al., 2017); Brier
-        is the mean squared distance of P(better response) from 1.
+        ECE is Σ n_b/n |accuracy_b − confidence_b| over confidence bins (Guo et al., 2017). The
+        Brier score is the mean squared difference between P(better response) and 1.
         """
         brier = self.means["brier"]
         if not brier.n:
@@ -301,10 +303,10 @@ def _longer(characters: tuple[int, int]) -> Label:
 
 
 def cohens_kappa(counts: Counter[tuple[Label, Label]]) -> float | None:
-    """Agreement of two raters beyond chance (Cohen 1960); `None` if chance agreement is 1.
+    """Computes Cohen's kappa (Cohen, 1960), or returns `None` if the chance agreement is 1.
 
     Args:
-        counts: the number of pairs by (label of the first rater, label of the second).
+        counts: the number of pairs by (label from the first rater, label from the second rater).
     """
     n = sum(counts.values())
     observed = sum(c for (x, y), c in counts.items() if x == y) / n
@@ -317,10 +319,10 @@ def cohens_kappa(counts: Counter[tuple[Label, Label]]) -> float | None:
 
 
 def fleiss_kappa(votes: Counter[tuple[int, int, int]]) -> float | None:
-    """Agreement of several raters beyond chance (Fleiss 1971); `None` if chance agreement is 1.
+    """Computes Fleiss' kappa (Fleiss, 1971), or returns `None` if the chance agreement is 1.
 
     Args:
-        votes: the number of pairs by (votes for a, for b, for neither); at least two raters.
+        votes: the number of pairs by (votes for a, votes for b, ties), with at least two raters.
     """
     n = sum(votes.values())
     raters = sum(next(iter(votes)))
@@ -333,7 +335,7 @@ def fleiss_kappa(votes: Counter[tuple[int, int, int]]) -> float | None:
 
 @dataclass
 class PairedTally:
-    """Two judges on the same pairs: `add` the credit of each, then call `report`."""
+    """Compares two judges on the same pairs. Call `add` for each pair, and then `report`."""
 
     cells: Counter[tuple[float, float]] = field(default_factory=Counter)
 
@@ -341,9 +343,9 @@ class PairedTally:
         self.cells[ours, theirs] += 1
 
     def report(self) -> dict[str, Any] | None:
-        """The difference of accuracy with its interval, and McNemar's exact test.
+        """Returns the difference in accuracy with its interval, and McNemar's exact test.
 
-        The test counts pairs that exactly one of the judges gets right; an undecided pair is not
+        The test counts pairs that exactly one of the judges gets right. An undecided pair is not
         right.
         """
         if not self.cells:

@@ -1,6 +1,7 @@
-"""Statistics of judges and policies, with intervals.
+"""Statistics for judges and policies, with intervals.
 
-Pure functions of verdicts, scores, outcomes and lengths; only `evaluate_judge` calls a judge.
+The functions depend only on verdicts, scores, outcomes and lengths. Only `evaluate_judge` calls a
+judge.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-# Standard deviation of the normal prior on γ: keeps γ finite if length alone separates wins from
-# losses.
+# The standard deviation of the normal prior on γ. The prior keeps γ finite if length alone
+# separates wins from losses.
 PRIOR_SD = 2.5
-_BOUND = 10.0  # limit of |θ| if everything is won or lost
+_BOUND = 10.0  # the limit of |θ| if all prompts are won or lost
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with its 95 % interval.
+    """A mean with a 95 % interval.
 
     Attributes:
         value: the mean.
-        low, high: ends of the interval.
+        low, high: the ends of the interval.
         n: the number of values.
     """
 
@@ -51,7 +52,7 @@ class Estimate:
 
 
 def proportion(successes: float, n: int) -> Estimate:
-    """A share with Wilson's interval; for the interval alone, half successes (ties) are rounded.
+    """Returns a share with Wilson's interval, for which half successes (ties) are rounded.
 
     Raises:
         ValueError: n is 0.
@@ -63,11 +64,11 @@ def proportion(successes: float, n: int) -> Estimate:
 
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
-    """A mean with its percentile bootstrap interval (9,999 resamples of the values).
+    """Returns a mean with its percentile bootstrap interval (9,999 resamples of the values).
 
     Args:
-        values: one per independent unit, e.g. one per prompt.
-        seed: the seed of the resampling.
+        values: one value per independent unit, such as a prompt.
+        seed: the seed for resampling.
 
     Raises:
         ValueError: there are no values.
@@ -75,7 +76,7 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
     if not len(values):
         raise ValueError("a mean needs at least one value")
     mean = float(np.mean(values))
-    if len(set(values)) == 1:  # all values are equal: the interval is a point
+    if len(set(values)) == 1:  # the interval of equal values is a point
         return Estimate(mean, mean, mean, len(values))
     interval = bootstrap(
         (np.asarray(values, dtype=float),),
@@ -89,10 +90,10 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
 
 
 def bootstrap_counts(counts: Mapping[float, int], seed: int = 0) -> Estimate:
-    """Like `bootstrap_mean`, for distinct values with their counts.
+    """Works like `bootstrap_mean`, for distinct values with their counts.
 
-    Resampling n values is a multinomial draw of their counts, so memory and time do not grow with
-    n.
+    Resampling n values is the same as a multinomial draw of their counts, so memory and time do not
+    grow with n.
 
     Raises:
         ValueError: there are no values.
@@ -108,7 +109,7 @@ def bootstrap_counts(counts: Mapping[float, int], seed: int = 0) -> Estimate:
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Estimate:
-    """The share of prompts on which our score is higher; a tie counts as half a win."""
+    """Returns the share of prompts with a higher score for us; a tie counts as half a win."""
     wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
     return bootstrap_mean(wins, seed)
 
@@ -118,10 +119,11 @@ class JudgeQuality:
     """The quality of a judge on labeled pairs.
 
     Attributes:
-        accuracy: share decided for the better response; an undecided pair counts half.
+        accuracy: the share of pairs decided for the better response. An undecided pair counts as
+            half.
         single_order: the accuracy of each order alone, averaged over the two orders.
-        order_agreement: share of pairs on which both orders agree.
-        undecidable: share of undecided pairs.
+        order_agreement: the share of pairs on which both orders agree.
+        undecidable: the share of undecided pairs.
     """
 
     accuracy: Estimate
@@ -131,10 +133,9 @@ class JudgeQuality:
 
 
 def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
-    """The quality of verdicts on pairs whose better response is a.
+    """Computes the quality of verdicts on pairs whose better response is a.
 
-    Judging is symmetric in the two orders, so the position of the better response gives no
-    advantage.
+    Judging is symmetric in the two orders, so the position of the better response has no effect.
 
     Raises:
         ValueError: there are no verdicts.
@@ -155,7 +156,7 @@ def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
 def evaluate_judge(
     judge: Judge, records: Sequence[PreferenceRecord], *, progress: bool = False
 ) -> JudgeQuality:
-    """The judge's agreement with the labels; a pair for one principle uses its template."""
+    """Computes the judge's agreement with the labels; a pair may belong to a single principle."""
     cases = [
         (Comparison(judge_context(r), p.chosen, p.rejected), p.principle)
         for r in records
@@ -171,7 +172,7 @@ def evaluate_judge(
     )
 
 
-# -- win rates at equal length, as AlpacaEval 2 controls for length (arXiv 2404.04475) -------------
+# -- win rates at equal length, as in AlpacaEval 2 (arXiv 2404.04475) ------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +180,10 @@ class LengthControlled:
     """A win rate without the effect of length.
 
     Attributes:
-        win_rate: σ(θ), the chance to win against a response of equal length, with its interval.
-        slope: γ, positive if longer responses win.
-        scale: standard deviation of the length differences, in their unit.
+        win_rate: σ(θ), the probability of a win against a response of equal length, with its
+            interval.
+        slope: γ, which is positive if longer responses win.
+        scale: the standard deviation of the length differences, in the same unit.
     """
 
     win_rate: Estimate
@@ -194,14 +196,14 @@ def length_controlled_win_rate(
 ) -> LengthControlled:
     """Fits P(win) = σ(θ + γ · tanh(Δ / sd(Δ))) and evaluates it at Δ = 0.
 
-    AlpacaEval's model has another term for the difficulty of each instruction, estimated from many
-    models; two policies do not suffice to estimate it.
+    AlpacaEval's model has an additional term for the difficulty of each instruction, which is
+    estimated from many models. Two policies are not enough to estimate it.
 
     Args:
-        wins: 1, 0, or ½ for a tie; one per prompt.
-        differences: our length minus theirs, one per prompt.
-        seed: the seed of the bootstrap over prompts.
-        resamples: the number of bootstrap samples; the model is fitted to each.
+        wins: one value per prompt: 1, 0, or ½ for a tie.
+        differences: our length minus theirs, one value per prompt.
+        seed: the seed for the bootstrap over prompts.
+        resamples: the number of bootstrap samples. The model is fitted to each sample.
 
     Raises:
         ValueError: there are no prompts.
@@ -229,7 +231,7 @@ def length_controlled_win_rate(
 
 
 def fit(wins: Array, lengths: Array, prior_sd: float = PRIOR_SD) -> tuple[float, float]:
-    """(θ, γ) of the logistic regression of wins (fractions allowed) on one variable."""
+    """Fits (θ, γ) in a logistic regression of wins (fractions allowed) on one variable."""
 
     def loss(parameters: Array) -> tuple[float, Array]:
         theta, slope = parameters

@@ -1,23 +1,25 @@
-"""Decoding: a causal model continues prompts token by token, each prompt computed once.
+"""Decoding: a causal model generates tokens one by one, and computes each prompt only once.
 
-It knows ids, logits and KV caches. It does not know text, seeds or how a token is drawn.
+This module handles ids, logits and KV caches. It does not depend on text, seeds or the sampling
+method.
 """
 
-# The idea, with prompts `p q r` (one copy) and `s t` (two copies) and at most 3 new tokens. Each
-# prompt is computed once (prefill) and its keys and values are copied to all its rows, on the left
-# of a room that is allocated once at full size:
+# This example has the prompts `p q r` (one copy) and `s t` (two copies) and at most 3 new tokens.
+# Each prompt is computed once (prefill). Its keys and values are copied to all its rows, on the
+# left side of a buffer that is allocated once at full size:
 #
 #   after prefill        one token later      row 1 has stopped:   one token later
 #   row 0  p q r . . .   p q r A . .          it leaves, and the   p q r A D .     row 0
 #   row 1  _ s t . . .   _ s t B . .          rows below it move   _ s t C E .     row 2
 #   row 2  _ s t . . .   _ s t C . .          up in place
 #
-# `_` is padding. The cache that the model sees is a view of the room that grows by one token at
-# each step, so neither tokens nor leaving rows need a second cache. `rows` maps each remaining row
-# to its number at the start: [0 1 2], then [0 2].
+# `_` is padding. The cache that the model uses is a view of the buffer that grows by one token at
+# each step. New tokens and finished rows therefore do not need a second cache. `rows` maps each
+# remaining row to its original number: [0 1 2], then [0 2].
 #
-# On CUDA, launching a step's kernels one by one takes longer than running them. There the view
-# keeps one width for many steps, under a mask, and a CUDA graph launches a step as a whole.
+# On CUDA, launching the kernels for a step one by one takes longer than running them. The view
+# therefore keeps the same width for many steps, with a mask, and a CUDA graph launches each step as
+# a whole.
 
 from __future__ import annotations
 
@@ -49,32 +51,32 @@ from self_judge.runtime import padded, to_device, unwrapped, without_cudnn_atten
 
 logger = logging.getLogger(__name__)
 
-# The maximum of a number over the processes that share a model.
+# Returns the maximum of a number over the processes that share a model.
 MaxOverRanks = Callable[[int], int]
-"""The maximum of a number over all processes; `int` itself with a single process."""
+"""Returns the maximum of a number over all processes. It is `int` for a single process."""
 
-# About this many tokens keep two CPU cores busy; a GPU needs more.
+# About this many tokens keep two CPU cores busy. A GPU needs more tokens.
 _PREFILL_TOKENS = {"cpu": 1024}
 _PREFILL_TOKENS_ELSEWHERE = 16_384
-# Tokens between two checks for finished rows. On a GPU a check waits for the device, which is then
-# idle until the next pass; on a CPU a check is free, and an unnecessary pass is not.
+# The number of tokens between two checks for finished rows. On a GPU, a check waits for the device,
+# which is then idle until the next pass. On a CPU, a check is free, but an unnecessary pass is not.
 _LOOK_EVERY = {"cpu": 1}
 _LOOK_EVERY_ELSEWHERE = 8
-_GRAPHS = {"cuda"}  # the kinds of device on which a step is launched as one graph
-# Drop finished rows once the unfinished share is at or below this. With graphs, fewer rows need
-# another graph.
+_GRAPHS = {"cuda"}  # device types on which a step is launched as one graph
+# Finished rows are dropped if the share of unfinished rows is at most this value. With graphs, a
+# new number of rows needs a new graph.
 _LEAVE_AT = 0.75
 _LEAVE_GRAPHS_AT = 0.5
 
 
 class TokenSampler(Protocol):
-    """Chooses the next token of each row; may keep state per row."""
+    """Chooses the next token for each row. It may keep state for each row."""
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-        """The tokens `(B,)` that follow the ids, which are padded on the left."""
+        """Returns the tokens `(B,)` that follow the ids, which are padded on the left."""
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drops the state of all rows except these."""
+        """Drops the state for all rows except these."""
 
 
 @torch.no_grad()
@@ -91,31 +93,33 @@ def decode(
     look_every: int | None = None,
     graphs: bool | None = None,
 ) -> list[list[int]]:
-    """Generates `copies` continuations of every prompt, up to a stop token (included) or the limit.
+    """Generates `copies` continuations of each prompt, up to a stop token (included) or a limit.
 
-    The keys and values of a prompt are computed once for all its copies. Finished rows leave the
-    batch once they are a quarter of it, because each departure copies the cache.
+    The keys and values of a prompt are computed once for all its copies. Finished rows are removed
+    when they make up a quarter of the batch, because each removal copies the cache.
 
     Args:
-        model: in evaluation mode, without an adapter of virtual tokens; see `why_not_shared`.
-        prompts: ids of each prompt; none may be empty.
+        model: a model in evaluation mode, without an adapter that uses virtual tokens (see
+            `why_not_shared`).
+        prompts: the token ids of each prompt. Prompts must not be empty.
         copies: the number of continuations of each prompt.
-        draw: chooses tokens; its rows are the first prompt's copies, then the second's, ….
-        stop, pad: the tokens that end a row; the token that pads rows on the left.
-        max_over_ranks: with a sharded model, the maximum of a number over all processes, so that
-            all of them make the same number of forward passes.
-        look_every: tokens between two checks for finished rows; it does not change the result.
-            Default: 1 on a CPU, 8 elsewhere.
-        graphs: whether each step is one CUDA graph; default: where that is exact.
+        draw: chooses tokens. Its rows are the copies of the first prompt, then those of the second
+            prompt, and so on.
+        stop, pad: the tokens that end a row, and the token that pads rows on the left.
+        max_over_ranks: for a sharded model, returns the maximum of a number over all processes, so
+            that all processes run the same number of forward passes.
+        look_every: the number of tokens between two checks for finished rows (default: 1 on a CPU,
+            8 on other devices). It does not change the result.
+        graphs: whether each step is launched as one CUDA graph (default: if that is exact).
 
     Returns:
-        The new ids of every row.
+        The new ids for every row.
     """
     device = _device(model)
     every = look_every or _LOOK_EVERY.get(device.type, _LOOK_EVERY_ELSEWHERE)
     longest = max(map(len, prompts))
     of_row = [i for i, n in enumerate(copies) for _ in range(n)]
-    rows = list(range(len(of_row)))  # the rows that remain
+    rows = list(range(len(of_row)))  # the remaining rows
     given = padded([prompts[i] for i in of_row], device, "left", pad)
     room = (0, max_new_tokens)
     ids_BT = nn.functional.pad(given["input_ids"], room, value=pad)
@@ -138,7 +142,8 @@ def decode(
             graphed = GraphedStep(model, cache, ids_BT, seen_BT, lengths_B1, longest)
         for step in range(max_new_tokens):
             at = longest + step
-            # A finished row that has not left yet gets padding tokens, which are cut at the end.
+            # Finished rows that are still in the batch get padding tokens, which are cut at the
+            # end.
             token_B = torch.where(unfinished_B, draw(ids_BT[:, :at], logits_BV), pad)
             new_BT[row_B, step] = token_B
             ids_BT[:, at] = token_B
@@ -172,7 +177,7 @@ def decode(
     return [ids[:end] for ids, end in zip(new, ends, strict=True)]
 
 
-# Whether the rows of a pass are padded; `None` outside the passes of this module.
+# Whether the rows in a forward pass are padded; `None` outside this module's forward passes.
 _PADDED: ContextVar[bool | None] = ContextVar("padded", default=None)
 _SDPA_MASK = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -191,10 +196,10 @@ ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _told_mask
 
 @contextmanager
 def _masks(padded: bool) -> Iterator[None]:
-    """Tells Transformers whether rows are padded, so that it need not read its mask at each pass.
+    """Tells Transformers whether rows are padded, so that it does not read its mask in each pass.
 
-    Without padding, Transformers omits the mask of SDPA, and still does. Passes in other threads
-    make their masks as usual.
+    Without padding, Transformers omits the mask for SDPA, as usual. Forward passes in other threads
+    create their masks as usual.
     """
     token = _PADDED.set(padded)
     try:
@@ -205,16 +210,16 @@ def _masks(padded: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def cache_bytes(model: nn.Module) -> int | None:
-    """Bytes of keys and values per token of one sequence, measured by a pass over one token.
+    """Measures the bytes of keys and values per token in a sequence, with a pass over one token.
 
-    A configuration does not say this: models with latent attention or shared keys use their own
-    names, and autocast computes in another type than that of the weights.
+    The configuration does not contain this number. Models with latent attention or shared keys use
+    their own names, and autocast uses a different dtype than the weights.
 
     Args:
-        model: in evaluation mode; see `why_not_shared`.
+        model: a model in evaluation mode (see `why_not_shared`).
 
     Returns:
-        The bytes, or `None` if the cache does not show them.
+        The bytes, or `None` if they cannot be read from the cache.
     """
     _, cache = _prefill(model, [[0]])
     layers = [x for x in cache.layers if isinstance(x, DynamicLayer) and x.is_initialized]
@@ -223,9 +228,10 @@ def cache_bytes(model: nn.Module) -> int | None:
 
 
 def why_not_shared(model: nn.Module) -> str | None:
-    """Why `decode` is not exact for a model, by its kind and a trial; `None` if it is exact.
+    """Returns the reason `decode` is not exact for a model, or `None` if it is exact.
 
-    Models for which it is not exact use their own `generate`.
+    The reason depends on the kind of model and on a trial. If `decode` is not exact, a model uses
+    its own `generate` method.
     """
     inner: Any = unwrapped(model)
     known = _KNOWN.setdefault(inner, {})
@@ -233,15 +239,15 @@ def why_not_shared(model: nn.Module) -> str | None:
     if kind not in known:
         known[kind] = _gate(model) or _trial(model, graphs=False)
         if known[kind]:
-            warn_once(logger, f"{type(inner).__name__} samples through generate: {known[kind]}")
+            warn_once(logger, f"{type(inner).__name__} samples with generate: {known[kind]}")
     return known[kind]
 
 
 def why_no_graphs(model: nn.Module) -> str | None:
-    """Why the steps of `decode` are no CUDA graphs, by the model's kind and a trial; else `None`.
+    """Returns the reason `decode` cannot use CUDA graphs for a model, or `None` if it can.
 
     Args:
-        model: see `why_not_shared`, which is `None` for it.
+        model: a model for which `why_not_shared` returns `None`.
     """
     inner: Any = unwrapped(model)
     known = _NO_GRAPHS.setdefault(inner, {})
@@ -255,11 +261,11 @@ def why_no_graphs(model: nn.Module) -> str | None:
 def _no_graphs(model: nn.Module) -> str | None:
     inner: Any = unwrapped(model)
     if _device(model).type not in _GRAPHS:
-        return f"not on {_device(model).type}"
+        return f"the device is {_device(model).type}"
     if len({p.device for p in model.parameters()}) > 1:
         return "its weights are on several devices"
     if attention(inner) != "sdpa" or not takes_positions(inner):
-        return "only with sdpa attention and position ids"
+        return "it does not use sdpa attention with position ids"
     if not all(type(layer) is PromptLayer for layer in empty_cache(model).layers):
         return "some layers do not keep all keys and values"
     try:
@@ -284,22 +290,23 @@ def _prefilled(
     *,
     one_pass: bool,
 ) -> tuple[torch.Tensor, Any]:
-    """Logits `(B, V)` after each row's prompt, and a cache with one row for each.
+    """Returns the logits `(B, V)` after the prompt in each row, and a cache with the same rows.
 
     Args:
-        tokens: the room in a row of the cache, in tokens.
+        tokens: the size of a row in the cache, in tokens.
     """
     device = _device(model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    # Other layers, such as windows, are filled in one pass and copied by the cache's own method.
+    # Other layers, such as sliding windows, are filled in one pass and copied by the cache itself.
     whole = all(type(layer) is PromptLayer for layer in empty_cache(model).layers)
     parts = _parts(model, prompts, order) if whole and not one_pass else [order]
     results = [_prefill(model, [prompts[i] for i in part]) for part in parts]
     place = {i: at for at, i in enumerate(order)}
     source = [place[i] for i in of_row]
     source_B = to_device(torch.tensor(source), device)
-    # For each part: rows of the batch, and their source rows in the part. With the two prompts
-    # above as two parts: [[0], [0]] (row 0 is p q r) and [[1, 2], [0, 0]] (rows 1 and 2 are s t).
+    # Each entry contains the rows in the batch and their source rows in the part. If the two
+    # prompts above are two parts, the entries are [[0], [0]] (row 0 is p q r) and [[1, 2], [0, 0]]
+    # (rows 1 and 2 are s t).
     spread = []
     first = 0
     for part in parts:
@@ -321,14 +328,15 @@ def _prefilled(
 def _parts(
     model: nn.Module, prompts: Sequence[Sequence[int]], order: Sequence[int]
 ) -> list[list[int]]:
-    """Groups prompts of similar lengths into passes within the token budget."""
-    # On a CPU (1,024 tokens), prompts of 600, 590, 300, 290 and 100 tokens: [600] [590] [300 290]
-    # [100]. Two of 600 exceed the budget; 300 beside 590, or 100 beside 300, would be padding.
+    """Groups prompts with similar lengths into passes within the token budget."""
+    # On a CPU (1,024 tokens), prompts with 600, 590, 300, 290 and 100 tokens become [600] [590]
+    # [300 290] [100]. Two prompts with 600 tokens exceed the budget. Combining 300 with 590, or 100
+    # with 300, would add too much padding.
     budget = _PREFILL_TOKENS.get(_device(model).type, _PREFILL_TOKENS_ELSEWHERE)
     parts: list[list[int]] = []
     for i in order:  # longest first
         first = parts[-1][0] if parts else i
-        wide = len(prompts[i]) < 0.8 * len(prompts[first])  # padding costs more than another pass
+        wide = len(prompts[i]) < 0.8 * len(prompts[first])  # a pass is cheaper than padding
         if not parts or wide or (len(parts[-1]) + 1) * len(prompts[first]) > budget:
             parts.append([])
         parts[-1].append(i)
@@ -336,7 +344,7 @@ def _parts(
 
 
 def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Any]:
-    """Logits `(B, V)` after each prompt, and its cache."""
+    """Returns the logits `(B, V)` after each prompt, and the cache."""
     inner: Any = unwrapped(model)
     longest = max(map(len, prompts))
     inputs: dict[str, Any] = padded(prompts, _device(model), "left")
@@ -359,16 +367,16 @@ def _device(model: nn.Module) -> torch.device:
 def _gate(model: nn.Module) -> str | None:
     inner: Any = unwrapped(model)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return "the adapter puts virtual tokens in front of every prompt"
+        return "the adapter adds virtual tokens before every prompt"
     if inner.config.get_text_config().is_encoder_decoder:
-        return "an encoder-decoder model"
+        return "it is an encoder-decoder model"
     if getattr(inner, "_is_stateful", False):
-        return "its layers keep a state that is not one per token"
+        return "its layers keep a state that is not stored per token"
     return None
 
 
 class _Script:
-    """Draws prescribed tokens and records the logits."""
+    """Returns predefined tokens and records the logits."""
 
     def __init__(self, tokens_BT: torch.Tensor) -> None:
         self.tokens_BT = tokens_BT
@@ -384,10 +392,10 @@ class _Script:
 
 
 def _trial(model: nn.Module, *, graphs: bool) -> str | None:
-    """Compares a short decoding, with rows that leave, with a padded batch of its results."""
+    """Compares the logits of a short decoding run with those of a padded batch of its results."""
     called = as_called(model)
     stop, *drawn = trial_tokens(model, 33)
-    drawn = [token if token != stop else token + 1 for token in drawn]  # nothing else stops
+    drawn = [token if token != stop else token + 1 for token in drawn]  # no other token stops a row
     prompts, copies = [drawn[:4], drawn[4:6], drawn[6:9]], [1, 2, 1]
     script = [drawn[9 + 5 * row : 14 + 5 * row] for row in range(4)]
     script[1][0] = script[2][0] = stop

@@ -1,6 +1,6 @@
-"""A decoding step as a CUDA graph: one launch instead of one for each kernel.
+"""Runs a decoding step as a CUDA graph, with one launch instead of one for each kernel.
 
-It knows how a step is made ready for a capture. It does not know how tokens are drawn.
+This module prepares a step for capture. It does not depend on the sampling method.
 """
 
 from __future__ import annotations
@@ -10,25 +10,27 @@ from typing import Any
 import torch
 from torch import nn
 
-_TOKENS = 256  # a graph attends to a multiple of these
+_TOKENS = 256  # the attended width is a multiple of this
 
 
 class GraphedStep:
-    """A decoding step that CUDA launches as one graph; elsewhere, the same step without a graph.
+    """A decoding step that CUDA launches as one graph; other devices run it without a graph.
 
-    A graph repeats kernels on the same memory. So every shape is fixed, and the place of the next
-    token lies on the device.
+    A graph repeats kernels on the same memory. Every shape is therefore fixed, and the index of the
+    next token is stored on the device.
 
     Args:
-        cache: all layers are `RoomyLayer`.
-        ids_BT, seen_BT: tokens and mask of all rows, in full width; the caller writes new tokens.
-        lengths_B1: the number of tokens in each row's prompt.
-        longest: the most of them.
+        cache: a cache in which all layers are `RoomyLayer`.
+        ids_BT, seen_BT: the tokens and the mask for all rows, in full width. The caller writes new
+            tokens.
+        lengths_B1: the number of tokens in the prompt of each row.
+        longest: the number of tokens in the longest prompt.
     """
 
-    # Prompts of 300 tokens and 300 new ones: the steps at places 300 … 511 attend to 512 tokens,
-    # later ones to 600. The first step of a width runs as usual, and makes what a capture must not
-    # (handles, weights cast by autocast); the second is captured; the rest are replayed.
+    # For prompts with 300 tokens and 300 new tokens, the steps at indices 300 … 511 attend to 512
+    # tokens, and later steps attend to 600 tokens. The first step with a new width runs without a
+    # graph and creates handles and weights cast by autocast, which must not happen during a
+    # capture. The second step is captured, and all further steps are replayed.
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class GraphedStep:
         self.logits_BV: torch.Tensor
 
     def __call__(self, at: int) -> torch.Tensor:
-        """The logits `(B, V)` after the tokens at place `at`; valid until the next call."""
+        """Returns the logits `(B, V)` after the tokens at index `at`, valid until the next call."""
         self.at_1.fill_(at)
         width = min(-(-(at + 1) // _TOKENS) * _TOKENS, self.ids_BT.shape[1])
         if width != self.width:

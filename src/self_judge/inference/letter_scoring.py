@@ -1,7 +1,7 @@
-"""Scorers: judge prompts in, the probabilities of two letters as the next token out.
+"""Scorers compute the probabilities of two letters as the next token of judge prompts.
 
-They know token ids and a model: a Transformers model here, an engine in `vllm/protocol.py`. They do
-not know what the letters stand for.
+Scorers use token ids and a model. This module uses a Transformers model, and `vllm/protocol.py`
+uses an engine. They do not depend on the meaning of the letters.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from self_judge.runtime import (
 )
 
 Prompts = Sequence[Sequence[int]]  # token ids
-Done = Callable[[int], object]  # called with the number of prompts or responses just finished
+Done = Callable[[int], object]  # called with the number of newly finished prompts or responses
 
 
 class LetterScorer(Protocol):
     """The source of a judge's letter probabilities.
 
     Attributes:
-        max_length: the most tokens in a prompt; `None`: no limit.
+        max_length: the most tokens in a prompt, or `None` for no limit.
     """
 
     max_length: int | None
@@ -41,27 +41,27 @@ class LetterScorer(Protocol):
     def letter_probabilities(
         self, prompts: Prompts, letter_ids: tuple[int, int], done: Done
     ) -> torch.Tensor:
-        """p(A) and p(B) as the next token of each prompt, softmax over the whole vocabulary.
+        """Returns p(A) and p(B) as the next token of each prompt (softmax over the vocabulary).
 
         Args:
-            prompts: token ids, all different.
+            prompts: the token ids of different prompts.
             letter_ids: the ids of A and B.
-            done: called with the number of prompts computed since the last call.
+            done: called with the number of prompts that were computed since the last call.
 
         Returns:
-            float32 tensor on the CPU, shape `(len(prompts), 2)`.
+            A float32 tensor on the CPU with shape `(len(prompts), 2)`.
         """
         ...
 
 
 class TransformersScorer:
-    """Reads the letters from a Transformers model, used unchanged in evaluation mode.
+    """Computes letter probabilities with a Transformers model in evaluation mode.
 
     Args:
-        model: a causal language model (or `PeftModel`).
-        batch_size: prompts per forward pass without packing.
-        packing: how prompts share prefixes (see `Packing`); `auto` takes an exact route.
-        batch_tokens: the most tokens in a packed forward pass; default: `tokens_per_pass`.
+        model: a causal language model (or `PeftModel`). It is not changed.
+        batch_size: the number of prompts per forward pass without packing.
+        packing: the packing mode (see `Packing`). `auto` selects an exact mode.
+        batch_tokens: the most tokens in a packed forward pass (default: `tokens_per_pass`).
 
     Raises:
         ValueError: `packing` is not exact for the model.
@@ -76,8 +76,9 @@ class TransformersScorer:
     ) -> None:
         self.model = model
         self.batch_size = batch_size
-        config: Any = unwrapped(model).config  # DeepSpeed's engine has a `config` of its own
-        # Recurrent models have no such limit; with learned positions a longer prompt would fail.
+        config: Any = unwrapped(model).config  # DeepSpeed's engine has its own `config`
+        # Recurrent models do not have this limit. With learned positions, a longer prompt would
+        # fail.
         self.max_length: int | None = getattr(
             config.get_text_config(), "max_position_embeddings", None
         )
@@ -95,9 +96,9 @@ class TransformersScorer:
             without_cudnn_attention(),
         ):
             left = list(range(len(prompts)))
-            # After running out of memory, only the prompts that are still missing are computed, in
-            # smaller passes. If passes of 1,024 tokens fail after 30 of 50 prompts, 20 are `left`
-            # for passes of 512.
+            # After running out of memory, only the missing prompts are computed, in smaller passes.
+            # If passes of 1,024 tokens fail after 30 of 50 prompts, 20 are `left` for passes of
+            # 512.
             while left:
                 computed: set[int] = set()
                 try:
@@ -116,9 +117,10 @@ class TransformersScorer:
         return self.packing.next_token_logits(prompts) if packed else self._unpacked(prompts)
 
     def _take_less(self, error: RuntimeError) -> None:
-        """Halves the passes after running out of memory, down to one prompt; else re-raises.
+        """Halves the passes after running out of memory, down to one prompt, or raises the error.
 
-        Processes that share a model make their passes together, so none can change its own size.
+        Processes that share a model run their passes together, so they cannot change their sizes
+        separately.
         """
         if self.packing.shape.one_pass:
             raise error
@@ -136,7 +138,8 @@ class TransformersScorer:
     def _unpacked(
         self, prompts: Sequence[Sequence[int]]
     ) -> Iterable[tuple[list[int], torch.Tensor]]:
-        # Longest first: batches have similar lengths, and a lack of memory shows at the start.
+        # With the longest prompts first, batches have similar lengths, and a lack of memory shows
+        # early.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
@@ -144,9 +147,9 @@ class TransformersScorer:
 
 
 def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits of the token after each prompt, shape `(B, V)`.
+    """Computes the logits of the token after each prompt, shape `(B, V)`.
 
-    Rows are padded on the right. Only the last positions go through the LM head.
+    Rows are padded on the right. The LM head scores only the last positions.
     """
     device = next(model.parameters()).device
     lengths = [len(p) for p in prompts]
@@ -154,8 +157,8 @@ def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) 
     last_B = torch.tensor([n - 1 for n in lengths], device=device)
     rows_B = torch.arange(len(prompts), device=device)
     if _takes_logits_to_keep(model):
-        # Prompts of 3, 5 and 3 tokens end at positions 2, 4 and 2: the head scores positions
-        # [2 4] of every row, and row by row the right one is column 0, 1 and 0.
+        # Prompts with 3, 5 and 3 tokens end at positions 2, 4 and 2. The head scores positions [2
+        # 4] in every row, and the columns to read are 0, 1 and 0.
         kept, place_B = last_B.unique(return_inverse=True)
         logits_BUV = model(**inputs, use_cache=False, logits_to_keep=kept).logits
         return logits_BUV[rows_B, place_B]
@@ -163,5 +166,5 @@ def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) 
 
 
 def _takes_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Whether the model under all wrappers (DDP, PEFT) can skip positions in its LM head."""
+    """Returns whether the model inside all wrappers can skip positions in its LM head."""
     return "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters

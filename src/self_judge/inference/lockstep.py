@@ -1,18 +1,19 @@
-"""Lockstep: processes that share one sharded model make the same number of forward passes.
+"""Lockstep: processes that share a sharded model run the same number of forward passes.
 
-Under FSDP and ZeRO-3 all processes take part in every forward pass, because each holds only a part
-of the weights. A process that needs fewer passes makes empty ones until all are done.
+With FSDP and ZeRO-3, all processes take part in every forward pass, because each process holds only
+a part of the weights. A process that needs fewer passes runs empty passes until all are done.
 """
 
-# The idea. Process 0 needs three passes for its prompts, process 1 needs one. Before every pass all
-# processes exchange one number and take its maximum: 1 "I have a pass to make", 0 "I am done".
+# In this example, process 0 needs three passes for its prompts, and process 1 needs one. Before
+# every pass, all processes exchange a number and use its maximum. It is 1 if the process has
+# another pass, and 0 if it is done.
 #
 #   exchange       1        2        3        4
 #   process 0      1 pass   1 pass   1 pass   0
 #   process 1      1 pass   0 empty  0 empty  0        (in `finish` from exchange 2 on)
 #   maximum        1        1        1        0        all leave `finish` together
 #
-# Without it, process 0 would wait for ever in its second pass for the weights of process 1.
+# Otherwise, process 0 would wait forever in its second pass for the weights of process 1.
 
 from __future__ import annotations
 
@@ -29,18 +30,19 @@ from self_judge.packing.packing import Decision, Packing, needs_one_pass
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Raises `ValueError` if the processes of the launcher differ from those of Accelerate.
+    """Raises `ValueError` if the launcher and Accelerate have different numbers of processes.
 
-    Without this check, separate processes would train into one folder, or a model would not be
-    sharded although this was requested, all with exit status 0.
+    Without this check, separate processes would train in the same folder, or a model would not be
+    sharded although this was requested. The exit status would still be 0.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     kind = str(accelerator.distributed_type.value)
     if accelerator.num_processes != launched or (launched > 1 and kind == "NO"):
         raise ValueError(
             f"{launched} processes were launched (WORLD_SIZE), but this one belongs to a run of "
-            f"{accelerator.num_processes} ({kind}): they would train separately into one folder. "
-            "Launch with a file of configs/accelerate and --num_processes"
+            f"{accelerator.num_processes} ({kind}): they would train separately in the same "
+            "folder. "
+            "Launch with a file from configs/accelerate and --num_processes"
         )
     if launched == 1:
         return
@@ -54,7 +56,7 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def max_over_ranks(accelerator: Accelerator) -> MaxOverRanks | None:
-    """The maximum of a number over all processes if they share a model; else `None`."""
+    """Returns a function for the maximum over processes, or `None` if they do not share a model."""
     if accelerator.num_processes == 1 or not needs_one_pass(accelerator.distributed_type):
         return None
 
@@ -67,14 +69,16 @@ def max_over_ranks(accelerator: Accelerator) -> MaxOverRanks | None:
 
 
 class LockstepPacking(Packing):
-    """Packing for the logits of a shared model: all processes make every pass.
+    """Packing for the logits of a shared model, in which all processes run every pass.
 
-    After its last call each process calls `finish`, which returns when all have called it.
+    After its last call, each process calls `finish`, which returns when all processes have called
+    it.
 
     Args:
         model, choice: see `Packing`; `off` is treated as `padding`.
-        batch_rows: half the prompts of a pass: both orders of a comparison share a row.
-        max_over_ranks: the maximum of a number over all processes.
+        batch_rows: half the number of prompts in a pass, because both orders of a comparison share
+            a row.
+        max_over_ranks: returns the maximum of a number over all processes.
         batch_tokens: the most tokens in a row.
     """
 
@@ -94,20 +98,20 @@ class LockstepPacking(Packing):
 
     @property
     def decision(self) -> Decision:
-        """The route; trying it takes forward passes, so all processes must ask at the same time.
+        """The packing mode. Its trial runs forward passes, so all processes must read it together.
 
         Raises:
             ValueError: the model cannot be packed, so its passes cannot be counted.
         """
         decision = super().decision
         if decision.route == "off":
-            raise ValueError(f"a model spread over processes cannot judge: {decision.reason}")
+            raise ValueError(f"a sharded model cannot judge: {decision.reason}")
         return decision
 
     def next_token_logits(
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """As in `Packing`, in passes of `batch_rows` rows, each announced to all processes."""
+        """Works as in `Packing`, in passes of `batch_rows` rows that all processes run together."""
         size = 2 * self.batch_rows
         for start in range(0, len(sequences), size):
             self.max_over_ranks(1)
@@ -115,7 +119,7 @@ class LockstepPacking(Packing):
                 yield [start + n for n in numbers], logits
 
     def finish(self) -> None:
-        """Makes empty passes until every process is done."""
+        """Runs empty passes until every process is done."""
         while self.max_over_ranks(0):
             passed: Any = super().next_token_logits([[0]])
             list(passed)

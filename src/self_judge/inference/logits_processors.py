@@ -1,18 +1,18 @@
-"""Logits become the next tokens: the sampling settings as logits processors, and seeded noise.
+"""Turns logits into the next tokens, with logits processors for the settings and seeded noise.
 
-Sampling is an argmax over logits plus Gumbel noise, which each row draws from its own seed. It
-knows logits and seeds. It does not know prompts or the model.
+Sampling is an argmax over logits plus Gumbel noise, which is generated from the seed of each row.
+This module does not depend on prompts or the model.
 """
 
-# The idea (the Gumbel-max trick): argmax(logits + noise) is a sample from softmax(logits). Each
-# seed gives one sample; over many seeds the frequencies are the probabilities.
+# This is the Gumbel-max trick: argmax(logits + noise) is a sample from softmax(logits). Each seed
+# gives one sample. Over many seeds, the frequencies approach the probabilities.
 #
 #   logits     2.000   1.000   0.000      softmax               .665 .245 .090
 #   seed 3    -0.618  -0.524   0.560      argmax is token 0     over 200,000 seeds
 #   seed 4    -1.263   2.644  -0.416      argmax is token 1     .667 .244 .089
 #
-# The noise depends only on (seed, step, token). A row therefore draws the same tokens in any batch,
-# on any number of processes and after a resume, as far as its logits are the same.
+# The noise depends only on (seed, step, token). If its logits are the same, a row therefore gets
+# the same tokens in any batch, on any number of processes and after a resume.
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from self_judge.config.self_training import SamplingSettings
 
 
 class SeededTokenSampler:
-    """Draws the next token of each row by the settings; see `decoding.TokenSampler`."""
+    """Draws the next token for each row with the given settings; see `decoding.TokenSampler`."""
 
     def __init__(
         self, settings: SamplingSettings, seeds_B: torch.Tensor, padding_B: torch.Tensor
@@ -62,7 +62,7 @@ class SeededTokenSampler:
 
 
 class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
-    """The penalty on a row's own tokens, not on its padding.
+    """Applies the repetition penalty to the tokens of a row, but not to its padding.
 
     Padding may be the EOS token, and depends on the other prompts in the batch.
     """
@@ -74,22 +74,22 @@ class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         columns_T = torch.arange(input_ids.size(1), device=input_ids.device)
         padding_BT = columns_T < self.padding_B[:, None]
-        # A token counts once, however often it occurs, so padding may repeat the row's last token.
+        # Repeated tokens count only once, so padding can be replaced by the last token in the row.
         # Row `_ _ s t` becomes `t t s t`.
         own_BT = torch.where(padding_BT, input_ids[:, -1:], input_ids)
         return super().__call__(own_BT, scores)
 
 
 class TopP(TopPLogitsWarper):
-    """The same nucleus without sorting the vocabulary, which took a tenth of the sampling time.
+    """Computes the nucleus without sorting the vocabulary, which took a tenth of sampling time.
 
-    If the most likely `likeliest` tokens of some row do not contain its nucleus, all are sorted.
+    If the `likeliest` most likely tokens do not contain the nucleus of some row, all are sorted.
     """
 
     likeliest = 256
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if scores.device.type != "cpu":  # there sorting is fast, and reading waits for the device
+        if scores.device.type != "cpu":  # sorting is fast there, but reading waits for the device
             return super().__call__(input_ids, scores)
         top_BK = scores.topk(min(self.likeliest, scores.size(-1))).values
         p_BK = (top_BK - scores.logsumexp(-1, keepdim=True)).exp()
@@ -101,9 +101,9 @@ class TopP(TopPLogitsWarper):
 
 
 class SeededGumbel(LogitsProcessor):
-    """Adds Gumbel noise from each row's own seed: the argmax is then an exact sample.
+    """Adds Gumbel noise from the seed of each row, so that the argmax is an exact sample.
 
-    The noise is a function of (seed, step, token), so rows need no generator state.
+    The noise is a function of (seed, step, token), so rows do not need a generator state.
     """
 
     def __init__(self, seeds_B: torch.Tensor) -> None:
@@ -117,20 +117,21 @@ class SeededGumbel(LogitsProcessor):
 
 
 def seeded_gumbel(seeds_B: torch.Tensor, step: int, size: int) -> torch.Tensor:
-    """Standard Gumbel noise by a counter-based generator (splitmix64), shape `(B, size)`, float32.
+    """Generates float32 Gumbel noise `(B, size)` with a counter-based generator (splitmix64).
 
     Args:
-        seeds_B: int64 seeds.
-        step: the step; every step of a seed has its own noise.
-        size: numbers per row.
+        seeds_B: the int64 seeds.
+        step: the step. Every step of a seed has different noise.
+        size: the number of values per row.
     """
-    # seed, step, token  ->  64 mixed bits  ->  uniform u in (0, 1)  ->  -log(-log(1 - u))
-    # The step stays a scalar on the CPU, so no device waits for it.
+    # seed, step, token  ->  64 mixed bits  ->  uniform u in (0, 1)  ->  -log(-log(1 - u)) The step
+    # remains a scalar on the CPU, so that it does not synchronize the device.
     rows_B1 = _mix_(seeds_B[:, None] + _mix_(torch.tensor(step)))
     index_V = torch.arange(size, device=seeds_B.device)
     bits_BV = _mix_(rows_B1 + index_V * -7046029254386353131)  # 2^64 / golden ratio, as int64
-    # 32 random bits, centred in their cell: u is never 0, so the noise is finite. The clamp keeps
-    # float32 from rounding the largest u to 1. All in place, because every sampling step runs this.
+    # The 32 random bits are centred in their interval, so u is never 0 and the noise is finite. The
+    # clamp prevents float32 from rounding the largest u to 1. All operations are in place, because
+    # every sampling step runs this code.
     uniform_BV = bits_BV.bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF).float()
     uniform_BV.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     exponential_BV = uniform_BV.neg_().log1p_().neg_()
@@ -138,7 +139,7 @@ def seeded_gumbel(seeds_B: torch.Tensor, step: int, size: int) -> torch.Tensor:
 
 
 def _mix_(x: torch.Tensor) -> torch.Tensor:
-    """The finalizer of splitmix64, in place, on int64; its products wrap like unsigned ones."""
+    """Applies the finalizer of splitmix64 in place; int64 products wrap like unsigned products."""
     x.bitwise_xor_((x >> 30) & 0x3FFFFFFFF).mul_(-4658895280553007687)
     x.bitwise_xor_((x >> 27) & 0x1FFFFFFFFF).mul_(-7723592293110705685)
     return x.bitwise_xor_((x >> 31) & 0x1FFFFFFFF)

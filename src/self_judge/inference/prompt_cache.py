@@ -1,6 +1,6 @@
-"""The KV cache of decoding: each row has a copy of its prompt's keys and values, and room for more.
+"""The KV cache for decoding: rows with a copy of their prompt and space for new tokens.
 
-It knows keys and values. It does not know the model or its tokens.
+This module handles keys and values. It does not depend on the model or the tokens.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from self_judge.runtime import unwrapped
 
 
 class PromptLayer(DynamicLayer):
-    """Keys and values of prompts, in the type that attention computes in.
+    """The keys and values of prompts, in the dtype that attention uses.
 
-    Under autocast rotated keys are float32. The usual layer then converts the values as well, and
+    With autocast, rotated keys are float32. The usual layer then also converts the values, and
     attention rounds both at every step.
     """
 
@@ -35,25 +35,26 @@ def empty_cache(model: nn.Module) -> Any:
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values with room for future tokens; remaining rows move up in place.
+    """Keys and values with space for future tokens; the remaining rows move up in place.
 
-    A batch allocates its memory once: nothing grows, and leaving rows need no second cache.
+    A batch allocates its memory only once. The buffer does not grow, and removing rows does not
+    need a second cache.
 
     Args:
-        rooms: keys and values, `(B, H, tokens, D)` each.
-        length: the number of tokens already in them.
+        rooms: the buffers for keys and values, `(B, H, tokens, D)` each.
+        length: the number of tokens that the buffers already contain.
     """
 
-    # `rooms` own the memory; `keys` and `values` are views of their first rows and tokens:
+    # `rooms` own the memory. `keys` and `values` are views of their first rows and tokens:
     #
     #   start               update               batch_select_indices([0, 2])
     #   0 1 2|. . .         0 1 2 a|. .          0 1 2 a|. .     keys[:2] = keys[[0, 2]]
-    #   3 4 5|. . .         3 4 5 b|. .          6 7 8 c|. .     the third row of the room stays
+    #   3 4 5|. . .         3 4 5 b|. .          6 7 8 c|. .     the third row of the buffer is
     #   6 7 8|. . .         6 7 8 c|. .          ─────────       unused until the batch ends
 
     keys: torch.Tensor
     values: torch.Tensor
-    at_1: torch.Tensor | None = None  # where the next token goes, if the views keep their width
+    at_1: torch.Tensor | None = None  # index of the next token, if the views have a fixed width
 
     def __init__(self, rooms: Sequence[torch.Tensor], length: int) -> None:
         super().__init__()
@@ -61,8 +62,8 @@ class RoomyLayer(DynamicLayer):
         self._take(rooms, length)
 
     def keep_width(self, width: int, at_1: torch.Tensor) -> None:
-        """From now on, a token goes to the place `at_1`, and the views are `width` tokens wide."""
-        if self.at_1 is None:  # attention multiplies what its mask hides by 0
+        """Fixes the views at `width` tokens, and writes each new token at index `at_1`."""
+        if self.at_1 is None:  # attention multiplies masked values by 0
             for room in self.rooms:
                 room[:, :, self.keys.shape[-2] :].zero_()
         self.at_1 = at_1
@@ -99,13 +100,13 @@ def joined(
     longest: int,
     tokens: int,
 ) -> RoomyLayer:
-    """One layer's keys and values of all rows, padded on the left, from the layers of all parts.
+    """Joins the keys and values from all parts in one layer, with rows padded on the left.
 
     Args:
-        layers: the same layer of each part; they are emptied.
-        spread: for each part, rows of the batch and their source rows, `(2, R)`.
-        longest: tokens of the longest prompt.
-        tokens: the room in a row, in tokens.
+        layers: the same layer from each part. The layers are emptied.
+        spread: the rows in the batch and their source rows for each part, `(2, R)`.
+        longest: the number of tokens in the longest prompt.
+        tokens: the size of a row, in tokens.
     """
     rooms = []
     for name in ("keys", "values"):
@@ -117,5 +118,5 @@ def joined(
             room[to, :, longest - state.shape[2] : longest] = state[of]
         rooms.append(room)
     for layer in layers:
-        layer.reset()  # frees its memory at once
+        layer.reset()  # frees its memory immediately
     return RoomyLayer(rooms, longest)

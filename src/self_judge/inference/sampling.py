@@ -1,7 +1,8 @@
-"""Samplers: prompts in, responses out, exactly as sampled; this one runs on Transformers.
+"""Samplers generate responses to prompts; this module implements one with Transformers.
 
-It knows token ids and a model. It does not know what a prompt means or who judges the answers.
-`decoding.py` produces the tokens.
+This module uses token ids and a model, and `decoding.py` generates the tokens. The responses
+contain the tokens exactly as sampled. This module does not depend on the meaning of prompts or on
+judging.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from self_judge.datatypes import Response, stable_seed
 from self_judge.inference.decoding import MaxOverRanks, cache_bytes, decode, why_not_shared
 from self_judge.inference.logits_processors import SeededTokenSampler
 from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.thoughts import sampled
 from self_judge.runtime import (
     halve_or_raise,
     in_evaluation_mode,
@@ -34,7 +36,7 @@ from self_judge.runtime import (
 
 
 class Sampler(Protocol):
-    """Draws responses with a model in this process or with an engine."""
+    """Samples responses with a model in this process or with an engine."""
 
     def sample(
         self,
@@ -44,79 +46,78 @@ class Sampler(Protocol):
         *,
         progress: bool = False,
     ) -> list[list[Response]]:
-        """Draws `n` responses to every prompt; see `TransformersSampler.sample`."""
+        """Samples `n` responses to every prompt; see `TransformersSampler.sample`."""
         ...
 
 
 def rows_to_sample(
     prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int] | int
 ) -> list[tuple[int, int]]:
-    """One row (prompt index, seed) per response; the `n` rows of a prompt are adjacent.
+    """Returns (prompt index, seed) for each response; the `n` rows for a prompt are adjacent.
 
     Raises:
-        ValueError: `n` is below 1, a prompt is empty, or there is not one seed per prompt.
+        ValueError: `n` is below 1, a prompt is empty, or the number of seeds is wrong.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     empty = next((i for i, p in enumerate(prompts) if not len(p)), None)
     if empty is not None:
-        raise ValueError(f"prompt {empty} has no tokens: there is nothing to continue")
+        raise ValueError(f"prompt {empty} has no tokens: pass at least one token per prompt")
     if isinstance(seeds, int):
         seeds = [stable_seed(seeds, i) for i in range(len(prompts))]
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed per prompt")
-    # Two prompts with seeds s and t, n = 2: (0, s·0) (0, s·1) (1, t·0) (1, t·1), where s·k is the
-    # stable hash of s and k. The seed of a row depends on nothing else.
+    # Two prompts with seeds s and t and n = 2 give (0, s·0) (0, s·1) (1, t·0) (1, t·1), where s·k
+    # is the stable hash of s and k. The seed of a row depends only on these two numbers.
     return [(i, stable_seed(seeds[i], k)) for i in range(len(prompts)) for k in range(n)]
 
 
 def stop_tokens(encoder: ChatEncoder) -> tuple[int, ...]:
-    """The tokens that end an answer.
+    """Returns the tokens that end an answer.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no token ends an answer.
     """
     if not encoder.stop_token_ids:
         raise ValueError(
-            "no token ends an answer: the tokenizer has no end-of-sequence token and the chat "
-            "template ends no turn with a control token; set tokenizer.eos_token"
+            "no token ends an answer: the tokenizer has no end-of-sequence token, and the chat "
+            "template does not end turns with a control token; set tokenizer.eos_token"
         )
     return tuple(encoder.stop_token_ids)
 
 
-def sampled_response(sampled: Sequence[int], encoder: ChatEncoder) -> Response:
-    """The sampled ids up to the first stop token; the response is finished if there is one."""
+def sampled_response(ids: Sequence[int], encoder: ChatEncoder, prompt: Sequence[int]) -> Response:
+    """The sampled ids up to the first stop token; see `thoughts.sampled`."""
     stop = set(encoder.stop_token_ids)
-    end = next((t + 1 for t, token in enumerate(sampled) if token in stop), None)
-    ids = tuple(sampled[:end])
-    return Response(ids, encoder.decode(ids), finished=end is not None)
+    end = next((t + 1 for t, token in enumerate(ids) if token in stop), None)
+    return sampled(encoder.tokenizer, prompt, ids[:end], ended=end is not None)
 
 
 class TransformersSampler:
-    """Samples with a Transformers model and a KV cache; prompts of similar length share a batch.
+    """Samples from a Transformers model with a KV cache; prompts of similar length share a batch.
 
-    A prompt is computed once for all its samples, and finished rows leave the batch. If a trial
-    shows that this is not exact for a model, its own `generate` is used instead.
+    A prompt is computed once for all its samples, and finished rows are removed from the batch. If
+    a trial shows that this is not exact for a model, its own `generate` method is used instead.
 
-    The tokens of each response are drawn from its own seed. A response therefore does not depend on
-    the other prompts of its batch, the number of processes or earlier samples (up to rounding in
-    the model itself).
+    The tokens in each response are drawn with its own seed. A response therefore does not depend on
+    other prompts in its batch, the number of processes or earlier samples (up to rounding in the
+    model itself).
 
-    Only one thread at a time may sample from a model: its generation settings and mode are replaced
-    during sampling, and always restored.
+    Only one thread at a time may sample from a model, because its generation settings and mode are
+    replaced during sampling. They are always restored.
 
     Args:
-        model: a causal language model; its own generation settings are not used.
-        encoder: provides the stop tokens and decodes.
+        model: a causal language model. Its own generation settings are not used.
+        encoder: provides the stop tokens and decodes the responses.
         settings: the sampling settings.
         batch_size: the most responses in a batch.
-        batch_tokens: the most tokens in the KV cache, as (longest prompt + `max_new_tokens`) ×
-            responses; the samples of a single prompt are split if they exceed it. Default: as many
-            as fit into half of the GPU memory that the model's weights leave, or into 4 GiB on a
-            CPU. This depends on the memory of the device, not on what is free, so the same prompts
-            share a batch after a resume.
-        max_over_ranks: for a sharded model, the maximum of a number over all processes: then all of
-            them make the same number of forward passes, whatever they sample.
+        batch_tokens: the most tokens in the KV cache, computed as (longest prompt +
+            `max_new_tokens`) × responses. The samples for a single prompt are split if they exceed
+            the limit. By default, the cache uses half of the GPU memory that remains after the
+            model's weights, or 4 GiB on a CPU. The default depends on the total memory of the
+            device, not on the free memory, so the same prompts share a batch after a resume.
+        max_over_ranks: for a sharded model, returns the maximum of a number over all processes, so
+            that all processes run the same number of forward passes.
 
     Raises:
         ValueError: a batch size is below 1, or no token ends an answer.
@@ -153,19 +154,20 @@ class TransformersSampler:
         *,
         progress: bool = False,
     ) -> list[list[Response]]:
-        """Draws `n` responses to every prompt.
+        """Samples `n` responses to every prompt.
 
         Args:
-            prompts: token ids that end where the answer begins; none may be empty.
-            n: responses per prompt.
-            seeds: one seed per prompt, or one for all (then each prompt's index is mixed in).
-            progress: show a bar.
+            prompts: token ids that end where the answer begins. Prompts must not be empty.
+            n: the number of responses per prompt.
+            seeds: one seed per prompt, or one seed for all prompts, which is combined with the
+                index of each prompt.
+            progress: whether to show a progress bar.
 
         Returns:
             One list of `n` responses per prompt.
 
         Raises:
-            ValueError: `n` is below 1, a prompt is empty, or there is not one seed per prompt.
+            ValueError: `n` is below 1, a prompt is empty, or the number of seeds is wrong.
         """
         drawn_from = rows_to_sample(prompts, n, seeds)
         responses: list[list[Response]] = [[] for _ in prompts]
@@ -173,12 +175,13 @@ class TransformersSampler:
         with in_evaluation_mode(self.model), without_cudnn_attention(), bar:
             batches = self._batches([len(p) for p in prompts], n)
             number, rounds = 0, len(batches)
-            # Processes that share a model agree on the number of batches: with 3 here and 5
-            # elsewhere, this process samples two batches of one stop token and drops them.
+            # Processes that share a model use the same number of batches. If another process has 5
+            # batches and this process has 3, it samples two batches with one stop token and
+            # discards them.
             if self.max_over_ranks is not None:
                 rounds = self.max_over_ranks(rounds)
             while number < rounds:
-                if number >= len(batches):  # in lockstep with processes that have more batches
+                if number >= len(batches):  # other processes have more batches
                     self._sampled([(self.stop[:1], [0])])
                     number += 1
                     continue
@@ -188,31 +191,34 @@ class TransformersSampler:
                 try:
                     drawn = iter(self._sampled(rows))
                 except RuntimeError as error:
-                    if self.max_over_ranks is not None:  # no process can split its batches alone
+                    if self.max_over_ranks is not None:  # a process cannot split its batches alone
                         raise
-                    # Out of memory: this batch and all later ones are split to half its responses.
-                    # Seeds belong to rows, so the responses stay the same.
+                    # After running out of memory, split this batch and all later batches to half
+                    # the responses. Seeds belong to rows, so the responses are the same.
                     self.batch_size = halve_or_raise("sampling", count, "responses", error)
                     batches[number:] = [
                         part for b in batches[number:] for part in _split(b, self.batch_size)
                     ]
                     rounds = len(batches)
                     continue
-                # A prompt's samples stay in order, even if they are spread over several batches.
+                # The samples for a prompt remain in order, even if several batches contain them.
                 for i, ks in batch:
-                    responses[i] += [sampled_response(next(drawn), self.encoder) for _ in ks]
+                    responses[i] += [
+                        sampled_response(next(drawn), self.encoder, prompts[i]) for _ in ks
+                    ]
                 bar.update(count)
                 number += 1
         return responses
 
     def _batches(self, lengths: Sequence[int], n: int) -> list[list[tuple[int, range]]]:
-        """Batches of (prompt, range of its samples), longest first, within the batch limits."""
-        # Prompts of 5, 20 and 10 tokens, 3 samples each, at most 4 responses and 60 tokens in a
-        # batch, 10 new tokens: a row of the prompt with 20 takes 30 tokens, so two fit.
+        """Returns batches of (prompt, range of its samples) within the limits, longest first."""
+        # In this example, prompts with 5, 20 and 10 tokens have 3 samples and 10 new tokens each. A
+        # batch has at most 4 responses and 60 tokens. A row for the prompt with 20 tokens needs 30
+        # tokens, so two rows fit.
         #   [prompt 1, samples 0 1] [prompt 1, sample 2] [prompt 2, samples 0 1 2] [prompt 0, ...]
         limit = self.batch_tokens or _cache_tokens(self.model)
         batches: list[list[tuple[int, range]]] = []
-        room = 0  # responses for which the last batch has room
+        room = 0  # the number of responses that still fit in the last batch
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             fit = max(1, limit // (lengths[i] + self.settings.max_new_tokens))
             most = min(self.batch_size, fit)
@@ -226,7 +232,7 @@ class TransformersSampler:
         return batches
 
     def _sampled(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
-        """New ids, one list per sample; `rows` are prompts with the seeds of their samples."""
+        """Returns the new ids per sample; `rows` are prompts with the seeds of their samples."""
         stop = self.stop
         pad = self.encoder.tokenizer.pad_token_id
         pad = stop[0] if pad is None else pad
@@ -290,21 +296,21 @@ def _cache_tokens(model: torch.nn.Module) -> int:
 
 
 def tokens_that_fit(per_token: int, weights: int, memory: int | None) -> int:
-    """The default number of tokens in a KV cache; at least 1.
+    """Returns the default number of tokens in a KV cache, at least 1.
 
     Args:
-        per_token: bytes of keys and values per token, over all layers.
-        weights: bytes of the model.
-        memory: total bytes of a device that holds only tensors; `None` on a CPU.
+        per_token: the bytes of keys and values per token in all layers.
+        weights: the bytes of the model's weights.
+        memory: the total bytes of a device that holds only tensors, or `None` on a CPU.
     """
-    # Llama 2 7B in bfloat16 on 80 GiB: 12.6 GiB of weights leave 67.4 GiB, half of it for the cache
-    # at 512 KiB a token: about 69,000 tokens.
+    # For Llama 2 7B in bfloat16 on 80 GiB, 12.6 GiB of weights leave 67.4 GiB. Half of it is for
+    # the cache, which needs 512 KiB per token. The result is about 69,000 tokens.
     room = _CPU_CACHE if memory is None else (memory - weights) // 2
     return max(1, room // per_token)
 
 
 def _split(batch: Sequence[tuple[int, range]], most: int) -> list[list[tuple[int, range]]]:
-    """Splits a batch into parts of at most `most` responses, in the same order."""
+    """Splits a batch into parts with at most `most` responses, in the same order."""
     # [(4, 0 1 2) (7, 0 1)] with at most 2   ->   [(4, 0 1)]  [(4, 2) (7, 0)]  [(7, 1)]
     parts: list[list[tuple[int, range]]] = []
     room = 0
@@ -322,9 +328,9 @@ def _split(batch: Sequence[tuple[int, range]], most: int) -> list[list[tuple[int
 
 @contextmanager
 def _without_own_generation_settings(model: torch.nn.Module) -> Iterator[None]:
-    """Hides the model's generation settings, which `generate` uses for values that are not given.
+    """Hides the model's generation settings, which `generate` uses for missing values.
 
-    A PEFT wrapper passes its own view of them to the base model, so both are restored.
+    A PEFT wrapper passes its own settings to the base model, so both are restored.
     """
     holders: list[Any] = [model.get_base_model()] if isinstance(model, PeftModel) else []
     holders.append(model)

@@ -1,5 +1,5 @@
 """Comparisons become verdicts, and verdicts become tournaments.
 
-It knows templates, both orders, votes and brackets. It does not know how letters are computed, and
-it does not know training. It imports from `inference` and the packages before it.
+This package handles templates, both orders, votes and brackets. It does not depend on training or
+on how letter probabilities are computed. It imports from `inference` and the packages before it.
 """

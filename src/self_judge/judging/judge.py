@@ -1,7 +1,7 @@
-"""Judge: comparisons in, verdicts out, by the next-token probabilities of two letters.
+"""Judge: turns comparisons into verdicts with the next-token probabilities of two letters.
 
-It knows its judge templates and the scorer of the letters. It does not know where responses come
-from or how verdicts are used.
+This module uses judge templates and a scorer for the letters. It does not depend on the source of
+responses or the use of verdicts.
 """
 
 from __future__ import annotations
@@ -25,39 +25,41 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import encoder_as_taught, resolve_judge
 from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.prompting.thoughts import NO_ANSWER, answers_of
 
-# The arguments that `from_pretrained` passes to the tokenizer as well as to the model.
+# The arguments that `from_pretrained` passes to both the tokenizer and the model.
 _ALSO_TOKENIZER = ("revision", "trust_remote_code")
 
 
 class Judge:
-    """Judges pairs of responses in both orders under every principle template.
+    """Judges pairs of responses in both orders with the template of every principle.
 
     Args:
-        model: a causal language model (or `PeftModel`), used unchanged in evaluation mode; or
-            another `LetterScorer`, which ignores `batch_size` and `packing`.
+        model: a causal language model (or `PeftModel`), which is used in evaluation mode and is not
+            changed; or another `LetterScorer`, which ignores `batch_size` and `packing`.
         encoder: a `ChatEncoder`, or a tokenizer whose own chat template is used.
         templates: the judge templates, or a mapping `{principle: {system, user, assistant}}`.
-        token_id_a, token_id_b: checked against the ids derived from the tokenizer, if given.
-        batch_size: judge prompts per forward pass without packing; packed passes are limited by
-            `batch_tokens`.
-        max_length: the most tokens in a judge prompt; at most the model's context length, which is
-            the default.
-        packing: how prompts share prefixes (see `Packing`); `auto` takes an exact route.
-        batch_tokens: the most tokens in a packed forward pass; default: `tokens_per_pass`.
+        token_id_a, token_id_b: expected letter ids, which are compared with the ids derived from
+            the tokenizer.
+        batch_size: the number of judge prompts per forward pass without packing. Packed passes are
+            limited by `batch_tokens`.
+        max_length: the most tokens in a judge prompt. The default and the maximum are the model's
+            context length.
+        packing: the packing mode (see `Packing`). `auto` selects an exact mode.
+        batch_tokens: the most tokens in a packed forward pass (default: `tokens_per_pass`).
 
     Raises:
-        ValueError: a template or letter cannot work (see `JudgeTemplates`, `ChatEncoder`), the
-            tokenizer does not belong to the model, or `packing` is not exact for it.
+        ValueError: a template or letter is not valid (see `JudgeTemplates`, `ChatEncoder`), the
+            tokenizer does not belong to the model, or `packing` is not exact for the model.
     """
 
-    # One call of `compare`, for N comparisons and P principles:
+    # The steps in one call to `compare`, for N comparisons and P principles:
     #
     #   render and encode    N·P·2 prompts: every pair under every principle, a first and b first
     #   score the letters    p(A), p(B) as the next token of each distinct prompt
     #   vote                 (P, 2 orders, 2 letters) per pair -> one verdict (`voting.aggregate`)
     #
-    # For one comparison under principles h and t, the prompts and rows of letters are, in order:
+    # For one comparison with principles h and t, the prompts and letter rows are in this order:
     #   h: a first   h: b first   t: a first   t: b first
 
     def __init__(
@@ -91,7 +93,8 @@ class Judge:
         self._check_room()
 
     def _check_room(self) -> None:
-        # A limit at which no pair can be judged is an error, not a thousand undecidable pairs.
+        # If the limit is too low for any pair, raise an error instead of returning undecidable
+        # pairs.
         if self.max_length is None:
             return
         nothing = Comparison("", "", "")
@@ -105,7 +108,7 @@ class Judge:
 
     @property
     def model(self) -> torch.nn.Module:
-        """The Transformers model that judges.
+        """The Transformers model of this judge.
 
         Raises:
             ValueError: the scorer is not a Transformers model.
@@ -114,7 +117,7 @@ class Judge:
 
     @property
     def packing(self) -> Packing:
-        """How the prompts of the Transformers model share prefixes.
+        """The packing of the Transformers model.
 
         Raises:
             ValueError: the scorer is not a Transformers model.
@@ -124,7 +127,7 @@ class Judge:
     def _on_transformers(self, wanted: str) -> TransformersScorer:
         if isinstance(self.scorer, TransformersScorer):
             return self.scorer
-        raise ValueError(f"this judge reads its letters from an engine, which has no {wanted}")
+        raise ValueError(f"this judge uses an engine, which has no {wanted}")
 
     @classmethod
     def from_pretrained(
@@ -141,21 +144,28 @@ class Judge:
         device: str | torch.device | None = "auto",
         **model_kwargs: Any,
     ) -> Judge:
-        """Loads a model that was trained to judge, with the templates saved beside it.
+        """Loads a model that was trained to judge, with the templates saved with it.
 
         Args:
-            templates: replace the saved templates; required if none are saved.
-            encoder: replaces the saved encoder or tokenizer.
-            token_id_a, token_id_b: checked against the ids derived from the tokenizer; without
-                templates of your own they default to the saved ids.
-            device, model_kwargs: passed to `models.load_model`; `"auto"` is this process's GPU, or
-                the CPU if there is none.
+            templates: templates that replace the saved templates. They are required if none are
+                saved.
+            encoder: an encoder that replaces the saved encoder or tokenizer.
+            token_id_a, token_id_b: expected letter ids, which are compared with the ids derived
+                from the tokenizer. Without `templates`, they default to the saved ids.
+            device, model_kwargs: arguments for `models.load_model`. `"auto"` selects the GPU of
+                this process, or the CPU if there is none.
 
         Raises:
-            ValueError: there is no model, there are no templates, or a letter is not the saved
+            ValueError: the model or the templates are missing, or a letter differs from the saved
                 token.
         """
-        settings = resolve_judge(name_or_path, templates, token_id_a, token_id_b)
+        settings = resolve_judge(
+            name_or_path,
+            templates,
+            token_id_a,
+            token_id_b,
+            revision=model_kwargs.get("revision"),
+        )
         if encoder is None:
             named = {k: model_kwargs[k] for k in _ALSO_TOKENIZER if k in model_kwargs}
             tokenizer = load_tokenizer(name_or_path, **named)
@@ -177,11 +187,12 @@ class Judge:
     ) -> list[Verdict]:
         """Judges every comparison and returns the verdicts in the same order.
 
-        A pair whose judge prompt does not fit into `max_length` is undecidable; its verdict says
-        so.
+        Of a response that opens with a thought, the judge sees the answer. A pair with a thought
+        that never ends, or whose judge prompt does not fit into `max_length`, is undecidable; its
+        verdict says so.
 
         Raises:
-            TypeError: an element is not a `Comparison`; the message names its index.
+            TypeError: an element is not a `Comparison`. The message contains its index.
         """
         comparisons = list(comparisons)
         for i, given in enumerate(comparisons):
@@ -192,24 +203,28 @@ class Judge:
                 )
         prompts: list[list[int]] = []
         fits: list[bool] = []
-        for comparison in comparisons:
+        shown = [answers_of(comparison) for comparison in comparisons]
+        for comparison in shown:
             encoded = [
                 encode_orders(self.encoder, self.templates, p, comparison, self.max_length)
+                if comparison is not None
+                else None
                 for p in self.templates
             ]
-            # All principles or none: if one prompt does not fit, the pair is undecidable.
+            # If the prompt for one principle does not fit, the pair is undecidable.
             whole = [orders for orders in encoded if orders is not None]
             fits.append(len(whole) == len(encoded))
             if fits[-1]:
                 prompts += [ids for orders in whole for ids in orders]
         letters = self.letter_probabilities(prompts, progress=progress).tolist()
-        # With two principles, rows 0 to 3 belong to the first pair that fits, 4 to 7 to the next.
-        # Each two rows are the orders of one principle.
+        # With two principles, rows 0 to 3 belong to the first pair that fits, and rows 4 to 7 to
+        # the next pair. Each group of two rows contains the two orders for one principle.
         per_verdict = 2 * len(self.templates)
         verdicts, start = [], 0
-        for fit in fits:
+        for comparison, fit in zip(shown, fits, strict=True):
             if not fit:
-                verdicts.append(undecidable((), "the pair does not fit into max_length"))
+                long = "the pair does not fit into max_length"
+                verdicts.append(undecidable((), NO_ANSWER if comparison is None else long))
                 continue
             rows = letters[start : start + per_verdict]
             start += per_verdict
@@ -217,10 +232,10 @@ class Judge:
         return verdicts
 
     def prefix_cache(self) -> AbstractContextManager[None]:
-        """Within the block, calls reuse the prompt prefixes that earlier calls computed.
+        """Makes calls within the block reuse the prompt prefixes that earlier calls computed.
 
-        This is for comparisons that share contexts and responses, such as the rounds of a
-        tournament. The verdicts are the same. An engine has its own prefix cache.
+        Use this for comparisons that share contexts and responses, such as the rounds in a
+        tournament. The verdicts do not change. An engine has its own prefix cache.
         """
         if isinstance(self.scorer, TransformersScorer):
             return self.packing.prefix_cache()
@@ -229,15 +244,15 @@ class Judge:
     def letter_probabilities(
         self, prompts: Sequence[Sequence[int]], *, progress: bool = False
     ) -> torch.Tensor:
-        """p(A) and p(B) as the next token of each prompt, softmax over the whole vocabulary.
+        """Returns p(A) and p(B) as the next token of each prompt (softmax over the vocabulary).
 
-        Equal prompts are computed once. That saves work, and since rounding depends on the batch,
-        it also keeps rounding from breaking the tie of two equal responses.
+        Equal prompts are computed once. This saves work. It also prevents rounding, which depends
+        on the batch, from breaking a tie between two equal responses.
 
         Returns:
-            float32 tensor on the CPU, shape `(len(prompts), 2)`.
+            A float32 tensor on the CPU with shape `(len(prompts), 2)`.
         """
-        # Prompts x y x are computed as x y, and read back as rows 0 1 0.
+        # Prompts x y x are computed as x y, and the results are rows 0 1 0.
         unique = list(dict.fromkeys(map(tuple, prompts)))
         with tqdm(total=len(unique), desc="judging", unit="prompt", disable=not progress) as bar:
             letters_N2 = self.scorer.letter_probabilities(unique, self.letter_ids, bar.update)

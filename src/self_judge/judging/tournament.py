@@ -1,24 +1,25 @@
-"""Tournaments: brackets (pure) and self-rejection, the best of N own responses by knockout.
+"""Tournaments: brackets, and self-rejection, which finds the best of N responses by knockout.
 
-It knows who meets whom and asks a judge who wins. It does not know how judging works.
+This module pairs responses and asks a judge for each winner. It does not depend on how the judge
+works.
 """
 
-# The idea. Five responses 0 to 4, of which the judge prefers those with the larger number below:
+# In this example, the judge compares five responses 0 to 4 and prefers a higher quality:
 #
 #   response   0  1  2  3  4        draw (shuffled by the seed, 5 here)   0 1 3 2 4
 #   quality    3  5  1  4  2
 #
 #   round 1        round 2     round 3
 #   0 ─┐
-#      ├─ 1 ─┐                          Neighbours meet, the winner takes the place of the pair, and
-#   1 ─┘     ├─ 1 ─┐                    the last of an odd number has a bye (4, twice). N responses
-#   3 ─┐     │     ├─ 1                 need N − 1 matches, here 4, in ⌈log2 N⌉ rounds, here 3.
+#      ├─ 1 ─┐                          Neighbours meet, and the winner advances. If the number is
+#   1 ─┘     ├─ 1 ─┐                    odd, the last response has a bye (4, twice). N responses
+#   3 ─┐     │     ├─ 1                 need N − 1 matches (here 4) in ⌈log2 N⌉ rounds (here 3).
 #      ├─ 3 ─┘     │
-#   2 ─┘           │                    With seek="worst" the loser of each match goes on: the
-#   4 ─── 4 ─── 4 ─┘                    mirror, by which `rollouts.select_pairs` finds the worst.
+#   2 ─┘           │                    With seek="worst", the loser of each match advances.
+#   4 ─── 4 ─── 4 ─┘                    `rollouts.select_pairs` finds the worst response this way.
 #
-# The matches of a round do not depend on each other, so each round is one call of the judge, with
-# the matches of all contexts together.
+# The matches in a round do not depend on each other. Each round is therefore one call to the judge,
+# which contains the matches for all contexts.
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ from self_judge.datatypes import Comparison, Verdict, stable_seed
 from self_judge.judging.judge import Judge
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.prompting.thoughts import with_answers
 
 Compare = Callable[[list[Comparison]], list[Verdict]]
 Seek = Literal["best", "worst"]
@@ -42,13 +44,13 @@ Seek = Literal["best", "worst"]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """One match between two entrants (indices into the context's responses).
+    """A match between two entrants, which are indices into the responses to a context.
 
     Attributes:
-        a, b: who met; `b` is `None` for a bye.
+        a, b: the two entrants; `b` is `None` for a bye.
         winner: the entrant that advances.
-        verdict: the judge's verdict with a as response a; `None` for a bye or equal texts.
-        by_lot: whether the judge could not decide and the winner was drawn from the seed.
+        verdict: the verdict with a as response a, or `None` for a bye or equal texts.
+        by_lot: whether the judge could not decide and the winner was drawn at random with the seed.
     """
 
     a: int
@@ -60,14 +62,14 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """A complete knockout: the rounds in order, each a tuple of matches, and the winner."""
+    """A complete knockout with its rounds in order, which are tuples of matches, and the winner."""
 
     rounds: tuple[tuple[Match, ...], ...]
     winner: int
 
 
 def pairings(entrants: Sequence[int]) -> list[tuple[int, int | None]]:
-    """Pairs neighbours; the last of an odd number gets a bye. N entrants play N − 1 matches."""
+    """Pairs neighbours. If the number is odd, the last entrant gets a bye."""
     # 0 1 3 2 4   ->   (0, 1) (3, 2) (4, None)
     paired: list[tuple[int, int | None]] = [
         (entrants[i], entrants[i + 1]) for i in range(0, len(entrants) - 1, 2)
@@ -87,14 +89,16 @@ def knockouts(
     seek: Seek = "best",
     known: dict[tuple[int, int, int], Verdict] | None = None,
 ) -> list[Bracket]:
-    """Plays one knockout per context; the matches of a round are judged together over all contexts.
+    """Plays one knockout per context; all matches in a round are judged together.
 
     Args:
         compare: judges a list of comparisons, e.g. `Judge.compare`.
         contexts: the N contexts that the judge sees.
         responses: the responses to each context; never changed.
         seeds: one per context; each fixes the draw and the lots.
-        entrants: the responses that take part, per context (default: all).
+        entrants: the responses that take part, per context. By default those with an answer
+            (`thoughts.answer_of`), so that a thought that never ends cannot win; if none has one,
+            all take part, and lots decide.
         seek: with `"worst"` the loser of each match advances.
         known: verdicts by (context, a, b); looked up first, and extended.
 
@@ -106,14 +110,14 @@ def knockouts(
     generators = [random.Random(seed) for seed in seeds]
     standing: list[list[int]] = []
     for i, own in enumerate(responses):
-        drawn = list(range(len(own)) if entrants is None else entrants[i])
+        drawn = list((with_answers(own) or range(len(own))) if entrants is None else entrants[i])
         if not drawn:
             raise ValueError(f"context {i} has no entrants: {contexts[i]!r:.80}")
         generators[i].shuffle(drawn)
         standing.append(drawn)
     rounds: list[list[tuple[Match, ...]]] = [[] for _ in contexts]
-    # `standing` in the drawing above: [0 1 3 2 4], then [1 3 4], then [1 4], then [1]. Contexts
-    # with fewer responses finish earlier and wait.
+    # In the drawing above, `standing` is [0 1 3 2 4], then [1 3 4], then [1 4], then [1]. Contexts
+    # with fewer responses finish earlier.
     while any(len(entered) > 1 for entered in standing):
         paired = [pairings(e) if len(e) > 1 else [] for e in standing]
         _judge_unknown(compare, contexts, responses, paired, known)
@@ -128,8 +132,8 @@ def knockouts(
     return [Bracket(tuple(r), s[0]) for r, s in zip(rounds, standing, strict=True)]
 
 
-# First-round matches that are judged together. The shared prefixes of a context stay in memory from
-# round to round, so contexts are played in groups.
+# The number of first-round matches that are judged together. Contexts are played in groups, because
+# the shared prefixes of a context stay in memory for all its rounds.
 _MATCHES_TOGETHER = 128
 
 
@@ -156,10 +160,10 @@ def judged_knockouts(
     seeds: Sequence[int],
     progress: bool = False,
 ) -> list[Bracket]:
-    """`knockouts` with a judge that computes shared prompt prefixes once for all rounds.
+    """Plays `knockouts` with a judge that computes shared prompt prefixes once for all rounds.
 
     Args:
-        progress: show a bar per round.
+        progress: whether to show a progress bar for each round.
 
     Raises:
         ValueError: as in `knockouts`.
@@ -223,7 +227,7 @@ def _match(
         given = known.get((context, a, b))
         verdict = given if given is not None else known[context, b, a].swapped()
     if verdict is None or verdict.preferred is None:
-        # An undecided match must not favour either position in the draw.
+        # An undecided match must not favour a position in the draw.
         return Match(a, b, lots.choice((a, b)), verdict, by_lot=True)
     a_advances = (verdict.preferred == "a") == (seek == "best")
     return Match(a, b, a if a_advances else b, verdict)
@@ -257,34 +261,37 @@ def tournament_rejection_sampling(  # type: ignore[misc]
     return_brackets: bool = False,
     progress: bool = False,
 ) -> list[str] | tuple[list[str], list[Bracket]]:
-    """Self-rejection: the winner of a knockout among the responses to each context.
+    """Self-rejection: selects the winner of a knockout among the responses to each context.
 
     Args:
-        model: the judging model, or a model folder with `judge.json`.
-        tokenizer: its tokenizer (or a `ChatEncoder`); not needed with a folder.
-        judge_templates: `{principle: {system, user, assistant}}`; not needed with a folder.
-        token_id_a, token_id_b: checked against the derived ids, if given.
+        model: the model that judges, or a model folder with `judge.json`.
+        tokenizer: the tokenizer of the model (or a `ChatEncoder`). It is not needed with a folder.
+        judge_templates: `{principle: {system, user, assistant}}`. They are not needed with a
+            folder.
+        token_id_a, token_id_b: expected letter ids, which are compared with the derived ids.
         contexts: the dialogues that the judge sees (see `judge_templates.dialogue_text`).
-        responses: the responses to each context; their numbers may differ. A single one wins.
+        responses: the responses to each context. Their numbers may differ, and a single response
+            wins.
         max_length: the most tokens in a judge prompt.
         judge_batch_size: see `batch_size` of `Judge`.
-        seed: fixes the draw, and the lots for undecided matches.
-        judge: a ready `Judge` instead of model, tokenizer and templates.
-        return_brackets: also return one `Bracket` per context.
-        progress: show a bar per round.
+        seed: determines the draw, and the lots for undecided matches.
+        judge: a `Judge` to use instead of model, tokenizer and templates.
+        return_brackets: whether to also return one `Bracket` per context.
+        progress: whether to show a progress bar for each round.
 
     Returns:
-        One response per context; with `return_brackets`, also the brackets.
+        One response per context, and the brackets if `return_brackets` is set.
 
     Raises:
-        ValueError: a context has no responses (it is named), or the lists differ in length.
+        ValueError: a context has no responses (the message contains it), or the lists differ in
+            length.
     """
     if judge is None:
         saved = isinstance(model, (str, os.PathLike))
         if not saved and any(part is None for part in (model, tokenizer, judge_templates)):
             raise ValueError(
-                "tournament_rejection_sampling needs model, tokenizer and judge_templates, or a "
-                "model folder with judge.json as model, or a ready judge"
+                "tournament_rejection_sampling needs a judge, or a model folder with judge.json "
+                "as model, or model, tokenizer and judge_templates"
             )
         make: Any = Judge.from_pretrained if saved else Judge
         judge = make(

@@ -1,6 +1,6 @@
-"""Votes: the letter probabilities of all principles and both orders become one verdict.
+"""Votes: combines the letter probabilities for all principles and both orders into a verdict.
 
-Pure arithmetic over verdicts, without torch. It does not know how the probabilities are computed.
+This module does arithmetic without torch. It does not depend on how the probabilities are computed.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 
 from self_judge.datatypes import Side, Verdict
 
-# One principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)
+# For one principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)
 Orders = tuple[tuple[float, float], tuple[float, float]]
 
 
 class Scores(NamedTuple):
-    """Swap-averaged likelihoods of one principle."""
+    """The swap-averaged likelihoods for one principle."""
 
     a: float
     b: float
 
 
 def swap_averaged(orders: Orders) -> Scores:
-    """s(a) = ½[p(A | a first) + p(B | b first)], and s(b) likewise (paper, judgment)."""
-    # A judge that leans to the first response, in both orders:
+    """Computes s(a) = ½[p(A | a first) + p(B | b first)], and s(b) likewise (see the paper)."""
+    # An example with a judge that favours the first response in both orders:
     #
     #             p(A)  p(B)
     #   a first    .9    .1       s(a) = ½(.9 + .4) = .65    a wins, although the orders disagree:
@@ -35,16 +35,16 @@ def swap_averaged(orders: Orders) -> Scores:
 
 
 def aggregate(probabilities: Sequence[Orders]) -> Verdict:
-    """The verdict over principles: the majority of wins, or after an even split the larger mean.
+    """Returns the verdict over principles by the majority of wins, or the larger mean on a tie.
 
     Args:
-        probabilities: `[principle][order][letter]`, at least one principle; see `Verdict`.
+        probabilities: `[principle][order][letter]` with at least one principle (see `Verdict`).
 
     Returns:
-        The verdict. It is undecidable if the means tie exactly after an even split, or if a
-        probability is not finite.
+        The verdict. It is undecidable if wins and means are exactly tied, or if a probability is
+        not finite.
     """
-    # (s(a), s(b)) under each principle, and the verdict:
+    # (s(a), s(b)) for each principle, and the verdict:
     #
     #   (.51 .49) (.51 .49) (.05 .95)    a: two principles of three, although the mean is .36 to .64
     #   (.80 .20) (.45 .55)              a: one each, and the mean is .625 to .375
@@ -76,13 +76,13 @@ def aggregate(probabilities: Sequence[Orders]) -> Verdict:
 
 
 def undecidable(probabilities: tuple[Orders, ...], because: str) -> Verdict:
-    """A verdict that prefers neither response, with a short reason."""
+    """Returns a verdict without a preferred response, with a short reason."""
     nan = math.nan
     return Verdict(None, nan, nan, 0.5, nan, False, probabilities, because)
 
 
 def under_principle(verdict: Verdict, place: int) -> Verdict:
-    """The verdict under one principle, given its index in `JudgeTemplates.principles`."""
+    """Returns the verdict for the principle with this index in `JudgeTemplates.principles`."""
     return aggregate([verdict.probabilities[place]]) if verdict.probabilities else verdict
 
 
@@ -90,7 +90,7 @@ def under_principle(verdict: Verdict, place: int) -> Verdict:
 
 
 def verdict_json(verdict: Verdict, principles: Sequence[str]) -> dict[str, Any]:
-    """A verdict as JSON data; numbers that are not finite are null."""
+    """Converts a verdict to JSON data; numbers that are not finite become null."""
     return {
         "preferred": verdict.preferred,
         "score_a": _finite(verdict.score_a),
@@ -110,7 +110,7 @@ def verdict_json(verdict: Verdict, principles: Sequence[str]) -> dict[str, Any]:
 
 
 def verdict_from_json(given: Mapping[str, Any]) -> Verdict:
-    """The verdict that `verdict_json` wrote."""
+    """Restores a verdict from the output of `verdict_json`."""
     if not given["probabilities"]:
         return undecidable((), given["undecidable_because"])
     return aggregate([_orders(value) for value in given["probabilities"].values()])

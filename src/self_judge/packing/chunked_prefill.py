@@ -1,20 +1,21 @@
-"""Chunked prefill: the prefix tree of many sequences is computed in chunks, each token once.
+"""Chunked prefill computes the prefix tree of many sequences in chunks and each token once.
 
-Pure: token ids in, layouts out. `prefix_tree.py` lays whole trees into rows; this module cuts a
-tree of any size into chunks, depth first. A chunk reads the keys and values of its ancestors from
-earlier chunks. It knows no model, no attention and no torch.
+This module computes layouts from token ids. `prefix_tree.py` puts whole trees into rows, while this
+module cuts a tree of any size into chunks in depth-first order. A chunk reads the keys and values
+of its ancestors from earlier chunks. This module does not depend on models, attention or torch.
 """
 
-# The idea. The tree of `pqA`, `pqBC` and `ps` in chunks of at most 4 tokens. Tokens are numbered in
-# the order in which they are computed; a number stays with its token over all chunks and calls.
+# This example shows the tree of `pqA`, `pqBC` and `ps` in chunks of at most 4 tokens. Tokens are
+# numbered in the order in which they are computed. A token keeps its number in all chunks and
+# calls.
 #
 #   p0─┬─q1─┬─A2           chunk 0     p0 q1 A2        past -        needed 0 1
 #      │    └─B3─C4        chunk 1     B3 C4 s5        past 0 1      needed -
 #      └─s5
 #
-# `past` names the earlier tokens that a chunk reads: their keys and values are put before its own.
-# `needed` names the tokens that later chunks read: all others can be forgotten after the chunk.
-# Chunk 1 has two segments. Its keys are p0 q1 (the past), then B3 C4 s5 (its own):
+# `past` lists the earlier tokens that a chunk reads. Their keys and values precede those of the
+# chunk. `needed` lists the tokens that later chunks read. All other tokens can be dropped after the
+# chunk. Chunk 1 has two segments. Its keys are p0 q1 (the past), then B3 C4 s5 (its own tokens):
 #
 #                            key     0   1   2   3   4
 #                                    p0  q1  B3  C4  s5
@@ -37,15 +38,15 @@ _NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of a chunk in which each token continues the one before it.
+    """Consecutive tokens in a chunk, each of which follows the previous token in its sequence.
 
-    They see the keys in `before`, and each other causally. Key indices count the chunk's `past`
-    keys first, then its own tokens.
+    The tokens attend to the keys in `before` and causally to each other. Key indices start with the
+    `past` keys of the chunk, followed by its own tokens.
 
     Attributes:
-        start, stop: the range of the segment in the chunk's tokens.
-        past: the number of keys before the chunk's own.
-        before: the key ranges of its ancestors outside the segment.
+        start, stop: the range of the segment in the tokens of the chunk.
+        past: the number of keys before those of the chunk.
+        before: the key ranges of the segment's ancestors.
     """
 
     start: int
@@ -56,15 +57,15 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some tokens of a tree, L of them, in depth-first order.
+    """A part of a tree with L tokens in depth-first order.
 
     Attributes:
-        token_ids, positions: ids and depths, each `(L,)`.
-        first: the number of its first token among all tokens ever laid out.
-        past: the numbers of the earlier tokens that it reads, in order.
-        segments: the keys that each token sees.
-        last: for each sequence that ends in this chunk, the index of its last token.
-        needed: the numbers of the tokens so far that later chunks read.
+        token_ids, positions: the ids and depths of the tokens, each `(L,)`.
+        first: the number of the chunk's first token, counted over all calls.
+        past: the numbers of the earlier tokens that the chunk reads, in order.
+        segments: the segments, which define the keys that each token attends to.
+        last: the index of the last token for each sequence that ends in this chunk.
+        needed: the numbers of the tokens up to this chunk that later chunks read.
     """
 
     token_ids: Ints
@@ -78,22 +79,23 @@ class Chunk:
 
 @dataclass(slots=True)
 class PrefixIndex:
-    """The sequences computed so far, sorted, with the numbers of their tokens.
+    """The sorted sequences computed so far, with the numbers of their tokens.
 
     Attributes:
-        count: the number of tokens laid out so far.
+        count: the number of tokens so far.
     """
 
     # After the example above:   pqA  [0 1 2]     pqBC  [0 1 3 4]     ps  [0 5]     count 6
-    # Of a sorted list, only the two neighbours of a new sequence can share its longest prefix. The
-    # new sequence `pqBD` falls between `pqBC` and `ps`: it reuses 0 1 3 and computes D as token 6.
+    # In a sorted list, only the two neighbours of a new sequence can share its longest prefix. The
+    # new sequence `pqBD` lies between `pqBC` and `ps`. It reuses tokens 0 1 3 and computes D as
+    # token 6.
 
     sequences: list[tuple[int, ...]] = field(default_factory=list)
     numbers: list[Ints] = field(default_factory=list)
     count: int = 0
 
     def longest_shared(self, sequence: tuple[int, ...]) -> Ints:
-        """The token numbers of the longest prefix of a sequence that is already computed."""
+        """Returns the token numbers of the longest prefix that is already computed."""
         place = bisect.bisect_left(self.sequences, sequence)
         ids = np.array(sequence, dtype=np.int64)
         best = _NOTHING
@@ -106,14 +108,14 @@ class PrefixIndex:
         return best
 
     def add(self, sequences: Iterable[tuple[int, ...]], numbers: Iterable[Ints]) -> None:
-        """Adds sequences with their token numbers; a known sequence gets the new numbers."""
+        """Adds sequences with their token numbers, replacing the numbers of known sequences."""
         known = dict(zip(self.sequences, self.numbers, strict=True))
         known.update(zip(sequences, numbers, strict=True))
         self.sequences = sorted(known)
         self.numbers = [known[s] for s in self.sequences]
 
     def only(self, kept: Ints) -> None:
-        """Forgets every token whose number is not in `kept`, and all tokens after it."""
+        """Drops every token whose number is not in `kept`, and all tokens after it."""
         # With `kept` 0 1 2 3, the index above becomes `p` [0], `pqA` [0 1 2], `pqB` [0 1 3].
         sequences, index = self.sequences, self.numbers
         self.sequences, self.numbers = [], []
@@ -126,14 +128,14 @@ class PrefixIndex:
 def plan_chunks(
     sequences: Sequence[Sequence[int]], chunk_tokens: int, index: PrefixIndex
 ) -> list[Chunk]:
-    """Cuts the tree of some sequences, minus the known prefixes, into chunks of similar size.
+    """Cuts the tree of the sequences, without known prefixes, into chunks of similar size.
 
-    The last token of every sequence is always laid out, so that its hidden state is computed.
+    The last token of every sequence is always included, so that its hidden state is computed.
 
     Args:
-        sequences: token ids, each with at least one token. Equal sequences share all indices.
-        chunk_tokens: the most tokens in a chunk; a longer sequence is a chunk of its own.
-        index: the sequences computed before; these are added to it.
+        sequences: token ids, at least one per sequence. Equal sequences share all indices.
+        chunk_tokens: the most tokens in a chunk. A longer sequence has its own chunk.
+        index: the sequences computed so far. The new sequences are added to it.
 
     Raises:
         ValueError: a sequence has no tokens, or `chunk_tokens` is below 1.
@@ -150,8 +152,9 @@ def plan_chunks(
     numbers: list[Ints] = []
     shared: list[int] = []
     ids = _NOTHING
-    # Each sequence reuses the longer of two prefixes: the one it shares with its predecessor in
-    # this call, or the one that an earlier call computed. It numbers its remaining tokens, `own`.
+    # Each sequence reuses the longer of two prefixes: the prefix that it shares with its
+    # predecessor in this call, or the prefix that an earlier call computed. Its remaining tokens,
+    # `own`, get new numbers.
     #   pqA: own 0 1 2      pqBC: path 0 1, own 3 4      ps: path 0, own 5
     for sequence in ordered:
         before, ids = ids, np.array(sequence, dtype=np.int64)
@@ -180,9 +183,9 @@ def plan_chunks(
 
 
 def _stretches(lengths: Sequence[int], most: int) -> Iterable[tuple[int, int]]:
-    """Groups neighbours into stretches of similar size and at most `most` tokens."""
-    # `pqA`, `BC` and `s` have 3, 2 and 1 tokens of their own. At most 4 in a stretch makes two
-    # stretches of about 3: [3] [2 1], not [3] and [2], [1].
+    """Groups neighbours into stretches of similar size with at most `most` tokens."""
+    # `pqA`, `BC` and `s` have 3, 2 and 1 tokens of their own. With at most 4 tokens per stretch,
+    # there are two stretches of about 3 tokens: [3] [2 1].
 
     def even(tokens: int) -> float:
         return tokens / max(1, -(-tokens // most))
@@ -193,7 +196,7 @@ def _stretches(lengths: Sequence[int], most: int) -> Iterable[tuple[int, int]]:
     for i, length in enumerate(lengths):
         if size and (size + length > most or size + length / 2 > target):
             yield start, i
-            # The shortfall of one stretch is spread over the next ones, not left to the last.
+            # Spread the shortfall of one stretch over all following stretches.
             left -= size
             start, size, target = i, 0, even(left)
         size += length
@@ -211,14 +214,14 @@ def _chunk(
     last: dict[int, int] = {}
     start = 0
     for own, path, all_numbers, members in zip(tokens, earlier, numbers, indices, strict=True):
-        # Token numbers become key indices: earlier tokens by their rank in `past`, own tokens
-        # after them. In chunk 1 above (first 3, past 0 1), tokens 0 1 become keys 0 1 and tokens
-        # 3 4 5 become keys 2 3 4.
+        # Convert token numbers to key indices. Earlier tokens have their rank in `past` as index,
+        # and the chunk's own tokens follow. In chunk 1 above (first 3, past 0 1), tokens 0 1 become
+        # keys 0 1 and tokens 3 4 5 become keys 2 3 4.
         keys = np.where(path < first, np.searchsorted(past, path), path - first + len(past))
         stop = start + len(own)
         ranges = _ranges(keys)
         if segments and ranges and ranges[-1][1] == len(past) + start:
-            # It continues the last token of the segment before it: merge the two.
+            # The tokens continue the previous segment, so merge the two.
             begun = segments.pop()
             segments.append(Segment(begun.start, stop, len(past), begun.before))
         else:
@@ -238,7 +241,7 @@ def _chunk(
 
 
 def _with_needed(chunks: Sequence[Chunk]) -> list[Chunk]:
-    # From the last chunk to the first: `later` collects the pasts of the chunks after this one.
+    # The loop goes from the last chunk to the first. `later` collects the `past` of later chunks.
     found: list[Chunk] = []
     later = _NOTHING
     for chunk in reversed(chunks):
@@ -259,9 +262,10 @@ def _with_needed(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 
 def segments_of(row: Row) -> tuple[Segment, ...]:
-    """The segments of a row of one or more whole trees; they say the same as its mask."""
-    # In depth-first order, a token one deeper than its left neighbour is that neighbour's child;
-    # any other depth starts a segment. Row p q A B C s has depths 0 1 2 2 3 1, so its segments are
+    """Returns the segments of a row with one or more whole trees, equivalent to its mask."""
+    # In depth-first order, a token that is one level deeper than its left neighbour is the child of
+    # that neighbour. Any other depth starts a segment. Row p q A B C s has depths 0 1 2 2 3 1, so
+    # its segments are:
     #   p q A (before: nothing)      B C (before: keys 0 to 2, p q)      s (before: keys 0 to 1, p)
     starts = np.flatnonzero(np.diff(row.positions, prepend=-2) != 1).tolist()
     path = _NOTHING
@@ -274,7 +278,7 @@ def segments_of(row: Row) -> tuple[Segment, ...]:
 
 
 def _ranges(places: Ints) -> tuple[tuple[int, int], ...]:
-    # Indices as half-open ranges: 0 1 2 5 6 becomes (0, 3) (5, 7).
+    # Converts indices to half-open ranges: 0 1 2 5 6 becomes (0, 3) (5, 7).
     if not len(places):
         return ()
     cuts = np.flatnonzero(np.diff(places) != 1) + 1

@@ -1,6 +1,7 @@
-"""Exactness: a small trial on the model itself shows whether another way of computing is right.
+"""Checks in a small trial on the model itself whether a packing mode is exact.
 
-It compares logits and knows the precision they are computed in. It does not know the routes.
+This module compares logits with a tolerance that depends on their precision. It does not depend on
+the packing modes.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from torch import nn
 
 from self_judge.runtime import device_of, in_evaluation_mode, padded, unwrapped
 
-# Allowed differences, as fractions of the largest logit. With SmolLM2 in bfloat16, another order of
-# the same sums moves a logit by up to 2.8e-2; branches that see each other or tokens at wrong
-# positions move one by 4e-1 and more.
+# The allowed differences, as fractions of the largest logit. For SmolLM2 in bfloat16, a different
+# summation order changes a logit by up to 2.8e-2. Branches that attend to each other, or tokens at
+# wrong positions, change a logit by 4e-1 or more.
 _IN_FLOAT32 = 1e-4
 _IN_LESS = 6e-2
-# The errors that a model raises when it does not support a route. Their subclasses have other
-# causes, such as full memory, a failed compilation or a lost device, and do not count.
+# The errors that a model raises if it does not support a packing mode. Subclasses of these errors
+# do not count, because they have other causes, such as running out of memory, a failed compilation
+# or a lost device.
 _CANNOT = (
     RuntimeError,
     NotImplementedError,
@@ -40,12 +42,12 @@ Logits = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 @functools.cache
 def warn_once(logger: logging.Logger, text: str) -> None:
-    """Warns once for a model and its frozen copy."""
+    """Logs a warning only once for a model and its frozen copy."""
     logger.warning(text)
 
 
 def as_called(model: nn.Module) -> Any:
-    """The model as it is called: with its adapter, without the wrappers for several processes."""
+    """Returns the model with its adapter, but without wrappers for several processes."""
     called: Any = model
     while not isinstance(called, PeftModel) and isinstance(
         getattr(called, "module", None), nn.Module
@@ -55,7 +57,7 @@ def as_called(model: nn.Module) -> Any:
 
 
 def trial_tokens(model: nn.Module, count: int) -> list[int]:
-    """Random token ids from the middle half of the vocabulary, the same each time."""
+    """Returns random token ids from the middle half of the vocabulary, with a fixed seed."""
     size: int = unwrapped(model).get_input_embeddings().weight.shape[0]  # type: ignore
     first, stop = size // 4, max(size // 4 + 1, 3 * size // 4)
     generator = torch.Generator().manual_seed(0)
@@ -63,11 +65,11 @@ def trial_tokens(model: nn.Module, count: int) -> list[int]:
 
 
 def padded_logits(called: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits `(T, V)` of each sequence, from one batch with right padding.
+    """Computes the logits `(T, V)` of each sequence in one batch with right padding.
 
-    A trial compares with these: such a batch uses the attention kernels for masks, as most routes
-    do. A single sequence uses other kernels, whose bfloat16 results may differ by more than the
-    tolerance.
+    A trial compares its results with these logits. Such a batch uses the attention kernels for
+    masks, as most packing modes do. A single sequence uses other kernels, and their bfloat16
+    results may differ by more than the tolerance.
 
     Args:
         called: see `as_called`.
@@ -79,21 +81,21 @@ def padded_logits(called: Any, sequences: Sequence[Sequence[int]]) -> list[torch
 
 @torch.no_grad()
 def why_inexact(model: nn.Module, trial: Logits) -> str | None:
-    """Runs a trial and returns why its route is not exact for the model; `None` if it is.
+    """Runs a trial and returns the reason it is not exact for the model, or `None` if it is exact.
 
-    The model runs as training and judging call it, in evaluation mode, under the current autocast
-    and the model's own. The tolerance depends on the precision it computes in.
+    The model runs as in training and judging: in evaluation mode, and with both the current
+    autocast and the model's own. The tolerance depends on the precision of the computation.
 
     Args:
-        trial: returns the logits `(N, V)` of the route and the expected ones.
+        trial: returns the logits `(N, V)` to check and the expected logits.
 
     Raises:
-        Exception: an error with another cause than the model, such as full memory or a failed
+        Exception: an error that the model did not cause, such as running out of memory or a failed
             compilation. The trial can be run again.
     """
     device = next(model.parameters()).device
-    # Entering Accelerate's autocast again inside itself would leave it on for good, so a model that
-    # brings its own runs without an outer one.
+    # Accelerate's autocast would stay on permanently if it were entered inside itself. A model that
+    # has its own autocast therefore runs without an outer one.
     brings_own = getattr(as_called(model), "_original_forward", None) is not None
     around = torch.autocast(device.type, enabled=False) if brings_own else nullcontext()
     try:
@@ -106,7 +108,7 @@ def why_inexact(model: nn.Module, trial: Logits) -> str | None:
         told = (str(error).splitlines() or [""])[0]
         return f"a trial failed with {type(error).__name__}: {told:.160}"
     finally:
-        # Weights that autocast cast here have no gradient, and would be reused outside.
+        # The weights that autocast converts here have no gradient and would be reused outside.
         torch.clear_autocast_cache()
     found, expected = found.float(), expected.float()
     off = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
@@ -118,7 +120,7 @@ def why_inexact(model: nn.Module, trial: Logits) -> str | None:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[bool]]:
-    """Yields a list that says for each call of the model if it computes in float32 or better."""
+    """Yields a list with one entry per model call: whether it computes in float32 or better."""
     inner: Any = unwrapped(model)
     device = next(inner.parameters()).device
     full: list[bool] = []
@@ -130,7 +132,7 @@ def _watched(model: nn.Module) -> Iterator[list[bool]]:
             dtype == torch.float64 or (dtype == torch.float32 and _multiplies_exactly(device))
         )
 
-    # A hook inside every wrapper of the model's forward sees the autocast of all of them.
+    # A hook inside all wrappers of the model's forward method sees the autocast of every wrapper.
     hook = inner.get_input_embeddings().register_forward_pre_hook(look)
     try:
         yield full
@@ -139,10 +141,10 @@ def _watched(model: nn.Module) -> Iterator[list[bool]]:
 
 
 def _multiplies_exactly(device: torch.device) -> bool:
-    """Whether float32 matrices are multiplied in float32, not in TF32 or bfloat16.
+    """Returns whether float32 matrices are multiplied in float32 instead of TF32 or bfloat16.
 
-    It measures: PyTorch has two generations of switches for this, and refuses to read one after
-    the other was set.
+    This is measured, because PyTorch has two generations of settings for it and refuses to read one
+    after the other was set.
     """
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     found, true = (a.to(device) @ b.to(device)).cpu().double(), a.double() @ b.double()

@@ -1,9 +1,9 @@
-"""FlexAttention over prefix trees: block masks, and attention that is compiled or refused.
+"""FlexAttention for prefix trees: block masks, and attention that must be compiled.
 
 Transformers passes every attention mask to the function registered as `flex_attention`. The
-function here handles the masks of trees; all other masks go to Transformers' own integration. Where
-PyTorch cannot compile FlexAttention, it falls back to a version that materialises every score; this
-one raises `UnfusedError` instead. It does not know what the sequences are.
+function in this module handles the masks for trees and passes all other masks to Transformers' own
+integration. If PyTorch cannot compile FlexAttention, it falls back to a version that materialises
+every score. This module raises `UnfusedError` instead.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 NAME = "flex_attention"
 _BLOCK = 128
-# Dynamo compiles again for sizes of 1. With one row per pass and at least two blocks per row, all
-# sizes are of one kind, and each kind of model costs one graph (two with gradients).
+# Dynamo recompiles for sizes of 1. With one row per pass and at least two blocks per row, this does
+# not happen, and each kind of model needs one graph (two with gradients).
 ROW_MULTIPLE = 2 * _BLOCK
 _LEAST_HEAD_ON_CUDA = 16
 _INSTEAD = "set model.attn_implementation: sdpa"
 
 
 class UnfusedError(ValueError):
-    """FlexAttention has no fused kernel here; the message says why and what to do about it."""
+    """FlexAttention has no fused kernel here. The message gives the reason and the remedy."""
 
 
 class TreeBlocks(BlockMask):
-    """The block mask of a row of prefix trees."""
+    """The block mask for a row of prefix trees."""
 
 
 def tree_blocks(ends_L: torch.Tensor) -> TreeBlocks:
-    """The mask of one row, in which each token sees its ancestors and itself, in 128 × 128 blocks.
+    """Builds the mask for a row in 128 × 128 blocks; tokens attend to ancestors and themselves.
 
-    The blocks follow from the ends alone: no `L × L` mask is made.
+    The blocks are computed from the subtree ends, without an `L × L` mask.
 
     Args:
-        ends_L: `Row.subtree_ends`, L a multiple of 128.
+        ends_L: `Row.subtree_ends`, where L is a multiple of 128.
     """
-    # The token at q sees the token at k if k ≤ q < end(k). A block of queries that starts at s sees
-    # some of an earlier block of keys if the largest end there is above s, and all of it if every
-    # end there is at least s + 128. In its own block a token sees at least itself. For example, a
-    # root of 128 tokens (end 384) with two branches of 128 (ends 256 and 384):
+    # The token at q attends to the token at k if k ≤ q < end(k). A block of queries that starts at
+    # s attends to a part of an earlier block of keys if the largest end in that block is greater
+    # than s. It attends to the whole block if all ends are at least s + 128. In its own block, a
+    # token attends at least to itself. This example has a root of 128 tokens (end 384) and two
+    # branches of 128 tokens (ends 256 and 384):
     #
     #   keys            root    a       b
     #   queries root    own
@@ -69,13 +70,13 @@ def tree_blocks(ends_L: torch.Tensor) -> TreeBlocks:
 
 
 def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row of blocks: the number set, and their columns first; batch and heads are 1."""
+    """Returns the number of set blocks per row and the column order, with set columns first."""
     columns = torch.argsort(blocks.int(), stable=True, dim=-1, descending=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], columns.int()[None, None]
 
 
 def refusal(inner: Any, device: torch.device) -> str | None:
-    """The reason FlexAttention cannot compute a model's trees on a device; `None` to try it."""
+    """Returns the reason FlexAttention cannot run a model on a device, or `None` to try it."""
     config = inner.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0) or 1
     size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
@@ -86,10 +87,10 @@ def refusal(inner: Any, device: torch.device) -> str | None:
 
 @contextmanager
 def sdpa_instead(inner: Any) -> Iterator[None]:
-    """Within the block, a model with FlexAttention uses SDPA; other models are unchanged.
+    """Makes a model with FlexAttention use SDPA within the block; other models are unchanged.
 
-    Transformers' own FlexAttention compiles for every new kind of length, which does not pay off
-    for a comparison of a few short sequences.
+    Transformers' own FlexAttention recompiles for new lengths, which takes too long for a
+    comparison of a few short sequences.
     """
     usual = inner.config._attn_implementation
     if usual != NAME:
@@ -111,23 +112,23 @@ def tree_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One layer's attention over a row of trees of L tokens; other masks go to Transformers.
+    """Computes attention for a row of trees in one layer; other masks go to Transformers.
 
-    Neither the forward nor the backward pass has been run on CUDA. There is no backward pass on a
-    CPU.
+    The forward and backward passes have not been run on CUDA. There is no backward pass on a CPU.
 
     Args:
-        query: `(1, H, L, D)`.
+        query: the queries of the L tokens, `(1, H, L, D)`.
         key, value: `(1, H or fewer, L, D)`.
-        attention_mask: `TreeBlocks`, or a mask that Transformers made.
-        others: further arguments of the model for other kinds of attention.
+        attention_mask: `TreeBlocks`, or a mask created by Transformers.
+        others: additional arguments from the model for other kinds of attention.
 
     Returns:
-        The attended values, `(1, L, H, D)`, and no weights.
+        The attended values, `(1, L, H, D)`, and `None` instead of weights.
 
     Raises:
-        UnfusedError: PyTorch cannot compile it here, or torch.compile is off.
-        ValueError: dropout, soft-capped scores, a bias or attention sinks; gradients on a CPU.
+        UnfusedError: PyTorch cannot compile FlexAttention here, or torch.compile is off.
+        ValueError: the model uses dropout, soft-capped scores, a bias or attention sinks, or needs
+            gradients on a CPU.
     """
     if not isinstance(attention_mask, TreeBlocks):
         return flex_attention_forward(
@@ -141,19 +142,21 @@ def tree_attention(
     }
     for what, is_asked in asked.items():
         if is_asked:
-            raise ValueError(f"FlexAttention over trees has no {what}: {_INSTEAD} or eager")
+            raise ValueError(
+                f"FlexAttention over trees does not support {what}: {_INSTEAD} or eager"
+            )
     device = query.device.type
     trained = torch.is_grad_enabled() and any(s.requires_grad for s in (query, key, value))
     if trained and device == "cpu":
         raise ValueError(f"FlexAttention has no backward pass on a CPU: {_INSTEAD}")
-    if torch.is_autocast_enabled(device):  # as scaled dot-product attention does by itself
+    if torch.is_autocast_enabled(device):  # scaled dot-product attention also does this
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     heads = query.shape[1]
-    if heads & (heads - 1):  # its kernels share keys only among powers of two of heads
+    if heads & (heads - 1):  # the kernels share keys only for powers of two
         key, value = (s.repeat_interleave(heads // s.shape[1], dim=1) for s in (key, value))
     for states in (query, key, value):
-        # Static sizes keep Dynamo from confusing heads with lengths that happen to be equal.
+        # Static sizes prevent Dynamo from confusing heads with lengths that happen to be equal.
         torch._dynamo.mark_static(states, 1)
         torch._dynamo.mark_static(states, 3)
     # The state of autocast would become part of the compiled graph.
@@ -169,7 +172,7 @@ def _fused(
     blocks: TreeBlocks,
     scaling: float | None,
 ) -> Any:
-    # Run as plain Python, FlexAttention would materialise the scores.
+    # Without compilation, FlexAttention would materialise the scores.
     if not torch.compiler.is_dynamo_compiling():
         raise UnfusedError(f"FlexAttention needs torch.compile, which is off here: {_INSTEAD}")
     shared = key.shape[1] != query.shape[1]
@@ -180,7 +183,7 @@ def _fused(
 
 @functools.cache
 def _compiled() -> Callable[..., torch.Tensor]:
-    # Without `fullgraph`, PyTorch silently continues uncompiled at its limit of recompilations.
+    # Without `fullgraph`, PyTorch silently runs uncompiled when it reaches its recompilation limit.
     return torch.compile(_fused, dynamic=True, fullgraph=True)
 
 

@@ -1,8 +1,8 @@
-"""TRL's batches through packed passes: the same per-token outputs, each shared token computed once.
+"""Runs TRL's batches in packed passes, which compute each shared token only once.
 
 TRL's losses call `model(input_ids, attention_mask, labels, fused_lm_head=True)` with `(B, T)` rows
-and read `(B, T - 1)` per-token values. This module answers that call from packed passes, with each
-value at the index that TRL expects. The loss and TRL's fused head are unchanged.
+and read `(B, T - 1)` per-token values. This module computes these values in packed passes and
+returns each value at the index that TRL expects. The loss and TRL's fused head are unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from self_judge.packing.passes import hidden_states_at
 from self_judge.packing.prefix_tree import Ints
 from self_judge.runtime import to_device, unwrapped
 
-# The last TRL for Python 3.10 has no fused LM head: its batches stay padded.
+# The last TRL version for Python 3.10 has no fused LM head, so its batches remain padded.
 BEFORE_FUSED_HEAD = Version(trl.__version__) < Version("1.16")
 
 # The per-token outputs of TRL's fused head; see trl.trainer.utils.FusedCausalLMOutput.
@@ -40,22 +40,22 @@ def pack_fused_head(
     one_pass: bool = False,
     batch_tokens: int | None = None,
 ) -> Packing | None:
-    """Makes the fused LM head that TRL gave a model work on packed rows.
+    """Makes the fused LM head that TRL adds to a model use packed rows.
 
-    All other calls of the model are unchanged, and so are batches that cannot be packed: those of a
-    mixture of experts with a router loss (it is defined on the padded batch), and those with inputs
-    other than ids, mask and labels.
+    All other calls of the model are unchanged. Batches that cannot be packed are also unchanged.
+    These are batches for a mixture of experts with a router loss (which is defined on the padded
+    batch) and batches with inputs other than ids, mask and labels.
 
     Args:
-        model: as TRL's trainer holds it after its constructor, in any wrapper.
+        model: the model that TRL's trainer holds after its constructor, in any wrapper.
         choice: see `Packing`.
         one_pass, batch_tokens: see `Packing`.
 
     Returns:
-        The packing, or `None` if it is off or TRL has no fused head yet.
+        The packing, or `None` if it is off or TRL has no fused head.
 
     Raises:
-        ValueError: a forced choice is not exact for this model.
+        ValueError: a forced packing mode is not exact for this model.
     """
     if choice == "off" or BEFORE_FUSED_HEAD:
         return None
@@ -63,12 +63,12 @@ def pack_fused_head(
     inner: Any = unwrapped(model)
     fused_forward = inner.forward
 
-    # `generate` reads the signature.
+    # `generate` reads the signature of this method.
     @functools.wraps(type(inner).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return fused_forward(*args, **kwargs)
-        # PEFT passes on every argument it knows, most of them as None.
+        # PEFT passes all arguments that it defines, most of them as None.
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         batch = None if args or not _packable(inner, kwargs) else _Batch.of(kwargs)
         if batch is None or packing.decision.route == "off":
@@ -89,7 +89,7 @@ def _packable(inner: Any, kwargs: dict[str, Any]) -> bool:
 
 
 class _Batch(NamedTuple):
-    """A batch copied to the CPU: reading single numbers from a device waits for it each time.
+    """A batch on the CPU, because every read of a single number from a device waits for it.
 
     Attributes:
         ids_BT, mask_BT, labels_BT: the arguments of the model call.
@@ -101,7 +101,7 @@ class _Batch(NamedTuple):
 
     @classmethod
     def of(cls, kwargs: dict[str, Any]) -> _Batch | None:
-        """Copies all tensors at once; `None` if rows are not padded on the right.
+        """Copies all tensors at once, or returns `None` if rows are not padded on the right.
 
         Both of the project's collators pad on the right.
         """
@@ -121,25 +121,26 @@ def _packed(
     use_cache: bool | None = None,
     num_items_in_batch: Any = None,
 ) -> Any:
-    # Chosen `pqA` and rejected `pqBC` of one prompt, as TRL's loss passes them (- is -100):
+    # The chosen `pqA` and the rejected `pqBC` for one prompt, as TRL's loss passes them (- is
+    # -100):
     #
     #   ids_BT     p q A _     targets_BT   - A -     wanted   [1]      the state of q scores A
     #              p q B C                  - B C              [1 2]    q scores B, B scores C
     #
-    # Tokens after the last wanted one are cut, so one packed row `p q B` gives all three states:
-    # q (for A), q (for B) and B (for C). Their values return to the cells 1, 4 and 5 of the
-    # flattened (2, 3) output, in whatever order the passes produce them; other cells are zero.
+    # Tokens after the last needed token are cut, so one packed row `p q B` provides all three
+    # states: q (for A), q (for B) and B (for C). Their values go to cells 1, 4 and 5 of the
+    # flattened (2, 3) output, in any order of the passes. All other cells are zero.
     device = input_ids.device
     lengths = batch.mask_BT.sum(1)
     sequences = [row[:n].tolist() for row, n in zip(batch.ids_BT, lengths, strict=True)]
     targets_BT = batch.labels_BT[:, 1:]
     places_BT = targets_BT != -100
-    # The state at t scores the token at t + 1. Rows without targets are not computed.
+    # The hidden state at t scores the token at t + 1. Rows without targets are not computed.
     wanted = [row.nonzero()[0] for row in places_BT]
     targets = targets_BT[places_BT]
     nothing = not len(targets)
     if nothing:
-        # One score times zero keeps the output connected to the model's parameters.
+        # Multiply one score by zero, to keep the output connected to the model's parameters.
         sequences, wanted = [[*sequences[0][:1]]], [np.array([0])]
         targets = batch.ids_BT[0, :1]
     values: dict[str, list[torch.Tensor]] = {name: [] for name in _PER_TOKEN}

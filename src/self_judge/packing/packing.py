@@ -1,8 +1,8 @@
-"""Packing: sequences go through a model with every shared token computed once.
+"""Packing runs sequences through a model and computes every shared token once.
 
-It decides once per model how prefixes can be shared (tree masks, a KV cache, or not at all), lays
-out the sequences, and lets the model's own head score only the wanted positions. It does not know
-what the sequences are or how the scores are used.
+This module decides once per model how prefixes can be shared (tree masks, a KV cache, or not at
+all), lays out the sequences, and lets the model's own head score only the needed positions. It does
+not depend on the meaning of the sequences or the use of the scores.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 Route: TypeAlias = Literal["tree", "cache", "padding", "off"]
 
-# Attention layers that accept a mask from the caller; any other kind keeps a state of its own.
+# Attention layers that accept a mask from the caller. Other kinds of layers keep their own state.
 _MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _LAYOUTS: dict[str, Callable[..., Iterator[Pass]]] = {
     "tree": tree_passes,
@@ -61,14 +61,14 @@ _LAYOUTS: dict[str, Callable[..., Iterator[Pass]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How a model's prefixes are shared.
+    """The packing mode of a model.
 
     Attributes:
         route: `tree`, `cache`, `padding`, or `off` (the model is called without packing).
-        reason: the reason for this route, in words.
-        longest: the longest sequence for which the route is exact; `None` means no limit.
-        beyond: the route of longer sequences.
-        by_segments: whether attention over trees runs segment by segment instead of under a mask.
+        reason: the reason for this mode, as text.
+        longest: the longest sequence for which the mode is exact, or `None` for no limit.
+        beyond: the packing mode for longer sequences.
+        by_segments: whether trees use segment attention instead of a mask.
     """
 
     route: Route
@@ -79,31 +79,32 @@ class Decision:
 
 
 class Packing:
-    """Runs sequences through one model, each shared token once.
+    """Runs sequences through one model and computes each shared token once.
 
     Args:
         model: a causal language model, in any wrapper (PEFT, DDP, FSDP).
-        choice: `auto` takes the first of tree, cache and padding that is exact for the model; any
-            other value is forced, and `off` packs nothing.
-        batch_tokens: the most tokens in a forward pass, padding included; default:
-            `pass_size.tokens_per_pass`. One sequence, or two that share a prefix, fit into a pass
-            at any length.
-        gradients: whether gradients will flow (a cache does not work with gradient checkpointing).
-        one_pass: put everything into one forward pass. Sharded models need this, because their
-            processes must make the same number of passes (see `LockstepPacking` for judging).
+        choice: `auto` uses the first mode of tree, cache and padding that is exact for the model.
+            Any other value forces a mode, and `off` disables packing.
+        batch_tokens: the most tokens in a forward pass, including padding (default:
+            `pass_size.tokens_per_pass`). A single sequence, or two that share a prefix, may exceed
+            this limit.
+        gradients: whether gradients are needed (a cache does not work with gradient checkpointing).
+        one_pass: whether to use a single forward pass. Sharded models need this, because all
+            processes must run the same number of passes (see `LockstepPacking` for judging).
 
     Raises:
-        ValueError: a forced choice is not exact for this model.
+        ValueError: a forced mode is not exact for this model.
     """
 
-    # How `auto` decides, once per model. Each route is first checked against the configuration
-    # (`_gate`), then tried on five short sequences (`_trial`); the first exact one wins:
+    # `auto` decides once per model. Each mode is first checked against the configuration (`_gate`)
+    # and then tried on five short sequences (`_trial`). The first exact mode is used:
     #
-    #   tree ──── exact ──> tree; on a CPU with SDPA by segments, if those are exact as well
+    #   tree ──── exact ──> tree; on a CPU with SDPA by segments, if they are also exact
     #    └ not ── cache ── exact ──> cache
     #              └ not ── padding
     #
-    # Sequences longer than `Decision.longest` (a sliding window, say) take `Decision.beyond`.
+    # Sequences longer than `Decision.longest` (for example, a sliding window) use
+    # `Decision.beyond`.
 
     def __init__(
         self,
@@ -128,7 +129,7 @@ class Packing:
 
     @property
     def decision(self) -> Decision:
-        """The route for the model in its present state; tried once per model."""
+        """The packing mode for the model in its current state, which is tried once per model."""
         known = _KNOWN.setdefault(self.inner, _Known())
         key = (
             self.choice,
@@ -139,7 +140,7 @@ class Packing:
         )
         if key not in known.decided:
             decision = known.decided[key] = _decide(self.model, self.choice, key[1], key[2])
-            # Nothing is shared, although the user did not ask for that.
+            # Prefixes are not shared, although the user did not request that.
             lost = self.choice == "auto" and decision.route in ("padding", "off")
             if lost:
                 warn_once(logger, self.describe())
@@ -148,18 +149,18 @@ class Packing:
         return known.decided[key]
 
     def describe(self) -> str:
-        """The choice and its reason, in one line."""
+        """Returns the packing mode and its reason, in one line."""
         decision = self.decision
         limit = "" if decision.longest is None else f" up to {decision.longest} tokens"
         return f"packing of {type(self.inner).__name__}: {decision.route}{limit}; {decision.reason}"
 
     def passes(self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints]) -> Iterator[Pass]:
-        """The forward passes that compute the hidden states at the wanted positions.
+        """Yields the forward passes that compute the hidden states at the requested positions.
 
         Args:
-            sequences: token ids; sequences without wanted positions are left out.
-            wanted: for each sequence, the positions whose hidden states are needed. Tokens after
-                the last of them are not computed.
+            sequences: token ids. Sequences without requested positions are skipped.
+            wanted: the positions in each sequence whose hidden states are needed. Tokens after the
+                last position are not computed.
 
         Raises:
             ValueError: packing is off.
@@ -169,7 +170,7 @@ class Packing:
     def _passes(
         self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints], by_segments: str
     ) -> Iterator[Pass]:
-        # Which sequences go which way, for example with a sliding window of 512 tokens:
+        # How sequences are assigned to modes, for example with a sliding window of 512 tokens:
         #
         #   wanted positions [9] of 20 tokens     cut to the first 10
         #   up to 512 tokens after the cut        `decision.route` (or its segments or chunks)
@@ -205,17 +206,16 @@ class Packing:
             yield from _LAYOUTS[route](self.inner, self.shape, asked.only(chosen), **remembered)
 
     def _may_cache(self) -> bool:
-        """Whether groups of many branches may use a cache although trees are exact."""
+        """Returns whether groups with many branches may use a cache although trees are exact."""
         free = self.choice == "auto" and not self.gradients and not self.shape.one_pass
         dense = attention(self.inner) != flex_attention.NAME
         return free and dense and _refused(self.model, "cache") is None
 
     @contextmanager
     def prefix_cache(self, limit: int = 2 * 2**30) -> Iterator[None]:
-        """Within the block, calls reuse the prefixes that earlier calls computed.
+        """Makes calls within the block reuse the prefixes that earlier calls computed.
 
-        This helps `next_token_logits` only, and only with attention by segments; elsewhere it
-        changes nothing.
+        This only affects `next_token_logits` with segment attention.
 
         Args:
             limit: the most bytes of keys and values to keep.
@@ -230,8 +230,9 @@ class Packing:
     def next_token_logits(
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Yields (indices of sequences, logits `(n, V)` of the token after each of them)."""
-        # Only the last position of a sequence is needed, so chunks work; one pass uses segments.
+        """Yields (sequence indices, logits `(n, V)` of the token after each of these sequences)."""
+        # Only the last position in a sequence is needed, so chunks work. A single pass uses
+        # segments.
         last = [np.array([len(s) - 1]) for s in sequences]
         for this in self._passes(sequences, last, "segments" if self.shape.one_pass else "chunks"):
             with hidden_states_at(self.inner, this) as inputs:
@@ -256,21 +257,22 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 
 
 def _no_cache(packing: Packing) -> str | None:
-    """Why a KV cache cannot be used, whatever the model computes; `None` if it can."""
+    """Returns the reason these settings exclude a KV cache, or `None` if they allow it."""
     if packing.shape.one_pass:
-        return "a cache needs two passes, but processes must make the same number"
+        return "a cache needs two passes, but all processes must run the same number"
     if packing.gradients and _checkpointed(packing.inner):
-        return "gradient checkpointing leaves no cache"
+        return "gradient checkpointing does not support a cache"
     if packing.gradients and getattr(packing.inner, "_is_stateful", False):
         return "gradients do not flow through a recurrent state"
     return None
 
 
 def _by_segments(packing: Packing) -> bool:
-    """Whether to try attention by segments.
+    """Returns whether to try segment attention.
 
-    On a GPU its many small calls take 2 to 4 times as long as masks (benchmarks/RESULTS.md).
-    Gradient checkpointing repeats forward passes after the model's usual attention is restored.
+    On a GPU, its many small calls take 2 to 4 times as long as masks (benchmarks/RESULTS.md).
+    Gradient checkpointing repeats forward passes after the model's usual attention is restored, so
+    it cannot be combined with segments.
     """
     inner = packing.inner
     checkpointed = packing.gradients and _checkpointed(inner)
@@ -310,7 +312,7 @@ def _decide(model: nn.Module, choice: str, no_cache: str | None, may_segment: bo
 
 
 def _refused(model: nn.Module, route: str) -> str | None:
-    """Why a route is not exact for a model, by its configuration and by a trial; else `None`."""
+    """Returns the reason a mode is not exact for a model, or `None` if it is exact."""
     inner: Any = unwrapped(model)
     known = _KNOWN.setdefault(inner, _Known())
     key = (route, attention(inner), isinstance(model, PeftModel))
@@ -322,43 +324,43 @@ def _refused(model: nn.Module, route: str) -> str | None:
 def _gate(model: nn.Module, route: str) -> str | None:
     inner: Any = unwrapped(model)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return "the adapter puts virtual tokens in front of every sequence"
+        return "the adapter adds virtual tokens before every sequence"
     if getattr(inner, "base_model", inner) is inner:
-        return f"{type(inner).__name__} has no backbone apart from its head"
+        return f"{type(inner).__name__} has no backbone separate from its head"
     config = inner.config.get_text_config()
     if config.is_encoder_decoder:
-        return "an encoder-decoder model"
+        return "it is an encoder-decoder model"
     if route == "padding":
         return None
     if attention(inner) == flex_attention.NAME:
         if route == "cache":
-            return "FlexAttention would be compiled for many lengths of a cache"
+            return "FlexAttention would be compiled for many cache lengths"
         refused = flex_attention.refusal(inner, device_of(inner))
         if refused:
             return refused
     if route == "cache":
         if config.model_type == "jamba":
-            return "Jamba's cache does not keep what its state needs"
+            return "Jamba's cache does not keep the data that its state needs"
         return None
     if getattr(inner, "_is_stateful", False):
-        return "its layers keep a state that runs through the whole row"
+        return "its layers keep a state across the whole row"
     unknown = set(getattr(config, "layer_types", None) or ()) - _MASKED_LAYERS
     if unknown:
-        return f"unknown kinds of layers: {', '.join(sorted(unknown))}"
+        return f"it has unknown kinds of layers: {', '.join(sorted(unknown))}"
     if not takes_positions(inner):
-        return "it takes no position ids"
+        return "it does not accept position ids"
     if getattr(config, "alibi", False):
-        return "ALiBi counts tokens of the row"
+        return "ALiBi counts the tokens in the row"
     if attention(inner) not in ("sdpa", "eager", "flex_attention"):
-        return f"{attention(inner)} attention takes no custom mask"
-    # The attention of older models is built in.
+        return f"{attention(inner)} attention does not accept a custom mask"
+    # Older models have built-in attention.
     if route in ("segments", "chunks") and not inner._can_set_attn_implementation():
         return "its attention cannot be replaced"
     return None
 
 
 def _longest_path(config: Any) -> int | None:
-    """The length up to which a packed token sees all earlier tokens at its usual position."""
+    """Returns the length up to which packed tokens attend to all earlier tokens as usual."""
     config = config.get_text_config()
     limits: list[int] = []
     kinds = getattr(config, "layer_types", None)
@@ -371,7 +373,7 @@ def _longest_path(config: Any) -> int | None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     ropes = [r for r in (rope, *rope.values()) if isinstance(r, Mapping)]
     for parameters in ropes:
-        # These scale positions depending on the longest sequence in a pass.
+        # These kinds scale positions by the longest sequence in a pass.
         if parameters.get("rope_type", parameters.get("type")) in ("dynamic", "longrope"):
             original = parameters.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
@@ -381,19 +383,20 @@ def _longest_path(config: Any) -> int | None:
 
 
 def _trial(model: nn.Module, route: str) -> str | None:
-    """Compares the route on two small trees with a padded batch; `None` if they agree."""
-    # The five sequences (numbers are indices in `drawn`) and the trees that they make:
+    """Compares a mode with a padded batch on two small trees; returns `None` if they agree."""
+    # The five sequences (numbers are indices in `drawn`) and their trees:
     #
     #   0 1 2 3 ─┬─ 4 ─┬─ 5 6        10 11 12 ─┬─ 13 14
     #            │     └─ 7                    └─ 15 16 17
     #            └─ 8
     #
-    # A branch that sees another, or a token at a wrong position, changes some logit visibly.
+    # If a branch attends to another branch, or a token has a wrong position, some logit changes
+    # clearly.
     inner: Any = unwrapped(model)
     called = as_called(model)
     drawn = trial_tokens(model, 32)
     root, other = drawn[:4], drawn[10:13]
-    # Rows of nine tokens at most: on longer ones, rounding in bfloat16 could hide a mistake.
+    # Rows have at most nine tokens. In longer rows, bfloat16 rounding could hide an error.
     trees = [root + drawn[4:7], root + drawn[4:5] + drawn[7:8], root + drawn[8:9]]
     sequences = [*trees, other + drawn[13:15], other + drawn[15:18]]
     wanted = [np.arange(len(s) - 1 if route == "chunks" else 0, len(s)) for s in sequences]
@@ -416,5 +419,5 @@ def _trial(model: nn.Module, route: str) -> str | None:
 
 
 def needs_one_pass(distributed: Any) -> bool:
-    """Whether processes must make the same number of forward passes (FSDP, ZeRO-3)."""
+    """Returns whether processes must run the same number of forward passes (FSDP, ZeRO-3)."""
     return str(getattr(distributed, "value", distributed)).upper() in ("FSDP", "DEEPSPEED")

@@ -1,6 +1,7 @@
-"""How many tokens a forward pass holds: a fixed number per kind of device and width of model.
+"""Sets the number of tokens in a forward pass by the kind of device and the model width.
 
-It knows a model's matrices and, on request, a clock. It does not know what the tokens are.
+This module uses the shapes of a model's matrices and, on request, measures their speed. It does not
+depend on the tokens.
 """
 
 from __future__ import annotations
@@ -25,38 +26,40 @@ logger = logging.getLogger(__name__)
 
 FILE = "batch_shape.json"
 ASKED = "SELF_JUDGE_TOKENS_PER_PASS"
-# The least width of the hidden states: the tokens in a pass. On two CPU cores, the matrices of
-# SmolLM2-135M (576 wide) are busy at 512 tokens; judging is 8 % faster in passes of 1,024, and no
-# faster in 2,048. Tiny models are busy at 2,048. The numbers for other devices are estimates.
+# Maps the least width of the hidden states to the number of tokens in a pass. On two CPU cores, the
+# matrices of SmolLM2-135M (576 wide) are busy at 512 tokens. Judging is 8 % faster with passes of
+# 1,024 tokens, and not faster with 2,048. Tiny models are busy at 2,048. The numbers for other
+# devices are estimates.
 _ON_CPU = {0: 4096, 256: 1024}
 _ELSEWHERE = {0: 16_384, 4096: 8192}
-# An H100 computes this many tokens while its host launches the kernels of a pass (about 1 ms a
-# layer, measured with Llama shapes in bfloat16). A CPU launches nothing.
+# An H100 computes this many tokens while its host launches the kernels for a pass (about 1 ms per
+# layer, measured with Llama shapes in bfloat16). A CPU does not launch kernels.
 _BUSY_ELSEWHERE = {0: 16_384, 1024: 4096, 4096: 2048}
 _CANDIDATES = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 _SECONDS = 0.5
 _GOOD_ENOUGH = 0.95
 
 Measure = Callable[[list[torch.Tensor], int], float]
-_MEASURED: dict[tuple[Any, ...], int] = {}  # by the device, dtype and shapes of the matrices
+_MEASURED: dict[tuple[Any, ...], int] = {}  # keyed by the device, dtype and shapes of the matrices
 
 
 def tokens_per_pass(inner: nn.Module) -> int:
-    """The number of tokens in a pass of a model.
+    """Returns the number of tokens in a forward pass of a model.
 
-    Which sequences share a pass affects how their results are rounded. So the number depends only
-    on the kind of device and the width of the model, unless `$SELF_JUDGE_TOKENS_PER_PASS` gives a
-    number or `measure`; see `measured_tokens_per_pass`.
+    The choice of sequences that share a pass affects the rounding of their results. The number
+    therefore depends only on the kind of device and the width of the model, unless
+    `$SELF_JUDGE_TOKENS_PER_PASS` is set to a number or to `measure` (see
+    `measured_tokens_per_pass`).
 
     Args:
-        inner: the model under all wrappers.
+        inner: the model inside all wrappers.
 
     Raises:
         ConfigError: the environment variable is neither a positive number nor `measure`.
     """
     asked = os.environ.get(ASKED, "")
     if asked == "measure":
-        # Judging asks before every call, and the frozen copy of a model shares its passes.
+        # Judging calls this before every pass, and the frozen copy of a model uses the same size.
         kind = tuple(sorted((str(m.device), str(m.dtype), *m.shape) for m in _matrices(inner)))
         if kind not in _MEASURED:
             _MEASURED[kind] = measured_tokens_per_pass(inner)
@@ -69,12 +72,12 @@ def tokens_per_pass(inner: nn.Module) -> int:
 
 
 def busy_tokens(inner: nn.Module) -> int:
-    """The fewest tokens that keep the device busy for as long as a pass takes to launch.
+    """Returns the fewest tokens that keep the device busy while a pass is launched.
 
-    A smaller pass takes no less time. On a CPU: 0.
+    A smaller pass is not faster. On a CPU, the number is 0.
 
     Args:
-        inner: the model under all wrappers.
+        inner: the model inside all wrappers.
     """
     return 0 if _on_cpu(inner) else _by_width(inner, _BUSY_ELSEWHERE)
 
@@ -90,14 +93,14 @@ def _by_width(inner: nn.Module, figures: dict[int, int]) -> int:
 
 
 def measured_tokens_per_pass(inner: nn.Module, measure: Measure | None = None) -> int:
-    """Twice the fewest tokens at which the model's matrices reach 95 % of their best rate.
+    """Returns twice the fewest tokens at which the model's matrices reach 95 % of their best rate.
 
-    The factor of two covers the fixed cost of a pass. Another measurement may give another number,
-    and so other rounding.
+    The factor of two covers the fixed cost of a pass. A new measurement may give a different
+    number, and therefore different rounding.
 
     Args:
-        inner: the model under all wrappers.
-        measure: returns the tokens per second of some matrices (default: by the clock).
+        inner: the model inside all wrappers.
+        measure: returns the tokens per second for a list of matrices (default: measured time).
     """
     matrices = _matrices(inner)
     if not matrices or matrices[0].device.type == "meta":  # all sharded or quantized
@@ -108,10 +111,10 @@ def measured_tokens_per_pass(inner: nn.Module, measure: Measure | None = None) -
 
 
 def pinned_tokens_per_pass(inner: nn.Module, folder: str | Path) -> int:
-    """The `tokens_per_pass` of a run: the same in all its processes and after a resume.
+    """Returns the `tokens_per_pass` of a run, which all processes and resumed runs share.
 
     Args:
-        folder: the run's folder; the first process reads or writes `batch_shape.json` there.
+        folder: the folder of the run. The first process reads or writes `batch_shape.json` there.
     """
     path = Path(folder) / FILE
     pinned = [0]
@@ -127,9 +130,9 @@ def pinned_tokens_per_pass(inner: nn.Module, folder: str | Path) -> int:
 
 
 def attention_share(inner: Any) -> float:
-    """The FLOPs of one query with one key, divided by those of a token in all layers' matrices.
+    """Returns the FLOPs for one query and key, divided by those for a token in all matrices.
 
-    With a context of L tokens, attention adds L times this to a token's work.
+    With a context of L tokens, attention adds L times this share to the work for a token.
     """
     config = inner.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0) or 0
@@ -145,13 +148,13 @@ def attention_share(inner: Any) -> float:
 
 
 def _matrices(inner: nn.Module) -> list[torch.Tensor]:
-    """One matrix of each shape, except the head, which sees few tokens."""
+    """Returns one matrix of each shape, except the head, which processes few tokens."""
     head = getattr(inner, "get_output_embeddings", lambda: None)()
     found: dict[tuple[int, ...], torch.Tensor] = {}
     for module in inner.modules():
         if type(module) is nn.Linear and module is not head:
             weight = module.weight.detach()
-            # A shard may be flat, or empty.
+            # A shard may be flat or empty.
             whole = type(weight) is torch.Tensor and weight.dim() == 2 and weight.numel()
             if whole and weight.is_floating_point():
                 found.setdefault(tuple(weight.shape), weight)
@@ -182,5 +185,5 @@ def _tokens_per_second(matrices: list[torch.Tensor], tokens: int) -> float:
         return time.perf_counter() - started
 
     once()
-    # The best of three: other programs on the machine can only slow a measurement down.
+    # Use the best of three, because other programs on the machine can only slow a measurement down.
     return tokens / min(once() for _ in range(3))

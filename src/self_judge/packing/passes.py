@@ -1,7 +1,7 @@
-"""Packed passes: prefix trees as inputs of forward passes, and the hidden states to read from them.
+"""Builds packed forward passes from prefix trees, and selects the hidden states to read.
 
-There is one generator per route. The caller chooses it; `packing.py` checks whether it is exact for
-a model.
+There is one generator for each packing mode. The caller chooses the mode, and `packing.py` checks
+whether it is exact for a model.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from self_judge.packing.prefix_tree import (
 from self_judge.packing.segment_attention import attending_by_segments
 from self_judge.runtime import device_of, to_device, without_cudnn_attention
 
-# Under a dense mask, attention computes every pair of tokens, at a lower rate than a matrix
-# product. These factors say how much slower (benchmarks/RESULTS.md): measured on two CPU cores with
-# SmolLM2-135M, and on an H200 in bfloat16, where 1.0 is within 4 % of the best for a 1B shape. A
-# higher factor means more and smaller passes.
+# With a dense mask, attention computes every pair of tokens, at a lower rate than a matrix product.
+# These factors describe the slowdown (benchmarks/RESULTS.md). They were measured on two CPU cores
+# with SmolLM2-135M, and on an H200 in bfloat16, where 1.0 is within 4 % of the best value for a 1B
+# shape. A higher factor leads to more and smaller passes.
 _DENSE_ATTENTION = {"cpu": 2.0}
 _DENSE_ATTENTION_ELSEWHERE = 1.0
-# Tokens in the cache of one group: 16 GiB of keys and values for Llama 2 7B in bfloat16, and 4 GiB
-# for Llama 3 8B, whose query heads share them in fours.
+# The most tokens in the cache for one group. They need 16 GiB of keys and values for Llama 2 7B in
+# bfloat16, and 4 GiB for Llama 3 8B, in which four query heads share keys and values.
 _CACHED_TOKENS = 32_768
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How large a forward pass may be; see `Packing`.
+    """The limits on the size of a forward pass; see `Packing`.
 
     Attributes:
-        split_pairs: apply `batch_tokens` to two sequences that share a prefix as well, as after
-            running out of memory. A single sequence is never cut.
+        split_pairs: whether `batch_tokens` also applies to two sequences that share a prefix, for
+            example after running out of memory. A single sequence is never cut.
     """
 
     batch_tokens: int | None = None
@@ -60,13 +60,13 @@ class Wanted(NamedTuple):
 
     Attributes:
         sequences: token ids.
-        wanted: for each sequence, the positions whose states are wanted.
-        offsets: for each sequence, the index of its first wanted position among all.
+        wanted: the positions in each sequence whose states are needed.
+        offsets: the index of the first needed position of each sequence among all needed positions.
     """
 
-    # For `pqA`, `pqBC`, `ps` with wanted [1 2], [2 3], [1], the five wanted states are numbered
+    # For `pqA`, `pqBC`, `ps` with wanted [1 2], [2 3], [1], the five states are numbered like this:
     #   qA of 0: 0 1      BC of 1: 2 3      s of 2: 4      so offsets = [0 2 4]
-    # and in the row p q A B C s (one pass) they are at `Pass.states` = [1 2 3 4 5].
+    # In the row p q A B C s (one pass), they are at `Pass.states` = [1 2 3 4 5].
 
     sequences: Sequence[Sequence[int]]
     wanted: Sequence[Ints]
@@ -77,7 +77,7 @@ class Wanted(NamedTuple):
         return cls(sequences, wanted, np.cumsum([0, *map(len, wanted)])[:-1].tolist())
 
     def only(self, places: Sequence[int]) -> Wanted:
-        """A subset of the sequences; their wanted positions keep their numbers."""
+        """Selects some of the sequences; their positions keep their numbers."""
         sequences, wanted, offsets = self
         return Wanted(
             [sequences[i] for i in places],
@@ -88,14 +88,15 @@ class Wanted(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One forward pass.
+    """A forward pass.
 
     Attributes:
-        inputs: the keyword arguments of the model.
-        states: the indices of the W wanted hidden states in the flattened output, which starts
-            with the flattened prefix if there is one.
-        wanted: the numbers of these states among all wanted ones (see `Wanted.offsets`).
-        prefix: with a KV cache, the inputs of the prefix pass, and the prefix row of each branch.
+        inputs: the keyword arguments for the model.
+        states: the indices of the W needed hidden states in the flattened output, which starts with
+            the flattened prefix if there is one.
+        wanted: the numbers of these states among all needed states (see `Wanted.offsets`).
+        prefix: the inputs for the prefix pass and the prefix row of each branch, if a KV cache is
+            used.
     """
 
     inputs: dict[str, Any]
@@ -111,12 +112,12 @@ class Pass:
 
 @contextmanager
 def hidden_states_at(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
-    """Makes the backbone return only the wanted states, shape `(1, W, H)`; yields its inputs.
+    """Makes the backbone return only the needed states `(1, W, H)`, and yields its inputs.
 
-    The model's own head then scores them, including any scaling or capping of logits.
+    The model's own head then scores these states, including any scaling or capping of logits.
 
     Args:
-        inner: the causal language model under all wrappers.
+        inner: the causal language model inside all wrappers.
     """
     backbone = inner.base_model
     before: torch.Tensor | None = None
@@ -130,9 +131,9 @@ def hidden_states_at(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
             yield inputs
 
 
-# -- routes ----------------------------------------------------------------------------------------
+# -- packing modes ---------------------------------------------------------------------------------
 #
-# The same three sequences, `pqA`, `pqBC` and `ps`, on each route:
+# The same three sequences, `pqA`, `pqBC` and `ps`, in each packing mode:
 #
 #   tree        1 row    p q A B C s              a mask says who sees whom; 6 tokens
 #   cache       prefix   p                        computed once, then one row per branch
@@ -147,7 +148,7 @@ def pass_tokens(inner: Any, shape: Shape) -> int:
 
 
 def _dense_cost(inner: Any) -> float:
-    """The cost of one more key for a token under a dense mask, in units of all its other work."""
+    """Returns the cost of one more key per token with a dense mask, in units of its other work."""
     slower = _DENSE_ATTENTION.get(device_of(inner).type, _DENSE_ATTENTION_ELSEWHERE)
     return slower * attention_share(inner)
 
@@ -158,7 +159,7 @@ def tree_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
     most = pass_tokens(inner, shape)
     rows = prefix_rows(asked.sequences, most, cost, split_pairs=shape.split_pairs)
     if blocks:
-        # Blocks that no token sees are skipped, so all trees of a pass share one row.
+        # Blocks that no token attends to are skipped, so all trees in a pass share one row.
         size = sum(map(len, rows)) if shape.one_pass else most
         batched = [[row] for row in joined(rows, size)]
     else:
@@ -177,22 +178,23 @@ def tree_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
 
 
 def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) -> list[int]:
-    """The sequences that a KV cache computes for clearly less than dense tree masks.
+    """Returns the sequences for which a KV cache is clearly cheaper than dense tree masks.
 
-    These are groups of many branches, such as a tournament round. Under a dense mask, scores are
-    computed between all branches of a row, and every full row repeats the prefix.
+    These sequences form groups with many branches, such as a tournament round. With a dense mask,
+    scores are computed between all branches in a row, and every full row repeats the prefix.
 
     Returns:
         Their indices.
     """
-    # Example: a prefix of 100 tokens with 16 branches of 20, in one row of 420 tokens. The dense
-    # mask computes 420² = 176,400 scores; prefix and branches (`met`) 100² + 16·20·120 = 48,400.
-    # Branches are padded to the longest: with one of 60 among them, they count 16·60 tokens.
+    # For example, a prefix of 100 tokens and 16 branches of 20 tokens form one row of 420 tokens.
+    # The dense mask computes 420² = 176,400 scores. Prefix and branches (`met`) need 100² +
+    # 16·20·120 = 48,400. Branches are padded to the longest branch. If one branch has 60 tokens,
+    # they count as 16·60 tokens.
     cost, most = _dense_cost(inner), pass_tokens(inner, shape)
     cached: list[int] = []
     for group in prefix_groups(sequences):
         if len(group.members) <= 2:
-            continue  # one comparison in both orders: a second pass saves nothing
+            continue  # for one comparison in both orders, a second pass saves no work
         own = [sequences[i] for i in group.members]
         lengths = [len(row) for row in prefix_rows(own, most, cost)]
         width = max(map(len, own)) - group.prefix
@@ -204,11 +206,11 @@ def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) 
 
 
 def _dense_mask(inner: Any, ends_BL: torch.Tensor) -> torch.Tensor:
-    """The additive mask in the type that attention computes in, `(B, 1, L, L)`.
+    """Builds the additive mask `(B, 1, L, L)` in the dtype that attention uses.
 
-    SDPA would convert a boolean mask in every layer and keep each copy for the backward pass; eager
-    attention adds its mask, and a boolean one would be silently wrong. CUDA's kernels copy a mask
-    whose rows do not begin at a multiple of 8.
+    SDPA would convert a boolean mask in every layer and keep each copy for the backward pass. Eager
+    attention adds its mask, so a boolean mask would give wrong results without an error. The CUDA
+    kernels copy a mask whose rows do not begin at a multiple of 8.
     """
     allowed = tree_mask(ends_BL)
     kind = allowed.device.type
@@ -225,7 +227,7 @@ def padded_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
     rows = [_single(i, s) for i, s in enumerate(asked.sequences)]
     most, busy = pass_tokens(inner, shape), busy_tokens(inner)
     for batch in batches(rows, most, busy_tokens=busy, one=shape.one_pass):
-        # Right padding: under a causal mask it affects no token.
+        # With a causal mask, right padding does not affect any token.
         ids, _, _ = stacked(batch)
         lengths = torch.tensor([len(r) for r in batch])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
@@ -237,8 +239,8 @@ def padded_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
 
 
 def cache_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
-    # Every branch holds keys and values, including those of its prefix. The limit is one of memory,
-    # and a group is split no earlier than needed, because each part computes the prefix again.
+    # Every branch holds keys and values, including those of its prefix. The limit depends on
+    # memory. A group is not split earlier than needed, because each part recomputes the prefix.
     most = 2 * pass_tokens(inner, shape)
     whole = most if shape.split_pairs else max(most, _CACHED_TOKENS)
     groups = [
@@ -267,7 +269,7 @@ def cache_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
 def _parts(
     group: PrefixGroup, sequences: Sequence[Sequence[int]], most: int, least: int
 ) -> list[PrefixGroup]:
-    """Splits a group into parts of at most `most` tokens and at least `least` members."""
+    """Splits a group into parts with at most `most` tokens and at least `least` members."""
     size = max(least, most // max(len(sequences[i]) for i in group.members))
     starts = range(0, len(group.members), size)
     parts = [group.members[start : start + size] for start in starts]
@@ -275,8 +277,9 @@ def _parts(
 
 
 def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Wanted) -> Pass:
-    # Groups {pqA, pqBC} and {rD, rE}: a pass over the prefixes, padded on the left so that branches
-    # follow at once, then a pass over the branches, padded on the right.
+    # Groups {pqA, pqBC} and {rD, rE} need two passes. The first pass computes the prefixes, which
+    # are padded on the left so that branches follow directly. The second pass computes the
+    # branches, which are padded on the right.
     #
     #   prefixes   mask     branches   mask of prefix + branch   position_ids   branch of
     #   p q        1 1      A _        1 1 | 1 0                 2 3            prefix row 0
@@ -284,8 +287,8 @@ def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Wanted) -> Pass:
     #                       D _        0 1 | 1 0                 1 2            prefix row 1
     #                       E _        0 1 | 1 0                 1 2            prefix row 1
     #
-    # `states` counts the 4 prefix cells first (p q _ r), then the 8 branch cells: q is state 1, A
-    # is 4, C is 7, D is 8.
+    # `states` numbers the 4 prefix cells first (p q _ r), then the 8 branch cells: q is state 1, A
+    # is 4, C is 7 and D is 8.
     sequences = asked.sequences
     device = device_of(inner)
     longest = max(g.prefix for g in groups)
@@ -335,12 +338,12 @@ def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Wanted) -> Pass:
 
 
 def tree_mask(ends_BL: torch.Tensor) -> torch.Tensor:
-    """The boolean mask under which each token sees its ancestors and itself, `(B, 1, L, L)`.
+    """Builds the boolean mask `(B, 1, L, L)`: tokens attend to their ancestors and themselves.
 
     Args:
         ends_BL: `Row.subtree_ends` of each row, `(B, L)`.
     """
-    # `k <= q < end(k)`, as drawn in `prefix_tree.py`.
+    # The condition is `k <= q < end(k)`, as drawn in `prefix_tree.py`.
     place_L = torch.arange(ends_BL.shape[1], device=ends_BL.device)
     before = place_L[None, :] <= place_L[:, None]
     return (before & (place_L[:, None] < ends_BL[:, None, :]))[:, None]
@@ -353,8 +356,8 @@ def _single(index: int, sequence: Sequence[int]) -> Row:
 
 
 def stacked(batch: Sequence[Row], multiple: int = 1) -> tuple[torch.Tensor, ...]:
-    """Ids, positions and subtree ends, each `(B, L)`; a padding token sees only itself."""
-    # A padding token at index i has end i + 1: a subtree of its own. Rows p q A s and r C:
+    """Stacks ids, positions and subtree ends, each `(B, L)`; padding attends only to itself."""
+    # A padding token at index i has end i + 1, so it is its own subtree. Rows p q A s and r C:
     #   ids   p q A s     positions   0 1 2 1     ends   4 3 3 4
     #         r C _ _                 0 1 0 0            2 2 3 4
     longest = -(-max(len(r) for r in batch) // multiple) * multiple
@@ -369,7 +372,7 @@ def stacked(batch: Sequence[Row], multiple: int = 1) -> tuple[torch.Tensor, ...]
 
 
 def pass_over(inputs: dict[str, Any], batch: Sequence[Row], asked: Wanted) -> Pass:
-    # Row i begins at i · width in the flattened output. A shared token may be wanted several times.
+    # Row i begins at i · width in the flattened output. A shared token may be needed several times.
     width = inputs["input_ids"].shape[1]
     states, numbers = [], []
     for i, row in enumerate(batch):
@@ -388,7 +391,7 @@ def pass_over(inputs: dict[str, Any], batch: Sequence[Row], asked: Wanted) -> Pa
 def _prefix_states(
     backbone: nn.Module, prefix: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The hidden states `(G, T, H)` of the prefixes, and a cache with one row per branch."""
+    """Computes the hidden states `(G, T, H)` of prefixes and a cache with one row per branch."""
     inputs = {k: v for k, v in prefix.items() if k != "branches"}
     output = backbone(**inputs, use_cache=True)
     for name in ("past_key_values", "cache_params"):
@@ -415,7 +418,7 @@ def _selected(
         return output
 
     def keep_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "use_cache": True}  # TRL's head turns it off, and drops the cache
+        return args, {**kwargs, "use_cache": True}  # TRL's head turns the cache off
 
     hooks = [backbone.register_forward_hook(select)]
     if with_cache:

@@ -1,9 +1,9 @@
-"""Prefix trees: sequences that share a prefix become rows that hold every token once.
+"""Prefix trees lay out sequences that share prefixes as rows that contain every token once.
 
-Pure: token ids in, layouts out. It knows no model, no attention and no torch.
+This module computes layouts from token ids. It does not depend on models, attention or torch.
 """
 
-# The idea. Three sequences, their tree, and the row that holds the tree in depth-first order:
+# This example shows three sequences, their tree, and the row with the tree in depth-first order:
 #
 #   0: p q A          p─┬─q─┬─A           index          0  1  2  3  4  5
 #   1: p q B C          │   └─B─C         token_ids      p  q  A  B  C  s
@@ -11,9 +11,9 @@ Pure: token ids in, layouts out. It knows no model, no attention and no torch.
 #                                         subtree_ends   6  5  3  5  5  6
 #   9 tokens          6 nodes             places         0: 0 1 2   1: 0 1 3 4   2: 0 5
 #
-# Who attends to whom: query q (down) sees key k (across) where `k <= q < subtree_ends[k]`. B sees
-# p and q but not A, because the subtree of A ends at index 3. So each token sees the same tokens
-# at the same positions as in its own sequence, and the numbers stay the same.
+# In the mask, query q (down) attends to key k (across) if `k <= q < subtree_ends[k]`. B attends to
+# p and q but not to A, because the subtree of A ends at index 3. Each token therefore attends to
+# the same tokens at the same positions as in its own sequence, and the results are the same.
 #
 #        p q A B C s
 #   p    x
@@ -39,16 +39,16 @@ Ints: TypeAlias = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One or more prefix trees in depth-first order; L tokens.
+    """One or more prefix trees with L tokens in depth-first order.
 
-    Token q is token k or one of its descendants exactly if `k <= q < subtree_ends[k]`: one number
-    per token defines the whole attention mask.
+    Token q is token k or one of its descendants if and only if `k <= q < subtree_ends[k]`. One
+    number per token therefore defines the whole attention mask.
 
     Attributes:
-        token_ids: the ids, shape `(L,)`.
+        token_ids: the token ids, shape `(L,)`.
         positions: the depth of each token, which is its position in its sequences, `(L,)`.
-        subtree_ends: the index after each token's last descendant, `(L,)`.
-        places: for each sequence index, the indices of its tokens in the row, in order.
+        subtree_ends: the index after the last descendant of each token, `(L,)`.
+        places: maps each sequence index to the indices of its tokens in the row, in order.
     """
 
     token_ids: Ints
@@ -61,13 +61,13 @@ class Row:
 
 
 def shared_length(a: Ints, b: Ints) -> int:
-    """The length of the longest common prefix of two sequences."""
+    """Returns the length of the longest common prefix of two sequences."""
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
     return int(differs.argmax()) if differs.any() else n
 
 
-# A pair that shares at least one twentieth of its tokens stays in one row. Repeating a shorter
+# A pair that shares at least one twentieth of its tokens is kept in one row. Repeating a shorter
 # prefix adds less than 5 %.
 _LEAST_SHARED = 20
 
@@ -79,18 +79,18 @@ def prefix_rows(
     *,
     split_pairs: bool = False,
 ) -> list[Row]:
-    """Lays out one tree per row so that the total cost of the rows is least.
+    """Lays out one tree per row with the lowest total cost.
 
-    A row of L tokens costs `L + attention_cost · L²`. A tree is split into two rows where it would
-    be too large, or where attention across its branches would cost more than its prefix; both rows
-    then compute the shared prefix. Two sequences that share at least a twentieth of their tokens
-    are kept in one row rather than two, whatever its length and attention cost.
+    A row of L tokens costs `L + attention_cost · L²`. A tree is split into two rows if it would be
+    too large, or if attention across its branches would cost more than its prefix. Both rows then
+    compute the shared prefix. Two sequences that share at least a twentieth of their tokens are
+    kept in one row, whatever its length and attention cost.
 
     Args:
-        sequences: token ids, each with at least one token. Equal sequences share all indices.
-        row_tokens: the most tokens in a row; a pair or a single sequence may be longer.
-        attention_cost: the cost of one more key for a token, in units of all its other work.
-        split_pairs: whether the limit and the cost apply to pairs as well.
+        sequences: token ids, at least one per sequence. Equal sequences share all indices.
+        row_tokens: the most tokens in a row. A pair or a single sequence may be longer.
+        attention_cost: the cost of one more key for a token, in units of its other work.
+        split_pairs: whether the limit and the cost also apply to pairs.
 
     Raises:
         ValueError: a sequence has no tokens, or `row_tokens` is below 1.
@@ -107,21 +107,23 @@ def prefix_rows(
     shared = _shared_with_previous(arrays)
     lengths = [len(a) for a in arrays]
     alone = [n + attention_cost * n * n for n in lengths]
-    # In sorted order the sequences of any tree are neighbours, so a layout is a list of cuts, and
-    # dynamic programming finds the cheapest: best[end] is the least cost of the first `end`
-    # sequences, over every `start` at which the last row may begin.
+    # In sorted order, the sequences in any tree are neighbours. A layout is therefore a list of
+    # cuts, and dynamic programming finds the cheapest one: best[end] is the lowest cost for the
+    # first `end` sequences, over every `start` at which the last row may begin.
     #
     #   sorted      pqA  pqBC  ps         attention_cost 0.2, split_pairs; best[3] is the least of
     #   one row     p q A B C s           best[0] + 6 + 0.2·36 = 13.2
     #   two rows    p q A B C | p s       best[2] + 2 + 0.2·4  = 10.0 + 2.8 = 12.8   <- p twice
     #   two rows    p q A | p q B C s     best[1] + 5 + 0.2·25 = 4.8 + 10.0 = 14.8
     #
-    # With attention_cost 0.1 the order turns: one row costs 9.6, the first two rows 7.5 + 2.4.
+    # With attention_cost 0.1, one row is cheaper. It costs 9.6, while the first two rows cost 7.5 +
+    # 2.4.
     best, start_of = [0.0], [0]
     for end in range(1, len(arrays) + 1):
         cheapest, begins, tokens = float("inf"), end - 1, 0
         for start in range(end - 1, -1, -1):
-            # Starting one sequence earlier adds the tokens that it does not share with the next.
+            # Starting one sequence earlier adds the tokens that it does not share with the next
+            # sequence.
             follows = shared[start + 1] if start + 1 < end else 0
             tokens += lengths[start] - follows
             pair = start == end - 2 and not split_pairs
@@ -129,7 +131,7 @@ def prefix_rows(
                 break
             cost = tokens + attention_cost * tokens * tokens
             if pair and follows * _LEAST_SHARED >= tokens:
-                # A pair never costs more than two rows less the tokens it saves.
+                # A pair never costs more than two rows minus the tokens that it saves.
                 cost = min(cost, alone[start] + alone[start + 1] - follows)
             cost += best[start]
             if cost < cheapest:
@@ -150,9 +152,9 @@ def _shared_with_previous(arrays: Sequence[Ints]) -> list[int]:
 
 
 def _row(arrays: Sequence[Ints], shared: Sequence[int], numbers: Sequence[Sequence[int]]) -> Row:
-    """The tree of sorted sequences; the first sequence contributes all its tokens."""
-    # Appends to each sequence the tokens after its common prefix with the sequence before it. The
-    # rest of the previous path is then complete: the row's length at that moment is its end.
+    """Builds the tree of sorted sequences; the first sequence contributes all its tokens."""
+    # For each sequence, append the tokens after its common prefix with the previous sequence. The
+    # rest of the previous path is then complete, and its end is the current length of the row.
     #
     #   sequence   common   appended   path       closed (indices, end)
     #   pqA        0        p q A      0 1 2
@@ -161,13 +163,13 @@ def _row(arrays: Sequence[Ints], shared: Sequence[int], numbers: Sequence[Sequen
     #   the end                                   [0 5] end at 6         (p s)
     tokens: list[Ints] = []
     positions: list[Ints] = []
-    path = np.empty(0, dtype=np.int64)  # indices in the row of the current sequence's tokens
+    path = np.empty(0, dtype=np.int64)  # the row indices of the current sequence's tokens
     closed: list[tuple[Ints, int]] = []
     places: dict[int, Ints] = {}
     length = 0
     for i, array in enumerate(arrays):
         common = shared[i] if i else 0
-        closed.append((path[common:], length))  # these get no more descendants
+        closed.append((path[common:], length))  # these have no more descendants
         tokens.append(array[common:])
         positions.append(np.arange(common, len(array)))
         own = np.arange(length, length + len(array) - common)
@@ -182,9 +184,9 @@ def _row(arrays: Sequence[Ints], shared: Sequence[int], numbers: Sequence[Sequen
 
 
 def joined(rows: Iterable[Row], row_tokens: int) -> list[Row]:
-    """Puts several trees into each row by best-fit decreasing; no tree sees another.
+    """Puts several trees into each row by best-fit decreasing; trees do not attend to each other.
 
-    No row exceeds `row_tokens`, except a tree that is longer by itself.
+    Rows do not exceed `row_tokens`, except for a single tree that is longer.
     """
     trees = sorted(rows, key=len, reverse=True)
     return [
@@ -194,13 +196,13 @@ def joined(rows: Iterable[Row], row_tokens: int) -> list[Row]:
 
 
 def _bins(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Best-fit bin packing of lengths sorted from the longest: the indices in each bin."""
-    # Each length goes into the fullest bin that still has room for it, or opens a new bin.
+    """Packs lengths, sorted from the longest, into bins by best fit; returns the indices by bin."""
+    # Each length goes to the fullest bin that still has room for it, or to a new bin.
     #
     #   lengths 6 5 3 2 2, room 8      6 -> bin 0 (2 left)    5 -> bin 1 (3 left)
     #   result [0 3] [1 2] [4]         3 -> bin 1 (0 left)    2 -> bin 0 (0 left)    2 -> bin 2
     bins: list[list[int]] = []
-    left: list[tuple[int, int]] = []  # sorted pairs: room left in a bin, number of the bin
+    left: list[tuple[int, int]] = []  # sorted pairs (room left in a bin, number of the bin)
     for i, length in enumerate(lengths):
         tightest = bisect.bisect_left(left, (length, -1))
         if tightest < len(left):
@@ -225,9 +227,9 @@ def _one_after_the_other(trees: Sequence[Row]) -> Row:
     )
 
 
-# The fixed cost of a pass, as a fraction of the tokens that keep a device busy. It lies between
-# 1/40, by which matrices are slower at half as many tokens, and 1/12, measured for a whole model
-# on two CPU cores.
+# The fixed cost of a pass, as a fraction of the tokens that keep a device busy. The value is
+# between 1/40, the slowdown of matrices with half as many tokens, and 1/12, which was measured for
+# a whole model on two CPU cores.
 _PRICE_OF_A_PASS = 1 / 16
 
 
@@ -239,19 +241,19 @@ def batches(
     busy_tokens: int = 0,
     one: bool = False,
 ) -> list[list[Row]]:
-    """Groups rows of similar length into passes, longest first, at the least cost with padding.
+    """Groups rows of similar length into passes, longest first, with the lowest padded cost.
 
-    Where trees may be joined, the rows of a pass have one length, and shorter trees follow each
-    other in the space that would be padding: under a dense mask they cost the same there.
+    If trees may be joined, all rows in a pass have the same length, and shorter trees follow each
+    other in the space that would be padding. With a dense mask, they cost the same there.
 
     Args:
-        rows: one tree each.
-        batch_tokens: the most tokens in a pass, padding included; a longer row has its own pass.
-        attention_cost: the cost under a dense mask, see `prefix_rows`; `None`: do not join rows.
-        busy_tokens: a smaller pass costs as much as one of so many tokens, see
-            `pass_size.busy_tokens`.
-        one: put everything into one pass, whatever its size. Rows are then joined up to
-            `batch_tokens` only.
+        rows: the rows, with one tree each.
+        batch_tokens: the most tokens in a pass, including padding. A longer row has its own pass.
+        attention_cost: the cost with a dense mask (see `prefix_rows`), or `None` to not join rows.
+        busy_tokens: a smaller pass costs as much as a pass with this many tokens (see
+            `pass_size.busy_tokens`).
+        one: put all rows into one pass, whatever its size. Rows are then joined only up to
+            `batch_tokens`.
     """
     ordered = sorted(rows, key=len, reverse=True)
     lengths = [len(row) for row in ordered]
@@ -266,23 +268,24 @@ def batches(
 def _stretches(
     lengths: Sequence[int], batch_tokens: int, attention_cost: float | None, busy_tokens: int
 ) -> list[tuple[int, int]]:
-    """Cuts sorted lengths into the passes that cost least in total: (start, end) of each."""
-    # The same dynamic programming as in `prefix_rows`. A pass from `start` to `end` is padded to
-    # its first row, which is the longest, and each pass adds a fixed price.
+    """Cuts sorted lengths into passes with the lowest total cost; returns (start, end) of each."""
+    # This uses the same dynamic programming as `prefix_rows`. A pass from `start` to `end` is
+    # padded to its first row, which is the longest, and each pass adds a fixed price.
     #
     #   lengths 100 90 20 18 16, 200 tokens in a pass, no joining, price 200/16 = 12.5
     #   [100 90] [20 18 16]     2·100 + 3·20          = 260 + 2 passes = 285.0    <- chosen
     #   [100] [90 20] [18 16]   1·100 + 2·90 + 2·18   = 316 + 3 passes = 353.5
     #
-    # With joining, short rows follow each other in the padding: [90 20 18 16] counts max(144, 1·90)
-    # tokens, not 4·90, so [100] [90 20 18 16] costs 244 + 2 passes = 269.0 and is chosen.
+    # If rows are joined, short rows follow each other in the padding. [90 20 18 16] then counts as
+    # max(144, 1·90) tokens instead of 4·90, so [100] [90 20 18 16] costs 244 + 2 passes = 269.0 and
+    # is chosen.
     #
-    # With 150 busy tokens, [20 18 16] of the first line costs 150 instead of 60, as does each of
-    # two passes of the last line: 325.0.
+    # With 150 busy tokens, [20 18 16] in the first line costs 150 instead of 60. Both passes in the
+    # last line also cost 150 each, so their total is 325.0.
     price = _PRICE_OF_A_PASS * batch_tokens
     longest = np.array(lengths, dtype=np.int64)
     tokens = np.concatenate([[0], longest.cumsum()])
-    # The first row that is at most half as long as this one: from there, two rows fit into one.
+    # The first row that is at most half as long as this row. From there, two rows fit into one.
     halves = np.searchsorted(-longest, -(longest // 2))
     best, start_of = np.zeros(len(tokens)), np.zeros(len(tokens), dtype=np.int64)
     for end in range(1, len(tokens)):
@@ -307,9 +310,9 @@ def _stretches(
 def _filled(
     trees: Sequence[Row], batch_tokens: int, attention_cost: float, *, one: bool
 ) -> list[Row]:
-    """Packs trees into rows of the cheapest common length; a single row needs no padding."""
-    # Tries row lengths from the longest tree upwards, 10 % longer each time. Trees of 4, 2 and 2
-    # tokens fill two rows of 4: no padding, and less attention than in one row of 8.
+    """Packs trees into rows with the cheapest common length; a single row needs no padding."""
+    # Try row lengths from the longest tree upwards, 10 % longer each time. Trees of 4, 2 and 2
+    # tokens fill two rows of 4, without padding and with less attention than in one row of 8.
     lengths = [len(tree) for tree in trees]
     total, longest = sum(lengths), lengths[0]
     most = max(longest, min(total, batch_tokens) if one else total)
@@ -330,24 +333,24 @@ def _filled(
 
 @dataclass(frozen=True, slots=True)
 class PrefixGroup:
-    """Sequences (by index) with the same first `prefix` tokens; each has further tokens."""
+    """Indices of sequences that share their first `prefix` tokens; each has further tokens."""
 
     prefix: int
     members: tuple[int, ...]
 
 
-# The branches of a group are rows of one batch. Larger groups save hardly more.
+# The branches in a group are the rows of one batch. Larger groups hardly save more work.
 _LARGEST_GROUP = 64
 
 
 def prefix_groups(sequences: Sequence[Sequence[int]]) -> list[PrefixGroup]:
-    """Groups sequences by one shared prefix each, so that the fewest tokens are computed.
+    """Groups sequences by a shared prefix, so that the fewest tokens are computed.
 
     Every sequence keeps at least one token of its own. The groups cover all sequences, including
-    equal ones.
+    equal sequences.
     """
-    # A KV cache shares one prefix per group, not a whole tree. Dynamic programming again: a group
-    # of n neighbours with a common prefix of k tokens saves (n - 1)·k.
+    # A KV cache shares one prefix per group instead of a whole tree. This also uses dynamic
+    # programming: a group of n neighbours with a common prefix of k tokens saves (n - 1)·k tokens.
     #
     #   pqrA pqrB pD     {pqrA pqrB} + {pD} saves 1·3     {pqrA pqrB pD} saves 2·1
     #                    so: PrefixGroup(3, (0, 1)), PrefixGroup(0, (2,))

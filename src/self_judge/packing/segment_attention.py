@@ -1,9 +1,9 @@
-"""Segment attention: computes only the scores that a prefix tree's mask allows.
+"""Segment attention computes only the scores that the mask of a prefix tree allows.
 
-Under a dense mask a kernel computes every pair of tokens of a row and discards most of them. Here
+With a dense mask, a kernel computes every pair of tokens in a row and discards most of them. Here
 each segment of a tree (`chunked_prefill.Segment`) attends to its ancestors and itself in one call
-of PyTorch's scaled dot-product attention. Transformers' attention interface passes on the segments
-that the model is called with; `packing.py` tries whether a model does so.
+to PyTorch's scaled dot-product attention. The model is called with the segments, and Transformers'
+attention interface passes them on. `packing.py` tests whether a model supports this.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from self_judge.packing.chunked_prefill import Segment
 
 NAME = "self_judge_segments"
 
-# The idea, on the row of `prefix_tree.py` (`pqA`, `pqBC`, `ps`). It has three segments, hence three
-# calls, each with its own queries and keys; of the 36 scores of a dense mask they compute 19:
+# This example uses the row from `prefix_tree.py` (`pqA`, `pqBC`, `ps`). It has three segments and
+# therefore three calls, each with its own queries and keys. A dense mask computes 36 scores, and
+# the three calls compute 19:
 #
 #   key       p q A B C s      call   queries   keys            mask of the call
 #   query p   x . .            1      p q A     p q A           x . .
@@ -33,24 +34,24 @@ NAME = "self_judge_segments"
 #         C   x x   x x                                         x x x x
 #         s   x         x      3      s         p, then s       none: it sees all its keys
 #
-# (x: computed and used; dot: computed and masked; blank: never computed.) In every call the last
+# (x: computed and used, dot: computed and masked, blank: not computed.) In every call, the last
 # keys are the queries themselves, so the mask is always the lower right part of a triangle.
 
-# PyTorch's kernel skips what a causal mask forbids in blocks of 512 keys, so it skips hardly
-# anything in a segment of a few hundred tokens. In pieces of this size, queries do not meet the
-# keys of later pieces: a segment of 300 tokens becomes queries 0-127 with keys 0-127, 128-255 with
-# keys 0-255 and 256-299 with keys 0-299.
+# PyTorch's kernel skips masked scores in blocks of 512 keys, so it skips few scores in a segment
+# with a few hundred tokens. With pieces of this size, queries are not computed with the keys of
+# later pieces. For example, a segment of 300 tokens becomes queries 0-127 with keys 0-127, 128-255
+# with keys 0-255 and 256-299 with keys 0-299.
 _PIECE = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Attending:
-    """A piece of a segment, as attention needs it.
+    """A piece of a segment, prepared for attention.
 
     Attributes:
-        queries: its range in the row's tokens.
-        keys: the ranges of keys that it sees, itself last.
-        mask: which of these each token sees, `(queries, keys)`; `None` for a single token.
+        queries: the range of the piece in the tokens of the row.
+        keys: the ranges of the keys that it attends to. Its own range is the last.
+        mask: the keys that each token attends to, `(queries, keys)`; `None` for a single token.
     """
 
     queries: slice
@@ -59,11 +60,11 @@ class Attending:
     _added: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def rows(self, groups: int) -> slice:
-        """The range of its queries when every token has one row per head of a group."""
+        """Returns the range of the queries if every token has one row per head in a group."""
         return slice(groups * self.queries.start, groups * self.queries.stop)
 
     def added(self, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """The mask as an additive bias, each row repeated per head of a group; made once."""
+        """Returns the mask as an additive bias, with rows repeated per head in a group (cached)."""
         if self.mask is None:
             return None
         if (groups, dtype) not in self._added:
@@ -97,7 +98,7 @@ def attending(
 
 
 def _merged(places: Sequence[slice]) -> tuple[slice, ...]:
-    """Merges adjacent slices: keys in a single slice need no copy."""
+    """Merges adjacent slices, because keys in a single slice need no copy."""
     merged: list[slice] = []
     for place in places:
         if merged and merged[-1].stop == place.start:
@@ -120,19 +121,19 @@ def segment_attention(
     position_bias: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One layer's attention over one row of L tokens, which follows the keys of earlier chunks.
+    """Computes attention in one layer for a row of L tokens that follows the keys of other chunks.
 
     Args:
-        query: `(1, H, L, D)`.
+        query: the queries, `(1, H, L, D)`.
         key, value: `(1, H or fewer, past + L, D)`.
-        prefix_segments: the segments of the row, in order.
+        prefix_segments: the segments in the row, in order.
 
     Returns:
-        The attended values, `(1, L, H, D)`, and no weights.
+        The attended values, `(1, L, H, D)`, and `None` instead of weights.
 
     Raises:
         ValueError: the model needs more than plain scaled dot-product attention, or does not pass
-            the segments on.
+            on the segments.
     """
     if prefix_segments is None or softcap is not None or position_bias is not None:
         raise ValueError("the model does not support attention by segments")
@@ -161,12 +162,13 @@ def segment_attention(
 
 
 def _rows(states: torch.Tensor, shared: int, dtype: torch.dtype) -> torch.Tensor:
-    """`(1, L, H, D)` as `(1, shared, L * H / shared, D)`, so that a range of tokens is a view.
+    """Converts `(1, L, H, D)` to `(1, shared, L * H / shared, D)`; a range of tokens is a view.
 
-    Query heads that share keys and values become the rows of one longer head, so no key is copied
-    for each of them.
+    Query heads that share keys and values become the rows of one longer head, so keys are not
+    copied for each query head.
     """
-    # Three tokens t0 t1 t2 with heads a b c d, of which a b share one key head and c d the other:
+    # An example with three tokens t0 t1 t2 and heads a b c d, where a b and c d each share a key
+    # head:
     #
     #   t0: a b c d   t1: a b c d   t2: a b c d
     #   key head 0:   t0a t0b t1a t1b t2a t2b       tokens 1 to 2 are rows 2 to 5 (groups = 2)
@@ -177,13 +179,13 @@ def _rows(states: torch.Tensor, shared: int, dtype: torch.dtype) -> torch.Tensor
 
 
 def _tokens(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """The inverse of `_rows`: `(1, L, H, D)`, contiguous."""
+    """Inverts `_rows`; returns a contiguous `(1, L, H, D)`."""
     split = rows.unflatten(2, (-1, heads // rows.shape[1])).transpose(1, 2)
     return split.reshape(1, -1, heads, rows.shape[-1]).contiguous()
 
 
 def _in_one_node(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether gradients are needed and `_SegmentAttention` can compute them."""
+    """Returns whether gradients are needed and `_SegmentAttention` can compute them."""
     states = (query, key, value)
     return (
         query.device.type == "cpu"
@@ -195,23 +197,25 @@ def _in_one_node(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
 
 
 class _SegmentAttention(torch.autograd.Function):
-    """All segments of a row as one node of the autograd graph, on a CPU.
+    """All segments in a row as one node in the autograd graph, on a CPU.
 
-    With one node per segment, each segment would keep a copy of all keys and values before it, and
-    its backward pass would allocate gradients for all of them. One node keeps keys and values once
-    and adds their gradients in place.
+    With one node per segment, each segment would keep a copy of all preceding keys and values, and
+    its backward pass would allocate gradients for all of them. A single node keeps keys and values
+    once and adds their gradients in place.
     """
 
-    # Backward on the row p q A B C s. Every query is in one call, every key in one or more:
+    # The backward pass for the row p q A B C s. Every query is in one call, and every key is in one
+    # or more calls:
     #
     #   call 1   queries p q A   keys p q A       gradient of keys:   p  q  A  B  C  s
     #   call 2   queries B C     keys p q B C       call 1 adds to    x  x  x
     #   call 3   queries s       keys p s           call 2 adds to    x  x     x  x
     #                                               call 3 adds to    x              x
     #
-    # Queries: `for_rows[piece] = ...` (set once). Keys and values: `whole[range] += part` (summed
-    # over calls), where `part` is the share of the call's gradient that belongs to one key range.
-    # The log-sum-exp of each query lets the kernel recompute its weights instead of storing them.
+    # The gradient of queries is set once: `for_rows[piece] = ...`. The gradients of keys and values
+    # are summed over calls: `whole[range] += part`, where `part` is the gradient from one call for
+    # one key range. With the log-sum-exp of each query, the kernel can recompute the weights
+    # instead of storing them.
 
     @staticmethod
     def forward(
@@ -246,7 +250,8 @@ class _SegmentAttention(torch.autograd.Function):
     def backward(ctx: Any, pull: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, key, value, attended, *sums = ctx.saved_tensors
         shared, heads = key.shape[1], attended.shape[2]
-        # For half precision the float32 kernel is faster, and rounds once rather than per segment.
+        # For half precision, the float32 kernel is faster and rounds only once instead of per
+        # segment.
         dtype = torch.promote_types(key.dtype, torch.float32)
         given, own = rows.dtype, rows.to(dtype)
         keys, values = key.to(dtype), value.to(dtype)
@@ -288,7 +293,7 @@ AttentionInterface.register(NAME, segment_attention)
 
 @contextmanager
 def attending_by_segments(inner: Any) -> Iterator[None]:
-    """Within the block, a causal language model attends by the segments it is called with."""
+    """Makes a causal language model use segment attention within the block."""
     usual = inner.config._attn_implementation
     inner.set_attn_implementation(NAME)
     try:

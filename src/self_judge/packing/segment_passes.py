@@ -1,6 +1,7 @@
-"""Passes that attend segment by segment: trees in one row, and chunks that read earlier passes.
+"""Forward passes with segment attention, for trees in one row and for chunks.
 
-As in `passes.py`, the caller chooses the route; `packing.py` checks whether it is exact.
+As in `passes.py`, the caller chooses the packing mode, and `packing.py` checks whether it is exact.
+A chunk reads keys and values from earlier passes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from self_judge.runtime import device_of, to_device
 
 
 def segment_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
-    """Like `tree_passes`, segment by segment: trees share a row at no cost to each other."""
+    """Like `tree_passes`, but with segment attention, so that trees share a row at no cost."""
     most = pass_tokens(inner, shape)
     rows = prefix_rows(asked.sequences, most, split_pairs=shape.split_pairs)
     together = sum(map(len, rows)) if shape.one_pass else most
@@ -43,14 +44,15 @@ def _inputs(
 
 # -- chunks ----------------------------------------------------------------------------------------
 #
-# The chunks of `chunked_prefill.py`, and the keys and values held after each of them:
+# The chunks from `chunked_prefill.py`, and the keys and values that are kept after each chunk:
 #
 #   chunk   reads (past)   computes   then holds (no prefix cache)   then holds (prefix cache)
 #   0       -              0 1 2      0 1   (needed)                 0 1 2
 #   1       0 1            3 4 5      -                              0 1 2 3 4 5
 #
-# Without a prefix cache only what later chunks read is kept. With one, everything is kept for the
-# next call, up to its limit in bytes; beyond it, only older tokens and `needed` ones are kept.
+# Without a prefix cache, only tokens that later chunks read are kept. With a prefix cache, all
+# tokens are kept for the next call, up to its limit in bytes. Beyond the limit, only older tokens
+# and the `needed` tokens are kept.
 
 
 class _Block(NamedTuple):
@@ -59,14 +61,14 @@ class _Block(NamedTuple):
 
 
 class KeysAndValues:
-    """Keys and values of every layer, by token number (see `chunked_prefill.Chunk`)."""
+    """The keys and values in every layer, by token number (see `chunked_prefill.Chunk`)."""
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
 
     @property
     def numbers(self) -> Ints:
-        """The numbers of all tokens held, in order."""
+        """The numbers of all stored tokens, in order."""
         return np.concatenate([np.empty(0, dtype=np.int64), *(b.numbers for b in self._blocks)])
 
     @property
@@ -74,11 +76,11 @@ class KeysAndValues:
         return sum(t.nbytes for b in self._blocks for layer in b.layers for t in layer)
 
     def cache(self, numbers: Ints) -> DynamicCache:
-        """A cache with the given tokens, in order; a model appends its own to it."""
+        """Returns a cache with the given tokens, in order, to which a model appends new tokens."""
         parts = [p for p in (_chosen(b, numbers) for b in self._blocks) if len(p.numbers)]
         found = sum(len(p.numbers) for p in parts)
         if found != len(numbers):
-            raise RuntimeError(f"{len(numbers)} earlier tokens are needed, but {found} are held")
+            raise RuntimeError(f"{len(numbers)} earlier tokens are needed, but {found} are stored")
         cache = DynamicCache()
         for layer, states in enumerate(zip(*(p.layers for p in parts), strict=True)):
             keys, values = (torch.cat(own, dim=2) for own in zip(*states, strict=True))
@@ -86,16 +88,16 @@ class KeysAndValues:
         return cache
 
     def add(self, cache: DynamicCache, numbers: Ints) -> None:
-        """Keeps the last tokens of a cache: those that the model appended."""
+        """Stores the last tokens in a cache, which the model has appended."""
         layers = [(k, v) for k, v, *_ in cache]
         count = len(numbers)
         if count < layers[0][0].shape[2]:
-            # A copy: a view would keep the whole cache alive.
+            # Copy them, because a view would keep the whole cache in memory.
             layers = [(k[:, :, -count:].clone(), v[:, :, -count:].clone()) for k, v in layers]
         self._blocks.append(_Block(numbers, layers))
 
     def only(self, numbers: Ints) -> None:
-        """Forgets all tokens except these."""
+        """Drops all tokens except these."""
         chosen = [_chosen(b, numbers) for b in self._blocks]
         self._blocks = [b for b in chosen if len(b.numbers)]
 
@@ -111,10 +113,10 @@ def _chosen(block: _Block, numbers: Ints) -> _Block:
 
 @dataclass(slots=True)
 class PrefixCache:
-    """The results of earlier calls, for later calls whose sequences share a prefix with them.
+    """Stores the results of calls for later calls whose sequences share a prefix with them.
 
     Attributes:
-        limit: the most bytes of keys and values to keep; the rest is computed again when needed.
+        limit: the most bytes of keys and values to keep. The rest is recomputed when needed.
     """
 
     limit: int
@@ -125,10 +127,10 @@ class PrefixCache:
 def chunked_passes(
     inner: Any, shape: Shape, asked: Wanted, prefix_cache: PrefixCache | None = None
 ) -> Iterator[Pass]:
-    """The tree of all sequences, each token once; only last positions can be wanted.
+    """Computes the tree of all sequences, in which only the last positions can be requested.
 
     Args:
-        prefix_cache: the results of earlier calls; these sequences are added to it.
+        prefix_cache: the results of earlier calls. The new sequences are added to it.
     """
     index = PrefixIndex() if prefix_cache is None else prefix_cache.index
     states = KeysAndValues() if prefix_cache is None else prefix_cache.states
@@ -154,7 +156,7 @@ def chunked_passes(
             elif states.nbytes > prefix_cache.limit:
                 states.only(np.union1d(held, chunk.needed))
     finally:
-        # If the consumer stops early, the index must not name tokens that were never computed.
+        # If the consumer stops early, the index must not contain tokens that were not computed.
         index.only(states.numbers)
 
 

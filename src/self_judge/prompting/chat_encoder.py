@@ -1,11 +1,12 @@
-"""ChatEncoder: encodes chats to token ids with their loss mask, and decodes ids to text.
+"""ChatEncoder: encodes chats as token ids with a loss mask, and decodes ids to text.
 
-It knows one tokenizer and one chat template. It does not know models, datasets or principles.
+This module uses one tokenizer and one chat template. It does not depend on models or datasets.
 
-A chat template is rendered once per sequence of roles, with placeholders for the contents. The
-structure around them is tokenized once, and each content is tokenized separately. As a result, the
-structure's ids do not depend on the contents, a prompt is a prefix of prompt + answer, building the
-loss mask needs no search for template tokens, and no text from data can become a control token:
+The chat template is rendered once for each sequence of roles, with placeholders for the message
+contents. The structure around the placeholders is tokenized once, and each content is tokenized
+separately. As a result, the ids of the structure do not depend on the contents, a prompt is always
+a prefix of prompt + answer, the loss mask is built without searching for template tokens, and text
+from the data cannot become a control token:
 
     tokens  <|im_start|> user ↵  Hi   <|im_end|> ↵ <|im_start|> assistant ↵  Hello !  <|im_end|> ↵
     part    structure            slot structure                              slot     structure
@@ -37,11 +38,12 @@ from self_judge.prompting.chat_template import (
 from self_judge.prompting.content_tokenizer import ContentTokenizer
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompting.letter_tokens import letter_ids
+from self_judge.prompting.messages import REASONING, content_of, lost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A message's role: a plain word that cannot spell a control token.
+# The role of a message must be a plain word, so that it cannot spell a control token.
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
@@ -59,31 +61,32 @@ class EncodedChat:
 
 
 class ChatEncoder:
-    """Encodes chats to token ids with one tokenizer and one chat template.
+    """Encodes chats as token ids with one tokenizer and one chat template.
 
-    The ids equal those of `tokenizer.apply_chat_template`, except that
-    - control tokens spelled out in a content, `<think>` included, are tokenized as ordinary text;
-    - a token never spans content and structure ("?\\n" is one token in Llama 3's vocabulary);
-    - a system text that the template rejects or drops goes to the start of the first user message;
-    - a template that branches on a message's content takes the branch for plain words;
-    - a template that reads the clock gets one date, at midnight.
+    The ids are the same as those from `tokenizer.apply_chat_template`, with these exceptions:
+    - Control tokens spelled out in a message, such as `<think>`, are tokenized as ordinary text.
+    - A token never spans content and structure ("?\\n" is one token in Llama 3's vocabulary).
+    - If the template rejects or drops system messages, the system text moves to the start of the
+      first user message.
+    - If the template branches on the content of a message, it takes the branch for plain words.
+    - If the template reads the clock, it gets one date, at midnight.
 
-    Control tokens are special tokens, added tokens that look like markup, and all that the
-    template's structure uses, plain words included.
+    Control tokens are special tokens, added tokens that look like markup, and all added tokens that
+    the template writes, plain words included.
 
     Args:
         tokenizer: a Transformers tokenizer.
         chat_template: a Jinja chat template that overrides the tokenizer's own.
         user_marker, assistant_marker: plain-text turn markers such as `"\\n\\nHuman:"`; used only
             if there is no `chat_template` and the tokenizer has none.
-        chat_template_kwargs: passed to the template; `enable_thinking` is off unless set here, and
+        chat_template_kwargs: arguments for the template; `enable_thinking` is off unless set here.
             `strftime_now` is the date for a template that reads the clock ("2026-03-01"; default:
-            today). They must be plain JSON values, since they are saved with the model.
+            today). They must be plain JSON values, because they are saved with the model.
 
     Raises:
-        EncodingError: there is no template; the template drops, repeats or changes contents (more
-            than trimming them), or gives another text every time; or `chat_template_kwargs` are
-            not plain JSON.
+        EncodingError: there is no template; the template drops, repeats or changes the content of a
+            message (trimming is allowed), or gives another text every time; or
+            `chat_template_kwargs` are not plain JSON.
     """
 
     def __init__(
@@ -116,29 +119,29 @@ class ChatEncoder:
         self._layouts = ChatLayouts(self._text, self.chat_template, self.chat_template_kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # For `datasets.map(num_proc=…)`: each process builds its own caches.
+        # Used by `datasets.map(num_proc=…)`. Each process builds its own caches.
         return _rebuilt, (self.tokenizer, self.chat_template, self.chat_template_kwargs)
 
     # -- chats ---------------------------------------------------------------------------------
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the dialogue and the start of an assistant turn; the model answers next."""
+        """Encodes a dialogue and the start of the assistant turn that the model generates next."""
         return self._encode(messages, "prompt").ids
 
     def encode_open(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a chat with an unfinished last message, which the next token continues."""
+        """Encodes a chat whose last message is unfinished and is continued by the next token."""
         return self._encode(messages, "open").ids
 
     def encode_dialogue(self, messages: Sequence[Message]) -> EncodedChat:
-        """A whole dialogue; the loss covers every assistant turn and its end-of-turn token."""
+        """Encodes a whole dialogue; the loss covers assistant turns and their end tokens."""
         return self._encode(messages, "closed")
 
     def encode_query(self, query: str) -> list[int]:
-        """Ids of a rendered prompt: those of `encode_prompt` if the chat template renders it so.
+        """Encodes a rendered prompt, with the ids of `encode_prompt` if it is of this template.
 
-        Control tokens in `query` stay control tokens, since the prompt is already rendered. Pass
-        untrusted text as messages to `encode_prompt` instead. It begins with BOS if the template's
-        prompts do.
+        It begins with BOS if the template's prompts do. Control tokens in `query` remain control
+        tokens, because the prompt is already rendered. Pass untrusted text as messages to
+        `encode_prompt` instead.
         """
         messages = self.messages_of(query)
         if messages and not any(self._text.spells_control(m["content"]) for m in messages):
@@ -149,11 +152,11 @@ class ChatEncoder:
         return [bos, *ids] if opens == bos and ids[:1] != [bos] else ids
 
     def messages_of(self, query: str) -> list[Message] | None:
-        """The messages that the chat template renders as this prompt; `None` if there are none."""
+        """Returns the messages that the template renders as this prompt, or `None`."""
         return self._layouts.messages_of(query)
 
     def encode_content(self, text: str) -> list[int]:
-        """Ids of a text inside another text: no BOS, no control tokens."""
+        """Encodes a text that is part of a longer text, without BOS and control tokens."""
         return self._text.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -164,7 +167,7 @@ class ChatEncoder:
         return str(text).strip()
 
     def is_control(self, token_id: int) -> bool:
-        """Whether a token is a control token: BOS, a turn marker, an end of turn."""
+        """Whether a token is a control token, such as BOS, a turn marker or an end of turn."""
         return token_id in self._text.control
 
     def marker_in(self, text: str) -> str | None:
@@ -176,7 +179,7 @@ class ChatEncoder:
 
     @functools.cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the tokenizer's EOS and the template's end of turn."""
+        """The tokens that end an answer: the tokenizer's EOS and the template's end of turn."""
         messages: list[Message] = [
             {"role": "user", "content": "a"},
             {"role": "assistant", "content": "b"},
@@ -195,7 +198,7 @@ class ChatEncoder:
         token_id_a: int | None = None,
         token_id_b: int | None = None,
     ) -> tuple[int, int]:
-        """The ids of " A" and " B" after the judge's lead-in; see `letter_tokens.letter_ids`."""
+        """Returns the ids of " A" and " B" after the judge's lead-in; see `letter_tokens`."""
         return letter_ids(self._text, templates, token_id_a, token_id_b)
 
     # -- inside --------------------------------------------------------------------------------
@@ -206,16 +209,20 @@ class ChatEncoder:
             raise EncodingError("a dialogue needs at least one message, got none")
         for message in messages:
             role: Any = message["role"]
-            # The role becomes part of the structure, where control tokens stay control tokens.
+            # The role becomes part of the structure, where control tokens remain control tokens.
             if not isinstance(role, str) or not _ROLE.fullmatch(role):
                 raise EncodingError(
                     f"the role {role!r:.80} is not a plain word such as 'user' or 'assistant'"
                 )
-            if not isinstance(message["content"], str):
+            last = message is messages[-1] and ending != "prompt"
+            if what := lost(message) or (last and message.get(REASONING) and REASONING):
+                raise EncodingError(f"a {role!r} message has {what}: only text can be encoded")
+            if not isinstance(content_of(message), str):
                 raise EncodingError(
-                    f"the content of a {message['role']!r} message is a "
+                    f"the content of a {role!r} message is a "
                     f"{type(message['content']).__name__}: only text can be encoded"
                 )
+        messages = [Message(role=m["role"], content=content_of(m)) for m in messages]
         if not self._layouts.takes_system and messages and messages[0]["role"] == "system":
             messages = system_into_user(messages)
         layout = self._layouts.of(tuple(m["role"] for m in messages), ending)
@@ -239,7 +246,7 @@ class ChatEncoder:
         return EncodedChat(ids, mask)
 
     def _end_of_turn(self, structure: tuple[int, ...]) -> int:
-        """Number of ids that end an answer's turn: those up to the first control token."""
+        """Returns the number of ids that end an answer's turn, up to the first control token."""
         for position, token_id in enumerate(structure):
             if token_id in self._text.control:
                 return position + 1
@@ -251,7 +258,7 @@ def _plain_json(values: Mapping[str, Any]) -> dict[str, Any]:
         return dict(json.loads(json.dumps(values, allow_nan=False)))
     except (TypeError, ValueError) as error:
         raise EncodingError(
-            f"chat_template_kwargs must be plain JSON values, to be saved in judge.json: {error}"
+            f"chat_template_kwargs must be plain JSON values that judge.json can store: {error}"
         ) from error
 
 

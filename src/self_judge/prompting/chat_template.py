@@ -1,14 +1,15 @@
-"""The layout of a chat: the template's structure as token ids, with slots for the contents.
+"""The layout of a chat: the template's structure as token ids, with slots for the messages.
 
-It knows one chat template and its tokenizer. It does not know contents.
+This module uses one chat template and its tokenizer. It does not depend on the message contents.
 
-Rendering the template with placeholders shows where each content goes; everything else is
-structure, tokenized once. ChatML, roles (user, assistant), `closed`:
+The template is rendered with placeholders, which show the position of each message content. All
+other text is structure, which is tokenized once. This is the ChatML layout for the roles user and
+assistant, with the ending `closed`:
 
     rendered  <|im_start|>user↵ zqcontent0qz <|im_end|>↵<|im_start|>assistant↵ zqcontent1qz …
     layout    (ids of structure) Slot(0)     (ids of structure)                Slot(1)     (ids)
 
-The endings differ only in the last part:
+The three endings differ only in the last part:
 
     closed  … Slot(1) <|im_end|>↵                          a whole dialogue, for training
     prompt  … Slot(0) <|im_end|>↵<|im_start|>assistant↵    ends with the generation prompt
@@ -49,14 +50,14 @@ class ContentChangedError(EncodingError):
     """A template does something to contents that the layouts cannot express."""
 
 
-# Padding around each placeholder reveals how the template trims a content (`_trimmed`). The padding
-# that is left in front of the placeholder (the padding behind it mirrors this):
+# The padding around each placeholder shows how the template trims the message content (see
+# `_trimmed`). This padding is left before the placeholder (the padding after it mirrors this):
 #
 #     ↵↵↵↵↵ tab tab zqcontent0qz   {{ content }}             trims nothing
 #           tab tab zqcontent0qz   {{ content.strip('\n') }} trims newlines (Qwen 3)
 #                   zqcontent0qz   {{ content | trim }}      trims all whitespace
 #
-# No template itself writes two tabs or five newlines.
+# Templates themselves do not write two tabs or five newlines.
 _TABS, _NEWLINES = "\t\t", "\n\n\n\n\n"
 # Contents that show what a template does to them: quoting, escaping, replacing, wrapping, cutting,
 # other ways to trim. "#" is the message's number.
@@ -90,17 +91,17 @@ _SYSTEM_SHAPES: tuple[tuple[tuple[str, ...], Ending], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The position of a message's content, and how the template treats the content there.
+    """The position of a message in a layout, and how the template trims its content.
 
-    A slot's ids are those of `lead + content`, tokenized behind `anchor`.
+    The ids of a slot are those of `lead + content`, tokenized after `anchor`.
     """
 
     message: int
     anchor: str  # text that precedes the content during tokenization; its ids are dropped
-    # The structure's trailing spaces, which tokenizers attach to the next word: "Human: Hi" is
-    # "Human", ":", " Hi", so the structure ends in ":" and the slot's lead is " ".
+    # The trailing spaces of the structure. Tokenizers attach them to the next word: "Human: Hi"
+    # becomes "Human", ":", " Hi". The structure then ends with ":" and the lead of the slot is " ".
     lead: str
-    strip_left: str | None  # as for str.lstrip: None is all whitespace, "" is nothing
+    strip_left: str | None  # as in str.lstrip: None strips all whitespace, "" strips nothing
     strip_right: str | None
 
 
@@ -116,7 +117,7 @@ class _Gap:
         return content.lstrip(self.strip_left).rstrip(self.strip_right)
 
 
-# Slots, and between them the structure's ids, which do not depend on the contents.
+# The slots and the ids of the structure between them. These ids do not depend on the messages.
 Layout: TypeAlias = tuple[Slot | tuple[int, ...], ...]
 
 
@@ -130,7 +131,7 @@ class ChatLayouts:
             where the template reads the clock.
 
     Attributes:
-        takes_system: whether the template writes system messages into all prompts and dialogues.
+        takes_system: whether the template supports system messages in all prompts and dialogues.
 
     Raises:
         EncodingError: the template drops, repeats or changes the content of a message, or does not
@@ -335,9 +336,9 @@ def _characters(messages: Sequence[Message]) -> int:
 
 
 def _trimmed(before: str) -> tuple[str, str | None]:
-    """Removes the padding at the end of `before`; also returns the characters that were trimmed.
+    """Removes the padding at the end of `before` and returns the characters the template trims.
 
-    See `_TABS`. The second value is an argument for `str.strip`: `None`, `"\\n"` or `""`.
+    See `_TABS`. The second return value is an argument for `str.strip`: `None`, `"\\n"` or `""`.
     """
     if not before.endswith(_TABS):
         return before, None
@@ -374,7 +375,7 @@ def at_date(chat_template: str, date: str) -> str:
 
 
 def system_into_user(messages: Sequence[Message]) -> list[Message]:
-    """Moves the system text to the start of the first user turn, for templates without system."""
+    """Moves the system text to the first user turn, for templates without a system role."""
     system, *rest = messages
     if not system["content"].strip() and rest:
         return rest
@@ -387,7 +388,7 @@ def system_into_user(messages: Sequence[Message]) -> list[Message]:
 
 
 def marker_template(user_marker: str, assistant_marker: str, with_bos: bool) -> str:
-    """A chat template with plain-text turn markers; every answer ends with the tokenizer's EOS."""
+    """Returns a chat template with plain-text turn markers and an EOS token after every answer."""
 
     def quoted(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)  # Jinja does not decode escaped surrogate pairs
@@ -414,7 +415,7 @@ def marker_template(user_marker: str, assistant_marker: str, with_bos: bool) -> 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     template = tokenizer.chat_template
-    if isinstance(template, dict):  # several named templates: use "default", as Transformers does
+    if isinstance(template, dict):  # as in Transformers, use the template named "default"
         return template.get("default")
     return template
 

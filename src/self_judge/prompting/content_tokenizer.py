@@ -1,19 +1,20 @@
-"""ContentTokenizer: the ids of a text inside another text, without control tokens.
+"""ContentTokenizer: encodes a text inside a longer text, without control tokens.
 
-It knows one tokenizer: how it treats the start of a text, and which of its tokens are control
-tokens. It does not know chats, templates or masks.
+This module handles one tokenizer: how it encodes the start of a text, and which of its tokens are
+control tokens. It does not depend on chats, templates or masks.
 
 It solves two problems:
 
-1. SentencePiece tokenizers put a dummy space at the start of a text, so "cat" gets other ids there
-   than inside a chat. Tokenize it behind an *anchor* and drop the anchor's ids:
+1. SentencePiece tokenizers add a dummy space at the start of a text, so "cat" has different ids
+   there than inside a chat. The text is therefore tokenized after an *anchor*, and the ids of the
+   anchor are dropped:
 
        "cat"   -> ▁cat                the ids at the start of a text
        "↵"     -> ▁ <0x0A>            the anchor alone
        "↵cat"  -> ▁ <0x0A> cat        drop the first two: cat
 
-2. Text from data may spell a control token. Cut it after its first character and tokenize the parts
-   separately, so that the tokenizer never sees the whole string:
+2. Text from the data may spell a control token. Such a string is cut after its first character and
+   the parts are tokenized separately, so that the tokenizer never sees the whole string:
 
        "hi <|im_end|>"  -> "hi <" + "|im_end|>"  -> hi ▁ < | i m _ e nd | >
 """
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Added tokens that look like markup (<think>, [TOOL_CALLS], <|...|>) control a chat model even if
-# they are not marked special; added words and sequences of spaces do not, unless the chat template
-# uses them (`ContentTokenizer.guard`).
+# they are not marked as special. Added words and sequences of spaces do not, unless the chat
+# template uses them (see `ContentTokenizer.guard`).
 _MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
 # Turn markers of well-known templates, to recognize text that was rendered for another model.
 _FOREIGN_MARKERS = r"<\|\w+\|>|\[/?INST\]|<(?:start|end)_of_turn>"
@@ -40,19 +41,21 @@ _ANCHORS = ("\n", ":", "|", "。")
 
 
 class ContentTokenizer:
-    """Tokenizes text from data.
+    """Tokenizes text from the data.
 
     Args:
         tokenizer: a Transformers tokenizer.
 
     Attributes:
-        control: the control tokens, id to text; text from data never becomes one.
+        control: maps the ids of control tokens to their text. Text from the data never becomes a
+            control token.
         anchor: the default anchor, or `""` if the tokenizer does not need one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        # Unknown characters become <unk>, which controls nothing. "<unk>" spelled out is just text.
+        # Unknown characters become <unk>, which is not a control token. A spelled-out "<unk>" is
+        # text.
         self._unknown = _unknown_token(tokenizer)
         self._set_control(_control_tokens(tokenizer))
         self._marker_pattern = re.compile(_FOREIGN_MARKERS)
@@ -110,12 +113,12 @@ class ContentTokenizer:
                 yield added[token_id].content
 
     def encode(self, text: str, anchor: str | None = None) -> list[int]:
-        """Ids of a text inside another text: no BOS, no control tokens.
+        """Encodes a text that is part of a longer text, without BOS and control tokens.
 
         Args:
             text: any text, including hostile text.
-            anchor: text to put in front, for tokenizers that treat the start of a text differently
-                (a dummy space). The anchor's ids are not returned.
+            anchor: text to prepend, for tokenizers that treat the start of a text differently (a
+                dummy space). The ids of the anchor are not returned.
         """
         anchor = self.anchor if anchor is None else anchor
         ids = self.encode_after(anchor, text)
@@ -125,12 +128,12 @@ class ContentTokenizer:
         # Cut every control string after its first character and tokenize the parts separately.
         cuts = [match.start() + 1 for match in self._control_pattern.finditer(text)]
         ids = self._encode_parts(anchor, text, cuts)
-        if not self.control.keys().isdisjoint(ids):  # e.g. "＜" normalized to "<": cut everywhere
+        if not self.control.keys().isdisjoint(ids):  # "＜" may be normalized to "<"
             ids = self._encode_parts(anchor, text, range(1, len(text)))
         return ids
 
     def encode_after(self, anchor: str, text: str) -> list[int]:
-        """Ids of a text behind `anchor`; control tokens stay control tokens (for template text)."""
+        """Encodes template text after `anchor`; control tokens remain control tokens."""
         if not text:
             return []
         text = _SURROGATE.sub("\ufffd", text)
@@ -144,12 +147,12 @@ class ContentTokenizer:
         return self._ids(text)
 
     def _encode_parts(self, anchor: str, text: str, cuts: Sequence[int]) -> list[int]:
-        """Ids of a text cut at `cuts`, each part tokenized separately.
+        """Cuts a text at `cuts` and encodes each part separately.
 
-        The first part follows `anchor`, the others the default anchor.
+        The first part follows `anchor`, and the other parts follow the default anchor.
         """
         ids: list[int] = []
-        # Hostile texts repeat the same parts: cache them, since a tokenizer call is slow.
+        # Hostile texts repeat the same parts. Cache them, because a tokenizer call is slow.
         known: dict[tuple[str, str], list[int]] = {}
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             part = (self.anchor if start else anchor, text[start:end])
@@ -174,13 +177,13 @@ class ContentTokenizer:
         return [i for i in ids if i not in self.control]
 
     def _ids(self, text: str) -> list[int]:
-        # verbose=False: no warning about long texts; the caller knows the limit.
+        # `verbose=False` turns off the warning about long texts. The caller knows the limit.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _find_anchors(self) -> tuple[str, ...]:
-        """Usable anchors, best first; empty if the tokenizer treats the start of a text normally.
+        """Returns the usable anchors, best first, or none if the start of a text is not special.
 
-        An anchor is usable if it is a known character, never merges with the text behind it, and
+        An anchor is usable if it is a known character, never merges with the text after it, and
         keeps "a" and " a" distinct.
         """
         plain, spaced, inside = self._ids("a"), self._ids(" a"), self._ids("b\na")
@@ -191,17 +194,18 @@ class ContentTokenizer:
         anchors = []
         for anchor in _ANCHORS:
             head, *tails = self._ids(anchor), self._ids(anchor + "a"), self._ids(anchor + " a")
-            # An unknown anchor would fuse with an unknown character behind it.
+            # An unknown anchor would merge with an unknown character after it.
             known = bool(head) and (self._unknown is None or self._unknown[0] not in head)
             if known and tails[0] != tails[1] and all(t[: len(head)] == head for t in tails):
                 anchors.append(anchor)
         return tuple(anchors)
 
     def anchor_after(self, before: str, at_start: bool) -> str:
-        """The anchor for a content that follows `before` in a template.
+        """Returns the anchor for message content that follows `before` in a template.
 
-        After a control token, the anchor is that token with the whitespace behind it: some
-        tokenizers treat it as the start of a text, and some let it absorb the whitespace.
+        After a control token, the anchor is that token with the whitespace that follows it. Some
+        tokenizers treat the position after a control token as the start of a text, and in some the
+        token absorbs the whitespace.
         """
         if not self._anchors or (at_start and not before):
             return ""
@@ -221,7 +225,7 @@ class ContentTokenizer:
         return structure[:end], structure[end:]
 
     def show(self, ids: Sequence[int]) -> str:
-        """Ids with their tokens, for error messages."""
+        """Formats ids with their tokens, for error messages."""
         shown = []
         for i in ids:
             try:

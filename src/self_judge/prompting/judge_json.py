@@ -1,7 +1,7 @@
-"""judge.json, which is saved with a model, and the settings of a judge.
+"""The settings of a judge, and the file judge.json that stores them with a model.
 
-`resolve_judge` decides which templates, letters and chat template apply: those the caller passes,
-else those the model was trained with.
+`resolve_judge` selects the templates, letters and chat template. Values that the caller passes
+override those that the model was trained with.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from self_judge.errors import ModelError, in_a_line, is_missing
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.storage.atomic import write_json
+from self_judge.storage.repository import repository_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,9 +28,9 @@ JUDGE_FILE = "judge.json"
 
 @dataclass(frozen=True, slots=True)
 class JudgeSettings:
-    """A judge's templates, letters and chat template; saved in its checkpoint as `judge.json`.
+    """The templates, letters and chat template of a judge, saved in checkpoints as `judge.json`.
 
-    A letter id of `None` means that the id derived from the tokenizer is not checked.
+    If a letter id is `None`, the id derived from the tokenizer is not checked.
     """
 
     templates: JudgeTemplates
@@ -45,7 +46,7 @@ def save_judge_settings(
     templates: JudgeTemplates,
     letter_ids: Sequence[int],
 ) -> Path:
-    """Writes the judge's templates, letter ids, and chat template into `directory/judge.json`.
+    """Writes the judge's templates, letter ids and chat template to `directory/judge.json`.
 
     The lead-in of each template is its decision prefix. The file is written atomically.
     """
@@ -61,10 +62,12 @@ def save_judge_settings(
     return path
 
 
-def load_judge_settings(directory: str | os.PathLike[str]) -> JudgeSettings | None:
-    """Reads `judge.json` as written by `save_judge_settings`; `None` if there is no such file."""
-    path = Path(directory) / JUDGE_FILE
-    if not path.is_file():
+def load_judge_settings(
+    name_or_path: str | os.PathLike[str], revision: str | None = None
+) -> JudgeSettings | None:
+    """Reads the `judge.json` of a model, from its folder or the Hub; `None` if it has none."""
+    path = repository_file(name_or_path, JUDGE_FILE, revision)
+    if path is None:
         return None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -86,24 +89,26 @@ def resolve_judge(
     token_id_a: int | None = None,
     token_id_b: int | None = None,
     *,
+    revision: str | None = None,
     remedy: str = "pass the judge templates",
 ) -> JudgeSettings:
-    """Returns the judge's settings: the given templates, else those saved with the model.
+    """Returns the judge's settings: the given templates, or else those saved with the model.
 
     Args:
-        name_or_path: folder or Hub name of the judge model; `None` or empty if it has none.
-        templates: replace the saved templates and the saved letter ids.
-        token_id_a, token_id_b: replace the saved letter ids.
-        remedy: tells the user how to pass templates; ends the error message.
+        name_or_path: folder or Hub name of the judge model; `None` or empty if there is none.
+        templates: templates that replace the saved templates and letter ids.
+        token_id_a, token_id_b: ids that replace the saved letter ids.
+        revision: revision of the model on the Hub.
+        remedy: the end of the error message, which says how to pass templates.
 
     Returns:
-        The settings, always with the saved chat template and its arguments.
+        The settings, which always include the saved chat template and its arguments.
 
     Raises:
         ValueError: no templates are given or saved.
         ModelError: the folder does not exist, or its `judge.json` is damaged.
     """
-    saved = load_judge_settings(name_or_path) if name_or_path else None
+    saved = load_judge_settings(name_or_path, revision) if name_or_path else None
     if templates is None:
         if saved is None:
             if name_or_path and is_missing(name_or_path):
@@ -130,11 +135,11 @@ def encoder_as_taught(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     markers: tuple[str | None, str | None] = (None, None),
 ) -> ChatEncoder:
-    """The encoder that a model was trained with, unless arguments override it.
+    """Returns the encoder that a model was trained with, unless arguments override its settings.
 
     Args:
         saved: the settings saved with the model, if any.
-        chat_template, chat_template_kwargs: override the saved ones.
+        chat_template, chat_template_kwargs: values that override the saved ones.
         markers: see `ChatEncoder`.
     """
     if saved is not None:

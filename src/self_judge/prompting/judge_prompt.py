@@ -1,6 +1,6 @@
-"""Judge prompts as token ids: a pair of responses under a template, in both orders.
+"""Encodes judge prompts: a pair of responses in a judge template, in both orders.
 
-It knows judge templates. It leaves encoding to `ChatEncoder`.
+This module renders the judge templates and passes the chats to `ChatEncoder`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ def encode_orders(
     comparison: Comparison,
     max_length: int | None = None,
 ) -> tuple[list[int], list[int]] | None:
-    """Encodes the judge prompts of a comparison in both orders: a first, then b first.
+    """Encodes the judge prompts of a comparison, first with response a first, then with b first.
 
-    If a prompt is longer than `max_length` tokens, the oldest turns of the context are dropped, the
-    same in both orders; the question, the responses and the lead-in always stay.
+    If a prompt is longer than `max_length` tokens, the oldest turns of the context are dropped.
+    Both orders drop the same turns. The question, the responses and the lead-in are always kept.
 
     Returns:
         The two lists of ids, or `None` if the pair does not fit even without older turns.
@@ -38,9 +38,9 @@ def encode_orders(
     best = orders_of(comparison.context)
     if best is not None:
         return best
-    # Find the largest number of newest turns that fit: double it until they no longer fit, then
-    # bisect. So no trial keeps more than twice as many turns as the last one that fit (at least 1).
-    # With 8 turns of which 5 fit: 1 fits, 2 fits, 4 fits, 6 does not, 5 fits.
+    # Find the largest number of newest turns that fits: double it until it no longer fits, then
+    # bisect. A trial never keeps more than twice as many turns as the last one that fit (at least
+    # 1). If 5 of 8 turns fit, the trials are: 1 fits, 2 fits, 4 fits, 6 does not fit, 5 fits.
     turns = turns_of(comparison.context)
     fitting, too_many = 0, len(turns)
     while too_many - fitting > 1:

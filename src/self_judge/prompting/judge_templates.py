@@ -1,7 +1,7 @@
-"""Judge templates: validated once, rendered by one function for training and for judging.
+"""Judge templates, which are validated once and rendered the same way for training and judging.
 
-Renders a `Comparison` as chat messages that end with an unfinished assistant turn. It does not know
-tokens: `prompting/chat_encoder.py` encodes the messages.
+A `Comparison` is rendered as chat messages that end with an unfinished assistant turn. This module
+does not handle tokens; `prompting/chat_encoder.py` encodes the messages.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from typing import Any
 
 from self_judge.datatypes import Comparison, Message
 from self_judge.errors import TemplateError
+from self_judge.prompting.messages import content_of
+from self_judge.prompting.thoughts import answer_of
 
 _COMPARISON_FIELDS = ("context", "response_a", "response_b")
 _RATIONALE_FIELDS = ("rationale_a", "rationale_b")
 _ROLE_LABELS = {"system": "System", "user": "Human", "assistant": "Assistant"}
-# A label starts a turn only if words follow it; a bare label at the end opens the answer.
+# A label starts a turn only if words follow it. A label alone at the end starts the answer.
 _TURN_START = re.compile(r"\n\n(?=(?:Human|Assistant): *\S)")
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeTemplate:
-    """One principle's template.
+    """The template of one principle.
 
     Args:
         user: the judge's question, with `{context}`, `{response_a}` and `{response_b}`.
-        assistant: the fixed lead-in of the answer; the next token is the letter.
+        assistant: the fixed lead-in of the answer. The next token is the letter.
         system: an optional system message.
     """
 
@@ -37,9 +39,9 @@ class JudgeTemplate:
 
 
 def substitute(template: str, values: Mapping[str, str]) -> str:
-    """Replaces `{name}` for every name in `values` in a single pass.
+    """Replaces `{name}` with its value for every name in `values`, in a single pass.
 
-    A single pass leaves placeholders inside values untouched, and all other braces of the template.
+    A single pass does not change placeholders inside values or any other braces in the template.
     """
     names = "|".join(map(re.escape, values))
     return re.sub(r"\{(" + names + r")\}", lambda match: values[match.group(1)], template)
@@ -49,13 +51,13 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
     """The judge templates of all principles, in order, as `{principle: {system, user, assistant}}`.
 
     Args:
-        templates: one mapping (or `JudgeTemplate`) per principle; at least one.
-        decision_rationale: the text after the letter when training with rationales, with
-            `{rationale_a}` and `{rationale_b}`; one text for all principles or one per principle.
-            `None` trains on the letter alone.
+        templates: one mapping (or `JudgeTemplate`) per principle. At least one is required.
+        decision_rationale: the text after the letter when training with rationales. It contains
+            `{rationale_a}` and `{rationale_b}`. Pass one text for all principles or one per
+            principle. `None` trains on the letter alone.
 
     Raises:
-        TemplateError: a template lacks a placeholder or a part, or has an unknown part.
+        TemplateError: a placeholder or a part is missing from a template, or a part is unknown.
     """
 
     def __init__(
@@ -93,9 +95,9 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
         return bool(self._rationales)
 
     def render(self, principle: str, comparison: Comparison) -> list[Message]:
-        """Renders one comparison under one principle as a chat, with response a first.
+        """Renders a comparison for one principle as a chat, with response a first.
 
-        The last message is the assistant's fixed lead-in; the next token is the letter.
+        The last message is the fixed lead-in of the assistant. The next token is the letter.
         """
         template = self._templates[principle]
         values = {
@@ -111,12 +113,12 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
         return messages
 
     def render_rationale(self, principle: str, rationale_a: str, rationale_b: str) -> str:
-        """The text after the letter: the rationale for A, then for B (paper, section on JSFT)."""
+        """Returns the text after the letter: the rationale for A, then for B (see the paper)."""
         values = {"rationale_a": rationale_a, "rationale_b": rationale_b}
         return substitute(self._rationales[principle], values)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary, as saved with a checkpoint; `from_dict` reads it back."""
+        """Returns a plain dictionary to save with a checkpoint; `from_dict` is the inverse."""
         judge = {
             name: {"system": t.system, "user": t.user, "assistant": t.assistant}
             for name, t in self._templates.items()
@@ -151,7 +153,7 @@ def _checked(principle: str, parts: Any) -> JudgeTemplate:
     if missing:
         raise TemplateError(f"{where} lacks {', '.join(missing)} in 'user'")
     system = parts.get("system")
-    # The letter token " A" brings its own space: strip whitespace at the end of the lead-in.
+    # The letter token " A" starts with a space, so strip whitespace at the end of the lead-in.
     assistant = parts["assistant"].rstrip()
     return JudgeTemplate(user=parts["user"], assistant=assistant, system=system or None)
 
@@ -171,7 +173,7 @@ def _checked_rationales(
     given = {str(principle): text for principle, text in given.items()}
     if set(given) != set(principles):
         raise TemplateError(
-            f"decision_rationale has the principles {sorted(given)}, the judge templates have "
+            f"decision_rationale has the principles {sorted(given)}, but the judge templates have "
             f"{sorted(principles)}: give one text for all, or one per principle"
         )
     for principle, text in given.items():
@@ -186,22 +188,27 @@ def _checked_rationales(
 
 
 def dialogue_text(messages: Sequence[Message]) -> str:
-    """The text of a dialogue in a judge prompt.
+    """Formats a dialogue for a judge prompt.
 
     A single user message has no label; a longer dialogue gets role labels, so that the judge can
-    tell the turns apart: `"Human: …\\n\\nAssistant: …\\n\\nHuman: …"`.
+    tell the turns apart: `"Human: …\\n\\nAssistant: …\\n\\nHuman: …"`. Thoughts are left out.
     """
     if len(messages) == 1 and messages[0]["role"] == "user":
-        return messages[0]["content"].strip()
+        return _shown(messages[0]).strip()
     return "\n\n".join(
-        f"{_ROLE_LABELS.get(m['role'], m['role'].capitalize())}: {m['content'].strip()}"
+        f"{_ROLE_LABELS.get(m['role'], m['role'].capitalize())}: {_shown(m).strip()}"
         for m in messages
     )
 
 
-def turns_of(context: str) -> list[str]:
-    """Splits a context into turns, oldest first; joining them with empty lines restores it.
+def _shown(message: Message) -> str:
+    return (answer_of if message["role"] == "assistant" else str)(content_of(message)) or ""
 
-    Used to shorten an over-long judge prompt; the question (the last turn) always stays.
+
+def turns_of(context: str) -> list[str]:
+    """Splits a context into turns, oldest first. Joining them with blank lines restores it.
+
+    This is used to shorten a judge prompt that is too long. The question (the last turn) is always
+    kept.
     """
     return _TURN_START.split(context)

@@ -1,6 +1,6 @@
-"""The two letters as tokens: the ids of a judge's A and B after its lead-in.
+"""Finds the token ids of the letters A and B after a judge's lead-in.
 
-It knows judge templates and a tokenizer. It does not know chats or models.
+This module uses judge templates and a tokenizer. It does not depend on chats or models.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ def letter_ids(
     token_id_a: int | None = None,
     token_id_b: int | None = None,
 ) -> tuple[int, int]:
-    """Derives the ids of " A" and " B" right after the lead-in of every judge template.
+    """Returns the ids of " A" and " B" directly after the lead-in of every judge template.
 
     Args:
-        token_id_a, token_id_b: ids to check against the derived ones.
+        token_id_a, token_id_b: expected ids, which are compared with the derived ids.
 
     Raises:
-        EncodingError: a letter is not exactly one token after a lead-in, principles disagree, or a
-            given id differs from the derived one; the message shows both.
+        EncodingError: a letter is not exactly one token after a lead-in, the principles have
+            different ids, or an expected id differs from the derived one. The message shows both.
     """
     show = tokenizer.show
     found: dict[str, tuple[int, str]] = {}
@@ -45,7 +45,7 @@ def letter_ids(
                 raise EncodingError(
                     f"the letter {letter!r} is token {show(added)} after the lead-in of "
                     f"{principle!r} but {show([known[0]])} after that of {known[1]!r}: "
-                    "end all lead-ins in the same word"
+                    "end all lead-ins with the same word"
                 )
     for letter, given in (("A", token_id_a), ("B", token_id_b)):
         derived = found[letter][0]

@@ -1,5 +1,5 @@
 """The files of runs become one HTML page that needs no network.
 
-It knows the files of a run, charts and the page. It only reads; it does not compute or train. It
-imports from `evaluation` and the packages before it.
+This package handles the files of a run, the charts and the page. It only reads files and does not
+train. It imports from `evaluation` and the packages before it.
 """

@@ -1,6 +1,6 @@
-"""The curves of a report: one row per chart, from the metrics that training logs.
+"""Lists the charts in a report, with one entry per chart, for the metrics that training logs.
 
-It knows the names of metrics and their meaning. It does not know how curves are drawn.
+This module defines the names and the meaning of the metrics. It does not draw the curves.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ POLICY, JUDGE, RESPONSES, JSFT, OPTIMIZER = (
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """One chart: curves of some metrics, over all runs of a kind.
+    """A chart with the curves of some metrics for all runs of one kind.
 
     Attributes:
-        section: the kind of run, and the heading on the page.
-        id, title, about: its identifier and title, and one sentence about it.
-        lines: metrics and their names in this chart; metrics that no run has are left out. A name
-            that ends in `/` stands for every metric with this prefix, named by the rest.
-        format: `percent`, or plain numbers.
+        section: the kind of run and the heading on the page.
+        id, title, about: the identifier, the title and a description of the chart.
+        lines: the metrics and their names in this chart. Metrics that are missing in all runs are
+            left out. A name that ends with `/` selects every metric with this prefix, named by the
+            rest.
+        format: `percent`, or `None` for plain numbers.
         reference: the value of a dotted line.
+        maybe: further lines, of metrics that only some runs log.
     """
 
     section: tuple[str, str]
@@ -41,80 +43,82 @@ class Chart:
     about: str
     format: str | None = None
     reference: float | None = None
+    maybe: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def prefix(self) -> str | None:
-        """The common prefix of this chart's metrics, if its lines are not named."""
+        """The common prefix of the metrics in this chart, if its lines are not named."""
         return next((name for name in self.lines if name.endswith("/")), None)
 
     def to_dict(self) -> dict[str, Any]:
         """The chart as data for the page's script."""
-        named = {} if self.prefix else self.lines
+        named = {} if self.prefix else {**self.lines, **self.maybe}
         lines = [{"key": key, "label": label} for key, label in named.items()]
         return {**dataclasses.asdict(self), "lines": lines, "prefix": self.prefix}
 
 
 # fmt: off
-CHARTS = (  # in the order of the page
+CHARTS = (  # in the order on the page
     Chart(POLICY, "loss", "Loss", {"loss": "training", "eval_loss": HELD_OUT},
-          "The preference loss; for sigmoid, it is ln 2 ≈ 0.69 while policy and reference agree."),
+          "The preference loss. For sigmoid, it is ln 2 ≈ 0.69 while policy and reference agree."),
     Chart(POLICY, "margins", "Reward margin",
           {"rewards/margins": "training", "eval_rewards/margins": HELD_OUT},
-          "Reward of the chosen minus that of the rejected response.",
+          "The reward of the chosen response minus that of the rejected response.",
           reference=0.0),
     Chart(POLICY, "rewards", "Rewards",
           {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-          "β (log π − log π_ref) of each side. If both fall, both become less likely.",
+          "β (log π − log π_ref) for each response. If both fall, both become less likely.",
           reference=0.0),
     Chart(POLICY, "accuracies", "Reward accuracy",
           {"rewards/accuracies": "training", "eval_rewards/accuracies": HELD_OUT},
-          "Share of pairs in which the chosen response has the higher reward.", PERCENT, 0.5),
+          "The share of pairs in which the chosen response has the higher reward.", PERCENT, 0.5),
     Chart(POLICY, "kl", "KL from the reference", {"objective/kl": "KL"},
-          "Estimated on the sampled responses, in nats per response; noisy, so it may dip below 0.",
+          "Estimated from the sampled responses, in nats per response. Noise can make it negative.",
           reference=0.0),
     Chart(POLICY, "entropy", "Entropy", {"entropy": "training"},
-          "Entropy of the next token, mean over the responses. Near 0, the policy always answers "
-          "the same."),
+          "The mean entropy of the next token. Near 0, the policy always gives the same answer."),
     Chart(JUDGE, "judge-margin", "Judge margin", {"judge/margin": "margin"},
-          "Score of the chosen minus that of the rejected response, over decided pairs."),
+          "The score of the chosen response minus that of the rejected response, for decided "
+          "pairs."),
     Chart(JUDGE, "order-agreement", "Order agreement", {"judge/order_agreement": "agreement"},
-          "Share of decided pairs on which both orders agree; 50 % means that position alone "
-          "decides.",
+          "The share of decided pairs on which both orders agree. At 50 %, only position decides.",
           PERCENT, 0.5),
     Chart(JUDGE, "undecidable", "Undecidable pairs", {"judge/undecidable": "undecidable"},
-          "Share of pairs without a gradient: equal texts, exact ties, too long.", PERCENT),
+          "Share of pairs without a gradient: equal texts, exact ties, too long, open thoughts.",
+          PERCENT),
     Chart(JUDGE, "principles", "Win rate by principle", {"judge/win_rate/": ""},
-          "Share of decided pairs in which a principle agrees with the verdict.", PERCENT),
+          "The share of decided pairs in which a principle agrees with the verdict.", PERCENT),
     Chart(RESPONSES, "length", "Response length",
           {"completions/mean_length": "all", "completions/chosen_length": "chosen",
            "completions/rejected_length": "rejected"},
-          "Tokens of a response. If chosen stays above rejected, the policy learns length."),
+          "Tokens of an answer. If chosen stays above rejected, the policy learns length.",
+          maybe={"completions/thought_length": "thought"}),
     Chart(RESPONSES, "drift", "Length against the reference",
           {"completions/length_drift": "ratio"},
-          "Mean length divided by that of the first log, when the policy equals the reference.",
+          "Mean length divided by the first value, when the policy equals the reference.",
           reference=1.0),
     Chart(RESPONSES, "finished", "Finished responses", {"completions/finished": "finished"},
           "Share of responses that the model ended itself; the others are cut at the limit.",
-          PERCENT),
+          PERCENT, maybe={"completions/unanswered": "a thought without an end"}),
     Chart(JSFT, "jsft-loss", "JSFT: loss", {"loss": "training", "eval_loss": HELD_OUT},
-          "Cross-entropy per trained token, of SFT and judge examples together."),
+          "Cross-entropy per trained token, for SFT and judge examples together."),
     Chart(JSFT, "jsft-accuracy", "JSFT: token accuracy",
           {"mean_token_accuracy": "training", "eval_mean_token_accuracy": HELD_OUT},
-          "Share of trained tokens that are the model's first choice.", PERCENT),
+          "The share of trained tokens that are the model's first choice.", PERCENT),
     Chart(JSFT, "jsft-gradient", "JSFT: gradient norm", {"grad_norm": "gradient"},
-          "Before clipping. Spikes come before trouble."),
+          "The gradient norm before clipping. Spikes often precede a failure."),
     Chart(OPTIMIZER, "gradient", "Gradient norm", {"grad_norm": "gradient"},
-          "Before clipping. Spikes come before trouble."),
+          "The gradient norm before clipping. Spikes often precede a failure."),
     Chart(OPTIMIZER, "rate", "Learning rate", {"learning_rate": "rate"},
-          "Set by the schedule."),
+          "The learning rate from the schedule."),
     Chart(OPTIMIZER, "time", "Seconds per step", {"time/": ""},
-          "By phase of a step, with the names logged under time/."),
+          "The time for each phase of a step, with the names logged under time/."),
 )
 # fmt: on
 
 
 def charts_json() -> list[dict[str, Any]]:
-    """The charts by section, as JSON data."""
+    """Returns the charts by section, as JSON data."""
     return [
         {"kind": kind, "title": title, "charts": [chart.to_dict() for chart in charts]}
         for (kind, title), charts in itertools.groupby(CHARTS, lambda chart: chart.section)

@@ -1,7 +1,7 @@
-"""Folders of runs → the plain data of a report: series, pairs, brackets, reliability, settings.
+"""Collects report data from run folders: series, pairs, brackets, reliability and settings.
 
-It reads the files of training, tournaments and evaluations, and keeps the result small. It does not
-know HTML (`page.py`).
+This module reads the files from training, tournaments and evaluations, and limits the size of the
+result. `page.py` writes the HTML.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from typing import Any
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
 from self_judge.judging.voting import verdict_from_json
 from self_judge.storage.jsonl import loads, read_lines
-from self_judge.storage.run_dir import METRICS, RUN, rollout_files
-
-RESULTS = "results.json"
+from self_judge.storage.run_dir import METRICS, RESULTS, RUN, rollout_files
 
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most that a report holds, whatever the size of the runs.
+    """The limits on the content of a report, whatever the size of the runs.
 
     Attributes:
-        pairs: sampled pairs of all runs together, spread evenly over their steps.
-        points: points of one curve; longer curves are averaged over windows.
-        brackets: tournaments.
-        characters: characters of one text; the rest is cut, and the page says how much.
+        pairs: the number of sampled pairs from all runs together, spread evenly over their steps.
+        points: the number of points in a curve. Longer curves are averaged over windows.
+        brackets: the number of tournaments.
+        characters: the number of characters in a text. The rest is cut, and the page shows how
+            much.
     """
 
     pairs: int = 400
@@ -43,19 +42,19 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("pairs", "points", "brackets", "characters"):
             if getattr(self, name) < (2 if name == "points" else 0):
-                raise ValueError(f"{name} of a report: {getattr(self, name)} is too small")
+                raise ValueError(f"the report limit {name}={getattr(self, name)} is too small")
 
 
 @dataclass
 class ReportData:
-    """The content of a page.
+    """The content of a report page.
 
     Attributes:
-        runs: name, kind, series by metric, run.json and data.json of every run.
-        pairs: sampled pairs with their verdicts; see `rollout_log.write_rollouts`.
+        runs: the name, kind, series by metric, run.json and data.json of every run.
+        pairs: sampled pairs with their verdicts (see `rollout_log.write_rollouts`).
         brackets: tournaments with their contexts and responses.
-        judges: the quality, biases and reliability of judges on labeled pairs.
-        paired: the difference of two judges on the same pairs.
+        judges: the quality, bias and reliability of judges on labeled pairs.
+        paired: the difference between two judges on the same pairs.
         comparisons: win rates of one policy against another.
         notes: messages about omitted data.
     """
@@ -74,12 +73,12 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
 
     Args:
         paths: folders, or single files from `tournament --brackets` or `eval`. A folder is a run or
-            contains runs one level down; its files with brackets and results are read too.
+            contains runs one level below. Its files with brackets and results are also read.
         limits: limits on the data.
 
     Raises:
-        ValueError: a path does not exist or has nothing to report on, or a file is broken; the
-            message names it.
+        ValueError: a path does not exist or has no data for a report, or a file is broken. The
+            message contains the path.
     """
     limits = limits or Limits()
     data = ReportData()
@@ -118,8 +117,9 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest distinct ends of the paths; at least two parts each if there are several."""
-    # One run a/jsft: `jsft`. Two runs x/a/jsft and x/b/jsft: `a/jsft` and `b/jsft`.
+    """Returns the shortest distinct ends of the paths, with two or more parts for several paths."""
+    # A single run a/jsft becomes `jsft`. The runs x/a/jsft and x/b/jsft become `a/jsft` and
+    # `b/jsft`.
     parts = [f.resolve().parts for f in folders]
     length = 1 if len(folders) < 2 else 2
     while len({p[-length:] for p in parts}) < len(parts):
@@ -140,7 +140,7 @@ def _run(folder: Path, name: str, limits: Limits) -> Line:
             values.append(value)
     lengths = points.get("completions/mean_length")
     if lengths and lengths[1][0]:
-        # At the first step the policy equals the reference.
+        # In the first step, the policy equals the reference.
         first = lengths[1][0]
         points["completions/length_drift"] = (
             lengths[0],
@@ -163,7 +163,7 @@ def _run(folder: Path, name: str, limits: Limits) -> Line:
 
 
 def _thinned(steps: list[int], values: list[float | None], most: int) -> Line:
-    """At most `most` points: means over windows of equal length; a missing value leaves a gap."""
+    """Averages values over equal windows to at most `most` points; missing values leave gaps."""
     window = math.ceil(len(steps) / most)
     if window > 1:
         chunks = [values[i : i + window] for i in range(0, len(values), window)]
@@ -191,7 +191,7 @@ def _json(path: Path) -> Line:
 
 
 def _sample_pairs(folders: Sequence[Path], data: ReportData, limits: Limits) -> None:
-    """Takes pairs evenly over the saved steps, an equal share for each run."""
+    """Selects pairs evenly over the saved steps, with an equal share for each run."""
     with_pairs = [(i, rollout_files(f)) for i, f in enumerate(folders)]
     with_pairs = [(i, files) for i, files in with_pairs if files]
     if not with_pairs:
@@ -207,13 +207,13 @@ def _sample_pairs(folders: Sequence[Path], data: ReportData, limits: Limits) -> 
             data.pairs += [_pair(line, run, limits) for line in lines]
     if len(data.pairs) < there:
         data.notes.append(
-            f"this page has {len(data.pairs):,} of the {there:,} pairs on disk, taken evenly over "
-            "the steps"
+            f"this page has {len(data.pairs):,} of the {there:,} pairs on disk, spread evenly "
+            "over the steps"
         )
 
 
 def _evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` items, evenly spread, including the first and the last."""
+    """Returns at most `most` evenly spread items, including the first and the last item."""
     if len(items) <= most:
         return list(items)
     if most < 2:
@@ -238,7 +238,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def _loose_files(path: Path, data: ReportData, limits: Limits) -> bool:
-    """Reads files outside runs; returns whether there are any."""
+    """Reads files outside runs and returns whether there are any."""
     found = False
     name = (path.parent if path.name == RESULTS else path).name
     for file in [path] if path.is_file() else sorted(path.iterdir()):
@@ -256,7 +256,7 @@ def _loose_files(path: Path, data: ReportData, limits: Limits) -> bool:
             elif file == path or isinstance(results.get("overall"), dict):
                 _add_evaluation(name, results, data)
             else:
-                continue  # results of another program
+                continue  # results from another program
             found = True
     return found
 
@@ -265,7 +265,7 @@ def _kind(file: Path) -> str | None:
     try:
         first = next(read_lines(file), {})
     except ValueError:
-        return None  # a file of another program
+        return None  # a file from another program
     if isinstance(first.get("bracket"), list) and isinstance(first.get("responses"), list):
         return "bracket"
     return "judged" if "probabilities" in first and "gold" in first else None
@@ -302,8 +302,8 @@ def _context(line: Mapping[str, Any]) -> str:
 
 
 def _add_verdicts(name: str, lines: Iterable[Line], data: ReportData) -> None:
-    """Adds a judge from the demo's `judged_line`s."""
-    tally = JudgeTally(())  # the lines do not name their principles
+    """Adds a judge from the `judged_line`s of the demo."""
+    tally = JudgeTally(())  # the lines do not contain the names of principles
     for line in lines:
         given = dict(enumerate(line["probabilities"] or ()))
         verdict = verdict_from_json({"probabilities": given, "undecidable_because": "undecided"})
@@ -325,7 +325,7 @@ def _add_comparison(name: str, results: Line, data: ReportData) -> None:
 
 
 def _add_evaluation(name: str, results: Line, data: ReportData) -> None:
-    """Adds a judge's evaluation from its `results.json`: over all pairs, and by subset."""
+    """Adds the evaluation of a judge from its `results.json`, for all pairs and by subset."""
     if not isinstance(results.get("overall"), dict):
         raise ValueError(
             f"{name}: not the results of a judge's evaluation (self-judge eval) or of a comparison "
@@ -335,7 +335,7 @@ def _add_evaluation(name: str, results: Line, data: ReportData) -> None:
     for reason, count in (results.get("skipped") or {}).items():
         data.notes.append(f"{name}: left out, {reason}: {count:,}")
     other = results.get("compared_with")
-    # Somebody else's results may have the key too.
+    # Results from other programs may also have this key.
     if isinstance(other, dict) and isinstance(other.get("overall"), dict):
         _add_reports(f"{name} · compared", other, data)
         paired = other.get("paired") or {}
@@ -355,13 +355,13 @@ def _add_reports(name: str, results: Line, data: ReportData) -> None:
 
 
 def _model(results: Line) -> str | None:
-    """The judging model's name, where the results say it as `eval` does."""
+    """Returns the name of the judge model if the results contain it, as those from `eval` do."""
     judge = results.get("judge")
     return judge.get("model") if isinstance(judge, dict) else None
 
 
 def _judge(name: str, numbers: Line) -> Line:
-    """The parts of a `JudgeTally.report` that the page shows."""
+    """Returns the parts of a `JudgeTally.report` that the page shows."""
     kept = (
         *("pairs", "accuracy", "order_agreement", "decided_by_position", "first_position"),
         *("longer", "letter_mass", "calibration", "principles", "baselines"),

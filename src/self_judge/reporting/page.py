@@ -1,8 +1,8 @@
-"""`self-judge report`: runs, tournaments and evaluations → one HTML page that needs no network.
+"""Implements `self-judge report`, which writes an HTML page that needs no network.
 
-It puts data, style, script and Plotly into one file, and text from the data can never become
-markup. `collect.py` reads the files, `charts.py` lists the curves, and `assets/report.js` draws
-them.
+The page shows runs, tournaments and evaluations. This module writes data, style, script and Plotly
+to one file, and text from the data cannot become markup. `collect.py` reads the files, `charts.py`
+lists the curves, and `assets/report.js` draws them.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ def write_report(
     """Writes the page and returns its path.
 
     Args:
-        paths: folders of runs, and single files of tournaments or evaluations.
-        output: the page; default: `report.html` in the first folder.
-        limits: limits on the content of the page.
-        console: prints the path and a summary.
+        paths: run folders, and single files from tournaments or evaluations.
+        output: the path of the page (default: `report.html` in the first folder).
+        limits: the limits on the content of the page.
+        console: the console for the path and a summary.
 
     Raises:
-        ValueError: there is nothing to report on, or a file is broken; the message names it.
+        ValueError: there is no data for a report, or a file is broken. The message contains the
+            path.
     """
     sources = [Path(path) for path in paths]
     if not sources:
-        raise ValueError("a report needs at least one folder of a run")
+        raise ValueError("a report needs at least one run folder")
     data = collect(sources, limits)
     first = sources[0] if sources[0].is_dir() else sources[0].parent
     target = Path(output) if output is not None else first / "report.html"
@@ -70,7 +71,7 @@ def write_report(
 
 
 def report_on(path: Path, console: Console) -> None:
-    """Writes the page for a command's output folder or file, or prints that Plotly is missing."""
+    """Writes the page for the output of a command, or prints that Plotly is missing."""
     if plotly_is_there():
         write_report([path], console=console)
     else:
@@ -78,10 +79,10 @@ def report_on(path: Path, console: Console) -> None:
 
 
 def page(data: ReportData) -> str:
-    """The whole page as text.
+    """Returns the whole page as text.
 
-    Text from the data is only in a JSON block, where no markup can begin or end. Only the scripts
-    with the given hashes can run; nothing else can be run, loaded or sent.
+    Text from the data is only in a JSON block, where markup cannot begin or end. Only the scripts
+    with the given hashes can run. The page cannot run, load or send anything else.
     """
     parts = files("self_judge.reporting") / "assets"
     script = _inline((parts / "report.js").read_text(encoding="utf-8"))
@@ -98,12 +99,12 @@ def page(data: ReportData) -> str:
         "script": script,
     }
     template = (parts / "report.html").read_text(encoding="utf-8")
-    # In one pass, so inserted text is never searched for placeholders.
+    # Use a single pass, so that inserted text is not searched for placeholders.
     return re.sub(r"@(\w+)@", lambda match: values[match[1]], template)
 
 
 def json_block(value: Any) -> str:
-    """JSON for a script element: without `<`, `>`, `&` and line separators."""
+    """Returns JSON for a script element, without `<`, `>`, `&` and line separators."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -111,7 +112,7 @@ def json_block(value: Any) -> str:
 
 
 def plotly_is_there() -> bool:
-    """Whether Plotly is installed (the extra `report`)."""
+    """Returns whether Plotly is installed (the extra `report`)."""
     return importlib.util.find_spec("plotly") is not None
 
 
@@ -132,7 +133,7 @@ def _content(data: ReportData) -> dict[str, Any]:
 
 
 def _inline(script: str) -> str:
-    """A script that cannot close its element; browsers turn CR LF into LF before hashing."""
+    """Prevents a script from closing its element; browsers convert CR LF to LF before hashing."""
     return script.replace("\r\n", "\n").replace("</script", "<\\/script")
 
 

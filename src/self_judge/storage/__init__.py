@@ -1,5 +1,5 @@
 """Crash-safe files: replaced atomically, or appended to line by line.
 
-It knows files, folders and JSON lines, but nothing of their contents: no data, no model, no
-settings. It imports `errors` and runs without torch.
+This package handles files, folders and JSON lines. It does not interpret their contents. It imports
+`errors` and runs without torch.
 """

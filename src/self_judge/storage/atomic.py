@@ -1,8 +1,8 @@
-"""Atomic files and checkpoint folders: each is either complete or absent.
+"""Atomic files and checkpoint folders, which are either complete or absent.
 
-It knows paths, not contents. A checkpoint is written into a staging folder, flushed to disk, sealed
-with a manifest and renamed. A folder under its final name is therefore complete; if something
-damages it later, it no longer matches its manifest.
+A checkpoint is written to a staging folder, flushed to disk, sealed with a manifest and then
+renamed. A folder that has its final name is therefore complete. If it is damaged later, it no
+longer matches its manifest. This module does not interpret the contents of files.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
     """Opens a temporary text file that replaces `path` when the block ends without an error.
 
     Args:
-        path: the final file; missing folders are created. Its old content stays until the block
-            ends, and is kept if the block raises.
+        path: the final file. Missing folders are created. The old content remains until the block
+            ends, and is kept if the block raises an error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(path.name + ".part")
     try:
-        # All these files are JSON. Data may contain lone surrogates, which UTF-8 cannot encode:
+        # All these files are JSON. The data may contain lone surrogates, which UTF-8 cannot encode.
         # `backslashreplace` writes them as JSON escapes.
         with staging.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
@@ -52,7 +52,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or the entries of a folder, to disk."""
+    """Flushes a file or the entries of a folder to disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:  # Windows cannot open folders
@@ -78,7 +78,7 @@ def seal(folder: Path) -> None:
 
 
 def integrity_error(folder: Path) -> str | None:
-    """Returns why a checkpoint cannot be resumed from, or `None` if it is complete."""
+    """Returns the reason a checkpoint cannot be resumed from, or `None` if it is complete."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"it has no {MANIFEST}, which is written last"
@@ -96,7 +96,7 @@ def integrity_error(folder: Path) -> str | None:
 
 
 def latest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """Returns the latest complete checkpoint, and a message for each later, incomplete one."""
+    """Returns the latest complete checkpoint and a message for each later, incomplete one."""
     skipped: list[str] = []
     for _, path in sorted(_checkpoints(folder), reverse=True):
         reason = integrity_error(path)
@@ -113,7 +113,7 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def commit(finished: Path, target: Path) -> None:
-    """Renames a staging folder to its final name, replacing any folder that has that name."""
+    """Renames a staging folder to its final name, replacing any existing folder."""
     old = _move_away(target) if target.exists() else None
     finished.rename(target)
     sync(target.parent)
@@ -123,10 +123,10 @@ def commit(finished: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_files(target: Path, without: Sequence[str] = ()) -> Iterator[Path]:
-    """Yields a staging folder; its files move into `target` when the block ends without an error.
+    """Yields a staging folder whose files move to `target` if the block ends without an error.
 
     Args:
-        target: the final folder; its other files stay.
+        target: the final folder. Its other files are kept.
         without: names of files to delete from `target` afterwards.
     """
     staging = target / UNFINISHED / "files"
@@ -142,9 +142,10 @@ def atomic_files(target: Path, without: Sequence[str] = ()) -> Iterator[Path]:
 
 
 def move_files(finished: Path, target: Path) -> None:
-    """Moves all files to the same relative paths under another folder, one by one.
+    """Moves all files one by one to the same relative paths in another folder.
 
-    Each move is atomic. A kill in between leaves complete files, some old and some new.
+    Each move is atomic. If the process is killed between two moves, all files are complete, but
+    some are old and some are new.
     """
     written = [path for path in sorted(finished.rglob("*")) if path.is_file()]
     for path in written:
@@ -157,12 +158,12 @@ def move_files(finished: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint; a kill in between never leaves half of it under its name."""
+    """Deletes a checkpoint; if killed, it does not leave a partial folder under its name."""
     shutil.rmtree(_move_away(folder), ignore_errors=True)
 
 
 def _move_away(folder: Path) -> Path:
-    """Renames a folder into the staging area, to be deleted there; returns its new path."""
+    """Moves a folder to the staging area, where it can be deleted, and returns its new path."""
     old = folder.parent / UNFINISHED / f"{folder.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     old.parent.mkdir(parents=True, exist_ok=True)
@@ -170,5 +171,5 @@ def _move_away(folder: Path) -> Path:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Deletes the unfinished files of a process that died."""
+    """Deletes the unfinished files that a killed process left behind."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""JSON Lines files: one parser for all of them, and journals that resume after any interruption.
+"""JSON Lines files: a shared parser, and journals that resume after any interruption.
 
-It knows files and lines. It does not know what a line means or how it is computed.
+This module handles files and lines. It does not interpret the lines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from self_judge.storage.atomic import atomic_write, write_json
 
 
 def loads(text: str) -> Any:
-    """Parses JSON; NaN and Infinity, which Python's `json` writes, become `None`."""
+    """Parses JSON; the values NaN and Infinity, which Python's `json` writes, become `None`."""
     return json.loads(text, parse_constant=lambda _: None)
 
 
@@ -33,16 +33,18 @@ def parse_lines(
     nan_is_null: bool = False,
     remedy: str = "",
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields each line's number, counted from 1, and its JSON object.
+    """Yields the number of each line, counted from 1, and its JSON object.
 
     Args:
         lines: strings or UTF-8 bytes, each with its newline.
         where: the file, for error messages.
-        error: the exception raised for a line that is not a JSON object; it names file and line.
-        torn_is_end: a broken last line without a newline, as a crash leaves it, ends the input.
-        blank_is_error: treat a blank line as an error; by default it is skipped.
-        nan_is_null: read NaN and Infinity as null, not as floats.
-        remedy: text appended to the "not JSON" message.
+        error: the exception raised if a line is not a JSON object. Its message includes the file
+            and line number.
+        torn_is_end: treat a broken last line without a newline as the end of the input. A crash can
+            leave such a line.
+        blank_is_error: treat a blank line as an error. By default, blank lines are skipped.
+        nan_is_null: read NaN and Infinity as null instead of floats.
+        remedy: text to append to the "not JSON" message.
     """
     for number, line in enumerate(lines, start=1):
         if not (blank_is_error or line.strip()):
@@ -62,12 +64,12 @@ def parse_lines(
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a file that a run appends to; skips a torn last line.
+    """Yields the objects in a file that a run appends to, and skips a torn last line.
 
-    Skips blank lines and reads NaN as null.
+    Blank lines are skipped, and NaN is read as null.
 
     Raises:
-        ValueError: a line is not a JSON object; the message names file and line.
+        ValueError: a line is not a JSON object. The message includes the file and line number.
     """
     with path.open("rb") as file:
         for _, line in parse_lines(file, path, torn_is_end=True, nan_is_null=True):
@@ -75,7 +77,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a journal; skips a torn last line.
+    """Yields the lines of a journal, and skips a torn last line.
 
     Raises:
         JournalError: a line is broken or blank.
@@ -100,7 +102,7 @@ class Journal:
     Attributes:
         path: the file.
         lines: number of complete lines.
-        seconds: time spent on the timed lines, over all sessions.
+        seconds: the time spent on the timed lines in all sessions.
         timed: number of timed lines.
     """
 
@@ -113,16 +115,16 @@ class Journal:
         self._settings = dict(settings)
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Yields the lines written so far."""
+        """Yields all lines written so far."""
         return itertools.islice(read_journal(self.path), self.lines)
 
     def append(self, rows: Sequence[Mapping[str, Any]], seconds: float = 0.0) -> None:
-        """Appends lines; they are on disk when this returns."""
-        if not self.lines:  # any content is from an earlier run
+        """Appends lines and flushes them to disk."""
+        if not self.lines:  # existing content is from an earlier run
             self._file.truncate(0)
             self._note()
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        # Lone surrogates in the data become JSON escapes, since UTF-8 cannot encode them.
+        # Lone surrogates in the data become JSON escapes, because UTF-8 cannot encode them.
         self._file.write(text.encode("utf-8", "backslashreplace"))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -132,7 +134,7 @@ class Journal:
         self._note()
 
     def cut(self, lines: int) -> None:
-        """Drops all but the first `lines` lines."""
+        """Removes all lines after the first `lines` lines."""
         if lines >= self.lines:
             return
         with self.path.open("rb") as file:
@@ -149,7 +151,7 @@ class Journal:
 
 
 def settings_path(path: Path) -> Path:
-    """The file beside a journal that records its settings."""
+    """Returns the path of the file next to a journal that records its settings."""
     return path.with_name(path.name + ".settings.json")
 
 
@@ -157,28 +159,28 @@ def settings_path(path: Path) -> Path:
 def open_journal(
     path: Path, settings: Mapping[str, Any], *, overwrite: bool = False
 ) -> Iterator[Journal]:
-    """Opens a journal: resumes an existing file or starts a new one.
+    """Opens a journal, which resumes an existing file or starts a new one.
 
-    A torn last line is removed. Only one process at a time may write. The old content of the file
-    stays until the first line of a new journal is written.
+    A torn last line is removed. Only one process may write at a time. The old content of the file
+    remains until the first line of a new journal is written.
 
     Args:
-        settings: the settings that every line depends on, as plain JSON data; a journal written
-            with different settings is refused.
+        settings: the settings that every line depends on, as plain JSON data. A journal that was
+            written with different settings is rejected.
         overwrite: start from scratch even if the file exists.
 
     Raises:
         JournalError: the file was written with different settings, is not a journal, is broken, or
-            another process is writing to it.
+            is in use by another process.
     """
     settings = json.loads(json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = settings_path(path)
-    # An empty file is always a fresh start, whatever its settings were.
+    # An empty file always starts a new journal, whatever its settings were.
     resumes = not overwrite and path.exists() and path.stat().st_size > 0
     if resumes and not beside.exists():
         raise JournalError(
-            f"{path} exists but has no {beside.name} beside it, so it cannot be resumed: choose "
+            f"{path} exists, but {beside.name} is missing, so it cannot be resumed: choose "
             "another output or pass --overwrite"
         )
     noted = _noted(beside) if resumes else None
@@ -195,7 +197,7 @@ def open_journal(
         try:
             yield journal
         except BaseException:
-            # An existing file, device or link is not this journal's to delete.
+            # This journal must not delete an existing file, device or link.
             if own and not path.stat().st_size:
                 with suppress(PermissionError):  # Windows cannot delete an open file
                     path.unlink()
@@ -215,19 +217,19 @@ def _check_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any
     if other:
         changes = "; ".join(f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in other)
         raise JournalError(
-            f"{path} has other settings ({changes}): choose another output or pass --overwrite"
+            f"{path} has different settings ({changes}): choose another output or pass --overwrite"
         )
 
 
 def _repair(path: Path, file: IO[bytes]) -> int:
-    """Removes a torn last line; returns the number of complete lines."""
+    """Removes a torn last line and returns the number of complete lines."""
     lines = end = last = 0
     line = b""
     with path.open("rb") as reader:
         for text in reader:
             if text.endswith(b"\n"):
                 lines, last, end, line = lines + 1, end, reader.tell(), text
-    if line and not _is_json(line):  # the disk lost flushed data
+    if line and not _is_json(line):  # the disk has lost flushed data
         lines, end = lines - 1, last
     if end < path.stat().st_size:
         file.truncate(end)
@@ -244,7 +246,7 @@ def _is_json(line: bytes) -> bool:
 
 def _lock(file: IO[bytes], path: Path) -> None:
     if sys.platform == "win32":
-        return  # no such lock on Windows: the user must avoid two writers
+        return  # Windows has no such lock, so the user must avoid two writers
     import fcntl
 
     try:

@@ -1,7 +1,7 @@
-"""The files of a training run's folder: metrics as JSON lines, run.json, pairs by step.
+"""The files in the folder of a training run: metrics as JSON lines, run.json, pairs by step.
 
-It defines names, formats and limits for the code that writes them and the code that reads them. It
-does not know trainers or the meaning of the numbers.
+This module defines names, formats and limits for the code that writes these files and the code that
+reads them. It does not depend on trainers or the meaning of the numbers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from self_judge.storage.jsonl import read_lines, write_lines
 METRICS = "metrics.jsonl"
 RUN = "run.json"
 ROLLOUTS = "rollouts"
-BRACKETS = "brackets.jsonl"  # tournaments, as `self-judge tournament --brackets` writes them
-JUDGED = "judged.jsonl"  # verdicts on pairs with a known better response
+BRACKETS = "brackets.jsonl"  # tournaments written by `self-judge tournament --brackets`
+VERDICTS = "verdicts.jsonl"  # written by `self-judge eval`
+PAIRS = "pairs.jsonl"  # written by `self-judge compare`
+RESULTS = "results.json"  # written by both
+JUDGED = "judged.jsonl"  # verdicts on pairs whose better response is known
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Appends one JSON line, on disk when this returns; NaN and infinities are written as null.
+    """Appends one JSON line and flushes it to disk; NaN and infinities are written as null.
 
-    A crash can tear at most the last line, which `read_lines` skips.
+    A crash can damage only the last line, which `read_lines` then skips.
     """
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -40,10 +43,10 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Removes everything written after a step, so that a resumed run does not write it twice.
+    """Removes all data written after a step, so that a resumed run does not write it twice.
 
     Args:
-        step: optimizer steps done; 0 starts from scratch.
+        step: the number of completed optimizer steps; 0 starts from scratch.
     """
     metrics = folder / METRICS
     if metrics.is_file():
@@ -54,12 +57,12 @@ def rewind(folder: Path, step: int) -> None:
 
 
 def rollout_file(folder: Path, step: int) -> Path:
-    """The file with the pairs of a step; steps count from 1."""
+    """Returns the path of the file with the pairs from a step; steps are counted from 1."""
     return folder / ROLLOUTS / f"step-{step:06d}.jsonl"
 
 
 def rollout_files(folder: Path) -> list[tuple[int, Path]]:
-    """The steps whose pairs are on disk, with their files, in order."""
+    """Returns the steps whose pairs are on disk, with their files, in order."""
     found = []
     for path in (folder / ROLLOUTS).glob("step-*.jsonl"):
         if match := re.fullmatch(r"step-(\d+)\.jsonl", path.name):
@@ -68,11 +71,12 @@ def rollout_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def is_kept(step: int, last: int, most: int | None) -> bool:
-    """Whether a step's pairs are kept once the run has reached step `last`.
+    """Returns whether the pairs from a step are kept once the run has reached step `last`.
 
-    Keeps every 2^k-th step starting with the first, with the smallest k that gives at most `most`
-    steps, and always the last step. It depends on nothing else, so a resumed run keeps the same
-    steps. With `most=4`: after step 4 it keeps 1 2 3 4, after step 10 (k=2) 1 5 9 10.
+    This keeps every 2^k-th step starting with the first, with the smallest k that gives at most
+    `most` steps. It also keeps the last step. The result depends only on the arguments, so a
+    resumed run keeps the same steps. For example, with `most=4` it keeps 1 2 3 4 after step 4, and
+    1 5 9 10 (k=2) after step 10.
     """
     stride = 1
     while most is not None and math.ceil(last / stride) > most:
@@ -81,7 +85,7 @@ def is_kept(step: int, last: int, most: int | None) -> bool:
 
 
 def thin_rollouts(folder: Path, last: int, most: int | None) -> None:
-    """Removes the files of the steps that are not kept; see `is_kept`."""
+    """Removes the files from the steps that are not kept; see `is_kept`."""
     for step, path in rollout_files(folder):
         if step <= last and not is_kept(step, last, most):
             path.unlink()

@@ -1,5 +1,6 @@
-"""What both kinds of training share: set-up, checkpoints, callbacks, full memory.
+"""Shared parts of both trainers: setup, checkpoints, callbacks, out-of-memory handling.
 
-It knows the trainers of Transformers and TRL. It does not know evaluation or commands. It imports
-from `judging` and the packages before it, and contains `jsft` and `self_training`.
+This package extends the trainers of Transformers and TRL. It does not depend on evaluation or
+commands. It imports from `judging` and the packages before it, and contains `jsft` and
+`self_training`.
 """

@@ -1,4 +1,4 @@
-"""Callbacks of both trainers: the run's log, the phases of a step, and a live line on the console.
+"""Callbacks for both trainers: the run's log, the times of a step, and a live progress bar.
 
 Like trackers, they use only the trainer's callback events. They do not change training.
 """
@@ -39,14 +39,14 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 
 
 class RunLog(TrainerCallback):
-    """Writes `run.json` when training begins, and a line of `metrics.jsonl` at every log.
+    """Writes `run.json` when training begins, and a line in `metrics.jsonl` at every log.
 
-    A resumed run continues after its checkpoint's step: lines of later steps are removed, because
-    those steps run again.
+    When a run resumes from a checkpoint, the lines for later steps are removed, because those steps
+    run again.
 
     Args:
-        kind: the kind of the run, `jsft` or `self_judge`.
-        about: further entries of `run.json`, such as the judge templates.
+        kind: the kind of run, `jsft` or `self_judge`.
+        about: further entries for `run.json`, such as the judge templates.
 
     Attributes:
         run_file: the run's configuration, if there is a run file.
@@ -65,7 +65,7 @@ class RunLog(TrainerCallback):
         folder = Path(args.output_dir)
         rewind(folder, state.global_step)
         with atomic_write(folder / RUN) as file:
-            # Values without a JSON form (a dtype, an enum) are written as strings.
+            # Values that JSON cannot represent (a dtype, an enum) are written as strings.
             json.dump(self._described(args, state, model), file, indent=2, default=str)
             file.write("\n")
 
@@ -90,7 +90,7 @@ class RunLog(TrainerCallback):
             "max_steps": state.max_steps,
             "model": str(getattr(getattr(model, "config", None), "name_or_path", "")) or None,
             "parameters": {
-                # Sharded parameters are empty here; DeepSpeed stores their size in `ds_numel`.
+                # Sharded parameters are empty here. DeepSpeed stores their size in `ds_numel`.
                 "all": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
                 "trained": sum(
                     getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad
@@ -111,7 +111,7 @@ class RunLog(TrainerCallback):
 
 
 def _changed(args: Any) -> dict[str, Any]:
-    """The arguments that differ from the defaults of their class."""
+    """Returns the arguments that differ from the defaults of their class."""
     values = args.to_dict()
     changed = {}
     for field in dataclasses.fields(args):
@@ -125,20 +125,21 @@ def _changed(args: Any) -> dict[str, Any]:
     return changed
 
 
-# In the order of a step. `waiting` is the wait for the slowest process before the update.
+# The phases of a step, in order. In `waiting`, a process waits for the slowest one before the
+# update.
 PHASES = ("sampling", "judging", "reference", "waiting", "update")
 
 
 class StepClock(TrainerCallback):
     """Times the phases of each optimizer step and logs them when the step ends.
 
-    `time/<phase>` is the time of the slowest process in seconds, and for `waiting` the longest
-    wait. `tokens_per_second/sampling` and `tokens_per_second/step` are the sampled tokens of all
-    processes divided by the time of sampling and of the whole step.
+    `time/<phase>` is the longest time of any process in seconds. `tokens_per_second/sampling` and
+    `tokens_per_second/step` are the number of tokens sampled by all processes, divided by the time
+    of the sampling phase and of the whole step.
 
     Args:
-        accelerator: gathers the times of all processes.
-        metrics: lists of values by name; each step appends to them.
+        accelerator: gathers the times from all processes.
+        metrics: lists of values by name. Each step appends to them.
     """
 
     def __init__(self, accelerator: Accelerator, metrics: Any) -> None:
@@ -150,16 +151,16 @@ class StepClock(TrainerCallback):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to this phase."""
+        """Adds the duration of the block to this phase."""
         started = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - started
 
     def rolled_out(self, tokens: int) -> None:
-        """Marks the end of the rollout and the start of the update; waits for all processes.
+        """Marks the end of the rollout and waits for all processes to start the update.
 
         Args:
-            tokens: the tokens that this process sampled.
+            tokens: the number of tokens that this process sampled.
         """
         with self.phase("waiting"):
             self.accelerator.wait_for_everyone()
@@ -167,7 +168,7 @@ class StepClock(TrainerCallback):
         self._rolled_out = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Resets the times, which may include work outside the training loop."""
+        """Resets the times, because they may include work outside the training loop."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._rolled_out = None
 
@@ -182,8 +183,8 @@ class StepClock(TrainerCallback):
         own = torch.tensor([*self.seconds.values(), float(self.tokens)], device=device)
         every = self.accelerator.gather(own[None])
         slowest = dict(zip(PHASES, every[:, :-1].max(0).values.tolist(), strict=True))
-        # The phases of each process add up to the whole step, waiting included. The maximum of
-        # these sums is the step's time; the sum of the maxima would count some waiting twice.
+        # The phases of each process, including waiting, add up to the whole step. The maximum of
+        # these sums is the step's time. The sum of the maxima would count some waiting twice.
         step = every[:, :-1].sum(1).max().item()
         tokens = every[:, -1].sum().item()
         for name, seconds in slowest.items():
@@ -193,7 +194,7 @@ class StepClock(TrainerCallback):
         self._rolled_out = None
 
 
-# Metric -> its name on the progress line, in this order. A narrow terminal shows only the first.
+# Metrics and their names on the progress line, in order. A narrow terminal shows only the first.
 _SHOWN = {
     "loss": "loss",
     "judge/margin": "judge margin",
@@ -210,7 +211,7 @@ _SHOWN = {
 
 
 class _WithNumbers(Progress):
-    """A bar with a line of numbers below it."""
+    """A progress bar with a line of numbers below it."""
 
     numbers = ""
 
@@ -221,11 +222,11 @@ class _WithNumbers(Progress):
 
 
 class LiveProgress(TrainerCallback):
-    """One bar per call of `train`, instead of the Trainer's own bar and printed dictionaries.
+    """Shows one bar per call of `train`, instead of the Trainer's bar and printed dictionaries.
 
     Args:
         title: the label of the bar.
-        console: the output; if it is not a terminal, every log is a line of text.
+        console: where to print. If it is not a terminal, every log is a line of text.
     """
 
     def __init__(self, title: str, console: Console) -> None:
@@ -243,7 +244,7 @@ class LiveProgress(TrainerCallback):
         )
 
     def attach(self, trainer: Trainer) -> None:
-        """Replaces the callbacks that print."""
+        """Replaces the trainer's callbacks that print."""
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(self)
@@ -280,7 +281,7 @@ class LiveProgress(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Restores the terminal; call it when training ends with an error."""
+        """Restores the terminal. Call it if training ends with an error."""
         if self.console.is_terminal:
             self.bar.stop()
 
@@ -288,7 +289,7 @@ class LiveProgress(TrainerCallback):
         done = state.global_step - self.first
         seconds = (time.perf_counter() - self.begun) / max(done, 1)
         left = timedelta(seconds=round(seconds * (state.max_steps - state.global_step)))
-        return f"step {state.global_step}/{state.max_steps}, {seconds:.3g} s a step, {left} left"
+        return f"step {state.global_step}/{state.max_steps}, {seconds:.3g} s per step, {left} left"
 
 
 def _numbers(logs: dict[str, float]) -> str:

@@ -1,11 +1,12 @@
-"""Fault tolerance of both trainers: a run killed at any moment resumes with the same numbers.
+"""Fault tolerance for both trainers, so that a killed run resumes with the same numbers.
 
 Checkpoints are complete or absent (`storage/atomic.py`) and are checked before a run resumes. They
-hold the metrics that are not logged yet. SIGTERM ends a run after its step. Numbers that are not
-finite never reach the weights. A run without such events is unchanged.
+contain the metrics that are not logged yet. SIGTERM ends a run after the current step. Non-finite
+numbers never reach the weights. A run without such events is unchanged.
 """
 
-# How a checkpoint is written. A kill at any line leaves no `checkpoint-20` or a complete one:
+# A checkpoint is written in these steps. If the run is killed in any of them, `checkpoint-20` is
+# either absent or complete:
 #
 #   .unfinished/checkpoint-20/...           the staging folder: weights, optimizer, random state,
 #                                           unlogged_0.json, ... (each process writes its files)
@@ -14,9 +15,9 @@ finite never reach the weights. A run without such events is unchanged.
 #   checkpoint-20/                          commit: one rename
 #   .unfinished/checkpoint-10.old           `save_total_limit`: old ones are renamed, then deleted
 #
-# The next start deletes `.unfinished` and resumes from the last folder that matches its manifest.
+# The next run deletes `.unfinished` and resumes from the last folder that matches its manifest.
 #
-# Why a resumed run logs the same numbers, with logging_steps 10 and a checkpoint at step 14:
+# A resumed run logs the same numbers, here with logging_steps 10 and a checkpoint at step 14:
 #
 #   steps     1 ........ 10 | 11 .. 14 # 15 .. 17 killed
 #                       log            └ checkpoint holds the sums of steps 11 to 14
@@ -37,10 +38,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import DistributedType, set_seed
+from peft import PeftModel
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -59,6 +59,18 @@ from self_judge.storage.atomic import (
     remove,
     seal,
 )
+from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
+from self_judge.training.saved_weights import (
+    check_arguments,
+    check_configuration,
+    check_same_adapter,
+    check_saved,
+    data_fingerprint,
+    not_finite,
+    same_data,
+    save_data_fingerprint,
+    with_optimizer,
+)
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -71,18 +83,18 @@ SKIPPED = "skipped_steps"
 
 
 class NotFiniteError(FloatingPointError):
-    """Training stops because its numbers are not finite; the message names the first bad step."""
+    """Stops training because numbers are not finite. The message names the step."""
 
 
 class FaultToleranceMixin(Base):
-    """A mixin before a Transformers trainer.
+    """A mixin that adds fault tolerance to a Transformers trainer, which it must precede.
 
     Attributes:
-        max_skipped_steps: training stops after this many skipped steps in a row: steps without a
-            finite gradient, or with `nothing_judged`.
+        max_skipped_steps: training stops after this many skipped steps in a row. A step is skipped
+            if its gradient is not finite or if `nothing_judged` is set.
         on_saved: called with every folder into which the model is saved, to add files to it.
-        nothing_judged: whether the current step has no pair that could be judged; set by the
-            trainer that judges.
+        nothing_judged: whether none of the step's pairs could be judged. The trainer that judges
+            sets it.
         stop_on_sigterm: whether SIGTERM ends training after the current step, with a checkpoint,
             instead of ending the process. The caller then checks `stopped_early`.
         stopped_early: whether SIGTERM ended the last call of `train`.
@@ -94,23 +106,25 @@ class FaultToleranceMixin(Base):
     stopped_early = False
     nothing_judged = False
     on_saved: Callable[[Path], object] | None = None
+    reference: ReferenceCheck | None = None
+    _data: str | None = None
     _staging: Path | None = None
     _unsent: str | None = None
     _skipped = 0
 
     def _send_telemetry(self) -> None:
-        """Sends nothing: TRL would report the kind of model and machine to its authors."""
+        """Sends nothing. TRL would report the kind of model and machine to its authors."""
 
     # -- resuming ----------------------------------------------------------------------------------
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Like Transformers' `train`, but checks the checkpoint to resume from first.
+        """Like Transformers' `train`, but first checks the checkpoint to resume from.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last complete one in the
-                output folder.
+            resume_from_checkpoint: a checkpoint folder, or True for the last complete checkpoint in
+                the output folder.
 
         Raises:
             CheckpointError: the folder is not a complete checkpoint, or there is none.
@@ -122,10 +136,36 @@ class FaultToleranceMixin(Base):
         if self.is_world_process_zero():
             clear_unfinished(Path(str(self.args.output_dir)))
         self._skipped = 0
-        # Transformers seeds in the constructor only: draws made since then would change the run.
+        self._before_training(Path(found) if found else None)
+        # Transformers sets the seed only in the constructor. Random draws since then would change
+        # the run.
         set_seed(self.args.seed)
         with _stopping(self), without_cudnn_attention():
-            return super().train(found, *args, **kwargs)
+            result = super().train(found, *args, **kwargs)
+        self._check_weights()
+        return result
+
+    def _before_training(self, checkpoint: Path | None) -> None:
+        """Finds errors that would otherwise appear at the first save, or never."""
+        model: Any = self.model
+        check_arguments(self.args, model)
+        self._data = data_fingerprint(self.train_dataset)
+        if is_sharded(self.args):
+            return
+        if self.args.should_save:
+            check_configuration(model, Path(str(self.args.output_dir)) / UNFINISHED / "rehearsal")
+            clear_unfinished(Path(str(self.args.output_dir)))
+        if self.reference is None and isinstance(model, PeftModel):
+            with model.disable_adapter():
+                self.reference = ReferenceCheck(probe_logits(model), model)
+        if self.reference is not None:
+            self.reference.before_training()
+        if checkpoint is not None:
+            check_same_adapter(model, checkpoint)
+            if self.reference is not None:
+                self.reference.check_saved(checkpoint)
+            if not same_data(checkpoint, self._data):
+                logger.warning("the training data has changed since %s", checkpoint)
 
     def _checked(self, asked: str | bool) -> Path:
         if asked is True:
@@ -137,18 +177,18 @@ class FaultToleranceMixin(Base):
                     f"{self.args.output_dir} has no complete checkpoint to resume from: leave "
                     "resume_from_checkpoint unset to start from scratch"
                 )
-            return path
+            return with_optimizer(path)
         path = Path(str(asked))
         reason = "there is no such folder" if not path.is_dir() else integrity_error(path)
         if reason is not None:
             raise CheckpointError(f"{path} cannot be resumed from: {reason}")
-        return path
+        return with_optimizer(path)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Resumed from a checkpoint of its last step, Transformers would do one more.
+        # If a run resumes from the checkpoint of its last step, Transformers would run one more.
         if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
-            if self.args.should_save:  # a kill may have come between the last checkpoint and this
+            if self.args.should_save:  # the run may have been killed after its last checkpoint
                 self._remove_surplus(Path(self._get_output_dir(None)))
             return
         super()._run_epoch(*args, **kwargs)
@@ -164,9 +204,9 @@ class FaultToleranceMixin(Base):
             return
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["processes"] != self.args.world_size:
-            return  # each process has its own sums, which another number of them cannot share
+            return  # each process has its own sums, so the number of processes must match
         self._tr_loss += kept["loss"]
-        # Transformers reports the mean loss of this call of `train`, without earlier steps.
+        # Transformers reports the mean loss for this call of `train`, without earlier steps.
         self._total_loss_scalar -= kept["loss"]
         self._globalstep_last_logged = kept["last_logged_step"]
         self._skipped = kept[SKIPPED]
@@ -193,8 +233,8 @@ class FaultToleranceMixin(Base):
     # -- saving ------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Like Transformers' `save_model`, but replaces each file only by a complete new one."""
-        if _internal_call:  # part of a checkpoint, which has a staging folder of its own
+        """Like Transformers' `save_model`, but replaces each file only with a complete new one."""
+        if _internal_call:  # part of a checkpoint, which has its own staging folder
             self._write_model(output_dir)
             return
         target = Path(output_dir or str(self.args.output_dir))
@@ -214,10 +254,13 @@ class FaultToleranceMixin(Base):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _write_model(self, output_dir: str | None) -> None:
+        self._check_weights()
         super().save_model(output_dir, _internal_call=True)
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
+        if not is_sharded(self.args):
+            check_saved(self.accelerator.unwrap_model(self.model), folder)
         apply_umask(folder)
         if self.on_saved is not None:
             self.on_saved(folder)
@@ -226,14 +269,13 @@ class FaultToleranceMixin(Base):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._check_weights()
         run_folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = run_folder / UNFINISHED
         if self.args.should_save:
             shutil.rmtree(staging / name, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        # While `_staging` is set, `_get_output_dir` sends Transformers' files there.
+        # While `_staging` is set, `_get_output_dir` makes Transformers write its files there.
         self._staging = staging
         try:
             with _writing(run_folder):
@@ -243,11 +285,14 @@ class FaultToleranceMixin(Base):
             self._staging = None
         if self.state.best_model_checkpoint == str(staging / name):
             self.state.best_model_checkpoint = str(run_folder / name)
-        # Every process has written its files before the first one seals and renames the folder.
+        # Every process must write its files before the main process seals and renames the folder.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with _writing(run_folder):
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                save_data_fingerprint(staging / name, self._data)
+                if self.reference is not None:
+                    self.reference.save(staging / name)
                 seal(staging / name)
                 commit(staging / name, run_folder / name)
             self._remove_surplus(run_folder)
@@ -258,7 +303,7 @@ class FaultToleranceMixin(Base):
             super()._push_from_checkpoint(str(run_folder / name))
 
     def _remove_surplus(self, run_folder: Path) -> None:
-        """Removes the checkpoints beyond `save_total_limit`, chosen as Transformers does."""
+        """Removes the checkpoints beyond `save_total_limit`, like Transformers."""
         limit = self.args.save_total_limit
         if not limit or limit < 0:
             return
@@ -271,13 +316,13 @@ class FaultToleranceMixin(Base):
             remove(old)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # An upload runs in the background, so it waits for the final name of the folder.
+        # An upload runs in the background, so it starts when the folder has its final name.
         self._unsent = checkpoint_folder
 
     # -- numbers that are not finite ---------------------------------------------------------------
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Skips a step without a usable gradient: weights and optimizer stay unchanged."""
+        """Skips a step without a usable gradient. The weights and optimizer stay unchanged."""
         norm = super()._get_grad_norm(model, grad_norm)
         value = float(norm)
         learned = math.isfinite(value) and not self.nothing_judged
@@ -294,37 +339,42 @@ class FaultToleranceMixin(Base):
         )
         logger.warning("step %d is skipped: %s", step, what)
         if self._skipped >= self.max_skipped_steps:
+            broken = not_finite(model)
+            weights = (
+                f"{len(broken)} trained weights are not finite either, such as {broken[0]}: do not "
+                "use them"
+                if broken
+                else f"The weights are those after step {step - self._skipped}, as in checkpoints"
+            )
             raise NotFiniteError(
                 f"training stops at step {step}, the last of {self._skipped} skipped steps in a "
-                f"row: {what}. The weights are those after step {step - self._skipped}, as in the "
-                "checkpoints. Try a smaller learning_rate, or a dtype with more range (float16 "
-                "ends at 65,504)"
+                f"row: {what}. {weights}. Try a smaller learning_rate, or a dtype with more range "
+                "(float16 ends at 65,504)"
             )
-        # DeepSpeed steps the optimizer itself, and skips such steps itself.
+        # DeepSpeed steps the optimizer itself and also skips such steps.
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             model.zero_grad(set_to_none=True)
         return norm
 
     def _check_weights(self) -> None:
+        """Raises an error if trained weights are not finite, or the reference has moved."""
         model: Any = self.model
-        broken = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and not _is_finite(parameter)
-        ]
+        broken = not_finite(model)
         if broken:
             raise NotFiniteError(
                 f"step {self.state.global_step}: {len(broken)} trained weights are not finite, "
-                f"starting with {broken[0]}; no checkpoint is written. The last one is complete"
+                f"starting with {broken[0]}; nothing is saved. Earlier checkpoints are complete"
             )
+        if self.reference is not None:
+            self.reference.check(self.state.global_step)
 
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turns all errors of writing into one: torch and safetensors raise their own.
+    """Turns all write errors, including those of torch and safetensors, into an `OSError`.
 
     Raises:
-        OSError: in one line, with the last complete checkpoint.
+        OSError: writing failed; the message names the last complete checkpoint.
     """
     try:
         yield
@@ -333,30 +383,24 @@ def _writing(folder: Path) -> Iterator[None]:
         last, _ = latest_complete(folder)
         why = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
-            f"{folder} could not be written to ({why:.200}); "
+            f"cannot write to {folder} ({why:.200}); "
             + (f"{last} is complete" if last else "it has no complete checkpoint")
-            + ". Make room and start the same command again"
+            + ". Free some disk space and run the same command again"
         ) from error
-
-
-def _is_finite(parameter: torch.Tensor) -> bool:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    # A sum is not finite if any weight is not. One number replaces a mask as large as the weights.
-    return bool(torch.isfinite(local.detach().sum(dtype=torch.float64)))
 
 
 # -- SIGTERM ---------------------------------------------------------------------------------------
 
 
 class StopAfterStep(TrainerCallback):
-    """Ends training, with a checkpoint, after the step in which any process gets SIGTERM.
+    """Ends training, with a checkpoint, after the step in which any process receives SIGTERM.
 
     Attributes:
-        asked: whether this process got the signal.
+        asked: whether this process received the signal.
         stopped: whether training ended because of it.
     """
 
-    # The signal reaches processes at different steps, so they agree at the end of each step:
+    # The processes may receive the signal in different steps, so they synchronize after each step:
     #
     #   process 0     step 7 ... step 8 ... SIGTERM ... step 9 ends: trigger ─┐
     #   process 1     step 7 ... step 8 ............... step 9 ends ──────────┴─> both save and stop
@@ -380,7 +424,7 @@ class StopAfterStep(TrainerCallback):
 
 @contextmanager
 def _stopping(trainer: Any) -> Iterator[None]:
-    """Within the block, SIGTERM ends training after the current step; see `stopped_early`.
+    """Makes SIGTERM end training after the current step; see `stopped_early`.
 
     Only the main thread receives signals. Transformers' `enable_jit_checkpoint` has its own
     handler.

@@ -1,6 +1,6 @@
 """LoRA layers that move less memory in training, with equally accurate results.
 
-PEFT's layers, parameters and files are unchanged; only the computation of plain layers differs.
+PEFT's layers, parameters and files are unchanged. Only plain layers compute differently.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def lighten(model: nn.Module) -> None:
-    """Makes the plain LoRA layers of a model compute in fewer passes.
+    """Makes the plain LoRA layers of a model read and write less memory.
 
-    Each call decides for itself. A layer uses PEFT's own code if it has several adapters, active
+    The choice is made at each call. A layer uses PEFT's own code if it has several adapters, active
     dropout, a variant of LoRA, adapter biases, or base weights that are merged, quantized or
     trained.
     """
@@ -29,7 +29,7 @@ def lighten(model: nn.Module) -> None:
 
 
 def forward(layer: lora.Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`lora.Linear.forward` in fewer passes for a plain layer.
+    """Computes `lora.Linear.forward` with less memory traffic if the layer is plain.
 
     For other layers, the input stays in half precision if autocast would undo PEFT's cast to the
     adapter's float32.
@@ -51,7 +51,7 @@ def forward(layer: lora.Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> t
 
 
 def _sole_adapter(layer: lora.Linear) -> str | None:
-    """The only active adapter of a layer, if it is plain LoRA without active dropout."""
+    """Returns a layer's only active adapter if it is plain LoRA without active dropout."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1 or names[0] in layer.lora_variant:
         return None
@@ -61,17 +61,17 @@ def _sole_adapter(layer: lora.Linear) -> str | None:
 
 
 def _cast_is_undone(layer: lora.Linear, name: str, x: torch.Tensor) -> bool:
-    # The cast makes a difference with several adapters, which sum their input gradients in float32,
-    # and with dropout, which scales in its input's type.
+    # The cast affects the result with several adapters, which sum their input gradients in float32,
+    # and with dropout, which scales in the dtype of its input.
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in _HALF
     return autocast and layer.lora_A[name].weight.dtype == torch.float32
 
 
 def _is_plain(layer: lora.Linear, name: str, x: torch.Tensor, computed: torch.dtype) -> bool:
-    """Whether PEFT would compute just the base and one adapter, in the same type."""
+    """Returns whether PEFT would compute only the base and one adapter, in the same dtype."""
     base, down, up = layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name]
     weights = (base.weight, down.weight, up.weight)
-    # Autocast casts weights; without it, PEFT computes with each weight's own type.
+    # Autocast casts the weights. Without it, PEFT computes in the dtype of each weight.
     allowed = (computed, torch.float32 if torch.is_autocast_enabled(x.device.type) else computed)
     return (
         not layer.disable_adapters
@@ -86,14 +86,14 @@ def _is_plain(layer: lora.Linear, name: str, x: torch.Tensor, computed: torch.dt
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether hooks add to a module's call (for sharding, offloading or casting)."""
+    """Returns whether a module has hooks (for sharding, offloading or casting)."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class _LoRA(torch.autograd.Function):
-    """`x W' + b + x A' B'` as one node of the autograd graph; the adapter adds in place."""
+    """Computes `x W' + b + x A' B'` in one autograd node. The adapter's part is added in place."""
 
-    # With x (N, in), W (out, in), A (r, in), B (out, r) and the gradient g (N, out) of the result:
+    # For x (N, in), W (out, in), A (r, in), B (out, r) and the gradient g (N, out) of the result:
     #
     #   inside = x A'                 (N, r)     gradient of A:  (g B)' x     (r, in)
     #   result = x W' + b, then       (N, out)   gradient of B:  g' inside    (out, r)

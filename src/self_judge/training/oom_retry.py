@@ -1,10 +1,11 @@
-"""OOM retry: an update that does not fit into memory is repeated in parts, with the same gradient.
+"""Repeats an update that runs out of memory in smaller parts, with the same gradient.
 
-A mixin around the trainer's step. It does not know the loss, except that it is a mean over pairs.
+This module contains a mixin for the trainer's step. It requires a loss that is a mean over pairs.
 """
 
-# The idea. A step has micro-batches 0, 1, 2 of 4 pairs; the forward pass of micro-batch 1 runs out
-# of memory. Its gradient may be half added, so the whole step starts again, with half the pairs:
+# For example, a step has micro-batches 0, 1, 2 of 4 pairs, and the forward pass of micro-batch 1
+# runs out of memory. Its gradient may be partly added, so the whole step starts again, with half
+# the pairs at a time:
 #
 #   micro-batch 0: 4 pairs   ok
 #   micro-batch 1: 4 pairs   out of memory -> zero the gradients, forget this step's metrics
@@ -12,8 +13,9 @@ A mixin around the trainer's step. It does not know the loss, except that it is 
 #   micro-batch 1: 2 + 2     ok            (out of memory again: 1 + 1 + 1 + 1, and so on)
 #   micro-batch 2: 2 + 2     and 2 pairs at a time from here on
 #
-# The loss is a mean, so a part counts by its share of the pairs: mean(4) = 2/4 mean(2) + 2/4
-# mean(2). With 3 at a time, the parts 3 + 1 count 3/4 and 1/4. Nothing is sampled again.
+# The loss is a mean, so each part is weighted by its share of the pairs: mean(4) = 2/4 mean(2) +
+# 2/4 mean(2). With 3 pairs at a time, the parts 3 + 1 have weights 3/4 and 1/4. Nothing is sampled
+# again.
 
 from __future__ import annotations
 
@@ -31,14 +33,14 @@ else:
     Base = object
 
 
-# The column with a micro-batch's number within its optimizer step.
+# The batch key for a micro-batch's number within its optimizer step.
 MICRO_BATCH = "micro_batch"
 
 
 class OOMRetryMixin(Base):
-    """A mixin before TRL's `DPOTrainer`: running out of memory halves the pairs of a forward pass.
+    """A mixin for TRL's `DPOTrainer` that halves the pairs per forward pass if memory runs out.
 
-    This works with a single process only: several would have to do so at the same point.
+    It works only in a single process. Several processes would have to retry at the same point.
     """
 
     _metrics: Any  # TRL's own
@@ -48,11 +50,11 @@ class OOMRetryMixin(Base):
     _share = 1.0
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Like Transformers', but out of memory, repeats the step from its first micro-batch."""
-        model.train()  # the inherited step does this too, but too late for the next line
+        """Like Transformers', but repeats the step from its start if memory runs out."""
+        model.train()  # the inherited step also does this, but too late for the next line
         place = inputs.get(MICRO_BATCH, 0)
         prepared = self._prepare_inputs(inputs)
-        if place == 0:  # metrics of sampling and judging are recorded by now, and must stay
+        if place == 0:  # metrics of sampling and judging are already recorded and must be kept
             self._counted = {key: len(v) for key, v in self._metrics["train"].items()}
             self._tokens = self._total_train_tokens
         try:
@@ -96,7 +98,7 @@ class OOMRetryMixin(Base):
         return torch.stack(losses).sum()
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss; a part of a micro-batch is weighted by its share of the pairs."""
+        """Computes the loss and weights part of a micro-batch by its share of the pairs."""
         found: Any = super().compute_loss(model, inputs, *args, **kwargs)
         return found if self._share == 1.0 else found * self._share
 
@@ -106,9 +108,9 @@ def _pairs(batch: dict[str, Any]) -> int:
 
 
 def _rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Some pairs of a preference batch, whose chosen rows come first, then the rejected rows."""
+    """Returns some pairs of a preference batch, in which all chosen rows come first."""
     # Pairs 2 to 3 of c0 c1 c2 c3 r0 r1 r2 r3 are the rows c2 c3 r2 r3. A column with one value per
-    # pair, such as the reference's log-probabilities, is simply sliced.
+    # pair, such as the reference's log-probabilities, is sliced directly.
     pairs = _pairs(batch)
     return {
         name: torch.cat([value[start:stop], value[pairs + start : pairs + stop]])

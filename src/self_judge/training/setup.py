@@ -1,6 +1,7 @@
-"""Set-up of a run from its file: settings, tokenizer, templates, data and adapter.
+"""Sets up a run from its file: settings, tokenizer, templates, data and adapter.
 
-Both training and `self-judge check` use it, so the check shows the actual run. It loads no weights.
+Both training and `self-judge check` use this module, so the check describes the actual run. It does
+not load weights.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Say = Callable[[str], None]
 
 
 def this_machine() -> Machine:
-    """The machine of this process."""
+    """Returns the capabilities of the current machine."""
     cuda = torch.cuda.is_available()
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else None
     return detect_machine(cuda, bf16)
@@ -54,10 +55,11 @@ def this_machine() -> Machine:
 
 
 def jsft_config(run: JSFTRun, processes: int | None = None) -> SFTConfig:
-    """The trainer's settings of a JSFT run; `processes` as in `self_judge_config`.
+    """Returns the trainer's settings for a JSFT run; for `processes`, see `self_judge_config`.
 
     Raises:
-        ValueError: an unknown setting, a value of the wrong type, or a batch that does not divide.
+        ValueError: a setting is unknown, a value has the wrong type, or the global batch size does
+            not divide evenly.
     """
     args: SFTConfig = _training_config(
         run, run.jsft_args.global_batch_size, processes, SFTConfig, {"max_length": None}
@@ -65,16 +67,17 @@ def jsft_config(run: JSFTRun, processes: int | None = None) -> SFTConfig:
     if run.jsft_args.group_by_length:
         # Examples of similar length share a micro-batch within a randomly drawn optimizer step.
         # Transformers' "group_by_length" would sort over many steps. SFT examples are shorter than
-        # judge examples, so long stretches of training would see only one of the two kinds.
+        # judge examples, so training would see only one of the two kinds for many steps.
         args.train_sampling_strategy = "batch_rebalance"
     return args
 
 
 def self_judge_config(run: SelfJudgeRun, processes: int | None = None) -> SelfJudgeConfig:
-    """The trainer's settings of a self-training run.
+    """Returns the trainer's settings for a self-training run.
 
     Args:
-        processes: the number that share the global batch (default: those of this launch).
+        processes: the number of processes that share the global batch (default: those of this
+            launch).
 
     Raises:
         ValueError: as in `jsft_config`, or the settings contradict the method.
@@ -110,7 +113,7 @@ def _training_config(
     try:
         return config_class(**training, **own)
     except ValueError as error:
-        # Transformers names an unknown choice, but not its key.
+        # The message from Transformers contains the unknown value but not its key.
         named = next((k for k, v in training.items() if str(error).startswith(f"{v} is not")), None)
         if named is None:
             raise
@@ -118,7 +121,7 @@ def _training_config(
 
 
 def lora_config(settings: dict[str, Any] | None) -> LoraConfig | None:
-    """The adapter described by `peft_config`; unknown names are an error."""
+    """Returns the adapter described by `peft_config`, and raises an error for unknown names."""
     if settings is None:
         return None
     return LoraConfig(**check_training_values(settings, LoraConfig, "peft_config"))
@@ -128,7 +131,7 @@ def lora_config(settings: dict[str, Any] | None) -> LoraConfig | None:
 
 
 def jsft_chat_setup(run: JSFTRun) -> tuple[ChatEncoder, JudgeSettings]:
-    """The encoder of a JSFT run and the settings of its judge."""
+    """Returns the encoder for a JSFT run and the settings of its judge."""
     templates = run.templates.judge_templates()
     assert templates is not None  # checked by JSFTRun
     if not run.uses_rationales and templates.has_rationales:
@@ -137,7 +140,7 @@ def jsft_chat_setup(run: JSFTRun) -> tuple[ChatEncoder, JudgeSettings]:
 
 
 def self_judge_chat_setup(run: SelfJudgeRun) -> tuple[ChatEncoder, JudgeSettings]:
-    """The encoder of a self-training run and the settings of its judge.
+    """Returns the encoder for a self-training run and the settings of its judge.
 
     Raises:
         ValueError: neither the run file nor the model folder has judge templates.
@@ -147,6 +150,7 @@ def self_judge_chat_setup(run: SelfJudgeRun) -> tuple[ChatEncoder, JudgeSettings
         run.templates.judge_templates(),
         run.self_judge_args.token_id_a,
         run.self_judge_args.token_id_b,
+        revision=run.model.revision,
         remedy="start from a model that JSFT wrote, or set templates.judge",
     )
     return _encoder(run, settings), settings
@@ -182,7 +186,7 @@ def _encoder(run: JSFTRun | SelfJudgeRun, saved: JudgeSettings | None) -> ChatEn
 def load_data(
     dataset: DatasetArgs, say: Say, *, rationales: bool
 ) -> tuple[PreferenceData, PreferenceData | None]:
-    """The training data and the held-out data: the sources under `eval`, or a share of prompts."""
+    """Loads the training data and the held-out data (`eval` sources, or a share of prompts)."""
 
     def load(
         sources: Sequence[Source], subset: Subset, share: float, most: int | None
@@ -228,13 +232,13 @@ def already_rendered(records: Sequence[PreferenceRecord], encoder: ChatEncoder) 
 
 
 def prompt_rows(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
-    """The prompts for self-training."""
+    """Returns the prompts for self-training."""
     return [{"prompt": r["prompt"], "context": r["context"]} for r in to_self_judge_rows(records)]
 
 
 def pair_rows(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
-    """The pairs for evaluating self-training; an error if no record has both responses."""
+    """Returns the pairs for evaluating self-training. At least one record must have a pair."""
     rows = [r for r in to_self_judge_rows(records) if r["chosen"] and r["rejected"]]
     if not rows:
-        raise ValueError("the evaluation data has no pair of a chosen and a rejected response")
+        raise ValueError("no record in the evaluation data has a chosen and a rejected response")
     return rows

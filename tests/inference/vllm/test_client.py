@@ -122,7 +122,7 @@ def test_a_judge_on_an_engine_gives_verdicts_from_its_probabilities(
     assert torch.tensor(read).allclose(torch.tensor(wanted))
     assert len(prompts) == 2 * len(templates)
     assert judge.max_length == 511  # one token less than the engine holds
-    with pytest.raises(ValueError, match="from an engine"):
+    with pytest.raises(ValueError, match="uses an engine"):
         _ = judge.model
 
 

@@ -134,7 +134,7 @@ def test_an_undecidable_pair_is_kept_and_not_decided() -> None:
 
 
 def test_a_single_response_makes_no_pair() -> None:
-    with pytest.raises(ValueError, match=r"prompt 1 has 1 responses: .* at least 2"):
+    with pytest.raises(ValueError, match=r"prompt 1 has 1 responses, .* at least 2"):
         select(ByValue(), responses(1, 2), responses(3))
 
 

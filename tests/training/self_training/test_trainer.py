@@ -310,7 +310,7 @@ def test_a_merged_adapter_in_memory_is_its_own_reference(
 
 
 def test_a_model_that_cannot_learn_is_refused(make: Make, model: Any) -> None:
-    with pytest.raises(ValueError, match="no parameter of the model takes gradients"):
+    with pytest.raises(ValueError, match="no parameter of the model requires gradients"):
         make(model=model.requires_grad_(False))
 
 
@@ -630,7 +630,7 @@ def test_the_frozen_copy_is_made_where_the_model_is_trained(
         events.append("copied")
         raise KeyboardInterrupt  # what comes after is not looked at
 
-    monkeypatch.setattr("self_judge.models.frozen_reference", copied)
+    monkeypatch.setattr("self_judge.training.reference.frozen_reference", copied)
     if kind is not None:  # as the launcher says it; these place the weights themselves
         monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     with pytest.raises(KeyboardInterrupt):

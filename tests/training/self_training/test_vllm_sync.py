@@ -213,7 +213,7 @@ def test_weights_that_do_not_arrive_are_noticed(
 
 def test_a_server_that_holds_too_few_tokens_is_named(make: Make, served: ServedModel) -> None:
     served.max_model_len = 128
-    with pytest.raises(EngineError, match="hold 128 tokens, but max_length is 256"):
+    with pytest.raises(EngineError, match="accept 128 tokens, but max_length is 256"):
         make(peft_config=LoraConfig(**LORA))
 
 

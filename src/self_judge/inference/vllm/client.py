@@ -1,7 +1,7 @@
-"""VLLMServers: the same engine behind URLs, one or more replicas of `vllm serve` (TRL's `server`).
+"""VLLMServers: one or more replicas of `vllm serve`, used as one engine (TRL's `server` mode).
 
-It uses vLLM's HTTP endpoints, needs no vLLM in its own process, and does not know what the prompts
-are.
+This module uses vLLM's HTTP endpoints and does not need vLLM in its own process. It does not depend
+on the meaning of the prompts.
 """
 
 from __future__ import annotations
@@ -36,30 +36,32 @@ WorkT = TypeVar("WorkT")
 
 _SHARD_BYTES = 4 << 30
 _TRIES = 4
-_BUSY = (429, 502, 503, 504)  # temporary; other failures are permanent
+_BUSY = (429, 502, 503, 504)  # temporary failures; all others are permanent
 
 
 class ServerDownError(EngineError):
-    """A server does not answer."""
+    """Raised if a server does not answer."""
 
 
 class VLLMServers:
-    """Several `vllm serve` replicas of one model as one engine.
+    """Uses several `vllm serve` replicas of one model as one engine.
 
-    Requests go to any replica that has room. If one stops answering, a warning says so, it gets no
-    more requests, and the others take over its work. If none is left, an error is raised.
+    Requests go to any replica with free capacity. If a replica stops answering, a warning is
+    logged, it receives no more requests, and the other replicas take over its work. If no replica
+    is left, an error is raised.
 
     Args:
         urls: the URLs of the servers, `http://host:port`.
-        timeout: seconds to wait until the servers are up.
-        request_timeout: the most seconds for one request.
-        concurrency: requests in flight per server.
-        prompts_per_request: judge prompts in one request; they share their prefixes on one server.
-        sync_dir: a folder for weights, under the same path for this process and the servers.
-        retry_wait: seconds before a failed request is tried again; doubled each time.
+        timeout: the number of seconds to wait until the servers are up.
+        request_timeout: the most seconds for a request.
+        concurrency: the number of concurrent requests per server.
+        prompts_per_request: the number of judge prompts in a request. They share prefixes on one
+            server.
+        sync_dir: a folder for weights, which has the same path for this process and the servers.
+        retry_wait: the number of seconds before a failed request is retried. It doubles each time.
 
     Raises:
-        EngineError: there is no URL, a server does not answer in time, or the servers serve
+        EngineError: no URL is given, a server does not answer in time, or the servers serve
             different models.
     """
 
@@ -124,7 +126,7 @@ class VLLMServers:
             choices = server.complete({**common, "prompt": [list(p) for p in chunk]}, adapter)
             if len(choices) != len(chunk):
                 raise EngineError(
-                    f"{server.url} answered {len(choices)} of the {len(chunk)} prompts of a request"
+                    f"{server.url} answered {len(choices)} of the {len(chunk)} prompts in a request"
                 )
             choices = sorted(choices, key=lambda choice: choice["index"])
             return [_logprobs(choice, token_ids, server.url) for choice in choices]
@@ -135,7 +137,7 @@ class VLLMServers:
         return [row for rows in answers for row in rows]
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """See `Engine.load_adapter`; the folder must be visible to every server."""
+        """See `Engine.load_adapter`. Every server must have access to the folder."""
         self._everywhere(
             lambda server: server.post(
                 "/v1/load_lora_adapter",
@@ -150,7 +152,7 @@ class VLLMServers:
         self._everywhere(lambda s: s.post("/v1/unload_lora_adapter", {"lora_name": name}))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See `Engine.load_weights`: writes files into `sync_dir`, which are removed afterwards."""
+        """See `Engine.load_weights`. Writes files to `sync_dir` and removes them afterwards."""
         folder = Path(tempfile.mkdtemp(prefix="self-judge-weights-", dir=self.sync_dir))
         try:
             _save_shards(weights, folder)
@@ -167,10 +169,10 @@ class VLLMServers:
             shutil.rmtree(folder, ignore_errors=True)
 
     def sleep(self) -> None:
-        """Does nothing: a server does not share its accelerator."""
+        """Does nothing, because a server does not share its accelerator."""
 
     def wake_up(self) -> None:
-        """Does nothing: a server never sleeps."""
+        """Does nothing, because a server never sleeps."""
 
     def _alive(self) -> list[_Server]:
         alive = [server for server in self.servers if server.down is None]
@@ -183,7 +185,7 @@ class VLLMServers:
         return alive
 
     def _everywhere(self, call: Callable[[_Server], object]) -> None:
-        """Calls every server that is up; one that does not answer gets no more requests."""
+        """Calls every server that is up. A server that does not answer gets no more requests."""
         for server in self._alive():
             try:
                 call(server)
@@ -197,7 +199,7 @@ class VLLMServers:
         work: Sequence[WorkT],
         done: Callable[[WorkT], object],
     ) -> list[Any]:
-        """Runs `call` on every piece of work on any server with room; answers in order."""
+        """Runs `call` for every piece of work on any free server; returns the answers in order."""
         answers: list[Any] = [None] * len(work)
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         for place in range(len(work)):
@@ -226,11 +228,12 @@ class VLLMServers:
                     left -= 1
                     done(work[place])
 
-        # A server that goes down returns its work, perhaps after the others have finished: so
-        # start new workers until nothing is left.
+        # A server that goes down returns its work, possibly after the others have finished. Start
+        # new workers until no work is left.
         while left and not failures:
             alive = self._alive()
-            # An equal share for each server: otherwise the first would take all of a small job.
+            # Each server gets an equal share. Otherwise the first server would get all of a small
+            # job.
             each = min(self.concurrency, -(-left // len(alive)))
             workers = [
                 threading.Thread(target=serve, args=(server,), daemon=True)
@@ -247,7 +250,7 @@ class VLLMServers:
 
 
 class _Server:
-    """One `vllm serve`: its address, its model, and whether it still answers."""
+    """A `vllm serve` process with its address, its model and its state."""
 
     def __init__(self, url: str, connections: int, timeout: float, retry_wait: float) -> None:
         import requests
@@ -261,12 +264,12 @@ class _Server:
         self.model = self.root = ""
         self.max_model_length = 0
         self._session = requests.Session()
-        self._session.trust_env = False  # no proxy for one's own servers
+        self._session.trust_env = False  # do not use a proxy for local servers
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
 
     def wait_until_up(self, deadline: float) -> None:
-        """Waits for the server and asks for its model."""
+        """Waits for the server and reads the name of its model."""
         import requests
 
         while True:
@@ -291,16 +294,16 @@ class _Server:
         self.max_model_length = int(base["max_model_len"])
 
     def complete(self, body: dict[str, Any], adapter: str | None) -> list[dict[str, Any]]:
-        """The choices of one completion request."""
+        """Returns the choices for a completion request."""
         response = self.post("/v1/completions", {**body, "model": adapter or self.model})
         return list(response.json()["choices"])
 
     def post(self, path: str, body: dict[str, Any], absent: str | None = None) -> Any:
-        """Posts a request; busy servers and broken connections are tried again.
+        """Posts a request and retries if the server is busy or the connection breaks.
 
         Raises:
-            ServerDownError: the server did not answer several times.
-            EngineError: the server refused; `absent` explains a missing endpoint.
+            ServerDownError: the server did not answer after several attempts.
+            EngineError: the server refused the request. `absent` explains a missing endpoint.
         """
         import requests
 
@@ -327,7 +330,7 @@ class _Server:
         raise EngineError(f"{self.url}{path} refused: {why}")
 
     def leave_out(self, error: Exception) -> None:
-        """Sends no more requests to this server."""
+        """Stops sending requests to this server."""
         with self._lock:
             if self.down is None:
                 self.down = str(error)
@@ -336,7 +339,7 @@ class _Server:
 
 
 def _logprobs(choice: dict[str, Any], token_ids: Sequence[int], url: str) -> list[float]:
-    """The log-probabilities of some tokens at the first position of a choice."""
+    """Returns the log-probabilities of some tokens at the first position in a choice."""
     top = choice["logprobs"]["top_logprobs"][0]
     try:
         return [float(top[f"token_id:{token}"]) for token in token_ids]
@@ -366,7 +369,7 @@ def _shards(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, t
 
 
 def _message(response: Any) -> str:
-    """vLLM's reason for a refusal: its `error.message`, or the text."""
+    """Returns vLLM's reason for an error: its `error.message`, or the text of the response."""
     try:
         body = response.json()
     except ValueError:
@@ -376,7 +379,7 @@ def _message(response: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause of a failed request, briefly."""
+    """Returns the innermost cause of a failed request, in one line."""
     inner: BaseException = error
     while inner.__cause__ or inner.__context__:
         inner = inner.__cause__ or inner.__context__  # type: ignore[assignment]

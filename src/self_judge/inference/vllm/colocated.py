@@ -1,7 +1,7 @@
-"""VLLMEngine: vLLM inside the training process (TRL's `colocate`).
+"""VLLMEngine: vLLM inside the training process (TRL's `colocate` mode).
 
-It takes its weights from memory, not from disk, so the engine answers with the weights in training.
-It does not know what the prompts are.
+The engine receives its weights from memory instead of disk, so it uses the weights in training.
+This module does not depend on the meaning of the prompts.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ _CPU_CACHE_BYTES = 1 << 30
 
 
 class VLLMEngine:
-    """One engine in this process: on its GPU, or on the CPU if vLLM is built for it.
+    """An engine in this process, on its GPU or on the CPU if vLLM is built for it.
 
     Args:
-        config: the model's configuration; vLLM builds the model from it, without weights.
-        weights: the weights, by their names in a checkpoint.
-        dtype: of weights and computation.
+        config: the model's configuration. vLLM builds the model from it, without weights.
+        weights: the weights with their names in a checkpoint.
+        dtype: the dtype of the weights and the computation.
         max_model_length: the most tokens of prompt and response together.
-        max_num_seqs: the most sequences computed together.
-        max_lora_rank: the largest rank of an adapter; 0: no adapter will be loaded.
-        max_loras: adapters in use at one time.
-        gpu_memory_utilization: the share of the GPU's total memory, free or not, for weights,
-            activations and cache. On a CPU the cache has 1 GiB, or the size given by
+        max_num_seqs: the most sequences that are computed together.
+        max_lora_rank: the largest rank of an adapter, or 0 if no adapter will be loaded.
+        max_loras: the number of adapters in use at the same time.
+        gpu_memory_utilization: the share of the GPU's total memory (not only of its free memory)
+            for weights, activations and cache. On a CPU, the cache has 1 GiB or the size in
             VLLM_CPU_KVCACHE_SPACE.
-        sleep_level: the effect of `sleep` on the weights, on GPUs only. 0: none; 1: they move to
-            CPU memory; 2: they are dropped, and `load_weights` must follow `wake_up`.
-        trust_remote_code: passed to vLLM.
+        sleep_level: the effect of `sleep` on the weights, on GPUs only. With 0, there is no effect.
+            With 1, they move to CPU memory. With 2, they are dropped, and `load_weights` must be
+            called after `wake_up`.
+        trust_remote_code: an argument for vLLM.
 
     Raises:
         EngineError: vLLM is not installed, does not support the model, or has too little memory.
@@ -74,7 +75,7 @@ class VLLMEngine:
         self.max_model_length = max_model_length
         self.dtype = dtype
         self.sleep_level = sleep_level
-        self._dropped = False  # whether sleep dropped the weights
+        self._dropped = False  # whether `sleep` has dropped the weights
         self._adapters: dict[str, Any] = {}
         self._next_id = 1
         self._began_group = not torch.distributed.is_initialized()
@@ -85,7 +86,7 @@ class VLLMEngine:
             "gpu_memory_utilization": gpu_memory_utilization,
             "enable_sleep_mode": sleep_level > 0,
             "enable_prefix_caching": True,
-            "generation_config": "vllm",  # ignores the model's own sampling settings
+            "generation_config": "vllm",  # ignore the model's own sampling settings
             "logprobs_mode": "raw_logprobs",
             "load_format": "dummy",
             "skip_tokenizer_init": True,
@@ -97,7 +98,7 @@ class VLLMEngine:
                 enable_lora=True,
                 max_lora_rank=_rank_class(max_lora_rank),
                 max_loras=max_loras,
-                # The next adapter is loaded before the last one is removed.
+                # The next adapter is loaded before the previous one is removed.
                 max_cpu_loras=max_loras + 1,
             )
         if not torch.cuda.is_available():
@@ -105,7 +106,7 @@ class VLLMEngine:
             if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
                 settings["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # Every training process has its own engine, as in TRL.
+            # As in TRL, every training process has its own engine.
             settings["distributed_executor_backend"] = "external_launcher"
         with tempfile.TemporaryDirectory() as folder, _in_this_process(), _random_state_kept():
             config.save_pretrained(folder)
@@ -182,7 +183,7 @@ class VLLMEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See `Engine.load_weights`."""
-        # Every process holds the whole model here, so the iterator can be passed on directly.
+        # Every process holds the whole model here, so the iterator can be passed directly.
         cast = ((name, tensor.detach().to(self.dtype)) for name, tensor in weights)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
         if not torch.cuda.is_available():
@@ -191,7 +192,7 @@ class VLLMEngine:
         self._dropped = False
 
     def sleep(self) -> None:
-        """See `Engine.sleep`: drops the cache, and treats the weights as `sleep_level` says."""
+        """See `Engine.sleep`. Drops the cache; `sleep_level` sets the effect on the weights."""
         if self.sleep_level:
             self.llm.sleep(level=self.sleep_level)
             self._dropped = self.sleep_level == 2
@@ -202,19 +203,19 @@ class VLLMEngine:
             self.llm.wake_up()
 
     def close(self) -> None:
-        """Frees the engine, which cannot be used afterwards."""
+        """Frees the engine. It cannot be used afterwards."""
         from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         destroy_model_parallel()
-        if self._began_group:  # otherwise it belongs to the training
+        if self._began_group:  # otherwise the group belongs to the training
             destroy_distributed_environment()
         gc.collect()
 
 
 def _prefix_cache(utilization: float) -> str:
-    """The GPU memory that the engine asks for and the free memory, to add to an error."""
+    """Describes the requested and the free GPU memory, for an error message."""
     if not torch.cuda.is_available():
         return ""
     free, total = torch.cuda.mem_get_info()
@@ -237,8 +238,8 @@ def require_vllm() -> None:
 
 @contextmanager
 def _in_this_process() -> Iterator[None]:
-    """Keeps vLLM's core in this process, so that weights are passed by reference."""
-    # Also turns off vLLM's usage statistics, which are on by default.
+    """Runs vLLM's core in this process, so that weights are passed by reference."""
+    # This also turns off vLLM's usage statistics, which are on by default.
     ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         ours["VLLM_LOGGING_LEVEL"] = "ERROR"
@@ -248,7 +249,7 @@ def _in_this_process() -> Iterator[None]:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Restores the random state, because vLLM seeds every generator of the process."""
+    """Restores the random state, because vLLM seeds every generator in the process."""
     state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
@@ -259,7 +260,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 def _name_the_architecture(config: PretrainedConfig, folder: Path) -> None:
-    """Adds `architectures`, by which vLLM finds the model; a config made in memory may lack it."""
+    """Adds `architectures`, which vLLM needs and a configuration made in memory may not have."""
     path = folder / "config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
     if not saved.get("architectures"):
@@ -270,7 +271,7 @@ def _name_the_architecture(config: PretrainedConfig, folder: Path) -> None:
 
 
 def _rank_class(rank: int) -> int:
-    """The smallest of the ranks that vLLM has kernels for."""
+    """Returns the smallest sufficient rank for which vLLM has kernels."""
     classes = (8, 16, 32, 64, 128, 256, 320, 512)
     fitting = next((c for c in classes if c >= rank), None)
     if fitting is None:
@@ -279,9 +280,9 @@ def _rank_class(rank: int) -> int:
 
 
 def _repack_head(model: torch.nn.Module) -> None:
-    """Packs the LM head again, after vLLM 0.32 on a CPU has reloaded shared embeddings.
+    """Packs the LM head again after vLLM 0.32 has reloaded shared embeddings on a CPU.
 
-    It keeps a packed copy of the head, and does not renew it when the head shares its weights with
+    vLLM keeps a packed copy of the head, but does not update it if the head shares its weights with
     the embeddings.
     """
     head: Any = getattr(model, "lm_head", None)

@@ -1,7 +1,7 @@
-"""vLLM in two roles: an adapter (or the engine's own weights) samples, the bare base judges.
+"""Uses vLLM as a sampler, with an adapter or the engine's weights, and as the base-model judge.
 
-It knows the requests to an engine and its answers. It does not know whether the engine runs in this
-process (`colocated.py`) or behind URLs (`client.py`).
+This module defines the requests to an engine and its answers. It does not depend on whether the
+engine runs in this process (`colocated.py`) or on servers (`client.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 
 @dataclass(frozen=True, slots=True)
 class SamplingRequest:
-    """One response to draw: its prompt and its seed."""
+    """The prompt and the seed for one response."""
 
     prompt: tuple[int, ...]
     seed: int
@@ -48,53 +48,54 @@ class Engine(Protocol):
         adapter: str | None,
         done: Done,
     ) -> list[list[int]]:
-        """The sampled ids of every request, including its stop token if there is one."""
+        """Returns the sampled ids for every request, including the stop token if there is one."""
         ...
 
     def next_token_logprobs(
         self, prompts: Prompts, token_ids: Sequence[int], adapter: str | None, done: Done
     ) -> list[list[float]]:
-        """Log-probabilities of `token_ids` after every prompt, over the whole vocabulary."""
+        """Returns the log-probabilities of `token_ids` after every prompt, over the vocabulary."""
         ...
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Loads a LoRA adapter, in PEFT's format, under a new name."""
+        """Loads a LoRA adapter in PEFT's format under a new name."""
         ...
 
     def remove_adapter(self, name: str) -> None:
-        """Forgets a loaded adapter."""
+        """Removes a loaded adapter."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replaces the engine's own weights, by their names in a checkpoint."""
+        """Replaces the engine's own weights, which have their names in a checkpoint."""
         ...
 
     def sleep(self) -> None:
         """Frees the accelerator's memory until `wake_up`, if the engine supports it.
 
-        Adapters stay loaded. An engine may drop its own weights if `load_weights` always follows.
+        Adapters remain loaded. An engine may drop its own weights if `load_weights` is always
+        called afterwards.
         """
         ...
 
     def wake_up(self) -> None:
-        """Ends `sleep`."""
+        """Ends the effect of `sleep`."""
         ...
 
 
 class VLLMSampler:
-    """Samples with vLLM: a `Sampler`, like `TransformersSampler`.
+    """Samples with vLLM, as a `Sampler` like `TransformersSampler`.
 
-    Every response is a separate request with the seed that `TransformersSampler` would use. So it
-    does not depend on the other requests or on the server, up to rounding in the model. vLLM draws
-    other noise from a seed than `TransformersSampler`: the same seed gives different responses from
-    the same distribution.
+    Every response is a separate request with the seed that `TransformersSampler` would use. It
+    therefore does not depend on other requests or on the server, up to rounding in the model. vLLM
+    uses seeds differently from `TransformersSampler`, so the same seed gives different responses
+    from the same distribution.
 
     Args:
         engine: the engine that samples.
-        encoder: provides the stop tokens and decodes.
-        settings: the sampling settings; every request carries all of them, and the model's own
+        encoder: provides the stop tokens and decodes the responses.
+        settings: the sampling settings. Every request contains all of them, and the model's own
             generation settings are not used.
-        adapter: the loaded adapter that samples; `None`: the engine's own weights.
+        adapter: the loaded adapter that samples, or `None` for the engine's own weights.
 
     Raises:
         ValueError: no token ends an answer.
@@ -121,10 +122,11 @@ class VLLMSampler:
         *,
         progress: bool = False,
     ) -> list[list[Response]]:
-        """Draws `n` responses to every prompt; see `TransformersSampler.sample`.
+        """Samples `n` responses to every prompt; see `TransformersSampler.sample`.
 
         Raises:
-            ValueError: also if a prompt and the longest response do not fit into the engine.
+            ValueError: as there, or if a prompt and the longest response do not fit into the
+                engine.
         """
         rows = rows_to_sample(prompts, n, seeds)
         room = self.engine.max_model_length - self.settings.max_new_tokens
@@ -142,22 +144,22 @@ class VLLMSampler:
             )
         responses: list[list[Response]] = [[] for _ in prompts]
         for (i, _), ids in zip(rows, sampled, strict=True):
-            responses[i].append(sampled_response(ids, self.encoder))
+            responses[i].append(sampled_response(ids, self.encoder, prompts[i]))
         return responses
 
 
 class VLLMScorer:
-    """Reads a judge's letters from vLLM: a `LetterScorer`, like `TransformersScorer`.
+    """Computes letter probabilities with vLLM, as a `LetterScorer` like `TransformersScorer`.
 
     Args:
         engine: the engine that scores.
-        adapter: the loaded adapter that judges; `None`: the bare base.
+        adapter: the loaded adapter that judges, or `None` for the base model.
     """
 
     def __init__(self, engine: Engine, adapter: str | None = None) -> None:
         self.engine = engine
         self.adapter = adapter
-        # vLLM reads the letter while it generates a token, which needs room.
+        # vLLM scores the letters while it generates a token, which needs one more position.
         self.max_length: int | None = engine.max_model_length - 1
 
     def letter_probabilities(
@@ -177,7 +179,7 @@ class VLLMScorer:
 
 
 def request_parameters(settings: SamplingSettings, stop: Sequence[int]) -> dict[str, Any]:
-    """The sampling parameters for vLLM: every value, so that none of its defaults applies."""
+    """Returns the sampling parameters for vLLM, with every value, so that no default applies."""
     drawing = asdict(settings)
     return {
         "n": 1,
@@ -185,18 +187,18 @@ def request_parameters(settings: SamplingSettings, stop: Sequence[int]) -> dict[
         **drawing,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        # The encoder decides which tokens end an answer, not the model's files.
+        # The encoder determines the tokens that end an answer. The model's files do not.
         "ignore_eos": True,
         "stop_token_ids": list(stop),
     }
 
 
 def scoring_parameters(token_ids: Sequence[int]) -> dict[str, Any]:
-    """The parameters with which vLLM returns tokens' log-probabilities after a prompt.
+    """Returns the parameters for the log-probabilities of tokens after a prompt.
 
-    `logprob_token_ids` reads the raw distribution over the whole vocabulary; `allowed_token_ids`
+    `logprob_token_ids` uses the raw distribution over the whole vocabulary. `allowed_token_ids`
     would restrict it in vLLM's `processed_*` modes.
     """
-    # The generated token is ignored; greedy decoding draws no random number.
+    # The generated token is ignored. Greedy decoding does not draw random numbers.
     greedy = request_parameters(SamplingSettings(max_new_tokens=1, temperature=0.0), stop=())
     return {**greedy, "logprobs": len(token_ids), "logprob_token_ids": list(token_ids)}

@@ -1,5 +1,5 @@
-// Draws the report from the data inside the page. Text from the data becomes text nodes only;
-// Plotly, which interprets some markup in labels, gets it escaped (`plain`).
+// Draws the report from the data inside the page. Text from the data is only used in text nodes. It
+// is escaped for Plotly (`plain`), which interprets some markup in labels.
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -174,7 +174,7 @@
           traces.push({ x: series.step, y: smoothing > 0 ? smoothed(series.value) : series.value, mode, line,
             marker: { color: ink }, name, hovertemplate: format, connectgaps: false });
           const values = series.value.filter(known);
-          if (values.length) said.push(`${run.name}${several ? `, ${label}` : ""}: ${number(values[0], spec.format)} at first, ${number(values[values.length - 1], spec.format)} at last`);
+          if (values.length) said.push(`${run.name}${several ? `, ${label}` : ""}: ${number(values[0], spec.format)} at the start, ${number(values[values.length - 1], spec.format)} at the end`);
         });
       });
       keys.replaceChildren(...(several ? lines.filter((_, j) => drawn.has(j)).map(({ label }) => {
@@ -270,7 +270,7 @@
     if (!needle) return [text];
     const parts = [];
     const lower = text.toLowerCase();
-    // Lower case can be longer than the text (İ): then indices differ, and nothing is marked.
+    // Lower case can be longer than the text (İ). Indices then differ, and nothing is marked.
     if (lower.length !== text.length) return [text];
     let from = 0;
     for (let at = lower.indexOf(needle); at >= 0; at = lower.indexOf(needle, from)) {
@@ -332,7 +332,7 @@
       outcome: options(el("select", {}), Object.entries(OUTCOMES).map(([k, [text]]) => [k, text])),
       order: options(el("select", {}), Object.entries(ORDERS).map(([k, [text]]) => [k, text])),
     };
-    const search = el("input", { type: "search", placeholder: "words of a context or a response", autocomplete: "off" });
+    const search = el("input", { type: "search", placeholder: "words in a context or a response", autocomplete: "off" });
     const status = el("p", { class: "muted", role: "status", "aria-live": "polite" });
     const list = el("div", {});
     const more = el("button", { type: "button" }, "Show more");
@@ -355,7 +355,7 @@
       until = 0;
       list.replaceChildren();
       status.textContent = `${found.length.toLocaleString("en")} of ${count(data.pairs.length, "pair")}`;
-      if (!found.length) list.append(el("p", { class: "empty" }, "No pair matches. Relax a filter or the search."));
+      if (!found.length) list.append(el("p", { class: "empty" }, "No pairs match. Change the filters or the search."));
       extend();
     }
     more.addEventListener("click", extend);
@@ -494,8 +494,8 @@
     const principles = [...new Set(data.judges.flatMap((j) => Object.keys(j.principles || {})))];
     const alone = has(principles.map((name) => share(name, (j) => (j.principles || {})[name])));
     const paired = [
-      ["difference of accuracy", (p) => ranged(p.difference)], ["only this one right", (p) => number(p.only_this_right)],
-      ["only the other right", (p) => number(p.only_other_right)], ["McNemar’s p", (p) => number(p.mcnemar_p)],
+      ["difference in accuracy", (p) => ranged(p.difference)], ["only this judge right", (p) => number(p.only_this_right)],
+      ["only the other judge right", (p) => number(p.only_other_right)], ["McNemar’s p", (p) => number(p.mcnemar_p)],
     ];
     const table = (title, things, shown) => things.length > 0 && shown.length > 0 && [el("h3", {}, title), cardTable("judged", things, shown)];
     section("judge", "Judge", "Results on labeled pairs. On the dotted line, the judge's confidence equals its accuracy; below it, the judge is overconfident. Bars and ranges are 95 % intervals.",
@@ -532,7 +532,7 @@
       }), CONFIG);
     });
     plot.setAttribute("aria-label", `Accuracy beside baselines. ${rated.map((j) => `${j.name}: ${names.filter((n) => known(j.baselines[n])).map((n) => `${n} ${number(j.baselines[n].value, "percent")}`).join(", ")}`).join("; ")}.`);
-    return [el("h3", {}, "Accuracy, and what is had without the second order or without reading"), plot];
+    return [el("h3", {}, "Accuracy compared with a single order and with the longer response"), plot];
   }
 
   // -- policies compared -------------------------------------------------------------------------
@@ -566,7 +566,7 @@
     const columns = [["prompts", (c) => number(c.prompts)], ...RATES.map(([key, label]) => [label, (c) => ranged(of(c, key))]),
       ["wins / ties / losses", (c) => `${c.wins} / ${c.ties} / ${c.losses}`], ["orders agree", (c) => ranged(c.order_agreement)],
       ["characters, a / b", (c) => `${Math.round(c.characters.a.value)} / ${Math.round(c.characters.b.value)}`]];
-    section("policies", "Policies compared", "Both policies answer the same prompts, and the judge decides which answer is better. Left of the dotted line b wins. Ranges are 95 % intervals; the last row of the chart is the result of always preferring the longer answer.",
+    section("policies", "Policies compared", "Both policies answer the same prompts, and the judge decides which answer is better. Left of the dotted line, b wins. Ranges are 95 % intervals; the last row of the chart is the result of always preferring the longer answer.",
       plot, cardTable("a against b", data.comparisons, columns));
   }
 
@@ -626,7 +626,7 @@
   judges();
   policies();
   configuration();
-  document.getElementById("footer").textContent = `self_judge ${data.version} · plotly.js ${Plotly.version} · this page loads nothing from a network and sends nothing to one`;
+  document.getElementById("footer").textContent = `self_judge ${data.version} · plotly.js ${Plotly.version} · this page does not load or send data over a network`;
   redraw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   root.dataset.ready = "true";

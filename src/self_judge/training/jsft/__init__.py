@@ -1,5 +1,5 @@
 """Judge-augmented supervised fine-tuning: a model learns to answer and to judge.
 
-It knows preference records, their examples, and TRL's SFTTrainer. It does not know self-training.
-It imports from `training` and the packages before it.
+This package converts preference records to examples and extends TRL's SFTTrainer. It does not
+depend on self-training. It imports from `training` and the packages before it.
 """

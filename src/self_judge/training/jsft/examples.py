@@ -1,6 +1,6 @@
-"""JSFT: preference records become training examples, and examples become batches.
+"""Converts preference records to JSFT training examples, and examples to batches.
 
-It knows which tokens are trained. It does not know where records come from or who trains.
+This module decides which tokens are trained. It does not depend on the data sources or the trainer.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from self_judge.datatypes import Comparison, LabeledPair, Message, PreferenceRec
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.prompting.thoughts import NO_ANSWER, answers_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# Reasons for cutting or leaving out an example; the command prints and saves their counts.
+# Reasons why an example is truncated or skipped. The command prints and saves their counts.
 CUT = "cut at max_length"
 NO_ROOM = "no trained token within max_length"
 NO_FIT = "judge prompt does not fit into max_length"
@@ -33,9 +34,9 @@ class JSFTExample:
     Attributes:
         kind: `"sft"` or `"judge"`.
         input_ids: token ids, length T.
-        labels: the ids where the loss falls, else `ignore_index`; length T.
-        note: why it is cut or left out (then it has no ids), or `None`.
-        swapped: whether it is the previous example with the responses swapped.
+        labels: the ids of the tokens with loss, and `ignore_index` elsewhere; length T.
+        note: why the example is truncated or skipped, or `None`. A skipped example has no ids.
+        swapped: whether this is the previous example with the responses swapped.
         principle: the principle of a judge example's template; empty for SFT.
     """
 
@@ -45,8 +46,8 @@ class JSFTExample:
     #   judge            input_ids  prompt (chosen first)    A      labels  -  A
     #   judge, swapped   input_ids  prompt (rejected first)  B      labels  -  B
     #
-    # With rationales their tokens follow the letter and are trained as well. With several
-    # principles there are two judge examples for each of them.
+    # Rationales, if any, follow the letter and are trained as well. With several principles, there
+    # are two judge examples for each principle.
 
     kind: str
     input_ids: list[int]
@@ -58,13 +59,13 @@ class JSFTExample:
 
 @dataclass(frozen=True)
 class ExampleEncoder:
-    """Records to training examples; picklable, for `datasets.map(num_proc=…)`.
+    """Converts records to training examples. It can be pickled for `datasets.map(num_proc=…)`.
 
     Args:
-        encoder: turns dialogues and judge prompts into ids.
-        templates, letter_ids: the judge templates and the ids of its letters.
-        max_length: the most tokens in an example; `None`: no limit.
-        ignore_index: the label of a token that is not trained.
+        encoder: encodes dialogues and judge prompts to ids.
+        templates, letter_ids: the judge templates and the ids of the judge's letters.
+        max_length: maximum number of tokens in an example; `None` means no limit.
+        ignore_index: the label of tokens that are not trained.
     """
 
     encoder: ChatEncoder
@@ -74,12 +75,13 @@ class ExampleEncoder:
     ignore_index: int = -100
 
     def examples(self, record: PreferenceRecord) -> list[JSFTExample]:
-        """D_SFT of one record and, in both orders, its D_Judge (paper, objective).
+        """Returns a record's examples for D_SFT and, in both orders, D_Judge (see the paper).
 
         The SFT example trains every assistant turn of the dialogue and its end-of-turn token. A
-        judge example trains only the letter, or the letter and the rationales if the templates have
-        `decision_rationale` and the pair has rationales; it trains no end of turn. A pair labeled
-        for one principle uses that principle's template; any other pair uses all templates.
+        judge example trains only the letter, and also the rationales if the templates have
+        `decision_rationale` and the pair has rationales. It does not train an end-of-turn token.
+        A pair labeled for one principle uses that principle's template. Other pairs use all
+        templates.
 
         Raises:
             ValueError: a pair is labeled for a principle that has no template.
@@ -106,9 +108,11 @@ class ExampleEncoder:
         self, pair: LabeledPair, comparison: Comparison, principle: str
     ) -> list[JSFTExample]:
         room = None if self.max_length is None else self.max_length - 1  # for the letter
-        orders = encode_orders(self.encoder, self.templates, principle, comparison, room)
-        if orders is None:
-            return [JSFTExample("judge", [], [], NO_FIT, principle=principle)] * 2
+        shown = answers_of(comparison)  # as at inference
+        orders = shown and encode_orders(self.encoder, self.templates, principle, shown, room)
+        if not orders:
+            note = NO_ANSWER if shown is None else NO_FIT
+            return [JSFTExample("judge", [], [], note, principle=principle)] * 2
         rationales: list[list[int]] = [[], []]
         if self.templates.has_rationales and pair.rationale_chosen and pair.rationale_rejected:
             given = (pair.rationale_chosen, pair.rationale_rejected)
@@ -117,7 +121,7 @@ class ExampleEncoder:
                 for shown in (given, given[::-1])
             ]
         examples = []
-        # Chosen first: the answer is A. Rejected first: B.
+        # If the chosen response comes first, the answer is A. Otherwise, it is B.
         for prompt, letter, rationale in zip(orders, self.letter_ids, rationales, strict=True):
             ids = [*prompt, letter, *rationale]
             mask = [0] * len(prompt) + [1] * (1 + len(rationale))
@@ -136,14 +140,14 @@ class ExampleEncoder:
         note = None
         if self.max_length is not None and len(ids) > self.max_length:
             ids, mask, note = ids[: self.max_length], mask[: self.max_length], CUT
-        # Nothing predicts the first token of a sequence.
+        # The first token of a sequence is never predicted.
         if not any(mask[1:]):
             return JSFTExample(kind, [], [], NO_ROOM, principle=principle)
         labels = [i if m else self.ignore_index for i, m in zip(ids, mask, strict=True)]
         return JSFTExample(kind, ids, labels, note, swapped, principle)
 
     def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
-        """The columns of `jsft_dataset` for a batch of JSON records."""
+        """Returns the columns of `jsft_dataset` for a batch of JSON records."""
         examples = [e for text in batch["record"] for e in self.examples(record_from_json(text))]
         columns = {f.name: [getattr(e, f.name) for e in examples] for f in fields(JSFTExample)}
         notes = [note or "" for note in columns["note"]]
@@ -160,7 +164,7 @@ def jsft_dataset(
     ignore_index: int = -100,
     num_proc: int | None = None,
 ) -> tuple[Dataset, dict[str, int]]:
-    """The training set of JSFT: SFT and judge examples concatenated, without weights.
+    """Builds the JSFT training set from unweighted SFT and judge examples.
 
     Args:
         records: the preference records.
@@ -168,23 +172,23 @@ def jsft_dataset(
 
     Returns:
         A dataset with `input_ids`, `labels`, `length`, `kind`, `principle` and `swapped`, and the
-        number of examples by kind and by reason for cutting or leaving them out.
+        number of examples by kind and by the reason for truncating or skipping them.
 
     Raises:
-        ValueError: no example is left, or a pair is labeled for an unknown principle.
+        ValueError: no example remains, or a pair is labeled for an unknown principle.
     """
     from datasets import Dataset, Features, List, Value
 
     raw = Dataset.from_dict({"record": [record_to_json(r) for r in records]})
     encode = ExampleEncoder(encoder, templates, letter_ids, max_length, ignore_index)
     if not len(raw):
-        raise ValueError("there are no records to make training examples of")
+        raise ValueError("there are no records to create training examples from")
     ids = List(Value("int32"))
     encoded = raw.map(
         encode,
         batched=True,
         remove_columns=["record"],
-        # Declared, because the types of a batch without any fitting example cannot be inferred.
+        # Declare the types, because they cannot be inferred if no example in a batch fits.
         features=Features(
             input_ids=ids,
             labels=ids,
@@ -199,24 +203,24 @@ def jsft_dataset(
     )
     counts: dict[str, int] = {}
     for kind, note in zip(encoded["kind"], encoded["note"], strict=True):
-        if note not in (NO_ROOM, NO_FIT):
+        if note not in (NO_ROOM, NO_FIT, NO_ANSWER):
             counts[f"{kind} examples"] = counts.get(f"{kind} examples", 0) + 1
         if note:
             key = f"{kind} examples: {note}"
             counts[key] = counts.get(key, 0) + 1
     kept = encoded.filter(bool, input_columns=["length"], num_proc=num_proc)
     if not len(kept):
-        raise ValueError(f"no training example is left of {len(raw)} records: {counts}")
+        raise ValueError(f"no training example remains from {len(raw)} records: {counts}")
     return kept.remove_columns(["note"]), counts
 
 
 def record_to_json(record: PreferenceRecord) -> str:
-    """One line of JSON; `record_from_json` is the inverse."""
-    return json.dumps(asdict(record))  # escaped, because Arrow refuses lone surrogates
+    """Converts a record to one line of JSON; `record_from_json` is the inverse."""
+    return json.dumps(asdict(record))  # ASCII only, because Arrow rejects lone surrogates
 
 
 def record_from_json(text: str) -> PreferenceRecord:
-    """The record that `record_to_json` wrote."""
+    """Restores a record from the JSON that `record_to_json` wrote."""
     saved = json.loads(text)
     return PreferenceRecord(
         prompt=tuple(Message(role=m["role"], content=m["content"]) for m in saved["prompt"]),
@@ -233,8 +237,8 @@ class JudgeAugmentedSFTCollator:
 
     Args:
         tokenizer: provides the padding token.
-        ignore_index: the label of padding.
-        pad_to_multiple_of: T is rounded up to a multiple of this.
+        ignore_index: the label of padding tokens.
+        pad_to_multiple_of: T is rounded up to a multiple of this number.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""JSFTTrainer: TRL's SFTTrainer, both orders of a pair together, every shared token computed once.
+"""JSFTTrainer extends TRL's SFTTrainer with packing that computes each shared token once.
 
-It changes the order of examples and the layout of forward passes, never the loss.
+It keeps both orders of a pair together. It changes the order of examples and the layout of forward
+passes, but not the loss.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from self_judge.training.lora_layers import lighten
 
 
 class PairSampler(Sampler[int]):
-    """A random order of examples that keeps the two orders of a judged pair together.
+    """Samples examples in random order and keeps the two orders of a judged pair together.
 
     Args:
         swapped: for each example, whether it is the previous one with the responses swapped.
-        seed: fixes the order, together with the epoch.
+        seed: determines the order, together with the epoch.
     """
 
-    # Neighbours share almost all of their prompt, so packing computes it once. With examples
-    # 0 sft, 1 judge, 2 swapped, 3 judge, 4 swapped, the units are [0] [1 2] [3 4]; seed 0 draws
+    # The two orders share almost all of their prompt, so packing computes it once. With examples
+    # 0 sft, 1 judge, 2 swapped, 3 judge, 4 swapped, the units are [0] [1 2] [3 4]. Seed 0 draws
     # the order 3 4 0 1 2.
 
     def __init__(self, swapped: Sequence[bool], seed: int) -> None:
@@ -62,15 +63,15 @@ class PairSampler(Sampler[int]):
 
 
 class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
-    """Takes the arguments of TRL's `SFTTrainer`, with a dataset from `jsft_dataset`.
+    """TRL's `SFTTrainer` for a dataset from `jsft_dataset`, with further arguments.
 
     Args:
-        packing: see `Packing`; with `off` batches are padded and drawn as in `SFTTrainer`.
+        packing: see `Packing`. With `off`, batches are padded and drawn as in `SFTTrainer`.
         max_skipped_steps: see `FaultToleranceMixin`.
         on_saved: called with every folder into which a model is saved, to add files to it.
 
     Raises:
-        ValueError: `packing` names a route that is not exact for the model.
+        ValueError: `packing` names a mode that is not exact for the model.
     """
 
     def __init__(
@@ -106,5 +107,5 @@ class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
         packed = self.packing is not None and self.packing.decision.route != "off"
         if not (packed and random and "swapped" in columns):
             return super()._get_train_sampler(train_dataset)
-        # Packing does its own sorting by length.
+        # Packing sorts by length itself.
         return PairSampler(dataset["swapped"], self.args.data_seed or self.args.seed)

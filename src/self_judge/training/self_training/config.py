@@ -1,6 +1,6 @@
-"""SelfJudgeConfig: TRL's DPOConfig with the settings of sampling and judging.
+"""SelfJudgeConfig extends TRL's DPOConfig with the settings for sampling and judging.
 
-It holds values and their invariants; it loads no model and no data.
+It contains and validates values. It does not load models or data.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, TrainingArguments
+from transformers import TrainingArguments
 from trl import DPOConfig
 
 from self_judge.config.self_training import SelfTrainingSettings, require
-from self_judge.models import clamp_to_context, refuse_pickle
+from self_judge.models import clamp_to_context
 
 
 @dataclass
 class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
-    """TRL's `DPOConfig` with the settings of sampling and judging (`SelfTrainingSettings`).
+    """TRL's `DPOConfig` with settings for sampling and judging (see `SelfTrainingSettings`).
 
     Raises:
-        ValueError: values that contradict each other or the method.
+        ValueError: values contradict each other or the method.
     """
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
 def as_self_judge_config(
     args: SelfJudgeConfig | TrainingArguments | None, model_name: str
 ) -> SelfJudgeConfig:
-    """The settings unchanged, or a plain `TrainingArguments` with the method's defaults."""
+    """Returns the settings, after adding the method's defaults to plain `TrainingArguments`."""
     if isinstance(args, SelfJudgeConfig):
         return args
     if args is None:
@@ -71,7 +71,7 @@ def as_self_judge_config(
 
 
 def with_values(args: SelfJudgeConfig, **values: Any) -> SelfJudgeConfig:
-    """A copy with other values, checked again; `None` leaves a setting unchanged."""
+    """Returns a validated copy with other values; `None` leaves a setting unchanged."""
     changed = copy.copy(args)
     for key, value in values.items():
         if value is not None:
@@ -85,16 +85,5 @@ def trusts_code(config: SelfJudgeConfig) -> bool:
 
 
 def for_model(config: SelfJudgeConfig, model: Any) -> SelfJudgeConfig:
-    """The settings with safe loading for a model name, and `max_length` within its context."""
-    if isinstance(model, str):
-        refuse_pickle(model)
-        loading = {"use_safetensors": True, **(config.model_init_kwargs or {})}  # type: ignore[dict-item]
-        config = with_values(config, model_init_kwargs=loading)
-        about = AutoConfig.from_pretrained(
-            model,
-            trust_remote_code=trusts_code(config),
-            revision=loading.get("revision") or "main",
-        )
-    else:
-        about = model.config
-    return with_values(config, max_length=clamp_to_context(about, config.max_length))
+    """Limits `max_length` to the model's context."""
+    return with_values(config, max_length=clamp_to_context(model.config, config.max_length))

@@ -1,6 +1,6 @@
-"""LogProbAveraging: log-probabilities averaged where the inherited loss sums, or summed.
+"""Averages log-probabilities where the inherited loss sums them, or the other way round.
 
-`SelfJudgeConfig.average_log_prob` turns it on.
+`SelfJudgeConfig.average_log_prob` enables it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from self_judge.packing.fused_head import BEFORE_FUSED_HEAD
 class LogProbAveraging:
     """Switches between sums and means of a response's per-token log-probabilities.
 
-    TRL's sigmoid and hinge losses sum over tokens, its ipo loss averages. A hook gives the other
-    convention without changing the loss: it divides (sigmoid, hinge) or multiplies (ipo) the
-    log-probabilities that the models return by the number of the response's tokens.
+    TRL's sigmoid and hinge losses sum over tokens, and its ipo loss averages. A hook switches to
+    the other convention without changing the loss. It divides (sigmoid, hinge) or multiplies (ipo)
+    the log-probabilities from the models by the number of tokens in the response.
     """
 
-    # With token log-probabilities -1, -3, -2 of a response, sigmoid sums them to -6. Divided by
-    # their number, -1/3, -1 and -2/3 sum to their mean -2. The other way round, ipo averages
-    # -3, -9 and -6 to -6.
+    # If a response has the token log-probabilities -1, -3, -2, sigmoid sums them to -6. Divided by
+    # their number, they are -1/3, -1 and -2/3, and their sum is the mean -2. For ipo, the hook
+    # multiplies them to -3, -9 and -6, and their average is the sum -6.
 
     def __init__(self, average: bool) -> None:
         self.average = average
@@ -32,10 +32,11 @@ class LogProbAveraging:
 
     @classmethod
     def attach(cls, trainer: Any) -> LogProbAveraging | None:
-        """Adds the hook to a trainer's models; `None` if the loss already has this convention.
+        """Adds the hook to a trainer's models, unless the loss already has this convention.
 
         Raises:
-            ValueError: TRL has no fused head, which returns per-token log-probabilities.
+            ValueError: this version of TRL lacks the fused head, which returns per-token
+                log-probabilities.
         """
         average, (loss_type, *_) = trainer.args.average_log_prob, trainer.loss_types
         if average is None or average == (loss_type == "ipo"):
@@ -61,7 +62,7 @@ class LogProbAveraging:
         return output
 
     def correct_metrics(self, trainer: Any) -> None:
-        """For a summed ipo, logs the rewards of summed log-probabilities, as for other losses."""
+        """Logs a summed ipo loss's rewards from summed log-probabilities, like other losses."""
         sums, self.sums = self.sums, []
         if self.average or len(sums) != 2:
             return

@@ -1,6 +1,6 @@
-"""Prompts for self-training: dataset rows become ids and judge contexts, and batches of them.
+"""Converts dataset rows to prompt ids and judge contexts for self-training, and batches them.
 
-It knows the row formats of the method and of TRL. It does not sample, judge or train.
+This module handles the row formats of the method and of TRL. It does not sample, judge or train.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from datasets import IterableDataset
 from self_judge.datatypes import Message
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import dialogue_text
+from self_judge.prompting.messages import content_of, lost
 
 logger = logging.getLogger(__name__)
 
@@ -25,35 +26,35 @@ COLUMNS = ("record", "prompt_ids", "context", "chosen_ids", "rejected_ids")
 
 
 class SelfJudgeCollator:
-    """Collects prepared records unchanged; the pipeline samples and collates them later."""
+    """Collects prepared records unchanged, for the pipeline to sample and collate later."""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         missing = {"record", "prompt_ids", "context"} - set(examples[0])
         if missing:
             raise ValueError(
-                f"SelfJudgeCollator got records without {sorted(missing)}: it collates records "
-                "that SelfJudgeTrainer prepared from query/context or prompt"
+                f"SelfJudgeCollator got records without {sorted(missing)}: it needs records that "
+                "SelfJudgeTrainer prepared from query and context, or from prompt"
             )
         batch: dict[str, Any] = {
             name: [example.get(name) for example in examples] for name in COLUMNS[1:]
         }
-        # A tensor, from which Accelerate and the Trainer read the batch size.
+        # Accelerate and the Trainer read the batch size from this tensor.
         batch["record"] = torch.tensor([example["record"] for example in examples])
         return batch
 
 
 class PromptPreparer:
-    """Prepares a dataset row for training; picklable, for `datasets.map(num_proc=…)`.
+    """Prepares a dataset row for training. It can be pickled for `datasets.map(num_proc=…)`.
 
     Args:
-        encoder: turns the prompt into ids.
-        max_length, max_new_tokens: a prompt may have `max_length - max_new_tokens` ids; a dialogue
-            loses its oldest exchanges until it fits, and has no ids if it never does.
-        dataset_name: for messages.
-        with_responses: also encode the given `chosen` and `rejected`, for evaluation.
+        encoder: encodes the prompt to ids.
+        max_length, max_new_tokens: a prompt may have `max_length - max_new_tokens` ids. The oldest
+            exchanges are removed from a dialogue until it fits. If it cannot fit, it has no ids.
+        dataset_name: the name of the dataset in error messages.
+        with_responses: whether to encode the given `chosen` and `rejected` as well, for evaluation.
 
     Raises:
-        ValueError: a row has no usable `query` or `prompt`; the message names the record.
+        ValueError: a row has no usable `query` or `prompt`. The message names the record.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class PromptPreparer:
             if not isinstance(query, str) or not query.strip():
                 raise ValueError(
                     f"record {index} of the {self.dataset_name} dataset: 'query' is empty or not "
-                    "a text"
+                    "text"
                 )
             ids, messages = self.encoder.encode_query(query), None
             foreign = self.encoder.messages_of(query) is None
@@ -114,11 +115,13 @@ class PromptPreparer:
     def _response_ids(
         self, response: Any, query: str | None, messages: list[Message] | None
     ) -> list[int] | None:
-        """The ids of a given response as the policy would sample them, with its end of turn."""
+        """Returns a response's ids, with the end of turn, as if the policy had sampled it."""
         if response is None:
             return None
         if not isinstance(response, str):
-            response = response[-1]["content"]
+            if what := lost(response[-1]):
+                raise ValueError(f"a response has {what}: only text can be encoded")
+            response = content_of(response[-1])
         elif query is not None:
             response = response.removeprefix(query)
         end = list(self.encoder.stop_token_ids[:1])
@@ -126,8 +129,8 @@ class PromptPreparer:
         if query is not None and eos:
             response = response.removesuffix(eos)
         if messages is not None:
-            # The last trained stretch of the encoded dialogue: the answer as the chat template
-            # writes it, with its end of turn.
+            # The last trained span of the encoded dialogue is the answer as formatted by the chat
+            # template, with its end of turn.
             answered = [*messages, Message(role="assistant", content=response)]
             encoded = self.encoder.encode_dialogue(answered)
             last = len(encoded.mask) - 1
@@ -141,17 +144,17 @@ class PromptPreparer:
 
 
 def has_prompt(row: Mapping[str, Any]) -> bool:
-    """Whether a prepared prompt leaves room for a response."""
+    """Returns whether a prepared prompt leaves room for a response."""
     return len(row["prompt_ids"]) > 0
 
 
 def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) -> Any:
-    """Adds each prompt's ids and judge context; a prepared dataset is returned unchanged.
+    """Adds each prompt's ids and judge context. A prepared dataset is returned unchanged.
 
     Args:
         dataset: a `Dataset` or an `IterableDataset` of rows; see `SelfJudgeTrainer`.
         args: a `SelfJudgeConfig`.
-        name: the name of the dataset, for messages; responses are ignored in `train`.
+        name: the name of the dataset in error messages. Responses are ignored in `train`.
 
     Raises:
         ValueError: a row cannot be used, or no prompt fits into `max_length`.
@@ -177,13 +180,13 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
         )  # fmt: skip
     if not len(kept):
         raise ValueError(
-            f"no prompt of the {name} dataset fits: max_length {args.max_length} minus "
+            f"no prompt in the {name} dataset fits: max_length {args.max_length} minus "
             f"max_new_tokens {args.max_new_tokens} leaves too few tokens"
         )
     if len(kept) < len(prepared):
         logger.warning(
-            "%s dataset: %d of %d prompts do not fit into max_length - max_new_tokens and are left "
-            "out",
+            "%s dataset: %d of %d prompts do not fit into max_length - max_new_tokens and are "
+            "skipped",
             name, len(prepared) - len(kept), len(prepared),
         )  # fmt: skip
     return kept
@@ -192,20 +195,22 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
 def _messages(prompt: Any, index: int, dataset_name: str) -> list[Message]:
     where = f"record {index} of the {dataset_name} dataset: 'prompt'"
     if not isinstance(prompt, list) or not prompt:
-        raise ValueError(f"{where} must be a text or a non-empty list of messages")
+        raise ValueError(f"{where} must be text or a non-empty list of messages")
     for message in prompt:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise ValueError(f"{where} has a message without role and content: {message!r:.80}")
+        if what := lost(message):
+            raise ValueError(f"{where} has a message with {what}: only text can be encoded")
     if prompt[-1]["role"] != "user":
         raise ValueError(
             f"{where} ends with a {prompt[-1]['role']!r} message; the last message must be 'user'"
         )
-    return [Message(role=m["role"], content=m["content"]) for m in prompt]
+    return [Message(role=m["role"], content=content_of(m)) for m in prompt]
 
 
 def _without_oldest_exchange(messages: list[Message]) -> list[Message] | None:
-    """The dialogue without its first user turn and the answers to it; the system message stays."""
-    # system u1 a1 u2   ->   system u2   ->   None: the last question always stays
+    """Removes the first user turn and its answers from a dialogue, but keeps the system message."""
+    # system u1 a1 u2   ->   system u2   ->   None, because the last question is always kept
     head = messages[:1] if messages[0]["role"] == "system" else []
     rest = messages[len(head) :]
     nexts = [i for i, m in enumerate(rest) if m["role"] == "user" and i > 0]

@@ -1,6 +1,6 @@
-"""The log of rollouts: metrics over all processes, a file per step, a table on the console.
+"""Logs rollouts as metrics over all processes, one file per step, and a table on the console.
 
-It reads judged pairs. It does not sample, judge or train.
+This module reads judged pairs. It does not sample, judge or train.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from self_judge.console import neutral
+from self_judge.prompting.thoughts import NO_ANSWER
 from self_judge.storage.atomic import atomic_write
 from self_judge.storage.run_dir import rollout_file, thin_rollouts
 from self_judge.training.self_training.config import SelfJudgeConfig
@@ -24,20 +25,24 @@ from self_judge.training.self_training.rollouts import Rollout
 
 
 def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> dict[str, float]:
-    """Sums over rollouts, to be added over processes and divided by `rollout_metrics`."""
+    """Returns sums over rollouts, from which `rollout_metrics` computes the means."""
     judged = [r.verdict for r in rollouts if r.decided and r.verdict is not None]
-    lengths = [len(x.ids) for r in rollouts for x in (r.chosen, r.rejected)]
+    both = [x for r in rollouts for x in (r.chosen, r.rejected)]
+    thoughts = [x.thought_length for x in both if x.thought is not None]
     totals = {
         "pairs": float(len(rollouts)),
         "decided": float(len(judged)),
         "margin": math.fsum(v.margin for v in judged),
         "orders_agree": float(sum(v.orders_agree for v in judged)),
         "broken": float(sum(is_broken(r) for r in rollouts)),
-        "responses": float(len(lengths)),
-        "tokens": float(sum(lengths)),
-        "finished": float(sum(x.finished for r in rollouts for x in (r.chosen, r.rejected))),
-        "chosen_tokens": float(sum(len(r.chosen.ids) for r in rollouts)),
-        "rejected_tokens": float(sum(len(r.rejected.ids) for r in rollouts)),
+        "responses": float(len(both)),
+        "tokens": float(sum(x.answer_length for x in both)),
+        "finished": float(sum(x.finished for x in both)),
+        "chosen_tokens": float(sum(r.chosen.answer_length for r in rollouts)),
+        "rejected_tokens": float(sum(r.rejected.answer_length for r in rollouts)),
+        "thoughts": float(len(thoughts)),
+        "thought_tokens": float(sum(thoughts)),
+        "unanswered": float(sum(not x.answered for x in both)),
     }
     for p, principle in enumerate(principles):
         wins = 0.0
@@ -50,7 +55,7 @@ def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> di
 
 
 def is_broken(rollout: Rollout) -> bool:
-    """Whether a failure makes the pair useless: an empty response, or scores not finite."""
+    """Returns whether an empty response or a non-finite score makes the pair unusable."""
     if not (rollout.chosen.ids and rollout.rejected.ids):
         return True
     verdict = rollout.verdict
@@ -58,10 +63,11 @@ def is_broken(rollout: Rollout) -> bool:
 
 
 def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
-    """The logged means, from (summed) `rollout_totals`.
+    """Computes the logged means from the sums of `rollout_totals`.
 
     Margin, order agreement and win rates are means over decided pairs; the win rate of a principle
-    is the share of pairs in which it agrees with the verdict.
+    is the share of pairs in which it agrees with the verdict. Lengths are those of answers. If
+    there are thoughts, their mean length is logged, and the share of responses without an answer.
     """
     decided, responses = max(totals["decided"], 1.0), max(totals["responses"], 1.0)
     pairs = max(totals["pairs"], 1.0)
@@ -75,6 +81,9 @@ def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
         "completions/chosen_length": totals["chosen_tokens"] / pairs,
         "completions/rejected_length": totals["rejected_tokens"] / pairs,
     }
+    if totals["thoughts"]:
+        metrics["completions/thought_length"] = totals["thought_tokens"] / totals["thoughts"]
+        metrics["completions/unanswered"] = totals["unanswered"] / responses
     for name, value in totals.items():
         if name.startswith("wins/"):
             metrics[f"judge/win_rate/{name.removeprefix('wins/')}"] = value / decided
@@ -88,12 +97,12 @@ def write_rollouts(
     principles: Sequence[str],
     decode: Callable[[Sequence[int]], str],
 ) -> None:
-    """Writes one JSON line per rollout; the file is complete or absent.
+    """Writes one JSON line per rollout. The file is complete or absent.
 
     Args:
-        step: the optimizer step that learns from them, counted from 1.
-        principles: names of the principles, in the order of a verdict's probabilities.
-        decode: turns the ids of a prompt into text, including control tokens.
+        step: the optimizer step that learns from the rollouts, counted from 1.
+        principles: the names of the principles, in the order of a verdict's probabilities.
+        decode: decodes the ids of a prompt to text, including control tokens.
     """
     with atomic_write(path) as file:
         for rollout in rollouts:
@@ -113,14 +122,14 @@ def _as_json(rollout: Rollout) -> dict[str, Any]:
         "context": rollout.context,
         "chosen": rollout.chosen.text,
         "rejected": rollout.rejected.text,
-        "chosen_tokens": len(rollout.chosen.ids),
-        "rejected_tokens": len(rollout.rejected.ids),
+        "chosen_tokens": rollout.chosen.answer_length,
+        "rejected_tokens": rollout.rejected.answer_length,
         "chosen_finished": rollout.chosen.finished,
         "rejected_finished": rollout.rejected.finished,
         "decided": rollout.decided,
         "margin": verdict.margin if rollout.decided and verdict else None,
         "orders_agree": verdict.orders_agree if verdict else None,
-        # JSON has no NaN: numbers that are not finite become null.
+        # JSON has no NaN, so non-finite numbers become null.
         "probabilities": [
             [[p if math.isfinite(p) else None for p in letters] for letters in orders]
             for orders in verdict.probabilities
@@ -128,6 +137,12 @@ def _as_json(rollout: Rollout) -> dict[str, Any]:
         if verdict
         else None,
         "undecidable_because": _why_undecided(rollout),
+        **{
+            f"{side}_{name}": value
+            for side, own in (("chosen", rollout.chosen), ("rejected", rollout.rejected))
+            if own.thought is not None
+            for name, value in (("thought", own.thought), ("thought_tokens", own.thought_length))
+        },
     }
 
 
@@ -135,7 +150,7 @@ def _why_undecided(rollout: Rollout) -> str | None:
     if rollout.decided:
         return None
     if rollout.verdict is None:
-        return "equal texts"
+        return "equal texts" if rollout.chosen.answered else NO_ANSWER
     if not (rollout.chosen.ids and rollout.rejected.ids):
         return "a response without a token"
     return rollout.verdict.undecidable_because or "the verdict contradicts the tournament"
@@ -147,24 +162,24 @@ def kl_estimate(
     undecidable: Sequence[float],
     beta: float,
 ) -> float | None:
-    """KL(policy ‖ reference) in nats per response, estimated from numbers that the loss computes.
+    """Estimates KL(policy ‖ reference) in nats per response from numbers that the loss computes.
 
     The policy itself sampled both responses of a pair, so the mean of log π(y|x) − log π_ref(y|x)
-    over them estimates the divergence without further passes (the estimator k1 of Schulman,
-    "Approximating KL Divergence"). It is unbiased for K = 2 at temperature 1 and top_p 1; with
-    K > 2 only the best and the worst response count. Undecidable pairs have empty rows, so their
-    reward is 0, and the share of decided pairs corrects for them.
+    over them estimates the divergence without further forward passes (this is the estimator k1 in
+    Schulman, "Approximating KL Divergence"). It is unbiased for K = 2 at temperature 1 and top_p 1.
+    With K > 2, only the best and the worst response count. Undecidable pairs have empty rows and
+    therefore a reward of 0, which dividing by the share of decided pairs corrects.
 
     Args:
-        chosen_rewards, rejected_rewards: β (log π − log π_ref), means over batches of equal size.
-        undecidable: share of undecidable pairs per optimizer step.
+        chosen_rewards, rejected_rewards: means of β (log π − log π_ref) over equally large batches.
+        undecidable: the share of undecidable pairs in each optimizer step.
         beta: β.
 
     Returns:
-        The estimate, or `None` without decided pairs.
+        The estimate, or `None` if there are no decided pairs.
     """
-    # Rewards .3 and -.1 with β = .1: (.3 - .1) / (2·.1) = 1 nat. With half of the pairs undecidable
-    # the means are .15 and -.05, and (.15 - .05) / (2·.1·.5) is 1 nat again.
+    # For rewards .3 and -.1 with β = .1, the estimate is (.3 - .1) / (2·.1) = 1 nat. If half of the
+    # pairs are undecidable, the means are .15 and -.05, and (.15 - .05) / (2·.1·.5) is also 1 nat.
     if not (chosen_rewards and rejected_rewards and undecidable):
         return None
     decided = 1.0 - sum(undecidable) / len(undecidable)
@@ -177,7 +192,7 @@ def kl_estimate(
 
 
 def add_kl_estimate(metrics: dict[str, list[float]], beta: float) -> None:
-    """Adds `objective/kl` to the metrics since the last log, where `kl_estimate` finds one."""
+    """Adds `objective/kl` to the metrics since the last log, if `kl_estimate` returns a value."""
     names = ("rewards/chosen", "rewards/rejected", "judge/undecidable")
     chosen, rejected, undecidable = (metrics.get(name, ()) for name in names)
     kl = kl_estimate(chosen, rejected, undecidable, beta)
@@ -192,7 +207,7 @@ def keep_rollouts(
     args: SelfJudgeConfig,
     decode: Callable[[Sequence[int]], str],
 ) -> None:
-    """Writes a step's rollouts under the output folder, and thins earlier steps' files."""
+    """Writes a step's rollouts to the output folder and removes some files of earlier steps."""
     folder = Path(str(args.output_dir))
     write_rollouts(
         rollout_file(folder, step), rollouts[: args.rollout_pairs], step, principles, decode
@@ -203,12 +218,12 @@ def keep_rollouts(
 def metrics_over_processes(
     rollouts: Sequence[Rollout], principles: Sequence[str], accelerator: Accelerator
 ) -> tuple[dict[str, float], bool]:
-    """The metrics of a step over all processes, and whether all its rollouts are broken.
+    """Returns a step's metrics over all processes and whether all its rollouts are broken.
 
-    Every process must call it.
+    Every process must call this function.
     """
     totals = rollout_totals(rollouts, principles)
-    lengths = [float(len(x.ids)) for r in rollouts for x in (r.chosen, r.rejected)]
+    lengths = [float(x.answer_length) for r in rollouts for x in (r.chosen, r.rejected)]
     device = accelerator.device
     summed = accelerator.reduce(
         torch.tensor(list(totals.values()), device=device, dtype=torch.float32), "sum"
@@ -222,14 +237,14 @@ def metrics_over_processes(
 
 
 def pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:
-    """Sampled pairs with their margins, for the console."""
+    """Returns a table of sampled pairs with their margins for the console."""
     table = Table(title=f"sampled pairs at step {step}", show_lines=True)
     for heading in ("context", "chosen", "rejected"):
         table.add_column(heading, ratio=1, overflow="fold")
     table.add_column("margin", justify="right", no_wrap=True)
     for r in rollouts:
         margin = f"{r.verdict.margin:+.3f}" if r.decided and r.verdict else "undecidable"
-        shown = (r.context[-400:], r.chosen.text[:400], r.rejected.text[:400])
+        shown = (r.context[-400:], r.chosen.judged[:400], r.rejected.judged[:400])
         # Text, not markup: brackets in a response stay brackets.
         table.add_row(*(Text(neutral(s)) for s in shown), margin)
     return table

@@ -1,6 +1,6 @@
-"""Rollouts: prompts become judged pairs of own responses, and pairs become TRL's preference batch.
+"""Turns prompts into judged pairs of the policy's responses, and pairs into TRL's batches.
 
-It samples, judges and collates. It does not know the loss or the optimizer.
+This module samples, judges and collates. It does not depend on the loss or the optimizer.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from self_judge.training.self_training.config import SelfJudgeConfig
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One prompt with a pair of its sampled responses, from which the policy learns.
+    """One prompt with a pair of sampled responses, from which the policy learns.
 
     Attributes:
         record: the record's index in the dataset.
-        prompt_ids, context: the prompt of the policy, and the context that the judge saw.
-        chosen, rejected: the preferred response and the other, exactly as sampled.
-        verdict: the judge's verdict with `chosen` as response a; `None` for two equal texts.
+        prompt_ids, context: the policy's prompt, and the context that the judge saw.
+        chosen, rejected: the preferred response and the other one, exactly as sampled.
+        verdict: the judge's verdict, with `chosen` as response a; `None` if the texts are equal.
         decided: whether the pair is trained on.
     """
 
@@ -55,14 +55,14 @@ def select_pairs(
 ) -> list[tuple[int, int, Verdict | None]]:
     """Selects two responses per prompt to learn from: the best, and the worst or a random one.
 
-    Two responses are judged once. With more, the best wins a knockout, and the worst "wins" its
-    mirror, in which losers advance. The mirror reuses the first round and starts with its losers.
-    The pair is then judged directly, unless the two have met, and is decided only if that verdict
-    agrees.
+    Two responses are judged once. With more than two, the winner of a knockout is the best. The
+    worst is the winner of a mirrored knockout, in which losers advance and which starts with the
+    losers of the first round. The pair is then judged directly, unless the two responses have
+    already met, and is decided only if that verdict agrees.
 
     Returns:
-        For each prompt the indices of the better and the worse response, and the verdict on them
-        with the better as a (`None`: equal texts).
+        For each prompt, the indices of the better and the worse response, and the verdict on them
+        with the better one as a (`None` if the texts are equal).
 
     Raises:
         ValueError: a prompt has fewer than two responses, or the lists differ in length.
@@ -77,15 +77,22 @@ def select_pairs(
     #           2-4 -> 2
     #   direct  1-2                                they have not met yet: one match more
     #
-    # 7 comparisons select the pair (1, 2). `known` keeps every verdict: no match is judged twice.
+    # 7 comparisons select the pair (1, 2). `known` stores all verdicts: no match is judged twice.
     for i, own in enumerate(responses):
         if len(own) < 2:
             raise ValueError(
-                f"prompt {i} has {len(own)} responses: a pair to learn from needs at least 2"
+                f"prompt {i} has {len(own)} responses, but a training pair needs at least 2"
             )
-    texts = [[r.text for r in own] for own in responses]
+    texts = [[r.judged for r in own] for own in responses]
+    # Responses without an answer are left out, unless fewer than two have one: then the judge
+    # cannot decide.
+    answered = [[k for k, r in enumerate(own) if r.answered] for own in responses]
+    entered = [
+        own if len(own) > 1 else list(range(len(all_)))
+        for own, all_ in zip(answered, responses, strict=True)
+    ]
     known: dict[tuple[int, int, int], Verdict] = {}
-    brackets = knockouts(compare, contexts, texts, seeds=seeds, known=known)
+    brackets = knockouts(compare, contexts, texts, seeds=seeds, entrants=entered, known=known)
     best = [bracket.winner for bracket in brackets]
     if selection == "best_worst":
         losers = [_first_losers(bracket) for bracket in brackets]
@@ -95,8 +102,8 @@ def select_pairs(
         worst = [bracket.winner for bracket in mirrored]
     else:
         worst = [
-            random.Random(stable_seed(s, "other")).choice([k for k in range(len(own)) if k != b])
-            for s, own, b in zip(seeds, texts, best, strict=True)
+            random.Random(stable_seed(s, "other")).choice([k for k in own if k != b])
+            for s, own, b in zip(seeds, entered, best, strict=True)
         ]
     pairs = list(enumerate(zip(best, worst, strict=True)))
     asked = [
@@ -111,9 +118,10 @@ def select_pairs(
 
 
 def _first_losers(bracket: Bracket) -> list[int]:
-    """The candidates for the worst: losers of round 1, and a bye of round 1 that lost later.
+    """Returns the candidates for the worst: losers of round 1, and its bye if it lost later.
 
-    A winner of the first round has beaten a worse response. The overall winner is no candidate.
+    The winner of a match in round 1 has beaten a worse response. The overall winner is not a
+    candidate.
     """
     losers = [m.b if m.winner == m.a else m.a for m in bracket.rounds[0]]
     byes = [m.a for m in bracket.rounds[0] if m.b is None and m.a != bracket.winner]
@@ -129,7 +137,7 @@ def judged_rollouts(
     seeds: Sequence[int],
     selection: PairSelection = "best_worst",
 ) -> list[Rollout]:
-    """Judges the responses to every prompt and keeps one pair of each; see `select_pairs`."""
+    """Judges the responses to every prompt and keeps one pair per prompt; see `select_pairs`."""
     pairs = select_pairs(compare, contexts, responses, seeds, selection)
     return [
         Rollout(
@@ -139,7 +147,7 @@ def judged_rollouts(
             chosen=responses[i][better],
             rejected=responses[i][worse],
             verdict=verdict,
-            # A response without tokens cannot be learned from, whatever the judge says.
+            # The policy cannot learn from a response without tokens, even if the verdict is clear.
             decided=verdict is not None
             and verdict.preferred == "a"
             and bool(responses[i][better].ids and responses[i][worse].ids),
@@ -154,18 +162,18 @@ def preference_batch(
     max_length: int | None = None,
     pad_to_multiple_of: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """TRL's preference batch: `input_ids`, `attention_mask`, `completion_mask`, each `(2B, T)`.
+    """Returns TRL's batch: `input_ids`, `attention_mask`, `completion_mask`, each `(2B, T)`.
 
     Args:
-        pairs: (prompt ids, chosen ids, rejected ids, decided). An undecided pair keeps its two rows
-            with an empty completion mask: it is in the batch, but has no gradient.
+        pairs: (prompt ids, chosen ids, rejected ids, decided). The two rows of an undecided pair
+            have an empty completion mask. They are in the batch but have no gradient.
         pad_token_id: pads rows on the right.
-        max_length: rows are cut to this many tokens.
-        pad_to_multiple_of: T is rounded up to a multiple of this.
+        max_length: rows are truncated to this number of tokens.
+        pad_to_multiple_of: T is rounded up to a multiple of this number.
 
-    Chosen rows come first. Ids are concatenated, never tokenized again.
+    Chosen rows come first. Ids are concatenated and never tokenized again.
     """
-    # Pair 0: prompt p q, chosen A B, rejected C. Pair 1 (undecided): r with D and with E F.
+    # Pair 0 has prompt p q, chosen A B and rejected C. Pair 1 is undecided: r with D and with E F.
     #
     #   input_ids   p q A B     attention_mask   1 1 1 1     completion_mask   0 0 1 1    chosen 0
     #               r D _ _                      1 1 0 0                       0 0 0 0    chosen 1
@@ -197,17 +205,17 @@ def preference_batch(
 def evaluation_batch(
     inputs: Mapping[str, Any], pad_token_id: int, max_length: int | None, multiple: int | None
 ) -> dict[str, torch.Tensor]:
-    """The preference batch of prepared records with given responses; see `preference_batch`.
+    """Returns the batch for prepared records with given responses; see `preference_batch`.
 
     Raises:
-        ValueError: a record lacks a response; the message names the record.
+        ValueError: a record has no response. The message names the record.
     """
     for side in ("chosen", "rejected"):
         missing = next((i for i, ids in enumerate(inputs[f"{side}_ids"]) if not ids), None)
         if missing is not None:
             raise ValueError(
                 f"record {int(inputs['record'][missing])} of the evaluation data has no "
-                f"{side!r} response: evaluation compares given pairs"
+                f"{side!r} response, but evaluation needs both"
             )
     columns = (inputs["prompt_ids"], inputs["chosen_ids"], inputs["rejected_ids"])
     pairs = [(p, c, r, True) for p, c, r in zip(*columns, strict=True)]
@@ -218,20 +226,20 @@ Samples = list[list[Response]]
 
 
 class BatchesAhead:
-    """The batches of an optimizer step and of the next one, from one pass over the data."""
+    """Reads the batches of an optimizer step and of the next one in one pass over the data."""
 
     def __init__(self) -> None:
         self._source: Iterator[Any] | None = None
         self._waiting: list[Any] = []
 
     def take(self, source: Iterator[Any], count: int) -> tuple[list[Any], list[Any]]:
-        """This step's batches and those of the next; fewer or none at the end of the data.
+        """Returns this step's batches and those of the next step, up to the end of the data.
 
         Args:
-            source: the batches of one epoch; another source starts from scratch.
-            count: batches of a step.
+            source: the batches of one epoch. A different source starts from scratch.
+            count: the number of batches per step.
         """
-        # Batches a b c d e, two a step:   [a b] [c d]   then   [c d] [e]   then   [e] []
+        # Batches a b c d e, two per step:   [a b] [c d]   then   [c d] [e]   then   [e] []
         if source is not self._source:
             self._source, self._waiting = source, []
         self._draw(source, count)
@@ -248,23 +256,23 @@ class BatchesAhead:
 
 
 class SamplesAhead:
-    """Samples for given batches, drawn in a separate thread."""
+    """Samples responses for given batches in a separate thread."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._drawn: tuple[Sequence[Any], Future[Samples]] | None = None
 
     def start(self, batches: Sequence[Any], draw: Callable[[], Samples]) -> None:
-        """Starts drawing; earlier unfinished draws are awaited and dropped."""
+        """Starts sampling, after it waits for any earlier samples and discards them."""
         self.close()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts-ahead")
         self._drawn = (batches, self._thread.submit(draw))
 
     def take(self, batches: Sequence[Any]) -> Samples | None:
-        """Waits for the samples for these batches; `None` if they are not being drawn.
+        """Waits for the samples of these batches; returns `None` if there are none.
 
         Raises:
-            Exception: any error of drawing them.
+            Exception: any error that occurred during sampling.
         """
         if self._drawn is None:
             return None
@@ -275,7 +283,7 @@ class SamplesAhead:
         return samples if same else None
 
     def close(self) -> None:
-        """Waits for the current draw."""
+        """Waits until the current sampling has finished."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
@@ -283,13 +291,13 @@ class SamplesAhead:
 
 
 class RolloutPipeline:
-    """Samples and judges the prompts of an optimizer step, and times both.
+    """Samples and judges responses for the prompts of an optimizer step, and times both.
 
     Args:
         judge: compares the responses.
-        settings: the run's settings; if a sampler halves its batches, the setting is halved too.
-        clock: times the phases and holds the metrics.
-        sampler: a context with a sampler from the current policy.
+        settings: the run's settings. If a sampler halves its batches, the setting is halved too.
+        clock: times the phases and contains the metrics.
+        sampler: a context that provides a sampler for the current policy.
         reference: a context in which the judge's weights are active.
         lockstep: the packing of a judge that several processes share.
     """
@@ -311,19 +319,19 @@ class RolloutPipeline:
         self._next: list[Any] = []
 
     def take(self, source: Iterator[Any], count: int) -> list[Any]:
-        """A step's batches; with rollouts ahead, the next step's are read and kept as well."""
+        """Returns a step's batches, and reads and keeps the next step's for rollouts ahead."""
         now, self._next = self._batches.take(source, count)
         return now
 
     def roll_out(
         self, batches: Sequence[Mapping[str, Any]], step: int, *, last: bool = False
     ) -> list[list[Rollout]]:
-        """Samples and judges all prompts of a step at once.
+        """Samples and judges responses for all prompts of a step at once.
 
         Args:
             batches: the step's micro-batches of prepared prompts; see `SelfJudgeCollator`.
-            step: the number of finished optimizer steps; part of every seed.
-            last: whether this is the last step, after which nothing is sampled ahead.
+            step: the number of finished optimizer steps, which is part of every seed.
+            last: whether this is the last step, in which nothing is sampled ahead.
 
         Returns:
             One list of rollouts per micro-batch.
@@ -337,14 +345,14 @@ class RolloutPipeline:
             responses = self._sampled(*asked) if ahead is None else ahead
         self.clock.metrics["rollouts/steps_behind"].append(float(ahead is not None))
         self.sampled_tokens = sum(len(r.ids) for own in responses for r in own)
-        # Every rollout of a prompt has its own samples and lots. Two rollouts of K = 2 samples:
-        # responses[i] = [s0 s1 s2 s3] gives the pairs (i, 0) of s0 s1 and (i, 1) of s2 s3.
+        # Each rollout of a prompt has its own samples and lots. With two rollouts of K = 2 samples,
+        # responses[i] = [s0 s1 s2 s3] gives the pairs (i, 0) from s0 s1 and (i, 1) from s2 s3.
         each = [(i, t) for i in range(len(prompts)) for t in range(times)]
-        # The matches of a tournament share contexts and responses; a single match does not.
+        # The matches of a tournament share contexts and responses. A single match shares none.
         rounds = self.judge.prefix_cache() if k > 2 else nullcontext()
         with self.clock.phase("judging"), self.reference(), rounds:
             if self.lockstep is not None:
-                self.lockstep.decision  # noqa: B018  trying it is for all processes at once
+                self.lockstep.decision  # noqa: B018  all processes must try it together
             rollouts = judged_rollouts(
                 self.judge.compare,
                 [records[i] for i, _ in each],
@@ -364,10 +372,10 @@ class RolloutPipeline:
     def _asked(
         self, batches: Sequence[Mapping[str, Any]], step: int
     ) -> tuple[list[list[int]], int, list[int]]:
-        """The prompts of a step, the number of responses per prompt, and the seeds."""
+        """Returns the prompts of a step, the number of responses per prompt, and the seeds."""
         prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
-        # A record's samples depend only on the seed, the step and the record: not on its batch, the
-        # number of processes or a resume.
+        # A record's samples depend only on the seed, the step and the record. They do not depend on
+        # its batch, the number of processes or whether the run was resumed.
         records = [int(r) for batch in batches for r in batch["record"]]
         seeds = [stable_seed(self.settings.seed, step, r) for r in records]
         return prompts, self.settings.rollouts_per_update * self.settings.num_generations, seeds
@@ -375,14 +383,14 @@ class RolloutPipeline:
     def _sampled(self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int]) -> Samples:
         with self.sampler() as sampler:
             responses = sampler.sample(prompts, n, seeds)
-            if isinstance(sampler, TransformersSampler):  # smaller after running out of memory
+            if isinstance(sampler, TransformersSampler):  # smaller if memory ran out
                 self.settings.generation_batch_size = sampler.batch_size
         return responses
 
     def _sample_ahead(self, step: int) -> None:
         """Lets servers sample for the next step during this step's update."""
         with self.clock.phase("sampling"):
-            # Before the policy is replaced, every process must have finished sampling from it.
+            # Every process must finish sampling from the policy before it is replaced.
             self.clock.accelerator.wait_for_everyone()
             with self.sampler() as servers:  # the servers outlive this context
                 draw = servers.sample

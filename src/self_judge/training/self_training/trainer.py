@@ -1,6 +1,6 @@
-"""SelfJudgeTrainer: TRL's DPOTrainer whose batches are the policy's own judged responses.
+"""SelfJudgeTrainer is TRL's DPOTrainer with batches of the policy's own judged responses.
 
-It replaces only the source of the batches; losses, metrics, PEFT, distributed preparation and
+It replaces only the source of the batches. Losses, metrics, PEFT, distributed preparation and
 checkpoints are inherited. Its forward passes share prefixes (`packing/fused_head.py`) and return
 the same numbers at the same indices. `rollouts.py` samples and judges the pairs.
 """
@@ -9,8 +9,8 @@ the same numbers at the same indices. `rollouts.py` samples and judges the pairs
 #
 #   get_batch_samples           prompts of micro-batches 0 and 1, numbered
 #   [training_step] 0
-#     _prepare_inputs           first of the step: samples and judges the prompts of both
-#       _rolled_out             micro-batches, then asks the reference for all their pairs
+#     _prepare_inputs           first of the step: samples and judges for both micro-batches,
+#       _rolled_out             then computes the reference's log-probabilities of all pairs
 #     [_compute_loss]           TRL's DPO loss on micro-batch 0
 #   [training_step] 1
 #     _prepare_inputs           the second batch, prepared above
@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,12 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOTrainer
 from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import use_adapter
 
-from self_judge.datatypes import Comparison
 from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.lockstep import LockstepPacking, check_processes, max_over_ranks
 from self_judge.inference.sampling import Sampler, TransformersSampler
 from self_judge.judging.judge import Judge
-from self_judge.models import load_tokenizer, reference_in_memory
+from self_judge.models import load_tokenizer
 from self_judge.packing.fused_head import BEFORE_FUSED_HEAD, pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.pass_size import pinned_tokens_per_pass
@@ -49,13 +48,20 @@ from self_judge.prompting.judge_json import (
     resolve_judge,
     save_judge_settings,
 )
-from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.training.callbacks import RunLog, StepClock
 from self_judge.training.fault_tolerance import FaultToleranceMixin
 from self_judge.training.lora_layers import lighten
 from self_judge.training.oom_retry import MICRO_BATCH, OOMRetryMixin
+from self_judge.training.reference import (
+    ReferenceCheck,
+    active_reference,
+    given_logits,
+    load_by_name,
+    reference_in_memory,
+    reference_logits,
+)
 from self_judge.training.self_training.config import (
     SelfJudgeConfig,
     as_self_judge_config,
@@ -77,7 +83,7 @@ from self_judge.training.self_training.rollouts import (
     evaluation_batch,
     preference_batch,
 )
-from self_judge.training.self_training.vllm_sync import VLLMSync
+from self_judge.training.self_training.vllm_sync import VLLMSync, probe_prompt
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -87,27 +93,27 @@ logger = logging.getLogger(__name__)
 
 
 class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
-    """On-policy self-training: sample, judge with the frozen initial model, update by DPO.
+    """Samples responses, judges them with the frozen initial model, and updates by DPO.
 
-    It takes the arguments of `DPOTrainer` and those of the method, which override `args`:
+    The arguments are those of `DPOTrainer` and those of the method, which override `args`.
 
     Args:
         model: a name or folder, a model, or a `PeftModel` whose adapter is trained further.
-        args: a `SelfJudgeConfig`, or a plain `TrainingArguments`.
+        args: a `SelfJudgeConfig` or a plain `TrainingArguments`.
         processing_class, tokenizer: the tokenizer, under either name.
         train_dataset: rows with `query` (the text that the model continues) and `context` (the
             judge's context; default: the query), or with a conversational `prompt`.
-        eval_dataset: the same with `chosen` and `rejected`: the response alone, or query +
-            response, or messages.
+        eval_dataset: the same rows with `chosen` and `rejected`, each as the response alone, as
+            query + response, or as messages.
         judge_templates: `{principle: {system, user, assistant}}`; default: the `judge.json` that
-            JSFT saved beside the model.
+            JSFT saved with the model.
         token_id_a, token_id_b: checked against the ids derived from the tokenizer, if given.
         ref_model: the judge and reference; default: a frozen copy of the given model, or the model
-            with its new adapter off.
+            with its new adapter disabled.
         encoder: a `ChatEncoder`, for a chat template other than the tokenizer's or the saved one.
 
     Raises:
-        ValueError: settings, templates or data cannot work; the message says which and why.
+        ValueError: settings, templates or data are invalid; the message says which and why.
     """
 
     args: SelfJudgeConfig
@@ -166,6 +172,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             average_log_prob=average_log_prob,
             ignore_index=ignore_index,
         )
+        if isinstance(model, str):
+            model = load_by_name(model, config, trainer_arguments, merge=peft_config is not None)
         config = for_model(config, model)
         processing_class = (
             processing_class
@@ -187,7 +195,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         letters = self.encoder.letter_ids(
             settings.templates, settings.token_id_a, settings.token_id_b
         )
-        if ref_model is None and peft_config is None and not isinstance(model, (str, PeftModel)):
+        given = given_logits(model, ref_model, config)
+        if ref_model is None and peft_config is None and not isinstance(model, PeftModel):
             ref_model = reference_in_memory(model, config)
         super().__init__(
             model=model,
@@ -200,16 +209,18 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             peft_config=peft_config,
             **trainer_arguments,
         )
+        if given is not None:
+            self.reference = ReferenceCheck(given, self.model, partial(reference_logits, self))
         self._set_up(config, letters)
 
     def _set_up(self, config: SelfJudgeConfig, letters: tuple[int, int]) -> None:
-        """Sets up the judge, packing and rollouts, once TRL has placed the models."""
+        """Sets up the judge, packing and rollouts after TRL has placed the models."""
         check_processes(self.accelerator)
         lighten(self.model)
         keep_freed_memory(self.accelerator.device)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
-                "no parameter of the model takes gradients (PEFT leaves a merged model frozen): "
+                "no parameter of the model requires gradients (PEFT leaves a merged model frozen): "
                 "call model.requires_grad_(True), or pass a peft_config"
             )
         if self.ref_model is not None:
@@ -223,7 +234,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         one_pass = needs_one_pass(self.accelerator.distributed_type)
         self.vllm = self._vllm_rollouts() if config.use_vllm else None
         # The judge is the frozen reference: a separate model, or the policy's own base. In the
-        # latter case `_reference` turns the adapter off while the judge runs.
+        # latter case, `_reference` disables the adapter while the judge runs.
         here = self.ref_model if self.ref_model is not None else self.model
         self.judge = Judge(
             self.vllm.scorer() if self.vllm is not None and self.vllm.judges else here,
@@ -236,8 +247,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             packing=config.packing,
             batch_tokens=tokens,
         )
-        # Both forwards are packed; the policy's packing, set last, tells whether a step can be
-        # computed at once.
+        # The forward passes of both models are packed. The policy's packing, which is set last,
+        # determines whether a step can be computed at once.
         self.packing: Packing | None = None
         for own in (self.ref_model, self.model):
             if own is not None:
@@ -245,7 +256,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
                     own, config.packing, one_pass=one_pass, batch_tokens=tokens
                 )
         self.max_over_ranks = max_over_ranks(self.accelerator)
-        # A sharded judge: all processes must make the same number of passes.
+        # If the judge is sharded, all processes must run the same number of passes.
         scorer, lockstep = self.judge.scorer, None
         if self.max_over_ranks is not None and isinstance(scorer, TransformersScorer):
             scorer.packing = lockstep = LockstepPacking(
@@ -288,7 +299,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Numbers all micro-batches of the next optimizer step.
 
-        `_prepare_inputs` rolls them all out at the first one. That does not happen here, because
+        `_prepare_inputs` rolls out all of them at the first one. This does not happen here, because
         resuming from a checkpoint restores the random state only after this prefetch.
         """
         # With rollouts ahead, the pipeline reads the next step's prompts as well, and servers
@@ -317,7 +328,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         return super()._prepare_inputs(dict(self._step_inputs[number]))
 
     def _rolled_out(self, batches: Sequence[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-        """TRL's batch for each micro-batch of the step, with the reference's log-probabilities."""
+        """Returns TRL's batch for each micro-batch, with the reference's log-probabilities."""
         with self.vllm.awake() if self.vllm is not None else nullcontext():
             rollouts = self._roll_out(batches)
         inputs = [self._preference_batch(own) for own in rollouts]
@@ -340,10 +351,10 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     ) -> None:
         """Adds the reference's log-probabilities to the batches, under the keys of TRL's loss.
 
-        Packing makes passes of its own size, so it gets the whole step at once. Without packing,
-        and for a model that processes share, each micro-batch is one pass.
+        Packing chooses its own pass size, so it gets the whole step at once. Without packing, and
+        for a model that several processes share, each micro-batch is one pass.
         """
-        # Chosen and rejected log-probabilities of all pairs of the step, then split by micro-batch.
+        # Compute the log-probabilities for all pairs in the step, and split them by micro-batch.
         together = self.packing is not None and not self.packing.shape.one_pass
         asked = [self._preference_batch([r for own in rollouts for r in own])]
         reference = self.ref_model if self.ref_model is not None else self.model
@@ -362,11 +373,11 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
 
     @contextmanager
     def _sampler(self) -> Iterator[Sampler]:
-        """A sampler from the current policy."""
+        """Provides a sampler for the current policy."""
         if self.vllm is not None:
             yield self.vllm.sampler(self._reference())
             return
-        # In training mode, generation with gradient checkpointing would silently drop the cache.
+        # In training mode with gradient checkpointing, generation would silently drop the cache.
         checkpointing: dict[str, Any] = {}
         if not BEFORE_FUSED_HEAD:  # earlier versions of TRL have no such argument
             checkpointing["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
@@ -383,28 +394,17 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             )
 
     def _vllm_rollouts(self) -> VLLMSync:
-        principle = self.judge_templates.principles[0]
-        asked = Comparison("Where does the otter live?", "In the river.", "In the sky.")
-        orders = encode_orders(self.encoder, self.judge_templates, principle, asked, None)
-        assert orders is not None  # without a limit every prompt fits
         return VLLMSync(
             self.model,
             self.args,
             self.accelerator,
             self.encoder,
-            probe=orders[0],
+            probe=probe_prompt(self.encoder, self.judge_templates),
             separate_judge=self.ref_model is not None,
         )
 
-    @contextmanager
-    def _reference(self) -> Iterator[None]:
-        """Activates the judge's weights, by TRL's own rule for the reference of a `PeftModel`."""
-        if self.ref_model is not None:
-            yield
-            return
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
-            yield
+    def _reference(self) -> AbstractContextManager[None]:
+        return active_reference(self)
 
     # -- logs ------------------------------------------------------------------------------------
 
@@ -424,7 +424,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             if self.accelerator.is_main_process:
                 Console().print(pairs_table(self._shown[:4], self.state.global_step))
             self._shown = []
-        # Averaged or reweighted log-probabilities are not those of a response.
+        # Averaged or reweighted log-probabilities do not give the KL divergence.
         if self.model.training and self.args.ld_alpha is None and not self._averages():
             add_kl_estimate(self._metrics["train"], self.beta)
         super().log(logs, start_time)
@@ -436,7 +436,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         save_judge_settings(folder, self.encoder, self.judge_templates, self.judge.letter_ids)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        # Training batches hold the reference's log-probabilities; evaluation computes them here.
+        # Training batches contain the reference's log-probabilities. Evaluation computes them here.
         self.precompute_ref_logps = "ref_chosen_logps" in inputs
         try:
             result = super()._compute_loss(model, inputs, return_outputs)

@@ -1,7 +1,7 @@
-"""The policy and judge in vLLM: the trainer sends its adapter or all its weights to an engine.
+"""Sends the trainer's adapter, or all its weights, to a vLLM engine that samples and judges.
 
-It knows the model in training and an engine. It does not know what is sampled or judged. Sharded
-parameters (DeepSpeed ZeRO-3, FSDP2) are gathered one at a time; every process takes part.
+This module does not depend on what is sampled or judged. Sharded parameters (DeepSpeed ZeRO-3,
+FSDP2) are gathered one at a time, which involves every process.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from self_judge.datatypes import Comparison
 from self_judge.errors import EngineError
 from self_judge.inference.letter_scoring import next_token_logits
 from self_judge.inference.vllm.client import VLLMServers
@@ -29,16 +30,18 @@ from self_judge.inference.vllm.colocated import VLLMEngine
 from self_judge.inference.vllm.protocol import Engine, VLLMSampler, VLLMScorer
 from self_judge.models import apply_umask
 from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_prompt import encode_orders
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import in_evaluation_mode
 from self_judge.training.self_training.config import SelfJudgeConfig
 
 
 class AdapterError(ValueError):
-    """An engine cannot load this adapter beside its base."""
+    """The engine cannot load this adapter on top of its base model."""
 
 
 def lora_config(model: PeftModel, adapter: str) -> LoraConfig:
-    """The configuration of an adapter, checked to be loadable at run time.
+    """Returns an adapter's configuration, after checking that vLLM can load it at run time.
 
     Raises:
         AdapterError: the adapter is not LoRA, or has parts that vLLM cannot load.
@@ -55,20 +58,20 @@ def lora_config(model: PeftModel, adapter: str) -> LoraConfig:
     wrong = [reason for reason, holds in reasons.items() if holds]
     if wrong:
         raise AdapterError(
-            f"use_vllm: vLLM cannot load this adapter beside its base ({', '.join(wrong)}); use "
-            "plain LoRA, or leave use_vllm unset"
+            f"use_vllm: vLLM cannot load this adapter on its base ({', '.join(wrong)}); use plain "
+            "LoRA, or leave use_vllm unset"
         )
     return config
 
 
 def lora_rank(model: PeftModel, adapter: str) -> int:
-    """The largest rank of an adapter."""
+    """Returns the largest rank in an adapter."""
     config = lora_config(model, adapter)
     return max([config.r, *(config.rank_pattern or {}).values()])
 
 
 def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """The full tensors of an adapter on the CPU, by their names in its file."""
+    """Returns an adapter's full tensors on the CPU, by their names in its file."""
     own = (
         name for name, _ in model.named_parameters() if _is_lora(name) and f".{adapter}." in name
     )
@@ -84,7 +87,7 @@ def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
 def save_adapter(
     model: PeftModel, adapter: str, tensors: dict[str, torch.Tensor], folder: Path
 ) -> None:
-    """Writes the two files of an adapter, like PEFT."""
+    """Writes the two files of an adapter, as PEFT does."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     model.peft_config[adapter].save_pretrained(str(folder))
@@ -92,12 +95,12 @@ def save_adapter(
 
 
 def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights, one at a time, by their names in a checkpoint; for a `PeftModel`, its base's."""
+    """Yields each weight of the model (or of a `PeftModel`'s base) with its checkpoint name."""
     own = {name for name, _ in model.named_parameters() if not _is_lora(name)}
     for name, tensor in _whole(model, own):
         if isinstance(model, PeftModel):
             name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        # Gradient checkpointing and FSDP insert components into names; checkpoint names lack them.
+        # Gradient checkpointing and FSDP add parts to names that checkpoint names do not have.
         name = name.replace("_checkpoint_wrapped_module.", "").replace("_fsdp_wrapped_module.", "")
         yield name, tensor
 
@@ -128,42 +131,50 @@ def _gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
 
 logger = logging.getLogger(__name__)
 
-# TRL's names of adapters: the trained one, and the frozen copy of a given one.
+# TRL's adapter names: the trained adapter, and the frozen copy of an adapter passed by the user.
 _POLICY, _REFERENCE = "default", "ref"
-_CHECKS = 2  # the first rollout, and the first after an update
+_CHECKS = 2  # the first rollout, and the first one after an update
+
+
+def probe_prompt(encoder: ChatEncoder, templates: JudgeTemplates) -> list[int]:
+    """A judge prompt whose logits show whether an engine has the training's weights."""
+    asked = Comparison("Where does the otter live?", "In the river.", "In the sky.")
+    orders = encode_orders(encoder, templates, templates.principles[0], asked, None)
+    assert orders is not None  # without a limit every prompt fits
+    return orders[0]
 
 
 class VLLMSync:
-    """Keeps the engine's policy equal to the model in training; with LoRA, its base also judges.
+    """Keeps the engine's policy equal to the training model. With LoRA, the engine also judges.
 
-    With LoRA the engine holds the frozen base once. The current adapter, reloaded after every
-    update, samples; the bare base (or the frozen "ref" adapter of a given `PeftModel`) judges. With
-    full fine-tuning the engine holds the policy, whose weights are replaced after every update, and
-    the judge stays in the training process.
+    With LoRA, the engine contains the frozen base once. Sampling uses the current adapter, which is
+    reloaded after every update. Judging uses the base alone (or the frozen "ref" adapter of a given
+    `PeftModel`). With full fine-tuning, the engine contains the policy, whose weights are replaced
+    after every update, and the judge stays in the training process.
 
-    `judges` says whether the engine has the frozen base for judging. The first rollouts are
-    checked: the engine must answer like the model in training.
+    `judges` is true if the engine has the frozen base for judging. In the first rollouts, the
+    engine's probabilities are compared with those of the training model.
 
     Args:
         model: the model in training, prepared or not.
         args: the settings, including `use_vllm` and the other vLLM settings.
-        accelerator: the training's; in `server` mode the first process sends the weights.
+        accelerator: the trainer's. In `server` mode, its main process sends the weights.
         encoder: the policy's encoder.
         probe: a prompt for checking the engine.
-        separate_judge: whether the judge is another model in the training process.
+        separate_judge: whether the judge is a separate model in the training process.
 
     Raises:
-        EngineError, AdapterError: there is no engine, or it cannot hold this model.
+        EngineError, AdapterError: there is no engine, or it cannot load this model.
     """
 
-    # What the engine holds in each step, and who uses it:
+    # The engine's contents in each step, and their use:
     #
     #                 LoRA                                  full fine-tuning
     #   weights       the frozen base, loaded once          the policy, replaced every step
     #   sample with   adapter self-judge-<run>-0, -1, ...   those weights
     #   judge with    the bare base, or adapter "ref"       (the judge is in the training process)
     #
-    # A new adapter is loaded under a new name before the last one is removed.
+    # A new adapter is loaded under a new name before the previous one is removed.
 
     def __init__(
         self,
@@ -199,16 +210,16 @@ class VLLMSync:
             self.model.config, "quantization_config", None
         ):
             raise EngineError(
-                "vllm_mode=colocate needs the full weights in memory, which a quantized model does "
-                "not have: use vllm_mode=server, or no quantization"
+                "vllm_mode=colocate needs the full weights in memory, but this model is quantized: "
+                "use vllm_mode=server, or no quantization"
             )
         limit = self.args.max_length
         loras = [a for a in (_POLICY, _REFERENCE) if self.adapted and a in self.model.peft_config]
         context = getattr(config, "max_position_embeddings", None)
-        # A judge prompt and one more token, the letter.
+        # The length of a judge prompt and its letter, which is one more token.
         wanted = self.args.vllm_max_model_length or (limit + 1 if limit else context)
         if wanted is None:
-            raise EngineError("set vllm_max_model_length: max_length and the model give no limit")
+            raise EngineError("set vllm_max_model_length: max_length and the model set no limit")
         return VLLMEngine(
             self.model.config,
             checkpoint_weights(self.model),
@@ -222,7 +233,7 @@ class VLLMSync:
         )
 
     def _sleep_level(self) -> Literal[0, 1, 2]:
-        """1 with an adapter, whose base never changes; 2 for full training, which replaces all."""
+        """Returns 1 if the base never changes (LoRA), and 2 if all weights are replaced."""
         if not self.args.vllm_enable_sleep_mode:
             return 0
         return 1 if self.adapted else 2
@@ -238,7 +249,7 @@ class VLLMSync:
         )
         if servers.max_model_length < (self.args.max_length or 0):
             raise EngineError(
-                f"the servers hold {servers.max_model_length} tokens, but max_length is "
+                f"the servers accept {servers.max_model_length} tokens, but max_length is "
                 f"{self.args.max_length}: start them with --max-model-len "
                 f"{(self.args.max_length or 0) + 1}, or lower max_length"
             )
@@ -253,12 +264,12 @@ class VLLMSync:
         return own
 
     def scorer(self) -> VLLMScorer:
-        """The judge's letter scorer."""
+        """Returns the judge's letter scorer."""
         return VLLMScorer(self.engine, self._reference)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Wakes the engine for the block; before and after it sleeps, if it can."""
+        """Wakes the engine for the block, and lets it sleep afterwards if it can."""
         self.engine.wake_up()
         try:
             yield
@@ -266,7 +277,7 @@ class VLLMSync:
             self.engine.sleep()
 
     def sampler(self, reference: AbstractContextManager[Any]) -> VLLMSampler:
-        """Updates the engine's policy and returns a sampler that draws from it.
+        """Updates the engine's policy and returns a sampler for it.
 
         Args:
             reference: activates the judge's weights in the model, for the first check.
@@ -280,7 +291,7 @@ class VLLMSync:
         return VLLMSampler(self.engine, self.encoder, self.args.sampling(), self._policy)
 
     def _refresh(self) -> None:
-        """Loads the current policy into the engine. Every process takes part."""
+        """Loads the current policy into the engine. Every process must call it."""
         if self.adapted:
             last = self._policy
             self._policy = self._load_adapter(_POLICY, str(self._refreshes))
@@ -291,12 +302,12 @@ class VLLMSync:
             weights = checkpoint_weights(self.model)
             if self.colocated or self.accelerator.is_main_process:
                 self.engine.load_weights(weights)
-            for _ in weights:  # gathering sharded weights needs every process
+            for _ in weights:  # every process must take part in gathering sharded weights
                 pass
             self.accelerator.wait_for_everyone()
 
     def _load_adapter(self, adapter: str, version: str) -> str:
-        # A server identifies the adapter by this name, so it is the same in every process.
+        # A server identifies the adapter by this name, so every process must use the same name.
         name = _from_main(f"self-judge-{self._run}-{version}", self.accelerator)
         tensors = adapter_tensors(self.model, adapter)
         folder = self._folder / name
@@ -309,21 +320,21 @@ class VLLMSync:
         return name
 
     def _hand_over(self, call: Any) -> None:
-        """Calls this process's own engine; for servers, only the first process calls."""
+        """Runs a call to the engine. If servers are used, only the main process runs it."""
         if self.colocated or self.accelerator.is_main_process:
             call()
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def _check(self, weights: AbstractContextManager[Any], adapter: str | None, role: str) -> None:
-        """Compares the engine with the model here on one prompt and its most likely tokens."""
+        """Compares the next-token probabilities of the engine and the model for one prompt."""
         with weights, in_evaluation_mode(self.model):
             logprobs_V = next_token_logits(self.model, self._probe)[0].float().log_softmax(-1)
         expected, tokens = (t.tolist() for t in logprobs_V.topk(4))
         (got,) = self.engine.next_token_logprobs(self._probe, tokens, adapter, lambda n: None)
         here, there = torch.tensor(expected).exp(), torch.tensor(got).exp()
         distance = (here - there).abs().max().item()
-        # Rounding in half precision moves a probability by a few hundredths.
+        # Rounding in half precision changes a probability by a few hundredths.
         if not distance <= (0.01 if self._dtype() == torch.float32 else 0.1):
             where, served = "in the engine", ""
             if not self.colocated:
@@ -337,7 +348,7 @@ class VLLMSync:
 
 
 def _handover_folder(wanted: str | None) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder of this run, in memory if the machine has a memory file system."""
+    """Creates a temporary folder for this run, in memory if there is a memory file system."""
     shared = Path("/dev/shm")
     parent = wanted or (str(shared) if shared.is_dir() else None)
     if wanted is not None:

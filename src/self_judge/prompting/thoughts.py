@@ -1,0 +1,151 @@
+"""Thoughts: a response that opens with a thought is split into the thought and the answer.
+
+It knows how thinking models mark thoughts. It does not know who asks, judges or trains.
+
+Judges, lengths and tournaments see the answer; the loss sees every sampled id. A thought that never
+ends leaves no answer:
+
+    text                               thought    answer
+    "Paris."                           None       "Paris."
+    "<think>\\nHm.\\n</think>\\n\\nParis."  "Hm."      "Paris."
+    "Hm.\\n</think>\\n\\nParis."          "Hm."      "Paris."     opened by the prompt (DeepSeek-R1)
+    "<think>\\nHm. Wait"                "Hm. Wait" None
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from self_judge.datatypes import Comparison, Response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_ANSWER = "a thought never ends"  # why a pair is undecidable or skipped
+
+# How thinking models open and close a thought, with the first that use it.
+_MARKERS = (
+    ("<think>", "</think>"),  # DeepSeek-R1, Qwen 3
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<thought>", "</thought>"),  # EXAONE Deep
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+)
+# A marker that the prompt ends with is at most this many tokens from its end.
+_LONGEST_OPENING = 32
+
+
+class Parts(NamedTuple):
+    """The parts of a response: `thought` is `None` without one, `answer` if the thought is open."""
+
+    thought: str | None
+    answer: str | None
+
+
+def split_thought(text: str, close: str | None = None) -> Parts:
+    """Splits a response into its thought and its answer.
+
+    A response opens with a thought if it begins with an opening marker, or if a closing marker
+    without an opening one stands on a line of its own (the prompt had opened the thought).
+
+    Args:
+        text: the response, without its prompt.
+        close: the closing marker of a thought that the prompt has opened; see `opened_by`.
+
+    Returns:
+        The parts; a response without a thought is its answer, unchanged.
+    """
+    thoughts: list[str] = []
+    answer: str | None = text
+    while answer is not None:
+        found = _first_thought(answer, close)
+        if found is None:
+            break
+        thoughts.append(found.thought or "")
+        answer, close = found.answer, None
+    return Parts("\n\n".join(filter(None, thoughts)) if thoughts else None, answer)
+
+
+def _first_thought(text: str, close: str | None) -> Parts | None:
+    head = text.lstrip()
+    for opening, closing in _MARKERS:
+        if closing == close or (close is None and head.startswith((opening, closing))):
+            thought, found, answer = head.removeprefix(opening).partition(closing)
+            return Parts(thought.strip(), answer.lstrip() if found else None)
+    if close is None:
+        for opening, closing in _MARKERS:
+            alone = closing in text and re.search(rf"(?m)^[ \t]*{re.escape(closing)}[ \t]*$", text)
+            if alone and opening not in text[: alone.start()]:
+                return Parts(text[: alone.start()].strip(), text[alone.end() :].lstrip())
+    return None
+
+
+def answer_of(text: str) -> str | None:
+    """The answer in a response; `None` if its thought never ends."""
+    return split_thought(text).answer
+
+
+def answers_of(comparison: Comparison) -> Comparison | None:
+    """The comparison as the judge sees it, without thoughts; `None` if an answer is missing."""
+    a, b = answer_of(comparison.response_a), answer_of(comparison.response_b)
+    return None if a is None or b is None else Comparison(comparison.context, a, b)
+
+
+def with_answers(responses: Sequence[str]) -> list[int]:
+    """The indices of the responses that have an answer."""
+    return [k for k, text in enumerate(responses) if answer_of(text) is not None]
+
+
+def opened_by(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str | None:
+    """The closing marker of a thought that the end of a prompt opens; `None` if it opens none."""
+    end = _decoded(tokenizer, prompt[-_LONGEST_OPENING:]).rstrip()
+    return next((closing for opening, closing in _MARKERS if end.endswith(opening)), None)
+
+
+def sampled(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int], ended: bool
+) -> Response:
+    """The response of given sampled ids.
+
+    Args:
+        tokenizer: decodes; its markers may be special tokens, added tokens or ordinary text.
+        prompt: the ids before the response.
+        ids: the sampled ids.
+        ended: whether the last id ends the response.
+    """
+    close = opened_by(tokenizer, prompt)
+    whole = split_thought(_decoded(tokenizer, ids[: len(ids) - ended]), close)
+    if whole.thought is None:
+        return Response(tuple(ids), _text(tokenizer, ids).strip(), ended)
+    if whole.answer is None:
+        return Response(tuple(ids), "", False, whole.thought, len(ids), answered=False)
+
+    # The thought is the shortest run of ids that holds all of it with its closing marker:
+    #
+    #   ids   <think> ↵ Hm . ↵ </think> | ↵↵ Paris . <end>
+    def holds(length: int) -> bool:
+        part = split_thought(_decoded(tokenizer, ids[:length]), close)
+        return part.thought == whole.thought and part.answer is not None
+
+    length = bisect_left(range(len(ids)), True, key=holds)
+    # If the marker is ordinary text, its last token may also hold the start of the answer: ">P".
+    last, begun = ids[max(0, length - 1) : length], _decoded(tokenizer, ids[:length])
+    start = len(split_thought(begun, close).answer or "")
+    answer = _text(tokenizer, ids[length - len(last) :])[len(_text(tokenizer, last)) - start :]
+    return Response(tuple(ids), answer.strip(), ended, whole.thought, length)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text with special tokens, among which markers may be."""
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )

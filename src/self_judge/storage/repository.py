@@ -1,0 +1,57 @@
+"""The files of a model, in a folder or in a repository on the Hub, and which are not to be written.
+
+It does not depend on the contents of the files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from self_judge.errors import is_missing
+
+
+def same_path(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file or folder, by whatever links."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one does not exist yet
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def refuse_overwriting(
+    outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str | os.PathLike[str]]
+) -> None:
+    """Raises `ValueError` if an output is an input, by whatever path or link."""
+    inputs = list(inputs)
+    for output in outputs:
+        for given in inputs:
+            if same_path(output, given):
+                raise ValueError(f"{output}: the output would overwrite the input {given}")
+
+
+def repository_file(
+    name_or_path: str | os.PathLike[str], file: str, revision: str | None = None
+) -> Path | None:
+    """Finds a file of a model; downloads it if the model is on the Hub.
+
+    Args:
+        name_or_path: a folder or a Hub name.
+        file: its name in the folder or repository.
+        revision: a branch, tag or commit on the Hub.
+
+    Returns:
+        Its path, or `None` if there is no such file or it cannot be reached. Loading the model
+        itself then reports why.
+    """
+    folder = Path(name_or_path)
+    if folder.exists() or is_missing(name_or_path):
+        return folder / file if (folder / file).is_file() else None
+    try:
+        return Path(hf_hub_download(str(name_or_path), file, revision=revision))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
+        return None

@@ -1,0 +1,269 @@
+"""The frozen reference, which is also the judge, and checks that training does not move it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.trainer.utils import use_adapter
+
+from self_judge.errors import CheckpointError, ModelError
+from self_judge.models import load_model
+from self_judge.packing.exactness import as_called, trial_tokens
+from self_judge.runtime import device_of, in_evaluation_mode, unwrapped
+from self_judge.storage.atomic import write_json
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound=torch.nn.Module)
+
+FILE = "reference.json"
+_TOKENS = 24
+# A reference that follows the trained weights moves by more; another device or another order of
+# the same sums moves it by less (see `exactness`).
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_TOLERANCE_IN_LESS = 6e-2
+
+
+def frozen_reference(model: ModelT) -> ModelT:
+    """A copy of the current model, in evaluation mode and without gradients.
+
+    It copies the weights in memory, not those on disk, so that it includes merged adapters and
+    edited weights.
+    """
+    reference = copy.deepcopy(model)
+    # An earlier trainer may have replaced the forward by a closure that calls the original model,
+    # as TRL's fused head does. A copy of it would compute with the weights that are trained.
+    inner: Any = unwrapped(reference)
+    if "_hf_hook" not in inner.__dict__:  # Accelerate replaces it for several devices
+        for name in ("forward", "_original_forward"):
+            inner.__dict__.pop(name, None)
+    reference.requires_grad_(False)
+    return reference.eval()
+
+
+def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
+    """A frozen copy as judge and reference; `None` under ZeRO-3, where TRL loads it from disk.
+
+    Raises:
+        ValueError: under ZeRO-3, the model has no name to load it by.
+    """
+    if is_deepspeed_zero3_enabled():  # sharded parameters cannot be copied
+        name = model.config.name_or_path
+        if not name:
+            raise ValueError(
+                "ZeRO-3 loads the judge by the model's name, and this model has none: pass a "
+                "ref_model, or the folder of the model"
+            )
+        logger.warning("ZeRO-3: loading the judge from %s instead of copying the model", name)
+        return None
+    return frozen_reference(model)
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed shards the model over processes."""
+    launched = (os.environ.get(f"ACCELERATE_USE_{kind}", "") for kind in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed or any(a.lower() in ("1", "true") for a in launched))
+
+
+def place(model: Any, args: TrainingArguments) -> None:
+    """Moves a model to its training device, so that its copy is made there, not in host memory.
+
+    FSDP and DeepSpeed place sharded models; models with a device map or in 4 bits are already
+    placed.
+    """
+    placed = any(getattr(model, name, None) for name in ("hf_device_map", "quantization_method"))
+    if args.place_model_on_device is not False and not placed and not is_sharded(args):
+        model.to(args.device)
+
+
+def load_by_name(
+    name: str, config: Any, trainer_arguments: dict[str, Any], *, merge: bool
+) -> PreTrainedModel | PeftModel:
+    """Loads a model as TRL's trainer does: with `model_init_kwargs`, in float32 by default."""
+    options = {"dtype": "float32", **(config.model_init_kwargs or {})}
+    if trainer_arguments.get("quantization_config") is not None:
+        options["quantization_config"] = trainer_arguments.pop("quantization_config")
+    config.model_init_kwargs = None  # TRL would warn that it does not use them
+    return load_model(name, merge=merge, **options)
+
+
+@contextmanager
+def active_reference(trainer: Any) -> Iterator[None]:
+    """Activates the judge's weights, by TRL's own rule for the reference of a `PeftModel`."""
+    if trainer.ref_model is not None:
+        yield
+        return
+    inner = trainer.accelerator.unwrap_model(trainer.model)
+    with use_adapter(inner, "ref" if "ref" in inner.peft_config else None):
+        yield
+
+
+# -- does it stand still? --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def probe_logits(model: Any) -> torch.Tensor:
+    """The logits `(T, V)` of a fixed sequence, in float32 on the CPU, without autocast."""
+    device = device_of(unwrapped(model))
+    ids = torch.tensor([trial_tokens(model, _TOKENS)], device=device)
+    # Accelerate puts autocast into the forward of a model that it prepares.
+    forward = getattr(as_called(model), "_original_forward", None) or model
+    with in_evaluation_mode(model), torch.autocast(device.type, enabled=False):
+        return forward(input_ids=ids, use_cache=False).logits[0].float().cpu()
+
+
+def given_logits(model: Any, ref_model: Any, args: TrainingArguments) -> torch.Tensor | None:
+    """The logits that the reference must keep, on the training device; `None` for a sharded model.
+
+    Args:
+        model: the model that the trainer was given.
+        ref_model: a reference of the caller's own, if any.
+    """
+    if is_sharded(args):
+        return None
+    place(model, args)
+    if ref_model is not None:
+        place(ref_model, args)
+    return probe_logits(model if ref_model is None else ref_model)
+
+
+def reference_logits(trainer: Any) -> torch.Tensor:
+    with active_reference(trainer):
+        return probe_logits(trainer.model if trainer.ref_model is None else trainer.ref_model)
+
+
+class ReferenceCheck:
+    """Compares the reference's logits on a fixed sequence with those of the given model.
+
+    Args:
+        given: the logits of the model that the trainer was given, see `given_logits`.
+        model: the model that is trained.
+        logits: computes the reference's logits now; `None` if training may change them.
+    """
+
+    def __init__(
+        self,
+        given: torch.Tensor,
+        model: torch.nn.Module,
+        logits: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
+        self.expected = given
+        self.model = model
+        self.logits = logits
+        inner: Any = unwrapped(model)
+        self.tolerance = _TOLERANCE.get(inner.dtype, _TOLERANCE_IN_LESS)
+
+    def moved(self, logits: torch.Tensor) -> float | None:
+        """By how much the logits differ, as a fraction of the largest one; `None` if they agree."""
+        off = (logits - self.expected).abs().max() / self.expected.abs().max().clamp(min=1e-6)
+        return None if float(off) <= self.tolerance else float(off)
+
+    def before_training(self) -> None:
+        """Checks that the reference is the given model and does not follow the trained weights.
+
+        Raises:
+            ModelError: it differs, or it moves with trained weights; the message names one.
+        """
+        logits = self.logits
+        if logits is None:
+            return
+        start = logits()
+        off = self.moved(start)
+        if off is not None:
+            raise ModelError(
+                f"the reference is not the model that training starts from: its logits differ by "
+                f"{off:.1e} of the largest one. Pass that model as ref_model, or a peft_config "
+                "whose adapter can be turned off"
+            )
+        self.expected = start
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        with _changed([p for _, p in trained]):
+            off = self.moved(logits())
+        if off is None:
+            return
+        names = next(
+            (own for own in _by_kind(trained) if self._follows(own, logits)), [trained[0][0]]
+        )
+        raise ModelError(
+            f"the judge would change during training: it computes with {names[0][0]}, which is "
+            "trained. Set peft_config.bias: none, choose an adapter that can be turned off, or "
+            "train without peft_config"
+        )
+
+    def _follows(
+        self, named: Sequence[tuple[str, torch.nn.Parameter]], logits: Callable[[], torch.Tensor]
+    ) -> bool:
+        with _changed([p for _, p in named]):
+            return self.moved(logits()) is not None
+
+    def check(self, step: int) -> None:
+        """Raises `ModelError` if the reference has moved since the training began."""
+        off = None if self.logits is None else self.moved(self.logits())
+        if off is not None:
+            raise ModelError(
+                f"step {step}: the judge has changed during training: its logits differ by "
+                f"{off:.1e} of the largest one; nothing is saved"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Writes a sample of the logits, to be compared when the run resumes."""
+        write_json(folder / FILE, {"logits": self._sample()})
+
+    def check_saved(self, checkpoint: Path) -> None:
+        """Raises `CheckpointError` if a checkpoint was written with another initial model."""
+        path = checkpoint / FILE
+        if not path.is_file():
+            return
+        saved = torch.tensor(json.loads(path.read_text(encoding="utf-8"))["logits"])
+        off = (saved - torch.tensor(self._sample())).abs().max() / saved.abs().max().clamp(min=1e-6)
+        if not float(off) <= self.tolerance:
+            raise CheckpointError(
+                f"{checkpoint} cannot be resumed from: the weights of the initial model have "
+                "changed since. Restore them, or use another output_dir"
+            )
+
+    def _sample(self) -> list[float]:
+        return [float(x) for x in self.expected[-1][:: max(1, self.expected.shape[1] // 64)]]
+
+
+def _by_kind(
+    named: Sequence[tuple[str, torch.nn.Parameter]],
+) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+    """Parameters grouped by the ends of their names, without layer numbers."""
+    groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, parameter in named:
+        groups.setdefault(".".join(name.split(".")[-3:]), []).append((name, parameter))
+    yield from groups.values()
+
+
+@contextmanager
+def _changed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside the block, every value is another one. Afterwards all are as before, to the bit."""
+    # Flipping bits twice restores them, so no copy of the weights is needed. In float32:
+    #   0.0 -> 0.0625       -0.03 -> 3.5e-39       5.0 -> 3.7e+37
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flips = []
+    for parameter in parameters:
+        if parameter.is_floating_point() and parameter.element_size() in bits:
+            values = parameter.detach()
+            pattern = torch.tensor(0.0625, dtype=values.dtype, device=values.device)
+            kind = bits[values.element_size()]
+            flips.append((values.view(kind), pattern.view(kind)))
+    try:
+        for values, pattern in flips:
+            values.bitwise_xor_(pattern)
+        yield
+    finally:
+        for values, pattern in flips:
+            values.bitwise_xor_(pattern)

@@ -1,0 +1,194 @@
+"""Messages with more than a role and a text, and turns with more than one header."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from self_judge import ChatEncoder
+from self_judge.cli import main
+from self_judge.data.benchmarks import BenchmarkSource, read_comparisons
+from self_judge.data.dialogues import parse_dialogue
+from self_judge.data.sources import read_prompts, select_records
+from self_judge.errors import DataError, EncodingError
+
+CALL = {"type": "function", "function": {"name": "search", "arguments": "{}"}}
+
+
+def text(*parts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": part} for part in parts]
+
+
+def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def row(answer: dict[str, Any], asked: Any = "Why?", *before: dict[str, Any]) -> dict[str, Any]:
+    """A preference record with a given chosen message."""
+    return {
+        "prompt": [*before, message("user", asked)],
+        "chosen": [answer],
+        "rejected": [message("assistant", "No.")],
+    }
+
+
+GOOD = row(message("assistant", "Because."))
+BAD = {
+    "tool_calls": row(message("assistant", "Because.", tool_calls=[CALL])),
+    "tool_calls (no content)": row(message("assistant", None, tool_calls=[CALL])),
+    "function_call": row(message("assistant", "", function_call=CALL["function"])),
+    "tool_call_id": row(
+        message("assistant", "Because."), "Why?", message("tool", "3", tool_call_id="x")
+    ),
+    "name": row(message("assistant", "Because."), "Why?", message("tool", "3", name="search")),
+    "content of type 'image_url'": row(
+        message("assistant", "Because."), [*text("Why?"), {"type": "image_url", "image_url": "x"}]
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_message_that_is_more_than_text_is_skipped_and_counted(reason: str) -> None:
+    why = f"a message with {reason.partition(' (')[0]}"
+    data = select_records([GOOD, BAD[reason], GOOD], label="x")
+    assert [record.index for record in data.records] == [0, 2]
+    assert data.counts[f"skipped record: {why}"] == 1
+    assert f"1  skipped record: {why}" in data.describe()
+    with pytest.raises(DataError, match=f"skipped record: {why}: 1"):
+        select_records([BAD[reason]], label="x")
+
+
+def test_two_answers_that_differ_in_their_calls_are_not_identical() -> None:
+    same = {**GOOD, "chosen": [message("assistant", "No.", tool_calls=[CALL])]}
+    data = select_records([GOOD, same], label="x")
+    assert "skipped pair: identical responses" not in data.counts
+
+
+def test_empty_keys_as_arrow_writes_them_are_no_keys() -> None:
+    rows = [GOOD, row(message("assistant", "Because.", tool_calls=None, name=None))]
+    rows += [row(message("assistant", text("Be", "cause."), tool_calls=[], images=[]))]
+    rows += [Dataset.from_list([row(message("assistant", "Because.", name=None))])[0]]
+    first, *others = select_records(rows, label="x").records
+    assert all((r.prompt, r.pairs) == (first.prompt, first.pairs) for r in others)
+
+
+def test_text_in_parts_is_the_text_as_templates_write_it() -> None:
+    parts = row(message("assistant", text("Be", "cause.")), text("Wh", "y?"))
+    (whole,), (joined,) = (select_records([r], label="x").records for r in (GOOD, parts))
+    assert (joined.prompt, joined.demonstration) == (whole.prompt, whole.demonstration)
+
+
+def test_a_thought_beside_an_answer_is_left_out_and_counted(tmp_path: Path) -> None:
+    answer = message("assistant", "Because.", reasoning_content="secret")
+    earlier = [message("user", "Hi"), message("assistant", "Yes?", reasoning_content="old")]
+    data = select_records([row(answer, "Why?", *earlier), GOOD], label="x")
+    assert "secret" not in str(data.records)
+    assert data.counts["removed reasoning_content"] == 1
+    assert data.counts["pairs"] == 2
+
+
+def test_an_evaluation_skips_and_counts_them_as_well(tmp_path: Path) -> None:
+    from collections import Counter
+
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, [GOOD, *BAD.values()])))
+    skipped: Counter[str] = Counter()
+    assert len(list(read_comparisons(BenchmarkSource(str(path)), skipped))) == 1
+    assert skipped["record: a message with tool_calls"] == 2
+    assert skipped.total() == len(BAD)
+
+
+@pytest.mark.parametrize("command", ["judge", "tournament"])
+def test_a_command_that_answers_every_line_names_the_one_it_cannot(
+    command: str, saved_judge: Path, tmp_path: Path, capsys: Any
+) -> None:
+    source = tmp_path / "in.jsonl"
+    rest = {"responses": ["yes", "no"]}
+    source.write_text(json.dumps({"prompt": [*BAD["name"]["prompt"]], **rest}))
+    target = tmp_path / "out.jsonl"
+    assert main([command, str(source), str(target), "--model", str(saved_judge)]) == 2
+    error = capsys.readouterr().err
+    assert "has name" in error
+    assert "in.jsonl" in error
+    source.write_text(json.dumps({"prompt": [message("user", text("Wh", "y?"))], **rest}))
+    assert main([command, str(source), str(target), "--model", str(saved_judge)]) == 0
+
+
+def test_prompts_of_a_comparison_are_read_from_parts_and_refused_with_images(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": [message("user", text("Wh", "y?"))]}))
+    assert read_prompts(str(path)) == [[message("user", "Why?")]]
+    path.write_text(json.dumps({"prompt": BAD["content of type 'image_url'"]["prompt"]}))
+    with pytest.raises(DataError, match=r"record 0, field 'prompt\[0\]': has content of type"):
+        read_prompts(str(path))
+
+
+# -- in Python -------------------------------------------------------------------------------------
+
+
+def test_the_encoder_joins_parts_and_refuses_what_it_would_lose(encoder: ChatEncoder) -> None:
+    parts: Any = [message("user", text("Wh", "y?"))]
+    plain: Any = [message("user", "Why?")]
+    assert encoder.encode_prompt(parts) == encoder.encode_prompt(plain)
+    for reason, bad in BAD.items():
+        dialogue: Any = [*bad["prompt"], *bad["chosen"]]
+        with pytest.raises(EncodingError) as error:
+            encoder.encode_dialogue(dialogue)
+        assert f"has {reason.partition(' (')[0]}: only text" in str(error.value)
+    thinking: Any = [*plain, message("assistant", "Because.", reasoning_content="Hm.")]
+    with pytest.raises(EncodingError, match="reasoning_content"):
+        encoder.encode_dialogue(thinking)
+    # Templates leave out the thoughts of earlier turns.
+    without: Any = [*plain, message("assistant", "Because.")]
+    assert encoder.encode_prompt([*thinking, *plain]) == encoder.encode_prompt([*without, *plain])
+
+
+def test_rows_for_self_training_likewise(make: Any, queries: list[dict[str, Any]]) -> None:
+    parts = [message("user", text("what is ", "it?"))]
+    ids, plain = (
+        make(train_dataset=Dataset.from_list([{"prompt": prompt}])).train_dataset[0]["prompt_ids"]
+        for prompt in (parts, [message("user", "what is it?")])
+    )
+    assert ids == plain
+    with pytest.raises(ValueError, match="record 0 of the train dataset: 'prompt' has a message "
+                                         "with tool_call_id"):  # fmt: skip
+        make(train_dataset=Dataset.from_list([{"prompt": BAD["tool_call_id"]["prompt"]}]))
+
+
+# -- HH --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("turn", "kept"),
+    [
+        ("Human: Hello.", "Hello."),
+        ("Assistant: Hello.", "Hello."),
+        ("  Human:  Assistant: Hello.", "Hello."),
+        ("Human:", ""),
+        ("A Human: Hello.", "A Human: Hello."),
+        ("Humans: Hello.", "Humans: Hello."),
+        ("Hello.\nHuman: you?", "Hello.\nHuman: you?"),
+    ],
+)
+def test_a_second_header_of_a_turn_is_removed(turn: str, kept: str) -> None:
+    dialogue = f"\n\nHuman: Hi?\n\nAssistant: {turn}\n\nHuman: {turn}\n\nAssistant: x"
+    assert [m["content"] for m in parse_dialogue(dialogue)] == ["Hi?", kept, kept, "x"]
+
+
+def test_removed_headers_are_counted_the_prompts_once() -> None:
+    prompt = "\n\nHuman: Hi?\n\nAssistant: Human: Hello.\n\nHuman: Why?\n\nAssistant: "
+    rows = [
+        {"chosen": prompt + "Human: Because.", "rejected": prompt + "Assistant: No."},
+        {"chosen": prompt + "Human: Same.", "rejected": prompt + "Same."},
+    ]
+    data = select_records(rows, label="x")
+    assert data.counts["removed redundant header of a turn"] == 3 + 2
+    assert data.counts["skipped pair: identical responses"] == 1
+    assert data.records[0].pairs[0].chosen == "Because."
+    assert data.records[0].pairs[0].rejected == "No."

@@ -1,0 +1,481 @@
+"""The model that is loaded, judged by, and saved is the one that was named and trained."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants as hub
+import pytest
+import torch
+from datasets import Dataset
+from peft import BOFTConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from conftest import SMALL, TEMPLATES, Make, tiny_llama, weights
+from self_judge import Judge, SelfJudgeConfig, SelfJudgeTrainer
+from self_judge.cli import main
+from self_judge.commands.judge_choice import fingerprint
+from self_judge.errors import CheckpointError, ModelError
+from self_judge.models import load_model, load_tokenizer, merged
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.judge_json import load_judge_settings, save_judge_settings
+from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.training.fault_tolerance import NotFiniteError
+
+IDS = torch.tensor([[5, 60, 70, 80, 90]])
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS.to(model.device)).logits.float().cpu()
+
+
+def randomized(model: Any, scale: float = 0.1) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(scale * noise.to(parameter.device))
+    return model
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer: Any) -> Path:
+    """A saved model with its tokenizer."""
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edited(folder: Path, edit: Any) -> None:
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    edit(state)
+    save_file(state, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_weight_that_is_missing_is_named(folder: Path, seed: int) -> None:
+    names = sorted(load_file(folder / "model.safetensors"))
+    lost = random.Random(seed).choice(names)
+    edited(folder, lambda state: state.pop(lost))
+    with pytest.raises(ModelError, match=f"lacks weights: {lost}"):
+        load_model(folder)
+
+
+def test_weights_without_a_place_are_named(folder: Path) -> None:
+    edited(folder, lambda state: state.update({"score.weight": torch.zeros(2, 2)}))
+    with pytest.raises(ModelError, match=r"has surplus weights: score\.weight"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 3}, {"num_hidden_layers": 1}])
+def test_a_configuration_of_another_depth_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ModelError, match=r"weights: model\.layers\.\d"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("changes", [{"intermediate_size": 40}, {"vocab_size": 99}])
+def test_a_configuration_of_another_width_is_one_line(
+    folder: Path, changes: dict[str, Any]
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ModelError, match="cannot load a model from") as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_commands_name_missing_weights_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edited(folder, lambda state: state.pop("model.layers.1.mlp.up_proj.weight"))
+    encoder = ChatEncoder(load_tokenizer(folder))
+    templates = JudgeTemplates(TEMPLATES)
+    save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "Hi", "response_a": "a", "response_b": "b"}\n')
+    assert main(["judge", str(pairs), str(tmp_path / "out.jsonl"), "--model", str(folder)]) != 0
+    assert "lacks weights: model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path, tokenizer: Any) -> None:
+    model = tiny_llama(len(tokenizer), tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert torch.equal(logits(load_model(tmp_path)), logits(model))
+
+
+# -- the Hub, as its cache on this machine ---------------------------------------------------------
+
+
+@pytest.fixture
+def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts folders into a cache of the Hub, one commit per call."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
+
+    def put(folder: Path, name: str, revision: str = "main") -> None:
+        repository = cache / f"models--{name.replace('/', '--')}"
+        commits = repository / "snapshots"
+        commit = f"{len(list(commits.glob('*'))) + 1:040x}"
+        shutil.copytree(folder, commits / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+
+    return put
+
+
+def test_a_judge_and_its_adapter_are_loaded_by_their_names_on_the_hub(
+    folder: Path, tmp_path: Path, publish: Any
+) -> None:
+    publish(folder, "org/base")
+    base = load_model("org/base")
+    adapter = randomized(get_peft_model(copy.deepcopy(base), LoraConfig(**LORA)))
+    expected = logits(adapter.eval())
+    adapter.peft_config["default"].base_model_name_or_path = "org/base"
+    adapter.save_pretrained(str(tmp_path / "adapter"))
+    encoder = ChatEncoder(load_tokenizer("org/base"))
+    templates = JudgeTemplates(TEMPLATES)
+    letters = encoder.letter_ids(templates)
+    save_judge_settings(tmp_path / "adapter", encoder, templates, letters)
+    publish(tmp_path / "adapter", "org/judge")
+    assert load_judge_settings("org/judge") is not None
+    assert load_judge_settings("org/base") is None
+    judge = Judge.from_pretrained("org/judge", device="cpu")
+    torch.testing.assert_close(logits(judge.model), expected, rtol=1e-4, atol=1e-5)
+    trainable = load_model("org/judge", merge=False)
+    assert isinstance(trainable, PeftModel)
+    assert any(p.requires_grad for p in trainable.parameters())
+    # Other weights under the same name are another model.
+    before = fingerprint("org/judge")
+    publish(tmp_path / "adapter", "org/judge")
+    assert before is not None
+    assert fingerprint("org/judge") != before
+
+
+def test_an_adapter_gets_the_revision_of_its_base(
+    folder: Path, tmp_path: Path, tokenizer: Any, publish: Any
+) -> None:
+    publish(folder, "org/base", "v1")
+    tiny_llama(len(tokenizer), seed=9).save_pretrained(folder)
+    publish(folder, "org/base", "main")
+    old = load_model("org/base", revision="v1")
+    assert not torch.equal(logits(old), logits(load_model("org/base")))
+    adapter = randomized(get_peft_model(old, LoraConfig(**LORA, revision="v1")))
+    expected = logits(adapter.eval())
+    adapter.save_pretrained(str(tmp_path / "adapter"))
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["revision"] == "v1"
+    torch.testing.assert_close(
+        logits(load_model(tmp_path / "adapter")), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}])
+def test_an_adapter_with_added_tokens_brings_them_along(
+    folder: Path, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    base = load_model(folder)
+    base.resize_token_embeddings(len(load_tokenizer(folder)) + 3, mean_resizing=False)
+    adapter = randomized(get_peft_model(base, LoraConfig(**LORA, **how)))
+    expected = logits(adapter.eval())
+    adapter.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
+    found = logits(load_model(tmp_path / "adapter"))
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_is_its_own_base_is_refused(folder: Path, tmp_path: Path) -> None:
+    adapter = get_peft_model(load_model(folder), LoraConfig(**LORA))
+    adapter.save_pretrained(str(tmp_path / "adapter"))
+    file = tmp_path / "adapter/adapter_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "base_model_name_or_path": str(tmp_path / "adapter")}))
+    with pytest.raises(ModelError, match="an adapter on itself"):
+        load_model(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("merge_on_loading", [False, True])
+def test_merging_into_tied_weights_leaves_the_others_as_they_are(
+    how: dict[str, Any], merge_on_loading: bool, tmp_path: Path, tokenizer: Any
+) -> None:
+    tiny_llama(len(tokenizer), tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    adapter = get_peft_model(
+        load_model(tmp_path / "base"), LoraConfig(task_type="CAUSAL_LM", r=4, **how)
+    )
+    expected = logits(randomized(adapter).eval())
+    if merge_on_loading:
+        adapter.save_pretrained(str(tmp_path / "adapter"))
+        plain = load_model(tmp_path / "adapter")
+    else:
+        plain = merged(adapter)
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-3, atol=1e-4)
+    plain.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(
+        logits(load_model(tmp_path / "merged")), expected, rtol=1e-3, atol=1e-4
+    )
+
+
+# -- the frozen judge ------------------------------------------------------------------------------
+
+SETTLED = [
+    LoraConfig(**LORA),
+    LoraConfig(**LORA, use_dora=True),
+    LoraConfig(**LORA, modules_to_save=["lm_head"]),
+    IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"],
+              feedforward_modules=["down_proj"]),
+    LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]),
+    BOFTConfig(task_type="CAUSAL_LM", boft_block_size=4, target_modules=["q_proj"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", SETTLED, ids=lambda c: f"{c.peft_type} {c.task_type}")
+def test_an_adapter_that_can_be_turned_off_leaves_the_judge_as_it_was(
+    config: Any, make: Make, model: Any
+) -> None:
+    before = logits(model)
+    trainer = make(peft_config=config, save_strategy="steps", save_steps=1)
+    trainer.train()
+    with trainer._reference():
+        assert torch.equal(logits(trainer.model), before)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_whose_biases_stay_when_it_is_off_is_refused_by_name(
+    bias: str, make: Make, tokenizer: Any
+) -> None:
+    model = tiny_llama(len(tokenizer), attention_bias=True)
+    before = weights(model)
+    trainer = make(model=model, peft_config=LoraConfig(**LORA, bias=bias))
+    with pytest.raises(ModelError, match=r"the judge would change .*_proj.*bias"):
+        trainer.train()
+    after = {k.replace("base_layer.", ""): v for k, v in weights(trainer.model).items()}
+    for name, value in before.items():  # restored to the bit
+        assert torch.equal(after[f"base_model.model.{name}"], value)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_model_that_was_trained_before_is_trained_again_against_what_it_is_now(
+    adapter: bool, make: Make, model: Any
+) -> None:
+    make(model=model).train()
+    now = logits(model)
+    trainer = make(model=model, peft_config=LoraConfig(**LORA) if adapter else None, max_steps=3)
+    trainer.train()
+    with trainer._reference():
+        judge = trainer.ref_model if trainer.ref_model is not None else trainer.model
+        torch.testing.assert_close(logits(judge), now, rtol=0, atol=0)
+
+
+def test_a_judge_that_shares_weights_with_the_policy_is_refused(make: Make, model: Any) -> None:
+    trainer = make(model=model)
+    trainer.ref_model.lm_head.weight = trainer.model.lm_head.weight
+    trainer.model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ModelError, match=r"computes with lm_head\.weight, which is trained"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_a_judge_that_moves_during_training_is_an_error_not_a_model(
+    strategy: str, make: Make, tmp_path: Path
+) -> None:
+    trainer = make(save_strategy=strategy, save_steps=1)
+
+    class Moves(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            with torch.no_grad():
+                trainer.ref_model.lm_head.weight.mul_(1.5)
+
+    trainer.add_callback(Moves())
+    with pytest.raises(ModelError, match="the judge has changed during training"):
+        trainer.train()
+    assert not list(tmp_path.rglob("checkpoint-*"))
+    with pytest.raises(ModelError, match="the judge has changed during training"):
+        trainer.save_model()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# -- what is saved ---------------------------------------------------------------------------------
+
+
+def test_a_model_with_broken_weights_is_never_written(make: Make, tmp_path: Path) -> None:
+    trainer = make(learning_rate=1e-2)
+    trainer.train()
+    with torch.no_grad():
+        next(iter(trainer.model.parameters()))[0, 0] = math.inf
+    with pytest.raises(NotFiniteError, match="nothing is saved"):
+        trainer.save_model()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "beta", "num_train_epochs"])
+@pytest.mark.parametrize("value", [math.inf, math.nan, -math.inf])
+def test_settings_that_are_not_finite_are_refused(name: str, value: float, make: Make) -> None:
+    with pytest.raises(ValueError, match=name):
+        make(**{name: value}).train()
+
+
+def test_a_generation_config_that_cannot_be_saved_is_found_before_the_first_step(
+    make: Make, model: Any
+) -> None:
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
+    trainer = make(model=model)
+    with pytest.raises(ModelError, match=r"could not be saved: .*temperature.*generation_config"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_weights_that_were_saved_wrong_are_not_sealed(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(save_strategy="steps", save_steps=1)
+    save = trainer._save
+
+    def damaged(output_dir: str, state_dict: Any = None) -> None:
+        save(output_dir, state_dict)
+        edited(Path(output_dir), lambda state: state["model.norm.weight"].add_(1e-3))
+
+    monkeypatch.setattr(trainer, "_save", damaged)
+    with pytest.raises(ModelError, match=r"is not sealed: its model\.norm\.weight differs"):
+        trainer.train()
+    assert not list(tmp_path.rglob("checkpoint-*/manifest.json"))
+
+
+def trained_here(make: Make, folder: Path, **changes: Any) -> Any:
+    trainer = make(output_dir=str(folder), save_strategy="steps", save_steps=1, **changes)
+    trainer.train()
+    return trainer
+
+
+def test_a_resume_on_another_base_is_refused(make: Make, tokenizer: Any, tmp_path: Path) -> None:
+    trained_here(make, tmp_path, peft_config=LoraConfig(**LORA), max_steps=1)
+    other = make(
+        model=tiny_llama(len(tokenizer), seed=5), output_dir=str(tmp_path),
+        peft_config=LoraConfig(**LORA),
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="the weights of the initial model have changed"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("changes", [{"r": 8}, {"target_modules": ["q_proj"]}])
+def test_a_resume_with_another_adapter_is_refused_by_name(
+    changes: dict[str, Any], make: Make, model: Any, tmp_path: Path
+) -> None:
+    own = copy.deepcopy(model)
+    trained_here(make, tmp_path, model=own, peft_config=LoraConfig(**LORA), max_steps=1)
+    other = make(output_dir=str(tmp_path), peft_config=LoraConfig(**{**LORA, **changes}))
+    with pytest.raises(CheckpointError, match=f"its adapter has {next(iter(changes))} "):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_a_resume_with_other_data_says_so(
+    make: Make, model: Any, queries: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(steps: int, rows: Any) -> None:
+        data = Dataset.from_list(rows)
+        own = copy.deepcopy(model)
+        trained_here(make, tmp_path, model=own, train_dataset=data, max_steps=steps)
+
+    run(1, queries)
+    for steps, rows, said in ((2, queries, False), (3, queries[:-1], True)):
+        caplog.clear()
+        make(
+            model=copy.deepcopy(model), output_dir=str(tmp_path), save_strategy="steps",
+            save_steps=1, max_steps=steps, train_dataset=Dataset.from_list(rows),
+        ).train(resume_from_checkpoint=True)  # fmt: skip
+        assert ("the training data has changed since" in caplog.text) == said
+
+
+def test_a_checkpoint_without_an_optimizer_is_no_place_to_resume(
+    make: Make, tmp_path: Path
+) -> None:
+    trained_here(make, tmp_path, max_steps=1, save_only_model=True)
+    with pytest.raises(CheckpointError, match="no optimizer state"):
+        make(output_dir=str(tmp_path)).train(resume_from_checkpoint=True)
+
+
+# -- outputs and inputs ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["same", "relative", "dotted", "link"])
+def test_no_run_is_written_over_the_model_that_it_starts_from(
+    way: str, folder: Path, tmp_path: Path, tokenizer: Any, queries: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(folder)
+    output = {
+        "same": str(folder),
+        "relative": "model",
+        "dotted": str(tmp_path / "link" / ".." / "model"),
+        "link": "link",
+    }[way]
+    before = (folder / "model.safetensors").read_bytes()
+    trainer = SelfJudgeTrainer(
+        model=str(folder),
+        args=SelfJudgeConfig(output, max_steps=1, **SMALL),
+        judge_templates=TEMPLATES,
+        train_dataset=Dataset.from_list(queries),
+    )
+    with pytest.raises(ValueError, match="would overwrite the input"):
+        trainer.train()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("link", ["hard", "symbolic"])
+def test_no_command_writes_over_its_input_by_a_link(
+    link: str, saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "Hi", "response_a": "a", "response_b": "b"}\n')
+    other = tmp_path / "other.jsonl"
+    if link == "hard":
+        os.link(pairs, other)
+    else:
+        other.symlink_to(pairs)
+    assert main(["judge", str(pairs), str(other), "--model", str(saved_judge)]) != 0
+    assert "would overwrite the input" in capsys.readouterr().err
+    assert pairs.read_text().count("\n") == 1
+
+
+def test_an_evaluation_is_not_written_over_its_data(
+    saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "results.json"
+    data.write_text('[{"prompt": "Hi", "chosen": "a", "rejected": "b"}]')
+    arguments = ["eval", str(data), "--model", str(saved_judge), "--output", str(tmp_path)]
+    assert main(arguments) != 0
+    assert "would overwrite the input" in capsys.readouterr().err
+    assert json.loads(data.read_text())[0]["chosen"] == "a"
