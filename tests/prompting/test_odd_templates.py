@@ -329,6 +329,15 @@ def test_markers_stand_in_the_structure_and_end_answers(kind: str, name: str) ->
     assert all(map(encoder.is_control, markers(encoder, name)))
 
 
+def test_words_around_a_marker_of_one_character_stay_whole() -> None:
+    encoder = marked("byte", "one character")
+    around = [encoder.tokenizer(text)["input_ids"] for text in ("the capital ", " of France")]
+    ids = encoder.encode_content("the capital 🧑 of France")
+    assert ids[: len(around[0])] == around[0]
+    assert ids[-len(around[1]) :] == around[1]
+    assert encoder.tokenizer.decode(ids) == "the capital 🧑 of France"
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_added_words_that_the_structure_does_not_use_stay_words(kind: str) -> None:
     encoder = marked(kind, "brackets")

@@ -126,8 +126,10 @@ class ContentTokenizer:
         if self.control.keys().isdisjoint(ids) and not named_unknown:
             return ids
         # Cut every control string after its first character and tokenize the parts separately.
-        cuts = [match.start() + 1 for match in self._control_pattern.finditer(text)]
-        ids = self._encode_parts(anchor, text, cuts)
+        # A marker of one character, which cannot be cut, is a part of its own.
+        found = list(self._control_pattern.finditer(text))
+        cuts = {m.start() + 1 for m in found} | {m.start() for m in found if len(m[0]) == 1}
+        ids = self._encode_parts(anchor, text, sorted(cuts - {0, len(text)}))
         if not self.control.keys().isdisjoint(ids):  # "＜" may be normalized to "<"
             ids = self._encode_parts(anchor, text, range(1, len(text)))
         return ids
@@ -158,7 +160,6 @@ class ContentTokenizer:
             part = (self.anchor if start else anchor, text[start:end])
             if part not in known:
                 known[part] = self.encode_after(*part)
-                # A marker of one character cannot be cut.
                 if len(part[1]) == 1 and not self.control.keys().isdisjoint(known[part]):
                     known[part] = self._character(part[1])
             ids += known[part]
