@@ -18,9 +18,11 @@ from datasets import Dataset
 from peft import BOFTConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from trl import SFTConfig
 
-from conftest import SMALL, TEMPLATES, Make, tiny_llama, weights
+from conftest import ROOT, SMALL, TEMPLATES, Make, tiny_llama, weights
 from self_judge import Judge, SelfJudgeConfig, SelfJudgeTrainer
+from self_judge.check.check import check
 from self_judge.cli import main
 from self_judge.commands.judge_choice import fingerprint
 from self_judge.errors import CheckpointError, ModelError
@@ -29,6 +31,7 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import load_judge_settings, save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.training.fault_tolerance import NotFiniteError
+from self_judge.training.jsft.trainer import JSFTTrainer
 
 IDS = torch.tensor([[5, 60, 70, 80, 90]])
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -112,6 +115,26 @@ def test_commands_name_missing_weights_in_one_line(
     pairs.write_text('{"prompt": "Hi", "response_a": "a", "response_b": "b"}\n')
     assert main(["judge", str(pairs), str(tmp_path / "out.jsonl"), "--model", str(folder)]) != 0
     assert "lacks weights: model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+
+
+def test_both_trainers_and_the_check_name_missing_weights_before_training(
+    folder: Path, tmp_path: Path, queries: Any, data: dict[str, Path]
+) -> None:
+    lost = "model.layers.0.input_layernorm.weight"
+    edited(folder, lambda state: state.pop(lost))
+    rows = Dataset.from_list(queries)
+    with pytest.raises(ModelError, match=lost):
+        SelfJudgeTrainer(str(folder), judge_templates=TEMPLATES, train_dataset=rows)
+    with pytest.raises(ModelError, match=lost):
+        JSFTTrainer(str(folder), SFTConfig(str(tmp_path / "sft"), bf16=False), train_dataset=rows)
+    overrides = [
+        f"model.model_name_or_path={folder}", f"dataset.sources=[{{path: {data['hh']}}}]",
+        "dataset.eval=[]", f"training_args.output_dir={folder}",
+    ]  # fmt: skip
+    report = check(ROOT / "configs/hh_jsft.yaml", overrides)
+    problems = [f.text for f in report.findings if f.level == "problem"]
+    assert any(lost in text for text in problems)
+    assert any("would overwrite the input" in text for text in problems)
 
 
 def test_tied_weights_are_not_missing(tmp_path: Path, tokenizer: Any) -> None:

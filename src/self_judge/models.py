@@ -221,6 +221,16 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
+def check_files(name_or_path: str | os.PathLike[str]) -> None:
+    """Raises `ModelError` if the model in a folder lacks weights or has surplus ones.
+
+    It reads names and shapes, not weights. Models on the Hub are checked when they are loaded.
+    """
+    base, _, _ = adapter_chain(name_or_path)
+    if any(Path(base).glob("*.safetensors")):
+        _load_base(base, {"device_map": "meta"})
+
+
 def _with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
     try:
         _resize_for(base, adapter)

@@ -28,7 +28,7 @@ from self_judge.config.hardware import Machine, fit_to_machine
 from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
 from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.models import adapter_config, check_vocabulary
+from self_judge.models import adapter_config, check_files, check_vocabulary
 from self_judge.packing.prefix_tree import shared_length
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings
@@ -220,10 +220,14 @@ def _look(prepared: _Prepared, examples: int) -> None:
     model, args = prepared.training.model, prepared.training.args
     templates, found = prepared.judge.templates, report.findings
     report.about = _about(prepared)
-    try:
-        check_vocabulary(model, encoder.tokenizer)
-    except ValueError as error:
-        found.append(_refusal("model", error))
+    for look in (
+        lambda: check_vocabulary(model, encoder.tokenizer),
+        lambda: check_files(run.model.model_name_or_path),
+    ):
+        try:
+            look()
+        except ValueError as error:
+            found.append(_refusal("model", error))
     found += _packing(run, args, unwrapped(model))
     found += findings.setting_findings(run, args)
     found += findings.chat_findings(encoder)

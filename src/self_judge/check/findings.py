@@ -33,6 +33,7 @@ from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import device_of, unwrapped
 from self_judge.storage.atomic import LAST, latest_complete
 from self_judge.training.jsft.examples import CUT, NO_FIT, NO_ROOM
+from self_judge.training.setup import refuse_own_inputs
 
 Level = Literal["problem", "warning", "note"]
 
@@ -261,9 +262,12 @@ def _output_findings(
     output: Path, run: JSFTRun | SelfJudgeRun, resume: str | None
 ) -> Iterator[Finding]:
     key, resume_key = "training_args.output_dir", "training_args.resume_from_checkpoint"
-    if output.resolve() == Path(run.model.model_name_or_path).resolve():
-        yield problem(key, "is the model's own folder, so the model would be overwritten")
-    elif output.is_dir() and resume in LAST:
+    try:
+        refuse_own_inputs(run)
+    except ValueError as error:
+        yield problem(key, str(error))
+        return
+    if output.is_dir() and resume in LAST:
         found, passed_over = latest_complete(output)
         for line in passed_over:
             yield warning(resume_key, line)

@@ -19,7 +19,6 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from self_judge.config.hardware import Run, fit_to_machine, threads_for
@@ -28,7 +27,6 @@ from self_judge.config.self_training import PackingChoice
 from self_judge.console import say
 from self_judge.datatypes import PreferenceRecord
 from self_judge.models import (
-    adapter_chain,
     apply_umask,
     check_vocabulary,
     clamp_to_context,
@@ -36,12 +34,11 @@ from self_judge.models import (
     merged_in_full,
 )
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_json import JUDGE_FILE, save_judge_settings
+from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import unwrapped
 from self_judge.storage.atomic import LAST, atomic_files, latest_complete, write_json
-from self_judge.storage.repository import refuse_overwriting
-from self_judge.storage.run_dir import METRICS, RUN
+from self_judge.storage.run_dir import DATA, RUN
 from self_judge.training.callbacks import LiveProgress
 from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.training.jsft.trainer import JSFTTrainer
@@ -57,6 +54,7 @@ from self_judge.training.setup import (
     lora_config,
     pair_rows,
     prompt_rows,
+    refuse_own_inputs,
     self_judge_chat_setup,
     self_judge_config,
     this_machine,
@@ -64,7 +62,6 @@ from self_judge.training.setup import (
 
 logger = logging.getLogger(__name__)
 
-DATA = "data.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -259,18 +256,6 @@ def _fitted(run: Run, say: Say) -> Run:
     for warning in warnings:
         say(f"warning: {warning}")
     return run
-
-
-def refuse_own_inputs(run: JSFTRun | SelfJudgeRun) -> None:
-    """Raises `ValueError` if the run would overwrite the model or the data that it starts from."""
-    output = Path(str(run.training_args.get("output_dir") or "trainer_output"))
-    chain = adapter_chain(run.model.model_name_or_path, run.model.revision)
-    models = [Path(chain.base), *(Path(adapter.name) for adapter in chain.adapters)]
-    # Checkpoints of an earlier run would be replaced by those of this one.
-    models += [m.parent for m in models if m.name.startswith(PREFIX_CHECKPOINT_DIR)]
-    refuse_overwriting([output], [m for m in models if m.exists()])
-    written = [output / name for name in (RUN, METRICS, DATA, JUDGE_FILE)]
-    refuse_overwriting(written, [s.path for s in (*run.dataset.sources, *run.dataset.eval)])
 
 
 def _warn_of_texts(encoder: ChatEncoder, records: Sequence[PreferenceRecord], say: Say) -> None:

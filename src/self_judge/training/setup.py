@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from self_judge.config.hardware import Machine, detect_machine
@@ -28,10 +29,11 @@ from self_judge.config.schema import (
 from self_judge.data.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ConfigError
-from self_judge.models import load_tokenizer
+from self_judge.models import adapter_chain, load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.chat_template import CLOCK
 from self_judge.prompting.judge_json import (
+    JUDGE_FILE,
     JudgeSettings,
     encoder_as_taught,
     load_judge_settings,
@@ -39,6 +41,8 @@ from self_judge.prompting.judge_json import (
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.storage.atomic import LAST, latest_complete
+from self_judge.storage.repository import refuse_overwriting
+from self_judge.storage.run_dir import DATA, METRICS, RUN
 from self_judge.training.self_training.config import SelfJudgeConfig
 
 Say = Callable[[str], None]
@@ -178,6 +182,21 @@ def _encoder(run: JSFTRun | SelfJudgeRun, saved: JudgeSettings | None) -> ChatEn
         values[CLOCK] = begun.chat_template_kwargs[CLOCK]
         return encoder_as_taught(tokenizer, saved, words.chat, values, markers)
     return encoder
+
+
+# -- inputs and outputs ----------------------------------------------------------------------------
+
+
+def refuse_own_inputs(run: JSFTRun | SelfJudgeRun) -> None:
+    """Raises `ValueError` if the run would overwrite the model or the data that it starts from."""
+    output = Path(str(run.training_args.get("output_dir") or "trainer_output"))
+    chain = adapter_chain(run.model.model_name_or_path, run.model.revision)
+    models = [Path(chain.base), *(Path(adapter.name) for adapter in chain.adapters)]
+    # Checkpoints of an earlier run would be replaced by those of this one.
+    models += [m.parent for m in models if m.name.startswith(PREFIX_CHECKPOINT_DIR)]
+    refuse_overwriting([output], [m for m in models if m.exists()])
+    written = [output / name for name in (RUN, METRICS, DATA, JUDGE_FILE)]
+    refuse_overwriting(written, [s.path for s in (*run.dataset.sources, *run.dataset.eval)])
 
 
 # -- data ------------------------------------------------------------------------------------------

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from self_judge.config.self_training import PackingChoice
 from self_judge.inference.lockstep import check_processes
-from self_judge.models import refuse_pickle
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.pass_size import pinned_tokens_per_pass
@@ -24,6 +23,7 @@ from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.training.callbacks import RunLog
 from self_judge.training.fault_tolerance import FaultToleranceMixin
 from self_judge.training.lora_layers import lighten
+from self_judge.training.reference import load_by_name
 
 
 class PairSampler(Sampler[int]):
@@ -82,9 +82,13 @@ class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
         on_saved: Callable[[Path], object] | None = None,
         **kwargs: Any,
     ) -> None:
-        given = args[0] if args else kwargs.get("model")
+        given, *rest = args or (kwargs.pop("model", None),)
         if isinstance(given, str):
-            refuse_pickle(given)
+            config = rest[0] if rest else kwargs.get("args")
+            if config is None:
+                config = kwargs["args"] = SFTConfig(f"{given.rstrip('/').split('/')[-1]}-SFT")
+            given = load_by_name(given, config, kwargs, merge="peft_config" in kwargs)
+        args = (given, *rest)
         super().__init__(*args, **kwargs)
         self.max_skipped_steps = max_skipped_steps
         self.on_saved = on_saved
