@@ -441,7 +441,9 @@ def test_settings_that_do_not_do_what_they_say(
     own = given(taught, data["hh"])
     assert "sync_ref_model" in problems(check(TRAIN, [*own, "training_args.sync_ref_model=true"]))
     assert "padding_free" in warnings(check(TRAIN, [*own, "training_args.padding_free=true"]))
-    assert "would overwrite the input" in problems(check(TRAIN, [*own, f"training_args.output_dir={taught}"]))
+    assert "would overwrite the input" in problems(
+        check(TRAIN, [*own, f"training_args.output_dir={taught}"])
+    )
     (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
     before = [*own, f"training_args.output_dir={tmp_path / 'run'}"]
     assert "checkpoint-5 is skipped: it has no manifest" in warnings(check(TRAIN, before))
