@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import math
 import os
@@ -20,13 +21,14 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from conftest import ROOT, SMALL, TEMPLATES, Make, tiny_llama, weights
+from conftest import CHATML, ROOT, SMALL, TEMPLATES, Make, tiny_llama, weights
 from self_judge import Judge, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.check.check import check
 from self_judge.cli import main
 from self_judge.commands.judge_choice import fingerprint
 from self_judge.errors import CheckpointError, ModelError
 from self_judge.models import load_model, load_tokenizer, merged
+from self_judge.prompting import chat_encoder
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import load_judge_settings, save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
@@ -502,3 +504,34 @@ def test_an_evaluation_is_not_written_over_its_data(
     assert main(arguments) != 0
     assert "would overwrite the input" in capsys.readouterr().err
     assert json.loads(data.read_text())[0]["chosen"] == "a"
+
+
+@pytest.mark.parametrize("date", [None, "2026-03-01"])
+def test_bulk_work_is_not_resumed_with_another_date_in_its_prompts(
+    date: str | None, model: Any, tokenizer: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+    encoder = ChatEncoder(dated, chat_template_kwargs=date and {"strftime_now": date})
+    templates = JudgeTemplates(TEMPLATES)
+    judge = tmp_path / "judge"
+    model.save_pretrained(judge)
+    dated.save_pretrained(judge)
+    file = save_judge_settings(judge, encoder, templates, encoder.letter_ids(templates))
+    if date is None:  # taught by something that saves no date
+        saved = json.loads(file.read_text())
+        file.write_text(json.dumps({**saved, "chat_template_kwargs": {}}))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "Hi", "response_a": "a", "response_b": "b"}\n')
+    command = ["judge", str(pairs), str(tmp_path / "out.jsonl"), "--model", str(judge)]
+    assert main(command) == 0
+
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return datetime.date(2031, 1, 1)
+
+    monkeypatch.setattr(chat_encoder.datetime, "date", Tomorrow)
+    assert (main(command) == 0) == (date is not None)
+    assert ("different settings (date" in capsys.readouterr().err) == (date is None)

@@ -18,7 +18,13 @@ from rich.table import Table
 
 from self_judge import __version__
 from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
-from self_judge.commands.judge_choice import JudgeChoice, fingerprint, load_sampler
+from self_judge.commands.judge_choice import (
+    JudgeChoice,
+    date_of,
+    encoder_of,
+    fingerprint,
+    load_sampler,
+)
 from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
 from self_judge.console import ends, number, say, table
@@ -193,6 +199,7 @@ def _sample(
         {
             "policy": policy,
             "weights": fingerprint(policy),
+            **date_of(encoder_of(policy)),
             **asdict(job.sampling),
             "seed": job.seed,
         },

@@ -22,6 +22,8 @@ from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMScorer
 from self_judge.judging.judge import Judge
 from self_judge.models import adapter_config, load_model, load_tokenizer
+from self_judge.prompting.chat_encoder import ChatEncoder
+from self_judge.prompting.chat_template import CLOCK
 from self_judge.prompting.judge_json import (
     JudgeSettings,
     encoder_as_taught,
@@ -96,17 +98,23 @@ class JudgeChoice:
     def judge_templates(self) -> JudgeTemplates:
         return self._resolved[1].templates
 
+    @functools.cached_property
+    def _encoder(self) -> ChatEncoder:
+        args, settings = self._resolved
+        tokenizer = load_tokenizer(
+            self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        wanted = (args.chat, args.chat_template_kwargs, (args.user, args.assistant)) if args else ()
+        return encoder_as_taught(tokenizer, settings, *wanted)
+
     def load(self) -> Judge:
         """Loads the judge. Under `accelerate launch`, it is on this process's device."""
-        args, settings = self._resolved
+        settings = self._resolved[1]
         hub: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        tokenizer = load_tokenizer(self.model, **hub)
-        wanted = (args.chat, args.chat_template_kwargs, (args.user, args.assistant)) if args else ()
-        encoder = encoder_as_taught(tokenizer, settings, *wanted)
         scorer: Any = VLLMScorer(VLLMServers(self.servers)) if self.servers else None
         return Judge(
             scorer or load_model(self.model, device="auto", dtype=self.dtype, **hub),
-            encoder,
+            self._encoder,
             settings.templates,
             token_id_a=settings.token_id_a,
             token_id_b=settings.token_id_b,
@@ -131,14 +139,29 @@ class JudgeChoice:
             "principles": list(settings.templates.principles),
             "max_length": self.max_length,
             "dtype": self.dtype,
+            **date_of(self._encoder),
         }
+
+
+def date_of(encoder: ChatEncoder) -> dict[str, str]:
+    """The date for a chat template that reads the clock; nothing for other templates.
+
+    Work that resumes on another day would otherwise mix two dates.
+    """
+    kwargs = encoder.chat_template_kwargs
+    return {"date": kwargs[CLOCK]} if CLOCK in kwargs else {}
+
+
+def encoder_of(policy: str) -> ChatEncoder:
+    """The encoder of a policy, with the chat template that it was trained with."""
+    return encoder_as_taught(load_tokenizer(policy), load_judge_settings(policy))
 
 
 def load_sampler(
     policy: str, settings: SamplingSettings, batch_size: int = 64
 ) -> TransformersSampler:
     """Loads a model for sampling, with the chat template that it was trained with."""
-    encoder = encoder_as_taught(load_tokenizer(policy), load_judge_settings(policy))
+    encoder = encoder_of(policy)
     model: Any = load_model(policy, device="auto")
     return TransformersSampler(model, encoder, settings, batch_size)
 

@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from self_judge.commands.judge_choice import JudgeChoice, fingerprint, load_sampler
+from self_judge.commands.judge_choice import (
+    JudgeChoice,
+    date_of,
+    encoder_of,
+    fingerprint,
+    load_sampler,
+)
 from self_judge.commands.resumable import RankShards, ResumableJob, Work, input_and_output
 from self_judge.config.self_training import SamplingSettings
 from self_judge.datatypes import Message, Response, stable_seed
@@ -74,6 +80,7 @@ class TournamentJob:
             "max_length": self.max_length,
             "seed": self.seed,
             "brackets": self.brackets,
+            **date_of(encoder_of(self.model)),
         }
 
     def load(self) -> Work[Entry]:
