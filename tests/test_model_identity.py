@@ -328,7 +328,7 @@ def test_a_judge_that_shares_weights_with_the_policy_is_refused(make: Make, mode
     trainer = make(model=model)
     trainer.ref_model.lm_head.weight = trainer.model.lm_head.weight
     trainer.model.lm_head.weight.requires_grad_(True)
-    with pytest.raises(ModelError, match=r"computes with lm_head\.weight, which is trained"):
+    with pytest.raises(ModelError, match=r"it uses lm_head\.weight, which is trained"):
         trainer.train()
 
 
@@ -393,7 +393,7 @@ def test_weights_that_were_saved_wrong_are_not_sealed(
         edited(Path(output_dir), lambda state: state["model.norm.weight"].add_(1e-3))
 
     monkeypatch.setattr(trainer, "_save", damaged)
-    with pytest.raises(ModelError, match=r"is not sealed: its model\.norm\.weight differs"):
+    with pytest.raises(ModelError, match=r"not saved correctly: model\.norm\.weight differs"):
         trainer.train()
     assert not list(tmp_path.rglob("checkpoint-*/manifest.json"))
 

@@ -102,9 +102,9 @@ def load_model(
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ModelError: there is no model at that name or path, its files lack weights or have surplus
-            ones, they are pickled (loading them could run code), an adapter does not fit its base
-            or would be merged into 4-bit weights, or bitsandbytes is needed but not installed.
+        ModelError: the model does not exist, its weights are missing, surplus or pickled (loading
+            a pickle could run code), an adapter does not fit its base or would be merged into 4-bit
+            weights, or bitsandbytes is needed but not installed.
     """
     refuse_pickle(name_or_path)
     if device == "auto":
@@ -150,7 +150,7 @@ class Adapter(NamedTuple):
 def adapter_config(
     name_or_path: str | os.PathLike[str], revision: str | None = None
 ) -> PeftConfig | None:
-    """The configuration of an adapter, from a folder or the Hub; `None` for a plain model.
+    """Returns an adapter's configuration, from a folder or the Hub; `None` for a plain model.
 
     Raises:
         ModelError: the file cannot be read, or it does not name the base model.
@@ -161,7 +161,7 @@ def adapter_config(
     try:
         config = PeftConfig.from_pretrained(str(file.parent))
     except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ModelError(f"{name_or_path} is no adapter for PEFT: {in_a_line(error)}") from error
+        raise ModelError(f"{name_or_path} is no valid PEFT adapter: {in_a_line(error)}") from error
     if not config.base_model_name_or_path:
         raise ModelError(
             f"the adapter {name_or_path} does not name its base model in adapter_config.json"
@@ -170,7 +170,7 @@ def adapter_config(
 
 
 class AdapterChain(NamedTuple):
-    """A plain model, with its revision, and the adapters on it, innermost first."""
+    """A plain model with its revision, and the adapters on top of it, innermost first."""
 
     base: str
     revision: str | None
@@ -180,7 +180,7 @@ class AdapterChain(NamedTuple):
 def adapter_chain(
     name_or_path: str | os.PathLike[str], revision: str | None = None
 ) -> AdapterChain:
-    """The models that a name or folder leads to."""
+    """Follows the base models of adapters down to the plain model."""
     # An adapter on an adapter: outputs/self_judge -> outputs/jsft -> meta-llama/Llama-2-7b-hf
     name = str(name_or_path)
     adapters: list[Adapter] = []
@@ -189,7 +189,7 @@ def adapter_chain(
         adapters.append(Adapter(name, revision, base))
         if any(base == seen.name or same_path(base, seen.name) for seen in adapters):
             raise ModelError(
-                f"the adapter {name} names {base} as its base, which is an adapter on itself: the "
+                f"the adapter {name} names {base} as its base, so it is an adapter on itself: the "
                 "base model was overwritten, or adapter_config.json is wrong"
             )
         name, revision = base, config.revision
@@ -198,9 +198,9 @@ def adapter_chain(
 
 
 def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
-    """Loads a plain model whose weights are all in its files.
+    """Loads a plain model, and raises an error if its files lack weights or have surplus ones.
 
-    Transformers only warns if some are missing, and initializes them at random.
+    Transformers only warns about missing weights and initializes them randomly.
     """
     loaded: Any
     try:
@@ -216,7 +216,7 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelError(
                 f"the model {name} {what} weights: {', '.join(names[:3])}{more}. Its files are "
-                "incomplete, or do not belong to its config.json"
+                "incomplete, or do not match its config.json"
             )
     return model
 
@@ -224,7 +224,7 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
 def check_files(name_or_path: str | os.PathLike[str]) -> None:
     """Raises `ModelError` if the model in a folder lacks weights or has surplus ones.
 
-    It reads names and shapes, not weights. Models on the Hub are checked when they are loaded.
+    It reads only names and shapes. Models on the Hub are checked when they are loaded.
     """
     base, _, _ = adapter_chain(name_or_path)
     if any(Path(base).glob("*.safetensors")):
@@ -234,7 +234,7 @@ def check_files(name_or_path: str | os.PathLike[str]) -> None:
 def _with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
     try:
         _resize_for(base, adapter)
-        # By default PEFT loads the adapter onto the first GPU, wherever the base is.
+        # By default, PEFT loads the adapter onto the first GPU, even if the base is elsewhere.
         return PeftModel.from_pretrained(
             base,
             adapter.name,
@@ -252,13 +252,13 @@ def _with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -
 
 
 def _resize_for(base: PreTrainedModel, adapter: Adapter) -> None:
-    """Gives the base the embeddings for which the adapter was trained with added tokens."""
+    """Resizes the embeddings of the base if the adapter was trained with added tokens."""
     file = repository_file(adapter.name, "adapter_model.safetensors", adapter.revision)
     if file is None:
         return
     with safe_open(file, "pt") as weights:
         shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-    # Such tables are saved in full; LoRA's own matrix for a table has a column per token.
+    # An adapter stores resized tables in full. LoRA's matrix for a table has a column per token.
     tables: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
     own = [name for name, module in base.named_modules() if any(module is t for t in tables)]
     ends = tuple(f"{name}{part}.weight" for name in own for part in ("", ".base_layer"))
@@ -368,10 +368,10 @@ def merged_in_full(model: PeftModel) -> PreTrainedModel:
 
 
 def _untie_adapted(model: PeftModel) -> None:
-    """Gives adapted layers weights of their own where another layer shares them.
+    """Copies the weights that adapted layers share with other layers.
 
-    Merging would otherwise change the other layer as well. Tied embeddings with LoRA on one side
-    are saved as two tables; PEFT then sets `tie_word_embeddings` to false.
+    Otherwise, merging would also change the other layers. If only one of two tied embeddings has
+    LoRA, they are saved as two tables, and PEFT sets `tie_word_embeddings` to false.
     """
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for layer in model.modules():
