@@ -422,7 +422,7 @@ def test_a_judge_that_shares_weights_with_the_policy_is_refused(make: Make, mode
     trainer = make(model=model)
     trainer.ref_model.lm_head.weight = trainer.model.lm_head.weight
     trainer.model.lm_head.weight.requires_grad_(True)
-    with pytest.raises(ModelError, match=r"computes with lm_head\.weight, which is trained"):
+    with pytest.raises(ModelError, match=r"it uses lm_head\.weight, which is trained"):
         trainer.train()
 
 
@@ -520,7 +520,7 @@ def test_weights_that_were_saved_wrong_are_not_sealed(
         edited(Path(output_dir), lambda state: state["model.norm.weight"].add_(1e-3))
 
     monkeypatch.setattr(trainer, "_save", damaged)
-    with pytest.raises(ModelError, match=r"is not sealed: its model\.norm\.weight differs"):
+    with pytest.raises(ModelError, match=r"not saved correctly: model\.norm\.weight differs"):
         trainer.train()
     assert not list(tmp_path.rglob("checkpoint-*/manifest.json"))
 
@@ -546,9 +546,9 @@ def test_a_resume_on_another_base_is_refused(make: Make, tokenizer: Any, tmp_pat
     [
         ({"r": 8}, r"of shape \(4, 32\), and this run trains \(8, 32\)"),
         ({"target_modules": ["q_proj"]}, "and this run trains None"),
-        ({"lora_alpha": 32}, "lora_alpha 8, and this run asks for 32"),
-        ({"use_rslora": True}, "use_rslora None, and this run asks for True"),
-        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern None, and this run"),
+        ({"lora_alpha": 32}, "lora_alpha 8, but this run has 32"),
+        ({"use_rslora": True}, "use_rslora None, but this run has True"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern None, but this run"),
     ],
     ids=str,
 )

@@ -31,7 +31,7 @@ class Adapter(NamedTuple):
 def adapter_config(
     name_or_path: str | os.PathLike[str], revision: str | None = None
 ) -> PeftConfig | None:
-    """The configuration of an adapter, from a folder or the Hub; `None` for a plain model.
+    """Returns an adapter's configuration, from a folder or the Hub; `None` for a plain model.
 
     Raises:
         ModelError: the file cannot be read, or it does not name the base model.
@@ -42,7 +42,7 @@ def adapter_config(
     try:
         config = PeftConfig.from_pretrained(str(file.parent))
     except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ModelError(f"{name_or_path} is no adapter for PEFT: {in_a_line(error)}") from error
+        raise ModelError(f"{name_or_path} is no valid PEFT adapter: {in_a_line(error)}") from error
     if not config.base_model_name_or_path:
         raise ModelError(
             f"the adapter {name_or_path} does not name its base model in adapter_config.json"
@@ -51,7 +51,7 @@ def adapter_config(
 
 
 class AdapterChain(NamedTuple):
-    """A plain model, with its revision, and the adapters on it, innermost first."""
+    """A plain model with its revision, and the adapters on top of it, innermost first."""
 
     base: str
     revision: str | None
@@ -61,7 +61,7 @@ class AdapterChain(NamedTuple):
 def adapter_chain(
     name_or_path: str | os.PathLike[str], revision: str | None = None
 ) -> AdapterChain:
-    """The models that a name or folder leads to."""
+    """Follows the base models of adapters down to the plain model."""
     # An adapter on an adapter: outputs/self_judge -> outputs/jsft -> meta-llama/Llama-2-7b-hf
     name = str(name_or_path)
     adapters: list[Adapter] = []
@@ -70,7 +70,7 @@ def adapter_chain(
         adapters.append(Adapter(name, revision, base))
         if any(base == seen.name or same_path(base, seen.name) for seen in adapters):
             raise ModelError(
-                f"the adapter {name} names {base} as its base, which is an adapter on itself: the "
+                f"the adapter {name} names {base} as its base, so it is an adapter on itself: the "
                 "base model was overwritten, or adapter_config.json is wrong"
             )
         name, revision = base, config.revision
@@ -122,20 +122,20 @@ def with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
         if names and shapes:
             raise ModelError(
                 f"the adapter {adapter.name} {what} weights: {listed(names)}. Its file is "
-                "incomplete, or does not belong to its adapter_config.json"
+                "incomplete, or does not match its adapter_config.json"
             )
     return model
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first three names, and the number of the others."""
+    """Returns the first three names and the number of the others."""
     ordered = sorted(names)
     more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
     return ", ".join(ordered[:3]) + more
 
 
 def _shapes(adapter: Adapter) -> dict[str, list[int]]:
-    """The shape of every weight in an adapter's file; empty if it is not a safetensors file."""
+    """Returns the shapes of the weights in an adapter's file, if it is a safetensors file."""
     file = repository_file(adapter.name, FILES[1], adapter.revision)
     if file is None:
         return {}
@@ -147,10 +147,10 @@ def _shapes(adapter: Adapter) -> dict[str, list[int]]:
 
 
 def _resize_for(base: PreTrainedModel, shapes: dict[str, list[int]]) -> tuple[str, ...]:
-    """Gives the base the embeddings for which an adapter was trained with added tokens.
+    """Resizes the embeddings of the base if an adapter was trained with added tokens.
 
     Returns:
-        The ends of the names under which an adapter saves embedding tables in full.
+        The ends of the names of embedding tables that an adapter stores in full.
     """
     tables: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
     own = [[n for n, module in base.named_modules() if module is table] for table in tables]
@@ -167,10 +167,10 @@ def _resize_for(base: PreTrainedModel, shapes: dict[str, list[int]]) -> tuple[st
 
 
 def _untie_adapted(model: PeftModel) -> None:
-    """Gives adapted layers weights of their own where another layer shares them.
+    """Copies the weights that adapted layers share with other layers.
 
-    Merging would otherwise change the other layer as well. Tied embeddings with LoRA on one side
-    are saved as two tables; PEFT then sets `tie_word_embeddings` to false.
+    Otherwise, merging would also change the other layers. If only one of two tied embeddings has
+    LoRA, they are saved as two tables, and PEFT sets `tie_word_embeddings` to false.
     """
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for layer in model.modules():

@@ -99,13 +99,12 @@ class Response:
 
     Attributes:
         ids: the sampled token ids, including the end-of-turn token if the model emitted it.
-        text: the answer: the decoded ids without thought, special tokens and surrounding
-            whitespace.
-        finished: whether the model ended the response itself, with an answer (False: it was cut at
-            the limit, or its thought never ends).
+        text: the answer, decoded without the thought, special tokens and surrounding whitespace.
+        finished: whether the model ended the response itself, with an answer. It is false if the
+            response was cut at the limit or its thought never ends.
         thought: the decoded thought before the answer, or `None`.
-        thought_length: the number of ids of the thought, its markers included.
-        answered: whether there is an answer; after a thought that never ends there is none.
+        thought_length: the number of ids in the thought, including its markers.
+        answered: whether there is an answer. After a thought that never ends, there is none.
     """
 
     ids: tuple[int, ...]
@@ -117,12 +116,12 @@ class Response:
 
     @property
     def answer_length(self) -> int:
-        """The number of ids without those of the thought."""
+        """The number of ids, without those in the thought."""
         return len(self.ids) - self.thought_length
 
     @property
     def judged(self) -> str:
-        """The text for judges and files: the answer, or an open thought, which is no answer."""
+        """The text for judges and files: the answer, or the thought if it never ends."""
         return self.text if self.answered else f"<think>\n{self.thought}"
 
 

@@ -19,10 +19,10 @@ class DataError(ValueError):
 
 
 class UnusableRecordError(DataError):
-    """A record that cannot be used, though it is well-formed: loading skips and counts it.
+    """A well-formed record that cannot be used. Loading skips and counts it.
 
     Attributes:
-        reason: why, as a short phrase to count.
+        reason: the reason, as a short phrase to count.
     """
 
     def __init__(self, message: str, reason: str) -> None:

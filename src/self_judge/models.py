@@ -102,9 +102,9 @@ def load_model(
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ModelError: there is no model at that name or path, its files lack weights or have surplus
-            ones, they are pickled (loading them could run code), an adapter does not fit its base
-            or would be merged into 4-bit weights, or bitsandbytes is needed but not installed.
+        ModelError: the model does not exist, its weights are missing, surplus or pickled (loading
+            a pickle could run code), an adapter does not fit its base or would be merged into 4-bit
+            weights, or bitsandbytes is needed but not installed.
     """
     refuse_pickle(name_or_path)
     if device == "auto":
@@ -142,9 +142,9 @@ def load_model(
 
 
 def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
-    """Loads a plain model whose weights are all in its files.
+    """Loads a plain model, and raises an error if its files lack weights or have surplus ones.
 
-    Transformers only warns if some are missing, and initializes them at random.
+    Transformers only warns about missing weights and initializes them randomly.
     """
     loaded: Any
     try:
@@ -160,7 +160,7 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
         if names:
             raise ModelError(
                 f"the model {name} {what} weights: {listed(names)}. Its files are incomplete, or "
-                "do not belong to its config.json"
+                "do not match its config.json"
             )
     return model
 
@@ -168,7 +168,7 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
 def check_files(name_or_path: str | os.PathLike[str]) -> None:
     """Raises `ModelError` if the model in a folder lacks weights or has surplus ones.
 
-    It reads names and shapes, not weights. Models on the Hub are checked when they are loaded.
+    It reads only names and shapes. Models on the Hub are checked when they are loaded.
     """
     base, _, _ = adapter_chain(name_or_path)
     if any(Path(base).glob("*.safetensors")):

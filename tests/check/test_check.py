@@ -520,7 +520,7 @@ def test_a_colocated_engine_is_set_beside_what_training_leaves(
     fits = found()
     level, text = fits["vllm_gpu_memory_utilization"]
     assert level == "note"
-    assert "takes 24.0 GiB, this share of all 80 GiB, and cannot start if less is free" in text
+    assert "uses 24.0 GiB, its share of all 80 GiB, and cannot start if less is free" in text
     assert "compiles and captures graphs" in fits["use_vllm"][1]
     whole = "self_judge_args.vllm_gpu_memory_utilization=1.0"
     level, text = found(whole)["vllm_gpu_memory_utilization"]

@@ -76,10 +76,10 @@ def test_a_template_that_reads_the_clock_is_told_of_with_its_date(
 ) -> None:
     chat = f"templates.chat={json.dumps(DATED)}"
     [said] = [x for x in told(check(JSFT, given(base, data["hh"], chat)), "note") if KEY in x]
-    assert "has the date 2026-03-05; set this key" in said
+    assert "have the date 2026-03-05. Set this key" in said
     chosen = given(base, data["hh"], chat, f"{KEY}='2026-01-02'")
     [said] = [x for x in told(check(JSFT, chosen), "note") if KEY in x]
-    assert "has the date 2026-01-02" in said
+    assert "have the date 2026-01-02" in said
     assert not [x for x in told(check(JSFT, given(base, data["hh"])), "note") if "clock" in x]
 
 
@@ -131,10 +131,10 @@ def test_a_judge_file_without_a_date_is_warned_of(
     (tmp_path / "jsft" / "judge.json").write_text(json.dumps(content))
     asked = given(tmp_path / "jsft", data["hh"])
     report = check(TRAIN, asked)
-    assert "does not tell the date of its training" in "\n".join(told(report, "warning"))
+    assert "does not contain the date of its training" in "\n".join(told(report, "warning"))
     assert "strftime_now" not in "\n".join(told(report, "problem"))
     known = check(TRAIN, [*asked, f"{KEY}='2026-03-05'"])
-    assert "does not tell the date" not in "\n".join(told(known, "warning"))
+    assert "does not contain the date" not in "\n".join(told(known, "warning"))
     encoder, _ = self_judge_chat_setup(
         load_run(TRAIN, [*asked, f"{KEY}='2026-03-05'"], "self_judge")
     )

@@ -318,7 +318,7 @@ WORDING = [
          ("changes the content of a 'user' message",), ""),
     Case("a chat template that draws random numbers",
          lambda p: ChatEncoder(wrap(byte_bpe()), "{{ range(9) | random }}" + CHATML),
-         ("gives another text every time",), ""),
+         ("gives different text every time",), ""),
     Case("a tokenizer without padding and end", lambda p: load_tokenizer(_mute(p)),
          ("has neither a padding nor an end-of-sequence token: set tokenizer.eos_token",),
          "save it again afterwards"),
@@ -359,7 +359,7 @@ MODELS = [
     Case("an adapter without a base", lambda p: load_model(_adapter(p, None)),
          ("does not name its base model in adapter_config.json",), "add the name"),
     Case("a model without judge.json", lambda p: Judge.from_pretrained(p.base),
-         ("has no judge.json beside it (JSFT writes it): pass the judge templates",),
+         ("has no judge.json (JSFT writes this file): pass the judge templates",),
          "or pass --templates FILE"),
     Case("a broken judge.json", lambda p: Judge.from_pretrained(_broken(p)),
          ("judge.json is not a judge file written by JSFT",), "copy it from the checkpoint"),
@@ -406,7 +406,7 @@ LIBRARY = [
          ("no prompt in the train dataset fits: max_length 256 minus max_new_tokens 6",),
          "raise max_length"),
     Case("a trainer without judge templates", lambda p: p.make(judge_templates=None),
-         ("has no judge.json beside it (JSFT writes it): pass judge_templates",),
+         ("has no judge.json (JSFT writes this file): pass judge_templates",),
          ""),
     Case("responses longer than the context",
          lambda p: p.make(max_new_tokens=3000, max_length=4000),
@@ -414,7 +414,7 @@ LIBRARY = [
          "max_length is at most the model's context"),
     Case("one argument under two names",
          lambda p: p.make(tokenizer=wrap(byte_bpe())),
-         ("tokenizer and processing_class are two names of one argument",), "give one"),
+         ("tokenizer and processing_class are two names for one argument",), "give one"),
 ]  # fmt: skip
 
 COMMANDS = [

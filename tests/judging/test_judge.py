@@ -355,6 +355,6 @@ def test_a_folder_whose_saved_letters_are_not_the_tokenizers_is_refused(
 
 def test_a_folder_without_templates_says_what_to_do(folder: Any) -> None:
     (folder / "judge.json").unlink()
-    with pytest.raises(ValueError, match=r"no judge\.json beside it.*pass the judge"):
+    with pytest.raises(ValueError, match=r"no judge\.json \(JSFT.*pass the judge"):
         Judge.from_pretrained(folder, device="cpu")
     assert len(Judge.from_pretrained(folder, TEMPLATES, device="cpu").templates) == 2

@@ -73,7 +73,7 @@ def test_a_template_that_changes_contents_is_refused_with_what_it_does(
     with pytest.raises(EncodingError, match=f"changes the content of a '{role}' message") as caught:
         ChatEncoder(wrap(byte_bpe()), template)
     assert "is written as" in str(caught.value)
-    assert "set templates.chat" in str(caught.value)
+    assert "Set templates.chat" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -247,7 +247,7 @@ def test_what_is_no_date_is_refused(date: Any) -> None:
 def test_a_template_that_draws_or_writes_addresses_is_refused(chance: str) -> None:
     for seed in range(5):
         random.seed(seed)
-        with pytest.raises(EncodingError, match="gives another text every time"):
+        with pytest.raises(EncodingError, match="gives different text every time"):
             ChatEncoder(wrap(byte_bpe()), writing(f"({chance}) ~ m.content"))
 
 

@@ -375,7 +375,7 @@ def _self_judge(prepared: _Prepared, records: Sequence[PreferenceRecord]) -> Cos
     report.counts = {
         "prompts": len(prompts),
         "prompts: lost their oldest exchanges": shorter,
-        "prompts: left out, do not fit": len(records) - len(prompts),
+        "prompts: left out because they do not fit": len(records) - len(prompts),
     }
     report.findings += findings.prompt_findings(len(prompts), shorter, len(records), own)
     if not prompts:

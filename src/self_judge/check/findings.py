@@ -1,4 +1,4 @@
-"""Finds settings, templates, models and data with which a run starts but goes wrong.
+"""Finds mistakes in settings, templates, models and data that do not stop a run at its start.
 
 Each function checks one aspect and yields findings. Errors at the start of a run are reported by
 the code that raises them. This module does not load data or print.
@@ -74,8 +74,7 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
                 f"its prompt is not a prefix of prompt + answer: at token {same}, sampling "
                 f"has {shown[0]}, but training has {shown[1]}. The model would be prompted "
                 "in a format that it was not trained on. Set templates.chat to a template that "
-                "starts "
-                "answers the same way in training and sampling",
+                "starts answers the same way in training and sampling",
             )
             break
     bos = tokenizer.bos_token_id
@@ -414,13 +413,13 @@ def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Find
     beside = max(at_start, memory.held + (0 if asleep else memory.phases["update"]))
     level: Level = "note"
     text = (
-        f"the engine takes {taken / GIB:.1f} GiB, this share of all {total / GIB:.0f} GiB, and "
-        f"cannot start if less is free; about {at_start / GIB:.1f} GiB are in use before it "
+        f"the engine uses {taken / GIB:.1f} GiB, its share of all {total / GIB:.0f} GiB, and "
+        f"cannot start if less is free. About {at_start / GIB:.1f} GiB are in use before it "
         f"starts, and at most {beside / GIB:.1f} GiB in addition to it"
     )
     if weights > taken:
         level = "problem"
-        text += f"; its own copy of the weights alone is {weights / GIB:.1f} GiB: raise it"
+        text += f"; its own copy of the weights alone needs {weights / GIB:.1f} GiB: raise it"
     elif at_start + taken > total:
         level, text = "problem", f"{text}: lower it"
     elif beside + taken > total:

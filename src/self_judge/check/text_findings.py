@@ -1,6 +1,6 @@
-"""Findings on texts: chat templates that read the clock, and data that was rendered before.
+"""Checks for chat templates that read the clock, and for data that is already rendered.
 
-It yields findings in words, as `findings.py` does.
+This module yields findings, like `findings.py`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from self_judge.training.setup import already_rendered
 
 
 def clock_findings(encoder: ChatEncoder, run: JSFTRun | SelfJudgeRun) -> Iterator[Finding]:
-    """A template that reads the clock."""
+    """Checks for a chat template that reads the clock."""
     date = encoder.chat_template_kwargs.get(CLOCK)
     if date is None:
         return
     about = f"templates.chat_template_kwargs.{CLOCK}"
     yield note(
         about,
-        "the chat template reads the clock: every prompt of the run, and of the model it writes, "
-        f"has the date {date}; set this key to choose another",
+        "the chat template reads the clock: all prompts in this run, and later prompts for the "
+        f"trained model, have the date {date}. Set this key to choose another date",
     )
     saved = load_judge_settings(run.model.model_name_or_path)
     known = {**(run.templates.chat_template_kwargs or {})}
@@ -33,15 +33,15 @@ def clock_findings(encoder: ChatEncoder, run: JSFTRun | SelfJudgeRun) -> Iterato
     if isinstance(run, SelfJudgeRun) and saved is not None and CLOCK not in known:
         yield warning(
             about,
-            "the model's judge.json does not tell the date of its training: set this key to that "
-            "date",
+            "the model's judge.json does not contain the date of its training: set this key to "
+            "that date",
         )
 
 
 def rendered_findings(
     records: Sequence[PreferenceRecord], encoder: ChatEncoder
 ) -> Iterator[Finding]:
-    """Texts with turn markers: data that a chat template has rendered before."""
+    """Checks for texts with turn markers, which show that the data is already rendered."""
     rendered = already_rendered(records, encoder)
     if rendered is not None:
         yield warning("dataset.sources", rendered)

@@ -119,7 +119,7 @@ def run_compare(
     sampled = [f for f, policy in zip(files, job.policies, strict=True) if not is_responses(policy)]
     refuse_overwriting([output / RESULTS, output / PAIRS, *sampled], given)
     if (output / VERDICTS).exists():
-        raise ValueError(f"{output} holds an evaluation of a judge: choose another output folder")
+        raise ValueError(f"{output} contains a judge evaluation: choose another output folder")
     for policy in filter(is_responses, job.policies):
         _read_responses(Path(policy), prompts)  # find mistakes before sampling
     for policy, side, file in zip(job.policies, "ab", files, strict=True):
@@ -222,7 +222,7 @@ def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[di
         text = where.text(line, name)
         prompt = prompt_of(line, where)
         if prompt is not None and prompt != list(prompts[index]):
-            raise where.error("prompt", "differs from the prompt to answer at this index")
+            raise where.error("prompt", "differs from the prompt at this index")
         found.append({"text": text, "finished": line.get("finished")})
     if len(found) < len(prompts):
         raise ValueError(f"{file}: {len(found):,} responses for {len(prompts):,} prompts")

@@ -31,7 +31,7 @@ from self_judge.storage.jsonl import read_journal, settings_path
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
-_LINE = ("source", "index", "subset", "principle", "label", "digest")  # a pair's fields in a line
+_LINE = ("source", "index", "subset", "principle", "label", "digest")  # a line's pair fields
 _ALL = ""  # the key for all pairs, among the names of subsets
 
 
@@ -92,7 +92,7 @@ def run_eval(
     files = [output / RESULTS, output / VERDICTS, compared]
     refuse_overwriting(files, [source.path for source in evaluation.sources])
     if (output / PAIRS).exists():
-        raise ValueError(f"{output} holds a comparison of policies: choose another output folder")
+        raise ValueError(f"{output} contains a policy comparison: choose another output folder")
     if isinstance(compare, Path):
         refuse_overwriting([output], [compare])
     skipped: Counter[str] = Counter()
@@ -117,7 +117,7 @@ def _results(
     rate: float | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Writes and prints the results. `theirs` has the verdicts of the judge to compare with."""
+    """Writes and prints the results. `theirs` contains the other judge's verdicts."""
     results: dict[str, Any] = {
         "kind": "judge evaluation",
         "version": __version__,

@@ -145,23 +145,23 @@ class JudgeChoice:
 
 
 def date_of(encoder: ChatEncoder) -> dict[str, str]:
-    """The date for a chat template that reads the clock; nothing for other templates.
+    """Returns the date for a chat template that reads the clock, and nothing for other templates.
 
-    Work that resumes on another day would otherwise mix two dates.
+    Otherwise, a command that resumes on another day would use two dates.
     """
     kwargs = encoder.chat_template_kwargs
     return {"date": kwargs[CLOCK]} if CLOCK in kwargs else {}
 
 
 def encoder_of(policy: str) -> ChatEncoder:
-    """The encoder of a policy, with the chat template that it was trained with."""
+    """Returns the encoder of a policy, with the chat template from its training."""
     return encoder_as_taught(load_tokenizer(policy), load_judge_settings(policy))
 
 
 def load_sampler(
     policy: str, settings: SamplingSettings, batch_size: int = 64
 ) -> TransformersSampler:
-    """Loads a model for sampling, with the chat template that it was trained with."""
+    """Loads a model for sampling, with the chat template from its training."""
     encoder = encoder_of(policy)
     model: Any = load_model(policy, device="auto")
     return TransformersSampler(model, encoder, settings, batch_size)

@@ -47,7 +47,7 @@ class TournamentJob:
         policy: the model to sample from; default: the judge, or its servers.
         batch_size, max_length, servers: see `JudgeChoice`.
         n: number of responses per prompt.
-        seed: seed for sampling, brackets and lots.
+        seed: seed for sampling, brackets and random winners.
         brackets: whether to write the principles and every match with the judge's probabilities.
 
     Raises:
@@ -169,7 +169,7 @@ def run_tournament(
 
     Raises:
         ValueError: a line cannot be used (the message names the file, line number and field), or
-            the target is for another input or other settings.
+            the target belongs to another input or other settings.
     """
     source, target = input_and_output(source, target)
     world_size = RankShards.here(target, chunk).world_size
@@ -266,10 +266,10 @@ def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
     ):
         for message in prompt:
             if what := lost(message):
-                raise ValueError(f"{where}: a message of 'prompt' has {what}, which is no text")
+                raise ValueError(f"{where}: a message in 'prompt' has {what}: use only text")
         messages = [{"role": m["role"], "content": content_of(m)} for m in prompt]
         if not all(isinstance(m["content"], str) for m in messages):
-            raise ValueError(f"{where}: a message of 'prompt' has no text as content")
+            raise ValueError(f"{where}: a message in 'prompt' does not have text as its content")
     elif prompt is not None:
         raise ValueError(f"{where}: 'prompt' must be a string or a list of messages")
     if context is None and messages:

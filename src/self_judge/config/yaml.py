@@ -35,13 +35,14 @@ _RENAMED = {
     "use_flash_attention_2": "attn_implementation: flash_attention_2",
 }
 
-# OmegaConf refuses a "${" that opens no reference; such text is hidden from it: "$", this, "{".
+# OmegaConf rejects a "${" that does not start a reference. This character, between "$" and "{",
+# hides such text.
 _HIDDEN = "\ue000"
 _NO_REFERENCE = re.compile(r"\$\{(?![A-Za-z_]\w*(\.\w+)*\})")
 
 
 def _plain(config: Any) -> Any:
-    """The plain dictionaries and lists of a parsed file, with hidden text shown again."""
+    """Returns a parsed file as plain dictionaries and lists, with hidden text restored."""
     return _shown_again(OmegaConf.to_container(config, resolve=False))
 
 
@@ -50,10 +51,10 @@ def _hidden(text: str) -> str:
 
 
 def resolve_references(tree: dict[str, Any]) -> dict[str, Any]:
-    """Replaces `${section.key}` by that key's value; all other `${` is text.
+    """Replaces `${section.key}` with the value of that key. Any other `${` is text.
 
     Raises:
-        OmegaConfBaseException: there is no such key, or a value is `???`.
+        OmegaConfBaseException: a key does not exist, or a value is `???`.
     """
 
     def hidden(node: Any) -> Any:

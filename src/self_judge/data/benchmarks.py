@@ -271,7 +271,7 @@ def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef) -> _Found:
 def _pair(
     where: RecordRef, context: str, a: str, b: str, label: Label, subset: str = ""
 ) -> LabeledComparison | str:
-    # Empty responses are kept, since people have rated them.
+    # Empty responses are kept, because people rated them.
     if problem := pair_problem(a, b):
         return f"pair: {problem}"
     comparison = Comparison(context, a, b)

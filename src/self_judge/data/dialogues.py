@@ -61,7 +61,7 @@ def select_hh(
 
 
 def _headers(chosen: str, rejected: str) -> int:
-    """The redundant headers that `parse_dialogue` removes from a pair; its prompt counts once."""
+    """Counts the headers that `parse_dialogue` removes from a pair. The prompt counts once."""
     own, other = (
         [bool(_HEADER.match(turn)) for turn in _TURN.split(text)[2::2]]
         for text in (chosen, rejected)
@@ -72,7 +72,7 @@ def _headers(chosen: str, rejected: str) -> int:
 def parse_dialogue(text: str) -> list[Message]:
     """Splits an HH dialogue text into messages, including empty and repeated turns.
 
-    A turn that opens with another header ("Assistant: Human: Hi") loses it (paper, A.1).
+    A second header at the start of a turn ("Assistant: Human: Hi") is removed (paper, A.1).
 
     Raises:
         ValueError: the text does not start with a Human turn.

@@ -28,7 +28,7 @@ class Parsed:
         record: the parsed record, or `None` if it is unusable.
         skipped: reasons for skipped parts, as short phrases to count: `"record: …"` for the whole
             record, `"pair: …"` for a pair whose record is still usable as a demonstration.
-        removed: what was removed from a record that is still usable, as phrases to count.
+        removed: the parts removed from a record that is still usable, as phrases to count.
     """
 
     record: PreferenceRecord | None
@@ -75,7 +75,7 @@ def merge_turns(messages: Iterable[Message]) -> list[Message]:
 
 
 def pair_problem(chosen: str, rejected: str) -> str:
-    """Why two responses cannot be a pair to judge, by what a judge sees of them; else `""`."""
+    """Returns the reason why the answers in two responses cannot be judged, or `""`."""
     better, worse = answer_of(chosen), answer_of(rejected)
     if better is None or worse is None:
         return NO_ANSWER
@@ -137,10 +137,10 @@ class RecordRef:
         return list(value)
 
     def messages(self, value: Any, field: str) -> list[Message]:
-        """A list of messages with known roles and contents of text; thoughts are left out.
+        """Returns messages with known roles and text as content, without thoughts.
 
         Raises:
-            UnusableRecordError: a message has what text cannot keep (`messages.lost`).
+            UnusableRecordError: a message has anything other than text (see `messages.lost`).
         """
         if not isinstance(value, list):
             raise self.expected("text or a list of messages", value, field)
@@ -155,7 +155,7 @@ class RecordRef:
             if what := lost(message):
                 raise UnusableRecordError(
                     f"{self.source}, record {self.index}, field {at!r}: has {what}, which cannot "
-                    "be judged as text; leave such records out",
+                    "be judged as text: remove such records",
                     reason=f"a message with {what}",
                 )
             self.value(message, "content", at)

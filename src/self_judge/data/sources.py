@@ -31,10 +31,10 @@ class PreferenceData:
 
     Attributes:
         records: the selected records.
-        counts_by_source: by source label: `read`, `other subset` (in the other subset of the
+        counts_by_source: for each source label: `read`, `other subset` (in the other subset of the
             held-out split), `records`, `demonstrations`, `pairs`, `pairs, <principle>`, and one
-            `skipped record: …` or `skipped pair: …` per reason; `removed …` is left out of records
-            that are used.
+            `skipped record: …` or `skipped pair: …` per reason. `removed …` counts parts that were
+            removed from usable records.
     """
 
     records: list[PreferenceRecord]

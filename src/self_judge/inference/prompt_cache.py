@@ -18,7 +18,7 @@ from self_judge.runtime import unwrapped
 class PromptLayer(DynamicLayer):
     """The keys and values of prompts, in the dtype that attention uses.
 
-    With autocast, rotated keys are float32. The usual layer then also converts the values, and
+    With autocast, rotated keys are float32. A `DynamicLayer` then also converts the values, and
     attention rounds both at every step.
     """
 

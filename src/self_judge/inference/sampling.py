@@ -87,7 +87,7 @@ def stop_tokens(encoder: ChatEncoder) -> tuple[int, ...]:
 
 
 def sampled_response(ids: Sequence[int], encoder: ChatEncoder, prompt: Sequence[int]) -> Response:
-    """The sampled ids up to the first stop token; see `thoughts.sampled`."""
+    """Returns the response up to the first stop token (see `thoughts.sampled`)."""
     stop = set(encoder.stop_token_ids)
     end = next((t + 1 for t, token in enumerate(ids) if token in stop), None)
     return sampled(encoder.tokenizer, prompt, ids[:end], ended=end is not None)
@@ -110,7 +110,7 @@ class TransformersSampler:
         model: a causal language model. Its own generation settings are not used.
         encoder: provides the stop tokens and decodes the responses.
         settings: the sampling settings.
-        batch_size: the most responses in a batch.
+        batch_size: the maximum number of responses in a batch.
         batch_tokens: the most tokens in the KV cache, computed as (longest prompt +
             `max_new_tokens`) × responses. The samples for a single prompt are split if they exceed
             the limit. By default, the cache uses half of the GPU memory that remains after the

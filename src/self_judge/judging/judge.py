@@ -187,9 +187,9 @@ class Judge:
     ) -> list[Verdict]:
         """Judges every comparison and returns the verdicts in the same order.
 
-        Of a response that opens with a thought, the judge sees the answer. A pair with a thought
-        that never ends, or whose judge prompt does not fit into `max_length`, is undecidable; its
-        verdict says so.
+        If a response begins with a thought, the judge sees only the answer. A pair is undecidable
+        if a thought never ends or its judge prompt does not fit into `max_length`. Its verdict
+        gives the reason.
 
         Raises:
             TypeError: an element is not a `Comparison`. The message contains its index.

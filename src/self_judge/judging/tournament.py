@@ -96,9 +96,9 @@ def knockouts(
         contexts: the N contexts that the judge sees.
         responses: the responses to each context; never changed.
         seeds: one per context; each fixes the draw and the lots.
-        entrants: the responses that take part, per context. By default those with an answer
-            (`thoughts.answer_of`), so that a thought that never ends cannot win; if none has one,
-            all take part, and lots decide.
+        entrants: the responses that take part, per context. By default, these are the responses
+            with an answer (see `thoughts.answer_of`), so a thought that never ends cannot win. If
+            none has an answer, all take part, and winners are drawn at random.
         seek: with `"worst"` the loser of each match advances.
         known: verdicts by (context, a, b); looked up first, and extended.
 

@@ -88,7 +88,7 @@ def prefix_rows(
 
     Args:
         sequences: token ids, at least one per sequence. Equal sequences share all indices.
-        row_tokens: the most tokens in a row. A pair or a single sequence may be longer.
+        row_tokens: the maximum tokens in a row. A pair or a single sequence may be longer.
         attention_cost: the cost of one more key for a token, in units of its other work.
         split_pairs: whether the limit and the cost also apply to pairs.
 

@@ -68,11 +68,11 @@ class ChatEncoder:
     - A token never spans content and structure ("?\\n" is one token in Llama 3's vocabulary).
     - If the template rejects or drops system messages, the system text moves to the start of the
       first user message.
-    - If the template branches on the content of a message, it takes the branch for plain words.
-    - If the template reads the clock, it gets one date, at midnight.
+    - If the template branches on the content of a message, the branch for plain words is used.
+    - If the template reads the clock, it gets a fixed date, at midnight.
 
     Control tokens are special tokens, added tokens that look like markup, and all added tokens that
-    the template writes, plain words included.
+    the template writes, including plain words.
 
     Args:
         tokenizer: a Transformers tokenizer.
@@ -81,11 +81,11 @@ class ChatEncoder:
             if there is no `chat_template` and the tokenizer has none.
         chat_template_kwargs: arguments for the template; `enable_thinking` is off unless set here.
             `strftime_now` is the date for a template that reads the clock ("2026-03-01"; default:
-            today). They must be plain JSON values, because they are saved with the model.
+            today). All values must be plain JSON, because they are saved with the model.
 
     Raises:
-        EncodingError: there is no template; the template drops, repeats or changes the content of a
-            message (trimming is allowed), or gives another text every time; or
+        EncodingError: there is no template, the template drops, repeats or changes the content of a
+            message (trimming is allowed), it gives different text each time, or
             `chat_template_kwargs` are not plain JSON.
     """
 
@@ -137,10 +137,10 @@ class ChatEncoder:
         return self._encode(messages, "closed")
 
     def encode_query(self, query: str) -> list[int]:
-        """Encodes a rendered prompt, with the ids of `encode_prompt` if it is of this template.
+        """Encodes a rendered prompt, as `encode_prompt` does if it is in this template's format.
 
-        It begins with BOS if the template's prompts do. Control tokens in `query` remain control
-        tokens, because the prompt is already rendered. Pass untrusted text as messages to
+        The ids begin with BOS if the template's prompts do. Control tokens in `query` remain
+        control tokens, because the prompt is already rendered. Pass untrusted text as messages to
         `encode_prompt` instead.
         """
         messages = self.messages_of(query)
@@ -171,9 +171,9 @@ class ChatEncoder:
         return token_id in self._text.control
 
     def marker_in(self, text: str) -> str | None:
-        """The first turn marker written out in a text, if any: the text was rendered already.
+        """Returns the first turn marker in a text, which shows that the text is already rendered.
 
-        Markers are those of this template that are not plain words, and those of well-known ones.
+        The markers come from this template, except plain words, and from well-known templates.
         """
         return self._text.marker_in(text)
 

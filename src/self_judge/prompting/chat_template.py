@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 
 Ending = Literal["closed", "prompt", "open"]
 
-# The function of Transformers that gives chat templates the date; as a key of a template's values,
-# the date that it gives, in ISO format.
+# The function with which Transformers gives the date to chat templates. As a key of
+# `chat_template_kwargs`, it sets this date, in ISO format.
 CLOCK = "strftime_now"
 
 
 class ContentChangedError(EncodingError):
-    """A template does something to contents that the layouts cannot express."""
+    """A template changes message content in a way that layouts cannot express."""
 
 
 # The padding around each placeholder shows how the template trims the message content (see
@@ -59,8 +59,8 @@ class ContentChangedError(EncodingError):
 #
 # Templates themselves do not write two tabs or five newlines.
 _TABS, _NEWLINES = "\t\t", "\n\n\n\n\n"
-# Contents that show what a template does to them: quoting, escaping, replacing, wrapping, cutting,
-# other ways to trim. "#" is the message's number.
+# Message contents that reveal whether a template quotes, escapes, replaces, wraps, cuts or trims
+# them. "#" stands for the number of the message.
 _ODD = (
     "Ab# \"c\" 'd' \\e\\n &amp; <f> {{ g }} {% h %} {i} ${j} [k]\r\n\r\n* l\tm  n\n\n\n"
     "### \u00e9 \u65e5\u672c \U0001f642 \u200b 1,234.50 https://example.org/?a=b&c=d"
@@ -72,7 +72,7 @@ _PROBES = (
     '{"a": ["#"]}',
     "word " * 500 + _ODD,
 )
-# Calling a method on nothing, dividing by zero, …: a template is code.
+# A template is code. For example, it may call a method of an undefined value or divide by zero.
 _TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")
 _GUARDED_SHAPES = (
@@ -107,7 +107,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Gap:
-    """The place of a message's content in the rendered text."""
+    """The position of a message's content in the rendered text."""
 
     message: int
     strip_left: str | None
@@ -125,17 +125,17 @@ class ChatLayouts:
     """The layouts of one chat template, each computed once and cached.
 
     Args:
-        text: the tokenizer that renders the template and tokenizes its structure. The tokens that
-            the structure uses become control tokens of it.
-        chat_template, chat_template_kwargs: a Jinja chat template and its arguments, with `CLOCK`
-            where the template reads the clock.
+        text: the tokenizer that renders the template and tokenizes its structure. The tokens in
+            the structure become control tokens.
+        chat_template, chat_template_kwargs: a Jinja chat template and its arguments, including
+            `CLOCK` if the template reads the clock.
 
     Attributes:
         takes_system: whether the template supports system messages in all prompts and dialogues.
 
     Raises:
-        EncodingError: the template drops, repeats or changes the content of a message, or does not
-            give the same text every time.
+        EncodingError: the template drops, repeats or changes the content of a message, or gives
+            different text each time.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class ChatLayouts:
             self.takes_system = False
 
     def messages_of(self, prompt: str) -> list[Message] | None:
-        """The messages that the template renders as `prompt`, or `None` if there are none."""
+        """Returns the messages that the template renders as `prompt`, or `None`."""
         found: list[list[Message]] = []
         for head in ((), ("system",)) if self.takes_system else ((),):
             roles: tuple[str, ...] = (*head, "user")
@@ -178,18 +178,18 @@ class ChatLayouts:
                     pairs = zip(roles, contents, strict=True)
                     found.append([Message(role=role, content=text) for role, text in pairs])
                     roles = (*roles, "assistant", "user")
-        # A question may hold all other turns as text; the reading with the least content counts.
+        # A question could contain all other turns as text, so choose the one with least content.
         return min(found, key=_characters, default=None)
 
     def _guard_structure(self, chat_template: str) -> None:
-        """Keeps the tokens that the template writes out of reach of contents."""
+        """Prevents message content from producing the tokens that the template writes."""
         ids: set[int] = set()
         for roles in _GUARDED_SHAPES:
             for generation in (False, True):
-                with contextlib.suppress(EncodingError):  # not every template knows every role
+                with contextlib.suppress(EncodingError):  # some templates reject some roles
                     for piece in self._pieces(roles, generation):
                         ids |= set(self._structure(piece)) if isinstance(piece, str) else set()
-        # "data" is the text outside of {{ }} and {% %}, "string" a quoted text inside.
+        # "data" is text outside of {{ }} and {% %}, and "string" is quoted text inside them.
         lexed = jinja2.Environment().lex(chat_template)
         written = "\0".join(text for _, kind, text in lexed if kind in ("data", "string"))
         self._text.guard(ids, written)
@@ -214,8 +214,8 @@ class ChatLayouts:
         for token in self._text.unguarded(i for p in parts if isinstance(p, tuple) for i in p):
             raise EncodingError(
                 f"the chat template writes the added token {token!r} for the roles "
-                f"{'/'.join(roles)}, and contents can write it as well: mark it special in the "
-                "tokenizer"
+                f"{'/'.join(roles)}, and message content can produce it as well: mark it as "
+                "special in the tokenizer"
             )
         return tuple(parts)
 
@@ -224,7 +224,7 @@ class ChatLayouts:
         return tuple(self._text.encode_after(anchor, text))
 
     def _split(self, roles: tuple[str, ...], generation: bool) -> tuple[str | _Gap, ...]:
-        """A rendered chat: texts of the structure and gaps for contents in turn, a text last."""
+        """Renders a chat and splits it into structure and content gaps. Structure comes last."""
         padded = [f"{_NEWLINES}{_TABS}zqcontent{i}qz{_TABS}{_NEWLINES}" for i in range(len(roles))]
         rendered = self._rendered(roles, padded, generation)
         found = [
@@ -242,11 +242,11 @@ class ChatLayouts:
                 )
         pieces: list[str | _Gap] = []
         cursor = 0
-        # Per placeholder: structure before it | padding, placeholder, padding. `cursor` is the end
-        # of the text already turned into pieces.
+        # Before each placeholder, there is structure and then padding. After it, there is padding.
+        # `cursor` is the end of the text that `pieces` already contains.
         for start, end, i in found:
             before, strip_left = _trimmed(rendered[cursor:start])
-            # The padding behind the placeholder mirrors the one before it, so reverse the text.
+            # The padding after the placeholder mirrors the padding before it, so reverse the text.
             following = rendered[end : end + len(_NEWLINES + _TABS)]
             left, strip_right = _trimmed(following[::-1])
             cursor = end + len(following) - len(left)
@@ -273,8 +273,8 @@ class ChatLayouts:
             if random.getstate() == state and not _ADDRESS.search(rendered):
                 return rendered
         raise ContentChangedError(
-            "the chat template gives another text every time (it draws random numbers, or writes "
-            "an address in memory): set templates.chat to one that depends on the messages alone"
+            "the chat template gives different text every time (it draws random numbers, or writes "
+            "a memory address): set templates.chat to one that depends only on the messages"
         )
 
     @staticmethod
@@ -284,9 +284,9 @@ class ChatLayouts:
         contents: Sequence[str],
         rendered: str,
     ) -> None:
-        """Raises if the template does more to contents than trim them."""
+        """Raises an error if the template changes contents other than by trimming them."""
         ours = ""
-        spans: list[tuple[int, int, int]] = []  # of each content: start, end, message
+        spans: list[tuple[int, int, int]] = []  # start, end, message
         for piece in pieces:
             if isinstance(piece, _Gap):
                 content = piece.trim(contents[piece.message])
@@ -303,13 +303,13 @@ class ChatLayouts:
         raise ContentChangedError(
             f"the chat template changes the content of a {roles[message]!r} message: "
             f"{contents[message][max(0, inside - 12) : inside + 24]!r} is written as "
-            f"{rendered[max(0, at - 12) : at + 24]!r}; set templates.chat to a template that "
-            "writes contents as they are, or trimmed"
+            f"{rendered[max(0, at - 12) : at + 24]!r}. Set templates.chat to a template that "
+            "writes contents unchanged or trimmed"
         )
 
 
 def _contents(pieces: Sequence[str | _Gap], prompt: str) -> list[str] | None:
-    """The contents that fill the gaps to give `prompt`, or `None` if none do."""
+    """Returns the contents of the gaps in `prompt`, or `None` if the pieces do not match it."""
     # pieces "Q: " _ "\nA: " _ "\nQ: " _ "\nA:"    prompt "Q: a\nA: b\nQ: c\nA:"    -> a b c
     contents: dict[int, str] = {}
     before, *rest = pieces
@@ -323,7 +323,7 @@ def _contents(pieces: Sequence[str | _Gap], prompt: str) -> list[str] | None:
         following = texts.pop(0) if texts else None
         end = last if following is None else prompt.find(following, at, last)
         content = prompt[at : max(at, end)]
-        # A template that trims writes no outer blanks.
+        # A template that trims does not write whitespace around contents.
         if not content.strip() or content != gap.trim(content):
             return None
         contents[gap.message] = content
@@ -349,7 +349,7 @@ def _trimmed(before: str) -> tuple[str, str | None]:
 
 
 def at_date(chat_template: str, date: str) -> str:
-    """The template with its clock stopped at midnight of `date` ("2026-03-01").
+    """Returns the template with its clock fixed at midnight on `date` ("2026-03-01").
 
     Raises:
         EncodingError: `date` is not a date in ISO format.
@@ -360,7 +360,7 @@ def at_date(chat_template: str, date: str) -> str:
         raise EncodingError(
             f"chat_template_kwargs.{CLOCK} must be a date such as '2026-03-01', got {date!r:.40}"
         ) from error
-    # Transformers passes no functions to templates, so the template gets a macro of that name that
+    # Transformers does not pass functions to templates. A macro with the same name therefore
     # replaces each directive in the format: "%d %b" -> "01 %b" -> "01 Mar".
     written = {f"%{x}": moment.strftime(f"%{x}") for x in "aAbBcdDeFfGhHIjmMpRSTuUVwWxXyYzZ"}
     without_zero = {f"%-{x[1]}": text.lstrip("0") or "0" for x, text in written.items()}
@@ -369,7 +369,7 @@ def at_date(chat_template: str, date: str) -> str:
         "{%- macro " + CLOCK + "(format) -%}{%- set now = namespace(text=format) -%}"
         "{%- for directive, text in " + json.dumps(steps) + " -%}"
         "{%- set now.text = now.text | replace(directive, text) -%}{%- endfor -%}"
-        # The newline is dropped behind the tag, and the template starts a line as before.
+        # Jinja drops a newline after a tag, so the template still starts a line.
         "{{ now.text }}{%- endmacro %}\n" + chat_template
     )
 

@@ -1,7 +1,7 @@
 """ContentTokenizer: encodes a text inside a longer text, without control tokens.
 
-This module handles one tokenizer: how it encodes the start of a text, and which of its tokens are
-control tokens. It does not depend on chats, templates or masks.
+This module handles the start of a text and the control tokens for one tokenizer. It does not depend
+on chats, templates or masks.
 
 It solves two problems:
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # they are not marked as special. Added words and sequences of spaces do not, unless the chat
 # template uses them (see `ContentTokenizer.guard`).
 _MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
-# Turn markers of well-known templates, to recognize text that was rendered for another model.
+# Turn markers in well-known templates, to detect text that was rendered for another model.
 _FOREIGN_MARKERS = r"<\|\w+\|>|\[/?INST\]|<(?:start|end)_of_turn>"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # "\n" comes first: it never merges with other text in SentencePiece vocabularies.
@@ -74,20 +74,20 @@ class ContentTokenizer:
             self.control.pop(self._unknown[0], None)
 
     def guard(self, ids: Iterable[int], written: str) -> None:
-        """Makes the tokens that a chat template uses control tokens, however they are spelled.
+        """Treats the tokens that a chat template uses as control tokens, whatever their spelling.
 
-        White space stays text: in Gemma's vocabulary newlines are added tokens.
+        Whitespace remains text, because newlines are added tokens in Gemma's vocabulary.
 
         Args:
             ids: the ids of the template's structure.
-            written: the template's own texts; they may name more added tokens.
+            written: the literal text in the template, which may contain more added tokens.
         """
         used = set(ids)
         control = _control_tokens(self.tokenizer)
         for token_id, token in self.tokenizer.added_tokens_decoder.items():
             if token.content.strip() and (token_id in used or token.content in written):
                 control.setdefault(token_id, token.content)
-        for token_id in used:  # a marker may also be an ordinary entry of the vocabulary
+        for token_id in used:  # a marker may also be an ordinary token in the vocabulary
             text = str(self.tokenizer.decode([token_id])).strip()
             if _MARKUP.match(text) and re.search(r"\w", text):
                 control.setdefault(token_id, text)
@@ -100,12 +100,12 @@ class ContentTokenizer:
         return self._control_pattern.search(text) is not None
 
     def marker_in(self, text: str) -> str | None:
-        """The first turn marker written out in a text, of this template or a well-known one."""
+        """Returns the first turn marker in a text, from this template or a well-known one."""
         found = self._marker_pattern.search(text)
         return found and found[0]
 
     def unguarded(self, ids: Iterable[int]) -> Iterator[str]:
-        """The added tokens among `ids` that a text could become."""
+        """Yields the added tokens among `ids` that text from the data could become."""
         added = self.tokenizer.added_tokens_decoder
         unknown = {self._unknown[0]} if self._unknown is not None else set()
         for token_id in {*ids} & added.keys() - self.control.keys() - unknown:
@@ -126,7 +126,7 @@ class ContentTokenizer:
         if self.control.keys().isdisjoint(ids) and not named_unknown:
             return ids
         # Cut every control string after its first character and tokenize the parts separately.
-        # A marker of one character, which cannot be cut, is a part of its own.
+        # A marker with one character cannot be cut, so it is tokenized as a separate part.
         found = list(self._control_pattern.finditer(text))
         cuts = {m.start() + 1 for m in found} | {m.start() for m in found if len(m[0]) == 1}
         ids = self._encode_parts(anchor, text, sorted(cuts - {0, len(text)}))
@@ -166,12 +166,12 @@ class ContentTokenizer:
         return ids
 
     def _character(self, character: str) -> list[int]:
-        """Ids of a character that is a control token, by the vocabulary without added tokens."""
+        """Encodes a control token of one character by the vocabulary without added tokens."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return []
         pre = backend.pre_tokenizer
-        # These may put a space in front: "🧑" -> "▁🧑".
+        # A pre-tokenizer may add a space before the character: "🧑" -> "▁🧑".
         words = [word for word, _ in pre.pre_tokenize_str(character)] if pre else [character]
         bare = [word if len(word) == 1 else word.lstrip("▁Ġ") for word in words]
         ids = [token.id for word in bare for token in backend.model.tokenize(word)]
@@ -216,9 +216,9 @@ class ContentTokenizer:
         return self.anchor if last is None else before[len(bare) - len(last) :]
 
     def without_lead(self, structure: str) -> tuple[str, str]:
-        """A structure's text without its trailing spaces, and these; see `Slot.lead`.
+        """Splits structure into its text and its trailing spaces (see `Slot.lead`).
 
-        A control token that ends in a space keeps it.
+        A control token that ends with a space keeps the space.
         """
         bare = structure.rstrip(" ")
         kept = (t for t in self.control.values() if t.endswith(" ") and structure.endswith(t))

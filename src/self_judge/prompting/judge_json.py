@@ -114,7 +114,7 @@ def resolve_judge(
             if name_or_path and is_missing(name_or_path):
                 raise ModelError(f"{name_or_path}: there is no such folder")
             raise ValueError(
-                f"{name_or_path or 'the model'} has no {JUDGE_FILE} beside it (JSFT writes it): "
+                f"{name_or_path or 'the model'} has no {JUDGE_FILE} (JSFT writes this file): "
                 f"{remedy}"
             )
         return dataclasses.replace(

@@ -1,12 +1,12 @@
-"""Messages in the formats that people have, as plain text.
+"""Converts chat messages in common formats to plain text.
 
-It knows the keys and content parts of chat messages. It does not know templates or tokens.
+This module handles the keys and content parts of messages. It does not depend on templates.
 
-A message may have its text in parts, which templates write one after the other:
+The text of a message may consist of several parts, which templates join:
 
     [{"type": "text", "text": "What is "}, {"type": "text", "text": "it?"}]   ->   "What is it?"
 
-What cannot be kept as text (tool calls, images) makes a message unusable; it is never dropped.
+A message with anything other than text (tool calls, images) is unusable. Nothing is dropped.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-REASONING = "reasoning_content"  # the thought of an answer, beside its content
-# Keys that chat templates write, beside the role, the content and the thought. An empty value
-# counts as none, since Arrow gives every message all keys.
+REASONING = "reasoning_content"  # the key for the thought before an answer
+# Keys that chat templates write, other than the role, the content and the thought. Empty values are
+# ignored, because Arrow adds all keys to every message.
 _KEYS = (
     "tool_calls",
     "function_call",
@@ -32,7 +32,7 @@ _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
 def lost(message: Mapping[str, Any]) -> str | None:
-    """What of a message would be lost in plain text, as a phrase; `None` if nothing would."""
+    """Names the part of a message that would be lost in plain text; returns `None` if none is."""
     key = next((key for key in _KEYS if message.get(key)), None)
     if key is not None:
         return key
@@ -42,7 +42,7 @@ def lost(message: Mapping[str, Any]) -> str | None:
 
 
 def content_of(message: Mapping[str, Any]) -> Any:
-    """The content of a message, with its text parts joined; unchanged if it is no text."""
+    """Returns the content of a message with its text parts joined; other content is unchanged."""
     content = message["content"]
     if not isinstance(content, list):
         return content

@@ -1,9 +1,9 @@
-"""Thoughts: a response that opens with a thought is split into the thought and the answer.
+"""Splits the responses of thinking models into a thought and an answer.
 
-It knows how thinking models mark thoughts. It does not know who asks, judges or trains.
+This module handles the markers of thoughts. It does not depend on sampling, judging or training.
 
-Judges, lengths and tournaments see the answer; the loss sees every sampled id. A thought that never
-ends leaves no answer:
+Judging, lengths and tournaments use only the answer. The loss covers every sampled id. A response
+whose thought never ends has no answer:
 
     text                               thought    answer
     "Paris."                           None       "Paris."
@@ -24,9 +24,9 @@ from self_judge.datatypes import Comparison, Response
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_ANSWER = "a thought never ends"  # why a pair is undecidable or skipped
+NO_ANSWER = "a thought never ends"  # the reason a pair is undecidable or skipped
 
-# How thinking models open and close a thought, with the first that use it.
+# The markers that open and close a thought, with the first models that use them.
 _MARKERS = (
     ("<think>", "</think>"),  # DeepSeek-R1, Qwen 3
     ("[THINK]", "[/THINK]"),  # Magistral
@@ -36,12 +36,12 @@ _MARKERS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
 )
-# A marker that the prompt ends with is at most this many tokens from its end.
+# If a prompt ends with an opening marker, the marker is within this number of tokens.
 _LONGEST_OPENING = 32
 
 
 class Parts(NamedTuple):
-    """The parts of a response: `thought` is `None` without one, `answer` if the thought is open."""
+    """The parts of a response. `thought` or `answer` is `None` if the response has none."""
 
     thought: str | None
     answer: str | None
@@ -50,15 +50,15 @@ class Parts(NamedTuple):
 def split_thought(text: str, close: str | None = None) -> Parts:
     """Splits a response into its thought and its answer.
 
-    A response opens with a thought if it begins with an opening marker, or if a closing marker
-    without an opening one stands on a line of its own (the prompt had opened the thought).
+    A response has a thought if it begins with an opening marker, or if a line consists of a closing
+    marker without an earlier opening marker (the prompt then opened the thought).
 
     Args:
         text: the response, without its prompt.
-        close: the closing marker of a thought that the prompt has opened; see `opened_by`.
+        close: the closing marker of a thought that the prompt opened (see `opened_by`).
 
     Returns:
-        The parts; a response without a thought is its answer, unchanged.
+        The parts. If there is no thought, the answer is the unchanged response.
     """
     thoughts: list[str] = []
     answer: str | None = text
@@ -86,23 +86,23 @@ def _first_thought(text: str, close: str | None) -> Parts | None:
 
 
 def answer_of(text: str) -> str | None:
-    """The answer in a response; `None` if its thought never ends."""
+    """Returns the answer in a response, or `None` if its thought never ends."""
     return split_thought(text).answer
 
 
 def answers_of(comparison: Comparison) -> Comparison | None:
-    """The comparison as the judge sees it, without thoughts; `None` if an answer is missing."""
+    """Returns the comparison without thoughts for the judge; `None` if an answer is missing."""
     a, b = answer_of(comparison.response_a), answer_of(comparison.response_b)
     return None if a is None or b is None else Comparison(comparison.context, a, b)
 
 
 def with_answers(responses: Sequence[str]) -> list[int]:
-    """The indices of the responses that have an answer."""
+    """Returns the indices of the responses that have an answer."""
     return [k for k, text in enumerate(responses) if answer_of(text) is not None]
 
 
 def opened_by(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str | None:
-    """The closing marker of a thought that the end of a prompt opens; `None` if it opens none."""
+    """Returns the closing marker of a thought that the end of a prompt opens, or `None`."""
     end = _decoded(tokenizer, prompt[-_LONGEST_OPENING:]).rstrip()
     return next((closing for opening, closing in _MARKERS if end.endswith(opening)), None)
 
@@ -110,10 +110,10 @@ def opened_by(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str 
 def sampled(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int], ended: bool
 ) -> Response:
-    """The response of given sampled ids.
+    """Returns the response for the given sampled ids.
 
     Args:
-        tokenizer: decodes; its markers may be special tokens, added tokens or ordinary text.
+        tokenizer: the tokenizer. Its markers may be special tokens, added tokens or ordinary text.
         prompt: the ids before the response.
         ids: the sampled ids.
         ended: whether the last id ends the response.
@@ -125,7 +125,7 @@ def sampled(
     if whole.answer is None:
         return Response(tuple(ids), "", False, whole.thought, len(ids), answered=False)
 
-    # The thought is the shortest run of ids that holds all of it with its closing marker:
+    # The first ids, up to and including the closing marker, belong to the thought:
     #
     #   ids   <think> ↵ Hm . ↵ </think> | ↵↵ Paris . <end>
     def holds(length: int) -> bool:
@@ -133,7 +133,7 @@ def sampled(
         return part.thought == whole.thought and part.answer is not None
 
     length = bisect_left(range(len(ids)), True, key=holds)
-    # If the marker is ordinary text, its last token may also hold the start of the answer: ">P".
+    # If the marker is ordinary text, its last token may also contain the start of the answer: ">P".
     last, begun = ids[max(0, length - 1) : length], _decoded(tokenizer, ids[:length])
     start = len(split_thought(begun, close).answer or "")
     answer = _text(tokenizer, ids[length - len(last) :])[len(_text(tokenizer, last)) - start :]
@@ -141,7 +141,7 @@ def sampled(
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text with special tokens, among which markers may be."""
+    """Decodes ids with special tokens, because markers may be special tokens."""
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 

@@ -33,7 +33,7 @@ class Chart:
             rest.
         format: `percent`, or `None` for plain numbers.
         reference: the value of a dotted line.
-        maybe: further lines, of metrics that only some runs log.
+        maybe: further lines, for metrics that only some runs log.
     """
 
     section: tuple[str, str]

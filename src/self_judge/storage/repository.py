@@ -1,6 +1,6 @@
-"""The files of a model, in a folder or in a repository on the Hub, and which are not to be written.
+"""Finds the files of a model in a folder or on the Hub, and prevents outputs from replacing inputs.
 
-It does not depend on the contents of the files.
+This module does not depend on the contents of the files.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from self_judge.errors import is_missing
 
 
 def same_path(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Whether two paths lead to one file or folder, by whatever links."""
+    """Returns whether two paths refer to the same file or folder, directly or through links."""
     try:
         return os.path.samefile(one, other)
-    except OSError:  # one does not exist yet
+    except OSError:  # one of them does not exist yet
         return os.path.realpath(one) == os.path.realpath(other)
 
 
 def refuse_overwriting(
     outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str | os.PathLike[str]]
 ) -> None:
-    """Raises `ValueError` if an output is an input, by whatever path or link."""
+    """Raises `ValueError` if an output is also an input, directly or through links."""
     inputs = list(inputs)
     for output in outputs:
         for given in inputs:
@@ -37,16 +37,16 @@ def refuse_overwriting(
 def repository_file(
     name_or_path: str | os.PathLike[str], file: str, revision: str | None = None
 ) -> Path | None:
-    """Finds a file of a model; downloads it if the model is on the Hub.
+    """Finds a file of a model, and downloads it if the model is on the Hub.
 
     Args:
         name_or_path: a folder or a Hub name.
-        file: its name in the folder or repository.
+        file: the name of the file in the folder or repository.
         revision: a branch, tag or commit on the Hub.
 
     Returns:
-        Its path, or `None` if there is no such file or it cannot be reached. Loading the model
-        itself then reports why.
+        The path of the file, or `None` if it does not exist or cannot be downloaded. Loading the
+        model then reports the reason.
     """
     folder = Path(name_or_path)
     if folder.exists() or is_missing(name_or_path):

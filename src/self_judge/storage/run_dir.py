@@ -18,7 +18,7 @@ from self_judge.storage.jsonl import read_lines, write_lines
 
 METRICS = "metrics.jsonl"
 RUN = "run.json"
-DATA = "data.json"  # the counts of the data
+DATA = "data.json"  # counts of records and pairs
 ROLLOUTS = "rollouts"
 BRACKETS = "brackets.jsonl"  # tournaments written by `self-judge tournament --brackets`
 VERDICTS = "verdicts.jsonl"  # written by `self-judge eval`

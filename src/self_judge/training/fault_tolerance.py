@@ -93,8 +93,7 @@ class FaultToleranceMixin(Base):
         max_skipped_steps: training stops after this many skipped steps in a row. A step is skipped
             if its gradient is not finite or if `nothing_judged` is set.
         on_saved: called with every folder into which the model is saved, to add files to it.
-        nothing_judged: whether none of the step's pairs could be judged. The trainer that judges
-            sets it.
+        nothing_judged: whether no pair in the step could be judged. `SelfJudgeTrainer` sets it.
         stop_on_sigterm: whether SIGTERM ends training after the current step, with a checkpoint,
             instead of ending the process. The caller then checks `stopped_early`.
         stopped_early: whether SIGTERM ended the last call of `train`.
@@ -113,7 +112,7 @@ class FaultToleranceMixin(Base):
     _skipped = 0
 
     def _send_telemetry(self) -> None:
-        """Sends nothing. TRL would report the kind of model and machine to its authors."""
+        """Sends nothing. TRL would report the type of model and machine to its authors."""
 
     # -- resuming ----------------------------------------------------------------------------------
 
@@ -162,7 +161,7 @@ class FaultToleranceMixin(Base):
             if self.reference is not None:
                 self.reference.check_saved(checkpoint)
             if not same_data(checkpoint, self._data):
-                logger.warning("the training data has changed since %s", checkpoint)
+                logger.warning("the training data has changed since %s was saved", checkpoint)
 
     def _checked(self, asked: str | bool) -> Path:
         if asked is True:
@@ -182,7 +181,7 @@ class FaultToleranceMixin(Base):
         return with_optimizer(path)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # If a run resumes from the checkpoint of its last step, Transformers would run one more.
+        # If a run resumes from its last checkpoint, Transformers would run one step too many.
         if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
             if self.args.should_save:  # the run may have been killed after its last checkpoint
@@ -333,21 +332,21 @@ class FaultToleranceMixin(Base):
         what = (
             f"the norm of its gradient is {value}"
             if not math.isfinite(value)
-            else "no response could be judged: no tokens, or scores that are not finite"
+            else "no response could be judged: responses are empty, or scores are not finite"
         )
         logger.warning("step %d is skipped: %s", step, what)
         if self._skipped >= self.max_skipped_steps:
             broken = not_finite(model)
             weights = (
                 f"{len(broken)} trained weights are not finite either, such as {broken[0]}: do not "
-                "use them"
+                "use these weights"
                 if broken
                 else f"The weights are those after step {step - self._skipped}, as in checkpoints"
             )
             raise NotFiniteError(
                 f"training stops at step {step}, the last of {self._skipped} skipped steps in a "
-                f"row: {what}. {weights}. Try a smaller learning_rate, or a dtype with more range "
-                "(float16 ends at 65,504)"
+                f"row: {what}. {weights}. Try a smaller learning_rate, or a dtype with a larger "
+                "range (float16 ends at 65,504)"
             )
         # DeepSpeed steps the optimizer itself and also skips such steps.
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -355,13 +354,13 @@ class FaultToleranceMixin(Base):
         return norm
 
     def _check_weights(self) -> None:
-        """Raises an error if trained weights are not finite, or the reference has moved."""
+        """Raises an error if trained weights are not finite, or the reference has changed."""
         model: Any = self.model
         broken = not_finite(model)
         if broken:
             raise NotFiniteError(
                 f"step {self.state.global_step}: {len(broken)} trained weights are not finite, "
-                f"starting with {broken[0]}; nothing is saved. Earlier checkpoints are complete"
+                f"starting with {broken[0]}, so nothing is saved. Earlier checkpoints are complete"
             )
         if self.reference is not None:
             self.reference.check(self.state.global_step)

@@ -1,4 +1,4 @@
-"""The frozen reference, which is also the judge, and checks that training does not move it."""
+"""Creates the frozen reference, which is also the judge, and checks that it stays unchanged."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
 FILE = "reference.json"
 _TOKENS = 24
-# A reference that follows the trained weights moves by more; another device or another order of
-# the same sums moves it by less (see `exactness`).
+# If the reference uses trained weights, its logits change by more than this. Another device or
+# another order of summation changes them by less (see `exactness`).
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _TOLERANCE_IN_LESS = 6e-2
 
 
 def frozen_reference(model: ModelT) -> ModelT:
-    """A copy of the current model, in evaluation mode and without gradients.
+    """Returns a copy of the current model, in evaluation mode and without gradients.
 
-    It copies the weights in memory, not those on disk, so that it includes merged adapters and
-    edited weights.
+    The weights are copied in memory and not loaded from disk. The copy therefore includes merged
+    adapters and edited weights.
     """
     reference = copy.deepcopy(model)
-    # An earlier trainer may have replaced the forward by a closure that calls the original model,
-    # as TRL's fused head does. A copy of it would compute with the weights that are trained.
+    # An earlier trainer may have replaced `forward` with a closure over the original model, as
+    # TRL's fused head does. A copy of this closure would use the trained weights.
     inner: Any = unwrapped(reference)
     forward = inner.__dict__.get("forward")
     by_a_trainer = getattr(forward, "__wrapped__", None) is type(inner).forward
@@ -59,16 +59,16 @@ def frozen_reference(model: ModelT) -> ModelT:
 
 
 def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
-    """A frozen copy as judge and reference; `None` under ZeRO-3, where TRL loads it from disk.
+    """Returns a frozen copy of the model, or `None` under ZeRO-3, where TRL loads it from disk.
 
     Raises:
-        ValueError: under ZeRO-3, the model has no name to load it by.
+        ValueError: ZeRO-3 is used and the model has no name from which it can be loaded.
     """
     if is_deepspeed_zero3_enabled():  # sharded parameters cannot be copied
         name = model.config.name_or_path
         if not name:
             raise ValueError(
-                "ZeRO-3 loads the judge by the model's name, and this model has none: pass a "
+                "ZeRO-3 loads the judge by the model's name, but this model has no name: pass a "
                 "ref_model, or the folder of the model"
             )
         logger.warning("ZeRO-3: loading the judge from %s instead of copying the model", name)
@@ -77,16 +77,16 @@ def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
 
 
 def is_sharded(args: TrainingArguments) -> bool:
-    """Whether FSDP or DeepSpeed shards the model over processes."""
+    """Returns whether FSDP or DeepSpeed shards the model over processes."""
     launched = (os.environ.get(f"ACCELERATE_USE_{kind}", "") for kind in ("FSDP", "DEEPSPEED"))
     return bool(args.fsdp or args.deepspeed or any(a.lower() in ("1", "true") for a in launched))
 
 
 def place(model: Any, args: TrainingArguments) -> None:
-    """Moves a model to its training device, so that its copy is made there, not in host memory.
+    """Moves a model to its training device, so that it is copied there and not in host memory.
 
-    FSDP and DeepSpeed place sharded models; models with a device map or in 4 bits are already
-    placed.
+    FSDP and DeepSpeed place sharded models themselves. Models with a device map or 4-bit weights
+    are already on their devices.
     """
     placed = any(getattr(model, name, None) for name in ("hf_device_map", "quantization_method"))
     if args.place_model_on_device is not False and not placed and not is_sharded(args):
@@ -94,7 +94,7 @@ def place(model: Any, args: TrainingArguments) -> None:
 
 
 def own_models(name: str, revision: str | None = None) -> list[Path]:
-    """The folders that a run must not write into: those of its model and of the model's bases."""
+    """Returns the folders that a run must not write to: its model and the model's bases."""
     chain = adapter_chain(name, revision)
     models = [Path(chain.base), *(Path(adapter.name) for adapter in chain.adapters)]
     # Checkpoints of an earlier run would be replaced by those of this run.
@@ -116,7 +116,7 @@ def load_by_name(
 
 @contextmanager
 def active_reference(trainer: Any) -> Iterator[None]:
-    """Activates the judge's weights, by TRL's own rule for the reference of a `PeftModel`."""
+    """Activates the judge's weights, as TRL does for the reference of a `PeftModel`."""
     if trainer.ref_model is not None:
         yield
         return
@@ -125,26 +125,28 @@ def active_reference(trainer: Any) -> Iterator[None]:
         yield
 
 
-# -- does it stand still? --------------------------------------------------------------------------
+# -- whether it stays unchanged --------------------------------------------------------------------
 
 
 @torch.no_grad()
 def probe_logits(model: Any) -> torch.Tensor:
-    """The logits `(T, V)` of a fixed sequence, in float32 on the CPU, without autocast."""
+    """Computes the logits `(T, V)` for a fixed sequence without autocast, as float32 on the CPU."""
     device = device_of(unwrapped(model))
     ids = torch.tensor([trial_tokens(model, _TOKENS)], device=device)
-    # Accelerate puts autocast into the forward of a model that it prepares.
+    # Accelerate adds autocast to the `forward` of a prepared model.
     forward = getattr(as_called(model), "_original_forward", None) or model
     with in_evaluation_mode(model), torch.autocast(device.type, enabled=False):
         return forward(input_ids=ids, use_cache=False).logits[0].float().cpu()
 
 
 def given_logits(model: Any, ref_model: Any, args: TrainingArguments) -> torch.Tensor | None:
-    """The logits that the reference must keep, on the training device; `None` for a sharded model.
+    """Computes the logits that the reference must keep, or returns `None` for a sharded model.
+
+    It moves the models to the training device.
 
     Args:
-        model: the model that the trainer was given.
-        ref_model: a reference of the caller's own, if any.
+        model: the model that was passed to the trainer.
+        ref_model: the reference that was passed to the trainer, if any.
     """
     if is_sharded(args):
         return None
@@ -167,9 +169,10 @@ class ReferenceCheck:
     """Compares the reference's logits on a fixed sequence with those of the given model.
 
     Args:
-        given: the logits of the model that the trainer was given, see `given_logits`.
-        model: the model that is trained.
-        logits: computes the reference's logits now; `None` if training may change them.
+        given: the logits of the model that was passed to the trainer (see `given_logits`).
+        model: the trained model.
+        logits: a function that computes the current logits of the reference, or `None` if training
+            may change them.
     """
 
     def __init__(
@@ -185,7 +188,7 @@ class ReferenceCheck:
         self.tolerance = _TOLERANCE.get(inner.dtype, _TOLERANCE_IN_LESS)
 
     def moved(self, logits: torch.Tensor) -> float | None:
-        """By how much the logits differ, as a fraction of the largest one; `None` if they agree."""
+        """Returns the difference as a fraction of the largest logit, or `None` if they agree."""
         # Models mask tokens with infinities or huge numbers. These must be the same tokens.
         usual, own = _usual(self.expected), _usual(logits)
         if not torch.equal(usual, own):
@@ -195,10 +198,10 @@ class ReferenceCheck:
         return None if float(off) <= self.tolerance else float(off)
 
     def before_training(self) -> None:
-        """Checks that the reference is the given model and does not follow the trained weights.
+        """Checks that the reference equals the given model and does not use trained weights.
 
         Raises:
-            ModelError: it differs, or it moves with trained weights; the message names one.
+            ModelError: the reference differs, or it uses trained weights. The message names one.
         """
         logits = self.logits
         if logits is None:
@@ -207,9 +210,9 @@ class ReferenceCheck:
         off = self.moved(start)
         if off is not None:
             raise ModelError(
-                f"the reference is not the model that training starts from: its logits differ by "
-                f"{off:.1e} of the largest one. Pass that model as ref_model, or a peft_config "
-                "whose adapter can be turned off"
+                f"the reference differs from the initial model: its logits differ by {off:.1e} of "
+                "the largest one. Pass the initial model as ref_model, or a peft_config whose "
+                "adapter can be disabled"
             )
         self.expected = start
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -221,9 +224,9 @@ class ReferenceCheck:
             (own for own in _by_kind(trained) if self._follows(own, logits)), [trained[0][0]]
         )
         raise ModelError(
-            f"the judge would change during training: it computes with {names[0][0]}, which is "
-            "trained. Set peft_config.bias: none, choose an adapter that can be turned off, or "
-            "train without peft_config"
+            f"the judge would change during training: it uses {names[0][0]}, which is "
+            "trained. Set peft_config.bias: none, choose an adapter that can be disabled, or train "
+            "without peft_config"
         )
 
     def _follows(
@@ -233,20 +236,20 @@ class ReferenceCheck:
             return self.moved(logits()) is not None
 
     def check(self, step: int) -> None:
-        """Raises `ModelError` if the reference has moved since the training began."""
+        """Raises `ModelError` if the reference has changed since training began."""
         off = None if self.logits is None else self.moved(self.logits())
         if off is not None:
             raise ModelError(
                 f"step {step}: the judge has changed during training: its logits differ by "
-                f"{off:.1e} of the largest one; nothing is saved"
+                f"{off:.1e} of the largest one, so nothing is saved"
             )
 
     def save(self, folder: Path) -> None:
-        """Writes a sample of the logits, to be compared when the run resumes."""
+        """Writes a sample of the logits, which is compared when the run resumes."""
         write_json(folder / FILE, {"logits": self._sample(), "tolerance": self.tolerance})
 
     def check_saved(self, checkpoint: Path) -> None:
-        """Raises `CheckpointError` if a checkpoint was written with another initial model."""
+        """Raises `CheckpointError` if a checkpoint belongs to another initial model."""
         path = checkpoint / FILE
         if not path.is_file():
             return
@@ -258,7 +261,7 @@ class ReferenceCheck:
         if not float(off) <= tolerance:
             raise CheckpointError(
                 f"{checkpoint} cannot be resumed from: the weights of the initial model have "
-                "changed since. Restore them, or use another output_dir"
+                "changed since then. Restore them, or use another output_dir"
             )
 
     def _sample(self) -> list[float]:
@@ -269,7 +272,7 @@ class ReferenceCheck:
 def _by_kind(
     named: Sequence[tuple[str, torch.nn.Parameter]],
 ) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
-    """Parameters grouped by the ends of their names, without layer numbers."""
+    """Groups parameters by the last parts of their names, without layer numbers."""
     groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
     for name, parameter in named:
         groups.setdefault(".".join(name.split(".")[-3:]), []).append((name, parameter))
@@ -278,8 +281,8 @@ def _by_kind(
 
 @contextmanager
 def _changed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside the block, every value is another one. Afterwards all are as before, to the bit."""
-    # Flipping bits twice restores them, so no copy of the weights is needed. In float32:
+    """Changes every value inside the block, and restores all values exactly afterwards."""
+    # Flipping bits twice restores them, so no copy of the weights is needed. Float32 examples:
     #   0.0 -> 0.0625       -0.03 -> 3.5e-39       5.0 -> 3.7e+37
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     flips = []

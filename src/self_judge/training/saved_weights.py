@@ -1,4 +1,4 @@
-"""Checks of what a training saves: finite, equal to the weights in memory, and loadable."""
+"""Checks that saved weights are finite, loadable and equal to the trained weights in memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DATA_FILE = "data_fingerprint.json"
 
 
 def not_finite(model: nn.Module, *, trained_only: bool = True) -> list[str]:
-    """The names of the weights that hold a NaN or an infinity."""
+    """Returns the names of the weights that contain NaN or infinity."""
     return [
         name
         for name, parameter in model.named_parameters()
@@ -48,7 +48,7 @@ def not_finite(model: nn.Module, *, trained_only: bool = True) -> list[str]:
 
 def _is_finite(parameter: torch.Tensor) -> bool:
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    # A sum is not finite if any weight is not. One number replaces a mask as large as the weights.
+    # The sum is not finite if any weight is not. It needs less memory than a mask of all weights.
     return bool(torch.isfinite(local.detach().sum(dtype=torch.float64)))
 
 
@@ -138,11 +138,11 @@ def remove_old_adapter(model: nn.Module, folder: Path) -> None:
 def check_saved(model: nn.Module, folder: Path) -> None:
     """Compares saved weights with those in memory, one tensor at a time.
 
-    Weights that Transformers stores under other names are left out.
+    Weights that Transformers stores under other names are not compared.
 
     Args:
-        model: a plain model or a `PeftModel`, not sharded.
-        folder: its files, as `save_pretrained` writes them.
+        model: a plain model or a `PeftModel` that is not sharded.
+        folder: the folder to which `save_pretrained` wrote the model.
 
     Raises:
         ModelError: a weight is missing or differs; the message names it.
@@ -158,22 +158,24 @@ def check_saved(model: nn.Module, folder: Path) -> None:
         found.add(name)
         own = memory[name].detach()
         if own.is_floating_point() and not torch.equal(own.cpu(), tensor):
-            raise ModelError(f"{folder} is not sealed: its {name} differs from the trained weights")
+            raise ModelError(
+                f"{folder} was not saved correctly: {name} differs from the trained weights"
+            )
     stored = {memory[name].data_ptr() for name in found}
     lacking = [n for n, t in memory.items() if n not in found and t.data_ptr() not in stored]
     if lacking and not strange:
         raise ModelError(
-            f"{folder} is not sealed: {len(lacking)} trained weights are missing, such as "
-            f"{lacking[0]}"
+            f"{folder} was not saved correctly: {len(lacking)} trained weights are missing, such "
+            f"as {lacking[0]}"
         )
 
 
 def check_merged(merged: nn.Module, expected: torch.Tensor | None) -> None:
-    """Checks that a merged model computes what the model with its adapter computed.
+    """Checks that a merged model gives the same logits as the model with its adapter.
 
     Args:
-        expected: logits of the model with its adapter, see `reference.probe_logits`; `None` for a
-            4-bit base, which is merged without quantization.
+        expected: the logits of the model with its adapter (see `reference.probe_logits`), or `None`
+            for a 4-bit base, which is merged without quantization.
 
     Raises:
         ModelError: a weight is not finite, or the logits differ.
@@ -187,7 +189,7 @@ def check_merged(merged: nn.Module, expected: torch.Tensor | None) -> None:
     if off is not None:
         raise ModelError(
             f"merging the adapter changed the model: its logits differ by {off:.1e} of the largest "
-            "one; nothing is saved. Set jsft_args.merge_adapter: false"
+            "one, so nothing is saved. Set jsft_args.merge_adapter: false"
         )
 
 
@@ -199,17 +201,17 @@ def _saved(folder: Path, pattern: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def with_optimizer(checkpoint: Path) -> Path:
-    """The checkpoint itself.
+    """Returns the checkpoint if it has an optimizer state.
 
     Raises:
-        CheckpointError: it has no optimizer state.
+        CheckpointError: the checkpoint has no optimizer state.
     """
     kinds = ("optimizer*", "global_step*", "pytorch_model_fsdp*")  # Transformers, DeepSpeed, FSDP
     if any(True for kind in kinds for _ in checkpoint.glob(kind)):
         return checkpoint
     raise CheckpointError(
-        f"{checkpoint} cannot be resumed from: it has no optimizer state (save_only_model). Start "
-        "a new run from it: set model.model_name_or_path to it, and another output_dir"
+        f"{checkpoint} cannot be resumed from: it has no optimizer state (save_only_model). To "
+        "start a new run from it, set model.model_name_or_path to it and choose another output_dir"
     )
 
 
@@ -217,28 +219,28 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
     """Checks that a checkpoint's adapter fits the one being trained.
 
     Raises:
-        CheckpointError: they differ in a setting that changes the shapes of the weights.
+        CheckpointError: the adapters differ in a setting that changes the shapes of their weights.
     """
     if not (checkpoint / "adapter_config.json").is_file():
         if isinstance(model, PeftModel):
             raise CheckpointError(
-                f"{checkpoint} cannot be resumed from: it holds a whole model, and this run trains "
-                "an adapter"
+                f"{checkpoint} cannot be resumed from: it contains a full model, but this run "
+                "trains an adapter"
             )
         return
     saved = PeftConfig.from_pretrained(str(checkpoint))
     if not isinstance(model, PeftModel):
         raise CheckpointError(
-            f"{checkpoint} cannot be resumed from: it holds an adapter, and this run trains a "
-            "whole model"
+            f"{checkpoint} cannot be resumed from: it contains an adapter, but this run trains a "
+            "full model"
         )
     asked: Any = model.active_peft_config
     for name in _SCALES:
         before, now = (getattr(c, name, None) or None for c in (saved, asked))
         if before != now:
             raise CheckpointError(
-                f"{checkpoint} cannot be resumed from: its adapter has {name} {before}, and this "
-                f"run asks for {now}. Use the same peft_config, or another output_dir"
+                f"{checkpoint} cannot be resumed from: its adapter has {name} {before}, but this "
+                f"run has {now}. Use the same peft_config, or another output_dir"
             )
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
@@ -270,7 +272,7 @@ def save_data_fingerprint(folder: Path, fingerprint: str | None) -> None:
 
 
 def same_data(checkpoint: Path, fingerprint: str | None) -> bool:
-    """Whether a checkpoint was written with the same training data, or does not say."""
+    """Returns false only if a checkpoint was written with different training data."""
     path = checkpoint / DATA_FILE
     if fingerprint is None or not path.is_file():
         return True

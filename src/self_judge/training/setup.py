@@ -173,7 +173,7 @@ def _encoder(run: JSFTRun | SelfJudgeRun, saved: JudgeSettings | None) -> ChatEn
     given = {**(saved.chat_template_kwargs if saved else {}), **values}
     if CLOCK not in encoder.chat_template_kwargs or given.get(CLOCK):
         return encoder
-    # A run that goes on after midnight goes on with the date that it began with.
+    # A run that resumes on another day keeps its first date.
     wanted = run.training_args.get("resume_from_checkpoint")
     output = Path(str(run.training_args.get("output_dir") or "."))
     folder = latest_complete(output)[0] if wanted in LAST else wanted or None
@@ -230,7 +230,7 @@ def load_data(
 
 
 def already_rendered(records: Sequence[PreferenceRecord], encoder: ChatEncoder) -> str | None:
-    """Says how many records have turn markers in their texts, and names the first."""
+    """Returns a warning if records contain turn markers, with their number and the first one."""
     found: list[str] = []
     for record in records:
         texts = [message["content"] for message in record.prompt]
@@ -242,8 +242,8 @@ def already_rendered(records: Sequence[PreferenceRecord], encoder: ChatEncoder) 
         return None
     return (
         f"{len(found):,} of {len(records):,} records have turn markers in their texts, the first "
-        f"{found[0]}: they look rendered already, and the markers are trained as plain text; use "
-        "the messages themselves"
+        f"{found[0]}. They seem to be rendered already, and the markers would be trained as plain "
+        "text: use the original messages"
     )
 
 

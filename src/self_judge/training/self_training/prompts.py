@@ -20,7 +20,7 @@ from self_judge.prompting.messages import content_of, lost
 
 logger = logging.getLogger(__name__)
 
-# Whether a query is no text that the chat template renders; counted, then removed.
+# A column that marks queries in another format than the chat template's; removed after counting.
 _FOREIGN = "foreign"
 COLUMNS = ("record", "prompt_ids", "context", "chosen_ids", "rejected_ids")
 
@@ -174,8 +174,8 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
     foreign = sum(prepared[_FOREIGN])
     if foreign:
         logger.warning(
-            "%s dataset: %d of %d queries are not as the chat template renders prompts; they are "
-            "continued as they are, in another format than 'prompt' rows and JSFT",
+            "%s dataset: %d of %d queries are not as the chat template renders prompts; the model "
+            "continues them unchanged, in another format than 'prompt' rows and JSFT",
             name, foreign, len(prepared),
         )  # fmt: skip
     if not len(kept):

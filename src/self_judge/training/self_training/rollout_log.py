@@ -66,8 +66,8 @@ def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     """Computes the logged means from the sums of `rollout_totals`.
 
     Margin, order agreement and win rates are means over decided pairs; the win rate of a principle
-    is the share of pairs in which it agrees with the verdict. Lengths are those of answers. If
-    there are thoughts, their mean length is logged, and the share of responses without an answer.
+    is the share of pairs in which it agrees with the verdict. Lengths count only answers. If
+    there are thoughts, their mean length and the share of responses without an answer are added.
     """
     decided, responses = max(totals["decided"], 1.0), max(totals["responses"], 1.0)
     pairs = max(totals["pairs"], 1.0)

@@ -84,8 +84,8 @@ def select_pairs(
                 f"prompt {i} has {len(own)} responses, but a training pair needs at least 2"
             )
     texts = [[r.judged for r in own] for own in responses]
-    # Responses without an answer are left out, unless fewer than two have one: then the judge
-    # cannot decide.
+    # Responses without an answer are left out. If fewer than two have an answer, all responses take
+    # part, and the judge cannot decide.
     answered = [[k for k, r in enumerate(own) if r.answered] for own in responses]
     entered = [
         own if len(own) > 1 else list(range(len(all_)))

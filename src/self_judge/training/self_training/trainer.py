@@ -95,7 +95,7 @@ logger = logging.getLogger(__name__)
 class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     """Samples responses, judges them with the frozen initial model, and updates by DPO.
 
-    The arguments are those of `DPOTrainer` and those of the method, which override `args`.
+    It accepts the arguments of `DPOTrainer` and the method's settings, which override `args`.
 
     Args:
         model: a name or folder, a model, or a `PeftModel` whose adapter is trained further.
@@ -156,7 +156,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         **trainer_arguments: Any,
     ) -> None:
         if processing_class is not None and tokenizer is not None:
-            raise ValueError("tokenizer and processing_class are two names of one argument")
+            raise ValueError("tokenizer and processing_class are two names for one argument")
         name = model if isinstance(model, str) else str(model.config.name_or_path)
         config = with_values(
             as_self_judge_config(args, name),

@@ -137,10 +137,10 @@ _CHECKS = 2  # the first rollout, and the first one after an update
 
 
 def probe_prompt(encoder: ChatEncoder, templates: JudgeTemplates) -> list[int]:
-    """A judge prompt whose logits show whether an engine has the training's weights."""
+    """Returns a judge prompt whose logits show whether an engine has the trained weights."""
     asked = Comparison("Where does the otter live?", "In the river.", "In the sky.")
     orders = encode_orders(encoder, templates, templates.principles[0], asked, None)
-    assert orders is not None  # without a limit every prompt fits
+    assert orders is not None  # without a limit, every prompt fits
     return orders[0]
 
 
