@@ -650,6 +650,22 @@ def test_markup_that_is_not_special_cannot_be_forged_either() -> None:
     assert encoder.tokenizer.decode(ids) == "</think> no <think>"
 
 
+@pytest.mark.parametrize("mark", [",", "(", ".", "|", "<", "。"])
+def test_a_punctuation_mark_that_is_an_added_token_stays_text_whatever_the_template_writes(
+    mark: str,
+) -> None:
+    """Jurassic-2's vocabulary has added commas; Qwen 2.5's system text has one."""
+    specials = ["<|im_start|>", "<|im_end|>"]
+    template = QWEN_2_5.replace("Qwen, ", f"Qwen, {mark} ")
+    tokenizer = byte_tokenizer(template, specials, None, "<|im_end|>", (mark,))
+    encoder = ChatEncoder(tokenizer)
+    text = f"one{mark} two {mark}three{mark}{mark}"
+    assert encoder.decode(encoder.encode_content(text)) == text
+    assert encoder.encode_prompt([user(text)]) == templated(
+        encoder, [user(text)], add_generation_prompt=True
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_responses_cannot_add_turns_to_a_judge_prompt(kind: str) -> None:
     encoder, templates = encoder_of(kind), JudgeTemplates(TEMPLATES)

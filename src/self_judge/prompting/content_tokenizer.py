@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import functools
 import re
+import string
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -76,7 +78,8 @@ class ContentTokenizer:
     def guard(self, ids: Iterable[int], written: str) -> None:
         """Makes the tokens that a chat template uses control tokens, however they are spelled.
 
-        White space stays text: in Gemma's vocabulary newlines are added tokens.
+        White space and punctuation marks stay text: newlines are added tokens in Gemma's
+        vocabulary, commas in Jurassic-2's.
 
         Args:
             ids: the ids of the template's structure.
@@ -85,7 +88,7 @@ class ContentTokenizer:
         used = set(ids)
         control = _control_tokens(self.tokenizer)
         for token_id, token in self.tokenizer.added_tokens_decoder.items():
-            if token.content.strip() and (token_id in used or token.content in written):
+            if not _is_text(token.content) and (token_id in used or token.content in written):
                 control.setdefault(token_id, token.content)
         for token_id in used:  # a marker may also be an ordinary entry of the vocabulary
             text = str(self.tokenizer.decode([token_id])).strip()
@@ -109,7 +112,7 @@ class ContentTokenizer:
         added = self.tokenizer.added_tokens_decoder
         unknown = {self._unknown[0]} if self._unknown is not None else set()
         for token_id in {*ids} & added.keys() - self.control.keys() - unknown:
-            if added[token_id].content.strip():
+            if not _is_text(added[token_id].content):
                 yield added[token_id].content
 
     def encode(self, text: str, anchor: str | None = None) -> list[int]:
@@ -235,6 +238,14 @@ class ContentTokenizer:
                 token = None
             shown.append(f"{i} (out of range)" if token is None else f"{i} {token!r}")
         return "[" + ", ".join(shown) + "]"
+
+
+def _is_text(token: str) -> bool:
+    """Whether a token is white space or one punctuation mark."""
+    bare = token.strip()
+    return not bare or (
+        len(bare) == 1 and (bare in string.punctuation or unicodedata.category(bare)[0] == "P")
+    )
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
