@@ -666,6 +666,22 @@ def test_a_punctuation_mark_that_is_an_added_token_stays_text_whatever_the_templ
     )
 
 
+def test_markup_of_any_spelling_is_told_from_words_and_operators_by_its_bracket() -> None:
+    markup = ["｜DSML｜", "<dsml:", "</dsml:", "<｜/table>｜", "【tool】", " <think>", "{{x}}"]
+    words = ["<=", "->", "don't", "C++", "    ", "[", "|", "hello"]
+    encoder = ChatEncoder(
+        byte_tokenizer(
+            CHATML, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>", (*markup, *words)
+        )
+    )
+    for text in markup:
+        ids = encoder.encode_content(f"a{text}b")
+        assert not set(markup) & set(tokens(encoder, ids))
+        assert encoder.tokenizer.decode(ids) == f"a{text}b"
+    for text in words:
+        assert text in tokens(encoder, encoder.encode_content(f"a{text}b"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_responses_cannot_add_turns_to_a_judge_prompt(kind: str) -> None:
     encoder, templates = encoder_of(kind), JudgeTemplates(TEMPLATES)

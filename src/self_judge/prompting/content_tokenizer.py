@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Added tokens that look like markup (<think>, [TOOL_CALLS], <|...|>) control a chat model even if
-# they are not marked as special. Added words and sequences of spaces do not, unless the chat
-# template uses them (see `ContentTokenizer.guard`).
+# Added tokens that look like markup (<think>, [TOOL_CALLS], ｜DSML｜, </dsml:) control a chat model
+# even if they are not marked as special. Added words, operators ("<=") and sequences of spaces do
+# not, unless the chat template uses them (see `ContentTokenizer.guard`).
+_ADDED_MARKUP = re.compile(r"\s*[<\[{|＜［｛｜【].*[\w>\]}|＞］｝｜】]", re.DOTALL)
 _MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
 # Turn markers of well-known templates, to recognize text that was rendered for another model.
 _FOREIGN_MARKERS = r"<\|\w+\|>|\[/?INST\]|<(?:start|end)_of_turn>"
@@ -252,7 +253,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     control = {
         token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special or _MARKUP.match(token.content)
+        if token.special or _ADDED_MARKUP.match(token.content)
     }
     for token_id in tokenizer.all_special_ids:
         control.setdefault(token_id, str(tokenizer.convert_ids_to_tokens(token_id)))
