@@ -682,6 +682,22 @@ def test_markup_of_any_spelling_is_told_from_words_and_operators_by_its_bracket(
         assert text in tokens(encoder, encoder.encode_content(f"a{text}b"))
 
 
+def test_a_content_starts_a_word_where_white_space_is_only_the_start_of_words() -> None:
+    """As in T5's family: a newline leaves no token, the word behind it is marked."""
+    backend = unigram()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    )
+    for template in (
+        CHATML,
+        "{% for m in messages %}{{ m.role ~ ':\n\n' ~ m.content ~ '\n' }}{% endfor %}",
+        "{% for m in messages %}{{ m.role ~ ' \t' ~ m.content ~ '</s>' }}{% endfor %}",
+        "{% for m in messages %}{{ '<s>' ~ m.content ~ '\n' }}{% endfor %}",
+    ):
+        encoder = ChatEncoder(wrap(backend, template))
+        assert encoder.encode_dialogue(DIALOGUE).ids == templated(encoder, DIALOGUE)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_responses_cannot_add_turns_to_a_judge_prompt(kind: str) -> None:
     encoder, templates = encoder_of(kind), JudgeTemplates(TEMPLATES)

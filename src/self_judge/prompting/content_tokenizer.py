@@ -210,14 +210,15 @@ class ContentTokenizer:
 
         After a control token, the anchor is that token with the whitespace that follows it. Some
         tokenizers treat the position after a control token as the start of a text, and in some the
-        token absorbs the whitespace.
+        token absorbs the whitespace. Elsewhere, the whitespace stays, because for some tokenizers
+        it is only the start of a word: T5's "user↵Hi" is ▁user ▁Hi.
         """
         if not self._anchors or (at_start and not before):
             return ""
         bare = before.rstrip()
         ends = (t.rstrip() for t in self._controls_longest_first)
         last = next((t for t in ends if t and bare.endswith(t)), None)
-        return self.anchor if last is None else before[len(bare) - len(last) :]
+        return (self.anchor if last is None else last) + before[len(bare) :]
 
     def without_lead(self, structure: str) -> tuple[str, str]:
         """A structure's text without its trailing spaces, and these; see `Slot.lead`.
