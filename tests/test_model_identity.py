@@ -16,18 +16,28 @@ import huggingface_hub.constants as hub
 import pytest
 import torch
 from datasets import Dataset
-from peft import BOFTConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    BOFTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import SFTConfig
 
 from conftest import CHATML, ROOT, SMALL, TEMPLATES, Make, tiny_llama, weights
+from letter_models import gpt2
 from self_judge import Judge, SelfJudgeConfig, SelfJudgeTrainer
+from self_judge.adapters import merged
 from self_judge.check.check import check
 from self_judge.cli import main
 from self_judge.commands.judge_choice import fingerprint
 from self_judge.errors import CheckpointError, ModelError
-from self_judge.models import load_model, load_tokenizer, merged
+from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting import chat_encoder
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import load_judge_settings, save_judge_settings
@@ -231,6 +241,90 @@ def test_an_adapter_with_added_tokens_brings_them_along(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def damaged(folder: Path, how: str) -> None:
+    file = folder / "adapter_model.safetensors"
+    state = load_file(file)
+    names = sorted(state)
+    if how == "empty":
+        state = {}
+    elif how == "renamed":
+        state = {name.replace("lora_A", "lora_C"): tensor for name, tensor in state.items()}
+    elif how == "surplus":
+        state["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 32)
+    else:
+        state = {name: state[name] for name in names if "layers.1." not in name}
+    save_file(state, file)
+
+
+@pytest.mark.parametrize("how", ["a layer less", "surplus", "renamed"])
+def test_an_adapter_with_other_weights_than_it_says_is_refused(
+    how: str, folder: Path, tmp_path: Path
+) -> None:
+    adapter = randomized(get_peft_model(load_model(folder), LoraConfig(**LORA)))
+    adapter.save_pretrained(str(tmp_path / "adapter"))
+    damaged(tmp_path / "adapter", how)
+    with pytest.raises(ModelError, match=r"the adapter .* (lacks|has surplus) weights: base_model"):
+        load_model(tmp_path / "adapter")
+
+
+def test_an_adapter_of_other_layers_than_its_file_is_refused(folder: Path, tmp_path: Path) -> None:
+    adapter = get_peft_model(load_model(folder), LoraConfig(**LORA))
+    adapter.save_pretrained(str(tmp_path / "adapter"))
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": ["o_proj"]}))
+    with pytest.raises(ModelError, match="lacks weights"):
+        load_model(tmp_path / "adapter")
+
+
+def test_adapters_on_positions_leave_the_vocabulary(tmp_path: Path) -> None:
+    gpt2(64, positions=32).save_pretrained(tmp_path / "base")
+    adapter = get_peft_model(
+        load_model(tmp_path / "base"), LoraConfig(task_type="CAUSAL_LM", target_modules=["wpe"])
+    )
+    adapter = randomized(adapter)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = adapter.eval()(ids).logits
+    adapter.save_pretrained(str(tmp_path / "adapter"))
+    torch.testing.assert_close(load_model(tmp_path / "adapter")(ids).logits, expected)
+
+
+def test_what_cannot_be_merged_is_one_line(folder: Path, tmp_path: Path) -> None:
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(load_model(folder), prompts).save_pretrained(str(tmp_path / "prompts"))
+    with pytest.raises(ModelError, match="cannot be merged: its virtual tokens"):
+        load_model(tmp_path / "prompts")
+    biased = get_peft_model(load_model(folder), LoraConfig(**LORA, lora_bias=True))
+    with pytest.raises(ModelError, match=r"cannot be merged: lora_bias needs a bias in .*q_proj"):
+        merged(biased)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_adapter_trained_on_an_adapter_is_loaded_with_it(
+    depth: int, folder: Path, tmp_path: Path, make: Make
+) -> None:
+    start = folder
+    for level in range(depth):
+        adapter = randomized(get_peft_model(load_model(start), LoraConfig(**LORA)))
+        start = tmp_path / f"adapter{level}"
+        adapter.save_pretrained(str(start))
+    trainer = make(model=load_model(start), peft_config=LoraConfig(**LORA), max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "policy"))
+    config = json.loads((tmp_path / "policy/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(start)
+    torch.testing.assert_close(
+        logits(load_model(tmp_path / "policy")), logits(trainer.model.eval()), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_an_adapter_is_not_trained_on_a_base_that_its_name_does_not_lead_to(
+    folder: Path, make: Make
+) -> None:
+    edited_model = randomized(load_model(folder))
+    with pytest.raises(ModelError, match="in memory differs from that file: save the model first"):
+        make(model=edited_model, peft_config=LoraConfig(**LORA)).train()
+
+
 def test_an_adapter_that_is_its_own_base_is_refused(folder: Path, tmp_path: Path) -> None:
     adapter = get_peft_model(load_model(folder), LoraConfig(**LORA))
     adapter.save_pretrained(str(tmp_path / "adapter"))
@@ -372,6 +466,34 @@ def test_settings_that_are_not_finite_are_refused(name: str, value: float, make:
         make(**{name: value}).train()
 
 
+def test_no_clipping_and_masked_tokens_are_no_faults(make: Make, model: Any) -> None:
+    class Masks(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            if output.get("logits") is not None:
+                output.logits[..., 7] = torch.finfo(output.logits.dtype).min
+                output.logits[..., 8] = -math.inf
+            return output
+
+    masking = Masks(model.config)
+    masking.load_state_dict(model.state_dict())
+    make(model=masking, max_grad_norm=math.inf, packing="off", max_steps=1).train()
+
+
+def test_a_whole_model_replaces_an_earlier_adapter_in_its_folder(
+    make: Make, tmp_path: Path, model: Any
+) -> None:
+    first = make(model=copy.deepcopy(model), peft_config=LoraConfig(**LORA), max_steps=1)
+    first.train()
+    first.save_model()
+    second = make(model=copy.deepcopy(model), max_steps=1)
+    second.train()
+    second.save_model()
+    run = Path(second.args.output_dir)
+    assert not (run / "adapter_config.json").exists()
+    assert torch.equal(logits(load_model(run)), logits(second.model))
+
+
 def test_a_generation_config_that_cannot_be_saved_is_found_before_the_first_step(
     make: Make, model: Any
 ) -> None:
@@ -380,6 +502,11 @@ def test_a_generation_config_that_cannot_be_saved_is_found_before_the_first_step
     with pytest.raises(ModelError, match=r"could not be saved: .*temperature.*generation_config"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_an_adapter_saves_no_generation_config_and_may_have_any(make: Make, model: Any) -> None:
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
+    make(model=model, peft_config=LoraConfig(**LORA), max_steps=1).train()
 
 
 def test_weights_that_were_saved_wrong_are_not_sealed(
@@ -414,14 +541,24 @@ def test_a_resume_on_another_base_is_refused(make: Make, tokenizer: Any, tmp_pat
         other.train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("changes", [{"r": 8}, {"target_modules": ["q_proj"]}])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"r": 8}, r"of shape \(4, 32\), and this run trains \(8, 32\)"),
+        ({"target_modules": ["q_proj"]}, "and this run trains None"),
+        ({"lora_alpha": 32}, "lora_alpha 8, and this run asks for 32"),
+        ({"use_rslora": True}, "use_rslora None, and this run asks for True"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern None, and this run"),
+    ],
+    ids=str,
+)
 def test_a_resume_with_another_adapter_is_refused_by_name(
-    changes: dict[str, Any], make: Make, model: Any, tmp_path: Path
+    changes: dict[str, Any], told: str, make: Make, model: Any, tmp_path: Path
 ) -> None:
     own = copy.deepcopy(model)
     trained_here(make, tmp_path, model=own, peft_config=LoraConfig(**LORA), max_steps=1)
     other = make(output_dir=str(tmp_path), peft_config=LoraConfig(**{**LORA, **changes}))
-    with pytest.raises(CheckpointError, match=f"its adapter has {next(iter(changes))} "):
+    with pytest.raises(CheckpointError, match=told):
         other.train(resume_from_checkpoint=True)
 
 
@@ -434,7 +571,8 @@ def test_a_resume_with_other_data_says_so(
         trained_here(make, tmp_path, model=own, train_dataset=data, max_steps=steps)
 
     run(1, queries)
-    for steps, rows, said in ((2, queries, False), (3, queries[:-1], True)):
+    one_other = [*queries[:-1], {**queries[-1], next(iter(queries[-1])): queries[0]["prompt"]}]
+    for steps, rows, said in ((2, queries, False), (3, one_other, True)):
         caplog.clear()
         make(
             model=copy.deepcopy(model), output_dir=str(tmp_path), save_strategy="steps",
@@ -468,15 +606,31 @@ def test_no_run_is_written_over_the_model_that_it_starts_from(
         "link": "link",
     }[way]
     before = (folder / "model.safetensors").read_bytes()
-    trainer = SelfJudgeTrainer(
-        model=str(folder),
-        args=SelfJudgeConfig(output, max_steps=1, **SMALL),
-        judge_templates=TEMPLATES,
-        train_dataset=Dataset.from_list(queries),
-    )
-    with pytest.raises(ValueError, match="would overwrite the input"):
-        trainer.train()
+    for given in (str(folder), load_model(folder)):
+        with pytest.raises(ValueError, match="would overwrite the input"):
+            SelfJudgeTrainer(
+                model=given,
+                args=SelfJudgeConfig(output, max_steps=1, **SMALL),
+                processing_class=load_tokenizer(folder),
+                judge_templates=TEMPLATES,
+                train_dataset=Dataset.from_list(queries),
+            ).train()
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_no_run_is_written_over_the_adapter_or_the_checkpoint_that_it_starts_from(
+    folder: Path, tmp_path: Path, queries: Any
+) -> None:
+    adapter = get_peft_model(load_model(folder), LoraConfig(**LORA))
+    for name in ("adapter", "run/checkpoint-2"):
+        adapter.save_pretrained(str(tmp_path / name))
+        load_tokenizer(folder).save_pretrained(tmp_path / name)
+        output = tmp_path / name.split("/")[0]
+        with pytest.raises(ValueError, match="would overwrite the input"):
+            SelfJudgeTrainer(
+                str(tmp_path / name), args=SelfJudgeConfig(str(output), max_steps=1, **SMALL),
+                judge_templates=TEMPLATES, train_dataset=Dataset.from_list(queries),
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("link", ["hard", "symbolic"])

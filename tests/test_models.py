@@ -14,8 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from conftest import byte_bpe, tiny_llama, wrap
+from self_judge.adapters import merged
 from self_judge.errors import ModelError
-from self_judge.models import check_vocabulary, load_model, load_tokenizer, merged
+from self_judge.models import check_vocabulary, load_model, load_tokenizer
 from self_judge.runtime import (
     float32_logits,
     in_evaluation_mode,
@@ -182,16 +183,14 @@ def test_the_reference_stays_while_the_model_is_trained(model: Any) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_the_reference_is_the_model_in_memory_not_the_one_its_name_leads_to(
-    adapter: Path, base: Path
-) -> None:
+def test_the_reference_is_the_model_in_memory_not_the_one_its_name_leads_to(adapter: Path) -> None:
     in_memory = load_model(adapter)
-    assert in_memory.config.name_or_path == str(base)
+    assert in_memory.config.name_or_path == str(adapter)
     with torch.no_grad():
         in_memory.lm_head.weight[3] += 1.0  # an edit that is on no disk
     reference = frozen_reference(in_memory)
     assert torch.equal(logits(reference), logits(in_memory))
-    assert not torch.allclose(logits(reference), logits(load_model(base)), atol=1e-2)
+    assert not torch.allclose(logits(reference), logits(load_model(adapter)), atol=1e-2)
 
 
 def test_the_reference_of_an_adapter_has_the_adapter(model: Any) -> None:

@@ -11,15 +11,13 @@ import logging
 import os
 import shlex
 import tempfile
-from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,14 +27,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from self_judge.errors import ModelError, _lines, in_a_line, is_missing
+from self_judge.adapters import adapter_chain, adapter_config, listed, merged, with_adapter
+from self_judge.errors import ModelError, in_a_line, is_missing
 from self_judge.runtime import own_device, unwrapped
-from self_judge.storage.repository import repository_file, same_path
+from self_judge.storage.repository import repository_file
 
 logger = logging.getLogger(__name__)
 
 
-ModelT = TypeVar("ModelT", bound=torch.nn.Module)
+# Buffers that older versions of Transformers saved.
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".position_ids", ".inv_freq")
 
 
 def load_tokenizer(
@@ -123,6 +123,7 @@ def load_model(
         **kwargs,
     }
     base_name, base_revision, adapters = adapter_chain(name_or_path, revision)
+    refuse_pickle(base_name)
     if adapters and load_in_4bit and merge:
         raise ModelError(
             f"{name_or_path} is an adapter, and rounding would lose it in 4-bit weights: merge it "
@@ -133,68 +134,11 @@ def load_model(
         _keep_trainable(model)
     if device is not None and model.device != torch.device(device):
         model.to(torch.device(device))  # type: ignore[arg-type]
-    for adapter in adapters[:-1]:
-        model = merged(_with_adapter(model, adapter, trainable=False))
-    if not adapters:
-        return model
-    adapted = _with_adapter(model, adapters[-1], trainable=not merge)
-    return merged(adapted) if merge else adapted
-
-
-class Adapter(NamedTuple):
-    name: str
-    revision: str | None
-    base: str
-
-
-def adapter_config(
-    name_or_path: str | os.PathLike[str], revision: str | None = None
-) -> PeftConfig | None:
-    """The configuration of an adapter, from a folder or the Hub; `None` for a plain model.
-
-    Raises:
-        ModelError: the file cannot be read, or it does not name the base model.
-    """
-    file = repository_file(name_or_path, "adapter_config.json", revision)
-    if file is None:
-        return None
-    try:
-        config = PeftConfig.from_pretrained(str(file.parent))
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ModelError(f"{name_or_path} is no adapter for PEFT: {in_a_line(error)}") from error
-    if not config.base_model_name_or_path:
-        raise ModelError(
-            f"the adapter {name_or_path} does not name its base model in adapter_config.json"
-        )
-    return config
-
-
-class AdapterChain(NamedTuple):
-    """A plain model, with its revision, and the adapters on it, innermost first."""
-
-    base: str
-    revision: str | None
-    adapters: list[Adapter]
-
-
-def adapter_chain(
-    name_or_path: str | os.PathLike[str], revision: str | None = None
-) -> AdapterChain:
-    """The models that a name or folder leads to."""
-    # An adapter on an adapter: outputs/self_judge -> outputs/jsft -> meta-llama/Llama-2-7b-hf
-    name = str(name_or_path)
-    adapters: list[Adapter] = []
-    while (config := adapter_config(name, revision)) is not None:
-        base = str(config.base_model_name_or_path)
-        adapters.append(Adapter(name, revision, base))
-        if any(base == seen.name or same_path(base, seen.name) for seen in adapters):
-            raise ModelError(
-                f"the adapter {name} names {base} as its base, which is an adapter on itself: the "
-                "base model was overwritten, or adapter_config.json is wrong"
-            )
-        name, revision = base, config.revision
-        refuse_pickle(name)
-    return AdapterChain(name, revision, adapters[::-1])
+    for adapter in adapters if merge else adapters[:-1]:
+        model = merged(with_adapter(model, adapter, trainable=False))
+        # A new adapter on this model names it as its base, and loading that name merges again.
+        model.name_or_path = model.config._name_or_path = adapter.name
+    return with_adapter(model, adapters[-1], trainable=True) if adapters and not merge else model
 
 
 def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
@@ -210,13 +154,13 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
             raise
         raise ModelError(f"cannot load a model from {name}: {why(name, error)}") from error
     model, report = loaded
-    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has surplus")):
-        names = sorted(report[kind])
+    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    surplus = {key for key in report["unexpected_keys"] if not key.endswith(_BUFFERS)}
+    for what, names in (("lacks", missing), ("has surplus", surplus)):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelError(
-                f"the model {name} {what} weights: {', '.join(names[:3])}{more}. Its files are "
-                "incomplete, or do not belong to its config.json"
+                f"the model {name} {what} weights: {listed(names)}. Its files are incomplete, or "
+                "do not belong to its config.json"
             )
     return model
 
@@ -229,43 +173,6 @@ def check_files(name_or_path: str | os.PathLike[str]) -> None:
     base, _, _ = adapter_chain(name_or_path)
     if any(Path(base).glob("*.safetensors")):
         _load_base(base, {"device_map": "meta"})
-
-
-def _with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
-    try:
-        _resize_for(base, adapter)
-        # By default PEFT loads the adapter onto the first GPU, wherever the base is.
-        return PeftModel.from_pretrained(
-            base,
-            adapter.name,
-            revision=adapter.revision,
-            is_trainable=trainable,
-            torch_device=str(base.device),
-        )
-    except (RuntimeError, ValueError, SafetensorError) as error:
-        # PyTorch lists every weight after a heading. The first one is enough.
-        lines = _lines(error)
-        raise ModelError(
-            f"the adapter {adapter.name} does not fit its base {adapter.base}, or is damaged: "
-            f"{lines[1] if len(lines) > 1 else in_a_line(error):.200}"
-        ) from error
-
-
-def _resize_for(base: PreTrainedModel, adapter: Adapter) -> None:
-    """Gives the base the embeddings for which the adapter was trained with added tokens."""
-    file = repository_file(adapter.name, "adapter_model.safetensors", adapter.revision)
-    if file is None:
-        return
-    with safe_open(file, "pt") as weights:
-        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-    # Such tables are saved in full; LoRA's own matrix for a table has a column per token.
-    tables: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
-    own = [name for name, module in base.named_modules() if any(module is t for t in tables)]
-    ends = tuple(f"{name}{part}.weight" for name in own for part in ("", ".base_layer"))
-    rows = {shape[0] for name, shape in shapes.items() if name.endswith(ends)}
-    rows |= {shape[1] for name, shape in shapes.items() if name.endswith("lora_embedding_A")}
-    if rows and rows != {tables[0].weight.shape[0]}:
-        base.resize_token_embeddings(max(rows), mean_resizing=False)
 
 
 def _four_bits(dtype: str | torch.dtype, kind: str, nested: bool) -> BitsAndBytesConfig:
@@ -365,38 +272,6 @@ def merged_in_full(model: PeftModel) -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as adapter:
         model.save_pretrained(adapter)
         return load_model(adapter, dtype=base.dtype)  # type: ignore[return-value]
-
-
-def _untie_adapted(model: PeftModel) -> None:
-    """Gives adapted layers weights of their own where another layer shares them.
-
-    Merging would otherwise change the other layer as well. Tied embeddings with LoRA on one side
-    are saved as two tables; PEFT then sets `tie_word_embeddings` to false.
-    """
-    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    for layer in model.modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        base: Any = layer.get_base_layer()
-        for name, weight in list(base.named_parameters(recurse=False)):
-            if holders[id(weight)] > 1:
-                own = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
-                setattr(base, name, own)
-
-
-def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Merges the active adapter into its base. Plain models are returned unchanged.
-
-    PEFT disables the gradients of the base weights, and this function enables them again.
-    """
-    if not isinstance(model, PeftModel):
-        return model
-    _untie_adapted(model)
-    plain = model.merge_and_unload()
-    for parameter in plain.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    return plain
 
 
 def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

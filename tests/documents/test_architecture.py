@@ -19,7 +19,7 @@ PACKAGE = Path(self_judge.__file__).parent
 
 ORDER = (
     *("datatypes", "errors", "console", "storage", "prompting", "config", "data"),
-    *("runtime", "models", "packing", "inference", "judging", "training", "evaluation"),
+    *("runtime", "adapters", "models", "packing", "inference", "judging", "training", "evaluation"),
     *("reporting", "check", "commands", "cli", "__main__"),
 )
 LIGHT = ORDER[: ORDER.index("data") + 1]  # import without torch

@@ -18,6 +18,7 @@ import torch
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import get_peft_model
 
+from self_judge.adapters import adapter_config
 from self_judge.check import findings, text_findings
 from self_judge.check.cost import Cost, Training, device_for, jsft_cost, self_judge_cost, setting_of
 from self_judge.check.examples import Encoded, Example, Figures, encoded_row, summary
@@ -28,7 +29,7 @@ from self_judge.config.hardware import Machine, fit_to_machine
 from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
 from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, PreferenceRecord
-from self_judge.models import adapter_config, check_files, check_vocabulary
+from self_judge.models import check_files, check_vocabulary
 from self_judge.packing.prefix_tree import shared_length
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import JudgeSettings

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from self_judge.adapters import adapter_chain
 from self_judge.errors import ModelError
-from self_judge.models import adapter_chain, refuse_pickle, why
+from self_judge.models import refuse_pickle, why
 from self_judge.runtime import unwrapped
 
 # Whether frozen linear layers are stored in 4 bits. With `nested`, their block scales are also

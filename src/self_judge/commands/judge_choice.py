@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from self_judge.adapters import adapter_config
 from self_judge.config.schema import TemplateArgs
 from self_judge.config.self_training import PackingChoice, SamplingSettings
 from self_judge.config.yaml import build, read_yaml
@@ -21,7 +22,7 @@ from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMScorer
 from self_judge.judging.judge import Judge
-from self_judge.models import adapter_config, load_model, load_tokenizer
+from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.chat_template import CLOCK
 from self_judge.prompting.judge_json import (

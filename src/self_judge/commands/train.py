@@ -21,6 +21,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from self_judge.adapters import FILES, check_mergeable
 from self_judge.config.hardware import Run, fit_to_machine, threads_for
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
 from self_judge.config.self_training import PackingChoice
@@ -43,7 +44,7 @@ from self_judge.training.callbacks import LiveProgress
 from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.training.jsft.trainer import JSFTTrainer
 from self_judge.training.reference import probe_logits
-from self_judge.training.saved_weights import check_merged, check_saved
+from self_judge.training.saved_weights import check_configuration, check_merged, check_saved
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from self_judge.training.setup import (
     Say,
@@ -61,8 +62,6 @@ from self_judge.training.setup import (
 )
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class TrainingStopped(Exception):  # noqa: N818  not an error
@@ -103,6 +102,9 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
         max_skipped_steps=run.jsft_args.max_skipped_steps,
         say=say,
     )
+    if run.jsft_args.merge_adapter and isinstance(trainer.model, PeftModel):
+        check_configuration(trainer.model)
+        check_mergeable(trainer.model)
     _save_json(Path(str(args.output_dir)) / DATA, data.counts_by_source)
     _train(trainer, run, args, say, LiveProgress("JSFT", _console(console)))
     output = save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
@@ -179,7 +181,7 @@ def save_jsft(
         trainer.save_model(str(output))
         return output
     if trainer.accelerator.is_main_process:
-        with atomic_files(output, without=ADAPTER_FILES) as folder:
+        with atomic_files(output, without=FILES) as folder:
             quantized = getattr(unwrapped(model), "quantization_method", None)
             expected = None if quantized else probe_logits(model)
             plain = merged_in_full(model)

@@ -61,12 +61,12 @@ from self_judge.storage.atomic import (
 )
 from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
 from self_judge.training.saved_weights import (
-    check_arguments,
-    check_configuration,
     check_same_adapter,
     check_saved,
+    check_start,
     data_fingerprint,
     not_finite,
+    remove_old_adapter,
     same_data,
     save_data_fingerprint,
     with_optimizer,
@@ -148,13 +148,10 @@ class FaultToleranceMixin(Base):
     def _before_training(self, checkpoint: Path | None) -> None:
         """Finds errors that would otherwise appear at the first save, or never."""
         model: Any = self.model
-        check_arguments(self.args, model)
+        check_start(self.args, model)
         self._data = data_fingerprint(self.train_dataset)
         if is_sharded(self.args):
             return
-        if self.args.should_save:
-            check_configuration(model, Path(str(self.args.output_dir)) / UNFINISHED / "rehearsal")
-            clear_unfinished(Path(str(self.args.output_dir)))
         if self.reference is None and isinstance(model, PeftModel):
             with model.disable_adapter():
                 self.reference = ReferenceCheck(probe_logits(model), model)
@@ -248,6 +245,7 @@ class FaultToleranceMixin(Base):
         if self.args.should_save:
             with _writing(target):
                 move_files(staging, target)
+                remove_old_adapter(self.accelerator.unwrap_model(self.model), target)
             clear_unfinished(target)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +16,16 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import use_adapter
 
+from self_judge.adapters import adapter_chain
 from self_judge.errors import CheckpointError, ModelError
 from self_judge.models import load_model
 from self_judge.packing.exactness import as_called, trial_tokens
 from self_judge.runtime import device_of, in_evaluation_mode, unwrapped
 from self_judge.storage.atomic import write_json
+from self_judge.storage.repository import refuse_overwriting
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,9 @@ def frozen_reference(model: ModelT) -> ModelT:
     # An earlier trainer may have replaced the forward by a closure that calls the original model,
     # as TRL's fused head does. A copy of it would compute with the weights that are trained.
     inner: Any = unwrapped(reference)
-    if "_hf_hook" not in inner.__dict__:  # Accelerate replaces it for several devices
+    forward = inner.__dict__.get("forward")
+    by_a_trainer = getattr(forward, "__wrapped__", None) is type(inner).forward
+    if by_a_trainer or "_original_forward" in inner.__dict__:
         for name in ("forward", "_original_forward"):
             inner.__dict__.pop(name, None)
     reference.requires_grad_(False)
@@ -87,6 +93,15 @@ def place(model: Any, args: TrainingArguments) -> None:
         model.to(args.device)
 
 
+def own_models(name: str, revision: str | None = None) -> list[Path]:
+    """The folders that a run must not write into: those of its model and of the model's bases."""
+    chain = adapter_chain(name, revision)
+    models = [Path(chain.base), *(Path(adapter.name) for adapter in chain.adapters)]
+    # Checkpoints of an earlier run would be replaced by those of this run.
+    models += [m.parent for m in models if m.name.startswith(PREFIX_CHECKPOINT_DIR)]
+    return [m for m in models if m.exists()]
+
+
 def load_by_name(
     name: str, config: Any, trainer_arguments: dict[str, Any], *, merge: bool
 ) -> PreTrainedModel | PeftModel:
@@ -94,6 +109,7 @@ def load_by_name(
     options = {"dtype": "float32", **(config.model_init_kwargs or {})}
     if trainer_arguments.get("quantization_config") is not None:
         options["quantization_config"] = trainer_arguments.pop("quantization_config")
+    refuse_overwriting([config.output_dir], own_models(name, options.get("revision")))
     config.model_init_kwargs = None  # TRL would warn that it does not use them
     return load_model(name, merge=merge, **options)
 
@@ -138,6 +154,10 @@ def given_logits(model: Any, ref_model: Any, args: TrainingArguments) -> torch.T
     return probe_logits(model if ref_model is None else ref_model)
 
 
+def _usual(logits: torch.Tensor) -> torch.Tensor:
+    return logits.isfinite() & (logits.abs() < 1e30)
+
+
 def reference_logits(trainer: Any) -> torch.Tensor:
     with active_reference(trainer):
         return probe_logits(trainer.model if trainer.ref_model is None else trainer.ref_model)
@@ -166,7 +186,12 @@ class ReferenceCheck:
 
     def moved(self, logits: torch.Tensor) -> float | None:
         """By how much the logits differ, as a fraction of the largest one; `None` if they agree."""
-        off = (logits - self.expected).abs().max() / self.expected.abs().max().clamp(min=1e-6)
+        # Models mask tokens with infinities or huge numbers. These must be the same tokens.
+        usual, own = _usual(self.expected), _usual(logits)
+        if not torch.equal(usual, own):
+            return math.inf
+        off = (logits[own] - self.expected[own]).abs().max()
+        off = off / self.expected[own].abs().max().clamp(min=1e-6)
         return None if float(off) <= self.tolerance else float(off)
 
     def before_training(self) -> None:
@@ -218,23 +243,27 @@ class ReferenceCheck:
 
     def save(self, folder: Path) -> None:
         """Writes a sample of the logits, to be compared when the run resumes."""
-        write_json(folder / FILE, {"logits": self._sample()})
+        write_json(folder / FILE, {"logits": self._sample(), "tolerance": self.tolerance})
 
     def check_saved(self, checkpoint: Path) -> None:
         """Raises `CheckpointError` if a checkpoint was written with another initial model."""
         path = checkpoint / FILE
         if not path.is_file():
             return
-        saved = torch.tensor(json.loads(path.read_text(encoding="utf-8"))["logits"])
+        content = json.loads(path.read_text(encoding="utf-8"))
+        saved = torch.tensor(content["logits"])
+        # The run may compute in another type than at the checkpoint.
+        tolerance = max(self.tolerance, content["tolerance"])
         off = (saved - torch.tensor(self._sample())).abs().max() / saved.abs().max().clamp(min=1e-6)
-        if not float(off) <= self.tolerance:
+        if not float(off) <= tolerance:
             raise CheckpointError(
                 f"{checkpoint} cannot be resumed from: the weights of the initial model have "
                 "changed since. Restore them, or use another output_dir"
             )
 
     def _sample(self) -> list[float]:
-        return [float(x) for x in self.expected[-1][:: max(1, self.expected.shape[1] // 64)]]
+        row = torch.where(_usual(self.expected), self.expected, 0.0)[-1]
+        return [float(x) for x in row[:: max(1, len(row) // 64)]]
 
 
 def _by_kind(

@@ -5,29 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
+from self_judge.adapters import FILES, adapter_config
 from self_judge.errors import CheckpointError, ModelError
 from self_judge.runtime import unwrapped
 from self_judge.storage.atomic import write_json
 from self_judge.storage.repository import refuse_overwriting
-from self_judge.training.reference import ReferenceCheck, probe_logits
+from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
 
-# Another value of these gives an adapter with other weights.
-_SHAPES = (
-    "peft_type", "r", "rank_pattern", "target_modules", "target_parameters", "modules_to_save",
-    "layers_to_transform", "bias", "lora_bias", "use_dora",
-)  # fmt: skip
-_ROWS = 256
+# Settings that change what an adapter's weights mean, but not their names or shapes.
+_SCALES = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out",
+           "trainable_token_indices")  # fmt: skip
+# PEFT initializes these from the base weights, and again in the same way when it loads the adapter.
+_REPEATABLE = ("pissa", "olora")
 DATA_FILE = "data_fingerprint.json"
 
 
@@ -48,33 +52,87 @@ def _is_finite(parameter: torch.Tensor) -> bool:
     return bool(torch.isfinite(local.detach().sum(dtype=torch.float64)))
 
 
-def check_arguments(args: TrainingArguments, model: nn.Module) -> None:
-    """Raises `ValueError` if a number is not finite or the output folder is the model's own."""
+def check_start(args: TrainingArguments, model: nn.Module) -> None:
+    """Finds errors in the settings and the model that would appear only when the model is saved.
+
+    Raises:
+        ValueError: a number is not finite, or the output folder is the model's own.
+        ModelError: see `check_configuration` and `check_base`.
+    """
     for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
+        allowed = name == "max_grad_norm" and value == math.inf  # no clipping
+        if isinstance(value, float) and not math.isfinite(value) and not allowed:
             raise ValueError(f"{name} is {value}: give a finite number")
     inner: Any = unwrapped(model)
     refuse_overwriting([str(args.output_dir)], filter(None, [inner.name_or_path]))
+    if is_sharded(args):
+        return
+    if isinstance(model, PeftModel):
+        check_base(model)
+    else:
+        check_configuration(model)
 
 
-def check_configuration(model: nn.Module, folder: Path) -> None:
-    """Saves everything but the weights, so that an error comes before the training.
+def check_configuration(model: nn.Module) -> None:
+    """Finds what Transformers would refuse when it saves the whole model, before the training.
 
     Raises:
-        ModelError: Transformers refuses to save the model's configuration.
+        ModelError: the generation config contradicts itself.
     """
     inner: Any = unwrapped(model)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not inner.can_generate():
+        return
     try:
-        inner.config.save_pretrained(folder)
-        if inner.can_generate():
-            inner.generation_config.save_pretrained(folder)
-    except (TypeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        inner.generation_config.validate(strict=True)
+    except ValueError as error:
+        lines = [line.strip(" -") for line in str(error).splitlines() if "`" in line]
         raise ModelError(
-            f"the trained model could not be saved: {' '.join(lines):.400}. Correct "
-            f"generation_config.json or config.json of {inner.config.name_or_path or 'the model'}"
+            f"the trained model could not be saved: {' '.join(lines) or str(error):.300} Correct "
+            f"generation_config.json of {inner.config.name_or_path or 'the model'}"
         ) from error
+
+
+def check_base(model: PeftModel) -> None:
+    """Checks that the base named by a new adapter has the weights in memory, by a few of them.
+
+    Raises:
+        ModelError: they differ, so the saved adapter would belong to another model.
+    """
+    config: Any = model.active_peft_config
+    base: Any = unwrapped(model)
+    folder = Path(str(config.base_model_name_or_path or ""))
+    known = getattr(config, "init_lora_weights", None) in _REPEATABLE
+    if known or not (folder / "config.json").is_file() or adapter_config(folder) is not None:
+        return
+    if getattr(base, "quantization_method", None) is not None:
+        return
+    memory = {n.replace(".base_layer", ""): p for n, p in base.named_parameters()}
+    for name, read in islice(_evenly(folder), 16):
+        own = memory.get(name)
+        if own is None:
+            continue
+        saved = read()
+        if saved.shape == own.shape and not torch.equal(saved.to(own.dtype), own.detach().cpu()):
+            raise ModelError(
+                f"the adapter would name {folder} as its base, but {name} in memory differs from "
+                "that file: save the model first and start from its folder (or choose another "
+                "init_lora_weights)"
+            )
+
+
+def _evenly(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Some weights in a folder, spread over its files."""
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            names = sorted(weights.keys())
+            for name in names[:: max(1, len(names) // 16)]:
+                yield name, partial(weights.get_tensor, name)
+
+
+def remove_old_adapter(model: nn.Module, folder: Path) -> None:
+    """Removes the adapter of an earlier run beside a whole model, which it would replace."""
+    for name in () if isinstance(model, PeftModel) else FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def check_saved(model: nn.Module, folder: Path) -> None:
@@ -174,31 +232,36 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
             f"{checkpoint} cannot be resumed from: it holds an adapter, and this run trains a "
             "whole model"
         )
-    asked = model.active_peft_config
-    for name in _SHAPES:
-        before, now = (_plain(getattr(c, name, None)) for c in (saved, asked))
+    asked: Any = model.active_peft_config
+    for name in _SCALES:
+        before, now = (getattr(c, name, None) or None for c in (saved, asked))
         if before != now:
             raise CheckpointError(
                 f"{checkpoint} cannot be resumed from: its adapter has {name} {before}, and this "
                 f"run asks for {now}. Use the same peft_config, or another output_dir"
             )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (set, list, tuple)):
-        return sorted(map(str, value))
-    return value or None
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in _saved(checkpoint, "adapter_model*")}
+    differing = sorted(n for n in {*shapes, *stored} if shapes.get(n) != stored.get(n))
+    if differing and stored:
+        name = differing[0]
+        raise CheckpointError(
+            f"{checkpoint} cannot be resumed from: its adapter has {name} of shape "
+            f"{stored.get(name)}, and this run trains {shapes.get(name)}. Use the same "
+            "peft_config, or another output_dir"
+        )
 
 
 def data_fingerprint(dataset: Any) -> str | None:
-    """A hash of the size and of up to 256 evenly spaced rows; `None` for a stream."""
-    try:
-        count = len(dataset)
-    except TypeError:
+    """A hash of all rows of a dataset; `None` for a stream."""
+    if not isinstance(dataset, Dataset):
         return None
-    digest = hashlib.blake2b(str(count).encode(), digest_size=12)
-    for i in range(0, count, max(1, count // _ROWS)):
-        digest.update(json.dumps(dataset[i], sort_keys=True, default=str).encode())
+    digest = hashlib.blake2b(repr(sorted(dataset.features)).encode(), digest_size=12)
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        for name in sorted(table.column_names):
+            for chunk in table.column(name).chunks:
+                digest.update(pa.record_batch([chunk], [name]).serialize())
     return digest.hexdigest()
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from self_judge.config.hardware import Machine, detect_machine
@@ -29,7 +28,7 @@ from self_judge.config.schema import (
 from self_judge.data.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ConfigError
-from self_judge.models import adapter_chain, load_tokenizer
+from self_judge.models import load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.chat_template import CLOCK
 from self_judge.prompting.judge_json import (
@@ -43,6 +42,7 @@ from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.storage.atomic import LAST, latest_complete
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import DATA, METRICS, RUN
+from self_judge.training.reference import own_models
 from self_judge.training.self_training.config import SelfJudgeConfig
 
 Say = Callable[[str], None]
@@ -190,11 +190,8 @@ def _encoder(run: JSFTRun | SelfJudgeRun, saved: JudgeSettings | None) -> ChatEn
 def refuse_own_inputs(run: JSFTRun | SelfJudgeRun) -> None:
     """Raises `ValueError` if the run would overwrite the model or the data that it starts from."""
     output = Path(str(run.training_args.get("output_dir") or "trainer_output"))
-    chain = adapter_chain(run.model.model_name_or_path, run.model.revision)
-    models = [Path(chain.base), *(Path(adapter.name) for adapter in chain.adapters)]
-    # Checkpoints of an earlier run would be replaced by those of this one.
-    models += [m.parent for m in models if m.name.startswith(PREFIX_CHECKPOINT_DIR)]
-    refuse_overwriting([output], [m for m in models if m.exists()])
+    model = run.model
+    refuse_overwriting([output], own_models(model.model_name_or_path, model.revision))
     written = [output / name for name in (RUN, METRICS, DATA, JUDGE_FILE)]
     refuse_overwriting(written, [s.path for s in (*run.dataset.sources, *run.dataset.eval)])
 

@@ -19,7 +19,8 @@ from trl import DPOConfig, DPOTrainer
 
 from conftest import CHATML, TEMPLATES, Make, byte_bpe, history, same, tiny_llama, weights, wrap
 from self_judge import ChatEncoder, SelfJudgeCollator, SelfJudgeConfig, SelfJudgeTrainer
-from self_judge.models import load_model, merged
+from self_judge.adapters import merged
+from self_judge.models import load_model
 from self_judge.prompting.judge_json import load_judge_settings
 from self_judge.training.self_training.prompts import COLUMNS
 from self_judge.training.self_training.rollouts import preference_batch

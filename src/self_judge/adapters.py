@@ -1,0 +1,218 @@
+"""PEFT adapters: the base models they name, loading them and merging them.
+
+This module does not depend on data or training.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from self_judge.errors import ModelError, _lines, in_a_line
+from self_judge.storage.repository import repository_file, same_path
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Adapter(NamedTuple):
+    name: str
+    revision: str | None
+    base: str
+
+
+def adapter_config(
+    name_or_path: str | os.PathLike[str], revision: str | None = None
+) -> PeftConfig | None:
+    """The configuration of an adapter, from a folder or the Hub; `None` for a plain model.
+
+    Raises:
+        ModelError: the file cannot be read, or it does not name the base model.
+    """
+    file = repository_file(name_or_path, "adapter_config.json", revision)
+    if file is None:
+        return None
+    try:
+        config = PeftConfig.from_pretrained(str(file.parent))
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ModelError(f"{name_or_path} is no adapter for PEFT: {in_a_line(error)}") from error
+    if not config.base_model_name_or_path:
+        raise ModelError(
+            f"the adapter {name_or_path} does not name its base model in adapter_config.json"
+        )
+    return config
+
+
+class AdapterChain(NamedTuple):
+    """A plain model, with its revision, and the adapters on it, innermost first."""
+
+    base: str
+    revision: str | None
+    adapters: list[Adapter]
+
+
+def adapter_chain(
+    name_or_path: str | os.PathLike[str], revision: str | None = None
+) -> AdapterChain:
+    """The models that a name or folder leads to."""
+    # An adapter on an adapter: outputs/self_judge -> outputs/jsft -> meta-llama/Llama-2-7b-hf
+    name = str(name_or_path)
+    adapters: list[Adapter] = []
+    while (config := adapter_config(name, revision)) is not None:
+        base = str(config.base_model_name_or_path)
+        adapters.append(Adapter(name, revision, base))
+        if any(base == seen.name or same_path(base, seen.name) for seen in adapters):
+            raise ModelError(
+                f"the adapter {name} names {base} as its base, which is an adapter on itself: the "
+                "base model was overwritten, or adapter_config.json is wrong"
+            )
+        name, revision = base, config.revision
+    return AdapterChain(name, revision, adapters[::-1])
+
+
+def with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
+    """Loads an adapter onto its base.
+
+    Raises:
+        ModelError: it does not fit the base, or its file lacks weights or has surplus ones.
+    """
+    shapes = _shapes(adapter)
+    try:
+        embeddings = _resize_for(base, shapes)
+        # By default, PEFT loads the adapter onto the first GPU, even if the base is elsewhere.
+        model = PeftModel.from_pretrained(
+            base,
+            adapter.name,
+            revision=adapter.revision,
+            is_trainable=trainable,
+            torch_device=str(base.device),
+        )
+        expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    except (
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+    ) as error:
+        # PyTorch lists every weight after a heading. The first one is enough.
+        lines = _lines(error)
+        raise ModelError(
+            f"the adapter {adapter.name} does not fit its base {adapter.base}, or is damaged: "
+            f"{lines[1] if len(lines) > 1 else in_a_line(error):.200}"
+        ) from error
+    # PEFT ignores weights that it does not know, and leaves those that are missing untrained.
+    wrapped = (".modules_to_save.", ".original_module.")  # with save_embedding_layers
+    surplus = {
+        name
+        for name in shapes
+        if name not in expected
+        and not name.endswith(embeddings)
+        and not any(part in name for part in wrapped)
+    }
+    for what, names in (("lacks", expected - set(shapes)), ("has surplus", surplus)):
+        if names and shapes:
+            raise ModelError(
+                f"the adapter {adapter.name} {what} weights: {listed(names)}. Its file is "
+                "incomplete, or does not belong to its adapter_config.json"
+            )
+    return model
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first three names, and the number of the others."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + more
+
+
+def _shapes(adapter: Adapter) -> dict[str, list[int]]:
+    """The shape of every weight in an adapter's file; empty if it is not a safetensors file."""
+    file = repository_file(adapter.name, FILES[1], adapter.revision)
+    if file is None:
+        return {}
+    try:
+        with safe_open(file, "pt") as weights:
+            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the adapter {adapter.name} is damaged: {in_a_line(error)}") from error
+
+
+def _resize_for(base: PreTrainedModel, shapes: dict[str, list[int]]) -> tuple[str, ...]:
+    """Gives the base the embeddings for which an adapter was trained with added tokens.
+
+    Returns:
+        The ends of the names under which an adapter saves embedding tables in full.
+    """
+    tables: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    own = [[n for n, module in base.named_modules() if module is table] for table in tables]
+    ends = tuple(
+        f"{n}{part}.weight" for names in own for n in names for part in ("", ".base_layer")
+    )
+    rows = {shape[0] for name, shape in shapes.items() if name.endswith(ends)}
+    # LoRA's own matrix for an embedding table has one column per token.
+    columns = tuple(f"{n}.lora_embedding_A" for n in own[0])
+    rows |= {shape[1] for name, shape in shapes.items() if columns and name.endswith(columns)}
+    if rows and rows != {tables[0].weight.shape[0]}:
+        base.resize_token_embeddings(max(rows), mean_resizing=False)
+    return ends
+
+
+def _untie_adapted(model: PeftModel) -> None:
+    """Gives adapted layers weights of their own where another layer shares them.
+
+    Merging would otherwise change the other layer as well. Tied embeddings with LoRA on one side
+    are saved as two tables; PEFT then sets `tie_word_embeddings` to false.
+    """
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for layer in model.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        base: Any = layer.get_base_layer()
+        for name, weight in list(base.named_parameters(recurse=False)):
+            if holders[id(weight)] > 1:
+                own = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                setattr(base, name, own)
+
+
+def check_mergeable(model: PeftModel) -> None:
+    """Raises `ModelError` if PEFT cannot merge the active adapter into its base."""
+    config: Any = model.active_peft_config
+    reason = "its virtual tokens are no weights of the base" if config.is_prompt_learning else ""
+    if getattr(config, "lora_bias", False):
+        without = [
+            name
+            for name, layer in model.named_modules()
+            if isinstance(layer, BaseTunerLayer)
+            and getattr(layer.get_base_layer(), "bias", 0) is None
+        ]
+        reason = f"lora_bias needs a bias in {without[0]}" if without else ""
+    if reason:
+        raise ModelError(f"this adapter cannot be merged: {reason}")
+
+
+def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Merges the active adapter into its base. Plain models are returned unchanged.
+
+    PEFT disables the gradients of the base weights, and this function enables them again.
+
+    Raises:
+        ModelError: PEFT cannot merge this kind of adapter.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    check_mergeable(model)
+    _untie_adapted(model)
+    plain = model.merge_and_unload()
+    for parameter in plain.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return plain
