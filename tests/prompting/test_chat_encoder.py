@@ -650,6 +650,54 @@ def test_markup_that_is_not_special_cannot_be_forged_either() -> None:
     assert encoder.tokenizer.decode(ids) == "</think> no <think>"
 
 
+@pytest.mark.parametrize("mark", [",", "(", ".", "|", "<", "。"])
+def test_a_punctuation_mark_that_is_an_added_token_stays_text_whatever_the_template_writes(
+    mark: str,
+) -> None:
+    """Jurassic-2's vocabulary has added commas; Qwen 2.5's system text has one."""
+    specials = ["<|im_start|>", "<|im_end|>"]
+    template = QWEN_2_5.replace("Qwen, ", f"Qwen, {mark} ")
+    tokenizer = byte_tokenizer(template, specials, None, "<|im_end|>", (mark,))
+    encoder = ChatEncoder(tokenizer)
+    text = f"one{mark} two {mark}three{mark}{mark}"
+    assert encoder.decode(encoder.encode_content(text)) == text
+    assert encoder.encode_prompt([user(text)]) == templated(
+        encoder, [user(text)], add_generation_prompt=True
+    )
+
+
+def test_markup_of_any_spelling_is_told_from_words_and_operators_by_its_bracket() -> None:
+    markup = ["｜DSML｜", "<dsml:", "</dsml:", "<｜/table>｜", "【tool】", " <think>", "{{x}}"]
+    words = ["<=", "->", "don't", "C++", "    ", "[", "|", "hello"]
+    encoder = ChatEncoder(
+        byte_tokenizer(
+            CHATML, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>", (*markup, *words)
+        )
+    )
+    for text in markup:
+        ids = encoder.encode_content(f"a{text}b")
+        assert not set(markup) & set(tokens(encoder, ids))
+        assert encoder.tokenizer.decode(ids) == f"a{text}b"
+    for text in words:
+        assert text in tokens(encoder, encoder.encode_content(f"a{text}b"))
+
+
+def test_a_content_starts_a_word_where_white_space_is_only_the_start_of_words() -> None:
+    """As in T5's family: a newline leaves no token, the word behind it is marked."""
+    backend = unigram()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    )
+    for template in (
+        CHATML,
+        "{% for m in messages %}{{ m.role ~ ':\n\n' ~ m.content ~ '\n' }}{% endfor %}",
+        "{% for m in messages %}{{ m.role ~ ' \t' ~ m.content ~ '</s>' }}{% endfor %}",
+        "{% for m in messages %}{{ '<s>' ~ m.content ~ '\n' }}{% endfor %}",
+    ):
+        encoder = ChatEncoder(wrap(backend, template))
+        assert encoder.encode_dialogue(DIALOGUE).ids == templated(encoder, DIALOGUE)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_responses_cannot_add_turns_to_a_judge_prompt(kind: str) -> None:
     encoder, templates = encoder_of(kind), JudgeTemplates(TEMPLATES)

@@ -23,15 +23,18 @@ from __future__ import annotations
 
 import functools
 import re
+import string
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Added tokens that look like markup (<think>, [TOOL_CALLS], <|...|>) control a chat model even if
-# they are not marked as special. Added words and sequences of spaces do not, unless the chat
-# template uses them (see `ContentTokenizer.guard`).
+# Added tokens that look like markup (<think>, [TOOL_CALLS], ｜DSML｜, </dsml:) control a chat model
+# even if they are not marked as special. Added words, operators ("<=") and sequences of spaces do
+# not, unless the chat template uses them (see `ContentTokenizer.guard`).
+_ADDED_MARKUP = re.compile(r"\s*[<\[{|＜［｛｜【].*[\w>\]}|＞］｝｜】]", re.DOTALL)
 _MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
 # Turn markers in well-known templates, to detect text that was rendered for another model.
 _FOREIGN_MARKERS = r"<\|\w+\|>|\[/?INST\]|<(?:start|end)_of_turn>"
@@ -76,16 +79,17 @@ class ContentTokenizer:
     def guard(self, ids: Iterable[int], written: str) -> None:
         """Treats the tokens that a chat template uses as control tokens, whatever their spelling.
 
-        Whitespace remains text, because newlines are added tokens in Gemma's vocabulary.
+        Whitespace and punctuation remain text: newlines are added tokens in Gemma's vocabulary,
+        and commas in Jurassic-2's.
 
-        Args:
-            ids: the ids of the template's structure.
-            written: the literal text in the template, which may contain more added tokens.
+                Args:
+                    ids: the ids of the template's structure.
+                    written: the literal text in the template, which may contain more added tokens.
         """
         used = set(ids)
         control = _control_tokens(self.tokenizer)
         for token_id, token in self.tokenizer.added_tokens_decoder.items():
-            if token.content.strip() and (token_id in used or token.content in written):
+            if not _is_text(token.content) and (token_id in used or token.content in written):
                 control.setdefault(token_id, token.content)
         for token_id in used:  # a marker may also be an ordinary token in the vocabulary
             text = str(self.tokenizer.decode([token_id])).strip()
@@ -109,7 +113,7 @@ class ContentTokenizer:
         added = self.tokenizer.added_tokens_decoder
         unknown = {self._unknown[0]} if self._unknown is not None else set()
         for token_id in {*ids} & added.keys() - self.control.keys() - unknown:
-            if added[token_id].content.strip():
+            if not _is_text(added[token_id].content):
                 yield added[token_id].content
 
     def encode(self, text: str, anchor: str | None = None) -> list[int]:
@@ -206,14 +210,15 @@ class ContentTokenizer:
 
         After a control token, the anchor is that token with the whitespace that follows it. Some
         tokenizers treat the position after a control token as the start of a text, and in some the
-        token absorbs the whitespace.
+        token absorbs the whitespace. Elsewhere, the whitespace stays, because for some tokenizers
+        it is only the start of a word: T5's "user↵Hi" is ▁user ▁Hi.
         """
         if not self._anchors or (at_start and not before):
             return ""
         bare = before.rstrip()
         ends = (t.rstrip() for t in self._controls_longest_first)
         last = next((t for t in ends if t and bare.endswith(t)), None)
-        return self.anchor if last is None else before[len(bare) - len(last) :]
+        return (self.anchor if last is None else last) + before[len(bare) :]
 
     def without_lead(self, structure: str) -> tuple[str, str]:
         """Splits structure into its text and its trailing spaces (see `Slot.lead`).
@@ -237,11 +242,19 @@ class ContentTokenizer:
         return "[" + ", ".join(shown) + "]"
 
 
+def _is_text(token: str) -> bool:
+    """Whether a token is white space or one punctuation mark."""
+    bare = token.strip()
+    return not bare or (
+        len(bare) == 1 and (bare in string.punctuation or unicodedata.category(bare)[0] == "P")
+    )
+
+
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     control = {
         token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special or _MARKUP.match(token.content)
+        if token.special or _ADDED_MARKUP.match(token.content)
     }
     for token_id in tokenizer.all_special_ids:
         control.setdefault(token_id, str(tokenizer.convert_ids_to_tokens(token_id)))
