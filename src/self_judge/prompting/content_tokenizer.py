@@ -82,9 +82,9 @@ class ContentTokenizer:
         Whitespace and punctuation remain text: newlines are added tokens in Gemma's vocabulary,
         and commas in Jurassic-2's.
 
-                Args:
-                    ids: the ids of the template's structure.
-                    written: the literal text in the template, which may contain more added tokens.
+        Args:
+            ids: the ids of the template's structure.
+            written: the literal text in the template, which may contain more added tokens.
         """
         used = set(ids)
         control = _control_tokens(self.tokenizer)
