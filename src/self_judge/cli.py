@@ -28,7 +28,7 @@ _OVERRIDES = "override any value in the run file: key.path=value"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status (2 for bad input, with a one-line message)."""
+    """Runs the command and returns its exit status: 2 for bad input, after a one-line message."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse rejects positional arguments after an option, so accept overrides here.
@@ -85,11 +85,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_runs(commands: Commands) -> None:
-    """Adds the commands that read a run file: training, and the check before it."""
+    """Adds the commands that read a run file: `jsft`, `train` and `check`."""
     for name, kind, text in (
         ("jsft", "jsft", "judge-augmented supervised fine-tuning"),
         ("train", "self_judge", "on-policy self-training by self-judgment"),
-        ("check", None, "show the data and cost of a run and find problems before it starts"),
+        ("check", None, "show the data and cost of a run, and find problems before the run starts"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("config", metavar="CONFIG", help="the run's YAML file")
@@ -97,22 +97,22 @@ def _add_runs(commands: Commands) -> None:
         command.set_defaults(run=_train if kind else _check, kind=kind)
     add = command.add_argument  # of check
     add("--examples", type=int, default=400, metavar="N",
-        help="encode N evenly spaced records; all are counted (default: 400; 0 encodes all)")
+        help="encode N evenly spaced records; all records are counted (default: 400; 0: all)")
     add("--gpu", metavar="KIND",
-        help="estimate for this GPU, such as h100 or a100-80gb (default: this machine's)")
-    add("--processes", type=int, metavar="N", help="estimate for N processes")
+        help="estimate memory for a GPU such as h100 or a100-80gb (default: this machine's GPU)")
+    add("--processes", type=int, metavar="N", help="estimate memory for N processes")
     add("--sharding", choices=["none", "zero2", "zero3", "fsdp"],
         help="sharding to assume if the launcher's configuration sets it")
-    add("--plain", action="store_true", help="no colors, for logs")
+    add("--plain", action="store_true", help="print without colors, for logs")
     add("--json", action="store_true", help="print everything as JSON to standard output")
 
 
 def _add_tournament(commands: Commands) -> None:
     tournament = commands.add_parser(
-        "tournament", help="pick the best of N responses by a knockout (self-rejection)"
+        "tournament", help="pick the best of N responses in a knockout (self-rejection)"
     )
     add = tournament.add_argument
-    add("input", metavar="IN.jsonl", help="file with contexts and responses, or with prompts")
+    add("input", metavar="IN.jsonl", help="JSON lines with contexts and responses, or with prompts")
     add("output", metavar="OUT.jsonl", help="output file, with one line per input line")
     add("--model", required=True, metavar="DIR", help="a model trained by JSFT")
     add("--policy", metavar="DIR", help="model that samples responses (default: the judge)")
@@ -138,7 +138,7 @@ def _add_evaluation(commands: Commands) -> None:
     add("--data-dir", metavar="DIR", help="folder inside the data")
     add("--name", help="configuration name of a Hub dataset")
     add("--data-revision", metavar="REV", help="revision of a Hub dataset")
-    add("--max-pairs", type=int, metavar="N", help="use the first N pairs of each source")
+    add("--max-pairs", type=int, metavar="N", help="use the first N pairs from each source")
     _add_judge(evaluate)
     evaluate.set_defaults(run=_eval)
 
@@ -158,7 +158,7 @@ def _add_evaluation(commands: Commands) -> None:
 
     judge = commands.add_parser("judge", help="judge pairs in bulk")
     add = judge.add_argument
-    add("input", metavar="IN.jsonl", help="file with context or prompt, response_a and response_b")
+    add("input", metavar="IN.jsonl", help="JSON lines with context or prompt, and two responses")
     add("output", metavar="OUT.jsonl", help="output file, with one line per input line")
     add("--model", required=True, metavar="MODEL", help="the judge")
     add("--field", default="verdict", help="key of the verdict in an output line")
@@ -177,7 +177,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 def _add_judge(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--templates", metavar="FILE",
-        help="YAML file with judge templates, if the model has no judge.json or to override it")
+        help="YAML file with judge templates, which replace those in judge.json, if there is one")
     add("--dtype", default="auto", help="dtype of the weights (default: as saved)")
     add("--packing", default="auto", choices=PACKING, help="how prompts share prefixes")
     add("--revision", metavar="REV", help="revision of a Hub model")
@@ -208,7 +208,7 @@ def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: i
     except (ValueError, TypeError, OSError, ImportError) as error:
         if debug:
             raise
-        # Messages often quote text from a file.
+        # Messages often quote text from a file, so escape them.
         text = neutral(" ".join(str(error).split())) or type(error).__name__
         print(f"self-judge: error: {text}", file=sys.stderr)
         return 2

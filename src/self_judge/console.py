@@ -35,12 +35,12 @@ def neutral(text: str) -> str:
 
 
 def say(console: Console, line: str) -> None:
-    """Prints a line without markup. A terminal wraps the line, and a log file does not."""
+    """Prints a line without markup. The line wraps in a terminal but not in a log file."""
     console.print(neutral(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | None] = ()) -> Table:
-    """Returns a table of numbers with intervals, and with their names in the first column.
+    """Returns a table of numbers and intervals, with row names in the first column.
 
     Args:
         title, headings: text, which may come from data.

@@ -23,7 +23,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A context and two responses to it. The names a and b do not imply an order in a prompt.
+    """A context and two responses to it. The names `a` and `b` do not imply an order in a prompt.
 
     Args:
         context: the dialogue as text for a judge prompt (see `judge_templates.dialogue_text`).
@@ -48,13 +48,14 @@ class Verdict:
         preferred: `"a"`, `"b"`, or `None` if the judge cannot decide (an exact tie, a score that is
             not finite, or a pair longer than the judge's `max_length`).
         score_a: mean over principles of s(a) = ½[p(A | a first) + p(B | b first)], in [0, 1].
-        score_b: the same score for b.
-        win_rate: fraction of principles under which a wins (an exact tie counts as half).
+        score_b: the same score for response `b`.
+        win_rate: fraction of principles under which response `a` wins (an exact tie counts as
+            half).
         margin: `score_a - score_b`.
         orders_agree: whether both orders, averaged over principles, prefer the same response.
         probabilities: `[principle][order][letter]`, a softmax over the full vocabulary. Order 0
-            shows a first and order 1 shows b first. Letter 0 is A and letter 1 is B. Empty if the
-            pair did not fit.
+            shows response `a` first and order 1 shows response `b` first. Letter 0 is A and letter
+            1 is B. The tuple is empty if the pair exceeds `max_length`.
         undecidable_because: the reason if `preferred` is `None`; otherwise `None`.
     """
 
@@ -68,10 +69,10 @@ class Verdict:
     undecidable_because: str | None = None
 
     def order_margins(self) -> tuple[float, float]:
-        """Returns the margins of the two orders: a first, then b first.
+        """Returns the margins of the two orders: response `a` first, then response `b` first.
 
-        A margin is p(a's letter) − p(b's letter), summed over principles. A positive margin means
-        that the order prefers a. Both margins are 0 if the pair did not fit.
+        A margin is p(letter of `a`) − p(letter of `b`), summed over principles. If it is positive,
+        the order prefers `a`. Both margins are 0 if the pair exceeds `max_length`.
         """
         return (
             math.fsum(first[0] - first[1] for first, _ in self.probabilities),
@@ -99,12 +100,12 @@ class Response:
 
     Attributes:
         ids: the sampled token ids, including the end-of-turn token if the model emitted it.
-        text: the answer, decoded without the thought, special tokens and surrounding whitespace.
-        finished: whether the model ended the response itself, with an answer. It is false if the
-            response was cut at the limit or its thought never ends.
+        text: the decoded answer, without the thought, special tokens or surrounding whitespace.
+        finished: whether the model itself ended the response, and the response has an answer. The
+            value is false if the response was cut at `max_new_tokens` or its thought never ends.
         thought: the decoded thought before the answer, or `None`.
         thought_length: the number of ids in the thought, including its markers.
-        answered: whether there is an answer. After a thought that never ends, there is none.
+        answered: whether the response has an answer. It has none if its thought never ends.
     """
 
     ids: tuple[int, ...]
@@ -116,7 +117,7 @@ class Response:
 
     @property
     def answer_length(self) -> int:
-        """The number of ids, without those in the thought."""
+        """The number of sampled ids that are not part of the thought."""
         return len(self.ids) - self.thought_length
 
     @property
@@ -133,7 +134,7 @@ class LabeledPair:
         chosen, rejected: the better and the worse response, as plain text.
         principle: the principle under which `chosen` is better. `None` means better overall, and
             the pair is then judged under every template.
-        rationale_chosen, rationale_rejected: the reasons for their ratings; set both or neither.
+        rationale_chosen, rationale_rejected: the reasons for the two ratings; set both or neither.
     """
 
     chosen: str

@@ -1,6 +1,7 @@
 """Errors caused by user input, which the command line shows on one line.
 
-Each kind of input has its own class. Each message says what is wrong, where, and how to fix it.
+Each kind of input has its own error class. Each message states the problem, its location and the
+fix.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ class DataError(ValueError):
 
 
 class UnusableRecordError(DataError):
-    """A well-formed record that cannot be used. Loading skips and counts it.
+    """A well-formed record that cannot be used. Loading skips and counts such records.
 
     Attributes:
-        reason: the reason, as a short phrase to count.
+        reason: a short phrase, by which such records are counted.
     """
 
     def __init__(self, message: str, reason: str) -> None:

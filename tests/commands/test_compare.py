@@ -89,6 +89,6 @@ def test_responses_to_other_or_fewer_prompts_are_refused(
     assert "2 responses for 6 prompts" in capsys.readouterr().err
     other = responses(tmp_path / "other.jsonl", ["no"] * 6, prompt="something else?")
     assert main(["compare", str(a), str(other), "--prompts", str(prompts), *judge]) == 2
-    assert "differs from the prompt at this index" in capsys.readouterr().err
+    assert "differs from the prompt at the same index" in capsys.readouterr().err
     assert main(["compare", "m", "m", *judge]) == 2
     assert "--prompts FILE" in capsys.readouterr().err

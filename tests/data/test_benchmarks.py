@@ -155,7 +155,7 @@ def test_several_splits_are_subsets(tmp_path: Path) -> None:
         ),
         (
             {"conversation_a": [], "conversation_b": [], "winner": "tie"},
-            "field 'conversation_a': expected 1 questions, each with its answer",
+            "field 'conversation_a': expected 1 questions, each with an answer",
         ),
     ],
 )

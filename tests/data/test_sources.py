@@ -791,7 +791,7 @@ def test_pairs_alone_have_no_demonstration() -> None:
         ({"kind": "hhh"}, "kind must be one of auto, hh, .* got 'hhh'"),
         ({"subset": "dev"}, "subset must be 'train', 'held_out' or 'all', got 'dev'"),
         ({"held_out": 1.0}, r"held_out must be a fraction of the prompts in \[0, 1\), got 1.0"),
-        ({"subset": "held_out"}, "subset 'held_out' is empty, since held_out is 0"),
+        ({"subset": "held_out"}, "subset 'held_out' is empty because held_out is 0"),
         ({"rationales": True}, "rationales need principles"),
         ({"max_records": 0}, "max_records must be at least 1"),
         ({"principles": True}, "x: pairs per principle need ratings per principle"),

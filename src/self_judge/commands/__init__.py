@@ -1,5 +1,5 @@
 """Implements each `self-judge` command: its inputs, work and outputs.
 
 This package connects the other packages with files, models and consoles. It does not parse
-arguments, which is the task of `cli`. It may import every other package.
+arguments; `cli` does. It may import every other package.
 """

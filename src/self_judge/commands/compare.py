@@ -56,9 +56,9 @@ class ComparisonJob:
 
     Args:
         policies: two models (folder or Hub name) to sample from, or files of responses.
-        prompts: a file of prompts; optional if a file of responses includes them.
+        prompts: a file of prompts; optional if a file of responses includes prompts.
         sampling: sampling parameters for a model.
-        seed: sampling seed, from which the two policies derive different seeds.
+        seed: sampling seed; each policy samples with different seeds derived from it.
         sampling_batch_size: number of responses sampled at a time.
         max_prompts: use the first N prompts.
     """
@@ -101,9 +101,9 @@ def run_compare(
 ) -> dict[str, Any]:
     """Compares two policies and returns the contents of `output/results.json`.
 
-    It writes the pairs with their verdicts to `output/pairs.jsonl`, and sampled responses to
-    `output/responses_a.jsonl` and `responses_b.jsonl`. Under `accelerate launch`, each process
-    samples and judges its shard.
+    The function writes the pairs with their verdicts to `output/pairs.jsonl`, and sampled responses
+    to `output/responses_a.jsonl` and `responses_b.jsonl`. Under `accelerate launch`, each process
+    samples and judges its shard of the prompts.
 
     Raises:
         ValueError: a model, prompts or responses cannot be used, or `output` contains another
@@ -214,7 +214,7 @@ def _sample(
 
 
 def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:
-    """Reads one `{"text", "finished"}` per prompt. If a line has a prompt, it must match."""
+    """Reads one `{"text", "finished"}` per prompt. A line's prompt, if any, must match."""
     found: list[dict[str, Any]] = []
     for index, line in enumerate(itertools.islice(read_raw(str(file)), len(prompts))):
         where = RecordRef(str(file), index)
@@ -222,7 +222,7 @@ def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[di
         text = where.text(line, name)
         prompt = prompt_of(line, where)
         if prompt is not None and prompt != list(prompts[index]):
-            raise where.error("prompt", "differs from the prompt at this index")
+            raise where.error("prompt", "differs from the prompt at the same index")
         found.append({"text": text, "finished": line.get("finished")})
     if len(found) < len(prompts):
         raise ValueError(f"{file}: {len(found):,} responses for {len(prompts):,} prompts")

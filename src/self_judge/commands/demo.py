@@ -1,7 +1,7 @@
 """`self-judge demo` runs the whole method on the synthetic world and evaluates it.
 
 The demo creates data, runs JSFT, self-training and self-rejection, and evaluates the results with
-the gold rubric. It downloads nothing. It uses the same code for the method as any other run.
+the gold rubric. The demo downloads nothing and uses the same code for the method as any other run.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SHOWN_BRACKETS = 12  # number of tournaments saved for the report
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """Sizes and hyperparameters of the demo. Its results are in benchmarks/RESULTS.md."""
+    """Sizes and hyperparameters of the demo, whose results are in benchmarks/RESULTS.md."""
 
     jsft_records: int = 6000
     pairs_per_record: int = 2
@@ -202,7 +202,7 @@ class _Demo:
         return trainer.model
 
     def gold_scores(self, judge: Judge, policy: Any) -> _Gold:
-        """Computes gold scores of JSFT, policy and self-rejection on held-out prompts."""
+        """Computes gold scores of the JSFT model, the policy and self-rejection."""
         seed, encoder, console = self.seed, self.encoder, self.console
         instructions = synthetic.instructions(self.settings.held_out_prompts, seed)
         prompts = [encoder.encode_prompt([{"role": "user", "content": i}]) for i in instructions]
@@ -213,7 +213,7 @@ class _Demo:
             return [toy_world.gold_score(i, t) for i, t in zip(instructions, texts, strict=True)]
 
         jsft_model: Any = judge.model
-        with console.status("JSFT answers held-out prompts"):
+        with console.status("the JSFT model answers held-out prompts"):
             sampler = TransformersSampler(jsft_model, encoder, sampling, 256)
             before = sampler.sample(prompts, 1, seeds)
         with console.status(f"the policy answers held-out prompts {max(SIZES)} times"):
@@ -321,7 +321,7 @@ def _table(summary: dict[str, Any]) -> Table:
         return name, number(entry[key]), ends(entry)
 
     return table(
-        "on prompts never trained on",
+        "on held-out prompts",
         ("", "value", "95 % interval"),
         [
             (f"judge accuracy ({judge['n']} pairs)", number(judge["accuracy"])),

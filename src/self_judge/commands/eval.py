@@ -1,6 +1,7 @@
-"""`self-judge eval` evaluates a judge on labeled comparisons and writes a table, JSON and a page.
+"""`self-judge eval` evaluates a judge on labeled comparisons, and writes JSON and an HTML page.
 
-This module calls other modules that read, judge, compute the results and draw them.
+This module calls other modules that read the data, judge the pairs, and compute and draw the
+results.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from self_judge.storage.jsonl import read_journal, settings_path
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
-_LINE = ("source", "index", "subset", "principle", "label", "digest")  # a line's pair fields
+_LINE = ("source", "index", "subset", "principle", "label", "digest")  # fields of the pair
 _ALL = ""  # the key for all pairs, among the names of subsets
 
 
@@ -54,7 +55,7 @@ class JudgeEvaluation:
             raise ValueError(f"--max-pairs must be at least 1, got {self.max_pairs}")
 
     def read(self, skipped: Counter[str] | None = None) -> Iterator[LabeledComparison]:
-        """Yields all comparisons. With several sources, their names are part of subset names."""
+        """Yields all comparisons. With several sources, subset names include source names."""
         for source in self.sources:
             for pair in itertools.islice(read_comparisons(source, skipped), self.max_pairs):
                 if len(self.sources) > 1:
@@ -74,8 +75,9 @@ def run_eval(
 ) -> dict[str, Any]:
     """Evaluates a judge and returns the contents of `output/results.json`.
 
-    It appends verdicts to `output/verdicts.jsonl`. After an interruption, the same call resumes.
-    Under `accelerate launch`, each process judges its shard, and the main process does the rest.
+    The function appends verdicts to `output/verdicts.jsonl`. After an interruption, the same call
+    resumes. Under `accelerate launch`, each process judges its shard of the pairs, and the main
+    process computes the results.
 
     Args:
         compare: another judge, or the folder of a finished evaluation, for a paired comparison on

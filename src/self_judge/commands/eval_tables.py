@@ -117,7 +117,7 @@ def _reliability_table(calibration: Mapping[str, Any]) -> Table:
 
 def _principle_table(overall: Mapping[str, Any]) -> Table:
     agreement, names = overall["principle_agreement"], list(overall["principles"])
-    title = "principles: accuracy of each one, and its agreement (Cohen's κ) with the others"
+    title = "principles: accuracy of each principle, and pairwise agreement (Cohen's κ)"
     kappa = agreement["fleiss_kappa"]
     pairwise = {
         frozenset(entry["principles"]): f"{entry['agreement']:.3f} ({number(entry['kappa'], 2)})"
@@ -163,7 +163,7 @@ def _compared_table(compared: Mapping[str, Any]) -> Table:
     paired = {**compared["paired"]["subsets"], "all": compared["paired"]["overall"]}
     theirs = {**compared["subsets"], "all": compared["overall"]}  # the subsets may differ
     return table(
-        f"compared with {compared['judge']['model']}: paired difference, this judge minus other",
+        f"compared with {compared['judge']['model']}: paired difference (this judge − other)",
         ("", "other's accuracy", "difference", "only this right", "only other right",
          "McNemar's p"),
         (

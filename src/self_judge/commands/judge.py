@@ -1,4 +1,4 @@
-"""Judges many comparisons in chunks and writes them to a resumable file.
+"""Judges many comparisons in chunks and writes the verdicts to a resumable file.
 
 `eval` and `compare` use `judge_in_bulk`. `run_judge` implements `self-judge judge`, which adds
 verdicts to the lines of a JSON Lines file.
@@ -20,11 +20,11 @@ from self_judge.datatypes import Comparison
 from self_judge.judging.voting import verdict_json
 from self_judge.prompting.judge_templates import dialogue_text
 
-CHUNK = 64  # comparisons per write to disk, and the most that are lost if the process is killed
+CHUNK = 64  # comparisons per write to disk; a killed process loses at most one chunk
 
 
 class Item(NamedTuple):
-    """A comparison to judge, and the fields of its line without the verdict."""
+    """A comparison to judge, and the fields of its output line except the verdict."""
 
     comparison: Comparison
     line: dict[str, Any]
@@ -49,7 +49,7 @@ def judge_in_bulk(
         items: returns the items from the start at every call.
         settings: settings other than `choice` that the lines depend on.
         field: key of the verdict in a line.
-        known_by: the fields that an existing line and its item must have in common; default: all.
+        known_by: the fields that must be equal in an existing line and its item; default: all.
         output, chunk, title: see `ResumableJob`.
         overwrite, console: see `ResumableJob.run`.
 
@@ -57,7 +57,8 @@ def judge_in_bulk(
         The number of lines, and the number of pairs judged per second (NaN if unknown).
 
     Raises:
-        ValueError: an item cannot be used, or the existing file is for other items or settings.
+        ValueError: an item cannot be used, or the existing file was written for other items or
+            settings.
     """
     principles = choice.judge_templates().principles
 
@@ -74,7 +75,8 @@ def judge_in_bulk(
         return judged
 
     def is_line_of(written: Mapping[str, Any], item: Item) -> bool:
-        # Compare dictionaries and not values, because a NaN object in a dictionary equals itself.
+        # Compare dictionaries and not values, because a dictionary comparison treats a NaN object
+        # as equal to itself.
         names = known_by or (written.keys() | item.line.keys()) - {field}
         there, given = (
             {name: line[name] for name in names if name in line} for line in (written, item.line)

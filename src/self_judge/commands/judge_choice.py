@@ -44,7 +44,7 @@ class JudgeChoice:
 
     Args:
         model: a folder or Hub name.
-        templates: a YAML file with `templates:` that replaces the model's `judge.json`.
+        templates: a YAML file with a `templates` section that replaces the model's `judge.json`.
         batch_size, max_length, packing: see `Judge`.
         dtype, revision, trust_remote_code: see `models.load_model`.
         servers: URLs of `vllm serve` replicas of the model, which judge instead of this process.
@@ -109,7 +109,7 @@ class JudgeChoice:
         return encoder_as_taught(tokenizer, settings, *wanted)
 
     def load(self) -> Judge:
-        """Loads the judge. Under `accelerate launch`, it is on this process's device."""
+        """Loads the judge. Under `accelerate launch`, the judge is on this process's device."""
         settings = self._resolved[1]
         hub: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         scorer: Any = VLLMScorer(VLLMServers(self.servers)) if self.servers else None
@@ -125,7 +125,7 @@ class JudgeChoice:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that affect a verdict. A resumed run must have the same ones."""
+        """Returns all settings that affect a verdict, which must not change when a run resumes."""
         args, settings = self._resolved
         templates = json.dumps(settings.templates.to_dict(), sort_keys=True)
         wanted = (args.chat, args.user, args.assistant, args.chat_template_kwargs) if args else ()
@@ -147,7 +147,7 @@ class JudgeChoice:
 def date_of(encoder: ChatEncoder) -> dict[str, str]:
     """Returns the date for a chat template that reads the clock, and nothing for other templates.
 
-    Otherwise, a command that resumes on another day would use two dates.
+    Without a fixed date, a command that resumes on another day would use two dates.
     """
     kwargs = encoder.chat_template_kwargs
     return {"date": kwargs[CLOCK]} if CLOCK in kwargs else {}
@@ -170,8 +170,8 @@ def load_sampler(
 def fingerprint(model: str, revision: str | None = None) -> str | None:
     """Returns a hash that identifies the weights of a folder, or the commit of a model on the Hub.
 
-    It covers the names, sizes and 64 evenly spaced slices of the files. Training changes every
-    slice, and reading a large model completely would take minutes.
+    The hash covers the names, sizes and 64 evenly spaced slices of the files. Training changes
+    every slice, and reading a large model completely would take minutes.
     """
     folder = Path(model)
     if not folder.is_dir():

@@ -68,7 +68,7 @@ class RankShards:
 
     @classmethod
     def here(cls, target: Path, chunk: int) -> RankShards:
-        """Returns the shards for this launch's processes, or a single shard without a launch."""
+        """Returns the shards for this launch's processes. One process has one shard."""
         state = PartialState(cpu=own_device().type == "cpu")
         return cls(target, chunk, state.num_processes, state.process_index)
 
@@ -97,7 +97,7 @@ class RankShards:
     def join(self, settings: Mapping[str, Any]) -> None:
         """Waits for all processes, and lets the main process join the chunks in order.
 
-        All processes must call it.
+        All processes must call this method.
 
         Args:
             settings: see `open_journal`.
@@ -116,7 +116,7 @@ class RankShards:
                 chunk = list(itertools.islice(lines, self.chunk))
                 joined.append(chunk)
                 if len(chunk) < self.chunk:
-                    break  # the last chunk, possibly empty
+                    break  # this was the last chunk, which may be empty
         for path in self.paths:
             path.unlink()
             settings_path(path).unlink(missing_ok=True)
@@ -127,9 +127,9 @@ class ResumableJob(Generic[ItemT]):
     """Writes one line per item, in order, and resumes interrupted calls.
 
     Attributes:
-        items: returns the items from the start at every call. It raises an error if an item cannot
-            be used.
-        target: the output file. Its settings are written to a file next to it.
+        items: returns the items from the start at every call. The function raises an error if an
+            item cannot be used.
+        target: the output file. The settings are written to a file next to the output.
         settings: all settings that the lines depend on, as plain JSON data.
         is_line_of: returns whether a written line belongs to an item.
         mismatch: error text for a line that does not belong to its item. `{number}` is the item's
@@ -158,11 +158,12 @@ class ResumableJob(Generic[ItemT]):
     ) -> tuple[int, float]:
         """Writes the missing lines.
 
-        It iterates over the items twice. The first iteration checks all items and existing lines
-        before a model is loaded. At most one chunk of items is in memory.
+        The method iterates over the items twice. The first iteration checks all items and existing
+        lines before a model is loaded. At most one chunk of items is in memory.
 
         Args:
-            load: loads the function that processes a chunk. It is called only if lines are missing.
+            load: loads the function that processes a chunk. The function is called only if lines
+                are missing.
             overwrite: whether to start from scratch.
             console: shows progress; default: standard error.
 
@@ -170,7 +171,8 @@ class ResumableJob(Generic[ItemT]):
             The number of items, and the number processed per second (NaN if unknown).
 
         Raises:
-            ValueError: an item cannot be used, or the existing file is for other items or settings.
+            ValueError: an item cannot be used, or the existing file was written for other items or
+                settings.
         """
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {self.chunk}")
@@ -184,8 +186,8 @@ class ResumableJob(Generic[ItemT]):
             total, own = self._checked(journal, shards)
             if journal.lines < own:
                 work = load()
-                # Repeat an incomplete chunk completely, so that all lines are bit-identical to
-                # those of an uninterrupted run.
+                # Repeat an incomplete chunk completely, so that all lines are bit-identical to the
+                # lines of an uninterrupted run.
                 journal.cut(journal.lines // self.chunk * self.chunk)
                 self._work_off(work, journal, shards, own, console)
             rate = journal.timed / journal.seconds if journal.seconds else math.nan
@@ -201,7 +203,7 @@ class ResumableJob(Generic[ItemT]):
             return total if journal.lines >= total else None
 
     def _checked(self, journal: Journal, shards: RankShards) -> tuple[int, int]:
-        """Counts all items and those of this process, and checks that existing lines match them.
+        """Counts all items and those of this process, and compares existing lines with their items.
 
         Raises:
             ValueError: there are no items, or existing lines do not match the first items.

@@ -32,7 +32,7 @@ from self_judge.prompting.messages import content_of, lost
 from self_judge.prompting.thoughts import with_answers
 from self_judge.storage.jsonl import parse_lines
 
-# Lines per chunk. The judge processes all matches of a round in a chunk together.
+# Lines per chunk. The judge processes one round of all tournaments in a chunk together.
 CHUNK = 256
 ADDED = ("responses", "winner", "response", "unanswered", "principles", "bracket")
 
@@ -42,13 +42,13 @@ class TournamentJob:
     """The judge, the policy and the settings of tournaments.
 
     Args:
-        model: the judge, a folder with its `judge.json`.
+        model: the judge's folder, which contains `judge.json`.
         sampling: sampling parameters for the responses.
         policy: the model to sample from; default: the judge, or its servers.
         batch_size, max_length, servers: see `JudgeChoice`.
         n: number of responses per prompt.
         seed: seed for sampling, brackets and random winners.
-        brackets: whether to write the principles and every match with the judge's probabilities.
+        brackets: whether to write the principles, the matches and the judge's probabilities.
 
     Raises:
         ValueError: n is below 1.
@@ -69,7 +69,7 @@ class TournamentJob:
             raise ValueError(f"--n must be at least 1, got {self.n}")
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that affect a line. A resumed run must have the same ones."""
+        """Returns all settings that affect a line, which must not change when a run resumes."""
         return {
             "model": self.model,
             "weights": fingerprint(self.model),
@@ -84,7 +84,7 @@ class TournamentJob:
         }
 
     def load(self) -> Work[Entry]:
-        """Loads the models and returns a function that samples and plays a chunk of entries."""
+        """Loads the models and returns a function that plays a chunk of tournaments."""
         judge = JudgeChoice(
             self.model,
             batch_size=self.batch_size,
@@ -157,13 +157,13 @@ def run_tournament(
 
     After an interruption, the same call resumes after the last complete chunk. Under `accelerate
     launch`, each process plays its shard of the lines, and the main process joins them in order.
-    Except for rounding, the result is the same as that of one process.
+    Except for rounding, the result is the same as with one process.
 
     Args:
         source: JSON lines with `context` and `responses`, or with `prompt` (a string or messages),
             for which responses are sampled first.
-        target: the output, with one line per input line, in order. Its settings are written to a
-            file next to it.
+        target: the output, with one line per input line, in order. The settings are written to a
+            file next to the output.
         chunk: the number of lines that are played together and then written to disk.
         overwrite: whether to start from scratch even if the target exists.
 
@@ -192,7 +192,7 @@ def played_line(
     bracket: Bracket,
     principles: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Returns a line with its winner and, if `principles` is given, with its bracket.
+    """Returns the line with the winner and, if `principles` is given, the bracket added.
 
     `unanswered` lists the indices of responses whose thought never ends, if there are any.
     """
@@ -217,7 +217,8 @@ def _is_line_of(written: Mapping[str, Any], entry: Entry) -> bool:
         for name, value in entry.line.items()
         if name not in ADDED or (name == "responses" and value is not None)
     }
-    # Compare dictionaries and not values, because a NaN object in a dictionary equals itself.
+    # Compare dictionaries and not values, because a dictionary comparison treats a NaN object as
+    # equal to itself.
     return {name: written.get(name) for name in given} == given
 
 

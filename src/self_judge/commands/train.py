@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(Exception):  # noqa: N818  not an error
-    """The run stopped on request, with a checkpoint. The message names the last step."""
+    """The run stopped on request after saving a checkpoint. The message names the last step."""
 
 
 # -- JSFT ----------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def jsft_trainer(
     max_skipped_steps: int = 3,
     say: Say = logger.info,
 ) -> JSFTTrainer:
-    """Encodes SFT and judge examples and creates a packed TRL `SFTTrainer` for them.
+    """Encodes SFT and judge examples, and creates a `JSFTTrainer` for them.
 
     Args:
         records: training records.
@@ -172,7 +172,7 @@ def jsft_trainer(
 def save_jsft(
     trainer: JSFTTrainer, encoder: ChatEncoder, templates: JudgeTemplates, *, merge: bool
 ) -> Path:
-    """Saves the trained model with its judge.json, and with a merged adapter if `merge` is set."""
+    """Saves the trained model and judge.json. With `merge`, the adapter is merged first."""
     output = Path(str(trainer.args.output_dir))
     tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
     tokenizer.chat_template = encoder.chat_template
@@ -214,7 +214,8 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     _warn_of_texts(encoder, data.records, say)
     if held_out is None:
         args.eval_strategy = "no"
-    # An existing adapter is merged into the base if there is a new one, or else trained further.
+    # An existing adapter is merged into the base if a new adapter is added; otherwise, it is
+    # trained further.
     model = _load_model(run, merge=run.peft_config is not None)
     trainer = SelfJudgeTrainer(
         model=model,
@@ -282,7 +283,8 @@ def _train(
         for line in _changes(output, this):
             say(f"warning: {line}")
     trainer.run_log.run_file = this
-    # Packing tests a sharded model at the first batch, because all processes must take part.
+    # Packing tests a sharded model at the first batch, because all processes must run the test
+    # together.
     if trainer.packing is not None and not trainer.packing.shape.one_pass:
         say(trainer.packing.describe())
     if not args.disable_tqdm:
@@ -316,7 +318,7 @@ def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
     try:
         before = json.loads((output / RUN).read_text(encoding="utf-8")).get("run_file") or {}
     except (OSError, ValueError):
-        return  # the run has no run file
+        return  # there is no readable run.json
     for section, values in this.items():
         old = before.get(section)
         if not (isinstance(values, dict) and isinstance(old, dict)):

@@ -1,7 +1,7 @@
 """Adapts a run to its machine, so that the same file works on a laptop and on 8 GPUs.
 
-The functions are pure and take a small description of the machine. They do not import torch; the
-caller tells `detect_machine` whether there is a GPU.
+The functions are pure and take a description of the machine. They do not import torch; the caller
+tells `detect_machine` whether there is a GPU.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _fit_precision(
     if training.get("bf16") or training.get("bf16_full_eval") or dtype == "bfloat16":
         device = "GPU" if on_gpu else "CPU"
         warnings.append(f"this {device} does not support bf16: using float32 instead")
-    # Set it explicitly, because TRL enables bf16 by default.
+    # Set bf16 explicitly, because TRL enables it by default.
     training["bf16"] = False
     training.pop("bf16_full_eval", None)
     # "auto" uses the checkpoint's dtype, and most checkpoints are saved in bfloat16.
@@ -199,7 +199,7 @@ def launch_over_gpus(
         gpus: the number of visible CUDA GPUs.
 
     Returns:
-        The command, or `None` with at most one GPU or if a launcher already started several
+        The command, or `None` if there is at most one GPU or a launcher already started several
         processes.
     """
     launched = "WORLD_SIZE" in environ or "LOCAL_RANK" in environ
@@ -213,8 +213,8 @@ def threads_for(machine: Machine, environ: Mapping[str, str] = os.environ) -> in
     """Returns the number of CPU threads for a run without GPUs, or `None` to keep the setting.
 
     Unless the variable is already set, `accelerate launch` sets `OMP_NUM_THREADS=1`, which leaves
-    all cores but one idle. This cannot be distinguished from a user's own `OMP_NUM_THREADS=1`. Use
-    `taskset` to limit a run to one core.
+    all cores but one idle. This setting cannot be distinguished from a user's own
+    `OMP_NUM_THREADS=1`. Use `taskset` to limit a run to one core.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in environ and environ.get("OMP_NUM_THREADS") == "1"
     if machine.cuda or machine.processes > 1 or not launched:

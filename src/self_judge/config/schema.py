@@ -72,12 +72,13 @@ class TemplateArgs:
     Args:
         judge: `{principle: {system, user, assistant}}`. With `None`, self-training uses the
             templates saved with the checkpoint.
-        decision_rationale: the text after the letter, with `{rationale_a}` and `{rationale_b}`.
+        decision_rationale: the text after the letter, which contains `{rationale_a}` and
+            `{rationale_b}`.
         chat: a Jinja chat template that replaces the tokenizer's own.
-        chat_template_kwargs: passed to the chat template, such as `{enable_thinking: true}`;
+        chat_template_kwargs: values for the chat template, such as `{enable_thinking: true}`;
             `strftime_now` is the date for a template that reads the clock.
         user, assistant: turn markers such as `"\\n\\nHuman:"`, used if neither `chat` nor the
-            tokenizer gives a chat template.
+            tokenizer provides a chat template.
         skip_first_token: accepted but ignored, because loss masks are built together with the ids.
     """
 
@@ -115,7 +116,7 @@ class Source:
         path: a Hub name, a local file (.json, .jsonl, .jsonl.gz, .parquet) or a `save_to_disk`
             folder.
         data_dir, name, split, revision: as in `datasets.load_dataset`.
-        kind: the schema; `"auto"` detects it from the columns.
+        kind: the data format; `"auto"` detects it from the columns.
         sft: whether to train on the chosen responses as demonstrations.
         pairs: whether to train the judge on the pairs.
     """
@@ -148,7 +149,7 @@ class DatasetArgs:
         max_records, max_eval_records: maximum number of records (`None`: all).
         principles: whether to use one pair per principle instead of one general pair
             (UltraFeedback).
-        rationales: whether to train on the rationales too. With `None`, this is the case if
+        rationales: whether to train on the rationales too. With `None`, they are used if
             `templates.decision_rationale` is set.
         seed: seed for sampling pairs. Held-out prompts are chosen only by their text, so JSFT and
             self-training hold out the same prompts.
@@ -166,7 +167,7 @@ class DatasetArgs:
     num_proc: int | None = None
 
     def __post_init__(self) -> None:
-        require(bool(self.sources), "sources is empty: name at least one")
+        require(bool(self.sources), "sources is empty: name at least one source")
         require(0 <= self.held_out < 1, f"held_out must be in [0, 1), got {self.held_out}")
         require_at_least(self, unset=True, max_records=1, max_eval_records=1, num_proc=1)
 
@@ -179,10 +180,11 @@ class JSFTArgs:
         max_length: maximum number of tokens per training example.
         ignore_index: the label of tokens without loss.
         global_batch_size: number of examples per optimizer step over all processes. It determines
-            the accumulation steps (see `accumulation_steps`). `None` uses those of `training_args`.
+            the accumulation steps (see `accumulation_steps`). With `None`, `training_args`
+            determines them.
         group_by_length: whether to group examples of similar length within each random optimizer
-            step, for less padding. This is useful only with `packing: off`, because packing sorts
-            by length itself.
+            step, which reduces padding. Grouping is useful only with `packing: off`, because
+            packing sorts by length itself.
         packing: how sequences share prefixes (see `Packing`): `auto`, `tree`, `cache`, `padding`,
             or `off`.
         merge_adapter: whether to merge the adapter into the weights after LoRA training and save a
@@ -292,22 +294,22 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
     """Loads a run file, the files it extends, and the overrides, and validates the result.
 
     Args:
-        path: a YAML file. Its key `extends` names one or more YAML files, relative to it, which are
-            loaded first. The file's own keys override theirs.
+        path: a YAML file. Its key `extends` names one or more YAML files that are loaded first,
+            with paths relative to this file. The file's own keys override the keys in these files.
         overrides: `key.path=value` strings, with the value as YAML. A list item is addressed by its
             index (`dataset.sources.0.path=data.jsonl`).
         kind: the expected kind of run.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown (the message suggests the closest
-            one), or a value is invalid or has the wrong type.
+            key), or a value is invalid or has the wrong type.
     """
     tree = read_yaml(Path(path))
     where = str(path)
     for override in overrides:
         apply_override(tree, override)
     try:
-        # Template text is literal, so a "${" in it is not an interpolation.
+        # Template text is literal, so "${" in a template does not start a reference.
         templates = tree.pop("templates", None)
         tree = resolve_references(tree)
         if templates is not None:
@@ -367,8 +369,8 @@ def check_training_values(
 ) -> dict[str, Any]:
     """Validates keys, numbers and booleans, and converts integers to floats where needed.
 
-    It checks only fields of type int, float or bool and optional fields of these types. The class
-    itself checks the others.
+    This function checks only fields of type int, float or bool and optional fields of these types.
+    The class itself checks its other fields.
 
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type.

@@ -26,7 +26,7 @@ LOSS_TYPES = (
 
 
 def require(holds: bool, message: str) -> None:
-    """Raises `ConfigError` with `message` unless `holds` is true."""
+    """Raises `ConfigError` with `message` if the condition is false."""
     if not holds:
         raise ConfigError(message)
 
@@ -56,8 +56,8 @@ class SamplingSettings:
     Attributes:
         max_new_tokens: maximum number of tokens per response.
         temperature: 0 means greedy decoding.
-        top_p, top_k, min_p: the values 1.0, 0 and 0.0 disable them.
-        repetition_penalty: the value 1.0 disables it.
+        top_p, top_k, min_p: the values 1.0, 0 and 0.0 disable these filters.
+        repetition_penalty: the value 1.0 disables the penalty.
 
     Raises:
         ValueError: a value is out of range.
@@ -110,8 +110,8 @@ class SelfTrainingSettings:
     generation_batch_size: int = _field(64, "Maximum number of responses sampled at once.")
     generation_batch_tokens: int | None = _field(
         None,
-        "Maximum number of prompt and response tokens in their KV cache. If unset, it is chosen to "
-        "fit the device's memory.",
+        "Maximum number of prompt and response tokens in the KV cache during sampling. If unset, "
+        "the limit is chosen to fit the device's memory.",
     )
     judge_batch_size: int = _field(
         8,
@@ -125,7 +125,7 @@ class SelfTrainingSettings:
         PackingChoice,
     )
     max_length: int | None = _field(
-        2048, "Maximum number of tokens in prompt + response, and in a judge prompt."
+        2048, "Maximum number of tokens in a prompt with its response, and in a judge prompt."
     )
     average_log_prob: bool | None = _field(
         None,
@@ -139,7 +139,7 @@ class SelfTrainingSettings:
         True, "Write pairs and verdicts under output_dir/rollouts, one file per step."
     )
     rollout_files: int | None = _field(
-        200, "Keep the files of at most N evenly spaced steps, and of the last one."
+        200, "Keep the files of at most N evenly spaced steps, and of the last step."
     )
     rollout_pairs: int | None = _field(64, "Keep at most N pairs per step.")
     max_skipped_steps: int = _field(
@@ -167,14 +167,14 @@ class SelfTrainingSettings:
         0.3, "The colocated engine's fraction of the GPU's total memory."
     )
     vllm_max_model_length: int | None = _field(
-        None, "The colocated engine's maximum sequence length. If unset, it is max_length."
+        None, "The colocated engine's maximum sequence length. If unset, max_length is used."
     )
     vllm_enable_sleep_mode: bool = _field(
         False, "Free the colocated engine's GPU memory during updates."
     )
     vllm_sync_dir: str | None = _field(
         None,
-        "Folder for transferring adapters and weights, which training and servers must both see. "
+        "Folder for transferring adapters and weights. Training and servers must both have access. "
         "If unset, this machine's memory is used.",
     )
 
@@ -249,7 +249,7 @@ class SelfTrainingSettings:
         )
 
     def sampling(self) -> SamplingSettings:
-        """Returns the sampling parameters among these settings."""
+        """Returns the sampling parameters in these settings."""
         return SamplingSettings(**{f.name: getattr(self, f.name) for f in fields(SamplingSettings)})
 
 
@@ -259,12 +259,12 @@ class SelfJudgeArgs(SelfTrainingSettings):
 
     Args:
         token_id_a, token_id_b: ids of the letters. By default, they are derived from the tokenizer.
-            If set, they are checked against it.
+            If set, they are checked against the tokenizer.
         loss_type: one of TRL's pairwise losses, or a list of them.
         beta: how strongly the policy is kept close to the reference.
         disable_dropout: whether to disable dropout in the policy and the reference.
         global_batch_size: number of prompts per optimizer step over all processes. It determines
-            the accumulation steps. `None` uses those of `training_args`.
+            the accumulation steps. With `None`, `training_args` determines them.
 
     Raises:
         ConfigError: values contradict each other or the method.

@@ -59,7 +59,7 @@ def resolve_references(tree: dict[str, Any]) -> dict[str, Any]:
 
     def hidden(node: Any) -> Any:
         if isinstance(node, str):
-            # ${dataset.seed} stays a reference; ${oc.env:HOME} and ${5} are text
+            # ${dataset.seed} remains a reference; ${oc.env:HOME} and ${5} are text
             return _NO_REFERENCE.sub(_hidden("${"), node)
         return _over_text(hidden, node)
 
@@ -144,7 +144,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             if not key.isdecimal() or int(key) >= len(node):
                 raise ConfigError(
                     f"{said}: {'.'.join(keys[:depth])} is a list of {len(node)}; "
-                    f"{key!r} is not a valid index; the first is 0"
+                    f"{key!r} is not a valid index; the first index is 0"
                 )
             position: Any = int(key)
         elif isinstance(node, dict):
@@ -165,7 +165,8 @@ def build(cls: type, tree: Any, where: str) -> Any:
     """Builds a dataclass, with nested dataclasses, from plain dictionaries and lists.
 
     Args:
-        where: the key path of `tree`, a prefix for error messages. It is empty at the top level.
+        where: the key path of `tree`, a prefix for error messages. The path is empty at the top
+            level.
 
     Raises:
         ConfigError: a key is unknown or missing, a value has the wrong type, or the class's
@@ -198,7 +199,7 @@ def _is_section(hint: Any) -> bool:
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """Checks that `value` has type `hint`. It converts only integers to floats.
+    """Checks that `value` has type `hint`. The only conversion is from integers to floats.
 
     Raises:
         ConfigError: the type is wrong; the message names the key, the expected type and the value.

@@ -1,7 +1,7 @@
 """Reads labeled comparisons from judge benchmarks and preference data, one by one.
 
-It supports LLMBar, PandaLM, HHH, MT-Bench's human votes, RewardBench, HH, UltraFeedback and any TRL
-preference data, from the Hub or from local files and folders.
+This module supports LLMBar, PandaLM, HHH, MT-Bench's human votes, RewardBench, HH, UltraFeedback
+and any TRL preference data, from the Hub or from local files and folders.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class LabeledComparison:
 
     Attributes:
         comparison: the responses in the data's order. For chosen and rejected responses, a hash of
-            the texts decides which response is a, so that the order "a first" is fair.
+            the texts decides which response is `a`, so that the order with `a` first is not biased.
         label: the better response, or `"tie"`.
         subset: the part of the data that gets its own results; may be empty.
-        principle: the principle of the label; `None` means overall.
+        principle: the principle to which the label applies; `None` means overall.
         source, index: the origin of the record.
     """
 
@@ -61,8 +61,8 @@ class BenchmarkSource:
     Args:
         path: a Hub name, a local file or a folder, as in `files.read_raw`. If the file names in a
             folder have no splits, each file in it and in its subfolders is a subset (LLMBar).
-        splits: splits to read in this order. If there are several, each is a subset. A file is
-            always read completely.
+        splits: splits to read in this order. If there are several splits, each is a subset. A file
+            is always read completely.
         data_dir, name, revision: as in `files.read_raw`.
     """
 
@@ -137,7 +137,7 @@ def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[str, Path
     return subsets
 
 
-# A record yields comparisons and, for skipped parts, reasons (strings).
+# Comparisons from a record, and a string with the reason for each skipped part.
 _Found = Iterator[LabeledComparison | str]
 _Reader = Callable[[Mapping[str, Any], RecordRef], _Found]
 
@@ -158,7 +158,7 @@ def _reader_of(record: Mapping[str, Any], label: str) -> _Reader:
         kind = kind_of(record, label)
     except DataError as error:
         raise DataError(
-            f"{error}; or those of LLMBar (output_1, output_2, label), PandaLM (response1, "
+            f"{error}; or the columns of LLMBar (output_1, output_2, label), PandaLM (response1, "
             "response2, annotator1…), MT-Bench (conversation_a, conversation_b, winner) or HHH "
             "(input, targets)"
         ) from None
@@ -186,7 +186,7 @@ def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
     votes = Counter(where.number(record[name], name) for name in _ANNOTATORS)
     if not votes.keys() <= {0, 1, 2}:
         given = [record[name] for name in _ANNOTATORS]
-        raise where.error("annotator1", f"expected 0, 1 or 2 from all annotators, got {given}")
+        raise where.error("annotator1", f"expected 0, 1 or 2 from each annotator, got {given}")
     vote, count = votes.most_common(1)[0]
     if count < 2:
         yield "the annotators have no majority"
@@ -196,7 +196,7 @@ def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
     if record.get("input"):
         asked.append(where.text(record, "input").strip())
     a, b = (
-        # In the published file, the text "True" became a boolean.
+        # In the published file, the response "True" became a boolean.
         str(record[name]) if isinstance(record[name], bool) else where.text(record, name).strip()
         for name in ("response1", "response2")
     )
@@ -217,7 +217,7 @@ def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
     ]
     for name, messages in zip(("conversation_a", "conversation_b"), sides, strict=True):
         if len(messages) < 2 * turn or messages[-1]["role"] != "assistant":
-            raise where.error(name, f"expected {turn} questions, each with its answer")
+            raise where.error(name, f"expected {turn} questions, each with an answer")
     if sides[0][0] != sides[1][0]:
         raise where.error("conversation_b", "has a different first question from conversation_a")
     a, b = (
@@ -228,7 +228,7 @@ def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _hhh_targets(record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """Parses HHH in the format of BIG-bench and the Hub: two choices, one with label 1."""
+    """Parses HHH in the format of BIG-bench and the Hub: two choices, of which one has label 1."""
     targets = record["targets"]
     if not isinstance(targets, Mapping):
         raise where.error("targets", "expected a mapping of choices and labels")

@@ -1,4 +1,4 @@
-"""Parses dialogues with a chosen and a rejected last answer: HH texts and TRL preference data.
+"""Parses dialogues with a chosen and a rejected last answer: HH dialogues and TRL preference data.
 
 The parsers are pure functions of one record.
 """
@@ -61,7 +61,7 @@ def select_hh(
 
 
 def _headers(chosen: str, rejected: str) -> int:
-    """Counts the headers that `parse_dialogue` removes from a pair. The prompt counts once."""
+    """Counts the headers removed from a pair. Headers in the shared prompt count once."""
     own, other = (
         [bool(_HEADER.match(turn)) for turn in _TURN.split(text)[2::2]]
         for text in (chosen, rejected)
@@ -125,11 +125,12 @@ def select_preference(
 
     The record may be standard (strings) or conversational (lists of messages), or it may combine a
     string as the prompt with messages as responses. The prompt may be explicit, repeated in the
-    responses, or implicit (only in the responses). If `score_chosen` and `score_rejected` are equal
-    (also inside `metadata`), the pair is a tie and is skipped.
+    responses, or implicit (only in the responses). If `score_chosen` and `score_rejected`, which
+    may be inside `metadata`, are equal, the pair is a tie and is skipped.
 
     Raises:
-        DataError: a field is missing or has the wrong type, or a response is not the assistant's.
+        DataError: a field is missing or has the wrong type, or a response is not from the
+            assistant.
     """
     where = RecordRef(source, index)
     chosen, rejected = where.value(record, "chosen"), where.value(record, "rejected")
@@ -190,9 +191,9 @@ def _standard(
 
 
 def _shared_prefix(a: str, b: str) -> int:
-    """Returns the length of two texts' common prefix, shortened to a word boundary."""
+    """Returns the length of two strings' common prefix, shortened to a word boundary."""
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if length is None:  # one text is a prefix of the other, so the end of the prompt is unknown
+    if length is None:  # one string is a prefix of the other, so the end of the prompt is unknown
         return 0
     while length and not a[length - 1].isspace():
         length -= 1
@@ -202,7 +203,7 @@ def _shared_prefix(a: str, b: str) -> int:
 def _whole_dialogue(given: Any, response: Any, field: str, where: RecordRef) -> list[Message]:
     """Joins the prompt and response into one dialogue that ends with an assistant message.
 
-    The response may repeat all or the end of the prompt, or it may contain its own prompt.
+    The response may repeat the whole prompt or the end of it, or it may contain its own prompt.
     """
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]

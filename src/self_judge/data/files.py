@@ -1,6 +1,6 @@
 """Reads raw records, one by one, from the Hub or from local files and folders.
 
-Each record is a plain dictionary, whose contents this module does not interpret.
+Each record is a plain dictionary. This module does not interpret the contents.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def read_raw(
     Args:
         path: a local file (see `FORMATS`), which is always read completely, a local folder with
             such files or from `save_to_disk`, or the name of a dataset on the Hub.
-        split: the split. In a folder, file names determine it ("train.jsonl", "base_test.jsonl").
+        split: the split. In a folder, file names determine the split ("train.jsonl",
+            "base_test.jsonl").
         data_dir: a folder inside `path`, on the Hub or local.
         name, revision, num_proc: as in `datasets.load_dataset`; only for Hub datasets.
 
@@ -54,7 +55,7 @@ def read_raw(
     local = Path(path).expanduser()
     if not local.exists():
         if _looks_local(path):
-            raise DataError(f"{path}: no such file or folder (looked from {Path.cwd()})")
+            raise DataError(f"{path}: no such file or folder (working folder: {Path.cwd()})")
         yield from _read_hub(path, split, data_dir, name, revision, num_proc)
         return
     if name or revision:

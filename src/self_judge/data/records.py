@@ -1,6 +1,6 @@
 """Parsed records, and validated access to the fields of raw records.
 
-The modules for individual data formats use this module. It does not import torch.
+The modules for individual data formats use this module, which does not import torch.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ class Parsed:
 
     Attributes:
         record: the parsed record, or `None` if it is unusable.
-        skipped: reasons for skipped parts, as short phrases to count: `"record: …"` for the whole
-            record, `"pair: …"` for a pair whose record is still usable as a demonstration.
-        removed: the parts removed from a record that is still usable, as phrases to count.
+        skipped: the reasons for skipping parts, as short phrases, which are counted: `"record: …"`
+            for the whole record, `"pair: …"` for a pair whose record is still usable as a
+            demonstration.
+        removed: the parts removed from a record that is still usable, as short phrases, which are
+            counted.
     """
 
     record: PreferenceRecord | None
@@ -37,7 +39,7 @@ class Parsed:
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
-    """Returns whether a prompt is held out, which depends only on a hash of its text.
+    """Returns whether a prompt is held out. Only a hash of the prompt's text decides this.
 
     The held-out prompts are therefore the same for every stage, seed, order and number of
     processes, and a prompt is never in both subsets.
@@ -57,10 +59,10 @@ def judge_context(record: PreferenceRecord) -> str:
 
 
 def merge_turns(messages: Iterable[Message]) -> list[Message]:
-    """Removes empty turns and joins consecutive turns of one role, as chat templates require.
+    """Removes empty turns and joins consecutive turns of the same role, as chat templates require.
 
-    Both occur in real data. An answer may contain "Assistant:" again, and a user may ask again
-    after an empty answer.
+    Both problems occur in real data. An answer may contain "Assistant:" again, and a user may ask
+    again after an empty answer.
     """
     merged: list[Message] = []
     for message in messages:
@@ -84,7 +86,7 @@ def pair_problem(chosen: str, rejected: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RecordRef:
-    """A record's source and index, and field access with error messages that name both."""
+    """Reads a record's fields; error messages name the record's source and index."""
 
     source: str
     index: int
@@ -137,10 +139,10 @@ class RecordRef:
         return list(value)
 
     def messages(self, value: Any, field: str) -> list[Message]:
-        """Returns messages with known roles and text as content, without thoughts.
+        """Returns messages whose roles are known and whose content is text without thoughts.
 
         Raises:
-            UnusableRecordError: a message has anything other than text (see `messages.lost`).
+            UnusableRecordError: a message contains anything other than text (see `messages.lost`).
         """
         if not isinstance(value, list):
             raise self.expected("text or a list of messages", value, field)

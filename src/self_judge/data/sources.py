@@ -31,10 +31,10 @@ class PreferenceData:
 
     Attributes:
         records: the selected records.
-        counts_by_source: for each source label: `read`, `other subset` (in the other subset of the
-            held-out split), `records`, `demonstrations`, `pairs`, `pairs, <principle>`, and one
-            `skipped record: …` or `skipped pair: …` per reason. `removed …` counts parts that were
-            removed from usable records.
+        counts_by_source: for each source label: `read`, `other subset` (records in the other subset
+            of the held-out split), `records`, `demonstrations`, `pairs`, `pairs, <principle>`, and
+            one `skipped record: …` or `skipped pair: …` per reason. `removed …` counts parts that
+            were removed from usable records.
     """
 
     records: list[PreferenceRecord]
@@ -74,10 +74,12 @@ def load_preferences(
     Args:
         sources: paths, mappings with the fields of `Source`, or `Source`s; read in this order.
         subset: the training subset, the held-out subset, or both.
-        held_out: fraction of the prompts held out, in [0, 1). A hash of a prompt's text decides.
+        held_out: fraction of the prompts held out, in [0, 1). A hash of a prompt's text decides
+            whether the prompt is held out.
         seed: seed for sampling pairs. A record's pairs depend only on the seed and the record.
-        principles: use one pair per principle (`True`: all rated ones) instead of a general pair.
-        rationales: whether to include rationales and skip pairs without usable ones.
+        principles: use one pair per principle (`True`: all rated principles) instead of a general
+            pair.
+        rationales: whether to include rationales and skip pairs without usable rationales.
         max_records: keep at most the first N records from every source.
         num_proc: number of processes that prepare a Hub dataset.
 
@@ -132,7 +134,7 @@ def _source_of(given: str | Mapping[str, Any] | Source) -> Source:
 def _label_of(source: Source) -> str:
     """Returns the name of a source for messages and counts."""
     name = "/".join(part for part in (source.path, source.name, source.data_dir) if part)
-    # A file is always read completely, so its name needs no split.
+    # A file is always read completely, so its label needs no split.
     return name if reader_of(Path(source.path)) else f"{name}[{source.split}]"
 
 
@@ -150,7 +152,7 @@ def select_records(
     rationales: bool = False,
     max_records: int | None = None,
 ) -> PreferenceData:
-    """Like `load_preferences`, but for given raw records, which error messages call `label`.
+    """Selects records like `load_preferences`, but from raw records. Messages start with `label`.
 
     Raises:
         DataError: an option is invalid, a record is malformed, or no records are selected.
@@ -248,9 +250,9 @@ def _check_options(
     if not 0 <= held_out < 1:
         raise DataError(f"held_out must be a fraction of the prompts in [0, 1), got {held_out}")
     if subset == "held_out" and held_out == 0:
-        raise DataError("subset 'held_out' is empty, since held_out is 0; set it to e.g. 0.1")
+        raise DataError("subset 'held_out' is empty because held_out is 0; set held_out to 0.1")
     if rationales and not principles:
-        raise DataError("rationales need principles: each explains the rating of a principle")
+        raise DataError("rationales need principles: each rationale explains a principle's rating")
     if max_records is not None and max_records < 1:
         raise DataError(f"max_records must be at least 1 (or None for all), got {max_records}")
 
@@ -268,7 +270,7 @@ def to_self_judge_rows(records: Iterable[PreferenceRecord]) -> list[dict[str, An
     """Returns rows for self-training: `prompt` (messages), `context`, `chosen` and `rejected`.
 
     `context` is the dialogue text in judge prompts. `chosen` and `rejected` are the record's first
-    pair, or `None` if it has no pair. They are used only for evaluation.
+    pair, or `None` if it has no pair. Both are used only for evaluation.
     """
     rows = []
     for record in records:
@@ -285,7 +287,7 @@ def to_self_judge_rows(records: Iterable[PreferenceRecord]) -> list[dict[str, An
 
 
 def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Message]]:
-    """Reads prompts from a file of any supported type, each as one dialogue.
+    """Reads prompts from a file of any supported type. Each prompt is one dialogue.
 
     A record has `prompt` (a string or messages), `messages`, `turns` (from MT-Bench and Vicuna
     question files, where the first turn is the prompt) or `instruction`.
@@ -304,7 +306,7 @@ def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Mess
 
 
 def prompt_of(record: Mapping[str, Any], where: RecordRef) -> list[Message] | None:
-    """Returns a record's prompt, in any form from `read_prompts`, or `None` if it has none.
+    """Returns a record's prompt in any form of `read_prompts`, or `None` if there is no prompt.
 
     Raises:
         DataError: the prompt is empty, or its last message is not from the user.

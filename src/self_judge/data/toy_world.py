@@ -32,7 +32,8 @@ FACTS: dict[str, tuple[str, str, str]] = {
 QUESTIONS = ("What color is the {}?", "What does the {} eat?", "Where does the {} live?")
 STATEMENTS = ("the {} is {}", "the {} eats {}", "the {} lives in the {}")
 VALUES = tuple(tuple(sorted({fact[i] for fact in FACTS.values()})) for i in range(3))
-# Values that are false for every animal. Most false statements are absurd, and some are only wrong.
+# Values that are false for every animal. Most false statements use one of these values, and the
+# others use a value of another animal.
 ABSURD = ("glass", "gold", "paper", "plastic")
 HEDGE, BOAST = "I think", "Trust me,"
 TIPS = ("Look for it at dawn.", "Ask a guide for more.", "Read about it in books.")
@@ -154,8 +155,9 @@ def gold_ratings(instruction: str, response: str) -> dict[str, Rating]:
     """Rates any text under every principle with the gold rubric and gives rationales.
 
     Helpfulness requires an answer and a tip, and no chatter. Honesty requires a hedge, because an
-    answer from memory may be wrong, and no boasting. Instruction following requires the last word.
-    Truthfulness requires the correct fact. A response with a senseless sentence is not helpful.
+    answer from memory may be wrong, and no boasting. Instruction following requires the requested
+    last word. Truthfulness requires the correct fact. A response with a senseless sentence is not
+    helpful.
 
     Raises:
         ValueError: the instruction is not from this world.
@@ -215,7 +217,7 @@ def _truthfulness(reading: _Reading) -> Rating:
 
 
 def is_held_out(instruction: str) -> bool:
-    """Returns whether an instruction is in the test split, which depends only on its text."""
+    """Returns whether an instruction is in the test split. Only the text decides this."""
     return zlib.crc32(instruction.encode()) % 3 == 0
 
 
@@ -279,7 +281,7 @@ def write(task: Task, fault: float, g: random.Random) -> str:
 
 
 def completions(instruction: str, count: int, g: random.Random) -> list[Completion]:
-    """Returns responses from `count` writers, of which at least two have different scores."""
+    """Returns responses from `count` writers. At least two responses have different scores."""
     task = task_of(instruction)
     while True:
         written: list[Completion] = []
@@ -291,5 +293,5 @@ def completions(instruction: str, count: int, g: random.Random) -> list[Completi
 
 
 def best(written: list[Completion]) -> Completion:
-    """Returns the best completion. In a tie, it is the longest one, as in the paper."""
+    """Returns the best completion. In a tie, the longest completion wins, as in the paper."""
     return max(written, key=lambda c: (c.score, len(c.response)))

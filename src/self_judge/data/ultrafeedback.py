@@ -44,12 +44,12 @@ def select_ultrafeedback(
 ) -> Parsed:
     """Parses an UltraFeedback record, which has an instruction and its rated completions.
 
-    Completions are ranked by their mean rating over principles, and then by length. The best one is
-    the demonstration, with its `custom_system_prompt` as the system message. By default, there is
-    one pair of the best completion and a random one with a strictly lower score. With
-    `principles` (`True` for all rated ones, or their names), there is a random pair with different
-    ratings for each principle instead. With `rationales`, both completions also need a rationale
-    that does not mention another "Text" (see the paper's section on data).
+    Completions are ranked by their mean rating over principles, and then by length. The best
+    completion is the demonstration, with its `custom_system_prompt` as the system message. By
+    default, there is one pair of the best completion and a random completion with a strictly lower
+    score. With `principles` (`True` for all rated principles, or a list of names), each principle
+    has a random pair with different ratings instead. With `rationales`, both completions also need
+    a rationale that does not mention another "Text" (see the paper's section on data).
 
     Random choices depend only on the seed, the instruction and the principle.
 
@@ -105,7 +105,7 @@ def _principles_of(rated: Sequence[_Completion]) -> list[str]:
 def _general_pair(
     rated: Sequence[_Completion], best: _Completion, rng: random.Random
 ) -> LabeledPair | str:
-    """Pairs the best completion with a random worse one, or returns why there is none."""
+    """Pairs the best completion with a random worse one, or returns why there is no pair."""
     if len(rated) == 1:
         return "a single rated response"
     worse = [c for c in rated if c.score < best.score and not pair_problem(best.text, c.text)]
@@ -121,7 +121,7 @@ def _rng(seed: int, *key: str) -> random.Random:
 def _principle_pair(
     rated: Sequence[_Completion], principle: str, rationales: bool, rng: random.Random
 ) -> LabeledPair | str:
-    """Returns a random pair with different ratings for the principle, or why there is none."""
+    """Returns a random pair with different ratings for the principle, or why there is no pair."""
     couples = [
         (a, b) if a.ratings[principle] > b.ratings[principle] else (b, a)
         for a, b in combinations([c for c in rated if principle in c.ratings], 2)
@@ -162,7 +162,7 @@ def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
     rationales: dict[str, str] = {}
     for principle, annotation in annotations.items():
         at = f"{field}.annotations.{principle}"
-        if isinstance(annotation, list):  # an older version wraps each annotation in a list
+        if isinstance(annotation, list):  # older data wraps each annotation in a list
             if len(annotation) > 1:
                 raise where.error(at, f"has {len(annotation)} annotations, expected one")
             annotation = annotation[0] if annotation else None
@@ -174,7 +174,8 @@ def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
         if rating is None:
             continue
         ratings[principle] = rating
-        # If both exist, "Rationale" explains the type and "Rationale For Rating" the rating.
+        # If both exist, "Rationale" explains the type and "Rationale For Rating" explains the
+        # rating.
         rationale = annotation.get("Rationale For Rating") or annotation.get("Rationale") or ""
         if not isinstance(rationale, str):
             raise where.expected("text", rationale, f"{at}.Rationale")
