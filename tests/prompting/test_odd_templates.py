@@ -227,6 +227,25 @@ def test_the_date_reaches_every_place_and_moves_nothing(template: str, clock: ty
     assert "2026" in rendered
 
 
+@pytest.mark.parametrize("directive", [*"aAbBcCdDeFgGhHIjmMnpPrRStTuUVwWxXyYzZ", *"%", "-e", "-I"])
+def test_a_date_is_written_as_transformers_writes_it(directive: str, clock: type[_Clock]) -> None:
+    clock.today_is = datetime.datetime(2026, 3, 5)
+    template = "{{ strftime_now('[%" + directive + "]') }}" + CHATML
+    encoder = dated("2026-03-05", template)
+    rendered = encoder.tokenizer.apply_chat_template(
+        [QUESTION], chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    assert text_of(encoder) == rendered
+
+
+@pytest.mark.parametrize("directive", ["_d", "^b", "03d", "Od", "!"])
+def test_a_date_format_that_is_not_known_is_refused(directive: str) -> None:
+    template = "{{ strftime_now('[%" + directive + "]') }}" + CHATML
+    with pytest.raises(EncodingError, match=r"the date format .* is not supported") as caught:
+        dated("2026-03-05", template)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("date", ["yesterday", "2026-13-01", "", 20260305, ["2026-03-05"]])
 def test_what_is_no_date_is_refused(date: Any) -> None:
     with pytest.raises(EncodingError, match="strftime_now must be a date such as '2026-03-01'"):

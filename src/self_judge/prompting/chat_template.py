@@ -24,6 +24,7 @@ import functools
 import json
 import random
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -362,15 +363,18 @@ def at_date(chat_template: str, date: str) -> str:
         ) from error
     # Transformers does not pass functions to templates. A macro with the same name therefore
     # replaces each directive in the format: "%d %b" -> "01 %b" -> "01 Mar".
-    written = {f"%{x}": moment.strftime(f"%{x}") for x in "aAbBcdDeFfGhHIjmMpRSTuUVwWxXyYzZ"}
-    without_zero = {f"%-{x[1]}": text.lstrip("0") or "0" for x, text in written.items()}
-    steps = [("%%", "\1"), *written.items(), *without_zero.items(), ("\1", "%")]
+    written = {f"%{x}": moment.strftime(f"%{x}") for x in string.ascii_letters}
+    written = {directive: text for directive, text in written.items() if text != directive}
+    without_zero = {f"%-{x[1]}": text.lstrip("0 ") or "0" for x, text in written.items()}
+    steps = [("%%", "\1"), *written.items(), *without_zero.items()]
     return (
         "{%- macro " + CLOCK + "(format) -%}{%- set now = namespace(text=format) -%}"
         "{%- for directive, text in " + json.dumps(steps) + " -%}"
         "{%- set now.text = now.text | replace(directive, text) -%}{%- endfor -%}"
+        "{%- if '%' in now.text -%}{{ raise_exception('the date format ' ~ format ~ ' is not "
+        "supported: use directives such as %d or %-d') }}{%- endif -%}"
         # Jinja drops a newline after a tag, so the template still starts a line.
-        "{{ now.text }}{%- endmacro %}\n" + chat_template
+        "{{ now.text | replace('\1', '%') }}{%- endmacro %}\n" + chat_template
     )
 
 
