@@ -82,13 +82,41 @@ def test_text_in_parts_is_the_text_as_templates_write_it() -> None:
     assert (joined.prompt, joined.demonstration) == (whole.prompt, whole.demonstration)
 
 
-def test_a_thought_beside_an_answer_is_left_out_and_counted(tmp_path: Path) -> None:
-    answer = message("assistant", "Because.", reasoning_content="secret")
-    earlier = [message("user", "Hi"), message("assistant", "Yes?", reasoning_content="old")]
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_beside_an_answer_is_left_out_and_counted(key: str) -> None:
+    answer = message("assistant", "Because.", **{key: "secret"})
+    earlier = [message("user", "Hi"), message("assistant", "Yes?", **{key: "old"})]
     data = select_records([row(answer, "Why?", *earlier), GOOD], label="x")
     assert "secret" not in str(data.records)
-    assert data.counts["removed reasoning_content"] == 1
+    assert data.counts[f"removed {key}"] == 1
     assert data.counts["pairs"] == 2
+
+
+COLUMNS: dict[str, Any] = {"tools": [CALL], "images": ["a.png"], "image": "a.png"}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_record_with_tools_or_images_beside_its_messages_is_skipped_and_counted(
+    column: str, tmp_path: Path, make: Any, queries: list[dict[str, Any]]
+) -> None:
+    plain = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+    for record in (GOOD, plain):
+        bad = {**record, column: COLUMNS[column]}
+        data = select_records([record, bad, {**record, column: None}], label="x")
+        assert [r.index for r in data.records] == [0, 2]
+        assert data.counts[f"skipped record: a column '{column}'"] == 1
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "Why?", column: COLUMNS[column]}))
+    with pytest.raises(DataError, match=f"record 0: has {column}, which cannot be judged"):
+        read_prompts(str(path))
+    # TRL refuses images itself.
+    with pytest.raises(ValueError, match=f"has a column '{column}'|vision-related"):
+        make(train_dataset=Dataset.from_list([{"prompt": "Why?", column: COLUMNS[column]}]))
+
+
+def test_columns_of_tools_without_tools_are_no_tools() -> None:
+    rows = [{**GOOD, "tools": none, "images": []} for none in ([], "[]", "", None)]
+    assert len(select_records(rows, label="x").records) == 4
 
 
 def test_an_evaluation_skips_and_counts_them_as_well(tmp_path: Path) -> None:

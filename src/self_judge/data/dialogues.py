@@ -11,7 +11,7 @@ from typing import Any
 
 from self_judge.data.records import Parsed, RecordRef, merge_turns, pair_problem
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
-from self_judge.prompting.messages import REASONING
+from self_judge.prompting.messages import reasoning_key
 from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -130,8 +130,10 @@ def select_preference(
 
     Raises:
         DataError: a field is missing or has the wrong type, or a response is not the assistant's.
+        UnusableRecordError: the record or a message has tools or images.
     """
     where = RecordRef(source, index)
+    where.refuse_lost_columns(record)
     chosen, rejected = where.value(record, "chosen"), where.value(record, "rejected")
     given = record.get("prompt")
     other_names = sorted({"instruction", "query", "question"} & record.keys())
@@ -159,13 +161,10 @@ def select_preference(
     problem = problem or _score_problem(record, where) or _pair_problem(better, worse)
     pairs = (LabeledPair(better, worse),) if with_pairs and not problem else ()
     skipped = (f"pair: {problem}",) if with_pairs and problem else ()
-    removed = tuple(REASONING for answer in (chosen, rejected) if _has_reasoning(answer))
+    answers = [answer[-1] for answer in (chosen, rejected) if isinstance(answer, list)]
+    removed = tuple(filter(None, map(reasoning_key, answers)))
     parsed = PreferenceRecord(tuple(prompt), better, pairs, source, index)
     return Parsed(parsed, skipped, removed)
-
-
-def _has_reasoning(answer: Any) -> bool:
-    return isinstance(answer, list) and bool(answer[-1].get(REASONING))
 
 
 def _standard(
