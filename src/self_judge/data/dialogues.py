@@ -12,7 +12,7 @@ from typing import Any
 from self_judge.data.records import Parsed, RecordRef, merge_turns, pair_problem
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 from self_judge.prompting.messages import reasoning_key
-from self_judge.prompting.thoughts import NO_ANSWER, answer_of
+from self_judge.prompting.thoughts import NO_ANSWER, answer_of, before_thought
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 # Headers at the start of a turn: "Human: Hi" in "\n\nAssistant: Human: Hi".
@@ -176,6 +176,8 @@ def _standard(
         return where.messages(given, "prompt"), chosen.strip(), rejected.strip()
     if given is None:
         given = chosen[: _shared_prefix(chosen, rejected)]
+        # Thoughts may begin with the same words: "q <think>Hm. A" and "q <think>Hm. B".
+        given = before_thought(given, chosen, rejected)
     elif not isinstance(given, str):
         raise where.expected("text or messages", given, "prompt")
     if given and chosen.startswith(given) and rejected.startswith(given):

@@ -91,6 +91,19 @@ def _first_thought(text: str, close: str | None) -> Parts | None:
     return None
 
 
+def before_thought(text: str, *whole: str) -> str:
+    """Returns the common start of some texts without a thought that it begins but does not pass.
+
+    A marker that no text closes is a mention: "What does <think> mean?".
+    """
+    starts = [len(text)]
+    for opening, closing in _MARKERS:
+        at = text.rfind(opening)
+        if at >= 0 and closing not in text[at:].rstrip().removesuffix(closing):
+            starts += [at] if any(closing in one[at:] for one in whole) else []
+    return text[: min(starts)]
+
+
 def answer_of(text: str) -> str | None:
     """Returns the answer in a response, or `None` if its thought never ends."""
     return split_thought(text).answer
