@@ -365,6 +365,14 @@ def test_added_words_that_the_structure_does_not_use_stay_words(kind: str) -> No
     assert not encoder.is_control(otter)
 
 
+@pytest.mark.parametrize("template", [CHATML, CHATML.replace("m['role']", "m.role")])
+def test_added_words_that_are_only_keys_in_the_template_stay_words(template: str) -> None:
+    tokenizer = wrap(byte_bpe())
+    tokenizer.add_tokens([AddedToken(w, normalized=False) for w in ("content", "role")])
+    text = "the content of a role"
+    assert ChatEncoder(tokenizer, template).encode_content(text) == tokenizer(text)["input_ids"]
+
+
 def test_a_marker_that_is_an_ordinary_entry_of_the_vocabulary_is_one_too() -> None:
     saved = json.loads(unigram().to_str())
     saved["model"]["vocab"] += [["<turn>", 0.0], ["<stop>", 0.0]]

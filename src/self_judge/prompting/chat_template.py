@@ -190,9 +190,15 @@ class ChatLayouts:
                 with contextlib.suppress(EncodingError):  # some templates reject some roles
                     for piece in self._pieces(roles, generation):
                         ids |= set(self._structure(piece)) if isinstance(piece, str) else set()
-        # "data" is text outside of {{ }} and {% %}, and "string" is quoted text inside them.
-        lexed = jinja2.Environment().lex(chat_template)
-        written = "\0".join(text for _, kind, text in lexed if kind in ("data", "string"))
+        # "data" is text outside of {{ }} and {% %}, and "string" is quoted text inside them. A key,
+        # such as 'content' in message['content'], is not written.
+        lexed = [(kind, text) for _, kind, text in jinja2.Environment().lex(chat_template)]
+        after = [*lexed[1:], ("", "")]
+        written = "\0".join(
+            text
+            for (kind, text), (_, following) in zip(lexed, after, strict=True)
+            if kind == "data" or (kind == "string" and following != "]")
+        )
         self._text.guard(ids, written)
 
     def _layout(self, roles: tuple[str, ...], ending: Ending) -> Layout:
