@@ -22,13 +22,13 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# Number of rows of the head's weight converted to float32 at a time. They take 0.25 GiB at a hidden
-# size of 2,048.
+# The number of rows in the head's weight that are converted to float32 at a time. With a hidden
+# size of 2,048, these rows take 0.25 GiB.
 _HEAD_ROWS = 32_768
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Returns the causal language model inside all wrappers (DDP, PEFT), with adapter layers."""
+    """Returns the causal language model inside all wrappers (DDP, PEFT), with its adapters."""
     inner: Any = model
     while isinstance(inner, PeftModel) or isinstance(
         getattr(inner, "module", None), torch.nn.Module
@@ -70,8 +70,8 @@ def without_cudnn_attention() -> Iterator[None]:
     """Disables the cuDNN backend of PyTorch's attention (CUDA only).
 
     On recent GPUs, PyTorch prefers cuDNN, which needs tens of milliseconds to build a plan for each
-    new shape. Packed rows rarely have the same shape twice, and neither do keys that grow with each
-    decoded token. Wrap the whole training run in this context, not only forward passes, because
+    new shape. Packed rows rarely have the same shape twice, and during decoding the keys grow with
+    each token. Wrap the whole training run in this context, not only forward passes, because
     gradient checkpointing recomputes forward passes in the backward pass.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -105,15 +105,16 @@ def float32_logits(model: torch.nn.Module) -> Iterator[None]:
     """Makes the model's head compute float32 logits, even if the model uses another dtype.
 
     bfloat16 has eight bits of precision, so it rounds a logit of 20 to a multiple of 1/8. The
-    logits of a judge's two letters often differ by no more than that. Autocast is disabled inside
-    the head, because a trainer's model enables it in its own `forward`. The context changes every
-    plain linear layer of the head, including those of an adapter. It reads the weights at call
-    time, when sharded weights are gathered. A quantized head is unchanged.
+    logits of a judge's two letters often differ by no more than 1/8. Autocast is disabled inside
+    the head, because the model of a trainer enables autocast in its own `forward`. The context
+    manager changes every plain linear layer in the head, including adapter layers. The layers read
+    their weights at call time, when sharded weights are gathered. A quantized head is unchanged.
     """
     head: Any = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     for layer in head.modules() if head is not None else ():
-        # If a layer has its own device, Accelerate stores its original forward under this name.
+        # If Accelerate has assigned a device to a layer, it stores the layer's original `forward`
+        # under this name.
         own = vars(layer)
         name = "_old_forward" if "_old_forward" in own else "forward"
         usual = own.get(name)
@@ -149,7 +150,7 @@ def halve_or_raise(stage: str, size: int, unit: str, error: BaseException) -> in
     """Returns half of `size` after an out-of-memory error and re-raises any other error.
 
     Args:
-        stage: the current activity for the warning, such as "judging".
+        stage: the activity that the warning names, such as "judging".
         size: the number of units processed at a time.
         unit: the plural name of the units.
         error: the error that occurred.
@@ -159,7 +160,7 @@ def halve_or_raise(stage: str, size: int, unit: str, error: BaseException) -> in
     """
     if not (isinstance(error, Exception) and should_reduce_batch_size(error)) or size <= 1:
         raise error
-    # The traceback keeps the tensors of the failed pass alive.
+    # The traceback would keep the tensors of the failed pass alive.
     error.__traceback__ = None
     clear_device_cache(garbage_collection=True)
     half = size // 2
@@ -190,7 +191,7 @@ def padded(
 ) -> dict[str, torch.Tensor]:
     """Pads sequences and returns `input_ids` and `attention_mask`, each `(B, T)`.
 
-    Under a causal mask, right padding does not affect the sequences with any position encoding.
+    With a causal mask, right padding does not affect the sequences, whatever the position encoding.
     """
     longest = max(map(len, sequences))
     ids_BT = torch.full((len(sequences), longest), pad)

@@ -295,7 +295,7 @@ WORDING = [
          ("judge template 'a' lacks {response_b} in 'user'",), "add it"),
     Case("a judge template without a lead-in",
          lambda p: p.templates('{judge: {a: {user: "{context} {response_a} {response_b}"}}}'),
-         ("judge template 'a' needs a non-empty text as 'assistant'",), "the letter follows it"),
+         ("judge template 'a' needs a non-empty string as 'assistant'",), "the letter follows it"),
     Case("an unknown part of a judge template",
          lambda p: p.templates('{judge: {a: {usr: "{context}", assistant: "b:"}}}'),
          ("judge template 'a' has unknown parts ['usr']; it takes system, user, assistant",),

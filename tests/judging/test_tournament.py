@@ -205,7 +205,7 @@ def test_lists_of_different_lengths_are_refused() -> None:
 
 
 def test_one_text_in_place_of_a_list_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"responses\[0\] is a single text"):
+    with pytest.raises(ValueError, match=r"responses\[0\] is a single string"):
         knockouts(ByValue(), ["x"], ["123"], seeds=[0])
 
 

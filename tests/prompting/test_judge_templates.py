@@ -58,10 +58,10 @@ def test_the_lead_in_ends_without_white_space_since_the_letter_brings_its_own() 
         ({"honest": "a text"}, "'honest' must be a mapping"),
         (one(user="{context} {response_a}"), "'honest' lacks {response_b}"),
         (one(user="none"), "{context}, {response_a}, {response_b}"),
-        (one(user=None), "'honest' needs a non-empty text as 'user'"),
-        (one(assistant=" \n"), "'honest' needs a non-empty text as 'assistant'"),
-        ({"honest": {"user": USER}}, "'honest' needs a non-empty text as 'assistant'"),
-        (one(system=3), "'honest' needs a text (or nothing) as 'system'"),
+        (one(user=None), "'honest' needs a non-empty string as 'user'"),
+        (one(assistant=" \n"), "'honest' needs a non-empty string as 'assistant'"),
+        ({"honest": {"user": USER}}, "'honest' needs a non-empty string as 'assistant'"),
+        (one(system=3), "'honest' needs a string (or nothing) as 'system'"),
         (one(lead_in="x"), "'honest' has unknown parts ['lead_in']"),
     ],
 )
@@ -80,8 +80,8 @@ def test_a_bad_template_is_refused_by_name_and_by_what_is_missing(
         ("{rationale_a}", "'honest' lacks {rationale_b}"),
         ({"honest": "none"}, "lacks {rationale_a}, {rationale_b}"),
         ({"kind": RATIONALE}, "principles ['kind'], but the judge templates have ['honest']"),
-        ({"honest": 3}, "'honest' must be a text, got int"),
-        (3, "one text for all principles or a mapping"),
+        ({"honest": 3}, "'honest' must be a string, got int"),
+        (3, "one string for all principles or a mapping"),
     ],
 )
 def test_a_bad_rationale_text_is_refused(rationale: Any, said: str) -> None:

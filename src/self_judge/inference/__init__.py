@@ -1,4 +1,4 @@
-"""A model answers: it continues prompts, and gives the probabilities of letters.
+"""Continues prompts and computes the probabilities of letters with a model.
 
 This package handles token ids, sampling and forward passes. It does not depend on judging or
 training. It imports from `packing` and the packages before it.

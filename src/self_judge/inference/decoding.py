@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 # Returns the maximum of a number over the processes that share a model.
 MaxOverRanks = Callable[[int], int]
-"""Returns the maximum of a number over all processes. It is `int` for a single process."""
+"""Returns the maximum of a number over all processes. `int` is used for a single process."""
 
 # About this many tokens keep two CPU cores busy. A GPU needs more tokens.
 _PREFILL_TOKENS = {"cpu": 1024}
@@ -70,13 +70,13 @@ _LEAVE_GRAPHS_AT = 0.5
 
 
 class TokenSampler(Protocol):
-    """Chooses the next token for each row. It may keep state for each row."""
+    """Chooses the next token for each row. A sampler may keep state for each row."""
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         """Returns the tokens `(B,)` that follow the ids, which are padded on the left."""
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drops the state for all rows except these."""
+        """Drops the state for all rows except the given ones."""
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def decode(
             that all processes run the same number of forward passes.
         look_every: the number of tokens between two checks for finished rows (default: 1 on a CPU,
             8 on other devices). It does not change the result.
-        graphs: whether each step is launched as one CUDA graph (default: if that is exact).
+        graphs: whether each step is launched as one CUDA graph (default: if the result is exact).
 
     Returns:
         The new ids for every row.
@@ -196,7 +196,7 @@ ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _told_mask
 
 @contextmanager
 def _masks(padded: bool) -> Iterator[None]:
-    """Tells Transformers whether rows are padded, so that it does not read its mask in each pass.
+    """Tells Transformers whether rows are padded, so that no pass has to read the mask.
 
     Without padding, Transformers omits the mask for SDPA, as usual. Forward passes in other threads
     create their masks as usual.
@@ -213,7 +213,7 @@ def cache_bytes(model: nn.Module) -> int | None:
     """Measures the bytes of keys and values per token in a sequence, with a pass over one token.
 
     The configuration does not contain this number. Models with latent attention or shared keys use
-    their own names, and autocast uses a different dtype than the weights.
+    different names, and autocast may use a different dtype than the weights.
 
     Args:
         model: a model in evaluation mode (see `why_not_shared`).
@@ -230,8 +230,8 @@ def cache_bytes(model: nn.Module) -> int | None:
 def why_not_shared(model: nn.Module) -> str | None:
     """Returns the reason `decode` is not exact for a model, or `None` if it is exact.
 
-    The reason depends on the kind of model and on a trial. If `decode` is not exact, a model uses
-    its own `generate` method.
+    The reason depends on the kind of model and on a trial. If `decode` is not exact, the model's
+    own `generate` method is used.
     """
     inner: Any = unwrapped(model)
     known = _KNOWN.setdefault(inner, {})
@@ -336,7 +336,7 @@ def _parts(
     parts: list[list[int]] = []
     for i in order:  # longest first
         first = parts[-1][0] if parts else i
-        wide = len(prompts[i]) < 0.8 * len(prompts[first])  # a pass is cheaper than padding
+        wide = len(prompts[i]) < 0.8 * len(prompts[first])  # another pass is cheaper than padding
         if not parts or wide or (len(parts[-1]) + 1) * len(prompts[first]) > budget:
             parts.append([])
         parts[-1].append(i)
@@ -395,7 +395,7 @@ def _trial(model: nn.Module, *, graphs: bool) -> str | None:
     """Compares the logits of a short decoding run with those of a padded batch of its results."""
     called = as_called(model)
     stop, *drawn = trial_tokens(model, 33)
-    drawn = [token if token != stop else token + 1 for token in drawn]  # no other token stops a row
+    drawn = [token if token != stop else token + 1 for token in drawn]  # only `stop` ends a row
     prompts, copies = [drawn[:4], drawn[4:6], drawn[6:9]], [1, 2, 1]
     script = [drawn[9 + 5 * row : 14 + 5 * row] for row in range(4)]
     script[1][0] = script[2][0] = stop

@@ -1,4 +1,4 @@
-"""Runs a decoding step as a CUDA graph, with one launch instead of one for each kernel.
+"""Runs a decoding step as a CUDA graph, with one launch instead of one launch per kernel.
 
 This module prepares a step for capture. It does not depend on the sampling method.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_TOKENS = 256  # the attended width is a multiple of this
+_TOKENS = 256  # the attended width is a multiple of this number
 
 
 class GraphedStep:
@@ -29,8 +29,9 @@ class GraphedStep:
 
     # For prompts with 300 tokens and 300 new tokens, the steps at indices 300 … 511 attend to 512
     # tokens, and later steps attend to 600 tokens. The first step with a new width runs without a
-    # graph and creates handles and weights cast by autocast, which must not happen during a
-    # capture. The second step is captured, and all further steps are replayed.
+    # graph. It creates library handles and casts weights for autocast, because a capture must not
+    # include either operation. The second step is captured, and the capture is replayed for all
+    # further steps.
 
     def __init__(
         self,

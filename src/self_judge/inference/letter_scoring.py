@@ -1,7 +1,7 @@
 """Scorers compute the probabilities of two letters as the next token of judge prompts.
 
 Scorers use token ids and a model. This module uses a Transformers model, and `vllm/protocol.py`
-uses an engine. They do not depend on the meaning of the letters.
+uses an engine. Scorers do not depend on the meaning of the letters.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ class TransformersScorer:
         return self.packing.next_token_logits(prompts) if packed else self._unpacked(prompts)
 
     def _take_less(self, error: RuntimeError) -> None:
-        """Halves the passes after running out of memory, down to one prompt, or raises the error.
+        """Halves the pass size (at least one prompt) if memory runs out, or raises the error.
 
-        Processes that share a model run their passes together, so they cannot change their sizes
-        separately.
+        Processes that share a model run their passes together, so the processes cannot change the
+        pass sizes separately.
         """
         if self.packing.shape.one_pass:
             raise error
@@ -138,8 +138,8 @@ class TransformersScorer:
     def _unpacked(
         self, prompts: Sequence[Sequence[int]]
     ) -> Iterable[tuple[list[int], torch.Tensor]]:
-        # With the longest prompts first, batches have similar lengths, and a lack of memory shows
-        # early.
+        # With the longest prompts first, the prompts in a batch have similar lengths, and an
+        # out-of-memory error occurs early.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]

@@ -5,8 +5,8 @@ a part of the weights. A process that needs fewer passes runs empty passes until
 """
 
 # In this example, process 0 needs three passes for its prompts, and process 1 needs one. Before
-# every pass, all processes exchange a number and use its maximum. It is 1 if the process has
-# another pass, and 0 if it is done.
+# every pass, all processes exchange a number and use its maximum. The number is 1 if the process
+# has another pass, and 0 if the process is done.
 #
 #   exchange       1        2        3        4
 #   process 0      1 pass   1 pass   1 pass   0
@@ -33,7 +33,7 @@ def check_processes(accelerator: Accelerator) -> None:
     """Raises `ValueError` if the launcher and Accelerate have different numbers of processes.
 
     Without this check, separate processes would train in the same folder, or a model would not be
-    sharded although this was requested. The exit status would still be 0.
+    sharded although sharding was requested. The exit status would still be 0.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     kind = str(accelerator.distributed_type.value)
@@ -56,7 +56,7 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def max_over_ranks(accelerator: Accelerator) -> MaxOverRanks | None:
-    """Returns a function for the maximum over processes, or `None` if they do not share a model."""
+    """Returns a function for the maximum over processes that share a model, else `None`."""
     if accelerator.num_processes == 1 or not needs_one_pass(accelerator.distributed_type):
         return None
 
@@ -98,7 +98,9 @@ class LockstepPacking(Packing):
 
     @property
     def decision(self) -> Decision:
-        """The packing mode. Its trial runs forward passes, so all processes must read it together.
+        """The packing mode. All processes must read this property together.
+
+        The first read may run forward passes (a trial), in which all processes take part.
 
         Raises:
             ValueError: the model cannot be packed, so its passes cannot be counted.
@@ -111,7 +113,7 @@ class LockstepPacking(Packing):
     def next_token_logits(
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Works as in `Packing`, in passes of `batch_rows` rows that all processes run together."""
+        """Works as in `Packing`, with passes of `batch_rows` rows that all processes run."""
         size = 2 * self.batch_rows
         for start in range(0, len(sequences), size):
             self.max_over_ranks(1)

@@ -64,7 +64,7 @@ class SeededTokenSampler:
 class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
     """Applies the repetition penalty to the tokens of a row, but not to its padding.
 
-    Padding may be the EOS token, and depends on the other prompts in the batch.
+    Padding may be the EOS token, and its length depends on the other prompts in the batch.
     """
 
     def __init__(self, penalty: float, padding_B: torch.Tensor) -> None:
@@ -81,9 +81,10 @@ class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
 
 
 class TopP(TopPLogitsWarper):
-    """Computes the nucleus without sorting the vocabulary, which took a tenth of sampling time.
+    """Computes the nucleus without sorting the vocabulary, which took a tenth of the sampling time.
 
-    If the `likeliest` most likely tokens do not contain the nucleus of some row, all are sorted.
+    If the `likeliest` most likely tokens do not contain the nucleus of some row, all tokens are
+    sorted.
     """
 
     likeliest = 256

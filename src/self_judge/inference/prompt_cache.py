@@ -1,4 +1,4 @@
-"""The KV cache for decoding: rows with a copy of their prompt and space for new tokens.
+"""The KV cache for decoding, whose rows have a copy of their prompt and space for new tokens.
 
 This module handles keys and values. It does not depend on the model or the tokens.
 """
@@ -45,7 +45,8 @@ class RoomyLayer(DynamicLayer):
         length: the number of tokens that the buffers already contain.
     """
 
-    # `rooms` own the memory. `keys` and `values` are views of their first rows and tokens:
+    # The buffers in `rooms` own the memory. `keys` and `values` are views of their first rows and
+    # tokens:
     #
     #   start               update               batch_select_indices([0, 2])
     #   0 1 2|. . .         0 1 2 a|. .          0 1 2 a|. .     keys[:2] = keys[[0, 2]]
@@ -63,7 +64,7 @@ class RoomyLayer(DynamicLayer):
 
     def keep_width(self, width: int, at_1: torch.Tensor) -> None:
         """Fixes the views at `width` tokens, and writes each new token at index `at_1`."""
-        if self.at_1 is None:  # attention multiplies masked values by 0
+        if self.at_1 is None:  # masked values are multiplied by 0, so they must be finite
             for room in self.rooms:
                 room[:, :, self.keys.shape[-2] :].zero_()
         self.at_1 = at_1

@@ -1,4 +1,4 @@
-"""Samplers generate responses to prompts; this module implements one with Transformers.
+"""Samplers generate responses to prompts; this module implements a sampler with Transformers.
 
 This module uses token ids and a model, and `decoding.py` generates the tokens. The responses
 contain the tokens exactly as sampled. This module does not depend on the meaning of prompts or on
@@ -176,8 +176,8 @@ class TransformersSampler:
             batches = self._batches([len(p) for p in prompts], n)
             number, rounds = 0, len(batches)
             # Processes that share a model use the same number of batches. If another process has 5
-            # batches and this process has 3, it samples two batches with one stop token and
-            # discards them.
+            # batches and this process has 3, this process also samples two batches whose only
+            # prompt is a stop token, and discards the samples.
             if self.max_over_ranks is not None:
                 rounds = self.max_over_ranks(rounds)
             while number < rounds:
@@ -193,8 +193,9 @@ class TransformersSampler:
                 except RuntimeError as error:
                     if self.max_over_ranks is not None:  # a process cannot split its batches alone
                         raise
-                    # After running out of memory, split this batch and all later batches to half
-                    # the responses. Seeds belong to rows, so the responses are the same.
+                    # After running out of memory, split this batch and all later batches into
+                    # batches with half as many responses. Seeds belong to rows, so the responses do
+                    # not change.
                     self.batch_size = halve_or_raise("sampling", count, "responses", error)
                     batches[number:] = [
                         part for b in batches[number:] for part in _split(b, self.batch_size)
@@ -301,7 +302,7 @@ def tokens_that_fit(per_token: int, weights: int, memory: int | None) -> int:
     Args:
         per_token: the bytes of keys and values per token in all layers.
         weights: the bytes of the model's weights.
-        memory: the total bytes of a device that holds only tensors, or `None` on a CPU.
+        memory: the total bytes of a device that stores only tensors, or `None` on a CPU.
     """
     # For Llama 2 7B in bfloat16 on 80 GiB, 12.6 GiB of weights leave 67.4 GiB. Half of it is for
     # the cache, which needs 512 KiB per token. The result is about 69,000 tokens.
@@ -330,7 +331,8 @@ def _split(batch: Sequence[tuple[int, range]], most: int) -> list[list[tuple[int
 def _without_own_generation_settings(model: torch.nn.Module) -> Iterator[None]:
     """Hides the model's generation settings, which `generate` uses for missing values.
 
-    A PEFT wrapper passes its own settings to the base model, so both are restored.
+    A PEFT wrapper passes its own settings to the base model, so the settings of both models are
+    restored.
     """
     holders: list[Any] = [model.get_base_model()] if isinstance(model, PeftModel) else []
     holders.append(model)

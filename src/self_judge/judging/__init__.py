@@ -1,4 +1,4 @@
-"""Comparisons become verdicts, and verdicts become tournaments.
+"""Turns comparisons into verdicts and tournament winners.
 
 This package handles templates, both orders, votes and brackets. It does not depend on training or
 on how letter probabilities are computed. It imports from `inference` and the packages before it.

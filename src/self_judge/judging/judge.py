@@ -93,7 +93,7 @@ class Judge:
         self._check_room()
 
     def _check_room(self) -> None:
-        # If the limit is too low for any pair, raise an error instead of returning undecidable
+        # If the limit is too low for every pair, raise an error instead of returning undecidable
         # pairs.
         if self.max_length is None:
             return
@@ -103,7 +103,7 @@ class Judge:
             if len(ids) >= self.max_length:
                 raise ValueError(
                     f"max_length {self.max_length} leaves no room for responses: judge template "
-                    f"{principle!r} alone has {len(ids)} tokens; raise it"
+                    f"{principle!r} alone has {len(ids)} tokens; raise max_length"
                 )
 
     @property
@@ -147,13 +147,13 @@ class Judge:
         """Loads a model that was trained to judge, with the templates saved with it.
 
         Args:
-            templates: templates that replace the saved templates. They are required if none are
-                saved.
+            templates: templates that replace the saved templates. They are required if the model
+                has none.
             encoder: an encoder that replaces the saved encoder or tokenizer.
             token_id_a, token_id_b: expected letter ids, which are compared with the ids derived
                 from the tokenizer. Without `templates`, they default to the saved ids.
             device, model_kwargs: arguments for `models.load_model`. `"auto"` selects the GPU of
-                this process, or the CPU if there is none.
+                this process, or the CPU if there is no GPU.
 
         Raises:
             ValueError: the model or the templates are missing, or a letter differs from the saved
@@ -192,7 +192,7 @@ class Judge:
         gives the reason.
 
         Raises:
-            TypeError: an element is not a `Comparison`. The message contains its index.
+            TypeError: an element is not a `Comparison`. The message contains the element's index.
         """
         comparisons = list(comparisons)
         for i, given in enumerate(comparisons):

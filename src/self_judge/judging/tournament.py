@@ -4,7 +4,8 @@ This module pairs responses and asks a judge for each winner. It does not depend
 works.
 """
 
-# In this example, the judge compares five responses 0 to 4 and prefers a higher quality:
+# In this example, the judge compares responses 0 to 4 and prefers the response with the higher
+# quality:
 #
 #   response   0  1  2  3  4        draw (shuffled by the seed, 5 here)   0 1 3 2 4
 #   quality    3  5  1  4  2
@@ -49,7 +50,7 @@ class Match:
     Attributes:
         a, b: the two entrants; `b` is `None` for a bye.
         winner: the entrant that advances.
-        verdict: the verdict with a as response a, or `None` for a bye or equal texts.
+        verdict: the verdict with entrant `a` as response a; `None` for a bye or equal responses.
         by_lot: whether the judge could not decide and the winner was drawn at random with the seed.
     """
 
@@ -62,7 +63,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """A complete knockout with its rounds in order, which are tuples of matches, and the winner."""
+    """A complete knockout: the rounds in order, as tuples of matches, and the winner."""
 
     rounds: tuple[tuple[Match, ...], ...]
     winner: int
@@ -94,13 +95,13 @@ def knockouts(
     Args:
         compare: judges a list of comparisons, e.g. `Judge.compare`.
         contexts: the N contexts that the judge sees.
-        responses: the responses to each context; never changed.
-        seeds: one per context; each fixes the draw and the lots.
+        responses: the responses to each context. They are never changed.
+        seeds: one seed per context, which determines the draw and the lots.
         entrants: the responses that take part, per context. By default, these are the responses
             with an answer (see `thoughts.answer_of`), so a thought that never ends cannot win. If
-            none has an answer, all take part, and winners are drawn at random.
-        seek: with `"worst"` the loser of each match advances.
-        known: verdicts by (context, a, b); looked up first, and extended.
+            no response has an answer, all take part, and winners are drawn at random.
+        seek: with `"worst"`, the loser of each match advances.
+        known: verdicts by (context, a, b), which are reused. New verdicts are added.
 
     Raises:
         ValueError: a context has no responses, or the lists differ in length.
@@ -132,8 +133,8 @@ def knockouts(
     return [Bracket(tuple(r), s[0]) for r, s in zip(rounds, standing, strict=True)]
 
 
-# The number of first-round matches that are judged together. Contexts are played in groups, because
-# the shared prefixes of a context stay in memory for all its rounds.
+# The number of first-round matches that are judged together. Contexts are processed in groups,
+# because the shared prefixes of a context remain in memory for all its rounds.
 _MATCHES_TOGETHER = 128
 
 
@@ -147,7 +148,7 @@ def _check(
         )
     for i, own in enumerate(responses):
         if isinstance(own, str):
-            raise ValueError(f"responses[{i}] is a single text: it must be a list of responses")
+            raise ValueError(f"responses[{i}] is a single string: it must be a list of responses")
         if not len(own):
             raise ValueError(f"context {i} has no responses to choose from: {contexts[i]!r:.80}")
 
@@ -201,7 +202,7 @@ def _judge_unknown(
         if b is not None
         and (i, a, b) not in known
         and (i, b, a) not in known
-        and responses[i][a] != responses[i][b]  # equal texts are not judged
+        and responses[i][a] != responses[i][b]  # equal responses are not judged
     ]
     if not asked:
         return
@@ -270,8 +271,8 @@ def tournament_rejection_sampling(  # type: ignore[misc]
             folder.
         token_id_a, token_id_b: expected letter ids, which are compared with the derived ids.
         contexts: the dialogues that the judge sees (see `judge_templates.dialogue_text`).
-        responses: the responses to each context. Their numbers may differ, and a single response
-            wins.
+        responses: the responses to each context. Their number may differ by context, and a single
+            response wins.
         max_length: the most tokens in a judge prompt.
         judge_batch_size: see `batch_size` of `Judge`.
         seed: determines the draw, and the lots for undecided matches.

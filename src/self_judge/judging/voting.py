@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from self_judge.datatypes import Side, Verdict
 
-# For one principle: ((p(A), p(B)) with a first, (p(A), p(B)) with b first)
+# For one principle: ((p(A), p(B)) with `a` first, (p(A), p(B)) with `b` first)
 Orders = tuple[tuple[float, float], tuple[float, float]]
 
 
@@ -24,7 +24,7 @@ class Scores(NamedTuple):
 
 
 def swap_averaged(orders: Orders) -> Scores:
-    """Computes s(a) = ½[p(A | a first) + p(B | b first)], and s(b) likewise (see the paper)."""
+    """Computes s(a) = ½[p(A | a first) + p(B | b first)], and similarly s(b) (see the paper)."""
     # An example with a judge that favours the first response in both orders:
     #
     #             p(A)  p(B)
@@ -35,7 +35,7 @@ def swap_averaged(orders: Orders) -> Scores:
 
 
 def aggregate(probabilities: Sequence[Orders]) -> Verdict:
-    """Returns the verdict over principles by the majority of wins, or the larger mean on a tie.
+    """Returns the verdict by the majority of principles, or by the larger mean if wins are tied.
 
     Args:
         probabilities: `[principle][order][letter]` with at least one principle (see `Verdict`).
@@ -47,7 +47,7 @@ def aggregate(probabilities: Sequence[Orders]) -> Verdict:
     # (s(a), s(b)) for each principle, and the verdict:
     #
     #   (.51 .49) (.51 .49) (.05 .95)    a: two principles of three, although the mean is .36 to .64
-    #   (.80 .20) (.45 .55)              a: one each, and the mean is .625 to .375
+    #   (.80 .20) (.45 .55)              a: one win each, and the mean is .625 to .375
     kept = tuple(probabilities)
     if not kept:
         raise ValueError("aggregate needs the probabilities of at least one principle")
@@ -101,7 +101,7 @@ def verdict_json(verdict: Verdict, principles: Sequence[str]) -> dict[str, Any]:
         "undecidable_because": verdict.undecidable_because,
         "probabilities": {
             name: [[_finite(p) for p in letters] for letters in orders]
-            # A pair that did not fit has no probabilities.
+            # A pair that did not fit into `max_length` has no probabilities.
             for name, orders in zip(
                 principles if verdict.probabilities else (), verdict.probabilities, strict=True
             )

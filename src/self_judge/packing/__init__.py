@@ -1,6 +1,6 @@
-"""Sequences that share prefixes become forward passes that compute each shared token once.
+"""Turns sequences with shared prefixes into passes that compute each shared token once.
 
 This package handles token ids and attention, and finds out which packing modes are exact for a
-model. It does not depend on the meaning of the sequences. Judging, training and sampling use it in
-the same way. It imports from `models` and the packages before it.
+model. It does not depend on the meaning of the sequences. Judging, training and sampling use this
+package in the same way. It imports from `models` and the packages before it.
 """

@@ -1,4 +1,4 @@
-"""Chunked prefill computes the prefix tree of many sequences in chunks and each token once.
+"""Chunked prefill computes the prefix tree of many sequences in chunks, each token only once.
 
 This module computes layouts from token ids. `prefix_tree.py` puts whole trees into rows, while this
 module cuts a tree of any size into chunks in depth-first order. A chunk reads the keys and values
@@ -45,7 +45,7 @@ class Segment(NamedTuple):
 
     Attributes:
         start, stop: the range of the segment in the tokens of the chunk.
-        past: the number of keys before those of the chunk.
+        past: the number of keys that precede the chunk's own keys.
         before: the key ranges of the segment's ancestors.
     """
 
@@ -65,7 +65,7 @@ class Chunk:
         past: the numbers of the earlier tokens that the chunk reads, in order.
         segments: the segments, which define the keys that each token attends to.
         last: the index of the last token for each sequence that ends in this chunk.
-        needed: the numbers of the tokens up to this chunk that later chunks read.
+        needed: the numbers of the tokens computed so far that later chunks read.
     """
 
     token_ids: Ints
@@ -128,13 +128,13 @@ class PrefixIndex:
 def plan_chunks(
     sequences: Sequence[Sequence[int]], chunk_tokens: int, index: PrefixIndex
 ) -> list[Chunk]:
-    """Cuts the tree of the sequences, without known prefixes, into chunks of similar size.
+    """Cuts the tree of the sequences into chunks of similar size and leaves out known prefixes.
 
     The last token of every sequence is always included, so that its hidden state is computed.
 
     Args:
         sequences: token ids, at least one per sequence. Equal sequences share all indices.
-        chunk_tokens: the most tokens in a chunk. A longer sequence has its own chunk.
+        chunk_tokens: the most tokens in a chunk. A longer sequence gets its own chunk.
         index: the sequences computed so far. The new sequences are added to it.
 
     Raises:
@@ -214,7 +214,7 @@ def _chunk(
     last: dict[int, int] = {}
     start = 0
     for own, path, all_numbers, members in zip(tokens, earlier, numbers, indices, strict=True):
-        # Convert token numbers to key indices. Earlier tokens have their rank in `past` as index,
+        # Convert token numbers to key indices. The index of an earlier token is its rank in `past`,
         # and the chunk's own tokens follow. In chunk 1 above (first 3, past 0 1), tokens 0 1 become
         # keys 0 1 and tokens 3 4 5 become keys 2 3 4.
         keys = np.where(path < first, np.searchsorted(past, path), path - first + len(past))

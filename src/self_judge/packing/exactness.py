@@ -47,7 +47,7 @@ def warn_once(logger: logging.Logger, text: str) -> None:
 
 
 def as_called(model: nn.Module) -> Any:
-    """Returns the model with its adapter, but without wrappers for several processes."""
+    """Returns the model with its adapter, but without the wrappers for distributed training."""
     called: Any = model
     while not isinstance(called, PeftModel) and isinstance(
         getattr(called, "module", None), nn.Module
@@ -94,8 +94,8 @@ def why_inexact(model: nn.Module, trial: Logits) -> str | None:
             compilation. The trial can be run again.
     """
     device = next(model.parameters()).device
-    # Accelerate's autocast would stay on permanently if it were entered inside itself. A model that
-    # has its own autocast therefore runs without an outer one.
+    # Accelerate's autocast would remain enabled permanently if it were nested. A model that has its
+    # own autocast therefore runs without an outer one.
     brings_own = getattr(as_called(model), "_original_forward", None) is not None
     around = torch.autocast(device.type, enabled=False) if brings_own else nullcontext()
     try:
@@ -108,7 +108,8 @@ def why_inexact(model: nn.Module, trial: Logits) -> str | None:
         told = (str(error).splitlines() or [""])[0]
         return f"a trial failed with {type(error).__name__}: {told:.160}"
     finally:
-        # The weights that autocast converts here have no gradient and would be reused outside.
+        # The weights that autocast converts here have no gradient. Without clearing the cache,
+        # later computations would reuse them.
         torch.clear_autocast_cache()
     found, expected = found.float(), expected.float()
     off = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
@@ -120,7 +121,7 @@ def why_inexact(model: nn.Module, trial: Logits) -> str | None:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[bool]]:
-    """Yields a list with one entry per model call: whether it computes in float32 or better."""
+    """Yields a list with one entry per call: whether the model computes in float32 or better."""
     inner: Any = unwrapped(model)
     device = next(inner.parameters()).device
     full: list[bool] = []
@@ -143,8 +144,8 @@ def _watched(model: nn.Module) -> Iterator[list[bool]]:
 def _multiplies_exactly(device: torch.device) -> bool:
     """Returns whether float32 matrices are multiplied in float32 instead of TF32 or bfloat16.
 
-    This is measured, because PyTorch has two generations of settings for it and refuses to read one
-    after the other was set.
+    This function measures the precision, because PyTorch has two kinds of settings for it and does
+    not allow reading one kind after the other was set.
     """
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     found, true = (a.to(device) @ b.to(device)).cpu().double(), a.double() @ b.double()

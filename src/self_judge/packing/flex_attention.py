@@ -21,15 +21,15 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 NAME = "flex_attention"
 _BLOCK = 128
-# Dynamo recompiles for sizes of 1. With one row per pass and at least two blocks per row, this does
-# not happen, and each kind of model needs one graph (two with gradients).
+# Dynamo recompiles if a size is 1. With one row per pass and at least two blocks per row, Dynamo
+# does not recompile, and each kind of model needs one graph (two with gradients).
 ROW_MULTIPLE = 2 * _BLOCK
 _LEAST_HEAD_ON_CUDA = 16
 _INSTEAD = "set model.attn_implementation: sdpa"
 
 
 class UnfusedError(ValueError):
-    """FlexAttention has no fused kernel here. The message gives the reason and the remedy."""
+    """Raised if FlexAttention has no fused kernel. The message gives the reason and a fix."""
 
 
 class TreeBlocks(BlockMask):
@@ -46,9 +46,9 @@ def tree_blocks(ends_L: torch.Tensor) -> TreeBlocks:
     """
     # The token at q attends to the token at k if k ≤ q < end(k). A block of queries that starts at
     # s attends to a part of an earlier block of keys if the largest end in that block is greater
-    # than s. It attends to the whole block if all ends are at least s + 128. In its own block, a
-    # token attends at least to itself. This example has a root of 128 tokens (end 384) and two
-    # branches of 128 tokens (ends 256 and 384):
+    # than s. The queries attend to the whole block if all ends are at least s + 128. In its own
+    # block, a token attends at least to itself. This example has a root of 128 tokens (end 384) and
+    # two branches of 128 tokens (ends 256 and 384):
     #
     #   keys            root    a       b
     #   queries root    own
@@ -76,7 +76,7 @@ def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def refusal(inner: Any, device: torch.device) -> str | None:
-    """Returns the reason FlexAttention cannot run a model on a device, or `None` to try it."""
+    """Returns the reason FlexAttention cannot run a model on a device, or `None` if it may work."""
     config = inner.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0) or 1
     size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
@@ -149,11 +149,11 @@ def tree_attention(
     trained = torch.is_grad_enabled() and any(s.requires_grad for s in (query, key, value))
     if trained and device == "cpu":
         raise ValueError(f"FlexAttention has no backward pass on a CPU: {_INSTEAD}")
-    if torch.is_autocast_enabled(device):  # scaled dot-product attention also does this
+    if torch.is_autocast_enabled(device):  # as scaled dot-product attention does
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     heads = query.shape[1]
-    if heads & (heads - 1):  # the kernels share keys only for powers of two
+    if heads & (heads - 1):  # the kernels share keys only among 2^n heads
         key, value = (s.repeat_interleave(heads // s.shape[1], dim=1) for s in (key, value))
     for states in (query, key, value):
         # Static sizes prevent Dynamo from confusing heads with lengths that happen to be equal.

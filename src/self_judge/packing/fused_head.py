@@ -47,7 +47,7 @@ def pack_fused_head(
     batch) and batches with inputs other than ids, mask and labels.
 
     Args:
-        model: the model that TRL's trainer holds after its constructor, in any wrapper.
+        model: the model of TRL's trainer after the trainer's constructor has run, in any wrapper.
         choice: see `Packing`.
         one_pass, batch_tokens: see `Packing`.
 
@@ -89,7 +89,7 @@ def _packable(inner: Any, kwargs: dict[str, Any]) -> bool:
 
 
 class _Batch(NamedTuple):
-    """A batch on the CPU, because every read of a single number from a device waits for it.
+    """A batch on the CPU, because every read of a single number would wait for the device.
 
     Attributes:
         ids_BT, mask_BT, labels_BT: the arguments of the model call.
@@ -103,7 +103,7 @@ class _Batch(NamedTuple):
     def of(cls, kwargs: dict[str, Any]) -> _Batch | None:
         """Copies all tensors at once, or returns `None` if rows are not padded on the right.
 
-        Both of the project's collators pad on the right.
+        Both collators in this project pad on the right.
         """
         tensors = torch.stack([kwargs[name].long() for name in _TENSORS])
         batch = cls(*tensors.cpu().numpy())
@@ -121,15 +121,15 @@ def _packed(
     use_cache: bool | None = None,
     num_items_in_batch: Any = None,
 ) -> Any:
-    # The chosen `pqA` and the rejected `pqBC` for one prompt, as TRL's loss passes them (- is
-    # -100):
+    # This example shows the chosen `pqA` and the rejected `pqBC` for one prompt, as TRL's loss
+    # passes them (- means -100):
     #
     #   ids_BT     p q A _     targets_BT   - A -     wanted   [1]      the state of q scores A
     #              p q B C                  - B C              [1 2]    q scores B, B scores C
     #
     # Tokens after the last needed token are cut, so one packed row `p q B` provides all three
     # states: q (for A), q (for B) and B (for C). Their values go to cells 1, 4 and 5 of the
-    # flattened (2, 3) output, in any order of the passes. All other cells are zero.
+    # flattened (2, 3) output, whatever the order of the passes. All other cells are zero.
     device = input_ids.device
     lengths = batch.mask_BT.sum(1)
     sequences = [row[:n].tolist() for row, n in zip(batch.ids_BT, lengths, strict=True)]

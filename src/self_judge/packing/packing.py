@@ -129,7 +129,7 @@ class Packing:
 
     @property
     def decision(self) -> Decision:
-        """The packing mode for the model in its current state, which is tried once per model."""
+        """The packing mode for the model in its current state. The trial runs once per model."""
         known = _KNOWN.setdefault(self.inner, _Known())
         key = (
             self.choice,
@@ -170,12 +170,12 @@ class Packing:
     def _passes(
         self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints], by_segments: str
     ) -> Iterator[Pass]:
-        # How sequences are assigned to modes, for example with a sliding window of 512 tokens:
+        # This example assigns sequences to modes with a sliding window of 512 tokens:
         #
         #   wanted positions [9] of 20 tokens     cut to the first 10
         #   up to 512 tokens after the cut        `decision.route` (or its segments or chunks)
         #   longer                                `decision.beyond`; with `one_pass`, all together
-        #   under dense masks, large groups       the cache (`better_cached`), as tournament rounds
+        #   under dense masks, large groups       the cache (`better_cached`), for tournament rounds
         decision = self.decision
         cut = [
             s[: int(max(w)) + 1] if len(w) else () for s, w in zip(sequences, wanted, strict=True)
@@ -230,8 +230,8 @@ class Packing:
     def next_token_logits(
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Yields (sequence indices, logits `(n, V)` of the token after each of these sequences)."""
-        # Only the last position in a sequence is needed, so chunks work. A single pass uses
+        """Yields tuples of n sequence indices and next-token logits `(n, V)` for them."""
+        # Only the last position in a sequence is needed, so chunks can be used. A single pass uses
         # segments.
         last = [np.array([len(s) - 1]) for s in sequences]
         for this in self._passes(sequences, last, "segments" if self.shape.one_pass else "chunks"):
@@ -259,7 +259,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 def _no_cache(packing: Packing) -> str | None:
     """Returns the reason these settings exclude a KV cache, or `None` if they allow it."""
     if packing.shape.one_pass:
-        return "a cache needs two passes, but all processes must run the same number"
+        return "a cache needs two passes, but all processes must run the same number of passes"
     if packing.gradients and _checkpointed(packing.inner):
         return "gradient checkpointing does not support a cache"
     if packing.gradients and getattr(packing.inner, "_is_stateful", False):
@@ -373,7 +373,7 @@ def _longest_path(config: Any) -> int | None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     ropes = [r for r in (rope, *rope.values()) if isinstance(r, Mapping)]
     for parameters in ropes:
-        # These kinds scale positions by the longest sequence in a pass.
+        # These types of RoPE scale positions by the longest sequence in a pass.
         if parameters.get("rope_type", parameters.get("type")) in ("dynamic", "longrope"):
             original = parameters.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
@@ -383,15 +383,15 @@ def _longest_path(config: Any) -> int | None:
 
 
 def _trial(model: nn.Module, route: str) -> str | None:
-    """Compares a mode with a padded batch on two small trees; returns `None` if they agree."""
+    """Compares a mode with a padded batch on two small trees; `None` if the results agree."""
     # The five sequences (numbers are indices in `drawn`) and their trees:
     #
     #   0 1 2 3 ─┬─ 4 ─┬─ 5 6        10 11 12 ─┬─ 13 14
     #            │     └─ 7                    └─ 15 16 17
     #            └─ 8
     #
-    # If a branch attends to another branch, or a token has a wrong position, some logit changes
-    # clearly.
+    # If a branch attends to another branch, or a token has a wrong position, at least one logit
+    # changes clearly.
     inner: Any = unwrapped(model)
     called = as_called(model)
     drawn = trial_tokens(model, 32)

@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 FILE = "batch_shape.json"
 ASKED = "SELF_JUDGE_TOKENS_PER_PASS"
 # Maps the least width of the hidden states to the number of tokens in a pass. On two CPU cores, the
-# matrices of SmolLM2-135M (576 wide) are busy at 512 tokens. Judging is 8 % faster with passes of
-# 1,024 tokens, and not faster with 2,048. Tiny models are busy at 2,048. The numbers for other
-# devices are estimates.
+# matrices of SmolLM2-135M (576 wide) keep the cores busy at 512 tokens. Judging is 8 % faster with
+# passes of 1,024 tokens, and 2,048 tokens bring no further gain. Tiny models keep the cores busy at
+# 2,048 tokens. The numbers for other devices are estimates.
 _ON_CPU = {0: 4096, 256: 1024}
 _ELSEWHERE = {0: 16_384, 4096: 8192}
 # An H100 computes this many tokens while its host launches the kernels for a pass (about 1 ms per
@@ -74,7 +74,7 @@ def tokens_per_pass(inner: nn.Module) -> int:
 def busy_tokens(inner: nn.Module) -> int:
     """Returns the fewest tokens that keep the device busy while a pass is launched.
 
-    A smaller pass is not faster. On a CPU, the number is 0.
+    A pass with fewer tokens is not faster. On a CPU, the number is 0.
 
     Args:
         inner: the model inside all wrappers.
@@ -103,7 +103,7 @@ def measured_tokens_per_pass(inner: nn.Module, measure: Measure | None = None) -
         measure: returns the tokens per second for a list of matrices (default: measured time).
     """
     matrices = _matrices(inner)
-    if not matrices or matrices[0].device.type == "meta":  # all sharded or quantized
+    if not matrices or matrices[0].device.type == "meta":  # all are sharded or quantized
         return 1024
     tokens = min(2 * _smallest_good(matrices, measure or _tokens_per_second), _CANDIDATES[-1])
     logger.info("passes of %d tokens keep the matrices busy", tokens)
@@ -130,9 +130,9 @@ def pinned_tokens_per_pass(inner: nn.Module, folder: str | Path) -> int:
 
 
 def attention_share(inner: Any) -> float:
-    """Returns the FLOPs for one query and key, divided by those for a token in all matrices.
+    """Returns the FLOPs for one query and key, divided by the FLOPs for a token in all matrices.
 
-    With a context of L tokens, attention adds L times this share to the work for a token.
+    With a context of L tokens, attention adds L times this ratio to the work for a token.
     """
     config = inner.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0) or 0
@@ -185,5 +185,6 @@ def _tokens_per_second(matrices: list[torch.Tensor], tokens: int) -> float:
         return time.perf_counter() - started
 
     once()
-    # Use the best of three, because other programs on the machine can only slow a measurement down.
+    # Use the best of three measurements, because other programs on the machine can only slow a
+    # measurement.
     return tokens / min(once() for _ in range(3))

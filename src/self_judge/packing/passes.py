@@ -32,8 +32,8 @@ from self_judge.runtime import device_of, to_device, without_cudnn_attention
 
 # With a dense mask, attention computes every pair of tokens, at a lower rate than a matrix product.
 # These factors describe the slowdown (benchmarks/RESULTS.md). They were measured on two CPU cores
-# with SmolLM2-135M, and on an H200 in bfloat16, where 1.0 is within 4 % of the best value for a 1B
-# shape. A higher factor leads to more and smaller passes.
+# with SmolLM2-135M, and on an H200 in bfloat16, where a factor of 1.0 is within 4 % of the best
+# speed for the shape of a 1B model. A higher factor leads to more and smaller passes.
 _DENSE_ATTENTION = {"cpu": 2.0}
 _DENSE_ATTENTION_ELSEWHERE = 1.0
 # The most tokens in the cache for one group. They need 16 GiB of keys and values for Llama 2 7B in
@@ -61,7 +61,8 @@ class Wanted(NamedTuple):
     Attributes:
         sequences: token ids.
         wanted: the positions in each sequence whose states are needed.
-        offsets: the index of the first needed position of each sequence among all needed positions.
+        offsets: for each sequence, the index of its first needed position among all needed
+            positions.
     """
 
     # For `pqA`, `pqBC`, `ps` with wanted [1 2], [2 3], [1], the five states are numbered like this:
@@ -77,7 +78,7 @@ class Wanted(NamedTuple):
         return cls(sequences, wanted, np.cumsum([0, *map(len, wanted)])[:-1].tolist())
 
     def only(self, places: Sequence[int]) -> Wanted:
-        """Selects some of the sequences; their positions keep their numbers."""
+        """Selects some of the sequences. The needed positions keep their numbers."""
         sequences, wanted, offsets = self
         return Wanted(
             [sequences[i] for i in places],
@@ -93,7 +94,7 @@ class Pass:
     Attributes:
         inputs: the keyword arguments for the model.
         states: the indices of the W needed hidden states in the flattened output, which starts with
-            the flattened prefix if there is one.
+            the flattened prefix if the pass has one.
         wanted: the numbers of these states among all needed states (see `Wanted.offsets`).
         prefix: the inputs for the prefix pass and the prefix row of each branch, if a KV cache is
             used.
@@ -112,7 +113,7 @@ class Pass:
 
 @contextmanager
 def hidden_states_at(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
-    """Makes the backbone return only the needed states `(1, W, H)`, and yields its inputs.
+    """Makes the backbone return only the needed states `(1, W, H)`, and yields the inputs.
 
     The model's own head then scores these states, including any scaling or capping of logits.
 
@@ -135,7 +136,7 @@ def hidden_states_at(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
 #
 # The same three sequences, `pqA`, `pqBC` and `ps`, in each packing mode:
 #
-#   tree        1 row    p q A B C s              a mask says who sees whom; 6 tokens
+#   tree        1 row    p q A B C s              a mask selects the ancestors; 6 tokens
 #   cache       prefix   p                        computed once, then one row per branch
 #               3 rows   q A _ / q B C / s _ _    reading its cache; 1 + 9 tokens, padding included
 #   padding     3 rows   p q A _ / p q B C / p s _ _    nothing is shared; 12 tokens
@@ -148,7 +149,7 @@ def pass_tokens(inner: Any, shape: Shape) -> int:
 
 
 def _dense_cost(inner: Any) -> float:
-    """Returns the cost of one more key per token with a dense mask, in units of its other work."""
+    """Returns the cost of one more key per token with a dense mask, relative to its other work."""
     slower = _DENSE_ATTENTION.get(device_of(inner).type, _DENSE_ATTENTION_ELSEWHERE)
     return slower * attention_share(inner)
 
@@ -189,12 +190,12 @@ def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) 
     # For example, a prefix of 100 tokens and 16 branches of 20 tokens form one row of 420 tokens.
     # The dense mask computes 420² = 176,400 scores. Prefix and branches (`met`) need 100² +
     # 16·20·120 = 48,400. Branches are padded to the longest branch. If one branch has 60 tokens,
-    # they count as 16·60 tokens.
+    # the branches count as 16·60 tokens.
     cost, most = _dense_cost(inner), pass_tokens(inner, shape)
     cached: list[int] = []
     for group in prefix_groups(sequences):
         if len(group.members) <= 2:
-            continue  # for one comparison in both orders, a second pass saves no work
+            continue  # for the two orders of a comparison, a second pass saves no work
         own = [sequences[i] for i in group.members]
         lengths = [len(row) for row in prefix_rows(own, most, cost)]
         width = max(map(len, own)) - group.prefix
@@ -239,8 +240,9 @@ def padded_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
 
 
 def cache_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
-    # Every branch holds keys and values, including those of its prefix. The limit depends on
-    # memory. A group is not split earlier than needed, because each part recomputes the prefix.
+    # Every branch needs memory for keys and values, including those of its prefix, so the limit
+    # depends on memory. A group is split only if necessary, because each part recomputes the
+    # prefix.
     most = 2 * pass_tokens(inner, shape)
     whole = most if shape.split_pairs else max(most, _CACHED_TOKENS)
     groups = [
@@ -286,9 +288,8 @@ def _cached(inner: Any, groups: Sequence[PrefixGroup], asked: Wanted) -> Pass:
     #   _ r        0 1      B C        1 1 | 1 1                 2 3            prefix row 0
     #                       D _        0 1 | 1 0                 1 2            prefix row 1
     #                       E _        0 1 | 1 0                 1 2            prefix row 1
-    #
-    # `states` numbers the 4 prefix cells first (p q _ r), then the 8 branch cells: q is state 1, A
-    # is 4, C is 7 and D is 8.
+    # `states` counts the 4 prefix cells first (p q _ r), then the 8 branch cells: q has index 1, A
+    # has index 4, C has index 7 and D has index 8.
     sequences = asked.sequences
     device = device_of(inner)
     longest = max(g.prefix for g in groups)
@@ -357,7 +358,7 @@ def _single(index: int, sequence: Sequence[int]) -> Row:
 
 def stacked(batch: Sequence[Row], multiple: int = 1) -> tuple[torch.Tensor, ...]:
     """Stacks ids, positions and subtree ends, each `(B, L)`; padding attends only to itself."""
-    # A padding token at index i has end i + 1, so it is its own subtree. Rows p q A s and r C:
+    # A padding token at index i has end i + 1, so it is its own subtree. Rows p q A s and r C give:
     #   ids   p q A s     positions   0 1 2 1     ends   4 3 3 4
     #         r C _ _                 0 1 0 0            2 2 3 4
     longest = -(-max(len(r) for r in batch) // multiple) * multiple

@@ -68,7 +68,7 @@ def shared_length(a: Ints, b: Ints) -> int:
 
 
 # A pair that shares at least one twentieth of its tokens is kept in one row. Repeating a shorter
-# prefix adds less than 5 %.
+# prefix adds less than 5 % of the tokens.
 _LEAST_SHARED = 20
 
 
@@ -82,14 +82,14 @@ def prefix_rows(
     """Lays out one tree per row with the lowest total cost.
 
     A row of L tokens costs `L + attention_cost · L²`. A tree is split into two rows if it would be
-    too large, or if attention across its branches would cost more than its prefix. Both rows then
-    compute the shared prefix. Two sequences that share at least a twentieth of their tokens are
-    kept in one row, whatever its length and attention cost.
+    too large, or if attention across its branches would cost more than repeating its prefix. Both
+    rows then compute the shared prefix. Two sequences that share at least a twentieth of their
+    tokens are kept in one row, whatever its length and attention cost.
 
     Args:
         sequences: token ids, at least one per sequence. Equal sequences share all indices.
-        row_tokens: the maximum tokens in a row. A pair or a single sequence may be longer.
-        attention_cost: the cost of one more key for a token, in units of its other work.
+        row_tokens: the most tokens in a row. A pair or a single sequence may be longer.
+        attention_cost: the cost of one more key for a token, relative to its other work.
         split_pairs: whether the limit and the cost also apply to pairs.
 
     Raises:
@@ -169,7 +169,7 @@ def _row(arrays: Sequence[Ints], shared: Sequence[int], numbers: Sequence[Sequen
     length = 0
     for i, array in enumerate(arrays):
         common = shared[i] if i else 0
-        closed.append((path[common:], length))  # these have no more descendants
+        closed.append((path[common:], length))  # these tokens have no more descendants
         tokens.append(array[common:])
         positions.append(np.arange(common, len(array)))
         own = np.arange(length, length + len(array) - common)
@@ -244,12 +244,14 @@ def batches(
     """Groups rows of similar length into passes, longest first, with the lowest padded cost.
 
     If trees may be joined, all rows in a pass have the same length, and shorter trees follow each
-    other in the space that would be padding. With a dense mask, they cost the same there.
+    other in the space that would be padding. With a dense mask, these trees cost as much as the
+    padding.
 
     Args:
         rows: the rows, with one tree each.
         batch_tokens: the most tokens in a pass, including padding. A longer row has its own pass.
-        attention_cost: the cost with a dense mask (see `prefix_rows`), or `None` to not join rows.
+        attention_cost: the cost with a dense mask (see `prefix_rows`), or `None` to keep rows
+            separate.
         busy_tokens: a smaller pass costs as much as a pass with this many tokens (see
             `pass_size.busy_tokens`).
         one: put all rows into one pass, whatever its size. Rows are then joined only up to
@@ -270,7 +272,7 @@ def _stretches(
 ) -> list[tuple[int, int]]:
     """Cuts sorted lengths into passes with the lowest total cost; returns (start, end) of each."""
     # This uses the same dynamic programming as `prefix_rows`. A pass from `start` to `end` is
-    # padded to its first row, which is the longest, and each pass adds a fixed price.
+    # padded to the length of its first row, which is the longest, and each pass adds a fixed price.
     #
     #   lengths 100 90 20 18 16, 200 tokens in a pass, no joining, price 200/16 = 12.5
     #   [100 90] [20 18 16]     2·100 + 3·20          = 260 + 2 passes = 285.0    <- chosen
@@ -285,7 +287,8 @@ def _stretches(
     price = _PRICE_OF_A_PASS * batch_tokens
     longest = np.array(lengths, dtype=np.int64)
     tokens = np.concatenate([[0], longest.cumsum()])
-    # The first row that is at most half as long as this row. From there, two rows fit into one.
+    # The first row that is at most half as long as this row. From that row on, two rows fit into
+    # one.
     halves = np.searchsorted(-longest, -(longest // 2))
     best, start_of = np.zeros(len(tokens)), np.zeros(len(tokens), dtype=np.int64)
     for end in range(1, len(tokens)):
@@ -333,7 +336,7 @@ def _filled(
 
 @dataclass(frozen=True, slots=True)
 class PrefixGroup:
-    """Indices of sequences that share their first `prefix` tokens; each has further tokens."""
+    """Indices of sequences that share their first `prefix` tokens and have further tokens."""
 
     prefix: int
     members: tuple[int, ...]
@@ -344,13 +347,14 @@ _LARGEST_GROUP = 64
 
 
 def prefix_groups(sequences: Sequence[Sequence[int]]) -> list[PrefixGroup]:
-    """Groups sequences by a shared prefix, so that the fewest tokens are computed.
+    """Groups sequences by a shared prefix, so that as few tokens as possible are computed.
 
     Every sequence keeps at least one token of its own. The groups cover all sequences, including
     equal sequences.
     """
-    # A KV cache shares one prefix per group instead of a whole tree. This also uses dynamic
-    # programming: a group of n neighbours with a common prefix of k tokens saves (n - 1)·k tokens.
+    # A KV cache shares one prefix per group instead of a whole tree. The groups are also found by
+    # dynamic programming. A group of n neighbours with a common prefix of k tokens saves (n - 1)·k
+    # tokens.
     #
     #   pqrA pqrB pD     {pqrA pqrB} + {pD} saves 1·3     {pqrA pqrB pD} saves 2·1
     #                    so: PrefixGroup(3, (0, 1)), PrefixGroup(0, (2,))

@@ -32,7 +32,7 @@ NAME = "self_judge_segments"
 #         A   x x x                                             x x x
 #         B   x x   x .        2      B C       p q, then B C   x x x .
 #         C   x x   x x                                         x x x x
-#         s   x         x      3      s         p, then s       none: it sees all its keys
+#         s   x         x      3      s         p, then s       none, as s attends to all keys
 #
 # (x: computed and used, dot: computed and masked, blank: not computed.) In every call, the last
 # keys are the queries themselves, so the mask is always the lower right part of a triangle.
@@ -50,7 +50,7 @@ class Attending:
 
     Attributes:
         queries: the range of the piece in the tokens of the row.
-        keys: the ranges of the keys that it attends to. Its own range is the last.
+        keys: the ranges of the keys that the piece attends to. Its own range is the last.
         mask: the keys that each token attends to, `(queries, keys)`; `None` for a single token.
     """
 
@@ -204,8 +204,8 @@ class _SegmentAttention(torch.autograd.Function):
     once and adds their gradients in place.
     """
 
-    # The backward pass for the row p q A B C s. Every query is in one call, and every key is in one
-    # or more calls:
+    # This example shows the backward pass for the row p q A B C s. Every query is in one call, and
+    # every key is in one or more calls:
     #
     #   call 1   queries p q A   keys p q A       gradient of keys:   p  q  A  B  C  s
     #   call 2   queries B C     keys p q B C       call 1 adds to    x  x  x
@@ -250,7 +250,7 @@ class _SegmentAttention(torch.autograd.Function):
     def backward(ctx: Any, pull: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, key, value, attended, *sums = ctx.saved_tensors
         shared, heads = key.shape[1], attended.shape[2]
-        # For half precision, the float32 kernel is faster and rounds only once instead of per
+        # For half precision, the float32 kernel is faster and rounds only once instead of once per
         # segment.
         dtype = torch.promote_types(key.dtype, torch.float32)
         given, own = rows.dtype, rows.to(dtype)

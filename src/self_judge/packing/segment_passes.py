@@ -46,13 +46,13 @@ def _inputs(
 #
 # The chunks from `chunked_prefill.py`, and the keys and values that are kept after each chunk:
 #
-#   chunk   reads (past)   computes   then holds (no prefix cache)   then holds (prefix cache)
+#   chunk   reads (past)   computes   then keeps (no prefix cache)   then keeps (prefix cache)
 #   0       -              0 1 2      0 1   (needed)                 0 1 2
 #   1       0 1            3 4 5      -                              0 1 2 3 4 5
 #
 # Without a prefix cache, only tokens that later chunks read are kept. With a prefix cache, all
-# tokens are kept for the next call, up to its limit in bytes. Beyond the limit, only older tokens
-# and the `needed` tokens are kept.
+# tokens are kept for the next call, up to the cache's limit in bytes. Beyond the limit, only older
+# tokens and the `needed` tokens are kept.
 
 
 class _Block(NamedTuple):
@@ -88,7 +88,7 @@ class KeysAndValues:
         return cache
 
     def add(self, cache: DynamicCache, numbers: Ints) -> None:
-        """Stores the last tokens in a cache, which the model has appended."""
+        """Stores the last tokens in a cache, after the model has appended them."""
         layers = [(k, v) for k, v, *_ in cache]
         count = len(numbers)
         if count < layers[0][0].shape[2]:
@@ -97,7 +97,7 @@ class KeysAndValues:
         self._blocks.append(_Block(numbers, layers))
 
     def only(self, numbers: Ints) -> None:
-        """Drops all tokens except these."""
+        """Drops all tokens except the given ones."""
         chosen = [_chosen(b, numbers) for b in self._blocks]
         self._blocks = [b for b in chosen if len(b.numbers)]
 
@@ -113,7 +113,7 @@ def _chosen(block: _Block, numbers: Ints) -> _Block:
 
 @dataclass(slots=True)
 class PrefixCache:
-    """Stores the results of calls for later calls whose sequences share a prefix with them.
+    """Stores keys and values from earlier calls for later sequences that share a prefix.
 
     Attributes:
         limit: the most bytes of keys and values to keep. The rest is recomputed when needed.
@@ -127,7 +127,7 @@ class PrefixCache:
 def chunked_passes(
     inner: Any, shape: Shape, asked: Wanted, prefix_cache: PrefixCache | None = None
 ) -> Iterator[Pass]:
-    """Computes the tree of all sequences, in which only the last positions can be requested.
+    """Computes the tree of all sequences; only the last position in each can be requested.
 
     Args:
         prefix_cache: the results of earlier calls. The new sequences are added to it.

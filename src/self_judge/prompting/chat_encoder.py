@@ -78,14 +78,14 @@ class ChatEncoder:
         tokenizer: a Transformers tokenizer.
         chat_template: a Jinja chat template that overrides the tokenizer's own.
         user_marker, assistant_marker: plain-text turn markers such as `"\\n\\nHuman:"`; used only
-            if there is no `chat_template` and the tokenizer has none.
+            if there is no `chat_template` and the tokenizer has no chat template.
         chat_template_kwargs: arguments for the template; `enable_thinking` is off unless set here.
             `strftime_now` is the date for a template that reads the clock ("2026-03-01"; default:
             today). All values must be plain JSON, because they are saved with the model.
 
     Raises:
         EncodingError: there is no template, the template drops, repeats or changes the content of a
-            message (trimming is allowed), it gives different text each time, or
+            message (trimming is allowed) or renders differently each time, or
             `chat_template_kwargs` are not plain JSON.
     """
 
@@ -137,7 +137,7 @@ class ChatEncoder:
         return self._encode(messages, "closed")
 
     def encode_query(self, query: str) -> list[int]:
-        """Encodes a rendered prompt, as `encode_prompt` does if it is in this template's format.
+        """Encodes a rendered prompt, like `encode_prompt` if the prompt has this template's format.
 
         The ids begin with BOS if the template's prompts do. Control tokens in `query` remain
         control tokens, because the prompt is already rendered. Pass untrusted text as messages to
@@ -156,11 +156,11 @@ class ChatEncoder:
         return self._layouts.messages_of(query)
 
     def encode_content(self, text: str) -> list[int]:
-        """Encodes a text that is part of a longer text, without BOS and control tokens."""
+        """Encodes text that is part of a longer text, without BOS or control tokens."""
         return self._text.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decodes ids to text without special tokens and surrounding whitespace."""
+        """Decodes ids to text, skips special tokens and strips whitespace."""
         text = self.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -171,9 +171,10 @@ class ChatEncoder:
         return token_id in self._text.control
 
     def marker_in(self, text: str) -> str | None:
-        """Returns the first turn marker in a text, which shows that the text is already rendered.
+        """Returns the first turn marker in `text`, which shows that `text` is already rendered.
 
-        The markers come from this template, except plain words, and from well-known templates.
+        The markers are those in this template, except plain words, and those in well-known
+        templates.
         """
         return self._text.marker_in(text)
 

@@ -2,7 +2,7 @@
 
 This module uses one chat template and its tokenizer. It does not depend on the message contents.
 
-The template is rendered with placeholders, which show the position of each message content. All
+The template is rendered with placeholders, which show the positions of the message contents. All
 other text is structure, which is tokenized once. This is the ChatML layout for the roles user and
 assistant, with the ending `closed`:
 
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 Ending = Literal["closed", "prompt", "open"]
 
-# The function with which Transformers gives the date to chat templates. As a key of
-# `chat_template_kwargs`, it sets this date, in ISO format.
+# The name of the function from which chat templates get the date. Transformers provides the
+# function. As a key of `chat_template_kwargs`, this name sets the date, in ISO format.
 CLOCK = "strftime_now"
 
 
@@ -52,7 +52,8 @@ class ContentChangedError(EncodingError):
 
 
 # The padding around each placeholder shows how the template trims the message content (see
-# `_trimmed`). This padding is left before the placeholder (the padding after it mirrors this):
+# `_trimmed`). These examples show the padding that remains before the placeholder (the padding
+# after the placeholder mirrors it):
 #
 #     ↵↵↵↵↵ tab tab zqcontent0qz   {{ content }}             trims nothing
 #           tab tab zqcontent0qz   {{ content.strip('\n') }} trims newlines (Qwen 3)
@@ -61,7 +62,7 @@ class ContentChangedError(EncodingError):
 # Templates themselves do not write two tabs or five newlines.
 _TABS, _NEWLINES = "\t\t", "\n\n\n\n\n"
 # Message contents that reveal whether a template quotes, escapes, replaces, wraps, cuts or trims
-# them. "#" stands for the number of the message.
+# them. "#" is replaced by the number of the message.
 _ODD = (
     "Ab# \"c\" 'd' \\e\\n &amp; <f> {{ g }} {% h %} {i} ${j} [k]\r\n\r\n* l\tm  n\n\n\n"
     "### \u00e9 \u65e5\u672c \U0001f642 \u200b 1,234.50 https://example.org/?a=b&c=d"
@@ -135,8 +136,8 @@ class ChatLayouts:
         takes_system: whether the template supports system messages in all prompts and dialogues.
 
     Raises:
-        EncodingError: the template drops, repeats or changes the content of a message, or gives
-            different text each time.
+        EncodingError: the template drops, repeats or changes the content of a message, or renders
+            differently each time.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class ChatLayouts:
         )
         self._pieces = functools.lru_cache(maxsize=512)(self._split)
         self.of = functools.lru_cache(maxsize=512)(self._layout)
-        self._pieces(("user",), True)  # every usable template can do this
+        self._pieces(("user",), True)  # every usable template renders a user turn
         self._guard_structure(chat_template)
         self.of(("user",), "prompt")
         self.takes_system = True
@@ -179,7 +180,8 @@ class ChatLayouts:
                     pairs = zip(roles, contents, strict=True)
                     found.append([Message(role=role, content=text) for role, text in pairs])
                     roles = (*roles, "assistant", "user")
-        # A question could contain all other turns as text, so choose the one with least content.
+        # A question could contain all other turns as text, so choose the candidate with the least
+        # content.
         return min(found, key=_characters, default=None)
 
     def _guard_structure(self, chat_template: str) -> None:
@@ -316,7 +318,7 @@ class ChatLayouts:
 
 
 def _contents(pieces: Sequence[str | _Gap], prompt: str) -> list[str] | None:
-    """Returns the contents of the gaps in `prompt`, or `None` if the pieces do not match it."""
+    """Returns the contents of the gaps in `prompt`, or `None` if the pieces do not match."""
     # pieces "Q: " _ "\nA: " _ "\nQ: " _ "\nA:"    prompt "Q: a\nA: b\nQ: c\nA:"    -> a b c
     contents: dict[int, str] = {}
     before, *rest = pieces
@@ -343,7 +345,7 @@ def _characters(messages: Sequence[Message]) -> int:
 
 
 def _trimmed(before: str) -> tuple[str, str | None]:
-    """Removes the padding at the end of `before` and returns the characters the template trims.
+    """Removes the padding at the end of `before` and returns the characters that are trimmed.
 
     See `_TABS`. The second return value is an argument for `str.strip`: `None`, `"\\n"` or `""`.
     """
@@ -379,7 +381,7 @@ def at_date(chat_template: str, date: str) -> str:
         "{%- set now.text = now.text | replace(directive, text) -%}{%- endfor -%}"
         "{%- if '%' in now.text -%}{{ raise_exception('the date format ' ~ format ~ ' is not "
         "supported: use directives such as %d or %-d') }}{%- endif -%}"
-        # Jinja drops a newline after a tag, so the template still starts a line.
+        # Jinja drops a newline after a tag, so the template still starts a new line.
         "{{ now.text | replace('\1', '%') }}{%- endmacro %}\n" + chat_template
     )
 

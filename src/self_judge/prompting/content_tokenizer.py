@@ -1,4 +1,4 @@
-"""ContentTokenizer: encodes a text inside a longer text, without control tokens.
+"""ContentTokenizer: encodes text inside a longer text, without control tokens.
 
 This module handles the start of a text and the control tokens for one tokenizer. It does not depend
 on chats, templates or masks.
@@ -6,7 +6,7 @@ on chats, templates or masks.
 It solves two problems:
 
 1. SentencePiece tokenizers add a dummy space at the start of a text, so "cat" has different ids
-   there than inside a chat. The text is therefore tokenized after an *anchor*, and the ids of the
+   there and inside a chat. The text is therefore tokenized after an *anchor*, and the ids of the
    anchor are dropped:
 
        "cat"   -> ▁cat                the ids at the start of a text
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Added tokens that look like markup (<think>, [TOOL_CALLS], ｜DSML｜, </dsml:) control a chat model
 # even if they are not marked as special. Added words, operators ("<=") and sequences of spaces do
-# not, unless the chat template uses them (see `ContentTokenizer.guard`).
+# not control a model, unless the chat template uses them (see `ContentTokenizer.guard`).
 _ADDED_MARKUP = re.compile(r"\s*[<\[{|＜［｛｜【].*[\w>\]}|＞］｝｜】]", re.DOTALL)
 _MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
 # Turn markers in well-known templates, to detect text that was rendered for another model.
@@ -42,7 +42,7 @@ _FOREIGN_MARKERS = (
     r"|<｜[\w▁]+｜>|<\|turn>|<turn\|>"  # DeepSeek, Gemma 4
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# "\n" comes first: it never merges with other text in SentencePiece vocabularies.
+# "\n" comes first, because it never merges with other text in SentencePiece vocabularies.
 _ANCHORS = ("\n", ":", "|", "。")
 
 
@@ -70,7 +70,7 @@ class ContentTokenizer:
         self.anchor = self._anchors[0] if self._anchors else ""
 
     def _set_control(self, control: dict[int, str]) -> None:
-        # Longest first: "<|a|>" must match before "<|" if both are tokens.
+        # The longest token comes first, because "<|a|>" must match before "<|" if both are tokens.
         self._controls_longest_first = sorted(control.values(), key=len, reverse=True)
         self._control_pattern = re.compile(
             "|".join(map(re.escape, self._controls_longest_first)) or r"(?!)"
@@ -82,8 +82,8 @@ class ContentTokenizer:
     def guard(self, ids: Iterable[int], written: str) -> None:
         """Treats the tokens that a chat template uses as control tokens, whatever their spelling.
 
-        Whitespace and punctuation remain text: newlines are added tokens in Gemma's vocabulary,
-        and commas in Jurassic-2's.
+        Whitespace and punctuation remain text, because newlines are added tokens in Gemma's
+        vocabulary and commas are added tokens in Jurassic-2's vocabulary.
 
         Args:
             ids: the ids of the template's structure.
@@ -107,7 +107,7 @@ class ContentTokenizer:
         return self._control_pattern.search(text) is not None
 
     def marker_in(self, text: str) -> str | None:
-        """Returns the first turn marker in a text, from this template or a well-known one."""
+        """Returns the first turn marker in `text`, from this template or a well-known template."""
         found = self._marker_pattern.search(text)
         return found and found[0]
 
@@ -120,7 +120,7 @@ class ContentTokenizer:
                 yield added[token_id].content
 
     def encode(self, text: str, anchor: str | None = None) -> list[int]:
-        """Encodes a text that is part of a longer text, without BOS and control tokens.
+        """Encodes text that is part of a longer text, without BOS or control tokens.
 
         Args:
             text: any text, including hostile text.
@@ -173,7 +173,7 @@ class ContentTokenizer:
         return ids
 
     def _character(self, character: str) -> list[int]:
-        """Encodes a control token of one character by the vocabulary without added tokens."""
+        """Encodes a one-character control token with the vocabulary without added tokens."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return []
@@ -189,7 +189,7 @@ class ContentTokenizer:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _find_anchors(self) -> tuple[str, ...]:
-        """Returns the usable anchors, best first, or none if the start of a text is not special.
+        """Returns the usable anchors, best first; empty if the start of a text is not special.
 
         An anchor is usable if it is a known character, never merges with the text after it, and
         keeps "a" and " a" distinct.
@@ -211,10 +211,11 @@ class ContentTokenizer:
     def anchor_after(self, before: str, at_start: bool) -> str:
         """Returns the anchor for message content that follows `before` in a template.
 
-        After a control token, the anchor is that token with the whitespace that follows it. Some
-        tokenizers treat the position after a control token as the start of a text, and in some the
-        token absorbs the whitespace. Elsewhere, the whitespace stays, because for some tokenizers
-        it is only the start of a word: T5's "user↵Hi" is ▁user ▁Hi.
+        After a control token, the anchor is that token and the whitespace that follows it. Some
+        tokenizers treat the position after a control token as the start of a text, and in others
+        the token absorbs the whitespace. After other text, the default anchor precedes the
+        whitespace, because some tokenizers treat whitespace only as the start of a word: T5's
+        "user↵Hi" is ▁user ▁Hi.
         """
         if not self._anchors or (at_start and not before):
             return ""

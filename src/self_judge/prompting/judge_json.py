@@ -65,7 +65,7 @@ def save_judge_settings(
 def load_judge_settings(
     name_or_path: str | os.PathLike[str], revision: str | None = None
 ) -> JudgeSettings | None:
-    """Reads the `judge.json` of a model, from its folder or the Hub; `None` if it has none."""
+    """Reads a model's `judge.json` from its folder or the Hub; `None` if there is no such file."""
     path = repository_file(name_or_path, JUDGE_FILE, revision)
     if path is None:
         return None
@@ -95,10 +95,10 @@ def resolve_judge(
     """Returns the judge's settings: the given templates, or else those saved with the model.
 
     Args:
-        name_or_path: folder or Hub name of the judge model; `None` or empty if there is none.
+        name_or_path: the folder or Hub name of the judge model; `None` or empty for no model.
         templates: templates that replace the saved templates and letter ids.
         token_id_a, token_id_b: ids that replace the saved letter ids.
-        revision: revision of the model on the Hub.
+        revision: the revision of the model on the Hub.
         remedy: the end of the error message, which says how to pass templates.
 
     Returns:

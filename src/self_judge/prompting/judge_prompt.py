@@ -17,7 +17,7 @@ def encode_orders(
     comparison: Comparison,
     max_length: int | None = None,
 ) -> tuple[list[int], list[int]] | None:
-    """Encodes the judge prompts of a comparison, first with response a first, then with b first.
+    """Encodes the two judge prompts for a comparison: with response `a` first, then with `b` first.
 
     If a prompt is longer than `max_length` tokens, the oldest turns of the context are dropped.
     Both orders drop the same turns. The question, the responses and the lead-in are always kept.
@@ -38,9 +38,10 @@ def encode_orders(
     best = orders_of(comparison.context)
     if best is not None:
         return best
-    # Find the largest number of newest turns that fits: double it until it no longer fits, then
-    # bisect. A trial never keeps more than twice as many turns as the last one that fit (at least
-    # 1). If 5 of 8 turns fit, the trials are: 1 fits, 2 fits, 4 fits, 6 does not fit, 5 fits.
+    # Find the largest number of newest turns that fits: double the number until the turns no longer
+    # fit, then bisect. A trial never keeps more than twice as many turns as the last trial that fit
+    # (but at least one turn). If 5 of 8 turns fit, the trials are: 1 fits, 2 fits, 4 fits, 6 does
+    # not fit, 5 fits.
     turns = turns_of(comparison.context)
     fitting, too_many = 0, len(turns)
     while too_many - fitting > 1:

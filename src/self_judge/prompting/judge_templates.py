@@ -25,7 +25,7 @@ _TURN_START = re.compile(r"\n\n(?=(?:Human|Assistant): *\S)")
 
 @dataclass(frozen=True, slots=True)
 class JudgeTemplate:
-    """The template of one principle.
+    """The template for one principle.
 
     Args:
         user: the judge's question, with `{context}`, `{response_a}` and `{response_b}`.
@@ -52,9 +52,9 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
 
     Args:
         templates: one mapping (or `JudgeTemplate`) per principle. At least one is required.
-        decision_rationale: the text after the letter when training with rationales. It contains
-            `{rationale_a}` and `{rationale_b}`. Pass one text for all principles or one per
-            principle. `None` trains on the letter alone.
+        decision_rationale: the text after the letter in training with rationales. It contains
+            `{rationale_a}` and `{rationale_b}`. Pass one string for all principles or a mapping
+            with one per principle. With `None`, training uses only the letter.
 
     Raises:
         TemplateError: a placeholder or a part is missing from a template, or a part is unknown.
@@ -95,7 +95,7 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
         return bool(self._rationales)
 
     def render(self, principle: str, comparison: Comparison) -> list[Message]:
-        """Renders a comparison for one principle as a chat, with response a first.
+        """Renders a comparison for one principle as a chat, with response `a` first.
 
         The last message is the fixed lead-in of the assistant. The next token is the letter.
         """
@@ -113,7 +113,7 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
         return messages
 
     def render_rationale(self, principle: str, rationale_a: str, rationale_b: str) -> str:
-        """Returns the text after the letter: the rationale for A, then for B (see the paper)."""
+        """Returns the text after the letter: the rationales for A and B (see the paper)."""
         values = {"rationale_a": rationale_a, "rationale_b": rationale_b}
         return substitute(self._rationales[principle], values)
 
@@ -146,9 +146,9 @@ def _checked(principle: str, parts: Any) -> JudgeTemplate:
         )
     for part in ("user", "assistant"):
         if not isinstance(parts.get(part), str) or not parts[part].strip():
-            raise TemplateError(f"{where} needs a non-empty text as {part!r}")
+            raise TemplateError(f"{where} needs a non-empty string as {part!r}")
     if parts.get("system") is not None and not isinstance(parts["system"], str):
-        raise TemplateError(f"{where} needs a text (or nothing) as 'system'")
+        raise TemplateError(f"{where} needs a string (or nothing) as 'system'")
     missing = [f"{{{f}}}" for f in _COMPARISON_FIELDS if f"{{{f}}}" not in parts["user"]]
     if missing:
         raise TemplateError(f"{where} lacks {', '.join(missing)} in 'user'")
@@ -167,19 +167,19 @@ def _checked_rationales(
         given = dict.fromkeys(principles, given)
     if not isinstance(given, Mapping):
         raise TemplateError(
-            "decision_rationale must be one text for all principles or a mapping "
-            f"{{principle: text}}, got {type(given).__name__}"
+            "decision_rationale must be one string for all principles or a mapping "
+            f"{{principle: string}}, got {type(given).__name__}"
         )
     given = {str(principle): text for principle, text in given.items()}
     if set(given) != set(principles):
         raise TemplateError(
             f"decision_rationale has the principles {sorted(given)}, but the judge templates have "
-            f"{sorted(principles)}: give one text for all, or one per principle"
+            f"{sorted(principles)}: give one string for all principles, or one per principle"
         )
     for principle, text in given.items():
         if not isinstance(text, str):
             raise TemplateError(
-                f"decision_rationale of {principle!r} must be a text, got {type(text).__name__}"
+                f"decision_rationale of {principle!r} must be a string, got {type(text).__name__}"
             )
         missing = [f"{{{f}}}" for f in _RATIONALE_FIELDS if f"{{{f}}}" not in text]
         if missing:
@@ -206,7 +206,7 @@ def _shown(message: Message) -> str:
 
 
 def turns_of(context: str) -> list[str]:
-    """Splits a context into turns, oldest first. Joining them with blank lines restores it.
+    """Splits a context into turns, oldest first. Joining the turns with blank lines restores it.
 
     This is used to shorten a judge prompt that is too long. The question (the last turn) is always
     kept.

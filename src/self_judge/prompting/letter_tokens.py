@@ -22,8 +22,8 @@ def letter_ids(
         token_id_a, token_id_b: expected ids, which are compared with the derived ids.
 
     Raises:
-        EncodingError: a letter is not exactly one token after a lead-in, the principles have
-            different ids, or an expected id differs from the derived one. The message shows both.
+        EncodingError: a letter is not exactly one token after a lead-in, its id differs between
+            principles, or an expected id differs from the derived id. The message shows both ids.
     """
     show = tokenizer.show
     found: dict[str, tuple[int, str]] = {}

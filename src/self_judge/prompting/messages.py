@@ -6,7 +6,8 @@ The text of a message may consist of several parts, which templates join:
 
     [{"type": "text", "text": "What is "}, {"type": "text", "text": "it?"}]   ->   "What is it?"
 
-A message with anything other than text (tool calls, images) is unusable. Nothing is dropped.
+A message with anything other than text (tool calls, images) is unusable, because nothing may be
+dropped.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
 def lost(message: Mapping[str, Any]) -> str | None:
-    """Names the part of a message that would be lost in plain text; returns `None` if none is."""
+    """Returns the name of the part of a message that plain text would lose, or `None`."""
     key = next((key for key in _KEYS if message.get(key)), None)
     if key is not None:
         return key

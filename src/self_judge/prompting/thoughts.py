@@ -42,12 +42,12 @@ _MARKERS = (
 )
 # A closing marker that is a line, or that ends a paragraph.
 _END = r"(?m)(?:^[ \t]*{0}[ \t]*$|{0}(?=[ \t]*\n[ \t]*\n))"
-# If a prompt ends with an opening marker, the marker is within this number of tokens.
+# Only this number of tokens at the end of a prompt is searched for an opening marker.
 _LONGEST_OPENING = 32
 
 
 class Parts(NamedTuple):
-    """The parts of a response. `thought` or `answer` is `None` if the response has none."""
+    """The parts of a response. A part that the response does not have is `None`."""
 
     thought: str | None
     answer: str | None
@@ -56,8 +56,8 @@ class Parts(NamedTuple):
 def split_thought(text: str, close: str | None = None) -> Parts:
     """Splits a response into its thought and its answer.
 
-    A response has a thought if it begins with an opening marker, or if a closing marker without an
-    earlier opening marker is a line or ends a paragraph (the prompt then opened the thought).
+    A response has a thought if it begins with an opening marker, or if a closing marker is a line
+    or ends a paragraph and no opening marker precedes it (the prompt then opened the thought).
 
     Args:
         text: the response, without its prompt.
@@ -160,7 +160,7 @@ def sampled(
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Decodes ids with special tokens, because markers may be special tokens."""
+    """Decodes ids and keeps special tokens, because markers may be special tokens."""
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 

@@ -158,7 +158,7 @@ def move_files(finished: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint; if killed, it does not leave a partial folder under its name."""
+    """Deletes a checkpoint. If the process is killed, no partial folder keeps the final name."""
     shutil.rmtree(_move_away(folder), ignore_errors=True)
 
 

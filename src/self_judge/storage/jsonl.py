@@ -101,9 +101,9 @@ class Journal:
 
     Attributes:
         path: the file.
-        lines: number of complete lines.
+        lines: the number of complete lines.
         seconds: the time spent on the timed lines in all sessions.
-        timed: number of timed lines.
+        timed: the number of timed lines.
     """
 
     def __init__(self, path: Path, file: IO[bytes], settings: Mapping[str, Any]) -> None:
@@ -151,7 +151,7 @@ class Journal:
 
 
 def settings_path(path: Path) -> Path:
-    """Returns the path of the file next to a journal that records its settings."""
+    """Returns the path of the file with a journal's settings, which is next to the journal."""
     return path.with_name(path.name + ".settings.json")
 
 
@@ -176,7 +176,7 @@ def open_journal(
     settings = json.loads(json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = settings_path(path)
-    # An empty file always starts a new journal, whatever its settings were.
+    # An empty file always starts a new journal, even if its recorded settings differ.
     resumes = not overwrite and path.exists() and path.stat().st_size > 0
     if resumes and not beside.exists():
         raise JournalError(

@@ -19,7 +19,7 @@ def same_path(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> boo
     """Returns whether two paths refer to the same file or folder, directly or through links."""
     try:
         return os.path.samefile(one, other)
-    except OSError:  # one of them does not exist yet
+    except OSError:  # one of the paths does not exist yet
         return os.path.realpath(one) == os.path.realpath(other)
 
 

@@ -23,8 +23,8 @@ ROLLOUTS = "rollouts"
 BRACKETS = "brackets.jsonl"  # tournaments written by `self-judge tournament --brackets`
 VERDICTS = "verdicts.jsonl"  # written by `self-judge eval`
 PAIRS = "pairs.jsonl"  # written by `self-judge compare`
-RESULTS = "results.json"  # written by both
-JUDGED = "judged.jsonl"  # verdicts on pairs whose better response is known
+RESULTS = "results.json"  # written by both commands
+JUDGED = "judged.jsonl"  # verdicts on pairs with a known better response
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:

@@ -139,7 +139,9 @@ def probe_logits(model: Any) -> torch.Tensor:
         return forward(input_ids=ids, use_cache=False).logits[0].float().cpu()
 
 
-def given_logits(model: Any, ref_model: Any, args: TrainingArguments) -> torch.Tensor | None:
+def given_logits(
+    model: Any, ref_model: Any, args: TrainingArguments, peft_config: Any = None
+) -> torch.Tensor | None:
     """Computes the logits that the reference must keep, or returns `None` for a sharded model.
 
     It moves the models to the training device.
@@ -147,8 +149,17 @@ def given_logits(model: Any, ref_model: Any, args: TrainingArguments) -> torch.T
     Args:
         model: the model that was passed to the trainer.
         ref_model: the reference that was passed to the trainer, if any.
+        peft_config: the configuration of a new adapter, if any.
+
+    Raises:
+        ModelError: the model is sharded, and the adapter trains biases that stay when it is off.
     """
     if is_sharded(args):
+        if ref_model is None and getattr(peft_config, "bias", "none") != "none":
+            raise ModelError(
+                f"the judge would change during training: peft_config.bias is {peft_config.bias}, "
+                "and biases stay when the adapter is off. Set peft_config.bias: none"
+            )
         return None
     place(model, args)
     if ref_model is not None:

@@ -1,7 +1,7 @@
 """VLLMEngine: vLLM inside the training process (TRL's `colocate` mode).
 
-The engine receives its weights from memory instead of disk, so it uses the weights in training.
-This module does not depend on the meaning of the prompts.
+The engine receives its weights from memory instead of disk, so it uses the weights of the model in
+training. This module does not depend on the meaning of the prompts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class VLLMEngine:
         config: the model's configuration. vLLM builds the model from it, without weights.
         weights: the weights with their names in a checkpoint.
         dtype: the dtype of the weights and the computation.
-        max_model_length: the most tokens of prompt and response together.
+        max_model_length: the most tokens in a prompt and its response together.
         max_num_seqs: the most sequences that are computed together.
         max_lora_rank: the largest rank of an adapter, or 0 if no adapter will be loaded.
         max_loras: the number of adapters in use at the same time.
@@ -51,7 +51,7 @@ class VLLMEngine:
         sleep_level: the effect of `sleep` on the weights, on GPUs only. With 0, there is no effect.
             With 1, they move to CPU memory. With 2, they are dropped, and `load_weights` must be
             called after `wake_up`.
-        trust_remote_code: an argument for vLLM.
+        trust_remote_code: passed to vLLM.
 
     Raises:
         EngineError: vLLM is not installed, does not support the model, or has too little memory.
@@ -183,7 +183,7 @@ class VLLMEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See `Engine.load_weights`."""
-        # Every process holds the whole model here, so the iterator can be passed directly.
+        # Every process has the whole model here, so the iterator can be passed directly.
         cast = ((name, tensor.detach().to(self.dtype)) for name, tensor in weights)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
         if not torch.cuda.is_available():
@@ -209,7 +209,7 @@ class VLLMEngine:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         destroy_model_parallel()
-        if self._began_group:  # otherwise the group belongs to the training
+        if self._began_group:  # otherwise training owns the group
             destroy_distributed_environment()
         gc.collect()
 
@@ -282,8 +282,8 @@ def _rank_class(rank: int) -> int:
 def _repack_head(model: torch.nn.Module) -> None:
     """Packs the LM head again after vLLM 0.32 has reloaded shared embeddings on a CPU.
 
-    vLLM keeps a packed copy of the head, but does not update it if the head shares its weights with
-    the embeddings.
+    vLLM keeps a packed copy of the head, but does not update the copy if the head shares its
+    weights with the embeddings.
     """
     head: Any = getattr(model, "lm_head", None)
     method = getattr(head, "quant_method", None)

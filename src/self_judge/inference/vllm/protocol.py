@@ -32,10 +32,10 @@ class SamplingRequest:
 
 
 class Engine(Protocol):
-    """The operations of vLLM that both roles need.
+    """The operations of vLLM that sampling and judging need.
 
     Attributes:
-        max_model_length: the most tokens of prompt and response together.
+        max_model_length: the most tokens in a prompt and its response together.
     """
 
     max_model_length: int
@@ -66,7 +66,7 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replaces the engine's own weights, which have their names in a checkpoint."""
+        """Replaces the engine's own weights. The names are those in a checkpoint."""
         ...
 
     def sleep(self) -> None:
@@ -125,8 +125,8 @@ class VLLMSampler:
         """Samples `n` responses to every prompt; see `TransformersSampler.sample`.
 
         Raises:
-            ValueError: as there, or if a prompt and the longest response do not fit into the
-                engine.
+            ValueError: the conditions there, or a prompt and the longest response do not fit into
+                the engine.
         """
         rows = rows_to_sample(prompts, n, seeds)
         room = self.engine.max_model_length - self.settings.max_new_tokens

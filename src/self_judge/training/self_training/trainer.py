@@ -195,7 +195,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         letters = self.encoder.letter_ids(
             settings.templates, settings.token_id_a, settings.token_id_b
         )
-        given = given_logits(model, ref_model, config)
+        given = given_logits(model, ref_model, config, peft_config)
         if ref_model is None and peft_config is None and not isinstance(model, PeftModel):
             ref_model = reference_in_memory(model, config)
         super().__init__(
