@@ -123,7 +123,10 @@ class Response:
     @property
     def judged(self) -> str:
         """The text for judges and files: the answer, or the thought if it never ends."""
-        return self.text if self.answered else f"<think>\n{self.thought}"
+        if self.answered:
+            return self.text
+        # A thought with other markers may mention this one, which would end it.
+        return "<think>\n" + (self.thought or "").replace("</think>", "")
 
 
 @dataclass(frozen=True, slots=True)

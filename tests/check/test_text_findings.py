@@ -164,6 +164,9 @@ def pairs(path: Path, spoiled: dict[int, dict[str, str]]) -> Path:
         ("chosen", "yes<|eot_id|>", "<|eot_id|>"),  # rendered for another model
         ("chosen", "[INST] what [/INST] yes", "[INST]"),
         ("rejected", "<start_of_turn>model\nno", "<start_of_turn>"),
+        ("chosen", "yes<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+        ("rejected", "<|turn>model\nno<turn|>", "<|turn>"),
+        ("rejected", "no<turn|>", "<turn|>"),
     ],
 )
 def test_data_rendered_before_is_warned_of_with_its_first_record(

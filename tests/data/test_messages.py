@@ -15,6 +15,7 @@ from self_judge.data.benchmarks import BenchmarkSource, read_comparisons
 from self_judge.data.dialogues import parse_dialogue
 from self_judge.data.sources import read_prompts, select_records
 from self_judge.errors import DataError, EncodingError
+from self_judge.prompting.thoughts import answer_of
 
 CALL = {"type": "function", "function": {"name": "search", "arguments": "{}"}}
 
@@ -82,13 +83,41 @@ def test_text_in_parts_is_the_text_as_templates_write_it() -> None:
     assert (joined.prompt, joined.demonstration) == (whole.prompt, whole.demonstration)
 
 
-def test_a_thought_beside_an_answer_is_left_out_and_counted(tmp_path: Path) -> None:
-    answer = message("assistant", "Because.", reasoning_content="secret")
-    earlier = [message("user", "Hi"), message("assistant", "Yes?", reasoning_content="old")]
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_beside_an_answer_is_left_out_and_counted(key: str) -> None:
+    answer = message("assistant", "Because.", **{key: "secret"})
+    earlier = [message("user", "Hi"), message("assistant", "Yes?", **{key: "old"})]
     data = select_records([row(answer, "Why?", *earlier), GOOD], label="x")
     assert "secret" not in str(data.records)
-    assert data.counts["removed reasoning_content"] == 1
+    assert data.counts[f"removed {key}"] == 1
     assert data.counts["pairs"] == 2
+
+
+COLUMNS: dict[str, Any] = {"tools": [CALL], "images": ["a.png"], "image": "a.png"}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_record_with_tools_or_images_beside_its_messages_is_skipped_and_counted(
+    column: str, tmp_path: Path, make: Any, queries: list[dict[str, Any]]
+) -> None:
+    plain = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+    for record in (GOOD, plain):
+        bad = {**record, column: COLUMNS[column]}
+        data = select_records([record, bad, {**record, column: None}], label="x")
+        assert [r.index for r in data.records] == [0, 2]
+        assert data.counts[f"skipped record: a column '{column}'"] == 1
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "Why?", column: COLUMNS[column]}))
+    with pytest.raises(DataError, match=f"record 0: has {column}, which cannot be judged"):
+        read_prompts(str(path))
+    # TRL refuses images itself.
+    with pytest.raises(ValueError, match=f"has a column '{column}'|vision-related"):
+        make(train_dataset=Dataset.from_list([{"prompt": "Why?", column: COLUMNS[column]}]))
+
+
+def test_columns_of_tools_without_tools_are_no_tools() -> None:
+    rows = [{**GOOD, "tools": none, "images": []} for none in ([], "[]", "", None)]
+    assert len(select_records(rows, label="x").records) == 4
 
 
 def test_an_evaluation_skips_and_counts_them_as_well(tmp_path: Path) -> None:
@@ -127,6 +156,47 @@ def test_prompts_of_a_comparison_are_read_from_parts_and_refused_with_images(
     path.write_text(json.dumps({"prompt": BAD["content of type 'image_url'"]["prompt"]}))
     with pytest.raises(DataError, match=r"record 0, field 'prompt\[0\]': has content of type"):
         read_prompts(str(path))
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", "<think> ", "<|channel>thought\n", "[THINK] "])
+def test_the_common_start_of_two_dialogues_ends_before_their_thoughts(opening: str) -> None:
+    closing = {"<t": "</think>", "<|": "<channel|>", "[T": "[/THINK]"}[opening[:2]]
+    pair = {
+        "chosen": f"Why? {opening}The secret is one{closing}Because.",
+        "rejected": f"Why? {opening}The secret is two{closing}No.",
+    }
+    (record,) = select_records([pair], label="x").records
+    assert record.prompt == (message("user", "Why?"),)
+    assert answer_of(record.pairs[0].chosen) == "Because."
+    assert answer_of(record.pairs[0].rejected) == "No."
+    data = select_records([pair, {k: v.removeprefix("Why? ") for k, v in pair.items()}], label="x")
+    assert data.counts["skipped record: no common prompt"] == 1
+    for between in ("", "\n\n"):  # a thought that both share
+        same = {
+            k: v.replace("two", "one").replace(closing, closing + between) for k, v in pair.items()
+        }
+        (record,) = select_records([same], label="x").records
+        assert record.prompt == (message("user", "Why?"),)
+        assert answer_of(record.pairs[0].chosen) == "Because."
+
+
+@pytest.mark.parametrize("asked", ["What does <think> mean?", "Is <think>a</think> a thought?"])
+def test_a_question_about_the_markers_of_thoughts_stays_whole(asked: str) -> None:
+    pair = {"chosen": f"{asked} Yes.", "rejected": f"{asked} No."}
+    (record,) = select_records([pair], label="x").records
+    assert record.prompt == (message("user", asked),)
+
+
+@pytest.mark.parametrize("role", [5, None, ["user"], {}])
+def test_a_role_that_is_no_text_is_named(
+    role: Any, saved_judge: Path, tmp_path: Path, capsys: Any
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"prompt": [message(role, "Why?")], "responses": ["a", "b"]}))
+    for command in ("judge", "tournament"):
+        target = tmp_path / "out.jsonl"
+        assert main([command, str(source), str(target), "--model", str(saved_judge)]) == 2
+        assert "role" in capsys.readouterr().err
 
 
 # -- in Python -------------------------------------------------------------------------------------

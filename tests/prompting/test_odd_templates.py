@@ -227,6 +227,25 @@ def test_the_date_reaches_every_place_and_moves_nothing(template: str, clock: ty
     assert "2026" in rendered
 
 
+@pytest.mark.parametrize("directive", [*"aAbBcCdDeFgGhHIjmMnpPrRStTuUVwWxXyYzZ", *"%", "-e", "-I"])
+def test_a_date_is_written_as_transformers_writes_it(directive: str, clock: type[_Clock]) -> None:
+    clock.today_is = datetime.datetime(2026, 3, 5)
+    template = "{{ strftime_now('[%" + directive + "]') }}" + CHATML
+    encoder = dated("2026-03-05", template)
+    rendered = encoder.tokenizer.apply_chat_template(
+        [QUESTION], chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    assert text_of(encoder) == rendered
+
+
+@pytest.mark.parametrize("directive", ["_d", "^b", "03d", "Od", "!"])
+def test_a_date_format_that_is_not_known_is_refused(directive: str) -> None:
+    template = "{{ strftime_now('[%" + directive + "]') }}" + CHATML
+    with pytest.raises(EncodingError, match=r"the date format .* is not supported") as caught:
+        dated("2026-03-05", template)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("date", ["yesterday", "2026-13-01", "", 20260305, ["2026-03-05"]])
 def test_what_is_no_date_is_refused(date: Any) -> None:
     with pytest.raises(EncodingError, match="strftime_now must be a date such as '2026-03-01'"):
@@ -344,6 +363,14 @@ def test_added_words_that_the_structure_does_not_use_stay_words(kind: str) -> No
     [otter] = encoder.tokenizer.convert_tokens_to_ids(["otter"])
     assert otter in encoder.encode_content("an otter swims")
     assert not encoder.is_control(otter)
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML.replace("m['role']", "m.role")])
+def test_added_words_that_are_only_keys_in_the_template_stay_words(template: str) -> None:
+    tokenizer = wrap(byte_bpe())
+    tokenizer.add_tokens([AddedToken(w, normalized=False) for w in ("content", "role")])
+    text = "the content of a role"
+    assert ChatEncoder(tokenizer, template).encode_content(text) == tokenizer(text)["input_ids"]
 
 
 def test_a_marker_that_is_an_ordinary_entry_of_the_vocabulary_is_one_too() -> None:

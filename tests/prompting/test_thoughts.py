@@ -37,10 +37,19 @@ USER = [{"role": "user", "content": "what is the capital of France?"}]
         ("[THINK]Hm.[/THINK]Paris.", "Hm.", "Paris."),
         ("◁think▷Hm.◁/think▷Paris.", "Hm.", "Paris."),
         ("<seed:think>Hm.</seed:think>Paris.", "Hm.", "Paris."),
+        ("<|channel>thought\nHm.<channel|>Paris.", "Hm.", "Paris."),
+        ("<|channel>thought\nHm.", "Hm.", None),
+        ("<thinking>\nHm.\n</thinking>\n\nParis.", "Hm.", "Paris."),
+        ("<|begin_of_thought|>\nHm.\n<|end_of_thought|>\n\nParis.", "Hm.", "Paris."),
+        ("Hm. So.</think>\n\nParis.", "Hm. So.", "Paris."),  # the end of a paragraph
+        ("Hm. So.</think> \n \n\nParis.\n\nYes.", "Hm. So.", "Paris.\n\nYes."),
         # Answers that speak of thoughts, and do not open with one.
         ("The tag <think> opens, </think> closes.", None, None),
         ("Write\n<think>\nso\n</think>\nand go on.", None, None),
         ("It ends with `</think>`.", None, None),
+        ("It ends with `</think>`\n\nand goes on.", None, None),
+        ("It ends with </think>\nand goes on.", None, None),
+        ("First <think> opens, then comes </think>\n\nand so on.", None, None),
     ],
 )
 def test_a_response_that_opens_with_a_thought_is_split(
@@ -129,6 +138,15 @@ def test_gpt_oss_marks_its_thought_by_channels() -> None:
     assert got.text == "Paris."
     assert tokenizer.decode(got.ids[: got.thought_length]).endswith(f"{channel}final{message}")
     assert not sample(tokenizer, f"{channel}analysis{message}Hm.").answered
+    preamble = f"{channel}commentary{message}Hm.<|end|>{start}assistant"
+    assert sample(tokenizer, preamble + text).text == "Paris."
+
+
+@pytest.mark.parametrize("mention", ["</think>", "a\n</think>\n\nParis.", "</think></think>"])
+def test_an_endless_thought_may_mention_the_marker_of_another_model(mention: str) -> None:
+    got = sample(wrap(byte_bpe()), f"[THINK]Hm, {mention} and so on")
+    assert not got.answered
+    assert answer_of(got.judged) is None
 
 
 @given(st.data())

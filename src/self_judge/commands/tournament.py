@@ -269,6 +269,8 @@ def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
             if what := lost(message):
                 raise ValueError(f"{where}: a message in 'prompt' has {what}: use only text")
         messages = [{"role": m["role"], "content": content_of(m)} for m in prompt]
+        if not all(isinstance(m["role"], str) for m in messages):
+            raise ValueError(f"{where}: a message in 'prompt' does not have text as its role")
         if not all(isinstance(m["content"], str) for m in messages):
             raise ValueError(f"{where}: a message in 'prompt' does not have text as its content")
     elif prompt is not None:

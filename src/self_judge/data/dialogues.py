@@ -11,8 +11,8 @@ from typing import Any
 
 from self_judge.data.records import Parsed, RecordRef, merge_turns, pair_problem
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
-from self_judge.prompting.messages import REASONING
-from self_judge.prompting.thoughts import NO_ANSWER, answer_of
+from self_judge.prompting.messages import reasoning_key
+from self_judge.prompting.thoughts import NO_ANSWER, answer_of, before_thought
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 # Headers at the start of a turn: "Human: Hi" in "\n\nAssistant: Human: Hi".
@@ -131,8 +131,10 @@ def select_preference(
     Raises:
         DataError: a field is missing or has the wrong type, or a response is not from the
             assistant.
+        UnusableRecordError: the record or a message has tools or images.
     """
     where = RecordRef(source, index)
+    where.refuse_lost_columns(record)
     chosen, rejected = where.value(record, "chosen"), where.value(record, "rejected")
     given = record.get("prompt")
     other_names = sorted({"instruction", "query", "question"} & record.keys())
@@ -160,13 +162,10 @@ def select_preference(
     problem = problem or _score_problem(record, where) or _pair_problem(better, worse)
     pairs = (LabeledPair(better, worse),) if with_pairs and not problem else ()
     skipped = (f"pair: {problem}",) if with_pairs and problem else ()
-    removed = tuple(REASONING for answer in (chosen, rejected) if _has_reasoning(answer))
+    answers = [answer[-1] for answer in (chosen, rejected) if isinstance(answer, list)]
+    removed = tuple(filter(None, map(reasoning_key, answers)))
     parsed = PreferenceRecord(tuple(prompt), better, pairs, source, index)
     return Parsed(parsed, skipped, removed)
-
-
-def _has_reasoning(answer: Any) -> bool:
-    return isinstance(answer, list) and bool(answer[-1].get(REASONING))
 
 
 def _standard(
@@ -178,6 +177,8 @@ def _standard(
         return where.messages(given, "prompt"), chosen.strip(), rejected.strip()
     if given is None:
         given = chosen[: _shared_prefix(chosen, rejected)]
+        # Thoughts may begin with the same words: "q <think>Hm. A" and "q <think>Hm. B".
+        given = before_thought(given, chosen, rejected)
     elif not isinstance(given, str):
         raise where.expected("text or messages", given, "prompt")
     if given and chosen.startswith(given) and rejected.startswith(given):

@@ -14,7 +14,7 @@ from typing import Any
 from self_judge.datatypes import Message, PreferenceRecord
 from self_judge.errors import DataError, UnusableRecordError
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.prompting.messages import content_of, lost
+from self_judge.prompting.messages import content_of, lost, lost_column
 from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -138,6 +138,18 @@ class RecordRef:
             raise self.expected("a list", value, name)
         return list(value)
 
+    def refuse_lost_columns(self, record: Mapping[str, Any]) -> None:
+        """Raises `UnusableRecordError` if the record has tools or images beside its messages."""
+        if what := lost_column(record):
+            raise self._unusable("", what, f"a column {what!r}")
+
+    def _unusable(self, at: str, what: str, reason: str) -> UnusableRecordError:
+        return UnusableRecordError(
+            f"{self.source}, record {self.index}{at}: has {what}, which cannot be judged as text: "
+            "remove such records",
+            reason=reason,
+        )
+
     def messages(self, value: Any, field: str) -> list[Message]:
         """Returns messages whose roles are known and whose content is text without thoughts.
 
@@ -155,11 +167,7 @@ class RecordRef:
             if role not in _ROLES:
                 raise self.error(f"{at}.role", f"is {role!r}, expected one of {', '.join(_ROLES)}")
             if what := lost(message):
-                raise UnusableRecordError(
-                    f"{self.source}, record {self.index}, field {at!r}: has {what}, which cannot "
-                    "be judged as text: remove such records",
-                    reason=f"a message with {what}",
-                )
+                raise self._unusable(f", field {at!r}", what, f"a message with {what}")
             self.value(message, "content", at)
             content = {"content": content_of(message)}
             messages.append({"role": role, "content": self.text(content, "content", at)})

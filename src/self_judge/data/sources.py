@@ -314,6 +314,7 @@ def prompt_of(record: Mapping[str, Any], where: RecordRef) -> list[Message] | No
     name = next((n for n in ("prompt", "messages", "turns", "instruction") if n in record), "")
     if not name:
         return None
+    where.refuse_lost_columns(record)
     value = record[name]
     if name == "turns" and isinstance(value, list):
         value = value[0] if value else ""

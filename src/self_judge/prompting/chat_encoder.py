@@ -38,7 +38,7 @@ from self_judge.prompting.chat_template import (
 from self_judge.prompting.content_tokenizer import ContentTokenizer
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompting.letter_tokens import letter_ids
-from self_judge.prompting.messages import REASONING, content_of, lost
+from self_judge.prompting.messages import content_of, lost, reasoning_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -216,7 +216,7 @@ class ChatEncoder:
                     f"the role {role!r:.80} is not a plain word such as 'user' or 'assistant'"
                 )
             last = message is messages[-1] and ending != "prompt"
-            if what := lost(message) or (last and message.get(REASONING) and REASONING):
+            if what := lost(message) or (reasoning_key(message) if last else None):
                 raise EncodingError(f"a {role!r} message has {what}: only text can be encoded")
             if not isinstance(content_of(message), str):
                 raise EncodingError(

@@ -24,6 +24,7 @@ import functools
 import json
 import random
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -191,9 +192,15 @@ class ChatLayouts:
                 with contextlib.suppress(EncodingError):  # some templates reject some roles
                     for piece in self._pieces(roles, generation):
                         ids |= set(self._structure(piece)) if isinstance(piece, str) else set()
-        # "data" is text outside of {{ }} and {% %}, and "string" is quoted text inside them.
-        lexed = jinja2.Environment().lex(chat_template)
-        written = "\0".join(text for _, kind, text in lexed if kind in ("data", "string"))
+        # "data" is text outside of {{ }} and {% %}, and "string" is quoted text inside them. A key,
+        # such as 'content' in message['content'], is not written.
+        lexed = [(kind, text) for _, kind, text in jinja2.Environment().lex(chat_template)]
+        after = [*lexed[1:], ("", "")]
+        written = "\0".join(
+            text
+            for (kind, text), (_, following) in zip(lexed, after, strict=True)
+            if kind == "data" or (kind == "string" and following != "]")
+        )
         self._text.guard(ids, written)
 
     def _layout(self, roles: tuple[str, ...], ending: Ending) -> Layout:
@@ -364,15 +371,18 @@ def at_date(chat_template: str, date: str) -> str:
         ) from error
     # Transformers does not pass functions to templates. A macro with the same name therefore
     # replaces each directive in the format: "%d %b" -> "01 %b" -> "01 Mar".
-    written = {f"%{x}": moment.strftime(f"%{x}") for x in "aAbBcdDeFfGhHIjmMpRSTuUVwWxXyYzZ"}
-    without_zero = {f"%-{x[1]}": text.lstrip("0") or "0" for x, text in written.items()}
-    steps = [("%%", "\1"), *written.items(), *without_zero.items(), ("\1", "%")]
+    written = {f"%{x}": moment.strftime(f"%{x}") for x in string.ascii_letters}
+    written = {directive: text for directive, text in written.items() if text != directive}
+    without_zero = {f"%-{x[1]}": text.lstrip("0 ") or "0" for x, text in written.items()}
+    steps = [("%%", "\1"), *written.items(), *without_zero.items()]
     return (
         "{%- macro " + CLOCK + "(format) -%}{%- set now = namespace(text=format) -%}"
         "{%- for directive, text in " + json.dumps(steps) + " -%}"
         "{%- set now.text = now.text | replace(directive, text) -%}{%- endfor -%}"
+        "{%- if '%' in now.text -%}{{ raise_exception('the date format ' ~ format ~ ' is not "
+        "supported: use directives such as %d or %-d') }}{%- endif -%}"
         # Jinja drops a newline after a tag, so the template still starts a new line.
-        "{{ now.text }}{%- endmacro %}\n" + chat_template
+        "{{ now.text | replace('\1', '%') }}{%- endmacro %}\n" + chat_template
     )
 
 

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 _ADDED_MARKUP = re.compile(r"\s*[<\[{|＜［｛｜【].*[\w>\]}|＞］｝｜】]", re.DOTALL)
 _MARKUP = re.compile(r"^[<\[{|].*[>\]}|]$", re.DOTALL)
 # Turn markers in well-known templates, to detect text that was rendered for another model.
-_FOREIGN_MARKERS = r"<\|\w+\|>|\[/?INST\]|<(?:start|end)_of_turn>"
+_FOREIGN_MARKERS = (
+    r"<\|\w+\|>|\[/?INST\]|<(?:start|end)_of_turn>"
+    r"|<｜[\w▁]+｜>|<\|turn>|<turn\|>"  # DeepSeek, Gemma 4
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # "\n" comes first, because it never merges with other text in SentencePiece vocabularies.
 _ANCHORS = ("\n", ":", "|", "。")

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-REASONING = "reasoning_content"  # the key for the thought before an answer
+# Keys for the thought before an answer: Qwen 3, OpenRouter and vLLM, gpt-oss.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 # Keys that chat templates write, other than the role, the content and the thought. Empty values are
 # ignored, because Arrow adds all keys to every message.
 _KEYS = (
@@ -29,6 +30,8 @@ _KEYS = (
     "audio",
     "refusal",
 )
+# Columns of a record that chat templates write, as in TRL.
+_COLUMNS = ("tools", "images", "image")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
@@ -40,6 +43,17 @@ def lost(message: Mapping[str, Any]) -> str | None:
     parts = message.get("content")
     types = [_type(part) for part in parts] if isinstance(parts, list) else []
     return next((f"content of type {t!r:.40}" for t in types if t not in _TEXT_TYPES), None)
+
+
+def lost_column(record: Mapping[str, Any]) -> str | None:
+    """Names the column of a record that would be lost in plain text; returns `None` if none is."""
+    given = (key for key in _COLUMNS if record.get(key) and record[key] != "[]")
+    return next(given, None)
+
+
+def reasoning_key(message: Mapping[str, Any]) -> str | None:
+    """Returns the key of a message's thought, or `None` if the message has no thought."""
+    return next((key for key in _REASONING if message.get(key)), None)
 
 
 def content_of(message: Mapping[str, Any]) -> Any:

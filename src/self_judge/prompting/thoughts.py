@@ -33,9 +33,15 @@ _MARKERS = (
     ("<thought>", "</thought>"),  # EXAONE Deep
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
     ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<thinking>", "</thinking>"),  # Reflection
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # Sky-T1
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+    ("<|channel|>commentary<|message|>", "<|channel|>final<|message|>"),  # gpt-oss, with a preamble
 )
+# A closing marker that is a line, or that ends a paragraph.
+_END = r"(?m)(?:^[ \t]*{0}[ \t]*$|{0}(?=[ \t]*\n[ \t]*\n))"
 # Only this number of tokens at the end of a prompt is searched for an opening marker.
 _LONGEST_OPENING = 32
 
@@ -50,8 +56,8 @@ class Parts(NamedTuple):
 def split_thought(text: str, close: str | None = None) -> Parts:
     """Splits a response into its thought and its answer.
 
-    A response has a thought if it begins with an opening marker, or if a line consists only of a
-    closing marker and no opening marker precedes that line (the prompt then opened the thought).
+    A response has a thought if it begins with an opening marker, or if a closing marker is a line
+    or ends a paragraph and no opening marker precedes it (the prompt then opened the thought).
 
     Args:
         text: the response, without its prompt.
@@ -79,10 +85,23 @@ def _first_thought(text: str, close: str | None) -> Parts | None:
             return Parts(thought.strip(), answer.lstrip() if found else None)
     if close is None:
         for opening, closing in _MARKERS:
-            alone = closing in text and re.search(rf"(?m)^[ \t]*{re.escape(closing)}[ \t]*$", text)
-            if alone and opening not in text[: alone.start()]:
-                return Parts(text[: alone.start()].strip(), text[alone.end() :].lstrip())
+            end = closing in text and re.search(_END.format(re.escape(closing)), text)
+            if end and opening not in text[: end.start()]:
+                return Parts(text[: end.start()].strip(), text[end.end() :].lstrip())
     return None
+
+
+def before_thought(text: str, *whole: str) -> str:
+    """Returns the common start of some texts without a thought that it begins but does not pass.
+
+    A marker that no text closes is a mention: "What does <think> mean?".
+    """
+    starts = [len(text)]
+    for opening, closing in _MARKERS:
+        at = text.rfind(opening)
+        if at >= 0 and closing not in text[at:].rstrip().removesuffix(closing):
+            starts += [at] if any(closing in one[at:] for one in whole) else []
+    return text[: min(starts)]
 
 
 def answer_of(text: str) -> str | None:

@@ -16,7 +16,7 @@ from datasets import IterableDataset
 from self_judge.datatypes import Message
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.prompting.messages import content_of, lost
+from self_judge.prompting.messages import content_of, lost, lost_column
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,11 @@ class PromptPreparer:
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         prompt, query = row.get("prompt"), row.get("query")
+        if what := lost_column(row):
+            raise ValueError(
+                f"record {index} of the {self.dataset_name} dataset has a column {what!r}: only "
+                "text can be encoded"
+            )
         if isinstance(prompt, str) and query is None:
             query, prompt = prompt, None
         if query is None and prompt is None:
