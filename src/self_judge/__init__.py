@@ -1,7 +1,7 @@
 """self_judge: align a language model with its own pairwise judgments (arXiv 2402.11253).
 
-The public names are imported lazily, so that `import self_judge` is fast and light modules do not
-import torch.
+The public names are imported lazily, so that `import self_judge` is fast and lightweight modules do
+not import torch.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ def adapter_config(
     try:
         config = PeftConfig.from_pretrained(str(file.parent))
     except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ModelError(f"{name_or_path} is no valid PEFT adapter: {in_a_line(error)}") from error
+        raise ModelError(
+            f"{name_or_path} is not a valid PEFT adapter: {in_a_line(error)}"
+        ) from error
     if not config.base_model_name_or_path:
         raise ModelError(
             f"the adapter {name_or_path} does not name its base model in adapter_config.json"
@@ -81,7 +83,8 @@ def with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
     """Loads an adapter onto its base.
 
     Raises:
-        ModelError: it does not fit the base, or its file lacks weights or has surplus ones.
+        ModelError: the adapter does not fit the base, or its file lacks weights or has surplus
+            weights.
     """
     shapes = _shapes(adapter)
     try:
@@ -103,13 +106,13 @@ def with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
         ValueError,
         SafetensorError,
     ) as error:
-        # PyTorch lists every weight after a heading. The first one is enough.
+        # PyTorch lists every weight after a heading. The first weight is enough for the message.
         lines = _lines(error)
         raise ModelError(
             f"the adapter {adapter.name} does not fit its base {adapter.base}, or is damaged: "
             f"{lines[1] if len(lines) > 1 else in_a_line(error):.200}"
         ) from error
-    # PEFT ignores weights that it does not know, and leaves those that are missing untrained.
+    # PEFT ignores weights that it does not know, and leaves missing weights untrained.
     wrapped = (".modules_to_save.", ".original_module.")  # with save_embedding_layers
     surplus = {
         name
@@ -128,7 +131,7 @@ def with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
 
 
 def listed(names: Iterable[str]) -> str:
-    """Returns the first three names and the number of the others."""
+    """Returns the first three names and the number of other names."""
     ordered = sorted(names)
     more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
     return ", ".join(ordered[:3]) + more
@@ -150,7 +153,7 @@ def _resize_for(base: PreTrainedModel, shapes: dict[str, list[int]]) -> tuple[st
     """Resizes the embeddings of the base if an adapter was trained with added tokens.
 
     Returns:
-        The ends of the names of embedding tables that an adapter stores in full.
+        The name suffixes of embedding tables that an adapter stores in full.
     """
     tables: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
     own = [[n for n, module in base.named_modules() if module is table] for table in tables]
@@ -186,7 +189,7 @@ def _untie_adapted(model: PeftModel) -> None:
 def check_mergeable(model: PeftModel) -> None:
     """Raises `ModelError` if PEFT cannot merge the active adapter into its base."""
     config: Any = model.active_peft_config
-    reason = "its virtual tokens are no weights of the base" if config.is_prompt_learning else ""
+    reason = "its virtual tokens are not weights of the base" if config.is_prompt_learning else ""
     if getattr(config, "lora_bias", False):
         without = [
             name

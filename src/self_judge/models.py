@@ -45,7 +45,7 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer. If it has no padding token, it pads with the EOS token.
+    """Loads a tokenizer. If it has no padding token, the EOS token is used for padding.
 
     An adapter without its own tokenizer uses the tokenizer of its base model.
 
@@ -89,15 +89,15 @@ def load_model(
     """Loads a causal language model, or an adapter together with its base model.
 
     Args:
-        name_or_path: a Hub name or a folder. With an `adapter_config.json`, it is an adapter.
+        name_or_path: a Hub name or a folder. If it has an `adapter_config.json`, it is an adapter.
         device: device of the weights. `"auto"`, for sampling and judging, means `own_device()`.
             `None`, for training, keeps Transformers' default (the CPU, or the current GPU for 4-bit
             weights), and the trainer moves the weights.
         dtype: `"auto"`, `"float32"`, `"bfloat16"`, … or a `torch.dtype`.
         merge: whether to merge an adapter into its base and return a plain model. `False` returns a
             trainable `PeftModel`.
-        load_in_4bit: whether to quantize linear layers to 4 bits with bitsandbytes. They compute in
-            `dtype`, and `"auto"` then means bfloat16.
+        load_in_4bit: whether to quantize linear layers to 4 bits with bitsandbytes. These layers
+            compute in `dtype`, and `"auto"` then means bfloat16.
         bnb_4bit_quant_type, use_bnb_nested_quant: see `transformers.BitsAndBytesConfig`.
         kwargs: passed on to `from_pretrained`.
 
@@ -126,7 +126,7 @@ def load_model(
     refuse_pickle(base_name)
     if adapters and load_in_4bit and merge:
         raise ModelError(
-            f"{name_or_path} is an adapter, and rounding would lose it in 4-bit weights: merge it "
+            f"{name_or_path} is an adapter, and rounding to 4-bit weights would lose it: merge it "
             "first (load_model(folder).save_pretrained(another)) and load the merged model"
         )
     model = _load_base(base_name, {**common, "revision": base_revision})
@@ -136,13 +136,14 @@ def load_model(
         model.to(torch.device(device))  # type: ignore[arg-type]
     for adapter in adapters if merge else adapters[:-1]:
         model = merged(with_adapter(model, adapter, trainable=False))
-        # A new adapter on this model names it as its base, and loading that name merges again.
+        # A new adapter on this model names the adapter's folder as its base. Loading that folder
+        # merges the adapter again.
         model.name_or_path = model.config._name_or_path = adapter.name
     return with_adapter(model, adapters[-1], trainable=True) if adapters and not merge else model
 
 
 def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
-    """Loads a plain model, and raises an error if its files lack weights or have surplus ones.
+    """Loads a plain model, and raises an error if its files lack weights or have surplus weights.
 
     Transformers only warns about missing weights and initializes them randomly.
     """
@@ -166,9 +167,9 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
 
 
 def check_files(name_or_path: str | os.PathLike[str]) -> None:
-    """Raises `ModelError` if the model in a folder lacks weights or has surplus ones.
+    """Raises `ModelError` if the model in a folder lacks weights or has surplus weights.
 
-    It reads only names and shapes. Models on the Hub are checked when they are loaded.
+    This function reads only names and shapes. Models on the Hub are checked when they are loaded.
     """
     base, _, _ = adapter_chain(name_or_path)
     if any(Path(base).glob("*.safetensors")):
@@ -280,7 +281,7 @@ def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
     embeddings: torch.nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     tables = [m for m in embeddings.modules() if isinstance(m, torch.nn.Embedding)]
     if not tables:
-        return  # a custom embedding has no standard way to get its size
+        return  # there is no standard way to get the size of a custom embedding
     size = tables[0].num_embeddings
     largest = max(tokenizer.get_vocab().values())
     if largest >= size:
@@ -291,7 +292,7 @@ def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
 
 
 def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | None:
-    """Limits `max_length` to the model's number of positions, with a warning.
+    """Limits `max_length` to the model's number of positions, and logs a warning if it is larger.
 
     Beyond that number, learned position embeddings fail and rotary ones are untrained.
 
@@ -313,7 +314,7 @@ def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | 
 def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
     """Returns in one line the reason why loading a model failed.
 
-    It says if a local path does not exist, because the libraries would treat the path as a Hub name
-    and complain about its format.
+    If a local path does not exist, the reason says so, because the libraries would treat the path
+    as a Hub name and complain about its format.
     """
     return "there is no such folder" if is_missing(name_or_path) else in_a_line(error)

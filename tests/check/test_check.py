@@ -393,7 +393,7 @@ def test_other_judge_templates_than_were_taught_are_a_problem(
     assert judge is not None
     other = json.dumps({"helpfulness": {**judge["helpfulness"], "assistant": "I prefer Response"}})
     report = check(TRAIN, given(taught, data["hh"], f"templates.judge={other}"))
-    assert "helpfulness.assistant differs from the model's training" in problems(report)
+    assert "helpfulness.assistant differs from the model's judge.json" in problems(report)
     stranger = json.dumps({"wit": judge["helpfulness"]})
     report = check(TRAIN, given(taught, data["hh"], f"templates.judge={stranger}"))
     assert "was not trained on the principle 'wit'" in problems(report)

@@ -76,10 +76,10 @@ def test_a_template_that_reads_the_clock_is_told_of_with_its_date(
 ) -> None:
     chat = f"templates.chat={json.dumps(DATED)}"
     [said] = [x for x in told(check(JSFT, given(base, data["hh"], chat)), "note") if KEY in x]
-    assert "have the date 2026-03-05. Set this key" in said
+    assert "contain the date 2026-03-05. Set this key" in said
     chosen = given(base, data["hh"], chat, f"{KEY}='2026-01-02'")
     [said] = [x for x in told(check(JSFT, chosen), "note") if KEY in x]
-    assert "have the date 2026-01-02" in said
+    assert "contain the date 2026-01-02" in said
     assert not [x for x in told(check(JSFT, given(base, data["hh"])), "note") if "clock" in x]
 
 
@@ -176,7 +176,7 @@ def test_data_rendered_before_is_warned_of_with_its_first_record(
     report = check(JSFT, given(base, source))
     [said] = [x for x in told(report, "warning") if "rendered already" in x]
     assert "2 of 8 records have turn markers" in said
-    assert f"the first {marker!r} in " in said
+    assert f"The first is {marker!r} in " in said
     assert "rendered.jsonl, record 3" in said
     assert "\n" not in said
 

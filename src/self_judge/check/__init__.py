@@ -1,5 +1,5 @@
-"""What a run would do, before it does: counts, examples, cost and findings.
+"""Checks a run before training: counts, examples, estimated cost and findings.
 
 This package reads run files and prepares a run as training does. It does not train or load weights.
-It imports from `training` and the packages before it.
+It imports from `training` and the packages listed before `training` in docs/architecture.md.
 """

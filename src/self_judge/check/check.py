@@ -47,7 +47,7 @@ EXAMPLES = 400  # the number of records to encode; all records are read
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """The token of a letter, and the end of the judge's lead-in before it."""
+    """The token for a judge letter, and the end of the lead-in before the letter."""
 
     letter: str
     id: int
@@ -63,14 +63,14 @@ class Report:
         config, kind: the run file and the kind of run.
         about: a short description of the run: model, data, batch, …
         sources, held_out: counts for each data source; see `PreferenceData.counts_by_source`.
-        letters: the tokens of the two letters.
+        letters: the tokens for the two letters.
         encoded, records: the number of encoded records and the number of all records.
-        counts: the number of examples by kind, and by the reason they were cut or left out.
+        counts: the number of examples by kind, and by the reason for cutting or skipping them.
         letter_counts: the number of examples with each letter as the answer (JSFT).
-        chosen_longer: the share of pairs whose better response is the longer text.
+        chosen_longer: the share of pairs in which the better response is longer.
         figures, examples: statistics and examples for every kind of sequence.
         cost: the cost estimate, or `None` if an earlier problem prevents it.
-        findings: all findings. The run is wrong if any of them is a problem.
+        findings: all findings. The run would go wrong if any finding is a problem.
     """
 
     config: str
@@ -152,7 +152,7 @@ def check(
 
 
 class _RefusedError(Exception):
-    """Holds a rejected part and its error. The check cannot continue without this part."""
+    """Contains a rejected part of a run, without which the check cannot continue, and its error."""
 
 
 def _refusal(about: str, error: ValueError | TypeError) -> Finding:
@@ -171,9 +171,9 @@ class _Prepared:
     """A prepared run and its report.
 
     Attributes:
-        run: the run, fitted to the requested `machine`.
-        training: contains the trainer's settings for this machine, because they can only be checked
-            here.
+        run: the run, adapted to the requested `machine`.
+        training: the model, and the trainer's settings for the local machine, because only these
+            can be validated here.
     """
 
     report: Report
@@ -216,7 +216,7 @@ def _prepared(
 
 
 def _look(prepared: _Prepared, examples: int) -> None:
-    """Fills the report."""
+    """Fills in the report."""
     report, run, encoder = prepared.report, prepared.run, prepared.encoder
     model, args = prepared.training.model, prepared.training.args
     templates, found = prepared.judge.templates, report.findings
@@ -346,7 +346,8 @@ def _units(
     rows: Sequence[dict[str, Any]], ignored: int, shared: bool
 ) -> list[tuple[int, int, int]]:
     """Returns (examples, tokens, trained tokens) for each set of examples drawn together."""
-    # For an example with 100 tokens and a swap that shares the first 70, this is (2, 130, 2).
+    # For an example with 100 tokens and a swapped version that shares the first 70 tokens, the
+    # result is (2, 130, 2).
     units: list[tuple[int, int, int]] = []
     for row, before in zip(rows, [None, *rows]):  # noqa: B905
         ids, trained = row["input_ids"], sum(x != ignored for x in row["labels"])
@@ -402,8 +403,8 @@ def _judged(
 
     Returns:
         The judge prompts for the pairs that fit; the lengths of all better responses; and for each
-        pair that fits, the tokens in all its judge prompts (shared tokens are counted once) and the
-        tokens in the longest prompt with responses of maximum length.
+        pair that fits, the number of tokens in all its judge prompts (shared tokens are counted
+        once) and in the longest prompt with responses of maximum length.
     """
     report, own, encoder = prepared.report, prepared.run.self_judge_args, prepared.encoder
     templates = prepared.judge.templates

@@ -76,7 +76,7 @@ def device_for(gpu: str | None, machine: Machine) -> Device:
 def setting_of(
     run: JSFTRun | SelfJudgeRun, args: Any, machine: Machine, sharding: Sharding | None, model: Any
 ) -> Setting:
-    """Returns the settings that affect memory, for a run that is fitted to `machine`."""
+    """Returns the settings that affect memory, for a run that is adapted to `machine`."""
     training = run.training_args
     if sharding is None:
         deepspeed = training.get("deepspeed")
@@ -123,7 +123,7 @@ def jsft_cost(training: Training, units: Sequence[tuple[int, int, int]], example
     drawn, tokens, scored = (sum(column) for column in zip(*units, strict=True))
     own = training.args.per_device_train_batch_size
     step = own * training.args.gradient_accumulation_steps
-    # An example and its swap share one row.
+    # An example and its swapped version share one row.
     rows = max(1, round(own * len(units) / drawn))
     work = Work(
         tokens=tokens / drawn * step,
@@ -172,7 +172,7 @@ def self_judge_cost(
         largest=(per_device, _longest(prompts, per_device) + 2 * new),
         largest_scored=per_device * 2 * new,
         sampled_at_once=min(own.generation_batch_size, step * own.num_generations),
-        # Sampling a batch takes as long as its longest response.
+        # Sampling a batch takes as long as sampling its longest response.
         sampled_length=prompt + new,
         judged_at_once=round(own.judge_batch_size * longest if own.packing == "off" else together),
     )
@@ -191,7 +191,7 @@ def self_judge_cost(
 
 
 def comparisons_per_prompt(responses: int, selection: PairSelection) -> int:
-    """Counts the comparisons needed to select a pair, using a judge that always prefers a."""
+    """Counts the comparisons needed to select a pair if the judge always prefers response `a`."""
     played = 0
 
     def compare(comparisons: Any) -> list[Verdict]:

@@ -1,7 +1,7 @@
 """Shows training sequences token by token, with statistics for all encoded sequences.
 
-This module reads the ids and labels that the trainers receive. It does not depend on their source
-or on colours.
+This module reads the ids and labels that the trainers receive. It does not depend on the data
+source or on colours.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Figures:
         count: the number of sequences.
         tokens: percentiles of the lengths: `p50`, `p90`, `p99`, `max`.
         trained: the mean number of trained tokens.
-        bos, ends: the smallest and largest number of BOS tokens and of tokens that end an answer.
+        bos, ends: the smallest and largest number in a sequence of BOS tokens and of tokens that
+            end an answer.
     """
 
     kind: str
@@ -87,7 +88,7 @@ class Encoded(NamedTuple):
 
 
 def encoded_row(row: Mapping[str, Any]) -> Encoded:
-    """Converts a row of `jsft_dataset`."""
+    """Converts a row of `jsft_dataset` to an `Encoded` sequence."""
     kind, title = "SFT", "SFT: the dialogue, answers trained"
     if row["kind"] == "judge":
         kind = f"judge, {row['principle']}"
@@ -99,7 +100,7 @@ def encoded_row(row: Mapping[str, Any]) -> Encoded:
 def summary(
     sequences: Iterable[Encoded], encoder: ChatEncoder, ignore_index: int = -100
 ) -> tuple[list[Example], list[Figures]]:
-    """Returns the first sequence of every title, split into pieces, and the figures per kind."""
+    """Returns the first sequence for each title, split into pieces, and statistics by kind."""
     firsts: dict[str, Encoded] = {}
     kinds: dict[str, list[Encoded]] = {}
     for sequence in sequences:

@@ -43,8 +43,8 @@ class Finding:
     """One finding.
 
     Attributes:
-        level: `problem` if the run would be wrong, `warning` if the user should check this, or
-            `note` if this is correct but may be surprising.
+        level: `problem` if the run would go wrong, `warning` if the user should check the finding,
+            or `note` if the setting is correct but may be surprising.
         about: the key in the run file, or the subject.
         text: the finding, its effect and the remedy.
     """
@@ -78,11 +78,12 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
             )
             break
     bos = tokenizer.bos_token_id
-    # Only the start is checked, because for some tokenizers every ChatML turn begins with BOS.
+    # Only the start is checked, because with some tokenizers every ChatML turn begins with BOS.
     if bos is not None and encoder.encode_prompt([user])[:2] == [bos, bos]:
         yield problem(
             "chat template",
-            f"a prompt begins with {tokenizer.bos_token!r} twice: let templates.chat write it once",
+            f"a prompt begins with {tokenizer.bos_token!r} twice: change templates.chat to write "
+            "it only once",
         )
     encoded = encoder.encode_dialogue([user, answer])
     trained = [i for i, m in zip(encoded.ids, encoded.mask, strict=True) if m]
@@ -97,7 +98,7 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
         yield problem(
             "chat template",
             "the end of an answer is not trained: the template writes no control token after it, "
-            "so the model does not learn to stop. Let templates.chat close answers with "
+            "so the model does not learn to stop. Change templates.chat to close answers with "
             f"{tokenizer.eos_token!r}",
         )
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -115,7 +116,7 @@ def _shared(first: Any, second: Any) -> int:
 
 
 def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -> Iterator[Finding]:
-    """Checks for judge settings that differ from the model's training (self-training)."""
+    """Checks for judge settings that differ from those in the model's training (self-training)."""
     saved = load_judge_settings(name)
     if saved is None:
         yield warning(
@@ -130,7 +131,7 @@ def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -
             yield problem(
                 "templates.judge",
                 f"the model was not trained on the principle {principle!r}, only on "
-                f"{', '.join(saved.templates)} (its judge.json)",
+                f"{', '.join(saved.templates)} (see its judge.json)",
             )
             continue
         for part in ("system", "user", "assistant"):
@@ -140,8 +141,8 @@ def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -
                 shown = slice(max(0, same - 12), same + 24)
                 yield problem(
                     "templates.judge",
-                    f"{principle}.{part} differs from the model's training (its judge.json): "
-                    f"{ours[shown]!r} here, {theirs[shown]!r} there. Leave templates.judge null "
+                    f"{principle}.{part} differs from the model's judge.json: {ours[shown]!r} "
+                    f"here, {theirs[shown]!r} in judge.json. Leave templates.judge null "
                     "to use the model's templates",
                 )
     left = [p for p in saved.templates if p not in templates]
@@ -153,8 +154,8 @@ def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -
     if saved.chat_template is not None and saved.chat_template != encoder.chat_template:
         yield problem(
             "templates.chat",
-            "differs from the chat template in the model's training (its judge.json). Leave it "
-            "unset to use that template",
+            "differs from the chat template in the model's judge.json, which was used to train the "
+            "model. Leave it unset to use that template",
         )
     # The encoder has all saved values, updated with the values from the run file.
     given = encoder.chat_template_kwargs if saved.chat_template_kwargs else {}
@@ -163,7 +164,7 @@ def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -
         if value != theirs and (theirs is not None or key != CLOCK):
             yield problem(
                 f"templates.chat_template_kwargs.{key}",
-                f"is {value!r}, but was {theirs!r} in the model's training (its judge.json). "
+                f"is {value!r}, but was {theirs!r} in the model's training (see its judge.json). "
                 "Leave it unset to use that value",
             )
 
@@ -174,7 +175,7 @@ def model_findings(
     """Checks that the model has trained parameters and a context that is long enough.
 
     Args:
-        max_length: the most tokens allowed in a sequence.
+        max_length: the maximum number of tokens in a sequence.
         longest: the number of tokens in the longest sequence.
     """
     if not size.trainable:
@@ -186,8 +187,8 @@ def model_findings(
         beyond = f", and the longest sequence has {longest}" if longest > size.context else ""
         yield (problem if beyond else warning)(
             "max_length",
-            f"{max_length} tokens are allowed, but the model's context has {size.context}{beyond}: "
-            "lower max_length",
+            f"sequences may have {max_length} tokens, but the model's context has {size.context}"
+            f"{beyond}: lower max_length",
         )
     half = size.weight_bytes < 3 * size.parameters
     if run.peft_config is None and half and size.trainable == size.parameters:
@@ -234,7 +235,7 @@ def setting_findings(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding
     """Checks for settings that are accepted but have no effect or an unexpected effect."""
     for key, why in {
         "padding_free": "TRL ignores it here. Use `packing`, which shares prefixes",
-        "use_liger_kernel": "deprecated in TRL, and its loss bypasses packing",
+        "use_liger_kernel": "it is deprecated in TRL, and its loss bypasses packing",
     }.items():
         if run.training_args.get(key):
             yield warning(f"training_args.{key}", f"{why}: leave it out")
@@ -253,7 +254,7 @@ def setting_findings(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding
             yield note(
                 "self_judge_args.average_log_prob",
                 "TRL's ipo loss averages log-probabilities over tokens, but the method sums them: "
-                "set false for sums",
+                "set it to false to sum them",
             )
 
 
@@ -361,10 +362,10 @@ def judge_prompt_findings(
     """Checks for judge prompts that do not fit (self-training).
 
     Args:
-        no_fit: the number of pairs in the data that do not fit.
-        tight: the number of other pairs that do not fit with two responses of `new` tokens.
+        no_fit: the number of pairs in the data that do not fit in a judge prompt.
+        tight: the number of other pairs that would not fit with two responses of `new` tokens.
         of: the number of pairs.
-        limit: the most tokens in a judge prompt.
+        limit: the maximum number of tokens in a judge prompt.
     """
     yield from _share(
         "self_judge_args.max_length", no_fit, of,
@@ -380,7 +381,7 @@ def judge_prompt_findings(
 
 
 def memory_findings(cost: Cost) -> Iterator[Finding]:
-    """Checks whether the run fits in memory. The estimate has been wrong by up to a quarter."""
+    """Checks whether the run fits in memory. The estimate can be wrong by up to a quarter."""
     memory, there = cost.memory, cost.device_memory
     if memory.peak > 0.9 * there > 0:
         advice = {
@@ -414,8 +415,8 @@ def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Find
     level: Level = "note"
     text = (
         f"the engine uses {taken / GIB:.1f} GiB, its share of all {total / GIB:.0f} GiB, and "
-        f"cannot start if less is free. About {at_start / GIB:.1f} GiB are in use before it "
-        f"starts, and at most {beside / GIB:.1f} GiB in addition to it"
+        f"cannot start if less is free. About {at_start / GIB:.1f} GiB are in use before the "
+        f"engine starts, and at most {beside / GIB:.1f} GiB in addition to the engine"
     )
     if weights > taken:
         level = "problem"
@@ -428,15 +429,15 @@ def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Find
     yield Finding(level, "vllm_gpu_memory_utilization", text)
     yield note(
         "use_vllm",
-        "the estimate does not include the start of the engine. It compiles and captures graphs, "
-        "which takes minutes and memory beyond its share",
+        "the estimate does not include the start of the engine. The engine compiles and captures "
+        "graphs, which takes minutes and needs memory beyond the engine's share",
     )
 
 
 def _share(
     about: str, count: int, of: int, text: str, least: float = 0.0, level: Level = "warning"
 ) -> Iterator[Finding]:
-    """Yields a finding if `count` is more than the share `least` of `of`."""
+    """Yields a finding if the share of `count` in `of` is larger than `least`."""
     if of and count > least * of:
         share = f"{count:,} of {of:,} ({100 * count / of:.0f} %)"
         yield Finding(level, about, f"{share} {text}")

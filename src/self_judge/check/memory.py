@@ -1,14 +1,14 @@
 """Estimates the memory of each process from the size of a model and the work in a step.
 
-This module only does arithmetic, and gives the origin of each constant. It does not depend on data
-or run files.
+This module does only arithmetic, and comments give the source of each constant. It does not depend
+on data or run files.
 """
 
-# An overview of the estimate: the parts that are held in every phase, plus the largest phase.
+# An overview of the estimate: memory in use in every phase (held), plus that of the largest phase.
 #
 #   held     weights + reference + gradients + optimizer + resident
 #   phases   update:    activations of the largest micro-batch + head
-#            sampling:  KV cache (+ a sharded model made whole)          peak = held + the largest
+#            sampling:  KV cache (+ the whole model if it is sharded)    peak = held + the largest
 #            judging:   one pass of the judge, without gradients
 
 from __future__ import annotations
@@ -89,12 +89,13 @@ class Work:
     """The work in one optimizer step on one process, with lengths in tokens.
 
     Attributes:
-        tokens: the tokens that the update computes. Shared tokens are counted once.
-        largest: (rows, tokens) of the largest micro-batch, whose activations are all held together.
-        largest_scored: the number of positions in this micro-batch that the head scores.
+        tokens: the number of tokens that the update computes. Shared tokens are counted once.
+        largest: (rows, tokens) of the largest micro-batch, whose activations are in memory at the
+            same time.
+        largest_scored: the number of tokens in this micro-batch that the head scores.
         sampled_at_once: the number of responses that are sampled together; 0 without sampling.
-        sampled_length: the tokens in a prompt and a response of maximum length.
-        judged_at_once: the tokens in one forward pass of the judge.
+        sampled_length: the number of tokens in a prompt and a response of maximum length.
+        judged_at_once: the number of tokens in one forward pass of the judge.
     """
 
     tokens: float
@@ -110,10 +111,11 @@ class Memory:
     """The memory of one process, in bytes.
 
     Attributes:
-        weights, reference, gradients, optimizer: memory that is held in every phase.
+        weights, reference, gradients, optimizer: memory that is in use in every phase.
         activations: the activations of the largest micro-batch at the start of its backward pass.
         head: memory for scoring responses.
-        cache: memory for sampling at full length, including a gathered model if it is sharded.
+        cache: memory for sampling responses of maximum length, including the gathered model if the
+            model is sharded.
         judging: memory for one forward pass of the judge, without gradients.
         resident: memory for the process itself.
     """
@@ -130,7 +132,7 @@ class Memory:
 
     @property
     def held(self) -> int:
-        """The memory held in every phase."""
+        """The memory that is in use in every phase."""
         return self.weights + self.reference + self.gradients + self.optimizer + self.resident
 
     @property
@@ -149,9 +151,10 @@ class Memory:
         return max(self.phases, key=self.phases.__getitem__)
 
 
-# TRL's fused head processes tiles of tokens × vocabulary, with a few float32 copies of each tile.
+# TRL's fused head processes tiles of tokens × vocabulary and keeps a few float32 copies of each
+# tile.
 _TILE_TOKENS, _TILE_WORDS, _TILE_COPIES = 4096, 32_768, 3
-# The memory for a forward pass without gradients, in copies of the hidden state.
+# The memory for a forward pass without gradients, as a number of copies of the hidden state.
 _INFERENCE_COPIES = 16
 
 
@@ -173,7 +176,7 @@ def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device)
         gathered = 2 * size.matrix  # autocast keeps a bfloat16 copy of float32 weights
     over = n if setting.sharding != "none" else 1
     sampled = work.sampled_at_once
-    # For sampling, TRL gathers a whole sharded model.
+    # For sampling, TRL gathers the whole model if it is sharded.
     whole = 2 * size.parameters if spread > 1 and sampled else 0
     kept_bytes = kept.checkpoints if setting.checkpointing else kept.kept
     tile = min(work.largest_scored, _TILE_TOKENS) * min(size.vocabulary, _TILE_WORDS)
@@ -183,7 +186,7 @@ def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device)
         reference=weights // spread if setting.reference else 0,
         gradients=gradients // over,
         optimizer=round(moments / over),
-        # The gradients of a layer are held next to its activations.
+        # The gradients of a layer are in memory at the same time as its activations.
         activations=kept_bytes + kept.layer * (2 if setting.checkpointing else 1),
         head=tile * 4 * _TILE_COPIES + work.largest_scored * size.hidden * 8,
         cache=whole
@@ -195,7 +198,7 @@ def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device)
 
 
 def _moments(optimizer: str) -> float:
-    """Returns the size of the optimizer state, in copies of the trainable weights."""
+    """Returns the size of the optimizer state as a multiple of the trainable weights."""
     name = optimizer.lower()
     if "8bit" in name or "bnb" in name:
         return 0.5

@@ -59,7 +59,8 @@ def empty_model(
     return model
 
 
-# The most parameters in a shallow model. Two cores need half a second for these random numbers.
+# The maximum number of parameters in a shallow model. Two CPU cores generate this many random
+# numbers in half a second.
 _SHALLOW = 300_000_000
 
 
@@ -71,14 +72,15 @@ def shallow_model(
 ) -> PreTrainedModel | None:
     """Builds a model with one layer of each kind, at full width, with random weights.
 
-    It can share prefixes in the same ways as the whole model and is built in a second.
+    The shallow model can share prefixes in the same ways as the whole model, and building it takes
+    a second.
 
     Args:
         model: the whole model, on any device. Only its configuration and dtype are used.
 
     Returns:
-        The model in evaluation mode, or `None` if it would be large or if its configuration does
-        not allow fewer layers.
+        The model in evaluation mode, or `None` if it would be too large or if its configuration
+        does not allow fewer layers.
     """
     config: Any = copy.deepcopy(model.config)
     text = config.get_text_config()
@@ -110,7 +112,8 @@ class Size:
         parameters, trainable: the number of all and of trained parameters, including the adapter.
             Tied parameters are counted once.
         weight_bytes, trainable_bytes: the sizes of these parameters in bytes.
-        matrix: the number of parameters that multiply every token, without embeddings and head.
+        matrix: the number of parameters in matrices that process every token, without the
+            embeddings and the head.
         head: the number of parameters in the LM head.
         layers, hidden, vocabulary: values from the configuration.
         context: the model's context length, or `None`.
@@ -136,7 +139,7 @@ _FOUR_BITS = {"plain": 0.5 + 4 / 64, "nested": 0.5 + 1 / 64}
 
 
 def size_of(model: nn.Module, four_bits: FourBits = "no") -> Size:
-    """Computes the size of a model on any device. Only the experts that process a token count.
+    """Computes the size of a model on any device. `matrix` counts only the experts in use.
 
     Args:
         four_bits: whether the frozen linear layers, except the head, are stored in 4 bits.
@@ -182,7 +185,7 @@ def size_of(model: nn.Module, four_bits: FourBits = "no") -> Size:
 
 
 def _expert_share(config: Any) -> float:
-    """Returns the share of the experts in a layer that process a token."""
+    """Returns the share of a layer's experts that process each token."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((n for name in names if (n := getattr(config, name, None))), None)
     used = getattr(config, "num_experts_per_tok", None)

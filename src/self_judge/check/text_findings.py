@@ -25,7 +25,7 @@ def clock_findings(encoder: ChatEncoder, run: JSFTRun | SelfJudgeRun) -> Iterato
     yield note(
         about,
         "the chat template reads the clock: all prompts in this run, and later prompts for the "
-        f"trained model, have the date {date}. Set this key to choose another date",
+        f"trained model, contain the date {date}. Set this key to choose another date",
     )
     saved = load_judge_settings(run.model.model_name_or_path)
     known = {**(run.templates.chat_template_kwargs or {})}

@@ -24,7 +24,7 @@ _KINDS = {"jsft": "judge-augmented SFT", "self_judge": "self-training"}
 _TRAINED, _CONTROL, _QUIET = "bold black on green", "cyan", "dim"
 _LEVELS = {"problem": "bold red", "warning": "yellow", "note": "green"}
 _PARTS = {"head": "scores", "cache": "KV cache", "resident": "process"}  # memory parts to rename
-_SHOWN = 900  # the most characters shown of an untrained piece; the middle is omitted
+_SHOWN = 900  # the maximum number of characters shown from an untrained piece
 
 
 def show(report: Report, console: Console, *, plain: bool = False) -> None:
@@ -157,7 +157,7 @@ def _cost(cost: Cost, console: Console) -> None:
         "": ", ".join(f"{name} {_gib(n)}" for name, n in parts.items()),
     }
     _facts(console, facts)
-    how = "counted" if cost.activations_counted else "by a rule of thumb"
+    how = "counted" if cost.activations_counted else "estimated by a rule of thumb"
     text = f"Parameters are counted, activations are {how}. Assumed: {cost.assumed}. "
     _line(console, text + "Evaluation, saving and loading are not included.", _QUIET)
 

@@ -1,5 +1,5 @@
-"""How good a judge or a policy is: numbers with intervals.
+"""Measures the quality of judges and policies, with confidence intervals.
 
 This package handles verdicts and labels. It does not depend on models, files or tables. It imports
-from `judging` and the packages before it.
+from `judging` and the packages listed before `judging` in docs/architecture.md.
 """

@@ -30,9 +30,9 @@ class JudgedPair(NamedTuple):
     Attributes:
         label: the better response, or `"tie"`.
         verdict: the judge's verdict for all principles.
-        place: the index of the label's principle in the judge's templates. If it is `None`, the
-            label is compared with the verdict for all principles.
-        characters: the lengths of responses a and b.
+        place: the index of the label's principle in the judge's templates. If the index is `None`,
+            the label is compared with the verdict for all principles.
+        characters: the lengths of responses `a` and `b`.
     """
 
     label: Label
@@ -47,7 +47,7 @@ class JudgedPair(NamedTuple):
 
 
 def credit(said: Label | None, label: Label) -> float:
-    """Returns 1 for the better response, 0 for the worse response and ½ for an undecided pair."""
+    """Returns 1 if the better response is preferred, 0 if the worse one is, and ½ if undecided."""
     return 0.5 if said in (None, "tie") else float(said == label)
 
 
@@ -73,7 +73,7 @@ class _Mean:
         return self.total / self.n if self.n else None
 
     def share(self) -> dict[str, Any] | None:
-        """Returns the share of successes (halves are allowed) with its interval."""
+        """Returns the share of successes (half successes are allowed) with its interval."""
         return estimate_json(proportion(self.total, self.n)) if self.n else None
 
 
@@ -85,16 +85,16 @@ class JudgeTally:
         principles: the principles in the judge's templates, in order.
     """
 
-    # An example of how a pair is counted, with label a and the letters below. `first` is the winner
-    # if a is shown first, and `second` is the winner if b is shown first. Both depend on the sign
-    # of the margin in that order:
+    # An example of how a pair is counted, with label `a` and the letter probabilities below.
+    # `first` is the winner if response `a` is shown first, and `second` is the winner if response
+    # `b` is shown first. Both depend on the sign of the margin in that order:
     #
     #               p(A)  p(B)
     #   a first      .9    .1      first  = a (.9 - .1 > 0)     order "given":   right
     #   b first      .6    .4      second = b (.4 - .6 < 0)     order "swapped": wrong
     #
     #   verdict a (mean .65 to .35)            accuracy: right, confidence .65
-    #   first differs from second              decided by position: the first place won twice
+    #   first differs from second              decided by position: the first position won twice
 
     principles: Sequence[str]
     pairs: int = 0
@@ -152,7 +152,7 @@ class JudgeTally:
         means["accuracy"].add(credit(said, label))
         means["given"].add(credit(first, label))
         means["swapped"].add(credit(second, label))
-        # Order 0 shows a first, and order 1 shows b first.
+        # Order 0 shows response `a` first, and order 1 shows response `b` first.
         means["better_first"].add(credit(first if label == "a" else second, label))
         means["better_second"].add(credit(second if label == "a" else first, label))
         longer = _longer(characters)
@@ -161,7 +161,7 @@ class JudgeTally:
             means["better_longer" if longer == label else "better_shorter"].add(credit(said, label))
 
     def _add_judged(self, verdict: Verdict, label: Label, first: Label, second: Label) -> None:
-        """Counts a pair with probabilities."""
+        """Counts a pair whose verdict has probabilities."""
         means = self.means
         means["agreement"].add(float(first == second != "tie"))
         # Both orders prefer the same letter, and therefore different responses.
@@ -169,7 +169,7 @@ class JudgeTally:
         means["by_position"].add(float(conflict))
         if conflict:
             means["first_of_conflicts"].add(float(first == "a"))
-        # The share of the two orders in which the first response wins: 0, ½ or 1.
+        # The share of the two orders in which the response shown first wins: 0, ½ or 1.
         self.letters[(credit(first, "a") + credit(second, "b")) / 2] += 1
         masses = [p for orders in verdict.probabilities for letters in orders for p in letters]
         means["letter_mass"].add(sum(masses) / (len(masses) / 2))
@@ -183,8 +183,8 @@ class JudgeTally:
         self.means["brier"].add((1 - (p_a if label == "a" else 1 - p_a)) ** 2)
         confidence = {"a": p_a, "b": 1 - p_a, None: 0.5}[verdict.preferred]
         # A bin includes its lower end. Adding 1e-9 keeps values such as 0.55 out of the bin below.
-        # If the majority differs from the mean, confidence is below ½ and is counted in the lowest
-        # bin.
+        # If the majority vote differs from the mean scores, confidence is below ½ and is counted in
+        # the lowest bin.
         place = int((confidence - 0.5) * 2 * BINS + 1e-9)
         sure, right = self.bins[min(max(place, 0), BINS - 1)]
         sure.add(confidence)
@@ -345,8 +345,8 @@ class PairedTally:
     def report(self) -> dict[str, Any] | None:
         """Returns the difference in accuracy with its interval, and McNemar's exact test.
 
-        The test counts pairs that exactly one of the judges gets right. An undecided pair is not
-        right.
+        The test counts pairs that exactly one of the judges gets right. An undecided pair does not
+        count as right.
         """
         if not self.cells:
             return None

@@ -109,7 +109,7 @@ def bootstrap_counts(counts: Mapping[float, int], seed: int = 0) -> Estimate:
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Estimate:
-    """Returns the share of prompts with a higher score for us; a tie counts as half a win."""
+    """Returns the share of prompts for which `ours` is higher; a tie counts as half a win."""
     wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
     return bootstrap_mean(wins, seed)
 
@@ -133,7 +133,7 @@ class JudgeQuality:
 
 
 def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
-    """Computes the quality of verdicts on pairs whose better response is a.
+    """Computes the quality of verdicts on pairs in which response `a` is better.
 
     Judging is symmetric in the two orders, so the position of the better response has no effect.
 
@@ -156,7 +156,7 @@ def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
 def evaluate_judge(
     judge: Judge, records: Sequence[PreferenceRecord], *, progress: bool = False
 ) -> JudgeQuality:
-    """Computes the judge's agreement with the labels; a pair may belong to a single principle."""
+    """Computes the judge's agreement with labels; a pair may be labeled for a single principle."""
     cases = [
         (Comparison(judge_context(r), p.chosen, p.rejected), p.principle)
         for r in records
@@ -177,7 +177,7 @@ def evaluate_judge(
 
 @dataclass(frozen=True, slots=True)
 class LengthControlled:
-    """A win rate without the effect of length.
+    """A win rate without the effect of response length.
 
     Attributes:
         win_rate: σ(θ), the probability of a win against a response of equal length, with its

@@ -29,11 +29,11 @@ class Chart:
         section: the kind of run and the heading on the page.
         id, title, about: the identifier, the title and a description of the chart.
         lines: the metrics and their names in this chart. Metrics that are missing in all runs are
-            left out. A name that ends with `/` selects every metric with this prefix, named by the
-            rest.
+            left out. A name that ends with `/` selects every metric with this prefix, and the rest
+            of the metric's name is the name of its curve.
         format: `percent`, or `None` for plain numbers.
-        reference: the value of a dotted line.
-        maybe: further lines, for metrics that only some runs log.
+        reference: the value at which a dotted line is drawn.
+        maybe: additional lines, for metrics that only some runs log.
     """
 
     section: tuple[str, str]
@@ -84,21 +84,23 @@ CHARTS = (  # in the order on the page
           "The share of decided pairs on which both orders agree. At 50 %, only position decides.",
           PERCENT, 0.5),
     Chart(JUDGE, "undecidable", "Undecidable pairs", {"judge/undecidable": "undecidable"},
-          "Share of pairs without a gradient: equal texts, exact ties, too long, open thoughts.",
+          "The share of pairs without a gradient, because of equal texts, exact ties, long texts "
+          "or thoughts without an end.",
           PERCENT),
     Chart(JUDGE, "principles", "Win rate by principle", {"judge/win_rate/": ""},
           "The share of decided pairs in which a principle agrees with the verdict.", PERCENT),
     Chart(RESPONSES, "length", "Response length",
           {"completions/mean_length": "all", "completions/chosen_length": "chosen",
            "completions/rejected_length": "rejected"},
-          "Tokens of an answer. If chosen stays above rejected, the policy learns length.",
+          "The number of tokens in an answer. If chosen stays above rejected, the policy learns to "
+          "write longer answers.",
           maybe={"completions/thought_length": "thought"}),
     Chart(RESPONSES, "drift", "Length against the reference",
           {"completions/length_drift": "ratio"},
-          "Mean length divided by the first value, when the policy equals the reference.",
+          "The mean length divided by its first value, at which policy and reference are equal.",
           reference=1.0),
     Chart(RESPONSES, "finished", "Finished responses", {"completions/finished": "finished"},
-          "Share of responses that the model ended itself; the others are cut at the limit.",
+          "The share of responses that the model ended itself. The others are cut at the limit.",
           PERCENT, maybe={"completions/unanswered": "a thought without an end"}),
     Chart(JSFT, "jsft-loss", "JSFT: loss", {"loss": "training", "eval_loss": HELD_OUT},
           "Cross-entropy per trained token, for SFT and judge examples together."),
@@ -112,7 +114,7 @@ CHARTS = (  # in the order on the page
     Chart(OPTIMIZER, "rate", "Learning rate", {"learning_rate": "rate"},
           "The learning rate from the schedule."),
     Chart(OPTIMIZER, "time", "Seconds per step", {"time/": ""},
-          "The time for each phase of a step, with the names logged under time/."),
+          "The time for each phase of a step, by the name that is logged under time/."),
 )
 # fmt: on
 

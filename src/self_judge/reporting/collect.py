@@ -30,8 +30,8 @@ class Limits:
         pairs: the number of sampled pairs from all runs together, spread evenly over their steps.
         points: the number of points in a curve. Longer curves are averaged over windows.
         brackets: the number of tournaments.
-        characters: the number of characters in a text. The rest is cut, and the page shows how
-            much.
+        characters: the number of characters in a text. Longer texts are cut, and the page shows the
+            number of missing characters.
     """
 
     pairs: int = 400
@@ -72,8 +72,9 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
     """Reads runs, tournaments and evaluations.
 
     Args:
-        paths: folders, or single files from `tournament --brackets` or `eval`. A folder is a run or
-            contains runs one level below. Its files with brackets and results are also read.
+        paths: folders, or single files from `tournament --brackets` or `eval`. A folder is a run
+            folder or contains run folders one level below. The folder's files with brackets and
+            results are also read.
         limits: limits on the data.
 
     Raises:
@@ -117,7 +118,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Returns the shortest distinct ends of the paths, with two or more parts for several paths."""
+    """Returns the shortest distinct ends of the paths, two parts or more for several paths."""
     # A single run a/jsft becomes `jsft`. The runs x/a/jsft and x/b/jsft become `a/jsft` and
     # `b/jsft`.
     parts = [f.resolve().parts for f in folders]
@@ -163,7 +164,7 @@ def _run(folder: Path, name: str, limits: Limits) -> Line:
 
 
 def _thinned(steps: list[int], values: list[float | None], most: int) -> Line:
-    """Averages values over equal windows to at most `most` points; missing values leave gaps."""
+    """Averages values over equal windows, for at most `most` points; missing values leave gaps."""
     window = math.ceil(len(steps) / most)
     if window > 1:
         chunks = [values[i : i + window] for i in range(0, len(values), window)]
@@ -183,7 +184,7 @@ def _json(path: Path) -> Line:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error.msg}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
@@ -288,7 +289,7 @@ def _add_brackets(file: Path, data: ReportData, limits: Limits) -> None:
                 }
             )
     if there > limits.brackets:
-        data.notes.append(f"{file.name}: the first {limits.brackets} of {there:,} tournaments")
+        data.notes.append(f"{file.name}: only the first {limits.brackets} of {there:,} tournaments")
 
 
 def _context(line: Mapping[str, Any]) -> str:
@@ -302,7 +303,7 @@ def _context(line: Mapping[str, Any]) -> str:
 
 
 def _add_verdicts(name: str, lines: Iterable[Line], data: ReportData) -> None:
-    """Adds a judge from the `judged_line`s of the demo."""
+    """Adds a judge from the lines that the demo wrote with `judged_line`."""
     tally = JudgeTally(())  # the lines do not contain the names of principles
     for line in lines:
         given = dict(enumerate(line["probabilities"] or ()))
@@ -355,7 +356,7 @@ def _add_reports(name: str, results: Line, data: ReportData) -> None:
 
 
 def _model(results: Line) -> str | None:
-    """Returns the name of the judge model if the results contain it, as those from `eval` do."""
+    """Returns the name of the judge model if the results contain it, like those of `eval`."""
     judge = results.get("judge")
     return judge.get("model") if isinstance(judge, dict) else None
 

@@ -1,7 +1,7 @@
 """Implements `self-judge report`, which writes an HTML page that needs no network.
 
 The page shows runs, tournaments and evaluations. This module writes data, style, script and Plotly
-to one file, and text from the data cannot become markup. `collect.py` reads the files, `charts.py`
+to one file. Text from the data cannot become markup. `collect.py` reads the files, `charts.py`
 lists the curves, and `assets/report.js` draws them.
 """
 
@@ -79,7 +79,7 @@ def report_on(path: Path, console: Console) -> None:
 
 
 def page(data: ReportData) -> str:
-    """Returns the whole page as text.
+    """Returns the whole page as a string.
 
     Text from the data is only in a JSON block, where markup cannot begin or end. Only the scripts
     with the given hashes can run. The page cannot run, load or send anything else.
@@ -104,7 +104,7 @@ def page(data: ReportData) -> str:
 
 
 def json_block(value: Any) -> str:
-    """Returns JSON for a script element, without `<`, `>`, `&` and line separators."""
+    """Returns JSON for a script element, without `<`, `>`, `&` or line separators."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -133,7 +133,7 @@ def _content(data: ReportData) -> dict[str, Any]:
 
 
 def _inline(script: str) -> str:
-    """Prevents a script from closing its element; browsers convert CR LF to LF before hashing."""
+    """Prevents a script from closing its element. Also converts CR LF to LF, as browsers do."""
     return script.replace("\r\n", "\n").replace("</script", "<\\/script")
 
 

@@ -1,6 +1,7 @@
-"""Callbacks for both trainers: the run's log, the times of a step, and a live progress bar.
+"""Callbacks for both trainers: a run log, the time of each phase in a step, and a progress bar.
 
-Like trackers, they use only the trainer's callback events. They do not change training.
+Like tracker integrations, these callbacks only receive the trainer's events. They do not change
+training.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 class RunLog(TrainerCallback):
     """Writes `run.json` when training begins, and a line in `metrics.jsonl` at every log.
 
-    When a run resumes from a checkpoint, the lines for later steps are removed, because those steps
-    run again.
+    When a run resumes from a checkpoint, the lines for the steps after the checkpoint are removed,
+    because those steps run again.
 
     Args:
         kind: the kind of run, `jsft` or `self_judge`.
-        about: further entries for `run.json`, such as the judge templates.
+        about: additional entries for `run.json`, such as the judge templates.
 
     Attributes:
         run_file: the run's configuration, if there is a run file.
@@ -101,7 +102,7 @@ class RunLog(TrainerCallback):
             **self.about,
             "run_file": self.run_file,
             "changed_arguments": _changed(args),
-            "arguments": args.to_dict(),  # which masks access tokens
+            "arguments": args.to_dict(),  # `to_dict` masks access tokens
             "versions": {
                 "python": platform.python_version(),
                 **{name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -125,21 +126,21 @@ def _changed(args: Any) -> dict[str, Any]:
     return changed
 
 
-# The phases of a step, in order. In `waiting`, a process waits for the slowest one before the
-# update.
+# The phases of a step, in order. In the `waiting` phase, a process waits for the slowest process
+# before the update.
 PHASES = ("sampling", "judging", "reference", "waiting", "update")
 
 
 class StepClock(TrainerCallback):
     """Times the phases of each optimizer step and logs them when the step ends.
 
-    `time/<phase>` is the longest time of any process in seconds. `tokens_per_second/sampling` and
-    `tokens_per_second/step` are the number of tokens sampled by all processes, divided by the time
-    of the sampling phase and of the whole step.
+    `time/<phase>` is the number of seconds that the slowest process spends in the phase.
+    `tokens_per_second/sampling` and `tokens_per_second/step` are the number of tokens sampled by
+    all processes, divided by the time of the sampling phase and of the whole step.
 
     Args:
         accelerator: gathers the times from all processes.
-        metrics: lists of values by name. Each step appends to them.
+        metrics: lists of values by name. Each step appends its values to these lists.
     """
 
     def __init__(self, accelerator: Accelerator, metrics: Any) -> None:
@@ -151,13 +152,13 @@ class StepClock(TrainerCallback):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the duration of the block to this phase."""
+        """Adds the duration of the `with` block to the phase `name`."""
         started = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - started
 
     def rolled_out(self, tokens: int) -> None:
-        """Marks the end of the rollout and waits for all processes to start the update.
+        """Marks the end of the rollout, and waits until all processes have finished their rollouts.
 
         Args:
             tokens: the number of tokens that this process sampled.
@@ -194,7 +195,8 @@ class StepClock(TrainerCallback):
         self._rolled_out = None
 
 
-# Metrics and their names on the progress line, in order. A narrow terminal shows only the first.
+# Metrics and their names on the progress line, in order. A narrow terminal shows only the first
+# ones.
 _SHOWN = {
     "loss": "loss",
     "judge/margin": "judge margin",
@@ -226,7 +228,8 @@ class LiveProgress(TrainerCallback):
 
     Args:
         title: the label of the bar.
-        console: where to print. If it is not a terminal, every log is a line of text.
+        console: the console to print to. If the console is not a terminal, every log is printed as
+            one line of text.
     """
 
     def __init__(self, title: str, console: Console) -> None:
@@ -244,7 +247,7 @@ class LiveProgress(TrainerCallback):
         )
 
     def attach(self, trainer: Trainer) -> None:
-        """Replaces the trainer's callbacks that print."""
+        """Adds this callback in place of the trainer's own callbacks that print."""
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(self)
@@ -281,7 +284,7 @@ class LiveProgress(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Restores the terminal. Call it if training ends with an error."""
+        """Restores the terminal. Call this method if training ends with an error."""
         if self.console.is_terminal:
             self.bar.stop()
 
@@ -293,7 +296,8 @@ class LiveProgress(TrainerCallback):
 
 
 def _numbers(logs: dict[str, float]) -> str:
-    # Self-training also logs the token accuracy, which means little there.
+    # Self-training also logs the token accuracy, but it is not a useful metric for preference
+    # pairs.
     left_out = {"mean_token_accuracy"} if "judge/margin" in logs else set()
     shown = [(key, name) for key, name in _SHOWN.items() if key in logs and key not in left_out]
     return " · ".join(f"{name} {logs[key]:.3g}" for key, name in shown)

@@ -1,8 +1,9 @@
 """Fault tolerance for both trainers, so that a killed run resumes with the same numbers.
 
-Checkpoints are complete or absent (`storage/atomic.py`) and are checked before a run resumes. They
-contain the metrics that are not logged yet. SIGTERM ends a run after the current step. Non-finite
-numbers never reach the weights. A run without such events is unchanged.
+Checkpoints are complete or absent (`storage/atomic.py`) and are checked before a run resumes.
+Checkpoints also contain the metrics that have not been logged yet. SIGTERM ends a run after the
+current step. Non-finite numbers never reach the weights. A run without these events is the
+same as without this module.
 """
 
 # A checkpoint is written in these steps. If the run is killed in any of them, `checkpoint-20` is
@@ -13,16 +14,16 @@ numbers never reach the weights. A run without such events is unchanged.
 #   .unfinished/checkpoint-20/manifest.json seal: every file is on disk, and the manifest lists
 #                                           their sizes
 #   checkpoint-20/                          commit: one rename
-#   .unfinished/checkpoint-10.old           `save_total_limit`: old ones are renamed, then deleted
+#   .unfinished/checkpoint-10.old           `save_total_limit`: renames and then deletes old ones
 #
-# The next run deletes `.unfinished` and resumes from the last folder that matches its manifest.
+# The next run deletes `.unfinished` and resumes from the last checkpoint that matches its manifest.
 #
 # A resumed run logs the same numbers, here with logging_steps 10 and a checkpoint at step 14:
 #
 #   steps     1 ........ 10 | 11 .. 14 # 15 .. 17 killed
-#                       log            └ checkpoint holds the sums of steps 11 to 14
-#   resumed                              15 ........ 20     log of 20: mean over steps 11 to 20,
-#                                                           as without the kill
+#                       log            └ the checkpoint contains the sums for steps 11 to 14
+#   resumed                              15 ........ 20     log at step 20: mean over steps 11 to
+#                                                           20, as in an uninterrupted run
 
 from __future__ import annotations
 
@@ -87,15 +88,17 @@ class NotFiniteError(FloatingPointError):
 
 
 class FaultToleranceMixin(Base):
-    """A mixin that adds fault tolerance to a Transformers trainer, which it must precede.
+    """Adds fault tolerance to a Transformers trainer. The mixin must come before its base class.
 
     Attributes:
         max_skipped_steps: training stops after this many skipped steps in a row. A step is skipped
             if its gradient is not finite or if `nothing_judged` is set.
-        on_saved: called with every folder into which the model is saved, to add files to it.
+        on_saved: a function that is called with the path of every saved model and can add files to
+            this folder.
         nothing_judged: whether no pair in the step could be judged. `SelfJudgeTrainer` sets it.
-        stop_on_sigterm: whether SIGTERM ends training after the current step, with a checkpoint,
-            instead of ending the process. The caller then checks `stopped_early`.
+        stop_on_sigterm: whether SIGTERM makes the trainer finish the current step, save a
+            checkpoint and stop, instead of ending the process. The caller then checks
+            `stopped_early`.
         stopped_early: whether SIGTERM ended the last call of `train`.
     """
 
@@ -126,7 +129,7 @@ class FaultToleranceMixin(Base):
                 the output folder.
 
         Raises:
-            CheckpointError: the folder is not a complete checkpoint, or there is none.
+            CheckpointError: the folder is not a complete checkpoint, or no checkpoint is found.
             NotFiniteError: `max_skipped_steps` steps in a row had no finite gradient.
         """
         found: str | None = None
@@ -136,8 +139,8 @@ class FaultToleranceMixin(Base):
             clear_unfinished(Path(str(self.args.output_dir)))
         self._skipped = 0
         self._before_training(Path(found) if found else None)
-        # Transformers sets the seed only in the constructor. Random draws since then would change
-        # the run.
+        # Transformers sets the seed only in the constructor. Random numbers drawn since then would
+        # change the run.
         set_seed(self.args.seed)
         with _stopping(self), without_cudnn_attention():
             result = super().train(found, *args, **kwargs)
@@ -145,7 +148,7 @@ class FaultToleranceMixin(Base):
         return result
 
     def _before_training(self, checkpoint: Path | None) -> None:
-        """Finds errors that would otherwise appear at the first save, or never."""
+        """Finds errors that would otherwise appear only at the first save, or not at all."""
         model: Any = self.model
         check_start(self.args, model)
         self._data = data_fingerprint(self.train_dataset)
@@ -181,7 +184,7 @@ class FaultToleranceMixin(Base):
         return with_optimizer(path)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # If a run resumes from its last checkpoint, Transformers would run one step too many.
+        # After resuming from the checkpoint of the last step, Transformers would run an extra step.
         if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
             if self.args.should_save:  # the run may have been killed after its last checkpoint
@@ -200,9 +203,9 @@ class FaultToleranceMixin(Base):
             return
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["processes"] != self.args.world_size:
-            return  # each process has its own sums, so the number of processes must match
+            return  # each process has its own sums, so another number of processes cannot use them
         self._tr_loss += kept["loss"]
-        # Transformers reports the mean loss for this call of `train`, without earlier steps.
+        # Transformers reports the mean loss over the steps in this call of `train` only.
         self._total_loss_scalar -= kept["loss"]
         self._globalstep_last_logged = kept["last_logged_step"]
         self._skipped = kept[SKIPPED]
@@ -313,13 +316,13 @@ class FaultToleranceMixin(Base):
             remove(old)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # An upload runs in the background, so it starts when the folder has its final name.
+        # A background upload must not start before the folder has its final name.
         self._unsent = checkpoint_folder
 
     # -- numbers that are not finite ---------------------------------------------------------------
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Skips a step without a usable gradient. The weights and optimizer stay unchanged."""
+        """Skips a step that has no usable gradient. The weights and the optimizer do not change."""
         norm = super()._get_grad_norm(model, grad_norm)
         value = float(norm)
         learned = math.isfinite(value) and not self.nothing_judged
@@ -341,12 +344,12 @@ class FaultToleranceMixin(Base):
                 f"{len(broken)} trained weights are not finite either, such as {broken[0]}: do not "
                 "use these weights"
                 if broken
-                else f"The weights are those after step {step - self._skipped}, as in checkpoints"
+                else f"Weights and checkpoints are unchanged since step {step - self._skipped}"
             )
             raise NotFiniteError(
                 f"training stops at step {step}, the last of {self._skipped} skipped steps in a "
                 f"row: {what}. {weights}. Try a smaller learning_rate, or a dtype with a larger "
-                "range (float16 ends at 65,504)"
+                "range (the largest float16 value is 65,504)"
             )
         # DeepSpeed steps the optimizer itself and also skips such steps.
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -381,7 +384,7 @@ def _writing(folder: Path) -> Iterator[None]:
         why = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"cannot write to {folder} ({why:.200}); "
-            + (f"{last} is complete" if last else "it has no complete checkpoint")
+            + (f"{last} is complete" if last else "the folder has no complete checkpoint")
             + ". Free some disk space and run the same command again"
         ) from error
 
@@ -390,11 +393,11 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 class StopAfterStep(TrainerCallback):
-    """Ends training, with a checkpoint, after the step in which any process receives SIGTERM.
+    """Saves a checkpoint and ends training after the step in which any process receives SIGTERM.
 
     Attributes:
         asked: whether this process received the signal.
-        stopped: whether training ended because of it.
+        stopped: whether training ended because of the signal.
     """
 
     # The processes may receive the signal in different steps, so they synchronize after each step:
@@ -423,8 +426,8 @@ class StopAfterStep(TrainerCallback):
 def _stopping(trainer: Any) -> Iterator[None]:
     """Makes SIGTERM end training after the current step; see `stopped_early`.
 
-    Only the main thread receives signals. Transformers' `enable_jit_checkpoint` has its own
-    handler.
+    This has no effect outside the main thread, because only the main thread receives signals, or
+    with Transformers' `enable_jit_checkpoint`, which uses its own handler.
     """
     trainer.stopped_early = False
     own = trainer.stop_on_sigterm and threading.current_thread() is threading.main_thread()

@@ -1,6 +1,6 @@
-"""LoRA layers that move less memory in training, with equally accurate results.
+"""LoRA layers that need less memory traffic in training and are equally accurate.
 
-PEFT's layers, parameters and files are unchanged. Only plain layers compute differently.
+PEFT's layers, parameters and files are unchanged. Only the computation in plain layers differs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def lighten(model: nn.Module) -> None:
-    """Makes the plain LoRA layers of a model read and write less memory.
+    """Makes the plain LoRA layers in a model read and write less memory.
 
-    The choice is made at each call. A layer uses PEFT's own code if it has several adapters, active
+    A layer is checked at each call. It uses PEFT's own code if it has several adapters, active
     dropout, a variant of LoRA, adapter biases, or base weights that are merged, quantized or
     trained.
     """
@@ -31,7 +31,7 @@ def lighten(model: nn.Module) -> None:
 def forward(layer: lora.Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Computes `lora.Linear.forward` with less memory traffic if the layer is plain.
 
-    For other layers, the input stays in half precision if autocast would undo PEFT's cast to the
+    For other layers, the input is kept in half precision if autocast would undo PEFT's cast to the
     adapter's float32.
     """
     name = None if args or kwargs else _sole_adapter(layer)
@@ -51,7 +51,7 @@ def forward(layer: lora.Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> t
 
 
 def _sole_adapter(layer: lora.Linear) -> str | None:
-    """Returns a layer's only active adapter if it is plain LoRA without active dropout."""
+    """Returns a layer's only active adapter if the adapter is plain LoRA without active dropout."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1 or names[0] in layer.lora_variant:
         return None
@@ -61,17 +61,17 @@ def _sole_adapter(layer: lora.Linear) -> str | None:
 
 
 def _cast_is_undone(layer: lora.Linear, name: str, x: torch.Tensor) -> bool:
-    # The cast affects the result with several adapters, which sum their input gradients in float32,
-    # and with dropout, which scales in the dtype of its input.
+    # The cast affects the result if there are several adapters, because their input gradients are
+    # summed in float32, or if there is dropout, because it scales in the dtype of its input.
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in _HALF
     return autocast and layer.lora_A[name].weight.dtype == torch.float32
 
 
 def _is_plain(layer: lora.Linear, name: str, x: torch.Tensor, computed: torch.dtype) -> bool:
-    """Returns whether PEFT would compute only the base and one adapter, in the same dtype."""
+    """Returns whether PEFT would compute only the base layer and one adapter, in the same dtype."""
     base, down, up = layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name]
     weights = (base.weight, down.weight, up.weight)
-    # Autocast casts the weights. Without it, PEFT computes in the dtype of each weight.
+    # Autocast casts the weights. Without autocast, PEFT computes in the dtype of each weight.
     allowed = (computed, torch.float32 if torch.is_autocast_enabled(x.device.type) else computed)
     return (
         not layer.disable_adapters

@@ -1,11 +1,11 @@
-"""Repeats an update that runs out of memory in smaller parts, with the same gradient.
+"""If an update runs out of memory, repeats it in smaller parts that give the same gradient.
 
-This module contains a mixin for the trainer's step. It requires a loss that is a mean over pairs.
+This module contains a mixin for the trainer's step. The loss must be a mean over pairs.
 """
 
 # For example, a step has micro-batches 0, 1, 2 of 4 pairs, and the forward pass of micro-batch 1
-# runs out of memory. Its gradient may be partly added, so the whole step starts again, with half
-# the pairs at a time:
+# runs out of memory. A part of its gradient may have been added already, so the whole step starts
+# again with half as many pairs at a time:
 #
 #   micro-batch 0: 4 pairs   ok
 #   micro-batch 1: 4 pairs   out of memory -> zero the gradients, forget this step's metrics
@@ -38,9 +38,10 @@ MICRO_BATCH = "micro_batch"
 
 
 class OOMRetryMixin(Base):
-    """A mixin for TRL's `DPOTrainer` that halves the pairs per forward pass if memory runs out.
+    """A mixin for TRL's `DPOTrainer` that halves the number of pairs in a pass if memory runs out.
 
-    It works only in a single process. Several processes would have to retry at the same point.
+    The mixin works only in a single process, because several processes would have to retry at the
+    same point.
     """
 
     _metrics: Any  # TRL's own
@@ -50,7 +51,7 @@ class OOMRetryMixin(Base):
     _share = 1.0
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Like Transformers', but repeats the step from its start if memory runs out."""
+        """Like the inherited method, but repeats the step from its start if memory runs out."""
         model.train()  # the inherited step also does this, but too late for the next line
         place = inputs.get(MICRO_BATCH, 0)
         prepared = self._prepare_inputs(inputs)
@@ -98,7 +99,7 @@ class OOMRetryMixin(Base):
         return torch.stack(losses).sum()
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Computes the loss and weights part of a micro-batch by its share of the pairs."""
+        """Computes the loss. A part of a micro-batch is weighted by its share of the pairs."""
         found: Any = super().compute_loss(model, inputs, *args, **kwargs)
         return found if self._share == 1.0 else found * self._share
 
@@ -108,7 +109,7 @@ def _pairs(batch: dict[str, Any]) -> int:
 
 
 def _rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Returns some pairs of a preference batch, in which all chosen rows come first."""
+    """Returns some pairs from a preference batch, in which all chosen rows come first."""
     # Pairs 2 to 3 of c0 c1 c2 c3 r0 r1 r2 r3 are the rows c2 c3 r2 r3. A column with one value per
     # pair, such as the reference's log-probabilities, is sliced directly.
     pairs = _pairs(batch)

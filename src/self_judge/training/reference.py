@@ -1,4 +1,4 @@
-"""Creates the frozen reference, which is also the judge, and checks that it stays unchanged."""
+"""Creates the frozen reference, which is also the judge, and checks that it does not change."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
 FILE = "reference.json"
 _TOKENS = 24
-# If the reference uses trained weights, its logits change by more than this. Another device or
-# another order of summation changes them by less (see `exactness`).
+# If the reference uses trained weights, its logits change by more than this fraction. A different
+# device or order of summation changes them by less (see `exactness`).
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _TOLERANCE_IN_LESS = 6e-2
 
@@ -77,13 +77,13 @@ def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
 
 
 def is_sharded(args: TrainingArguments) -> bool:
-    """Returns whether FSDP or DeepSpeed shards the model over processes."""
+    """Returns whether FSDP or DeepSpeed shards the model across processes."""
     launched = (os.environ.get(f"ACCELERATE_USE_{kind}", "") for kind in ("FSDP", "DEEPSPEED"))
     return bool(args.fsdp or args.deepspeed or any(a.lower() in ("1", "true") for a in launched))
 
 
 def place(model: Any, args: TrainingArguments) -> None:
-    """Moves a model to its training device, so that it is copied there and not in host memory.
+    """Moves a model to its training device, so that its copy is made on this device.
 
     FSDP and DeepSpeed place sharded models themselves. Models with a device map or 4-bit weights
     are already on their devices.
@@ -94,10 +94,10 @@ def place(model: Any, args: TrainingArguments) -> None:
 
 
 def own_models(name: str, revision: str | None = None) -> list[Path]:
-    """Returns the folders that a run must not write to: its model and the model's bases."""
+    """Returns the folders that a run must not write to: those of its model and the base models."""
     chain = adapter_chain(name, revision)
     models = [Path(chain.base), *(Path(adapter.name) for adapter in chain.adapters)]
-    # Checkpoints of an earlier run would be replaced by those of this run.
+    # The checkpoints of this run would replace those of an earlier run.
     models += [m.parent for m in models if m.name.startswith(PREFIX_CHECKPOINT_DIR)]
     return [m for m in models if m.exists()]
 
@@ -110,7 +110,7 @@ def load_by_name(
     if trainer_arguments.get("quantization_config") is not None:
         options["quantization_config"] = trainer_arguments.pop("quantization_config")
     refuse_overwriting([config.output_dir], own_models(name, options.get("revision")))
-    config.model_init_kwargs = None  # TRL would warn that it does not use them
+    config.model_init_kwargs = None  # TRL would warn that it does not use these settings
     return load_model(name, merge=merge, **options)
 
 
@@ -125,7 +125,7 @@ def active_reference(trainer: Any) -> Iterator[None]:
         yield
 
 
-# -- whether it stays unchanged --------------------------------------------------------------------
+# -- checks that the reference does not change -----------------------------------------------------
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def given_logits(
 ) -> torch.Tensor | None:
     """Computes the logits that the reference must keep, or returns `None` for a sharded model.
 
-    It moves the models to the training device.
+    This function moves the models to the training device.
 
     Args:
         model: the model that was passed to the trainer.
@@ -152,13 +152,14 @@ def given_logits(
         peft_config: the configuration of a new adapter, if any.
 
     Raises:
-        ModelError: the model is sharded, and the adapter trains biases that stay when it is off.
+        ModelError: the model is sharded, and the adapter trains biases, which remain active when
+            the adapter is disabled.
     """
     if is_sharded(args):
         if ref_model is None and getattr(peft_config, "bias", "none") != "none":
             raise ModelError(
                 f"the judge would change during training: peft_config.bias is {peft_config.bias}, "
-                "and biases stay when the adapter is off. Set peft_config.bias: none"
+                "and biases remain active when the adapter is disabled. Set peft_config.bias: none"
             )
         return None
     place(model, args)
@@ -199,8 +200,8 @@ class ReferenceCheck:
         self.tolerance = _TOLERANCE.get(inner.dtype, _TOLERANCE_IN_LESS)
 
     def moved(self, logits: torch.Tensor) -> float | None:
-        """Returns the difference as a fraction of the largest logit, or `None` if they agree."""
-        # Models mask tokens with infinities or huge numbers. These must be the same tokens.
+        """Returns the difference as a fraction of the largest logit, or `None` if it is small."""
+        # Models mask tokens with infinities or huge numbers. Both models must mask the same tokens.
         usual, own = _usual(self.expected), _usual(logits)
         if not torch.equal(usual, own):
             return math.inf
@@ -212,7 +213,8 @@ class ReferenceCheck:
         """Checks that the reference equals the given model and does not use trained weights.
 
         Raises:
-            ModelError: the reference differs, or it uses trained weights. The message names one.
+            ModelError: the reference differs from the given model, or it uses trained weights. The
+                message names one of these weights.
         """
         logits = self.logits
         if logits is None:
@@ -266,7 +268,7 @@ class ReferenceCheck:
             return
         content = json.loads(path.read_text(encoding="utf-8"))
         saved = torch.tensor(content["logits"])
-        # The run may compute in another type than at the checkpoint.
+        # The run may use a different dtype than the run that saved the checkpoint.
         tolerance = max(self.tolerance, content["tolerance"])
         off = (saved - torch.tensor(self._sample())).abs().max() / saved.abs().max().clamp(min=1e-6)
         if not float(off) <= tolerance:
@@ -292,7 +294,7 @@ def _by_kind(
 
 @contextmanager
 def _changed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Changes every value inside the block, and restores all values exactly afterwards."""
+    """Changes every value inside the `with` block, and restores all values exactly afterwards."""
     # Flipping bits twice restores them, so no copy of the weights is needed. Float32 examples:
     #   0.0 -> 0.0625       -0.03 -> 3.5e-39       5.0 -> 3.7e+37
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}

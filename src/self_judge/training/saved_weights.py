@@ -27,10 +27,11 @@ from self_judge.storage.atomic import write_json
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
 
-# Settings that change what an adapter's weights mean, but not their names or shapes.
+# Settings that change the meaning of an adapter's weights, but not their names or shapes.
 _SCALES = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out",
            "trainable_token_indices")  # fmt: skip
-# PEFT initializes these from the base weights, and again in the same way when it loads the adapter.
+# PEFT computes these initial values from the base weights. It computes them in the same way when it
+# loads the adapter.
 _REPEATABLE = ("pissa", "olora")
 DATA_FILE = "data_fingerprint.json"
 
@@ -48,7 +49,8 @@ def not_finite(model: nn.Module, *, trained_only: bool = True) -> list[str]:
 
 def _is_finite(parameter: torch.Tensor) -> bool:
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    # The sum is not finite if any weight is not. It needs less memory than a mask of all weights.
+    # The sum is not finite if any weight is not finite. Computing the sum needs less memory than a
+    # mask of all weights.
     return bool(torch.isfinite(local.detach().sum(dtype=torch.float64)))
 
 
@@ -56,7 +58,8 @@ def check_start(args: TrainingArguments, model: nn.Module) -> None:
     """Finds errors in the settings and the model that would appear only when the model is saved.
 
     Raises:
-        ValueError: a number is not finite, or the output folder is the model's own.
+        ValueError: a setting is not a finite number, or the output folder is the folder of the
+            model.
         ModelError: see `check_configuration` and `check_base`.
     """
     for name, value in vars(args).items():
@@ -74,7 +77,7 @@ def check_start(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def check_configuration(model: nn.Module) -> None:
-    """Finds what Transformers would refuse when it saves the whole model, before the training.
+    """Finds, before training, settings with which Transformers would refuse to save the full model.
 
     Raises:
         ModelError: the generation config contradicts itself.
@@ -93,10 +96,10 @@ def check_configuration(model: nn.Module) -> None:
 
 
 def check_base(model: PeftModel) -> None:
-    """Checks that the base named by a new adapter has the weights in memory, by a few of them.
+    """Compares a few weights in memory with those of the base model that a new adapter names.
 
     Raises:
-        ModelError: they differ, so the saved adapter would belong to another model.
+        ModelError: the weights differ, so the saved adapter would belong to another model.
     """
     config: Any = model.active_peft_config
     base: Any = unwrapped(model)
@@ -121,7 +124,7 @@ def check_base(model: PeftModel) -> None:
 
 
 def _evenly(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Some weights in a folder, spread over its files."""
+    """Yields the names of weights, spread over a folder's files, and functions to load them."""
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as weights:
             names = sorted(weights.keys())
@@ -130,7 +133,7 @@ def _evenly(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
 
 
 def remove_old_adapter(model: nn.Module, folder: Path) -> None:
-    """Removes the adapter of an earlier run beside a whole model, which it would replace."""
+    """Removes an earlier run's adapter next to a full model, because it would be loaded instead."""
     for name in () if isinstance(model, PeftModel) else FILES:
         (folder / name).unlink(missing_ok=True)
 
@@ -216,7 +219,7 @@ def with_optimizer(checkpoint: Path) -> Path:
 
 
 def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
-    """Checks that a checkpoint's adapter fits the one being trained.
+    """Checks that a checkpoint's adapter matches the adapter being trained.
 
     Raises:
         CheckpointError: the adapters differ in a setting that changes the shapes of their weights.
@@ -256,7 +259,7 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
 
 
 def data_fingerprint(dataset: Any) -> str | None:
-    """A hash of all rows of a dataset; `None` for a stream."""
+    """Returns a hash of all rows in a dataset, or `None` for a stream."""
     if not isinstance(dataset, Dataset):
         return None
     digest = hashlib.blake2b(repr(sorted(dataset.features)).encode(), digest_size=12)

@@ -1,7 +1,7 @@
 """Sets up a run from its file: settings, tokenizer, templates, data and adapter.
 
-Both training and `self-judge check` use this module, so the check describes the actual run. It does
-not load weights.
+Both training and `self-judge check` use this module, so the check describes the actual run. This
+module does not load weights.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def jsft_config(run: JSFTRun, processes: int | None = None) -> SFTConfig:
     """Returns the trainer's settings for a JSFT run; for `processes`, see `self_judge_config`.
 
     Raises:
-        ValueError: a setting is unknown, a value has the wrong type, or the global batch size does
-            not divide evenly.
+        ValueError: a setting is unknown, a value has the wrong type, or the global batch size is
+            not divisible by the micro-batch size times the number of processes.
     """
     args: SFTConfig = _training_config(
         run, run.jsft_args.global_batch_size, processes, SFTConfig, {"max_length": None}
@@ -80,11 +80,11 @@ def self_judge_config(run: SelfJudgeRun, processes: int | None = None) -> SelfJu
     """Returns the trainer's settings for a self-training run.
 
     Args:
-        processes: the number of processes that share the global batch (default: those of this
-            launch).
+        processes: the number of processes that share the global batch (default: the number of
+            processes in this launch).
 
     Raises:
-        ValueError: as in `jsft_config`, or the settings contradict the method.
+        ValueError: see `jsft_config`. Also raised if the settings contradict the method.
     """
     own = dataclasses.asdict(run.self_judge_args)
     for name in ("token_id_a", "token_id_b"):  # the trainer takes them as arguments
@@ -173,7 +173,7 @@ def _encoder(run: JSFTRun | SelfJudgeRun, saved: JudgeSettings | None) -> ChatEn
     given = {**(saved.chat_template_kwargs if saved else {}), **values}
     if CLOCK not in encoder.chat_template_kwargs or given.get(CLOCK):
         return encoder
-    # A run that resumes on another day keeps its first date.
+    # A run that resumes on another day keeps the date on which it started.
     wanted = run.training_args.get("resume_from_checkpoint")
     output = Path(str(run.training_args.get("output_dir") or "."))
     folder = latest_complete(output)[0] if wanted in LAST else wanted or None
@@ -202,7 +202,7 @@ def refuse_own_inputs(run: JSFTRun | SelfJudgeRun) -> None:
 def load_data(
     dataset: DatasetArgs, say: Say, *, rationales: bool
 ) -> tuple[PreferenceData, PreferenceData | None]:
-    """Loads the training data and the held-out data (`eval` sources, or a share of prompts)."""
+    """Loads the training data and the held-out data (`eval` sources, or a share of the prompts)."""
 
     def load(
         sources: Sequence[Source], subset: Subset, share: float, most: int | None
@@ -230,7 +230,7 @@ def load_data(
 
 
 def already_rendered(records: Sequence[PreferenceRecord], encoder: ChatEncoder) -> str | None:
-    """Returns a warning if records contain turn markers, with their number and the first one."""
+    """Returns a warning that counts the records with turn markers, or `None` if there are none."""
     found: list[str] = []
     for record in records:
         texts = [message["content"] for message in record.prompt]
@@ -241,9 +241,9 @@ def already_rendered(records: Sequence[PreferenceRecord], encoder: ChatEncoder) 
     if not found:
         return None
     return (
-        f"{len(found):,} of {len(records):,} records have turn markers in their texts, the first "
-        f"{found[0]}. They seem to be rendered already, and the markers would be trained as plain "
-        "text: use the original messages"
+        f"{len(found):,} of {len(records):,} records have turn markers in their texts. The first "
+        f"is {found[0]}. These records seem to be rendered already, and the markers would be "
+        "trained as plain text: use the original messages"
     )
 
 

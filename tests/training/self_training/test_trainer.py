@@ -523,7 +523,7 @@ def test_rows_by_query_are_trained_from_the_ids_of_rows_by_prompt(
     trainer = make(
         encoder=ChatEncoder(tokenizer, template), processing_class=tokenizer, train_dataset=plain
     )
-    assert "1 of 5 queries are not as the chat template renders prompts" in caplog.text
+    assert "1 of 5 queries do not have the format of the chat template" in caplog.text
     assert trainer.train_dataset.column_names == list(COLUMNS)
 
 

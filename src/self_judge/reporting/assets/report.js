@@ -80,7 +80,8 @@
     ["length drift", "completions/length_drift", "change"], ["KL", "objective/kl"],
   ];
 
-  // One row per item, in its colour; on a phone, one card. Columns: title, item → contents.
+  // One row per item, in the item's colour. On a phone, each row is a card. Columns:
+  // title, item → contents.
   function cardTable(heading, things, columns, classOf = () => "number") {
     return el("div", { class: "scroll" }, el("table", { class: "cards" },
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, heading), columns.map(([title]) => el("th", { scope: "col", class: "number" }, title)))),
@@ -130,7 +131,7 @@
     };
     return {
       autosize: true, margin: { l: 44, r: 8, t: 8, b: 34 },
-      // Opaque: Plotly draws a rim of this colour around the line that follows the pointer.
+      // This colour is opaque, because Plotly draws a rim in it around the line at the pointer.
       paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"),
       font: { family: getComputedStyle(document.body).fontFamily, color: css("--ink"), size: 12 },
       xaxis: { ...axis, showgrid: false, title: { text: "step", font: { size: 11, color: css("--muted") }, standoff: 4 }, tickformat: "d", nticks: 7,

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# Reasons why an example is truncated or skipped. The command prints and saves their counts.
+# Reasons why an example is truncated or skipped. The command prints and saves the number of
+# examples for each reason.
 CUT = "cut at max_length"
 NO_ROOM = "no trained token within max_length"
 NO_FIT = "judge prompt does not fit into max_length"
@@ -34,7 +35,7 @@ class JSFTExample:
     Attributes:
         kind: `"sft"` or `"judge"`.
         input_ids: token ids, length T.
-        labels: the ids of the tokens with loss, and `ignore_index` elsewhere; length T.
+        labels: the ids of the trained tokens, and `ignore_index` for all other tokens; length T.
         note: why the example is truncated or skipped, or `None`. A skipped example has no ids.
         swapped: whether this is the previous example with the responses swapped.
         principle: the principle of a judge example's template; empty for SFT.
@@ -59,7 +60,7 @@ class JSFTExample:
 
 @dataclass(frozen=True)
 class ExampleEncoder:
-    """Converts records to training examples. It can be pickled for `datasets.map(num_proc=…)`.
+    """Converts records to examples. Instances can be pickled for `datasets.map(num_proc=…)`.
 
     Args:
         encoder: encodes dialogues and judge prompts to ids.
@@ -188,7 +189,7 @@ def jsft_dataset(
         encode,
         batched=True,
         remove_columns=["record"],
-        # Declare the types, because they cannot be inferred if no example in a batch fits.
+        # Declare the column types, because they cannot be inferred if no example in a batch fits.
         features=Features(
             input_ids=ids,
             labels=ids,
@@ -233,7 +234,7 @@ def record_from_json(text: str) -> PreferenceRecord:
 
 
 class JudgeAugmentedSFTCollator:
-    """Pads JSFT examples on the right into `input_ids`, `attention_mask` and `labels`, `(B, T)`.
+    """Pads JSFT examples on the right: `input_ids`, `attention_mask` and `labels` are `(B, T)`.
 
     Args:
         tokenizer: provides the padding token.

@@ -30,13 +30,13 @@ class PairSampler(Sampler[int]):
     """Samples examples in random order and keeps the two orders of a judged pair together.
 
     Args:
-        swapped: for each example, whether it is the previous one with the responses swapped.
+        swapped: for each example, whether it is the previous example with the responses swapped.
         seed: determines the order, together with the epoch.
     """
 
-    # The two orders share almost all of their prompt, so packing computes it once. With examples
-    # 0 sft, 1 judge, 2 swapped, 3 judge, 4 swapped, the units are [0] [1 2] [3 4]. Seed 0 draws
-    # the order 3 4 0 1 2.
+    # The two orders share almost all of their prompt, so packing computes these tokens once. With
+    # examples 0 sft, 1 judge, 2 swapped, 3 judge, 4 swapped, the units are [0] [1 2] [3 4]. Seed 0
+    # draws the order 3 4 0 1 2.
 
     def __init__(self, swapped: Sequence[bool], seed: int) -> None:
         self.units: list[list[int]] = []
@@ -63,12 +63,12 @@ class PairSampler(Sampler[int]):
 
 
 class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
-    """TRL's `SFTTrainer` for a dataset from `jsft_dataset`, with further arguments.
+    """TRL's `SFTTrainer` for a dataset from `jsft_dataset`, with additional arguments.
 
     Args:
         packing: see `Packing`. With `off`, batches are padded and drawn as in `SFTTrainer`.
         max_skipped_steps: see `FaultToleranceMixin`.
-        on_saved: called with every folder into which a model is saved, to add files to it.
+        on_saved: called with the path of every saved model, to add files to this folder.
 
     Raises:
         ValueError: `packing` names a mode that is not exact for the model.

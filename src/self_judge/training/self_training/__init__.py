@@ -1,6 +1,6 @@
-"""On-policy self-training: a model samples, judges its own responses and learns from them.
+"""On-policy self-training: a model samples responses, judges them and learns from them.
 
-This package handles prompts, rollouts and the loss, and is the only one that imports TRL's
+This package handles prompts, rollouts and the loss, and is the only package that imports TRL's
 DPOTrainer. It does not depend on run files or datasets. It imports from `training` and the packages
-before it.
+listed before `training` in docs/architecture.md.
 """

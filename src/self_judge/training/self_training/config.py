@@ -1,6 +1,6 @@
 """SelfJudgeConfig extends TRL's DPOConfig with the settings for sampling and judging.
 
-It contains and validates values. It does not load models or data.
+The class contains and validates values. It does not load models or data.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def as_self_judge_config(
 
 
 def with_values(args: SelfJudgeConfig, **values: Any) -> SelfJudgeConfig:
-    """Returns a validated copy with other values; `None` leaves a setting unchanged."""
+    """Returns a validated copy with the given values; `None` leaves a setting unchanged."""
     changed = copy.copy(args)
     for key, value in values.items():
         if value is not None:

@@ -1,4 +1,4 @@
-"""Averages log-probabilities where the inherited loss sums them, or the other way round.
+"""Averages log-probabilities if the inherited loss sums them, or sums them if it averages them.
 
 `SelfJudgeConfig.average_log_prob` enables it.
 """
@@ -23,8 +23,8 @@ class LogProbAveraging:
     """
 
     # If a response has the token log-probabilities -1, -3, -2, sigmoid sums them to -6. Divided by
-    # their number, they are -1/3, -1 and -2/3, and their sum is the mean -2. For ipo, the hook
-    # multiplies them to -3, -9 and -6, and their average is the sum -6.
+    # the number of tokens, they are -1/3, -1 and -2/3, and sigmoid's sum is the mean -2. For ipo,
+    # the hook multiplies them by 3, which gives -3, -9 and -6, and ipo's average is the sum -6.
 
     def __init__(self, average: bool) -> None:
         self.average = average
@@ -32,7 +32,7 @@ class LogProbAveraging:
 
     @classmethod
     def attach(cls, trainer: Any) -> LogProbAveraging | None:
-        """Adds the hook to a trainer's models, unless the loss already has this convention.
+        """Adds the hook to a trainer's models, unless the loss already follows the convention.
 
         Raises:
             ValueError: this version of TRL lacks the fused head, which returns per-token
@@ -44,7 +44,7 @@ class LogProbAveraging:
         if BEFORE_FUSED_HEAD:
             raise ValueError(
                 f"average_log_prob={average} with {loss_type} needs TRL 1.16 (Python 3.11), not "
-                f"{trl.__version__}: leave it unset for TRL's own convention"
+                f"{trl.__version__}: leave average_log_prob unset to use TRL's own convention"
             )
         units = cls(average)
         for model in (trainer.model, trainer.ref_model):
@@ -62,7 +62,7 @@ class LogProbAveraging:
         return output
 
     def correct_metrics(self, trainer: Any) -> None:
-        """Logs a summed ipo loss's rewards from summed log-probabilities, like other losses."""
+        """For a summed ipo loss, computes the logged rewards from sums, as for other losses."""
         sums, self.sums = self.sums, []
         if self.average or len(sums) != 2:
             return

@@ -20,13 +20,14 @@ from self_judge.prompting.messages import content_of, lost, lost_column
 
 logger = logging.getLogger(__name__)
 
-# A column that marks queries in another format than the chat template's; removed after counting.
+# A column that marks queries whose format differs from the chat template's. It is removed after
+# these queries are counted.
 _FOREIGN = "foreign"
 COLUMNS = ("record", "prompt_ids", "context", "chosen_ids", "rejected_ids")
 
 
 class SelfJudgeCollator:
-    """Collects prepared records unchanged, for the pipeline to sample and collate later."""
+    """Collects prepared records unchanged. The pipeline samples and collates later."""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         missing = {"record", "prompt_ids", "context"} - set(examples[0])
@@ -49,7 +50,8 @@ class PromptPreparer:
     Args:
         encoder: encodes the prompt to ids.
         max_length, max_new_tokens: a prompt may have `max_length - max_new_tokens` ids. The oldest
-            exchanges are removed from a dialogue until it fits. If it cannot fit, it has no ids.
+            exchanges are removed from a dialogue until it fits. A prompt that cannot fit has no
+            ids.
         dataset_name: the name of the dataset in error messages.
         with_responses: whether to encode the given `chosen` and `rejected` as well, for evaluation.
 
@@ -120,7 +122,7 @@ class PromptPreparer:
     def _response_ids(
         self, response: Any, query: str | None, messages: list[Message] | None
     ) -> list[int] | None:
-        """Returns a response's ids, with the end of turn, as if the policy had sampled it."""
+        """Returns the ids of a response and its end of turn, as if sampled from the policy."""
         if response is None:
             return None
         if not isinstance(response, str):
@@ -135,7 +137,7 @@ class PromptPreparer:
             response = response.removesuffix(eos)
         if messages is not None:
             # The last trained span of the encoded dialogue is the answer as formatted by the chat
-            # template, with its end of turn.
+            # template, including its end-of-turn token.
             answered = [*messages, Message(role="assistant", content=response)]
             encoded = self.encoder.encode_dialogue(answered)
             last = len(encoded.mask) - 1
@@ -159,7 +161,8 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
     Args:
         dataset: a `Dataset` or an `IterableDataset` of rows; see `SelfJudgeTrainer`.
         args: a `SelfJudgeConfig`.
-        name: the name of the dataset in error messages. Responses are ignored in `train`.
+        name: the name of the dataset in error messages. In the `train` dataset, responses are
+            ignored.
 
     Raises:
         ValueError: a row cannot be used, or no prompt fits into `max_length`.
@@ -179,8 +182,8 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
     foreign = sum(prepared[_FOREIGN])
     if foreign:
         logger.warning(
-            "%s dataset: %d of %d queries are not as the chat template renders prompts; the model "
-            "continues them unchanged, in another format than 'prompt' rows and JSFT",
+            "%s dataset: %d of %d queries do not have the format of the chat template. The model "
+            "continues them unchanged, in a format that differs from 'prompt' rows and JSFT",
             name, foreign, len(prepared),
         )  # fmt: skip
     if not len(kept):

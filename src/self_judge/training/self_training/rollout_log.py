@@ -66,8 +66,9 @@ def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     """Computes the logged means from the sums of `rollout_totals`.
 
     Margin, order agreement and win rates are means over decided pairs; the win rate of a principle
-    is the share of pairs in which it agrees with the verdict. Lengths count only answers. If
-    there are thoughts, their mean length and the share of responses without an answer are added.
+    is the share of pairs in which it agrees with the verdict. Lengths count only answers. If there
+    are thoughts, the metrics also include their mean length and the share of responses without an
+    answer.
     """
     decided, responses = max(totals["decided"], 1.0), max(totals["responses"], 1.0)
     pairs = max(totals["pairs"], 1.0)
@@ -167,11 +168,11 @@ def kl_estimate(
     The policy itself sampled both responses of a pair, so the mean of log π(y|x) − log π_ref(y|x)
     over them estimates the divergence without further forward passes (this is the estimator k1 in
     Schulman, "Approximating KL Divergence"). It is unbiased for K = 2 at temperature 1 and top_p 1.
-    With K > 2, only the best and the worst response count. Undecidable pairs have empty rows and
-    therefore a reward of 0, which dividing by the share of decided pairs corrects.
+    With K > 2, only the best and the worst response are used. Undecidable pairs have empty rows and
+    therefore a reward of 0. Dividing by the share of decided pairs corrects for this.
 
     Args:
-        chosen_rewards, rejected_rewards: means of β (log π − log π_ref) over equally large batches.
+        chosen_rewards, rejected_rewards: means of β (log π − log π_ref) over batches of equal size.
         undecidable: the share of undecidable pairs in each optimizer step.
         beta: β.
 
@@ -207,7 +208,7 @@ def keep_rollouts(
     args: SelfJudgeConfig,
     decode: Callable[[Sequence[int]], str],
 ) -> None:
-    """Writes a step's rollouts to the output folder and removes some files of earlier steps."""
+    """Writes a step's rollouts to the output folder and removes some files from earlier steps."""
     folder = Path(str(args.output_dir))
     write_rollouts(
         rollout_file(folder, step), rollouts[: args.rollout_pairs], step, principles, decode
@@ -218,7 +219,7 @@ def keep_rollouts(
 def metrics_over_processes(
     rollouts: Sequence[Rollout], principles: Sequence[str], accelerator: Accelerator
 ) -> tuple[dict[str, float], bool]:
-    """Returns a step's metrics over all processes and whether all its rollouts are broken.
+    """Returns a step's metrics over all processes, and whether all rollouts are broken.
 
     Every process must call this function.
     """
@@ -245,6 +246,6 @@ def pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:
     for r in rollouts:
         margin = f"{r.verdict.margin:+.3f}" if r.decided and r.verdict else "undecidable"
         shown = (r.context[-400:], r.chosen.judged[:400], r.rejected.judged[:400])
-        # Text, not markup: brackets in a response stay brackets.
+        # `Text` does not interpret brackets in a response as markup.
         table.add_row(*(Text(neutral(s)) for s in shown), margin)
     return table

@@ -33,8 +33,9 @@ class Rollout:
         record: the record's index in the dataset.
         prompt_ids, context: the policy's prompt, and the context that the judge saw.
         chosen, rejected: the preferred response and the other one, exactly as sampled.
-        verdict: the judge's verdict, with `chosen` as response a; `None` if the texts are equal.
-        decided: whether the pair is trained on.
+        verdict: the judge's verdict, in which response `a` is `chosen`; `None` if the texts are
+            equal.
+        decided: whether the policy is trained on the pair.
     """
 
     record: int
@@ -58,34 +59,35 @@ def select_pairs(
     Two responses are judged once. With more than two, the winner of a knockout is the best. The
     worst is the winner of a mirrored knockout, in which losers advance and which starts with the
     losers of the first round. The pair is then judged directly, unless the two responses have
-    already met, and is decided only if that verdict agrees.
+    already met, and is decided only if the verdict on this pair agrees.
 
     Returns:
-        For each prompt, the indices of the better and the worse response, and the verdict on them
-        with the better one as a (`None` if the texts are equal).
+        For each prompt, the indices of the better and the worse response, and the verdict in which
+        response `a` is the better one (`None` if the texts are equal).
 
     Raises:
         ValueError: a prompt has fewer than two responses, or the lists differ in length.
     """
     # The knockout of `tournament.py` (qualities 3 5 1 4 2, seed 5) and its mirror:
     #
-    #   best    0-1 -> 1    3-2 -> 3    4 bye      3 rounds, 4 matches: response 1 is the best
+    #   best    0-1 -> 1    3-2 -> 3    4 bye      3 rounds with 4 matches: response 1 is the best
     #           1-3 -> 1    4 bye
     #           1-4 -> 1
     #   mirror  entrants: 0 and 2 (lost in round 1) and 4 (bye in round 1, lost later)
-    #           0-2 -> 2    4 bye                  2 matches more: response 2 is the worst
+    #           0-2 -> 2    4 bye                  2 more matches: response 2 is the worst
     #           2-4 -> 2
-    #   direct  1-2                                they have not met yet: one match more
+    #   direct  1-2                                they have not met yet, so there is one more match
     #
-    # 7 comparisons select the pair (1, 2). `known` stores all verdicts: no match is judged twice.
+    # 7 comparisons select the pair (1, 2). `known` stores all verdicts, so no match is judged
+    # twice.
     for i, own in enumerate(responses):
         if len(own) < 2:
             raise ValueError(
                 f"prompt {i} has {len(own)} responses, but a training pair needs at least 2"
             )
     texts = [[r.judged for r in own] for own in responses]
-    # Responses without an answer are left out. If fewer than two have an answer, all responses take
-    # part, and the judge cannot decide.
+    # Responses without an answer do not take part. If fewer than two responses have an answer, all
+    # responses take part, and the judge cannot decide.
     answered = [[k for k, r in enumerate(own) if r.answered] for own in responses]
     entered = [
         own if len(own) > 1 else list(range(len(all_)))
@@ -118,10 +120,10 @@ def select_pairs(
 
 
 def _first_losers(bracket: Bracket) -> list[int]:
-    """Returns the candidates for the worst: losers of round 1, and its bye if it lost later.
+    """Returns the candidates for the worst response.
 
-    The winner of a match in round 1 has beaten a worse response. The overall winner is not a
-    candidate.
+    The candidates are the losers of round 1 and the response with a bye in round 1, unless this
+    response won the knockout. The winner of a match in round 1 has beaten a worse response.
     """
     losers = [m.b if m.winner == m.a else m.a for m in bracket.rounds[0]]
     byes = [m.a for m in bracket.rounds[0] if m.b is None and m.a != bracket.winner]
@@ -167,13 +169,14 @@ def preference_batch(
     Args:
         pairs: (prompt ids, chosen ids, rejected ids, decided). The two rows of an undecided pair
             have an empty completion mask. They are in the batch but have no gradient.
-        pad_token_id: pads rows on the right.
+        pad_token_id: the id used to pad rows on the right.
         max_length: rows are truncated to this number of tokens.
         pad_to_multiple_of: T is rounded up to a multiple of this number.
 
     Chosen rows come first. Ids are concatenated and never tokenized again.
     """
-    # Pair 0 has prompt p q, chosen A B and rejected C. Pair 1 is undecided: r with D and with E F.
+    # Pair 0 has prompt p q, chosen A B and rejected C. Pair 1 is undecided, and has prompt r and
+    # responses D and E F.
     #
     #   input_ids   p q A B     attention_mask   1 1 1 1     completion_mask   0 0 1 1    chosen 0
     #               r D _ _                      1 1 0 0                       0 0 0 0    chosen 1
@@ -236,7 +239,7 @@ class BatchesAhead:
         """Returns this step's batches and those of the next step, up to the end of the data.
 
         Args:
-            source: the batches of one epoch. A different source starts from scratch.
+            source: the batches of one epoch. If the source changes, reading starts from scratch.
             count: the number of batches per step.
         """
         # Batches a b c d e, two per step:   [a b] [c d]   then   [c d] [e]   then   [e] []
@@ -263,7 +266,7 @@ class SamplesAhead:
         self._drawn: tuple[Sequence[Any], Future[Samples]] | None = None
 
     def start(self, batches: Sequence[Any], draw: Callable[[], Samples]) -> None:
-        """Starts sampling, after it waits for any earlier samples and discards them."""
+        """Waits for any earlier sampling, discards its samples, and starts sampling."""
         self.close()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts-ahead")
         self._drawn = (batches, self._thread.submit(draw))
@@ -291,15 +294,16 @@ class SamplesAhead:
 
 
 class RolloutPipeline:
-    """Samples and judges responses for the prompts of an optimizer step, and times both.
+    """Samples and judges responses for the prompts in an optimizer step, and times these phases.
 
     Args:
         judge: compares the responses.
-        settings: the run's settings. If a sampler halves its batches, the setting is halved too.
+        settings: the run's settings. If a sampler halves its batch size, `generation_batch_size` is
+            halved too.
         clock: times the phases and contains the metrics.
-        sampler: a context that provides a sampler for the current policy.
-        reference: a context in which the judge's weights are active.
-        lockstep: the packing of a judge that several processes share.
+        sampler: a context manager that provides a sampler for the current policy.
+        reference: a context manager that activates the judge's weights.
+        lockstep: the packing for a judge that several processes share.
     """
 
     def __init__(
@@ -319,7 +323,7 @@ class RolloutPipeline:
         self._next: list[Any] = []
 
     def take(self, source: Iterator[Any], count: int) -> list[Any]:
-        """Returns a step's batches, and reads and keeps the next step's for rollouts ahead."""
+        """Returns a step's batches. With rollouts ahead, also reads the next step's batches."""
         now, self._next = self._batches.take(source, count)
         return now
 
@@ -345,14 +349,16 @@ class RolloutPipeline:
             responses = self._sampled(*asked) if ahead is None else ahead
         self.clock.metrics["rollouts/steps_behind"].append(float(ahead is not None))
         self.sampled_tokens = sum(len(r.ids) for own in responses for r in own)
-        # Each rollout of a prompt has its own samples and lots. With two rollouts of K = 2 samples,
-        # responses[i] = [s0 s1 s2 s3] gives the pairs (i, 0) from s0 s1 and (i, 1) from s2 s3.
+        # Each rollout of a prompt has its own samples and its own seed. With two rollouts of K = 2
+        # samples, responses[i] = [s0 s1 s2 s3] gives the pairs (i, 0) from s0 s1 and (i, 1) from s2
+        # s3.
         each = [(i, t) for i in range(len(prompts)) for t in range(times)]
-        # The matches of a tournament share contexts and responses. A single match shares none.
+        # The matches of a tournament share contexts and responses. With a single match, nothing is
+        # shared.
         rounds = self.judge.prefix_cache() if k > 2 else nullcontext()
         with self.clock.phase("judging"), self.reference(), rounds:
             if self.lockstep is not None:
-                self.lockstep.decision  # noqa: B018  all processes must try it together
+                self.lockstep.decision  # noqa: B018  all processes must run this trial together
             rollouts = judged_rollouts(
                 self.judge.compare,
                 [records[i] for i, _ in each],
@@ -375,7 +381,7 @@ class RolloutPipeline:
         """Returns the prompts of a step, the number of responses per prompt, and the seeds."""
         prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
         # A record's samples depend only on the seed, the step and the record. They do not depend on
-        # its batch, the number of processes or whether the run was resumed.
+        # the record's batch, the number of processes or whether the run was resumed.
         records = [int(r) for batch in batches for r in batch["record"]]
         seeds = [stable_seed(self.settings.seed, step, r) for r in records]
         return prompts, self.settings.rollouts_per_update * self.settings.num_generations, seeds
@@ -390,7 +396,7 @@ class RolloutPipeline:
     def _sample_ahead(self, step: int) -> None:
         """Lets servers sample for the next step during this step's update."""
         with self.clock.phase("sampling"):
-            # Every process must finish sampling from the policy before it is replaced.
+            # Every process must finish sampling from the policy before the policy is replaced.
             self.clock.accelerator.wait_for_everyone()
             with self.sampler() as servers:  # the servers outlive this context
                 draw = servers.sample

@@ -9,11 +9,11 @@ the same numbers at the same indices. `rollouts.py` samples and judges the pairs
 #
 #   get_batch_samples           prompts of micro-batches 0 and 1, numbered
 #   [training_step] 0
-#     _prepare_inputs           first of the step: samples and judges for both micro-batches,
+#     _prepare_inputs           first call in the step: samples and judges for both,
 #       _rolled_out             then computes the reference's log-probabilities of all pairs
 #     [_compute_loss]           TRL's DPO loss on micro-batch 0
 #   [training_step] 1
-#     _prepare_inputs           the second batch, prepared above
+#     _prepare_inputs           returns the second batch, which was prepared above
 #     [_compute_loss]
 #   [optimizer step]
 
@@ -93,27 +93,27 @@ logger = logging.getLogger(__name__)
 
 
 class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
-    """Samples responses, judges them with the frozen initial model, and updates by DPO.
+    """Samples responses, judges them with the frozen initial model, and updates with DPO.
 
     It accepts the arguments of `DPOTrainer` and the method's settings, which override `args`.
 
     Args:
         model: a name or folder, a model, or a `PeftModel` whose adapter is trained further.
         args: a `SelfJudgeConfig` or a plain `TrainingArguments`.
-        processing_class, tokenizer: the tokenizer, under either name.
+        processing_class, tokenizer: the tokenizer; pass only one of them.
         train_dataset: rows with `query` (the text that the model continues) and `context` (the
             judge's context; default: the query), or with a conversational `prompt`.
         eval_dataset: the same rows with `chosen` and `rejected`, each as the response alone, as
             query + response, or as messages.
         judge_templates: `{principle: {system, user, assistant}}`; default: the `judge.json` that
             JSFT saved with the model.
-        token_id_a, token_id_b: checked against the ids derived from the tokenizer, if given.
+        token_id_a, token_id_b: if given, compared with the tokenizer's ids.
         ref_model: the judge and reference; default: a frozen copy of the given model, or the model
             with its new adapter disabled.
         encoder: a `ChatEncoder`, for a chat template other than the tokenizer's or the saved one.
 
     Raises:
-        ValueError: settings, templates or data are invalid; the message says which and why.
+        ValueError: settings, templates or data are invalid; the message says why.
     """
 
     args: SelfJudgeConfig
@@ -247,8 +247,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             packing=config.packing,
             batch_tokens=tokens,
         )
-        # The forward passes of both models are packed. The policy's packing, which is set last,
-        # determines whether a step can be computed at once.
+        # Both models use packing. The policy's packing, which is set last, determines whether a
+        # step can be computed at once.
         self.packing: Packing | None = None
         for own in (self.ref_model, self.model):
             if own is not None:
@@ -299,8 +299,9 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Numbers all micro-batches of the next optimizer step.
 
-        `_prepare_inputs` rolls out all of them at the first one. This does not happen here, because
-        resuming from a checkpoint restores the random state only after this prefetch.
+        `_prepare_inputs` runs the rollout for all micro-batches when it receives the first one. The
+        rollout cannot run here, because resuming from a checkpoint restores the random state only
+        after this prefetch.
         """
         # With rollouts ahead, the pipeline reads the next step's prompts as well, and servers
         # sample for them during this step's update.
@@ -351,8 +352,9 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     ) -> None:
         """Adds the reference's log-probabilities to the batches, under the keys of TRL's loss.
 
-        Packing chooses its own pass size, so it gets the whole step at once. Without packing, and
-        for a model that several processes share, each micro-batch is one pass.
+        Packing chooses the size of its forward passes, so it receives the whole step at once.
+        Without packing, and for a model that several processes share, each micro-batch is one
+        forward pass.
         """
         # Compute the log-probabilities for all pairs in the step, and split them by micro-batch.
         together = self.packing is not None and not self.packing.shape.one_pass
@@ -377,7 +379,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         if self.vllm is not None:
             yield self.vllm.sampler(self._reference())
             return
-        # In training mode with gradient checkpointing, generation would silently drop the cache.
+        # In training mode with gradient checkpointing, generation would silently disable the KV
+        # cache.
         checkpointing: dict[str, Any] = {}
         if not BEFORE_FUSED_HEAD:  # earlier versions of TRL have no such argument
             checkpointing["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
@@ -424,7 +427,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             if self.accelerator.is_main_process:
                 Console().print(pairs_table(self._shown[:4], self.state.global_step))
             self._shown = []
-        # Averaged or reweighted log-probabilities do not give the KL divergence.
+        # The KL divergence cannot be estimated from averaged or reweighted log-probabilities.
         if self.model.training and self.args.ld_alpha is None and not self._averages():
             add_kl_estimate(self._metrics["train"], self.beta)
         super().log(logs, start_time)

@@ -1,7 +1,7 @@
 """Sends the trainer's adapter, or all its weights, to a vLLM engine that samples and judges.
 
-This module does not depend on what is sampled or judged. Sharded parameters (DeepSpeed ZeRO-3,
-FSDP2) are gathered one at a time, which involves every process.
+This module does not depend on the texts that are sampled or judged. Sharded parameters (DeepSpeed
+ZeRO-3, FSDP2) are gathered one at a time, and every process must take part.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class AdapterError(ValueError):
 
 
 def lora_config(model: PeftModel, adapter: str) -> LoraConfig:
-    """Returns an adapter's configuration, after checking that vLLM can load it at run time.
+    """Returns an adapter's configuration, and checks that vLLM can load the adapter at run time.
 
     Raises:
         AdapterError: the adapter is not LoRA, or has parts that vLLM cannot load.
@@ -71,7 +71,7 @@ def lora_rank(model: PeftModel, adapter: str) -> int:
 
 
 def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """Returns an adapter's full tensors on the CPU, by their names in its file."""
+    """Returns an adapter's full tensors on the CPU, by their names in the adapter's file."""
     own = (
         name for name, _ in model.named_parameters() if _is_lora(name) and f".{adapter}." in name
     )
@@ -100,7 +100,8 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
     for name, tensor in _whole(model, own):
         if isinstance(model, PeftModel):
             name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        # Gradient checkpointing and FSDP add parts to names that checkpoint names do not have.
+        # Gradient checkpointing and FSDP add parts to parameter names. Checkpoint names lack these
+        # parts.
         name = name.replace("_checkpoint_wrapped_module.", "").replace("_fsdp_wrapped_module.", "")
         yield name, tensor
 
@@ -133,7 +134,7 @@ logger = logging.getLogger(__name__)
 
 # TRL's adapter names: the trained adapter, and the frozen copy of an adapter passed by the user.
 _POLICY, _REFERENCE = "default", "ref"
-_CHECKS = 2  # the first rollout, and the first one after an update
+_CHECKS = 2  # check the first rollout, and the first rollout after an update
 
 
 def probe_prompt(encoder: ChatEncoder, templates: JudgeTemplates) -> list[int]:
@@ -147,24 +148,25 @@ def probe_prompt(encoder: ChatEncoder, templates: JudgeTemplates) -> list[int]:
 class VLLMSync:
     """Keeps the engine's policy equal to the training model. With LoRA, the engine also judges.
 
-    With LoRA, the engine contains the frozen base once. Sampling uses the current adapter, which is
-    reloaded after every update. Judging uses the base alone (or the frozen "ref" adapter of a given
-    `PeftModel`). With full fine-tuning, the engine contains the policy, whose weights are replaced
-    after every update, and the judge stays in the training process.
+    With LoRA, the engine contains one copy of the frozen base model. Sampling uses the current
+    adapter, which is reloaded after every update. Judging uses the base model alone (or the frozen
+    "ref" adapter of a given `PeftModel`). With full fine-tuning, the engine contains the policy,
+    whose weights are replaced after every update, and the judge stays in the training process.
 
-    `judges` is true if the engine has the frozen base for judging. In the first rollouts, the
-    engine's probabilities are compared with those of the training model.
+    `judges` is true if the engine contains the frozen base model for judging. In the first
+    rollouts, the engine's probabilities are compared with those of the training model.
 
     Args:
         model: the model in training, prepared or not.
         args: the settings, including `use_vllm` and the other vLLM settings.
-        accelerator: the trainer's. In `server` mode, its main process sends the weights.
+        accelerator: the trainer's accelerator. In `server` mode, the main process sends the
+            weights.
         encoder: the policy's encoder.
         probe: a prompt for checking the engine.
         separate_judge: whether the judge is a separate model in the training process.
 
     Raises:
-        EngineError, AdapterError: there is no engine, or it cannot load this model.
+        EngineError, AdapterError: there is no engine, or the engine cannot load this model.
     """
 
     # The engine's contents in each step, and their use:
@@ -216,10 +218,12 @@ class VLLMSync:
         limit = self.args.max_length
         loras = [a for a in (_POLICY, _REFERENCE) if self.adapted and a in self.model.peft_config]
         context = getattr(config, "max_position_embeddings", None)
-        # The length of a judge prompt and its letter, which is one more token.
+        # A judge prompt has up to `max_length` tokens, and its letter is one more token.
         wanted = self.args.vllm_max_model_length or (limit + 1 if limit else context)
         if wanted is None:
-            raise EngineError("set vllm_max_model_length: max_length and the model set no limit")
+            raise EngineError(
+                "set vllm_max_model_length, because neither max_length nor the model sets a limit"
+            )
         return VLLMEngine(
             self.model.config,
             checkpoint_weights(self.model),
@@ -269,7 +273,7 @@ class VLLMSync:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Wakes the engine for the block, and lets it sleep afterwards if it can."""
+        """Wakes the engine for the `with` block, and then lets it sleep if sleep is enabled."""
         self.engine.wake_up()
         try:
             yield
@@ -280,7 +284,7 @@ class VLLMSync:
         """Updates the engine's policy and returns a sampler for it.
 
         Args:
-            reference: activates the judge's weights in the model, for the first check.
+            reference: a context manager that activates the judge's weights for the first check.
         """
         if self._refreshes == 0 and self.judges:
             self._check(reference, self._reference, "judge")
