@@ -106,7 +106,10 @@ def test_an_old_gpu_keeps_its_place_but_not_bf16() -> None:
     ("change", "told"),
     [
         ({"deepspeed": False}, "DeepSpeed is not installed: using plain data parallelism instead"),
-        ({"processes": 1}, "DeepSpeed needs several processes, and this run has one: using plain "),
+        (
+            {"processes": 1},
+            "DeepSpeed needs several processes, but this run has only one: using plain ",
+        ),
         (
             {"sharded_by_launcher": True},
             "the launcher configures sharding: ignoring training",

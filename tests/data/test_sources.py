@@ -537,7 +537,7 @@ def without_annotations() -> dict[str, Any]:
         (
             select_preference,
             {**PLAIN, "rejected": [user("x")]},
-            "field 'rejected': ends with role 'user', expected a last message with role",
+            "field 'rejected': ends with role 'user', expected the last message to have role",
         ),
         (
             select_preference,

@@ -213,7 +213,7 @@ RUN_FILE = [
             "self_judge_args.use_vllm=true self_judge_args.vllm_mode=server",
             "vllm_mode=server needs vllm_server_base_url", "", TRAIN),
     setting("a missing checkpoint", "training_args.resume_from_checkpoint=/nope",
-            "/nope cannot be resumed from: there is no such folder",
+            "cannot resume from /nope: there is no such folder",
             "true uses the last complete checkpoint"),
 ]  # fmt: skip
 

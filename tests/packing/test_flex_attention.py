@@ -266,7 +266,7 @@ def test_heads_too_small_for_cuda_are_told_before_anything_is_compiled() -> None
     model = build("llama", NAME)  # heads of 8
     assert refusal(model, torch.device("cpu")) is None
     assert refusal(model, torch.device("cuda")) == (
-        "FlexAttention on CUDA needs heads of at least 16, not 8"
+        "FlexAttention on CUDA requires a head size of at least 16, got 8"
     )
     assert refusal(llama(9, 3), torch.device("cuda")) is None
 

@@ -302,7 +302,7 @@ def test_a_checkpoint_that_is_named_has_to_be_whole(place: Place, tmp_path: Path
     named = f"training_args.resume_from_checkpoint={folder}"
     assert place.command([*argv, named]) == 2
     assert place.command.said.splitlines()[-1] == (
-        f"self-judge: error: {folder} cannot be resumed from: it has no {MANIFEST}, which is "
+        f"self-judge: error: cannot resume from {folder}: it has no {MANIFEST}, which is "
         "written last"
     )
 

@@ -33,7 +33,7 @@ from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
 _LINE = ("source", "index", "subset", "principle", "label", "digest")  # fields of the pair
-_ALL = ""  # the key for all pairs, among the names of subsets
+_ALL = ""  # the key for all pairs, beside the subset names
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def _fit_sharding(
             if not on_gpu
             else "DeepSpeed is not installed"
             if not machine.deepspeed
-            else "DeepSpeed needs several processes, and this run has one"
+            else "DeepSpeed needs several processes, but this run has only one"
             if machine.processes == 1
             else None
         )

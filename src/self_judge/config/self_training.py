@@ -145,7 +145,7 @@ class SelfTrainingSettings:
     max_skipped_steps: int = _field(
         3,
         "Stop after N steps in a row without a finite gradient or verdict, because such steps do "
-        "not train.",
+        "not update the model.",
     )
 
     use_vllm: bool = _field(False, "Use vLLM for sampling and, with LoRA, also for judging.")

@@ -214,7 +214,7 @@ def _whole_dialogue(given: Any, response: Any, field: str, where: RecordRef) -> 
     answer = where.messages(response, field)
     if not answer or answer[-1]["role"] != "assistant":
         got = f"ends with role {answer[-1]['role']!r}" if answer else "is empty"
-        raise where.error(field, f"{got}, expected a last message with role 'assistant'")
+        raise where.error(field, f"{got}, expected the last message to have role 'assistant'")
     repeated = (n for n in range(len(prompt), 0, -1) if prompt[-n:] == answer[:n])
     if (n := next(repeated, 0)) or answer[0]["role"] == "assistant":
         return prompt + answer[n:]

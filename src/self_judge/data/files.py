@@ -42,8 +42,9 @@ def read_raw(
     of a field varies (such as a rating that is sometimes a number and sometimes "N/A").
 
     Args:
-        path: a local file (see `FORMATS`), which is always read completely, a local folder with
-            such files or from `save_to_disk`, or the name of a dataset on the Hub.
+        path: a local file (see `FORMATS`), which is always read completely; a local folder that
+            contains such files or was written by `save_to_disk`; or the name of a dataset on the
+            Hub.
         split: the split. In a folder, file names determine the split ("train.jsonl",
             "base_test.jsonl").
         data_dir: a folder inside `path`, on the Hub or local.

@@ -52,7 +52,7 @@ class Estimate:
 
 
 def proportion(successes: float, n: int) -> Estimate:
-    """Returns a share with Wilson's interval, for which half successes (ties) are rounded.
+    """Returns a proportion with its Wilson interval. Half successes (ties) are rounded for it.
 
     Raises:
         ValueError: n is 0.

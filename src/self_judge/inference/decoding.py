@@ -14,7 +14,7 @@ method.
 #   row 2  _ s t . . .   _ s t C . .          up in place
 #
 # `_` is padding. The cache that the model uses is a view of the buffer that grows by one token at
-# each step. New tokens and finished rows therefore do not need a second cache. `rows` maps each
+# each step. Adding tokens or removing rows therefore needs no second cache. `rows` maps each
 # remaining row to its original number: [0 1 2], then [0 2].
 #
 # On CUDA, launching the kernels for a step one by one takes longer than running them. The view
@@ -330,8 +330,8 @@ def _parts(
 ) -> list[list[int]]:
     """Groups prompts with similar lengths into passes within the token budget."""
     # On a CPU (1,024 tokens), prompts with 600, 590, 300, 290 and 100 tokens become [600] [590]
-    # [300 290] [100]. Two prompts with 600 tokens exceed the budget. Combining 300 with 590, or 100
-    # with 300, would add too much padding.
+    # [300 290] [100]. Two prompts padded to 600 tokens would exceed the budget. Combining 300 with
+    # 590, or 100 with 300, would add too much padding.
     budget = _PREFILL_TOKENS.get(_device(model).type, _PREFILL_TOKENS_ELSEWHERE)
     parts: list[list[int]] = []
     for i in order:  # longest first

@@ -39,8 +39,8 @@ def check_processes(accelerator: Accelerator) -> None:
     kind = str(accelerator.distributed_type.value)
     if accelerator.num_processes != launched or (launched > 1 and kind == "NO"):
         raise ValueError(
-            f"{launched} processes were launched (WORLD_SIZE), but this one belongs to a run of "
-            f"{accelerator.num_processes} ({kind}): they would train separately in the same "
+            f"{launched} processes were launched (WORLD_SIZE), but this process belongs to a run "
+            f"with {accelerator.num_processes} ({kind}): they would train separately in the same "
             "folder. "
             "Launch with a file from configs/accelerate and --num_processes"
         )

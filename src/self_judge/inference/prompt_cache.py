@@ -35,7 +35,7 @@ def empty_cache(model: nn.Module) -> Any:
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values with space for future tokens; the remaining rows move up in place.
+    """A cache layer with room for future tokens. If rows are removed, the others move up in place.
 
     A batch allocates its memory only once. The buffer does not grow, and removing rows does not
     need a second cache.

@@ -232,7 +232,7 @@ class Judge:
         return verdicts
 
     def prefix_cache(self) -> AbstractContextManager[None]:
-        """Makes calls within the block reuse the prompt prefixes that earlier calls computed.
+        """Within the block, calls reuse the prompt prefixes that earlier calls computed.
 
         Use this for comparisons that share contexts and responses, such as the rounds in a
         tournament. The verdicts do not change. An engine has its own prefix cache.

@@ -35,7 +35,7 @@ def swap_averaged(orders: Orders) -> Scores:
 
 
 def aggregate(probabilities: Sequence[Orders]) -> Verdict:
-    """Returns the verdict by the majority of principles, or by the larger mean if wins are tied.
+    """Returns the verdict by majority vote of the principles, or by the larger mean in a tie.
 
     Args:
         probabilities: `[principle][order][letter]` with at least one principle (see `Verdict`).

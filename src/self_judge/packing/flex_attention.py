@@ -81,7 +81,8 @@ def refusal(inner: Any, device: torch.device) -> str | None:
     heads = getattr(config, "num_attention_heads", 0) or 1
     size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
     if device.type == "cuda" and size < _LEAST_HEAD_ON_CUDA:
-        return f"FlexAttention on CUDA needs heads of at least {_LEAST_HEAD_ON_CUDA}, not {size}"
+        least = _LEAST_HEAD_ON_CUDA
+        return f"FlexAttention on CUDA requires a head size of at least {least}, got {size}"
     return None
 
 

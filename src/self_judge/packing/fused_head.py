@@ -89,7 +89,7 @@ def _packable(inner: Any, kwargs: dict[str, Any]) -> bool:
 
 
 class _Batch(NamedTuple):
-    """A batch on the CPU, because every read of a single number would wait for the device.
+    """A batch kept on the CPU, because reading a single number from a device would wait for it.
 
     Attributes:
         ids_BT, mask_BT, labels_BT: the arguments of the model call.

@@ -213,7 +213,7 @@ class Packing:
 
     @contextmanager
     def prefix_cache(self, limit: int = 2 * 2**30) -> Iterator[None]:
-        """Makes calls within the block reuse the prefixes that earlier calls computed.
+        """Within the block, calls reuse the prefixes that earlier calls computed.
 
         This only affects `next_token_logits` with segment attention.
 

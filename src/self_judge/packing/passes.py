@@ -95,7 +95,7 @@ class Pass:
         inputs: the keyword arguments for the model.
         states: the indices of the W needed hidden states in the flattened output, which starts with
             the flattened prefix if the pass has one.
-        wanted: the numbers of these states among all needed states (see `Wanted.offsets`).
+        wanted: the positions of these states among all needed states (see `Wanted.offsets`).
         prefix: the inputs for the prefix pass and the prefix row of each branch, if a KV cache is
             used.
     """

@@ -137,7 +137,7 @@ class ChatEncoder:
         return self._encode(messages, "closed")
 
     def encode_query(self, query: str) -> list[int]:
-        """Encodes a rendered prompt, like `encode_prompt` if the prompt has this template's format.
+        """Encodes a rendered prompt. A prompt in this template's format gets `encode_prompt`'s ids.
 
         The ids begin with BOS if the template's prompts do. Control tokens in `query` remain
         control tokens, because the prompt is already rendered. Pass untrusted text as messages to

@@ -78,7 +78,7 @@ def seal(folder: Path) -> None:
 
 
 def integrity_error(folder: Path) -> str | None:
-    """Returns the reason a checkpoint cannot be resumed from, or `None` if it is complete."""
+    """Returns why a run cannot resume from a checkpoint, or `None` if it is complete."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"it has no {MANIFEST}, which is written last"

@@ -180,7 +180,7 @@ class FaultToleranceMixin(Base):
         path = Path(str(asked))
         reason = "there is no such folder" if not path.is_dir() else integrity_error(path)
         if reason is not None:
-            raise CheckpointError(f"{path} cannot be resumed from: {reason}")
+            raise CheckpointError(f"cannot resume from {path}: {reason}")
         return with_optimizer(path)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

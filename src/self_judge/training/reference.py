@@ -273,7 +273,7 @@ class ReferenceCheck:
         off = (saved - torch.tensor(self._sample())).abs().max() / saved.abs().max().clamp(min=1e-6)
         if not float(off) <= tolerance:
             raise CheckpointError(
-                f"{checkpoint} cannot be resumed from: the weights of the initial model have "
+                f"cannot resume from {checkpoint}: the weights of the initial model have "
                 "changed since then. Restore them, or use another output_dir"
             )
 

@@ -213,7 +213,7 @@ def with_optimizer(checkpoint: Path) -> Path:
     if any(True for kind in kinds for _ in checkpoint.glob(kind)):
         return checkpoint
     raise CheckpointError(
-        f"{checkpoint} cannot be resumed from: it has no optimizer state (save_only_model). To "
+        f"cannot resume from {checkpoint}: it has no optimizer state (save_only_model). To "
         "start a new run from it, set model.model_name_or_path to it and choose another output_dir"
     )
 
@@ -227,14 +227,14 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
     if not (checkpoint / "adapter_config.json").is_file():
         if isinstance(model, PeftModel):
             raise CheckpointError(
-                f"{checkpoint} cannot be resumed from: it contains a full model, but this run "
+                f"cannot resume from {checkpoint}: it contains a full model, but this run "
                 "trains an adapter"
             )
         return
     saved = PeftConfig.from_pretrained(str(checkpoint))
     if not isinstance(model, PeftModel):
         raise CheckpointError(
-            f"{checkpoint} cannot be resumed from: it contains an adapter, but this run trains a "
+            f"cannot resume from {checkpoint}: it contains an adapter, but this run trains a "
             "full model"
         )
     asked: Any = model.active_peft_config
@@ -242,7 +242,7 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
         before, now = (getattr(c, name, None) or None for c in (saved, asked))
         if before != now:
             raise CheckpointError(
-                f"{checkpoint} cannot be resumed from: its adapter has {name} {before}, but this "
+                f"cannot resume from {checkpoint}: its adapter has {name} {before}, but this "
                 f"run has {now}. Use the same peft_config, or another output_dir"
             )
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -252,7 +252,7 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
     if differing and stored:
         name = differing[0]
         raise CheckpointError(
-            f"{checkpoint} cannot be resumed from: its adapter has {name} of shape "
+            f"cannot resume from {checkpoint}: its adapter has {name} of shape "
             f"{stored.get(name)}, and this run trains {shapes.get(name)}. Use the same "
             "peft_config, or another output_dir"
         )

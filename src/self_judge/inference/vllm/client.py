@@ -77,7 +77,9 @@ class VLLMServers:
         retry_wait: float = 1.0,
     ) -> None:
         if find_spec("requests") is None:
-            raise EngineError("vllm_mode=server needs the package requests: pip install requests")
+            raise EngineError(
+                "vllm_mode=server requires the requests package: pip install requests"
+            )
         if not urls:
             raise EngineError("vllm_mode=server needs vllm_server_base_url: one URL, or a list")
         self.concurrency = concurrency
