@@ -1,4 +1,4 @@
-"""PEFT adapters: the base models they name, loading them and merging them.
+"""Loads and merges PEFT adapters, and finds their base models.
 
 This module does not depend on data or training.
 """
@@ -31,7 +31,7 @@ class Adapter(NamedTuple):
 def adapter_config(
     name_or_path: str | os.PathLike[str], revision: str | None = None
 ) -> PeftConfig | None:
-    """Returns an adapter's configuration, from a folder or the Hub; `None` for a plain model.
+    """Returns an adapter's configuration from a folder or the Hub, or `None` for a plain model.
 
     Raises:
         ModelError: the file cannot be read, or it does not name the base model.
@@ -83,8 +83,8 @@ def with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
     """Loads an adapter onto its base.
 
     Raises:
-        ModelError: the adapter does not fit the base, or its file lacks weights or has surplus
-            weights.
+        ModelError: the adapter does not fit the base, or its file lacks weights or contains
+            unexpected weights.
     """
     shapes = _shapes(adapter)
     try:
@@ -112,7 +112,7 @@ def with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
             f"the adapter {adapter.name} does not fit its base {adapter.base}, or is damaged: "
             f"{lines[1] if len(lines) > 1 else in_a_line(error):.200}"
         ) from error
-    # PEFT ignores weights that it does not know, and leaves missing weights untrained.
+    # PEFT ignores unexpected weights, and leaves missing weights untrained.
     wrapped = (".modules_to_save.", ".original_module.")  # with save_embedding_layers
     surplus = {
         name
@@ -121,7 +121,7 @@ def with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
         and not name.endswith(embeddings)
         and not any(part in name for part in wrapped)
     }
-    for what, names in (("lacks", expected - set(shapes)), ("has surplus", surplus)):
+    for what, names in (("lacks", expected - set(shapes)), ("has unexpected", surplus)):
         if names and shapes:
             raise ModelError(
                 f"the adapter {adapter.name} {what} weights: {listed(names)}. Its file is "
@@ -131,7 +131,7 @@ def with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
 
 
 def listed(names: Iterable[str]) -> str:
-    """Returns the first three names and the number of other names."""
+    """Returns the first three names and the number of remaining names."""
     ordered = sorted(names)
     more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
     return ", ".join(ordered[:3]) + more

@@ -1,4 +1,4 @@
-"""Loads, merges and saves models, and creates the frozen reference.
+"""Loads, merges and saves models, and creates the frozen reference model.
 
 This module handles files and weights. It does not depend on data, prompts or the trainers.
 """
@@ -45,11 +45,11 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer. If it has no padding token, the EOS token is used for padding.
+    """Loads a tokenizer, and pads with the EOS token if the tokenizer has no padding token.
 
     An adapter without its own tokenizer uses the tokenizer of its base model.
 
-    Padding with EOS is safe, because loss masks are built together with the ids and not by
+    Padding with EOS is safe, because loss masks are built together with the ids instead of by
     searching for a token.
     """
     config = adapter_config(name_or_path, revision)
@@ -89,7 +89,8 @@ def load_model(
     """Loads a causal language model, or an adapter together with its base model.
 
     Args:
-        name_or_path: a Hub name or a folder. If it has an `adapter_config.json`, it is an adapter.
+        name_or_path: a Hub name or a folder. A folder or repository that contains
+            `adapter_config.json` is an adapter.
         device: device of the weights. `"auto"`, for sampling and judging, means `own_device()`.
             `None`, for training, keeps Transformers' default (the CPU, or the current GPU for 4-bit
             weights), and the trainer moves the weights.
@@ -102,9 +103,9 @@ def load_model(
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ModelError: the model does not exist, its weights are missing, surplus or pickled (loading
-            a pickle could run code), an adapter does not fit its base or would be merged into 4-bit
-            weights, or bitsandbytes is needed but not installed.
+        ModelError: the model does not exist, its weights are missing, unexpected or pickled
+            (loading a pickle could run code), an adapter does not fit its base or would be merged
+            into 4-bit weights, or bitsandbytes is needed but not installed.
     """
     refuse_pickle(name_or_path)
     if device == "auto":
@@ -143,7 +144,7 @@ def load_model(
 
 
 def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
-    """Loads a plain model, and raises an error if its files lack weights or have surplus weights.
+    """Loads a plain model, and raises an error if its weights are missing or unexpected.
 
     Transformers only warns about missing weights and initializes them randomly.
     """
@@ -157,7 +158,7 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
     model, report = loaded
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     surplus = {key for key in report["unexpected_keys"] if not key.endswith(_BUFFERS)}
-    for what, names in (("lacks", missing), ("has surplus", surplus)):
+    for what, names in (("lacks", missing), ("has unexpected", surplus)):
         if names:
             raise ModelError(
                 f"the model {name} {what} weights: {listed(names)}. Its files are incomplete, or "
@@ -167,7 +168,7 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
 
 
 def check_files(name_or_path: str | os.PathLike[str]) -> None:
-    """Raises `ModelError` if the model in a folder lacks weights or has surplus weights.
+    """Raises `ModelError` if a model's folder lacks weights or contains unexpected weights.
 
     This function reads only names and shapes. Models on the Hub are checked when they are loaded.
     """
@@ -179,7 +180,7 @@ def check_files(name_or_path: str | os.PathLike[str]) -> None:
 def _four_bits(dtype: str | torch.dtype, kind: str, nested: bool) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
-            "load_in_4bit needs bitsandbytes, which is not installed: run pip install "
+            "load_in_4bit requires bitsandbytes, which is not installed: run pip install "
             "'self-judge[qlora]'"
         )
     return BitsAndBytesConfig(
@@ -239,7 +240,7 @@ def refuse_pickle(name_or_path: str | os.PathLike[str]) -> None:
 
 
 def _weights_named_in_config(path: Path) -> str | None:
-    """Returns the weights file that a model's configuration names, unless it is safetensors."""
+    """Returns the weights file named in a model's configuration, unless it is safetensors."""
     try:
         named = json.loads((path / "config.json").read_text("utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
@@ -266,7 +267,7 @@ def apply_umask(directory: str | os.PathLike[str]) -> None:
 
 
 def merged_in_full(model: PeftModel) -> PreTrainedModel:
-    """Like `merged`, but first reloads a 4-bit base from disk without quantization."""
+    """Merges like `merged`, but first reloads a 4-bit base from disk without quantization."""
     base: Any = unwrapped(model)
     if getattr(base, "quantization_method", None) is None:
         return merged(model)
@@ -292,9 +293,9 @@ def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
 
 
 def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | None:
-    """Limits `max_length` to the model's number of positions, and logs a warning if it is larger.
+    """Limits `max_length` to the model's number of positions, and logs a warning if it was larger.
 
-    Beyond that number, learned position embeddings fail and rotary ones are untrained.
+    Beyond that number, learned position embeddings fail and rotary embeddings are untrained.
 
     Args:
         config: the model's configuration.
@@ -312,7 +313,7 @@ def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | 
 
 
 def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
-    """Returns in one line the reason why loading a model failed.
+    """Returns a one-line reason for a failure to load a model.
 
     If a local path does not exist, the reason says so, because the libraries would treat the path
     as a Hub name and complain about its format.

@@ -28,7 +28,7 @@ _HEAD_ROWS = 32_768
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Returns the causal language model inside all wrappers (DDP, PEFT), with its adapters."""
+    """Returns the causal language model inside all wrappers (DDP, PEFT), including its adapters."""
     inner: Any = model
     while isinstance(inner, PeftModel) or isinstance(
         getattr(inner, "module", None), torch.nn.Module
@@ -90,8 +90,8 @@ def keep_freed_memory(device: torch.device) -> None:
     """Makes this process keep freed memory for reuse, which speeds up training on a CPU.
 
     By default, glibc returns large blocks to the system immediately, and the system clears every
-    page of the next block. This causes half a million page faults in one training step of SmolLM2.
-    The function does nothing with other C libraries or on other devices.
+    page of the next block. Clearing the pages causes half a million page faults in one training
+    step of SmolLM2. The function has no effect with other C libraries or on other devices.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
@@ -106,9 +106,9 @@ def float32_logits(model: torch.nn.Module) -> Iterator[None]:
 
     bfloat16 has eight bits of precision, so it rounds a logit of 20 to a multiple of 1/8. The
     logits of a judge's two letters often differ by no more than 1/8. Autocast is disabled inside
-    the head, because the model of a trainer enables autocast in its own `forward`. The context
-    manager changes every plain linear layer in the head, including adapter layers. The layers read
-    their weights at call time, when sharded weights are gathered. A quantized head is unchanged.
+    the head, because a trainer's model enables autocast in its own `forward`. The context manager
+    changes every plain linear layer in the head, including adapter layers. The layers read their
+    weights at call time, when sharded weights are gathered. A quantized head is unchanged.
     """
     head: Any = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
     replaced: list[tuple[dict[str, Any], str, Any]] = []
@@ -191,7 +191,8 @@ def padded(
 ) -> dict[str, torch.Tensor]:
     """Pads sequences and returns `input_ids` and `attention_mask`, each `(B, T)`.
 
-    With a causal mask, right padding does not affect the sequences, whatever the position encoding.
+    With a causal mask, right padding does not affect the sequences, regardless of the position
+    encoding.
     """
     longest = max(map(len, sequences))
     ids_BT = torch.full((len(sequences), longest), pad)

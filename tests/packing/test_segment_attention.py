@@ -259,5 +259,5 @@ def test_what_plain_attention_does_not_do_is_refused_rather_than_left_out(
     [row] = prefix_rows([[1, 2, 3]], 100)
     tensors = [states(i, 1, 2, 3, 8) for i in range(3)]
     given_runs = {"prefix_segments": attending(segments_of(row), CPU), **unlike}
-    with pytest.raises(ValueError, match="does not support attention by segments"):
+    with pytest.raises(ValueError, match="does not support segment attention"):
         segment_attention(nn.Module(), *tensors, None, **given_runs)

@@ -14,8 +14,8 @@ method.
 #   row 2  _ s t . . .   _ s t C . .          up in place
 #
 # `_` is padding. The cache that the model uses is a view of the buffer that grows by one token at
-# each step. Adding tokens or removing rows therefore needs no second cache. `rows` maps each
-# remaining row to its original number: [0 1 2], then [0 2].
+# each step. Adding tokens or removing rows therefore does not allocate a second cache. `rows` maps
+# each remaining row to its original number: [0 1 2], then [0 2].
 #
 # On CUDA, launching the kernels for a step one by one takes longer than running them. The view
 # therefore keeps the same width for many steps, with a mask, and a CUDA graph launches each step as
@@ -109,7 +109,7 @@ def decode(
         max_over_ranks: for a sharded model, returns the maximum of a number over all processes, so
             that all processes run the same number of forward passes.
         look_every: the number of tokens between two checks for finished rows (default: 1 on a CPU,
-            8 on other devices). It does not change the result.
+            8 on other devices). This number does not affect the result.
         graphs: whether each step is launched as one CUDA graph (default: if the result is exact).
 
     Returns:

@@ -21,7 +21,7 @@ class GraphedStep:
 
     Args:
         cache: a cache in which all layers are `RoomyLayer`.
-        ids_BT, seen_BT: the tokens and the mask for all rows, in full width. The caller writes new
+        ids_BT, seen_BT: the tokens and the mask for all rows, at full width. The caller writes new
             tokens.
         lengths_B1: the number of tokens in the prompt of each row.
         longest: the number of tokens in the longest prompt.
@@ -29,7 +29,7 @@ class GraphedStep:
 
     # For prompts with 300 tokens and 300 new tokens, the steps at indices 300 … 511 attend to 512
     # tokens, and later steps attend to 600 tokens. The first step with a new width runs without a
-    # graph. It creates library handles and casts weights for autocast, because a capture must not
+    # graph, because it creates library handles and casts weights for autocast. A capture must not
     # include either operation. The second step is captured, and the capture is replayed for all
     # further steps.
 

@@ -46,7 +46,7 @@ class LetterScorer(Protocol):
         Args:
             prompts: the token ids of different prompts.
             letter_ids: the ids of A and B.
-            done: called with the number of prompts that were computed since the last call.
+            done: a callback that receives the number of prompts computed since its last call.
 
         Returns:
             A float32 tensor on the CPU with shape `(len(prompts), 2)`.
@@ -117,7 +117,7 @@ class TransformersScorer:
         return self.packing.next_token_logits(prompts) if packed else self._unpacked(prompts)
 
     def _take_less(self, error: RuntimeError) -> None:
-        """Halves the pass size (at least one prompt) if memory runs out, or raises the error.
+        """Halves the pass size (to at least one prompt) if memory runs out, or re-raises the error.
 
         Processes that share a model run their passes together, so the processes cannot change the
         pass sizes separately.

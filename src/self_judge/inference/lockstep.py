@@ -1,7 +1,8 @@
 """Lockstep: processes that share a sharded model run the same number of forward passes.
 
-With FSDP and ZeRO-3, all processes take part in every forward pass, because each process holds only
-a part of the weights. A process that needs fewer passes runs empty passes until all are done.
+With FSDP and ZeRO-3, all processes take part in every forward pass, because each process stores
+only a part of the weights. A process that needs fewer passes runs empty passes until all processes
+are done.
 """
 
 # In this example, process 0 needs three passes for its prompts, and process 1 needs one. Before
@@ -56,7 +57,7 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def max_over_ranks(accelerator: Accelerator) -> MaxOverRanks | None:
-    """Returns a function for the maximum over processes that share a model, else `None`."""
+    """Returns the maximum over processes as a function, or `None` if they do not share a model."""
     if accelerator.num_processes == 1 or not needs_one_pass(accelerator.distributed_type):
         return None
 
@@ -113,7 +114,7 @@ class LockstepPacking(Packing):
     def next_token_logits(
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Works as in `Packing`, with passes of `batch_rows` rows that all processes run."""
+        """Yields the same values as `Packing`, in passes of `batch_rows` rows by all processes."""
         size = 2 * self.batch_rows
         for start in range(0, len(sequences), size):
             self.max_over_ranks(1)

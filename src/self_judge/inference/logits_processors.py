@@ -81,7 +81,7 @@ class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
 
 
 class TopP(TopPLogitsWarper):
-    """Computes the nucleus without sorting the vocabulary, which took a tenth of the sampling time.
+    """Computes the nucleus without sorting. Sorting took a tenth of the sampling time.
 
     If the `likeliest` most likely tokens do not contain the nucleus of some row, all tokens are
     sorted.
@@ -122,7 +122,7 @@ def seeded_gumbel(seeds_B: torch.Tensor, step: int, size: int) -> torch.Tensor:
 
     Args:
         seeds_B: the int64 seeds.
-        step: the step. Every step of a seed has different noise.
+        step: the step. The noise is different at every step.
         size: the number of values per row.
     """
     # seed, step, token  ->  64 mixed bits  ->  uniform u in (0, 1)  ->  -log(-log(1 - u)) The step

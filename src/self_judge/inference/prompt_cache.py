@@ -1,4 +1,4 @@
-"""The KV cache for decoding, whose rows have a copy of their prompt and space for new tokens.
+"""The KV cache for decoding. Each row has a copy of its prompt and space for new tokens.
 
 This module handles keys and values. It does not depend on the model or the tokens.
 """
@@ -19,7 +19,7 @@ class PromptLayer(DynamicLayer):
     """The keys and values of prompts, in the dtype that attention uses.
 
     With autocast, rotated keys are float32. A `DynamicLayer` then also converts the values, and
-    attention rounds both at every step.
+    attention rounds the keys and values at every step.
     """
 
     def update(

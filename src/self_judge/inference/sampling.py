@@ -97,7 +97,8 @@ class TransformersSampler:
     """Samples from a Transformers model with a KV cache; prompts of similar length share a batch.
 
     A prompt is computed once for all its samples, and finished rows are removed from the batch. If
-    a trial shows that this is not exact for a model, its own `generate` method is used instead.
+    a trial shows that this method is not exact for a model, its own `generate` method is used
+    instead.
 
     The tokens in each response are drawn with its own seed. A response therefore does not depend on
     other prompts in its batch, the number of processes or earlier samples (up to rounding in the
@@ -233,7 +234,7 @@ class TransformersSampler:
         return batches
 
     def _sampled(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
-        """Returns the new ids per sample; `rows` are prompts with the seeds of their samples."""
+        """Returns the new ids for each sample; `rows` contains prompts and their samples' seeds."""
         stop = self.stop
         pad = self.encoder.tokenizer.pad_token_id
         pad = stop[0] if pad is None else pad
@@ -302,7 +303,7 @@ def tokens_that_fit(per_token: int, weights: int, memory: int | None) -> int:
     Args:
         per_token: the bytes of keys and values per token in all layers.
         weights: the bytes of the model's weights.
-        memory: the total bytes of a device that stores only tensors, or `None` on a CPU.
+        memory: the total memory in bytes of a device that stores only tensors, or `None` on a CPU.
     """
     # For Llama 2 7B in bfloat16 on 80 GiB, 12.6 GiB of weights leave 67.4 GiB. Half of it is for
     # the cache, which needs 512 KiB per token. The result is about 69,000 tokens.

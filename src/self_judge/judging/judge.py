@@ -49,7 +49,7 @@ class Judge:
         batch_tokens: the most tokens in a packed forward pass (default: `tokens_per_pass`).
 
     Raises:
-        ValueError: a template or letter is not valid (see `JudgeTemplates`, `ChatEncoder`), the
+        ValueError: a template or letter is invalid (see `JudgeTemplates`, `ChatEncoder`), the
             tokenizer does not belong to the model, or `packing` is not exact for the model.
     """
 
@@ -188,7 +188,7 @@ class Judge:
         """Judges every comparison and returns the verdicts in the same order.
 
         If a response begins with a thought, the judge sees only the answer. A pair is undecidable
-        if a thought never ends or its judge prompt does not fit into `max_length`. Its verdict
+        if a thought never ends or its judge prompt does not fit into `max_length`. The verdict
         gives the reason.
 
         Raises:
@@ -246,8 +246,8 @@ class Judge:
     ) -> torch.Tensor:
         """Returns p(A) and p(B) as the next token of each prompt (softmax over the vocabulary).
 
-        Equal prompts are computed once. This saves work. It also prevents rounding, which depends
-        on the batch, from breaking a tie between two equal responses.
+        Equal prompts are computed once. This saves work and prevents batch-dependent rounding from
+        breaking a tie between two equal responses.
 
         Returns:
             A float32 tensor on the CPU with shape `(len(prompts), 2)`.

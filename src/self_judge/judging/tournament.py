@@ -1,4 +1,4 @@
-"""Tournaments: brackets, and self-rejection, which finds the best of N responses by knockout.
+"""Runs knockout tournaments, and finds the best of N responses by self-rejection.
 
 This module pairs responses and asks a judge for each winner. It does not depend on how the judge
 works.
@@ -70,7 +70,7 @@ class Bracket:
 
 
 def pairings(entrants: Sequence[int]) -> list[tuple[int, int | None]]:
-    """Pairs neighbours. If the number is odd, the last entrant gets a bye."""
+    """Pairs neighbours. If the number of entrants is odd, the last entrant gets a bye."""
     # 0 1 3 2 4   ->   (0, 1) (3, 2) (4, None)
     paired: list[tuple[int, int | None]] = [
         (entrants[i], entrants[i + 1]) for i in range(0, len(entrants) - 1, 2)
@@ -95,11 +95,11 @@ def knockouts(
     Args:
         compare: judges a list of comparisons, e.g. `Judge.compare`.
         contexts: the N contexts that the judge sees.
-        responses: the responses to each context. They are never changed.
-        seeds: one seed per context, which determines the draw and the lots.
+        responses: the responses to each context. The responses are never changed.
+        seeds: one seed per context, which determines the draw and the random winners.
         entrants: the responses that take part, per context. By default, these are the responses
             with an answer (see `thoughts.answer_of`), so a thought that never ends cannot win. If
-            no response has an answer, all take part, and winners are drawn at random.
+            no response has an answer, all responses take part, and winners are drawn at random.
         seek: with `"worst"`, the loser of each match advances.
         known: verdicts by (context, a, b), which are reused. New verdicts are added.
 
@@ -144,7 +144,7 @@ def _check(
     if not len(contexts) == len(responses) == len(seeds):
         raise ValueError(
             f"{len(contexts)} contexts, {len(responses)} lists of responses, {len(seeds)} seeds: "
-            "their numbers must be equal"
+            "all three must have the same length"
         )
     for i, own in enumerate(responses):
         if isinstance(own, str):
@@ -262,20 +262,21 @@ def tournament_rejection_sampling(  # type: ignore[misc]
     return_brackets: bool = False,
     progress: bool = False,
 ) -> list[str] | tuple[list[str], list[Bracket]]:
-    """Self-rejection: selects the winner of a knockout among the responses to each context.
+    """Selects the winner of a knockout among the responses to each context (self-rejection).
 
     Args:
         model: the model that judges, or a model folder with `judge.json`.
-        tokenizer: the tokenizer of the model (or a `ChatEncoder`). It is not needed with a folder.
-        judge_templates: `{principle: {system, user, assistant}}`. They are not needed with a
+        tokenizer: the tokenizer of the model (or a `ChatEncoder`). It is not needed if `model` is a
             folder.
+        judge_templates: `{principle: {system, user, assistant}}`. They are not needed if `model` is
+            a folder.
         token_id_a, token_id_b: expected letter ids, which are compared with the derived ids.
         contexts: the dialogues that the judge sees (see `judge_templates.dialogue_text`).
-        responses: the responses to each context. Their number may differ by context, and a single
-            response wins.
+        responses: the responses to each context. Their number may differ between contexts. A single
+            response wins without a match.
         max_length: the most tokens in a judge prompt.
         judge_batch_size: see `batch_size` of `Judge`.
-        seed: determines the draw, and the lots for undecided matches.
+        seed: determines the draw, and the random winners of undecided matches.
         judge: a `Judge` to use instead of model, tokenizer and templates.
         return_brackets: whether to also return one `Bracket` per context.
         progress: whether to show a progress bar for each round.
@@ -284,8 +285,8 @@ def tournament_rejection_sampling(  # type: ignore[misc]
         One response per context, and the brackets if `return_brackets` is set.
 
     Raises:
-        ValueError: a context has no responses (the message contains it), or the lists differ in
-            length.
+        ValueError: a context has no responses (the message contains the context), or the lists
+            differ in length.
     """
     if judge is None:
         saved = isinstance(model, (str, os.PathLike))

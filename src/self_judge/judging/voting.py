@@ -41,12 +41,12 @@ def aggregate(probabilities: Sequence[Orders]) -> Verdict:
         probabilities: `[principle][order][letter]` with at least one principle (see `Verdict`).
 
     Returns:
-        The verdict. It is undecidable if wins and means are exactly tied, or if a probability is
-        not finite.
+        The verdict, which is undecidable if the wins and the means are exactly tied, or if a
+        probability is not finite.
     """
     # (s(a), s(b)) for each principle, and the verdict:
     #
-    #   (.51 .49) (.51 .49) (.05 .95)    a: two principles of three, although the mean is .36 to .64
+    #   (.51 .49) (.51 .49) (.05 .95)    a: two of three principles, although the mean is .36 to .64
     #   (.80 .20) (.45 .55)              a: one win each, and the mean is .625 to .375
     kept = tuple(probabilities)
     if not kept:
@@ -76,7 +76,7 @@ def aggregate(probabilities: Sequence[Orders]) -> Verdict:
 
 
 def undecidable(probabilities: tuple[Orders, ...], because: str) -> Verdict:
-    """Returns a verdict without a preferred response, with a short reason."""
+    """Returns a verdict that has no preferred response and gives a short reason."""
     nan = math.nan
     return Verdict(None, nan, nan, 0.5, nan, False, probabilities, because)
 
@@ -90,7 +90,7 @@ def under_principle(verdict: Verdict, place: int) -> Verdict:
 
 
 def verdict_json(verdict: Verdict, principles: Sequence[str]) -> dict[str, Any]:
-    """Converts a verdict to JSON data; numbers that are not finite become null."""
+    """Converts a verdict to JSON data; non-finite numbers become null."""
     return {
         "preferred": verdict.preferred,
         "score_a": _finite(verdict.score_a),

@@ -1,4 +1,4 @@
-"""Chunked prefill computes the prefix tree of many sequences in chunks, each token only once.
+"""Chunked prefill computes the prefix tree of many sequences in chunks, and each token only once.
 
 This module computes layouts from token ids. `prefix_tree.py` puts whole trees into rows, while this
 module cuts a tree of any size into chunks in depth-first order. A chunk reads the keys and values
@@ -79,7 +79,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class PrefixIndex:
-    """The sorted sequences computed so far, with the numbers of their tokens.
+    """The sorted sequences computed so far, and the numbers of their tokens.
 
     Attributes:
         count: the number of tokens so far.
@@ -184,8 +184,8 @@ def plan_chunks(
 
 def _stretches(lengths: Sequence[int], most: int) -> Iterable[tuple[int, int]]:
     """Groups neighbours into stretches of similar size with at most `most` tokens."""
-    # `pqA`, `BC` and `s` have 3, 2 and 1 tokens of their own. With at most 4 tokens per stretch,
-    # there are two stretches of about 3 tokens: [3] [2 1].
+    # The sequences contribute 3, 2 and 1 tokens: `pqA`, `BC` and `s`. With at most 4 tokens per
+    # stretch, there are two stretches of about 3 tokens: [3] [2 1].
 
     def even(tokens: int) -> float:
         return tokens / max(1, -(-tokens // most))
@@ -262,7 +262,7 @@ def _with_needed(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 
 def segments_of(row: Row) -> tuple[Segment, ...]:
-    """Returns the segments of a row with one or more whole trees, equivalent to its mask."""
+    """Returns the segments that are equivalent to the mask of a row of whole trees."""
     # In depth-first order, a token that is one level deeper than its left neighbour is the child of
     # that neighbour. Any other depth starts a segment. Row p q A B C s has depths 0 1 2 2 3 1, so
     # its segments are:

@@ -81,13 +81,13 @@ def padded_logits(called: Any, sequences: Sequence[Sequence[int]]) -> list[torch
 
 @torch.no_grad()
 def why_inexact(model: nn.Module, trial: Logits) -> str | None:
-    """Runs a trial and returns the reason it is not exact for the model, or `None` if it is exact.
+    """Runs a trial and returns the reason its results are not exact, or `None` if they are exact.
 
-    The model runs as in training and judging: in evaluation mode, and with both the current
-    autocast and the model's own. The tolerance depends on the precision of the computation.
+    The model runs as in training and judging: in evaluation mode, with both the current autocast
+    context and the model's own. The tolerance depends on the precision of the computation.
 
     Args:
-        trial: returns the logits `(N, V)` to check and the expected logits.
+        trial: a function that returns the logits `(N, V)` to check and the expected logits.
 
     Raises:
         Exception: an error that the model did not cause, such as running out of memory or a failed
@@ -121,7 +121,7 @@ def why_inexact(model: nn.Module, trial: Logits) -> str | None:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[bool]]:
-    """Yields a list with one entry per call: whether the model computes in float32 or better."""
+    """Yields a list that records for each call whether the model computes in float32 or better."""
     inner: Any = unwrapped(model)
     device = next(inner.parameters()).device
     full: list[bool] = []
@@ -145,7 +145,7 @@ def _multiplies_exactly(device: torch.device) -> bool:
     """Returns whether float32 matrices are multiplied in float32 instead of TF32 or bfloat16.
 
     This function measures the precision, because PyTorch has two kinds of settings for it and does
-    not allow reading one kind after the other was set.
+    not allow one kind to be read after the other is set.
     """
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     found, true = (a.to(device) @ b.to(device)).cpu().double(), a.double() @ b.double()

@@ -124,7 +124,7 @@ def tree_attention(
         others: additional arguments from the model for other kinds of attention.
 
     Returns:
-        The attended values, `(1, L, H, D)`, and `None` instead of weights.
+        The attention output, `(1, L, H, D)`, and `None` in place of the attention weights.
 
     Raises:
         UnfusedError: PyTorch cannot compile FlexAttention here, or torch.compile is off.
@@ -195,7 +195,7 @@ def _compiled_or_refused(*given: Any) -> torch.Tensor:
         return _compiled()(*given)
     except FailOnRecompileLimitHit as error:
         raise UnfusedError(
-            "this process reached torch._dynamo.config.recompile_limit for kinds of models with "
+            "torch._dynamo.config.recompile_limit does not allow another kind of model with "
             f"FlexAttention: raise that limit, or {_INSTEAD}"
         ) from error
     except TorchDynamoException as error:

@@ -44,7 +44,7 @@ def pack_fused_head(
 
     All other calls of the model are unchanged. Batches that cannot be packed are also unchanged.
     These are batches for a mixture of experts with a router loss (which is defined on the padded
-    batch) and batches with inputs other than ids, mask and labels.
+    batch) and batches that contain inputs other than ids, mask and labels.
 
     Args:
         model: the model of TRL's trainer after the trainer's constructor has run, in any wrapper.

@@ -140,7 +140,7 @@ class Packing:
         )
         if key not in known.decided:
             decision = known.decided[key] = _decide(self.model, self.choice, key[1], key[2])
-            # Prefixes are not shared, although the user did not request that.
+            # Warn that prefixes are not shared, because the user did not choose this mode.
             lost = self.choice == "auto" and decision.route in ("padding", "off")
             if lost:
                 warn_once(logger, self.describe())
@@ -230,7 +230,7 @@ class Packing:
     def next_token_logits(
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Yields tuples of n sequence indices and next-token logits `(n, V)` for them."""
+        """Yields the indices of n sequences and their next-token logits `(n, V)`, pass by pass."""
         # Only the last position in a sequence is needed, so chunks can be used. A single pass uses
         # segments.
         last = [np.array([len(s) - 1]) for s in sequences]
@@ -257,7 +257,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 
 
 def _no_cache(packing: Packing) -> str | None:
-    """Returns the reason these settings exclude a KV cache, or `None` if they allow it."""
+    """Returns the reason these settings exclude a KV cache, or `None` if they allow one."""
     if packing.shape.one_pass:
         return "a cache needs two passes, but all processes must run the same number of passes"
     if packing.gradients and _checkpointed(packing.inner):
@@ -270,9 +270,9 @@ def _no_cache(packing: Packing) -> str | None:
 def _by_segments(packing: Packing) -> bool:
     """Returns whether to try segment attention.
 
-    On a GPU, its many small calls take 2 to 4 times as long as masks (benchmarks/RESULTS.md).
-    Gradient checkpointing repeats forward passes after the model's usual attention is restored, so
-    it cannot be combined with segments.
+    On a GPU, its many small calls take 2 to 4 times as long as attention with masks
+    (benchmarks/RESULTS.md). Gradient checkpointing repeats forward passes after the model's usual
+    attention is restored, so it cannot be combined with segments.
     """
     inner = packing.inner
     checkpointed = packing.gradients and _checkpointed(inner)
@@ -340,7 +340,7 @@ def _gate(model: nn.Module, route: str) -> str | None:
             return refused
     if route == "cache":
         if config.model_type == "jamba":
-            return "Jamba's cache does not keep the data that its state needs"
+            return "Jamba's cache does not store the data that its recurrent state needs"
         return None
     if getattr(inner, "_is_stateful", False):
         return "its layers keep a state across the whole row"
@@ -383,7 +383,7 @@ def _longest_path(config: Any) -> int | None:
 
 
 def _trial(model: nn.Module, route: str) -> str | None:
-    """Compares a mode with a padded batch on two small trees; `None` if the results agree."""
+    """Compares a mode with a padded batch on two small trees; returns `None` if they agree."""
     # The five sequences (numbers are indices in `drawn`) and their trees:
     #
     #   0 1 2 3 ─┬─ 4 ─┬─ 5 6        10 11 12 ─┬─ 13 14

@@ -1,4 +1,4 @@
-"""Sets the number of tokens in a forward pass by the kind of device and the model width.
+"""Sets the number of tokens in a forward pass from the kind of device and the model width.
 
 This module uses the shapes of a model's matrices and, on request, measures their speed. It does not
 depend on the tokens.
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 FILE = "batch_shape.json"
 ASKED = "SELF_JUDGE_TOKENS_PER_PASS"
 # Maps the least width of the hidden states to the number of tokens in a pass. On two CPU cores, the
-# matrices of SmolLM2-135M (576 wide) keep the cores busy at 512 tokens. Judging is 8 % faster with
-# passes of 1,024 tokens, and 2,048 tokens bring no further gain. Tiny models keep the cores busy at
-# 2,048 tokens. The numbers for other devices are estimates.
+# matrices of SmolLM2-135M (hidden size 576) keep the cores busy at 512 tokens. Judging is 8 %
+# faster with passes of 1,024 tokens, and 2,048 tokens bring no further gain. Tiny models keep the
+# cores busy at 2,048 tokens. The numbers for other devices are estimates.
 _ON_CPU = {0: 4096, 256: 1024}
 _ELSEWHERE = {0: 16_384, 4096: 8192}
 # An H100 computes this many tokens while its host launches the kernels for a pass (about 1 ms per
@@ -66,7 +66,7 @@ def tokens_per_pass(inner: nn.Module) -> int:
         return _MEASURED[kind]
     if asked:
         if not asked.isdecimal() or int(asked) < 1:
-            raise ConfigError(f"{ASKED}={asked}: give a number of tokens, or measure")
+            raise ConfigError(f"{ASKED} must be a number of tokens or measure, got {asked}")
         return int(asked)
     return _by_width(inner, _ON_CPU if _on_cpu(inner) else _ELSEWHERE)
 
@@ -93,20 +93,21 @@ def _by_width(inner: nn.Module, figures: dict[int, int]) -> int:
 
 
 def measured_tokens_per_pass(inner: nn.Module, measure: Measure | None = None) -> int:
-    """Returns twice the fewest tokens at which the model's matrices reach 95 % of their best rate.
+    """Returns twice the token count at which the model's matrices reach 95 % of their best rate.
 
     The factor of two covers the fixed cost of a pass. A new measurement may give a different
     number, and therefore different rounding.
 
     Args:
         inner: the model inside all wrappers.
-        measure: returns the tokens per second for a list of matrices (default: measured time).
+        measure: a function that returns the tokens per second for a list of matrices. By default,
+            the time is measured.
     """
     matrices = _matrices(inner)
     if not matrices or matrices[0].device.type == "meta":  # all are sharded or quantized
         return 1024
     tokens = min(2 * _smallest_good(matrices, measure or _tokens_per_second), _CANDIDATES[-1])
-    logger.info("passes of %d tokens keep the matrices busy", tokens)
+    logger.info("using %d tokens per forward pass, which keep the matrices busy", tokens)
     return tokens
 
 
@@ -130,7 +131,7 @@ def pinned_tokens_per_pass(inner: nn.Module, folder: str | Path) -> int:
 
 
 def attention_share(inner: Any) -> float:
-    """Returns the FLOPs for one query and key, divided by the FLOPs for a token in all matrices.
+    """Returns the FLOPs for a query-key pair, divided by the FLOPs for a token in all matrices.
 
     With a context of L tokens, attention adds L times this ratio to the work for a token.
     """
@@ -185,6 +186,6 @@ def _tokens_per_second(matrices: list[torch.Tensor], tokens: int) -> float:
         return time.perf_counter() - started
 
     once()
-    # Use the best of three measurements, because other programs on the machine can only slow a
+    # Use the best of three measurements, because other programs on the machine can only slow down a
     # measurement.
     return tokens / min(once() for _ in range(3))

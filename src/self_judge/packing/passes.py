@@ -36,8 +36,8 @@ from self_judge.runtime import device_of, to_device, without_cudnn_attention
 # speed for the shape of a 1B model. A higher factor leads to more and smaller passes.
 _DENSE_ATTENTION = {"cpu": 2.0}
 _DENSE_ATTENTION_ELSEWHERE = 1.0
-# The most tokens in the cache for one group. They need 16 GiB of keys and values for Llama 2 7B in
-# bfloat16, and 4 GiB for Llama 3 8B, in which four query heads share keys and values.
+# The most tokens in the cache for one group. The cache needs 16 GiB for Llama 2 7B in bfloat16, and
+# 4 GiB for Llama 3 8B, in which four query heads share keys and values.
 _CACHED_TOKENS = 32_768
 
 
@@ -78,7 +78,7 @@ class Wanted(NamedTuple):
         return cls(sequences, wanted, np.cumsum([0, *map(len, wanted)])[:-1].tolist())
 
     def only(self, places: Sequence[int]) -> Wanted:
-        """Selects some of the sequences. The needed positions keep their numbers."""
+        """Selects some of the sequences. The needed positions keep their indices."""
         sequences, wanted, offsets = self
         return Wanted(
             [sequences[i] for i in places],
@@ -149,7 +149,7 @@ def pass_tokens(inner: Any, shape: Shape) -> int:
 
 
 def _dense_cost(inner: Any) -> float:
-    """Returns the cost of one more key per token with a dense mask, relative to its other work."""
+    """Returns the cost of one more key under a dense mask, relative to a token's other work."""
     slower = _DENSE_ATTENTION.get(device_of(inner).type, _DENSE_ATTENTION_ELSEWHERE)
     return slower * attention_share(inner)
 
@@ -188,9 +188,9 @@ def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) 
         Their indices.
     """
     # For example, a prefix of 100 tokens and 16 branches of 20 tokens form one row of 420 tokens.
-    # The dense mask computes 420² = 176,400 scores. Prefix and branches (`met`) need 100² +
-    # 16·20·120 = 48,400. Branches are padded to the longest branch. If one branch has 60 tokens,
-    # the branches count as 16·60 tokens.
+    # The dense mask computes 420² = 176,400 scores. The prefix and the branches (`met`) need 100² +
+    # 16·20·120 = 48,400 scores. Branches are padded to the longest branch. If one branch has 60
+    # tokens, the branches count as 16·60 tokens.
     cost, most = _dense_cost(inner), pass_tokens(inner, shape)
     cached: list[int] = []
     for group in prefix_groups(sequences):

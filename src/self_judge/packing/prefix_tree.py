@@ -79,17 +79,17 @@ def prefix_rows(
     *,
     split_pairs: bool = False,
 ) -> list[Row]:
-    """Lays out one tree per row with the lowest total cost.
+    """Lays out the sequences as one tree per row, at the lowest total cost.
 
     A row of L tokens costs `L + attention_cost · L²`. A tree is split into two rows if it would be
     too large, or if attention across its branches would cost more than repeating its prefix. Both
     rows then compute the shared prefix. Two sequences that share at least a twentieth of their
-    tokens are kept in one row, whatever its length and attention cost.
+    tokens are kept in one row, regardless of its length and attention cost.
 
     Args:
         sequences: token ids, at least one per sequence. Equal sequences share all indices.
         row_tokens: the most tokens in a row. A pair or a single sequence may be longer.
-        attention_cost: the cost of one more key for a token, relative to its other work.
+        attention_cost: the cost of one more key for a token, relative to the token's other work.
         split_pairs: whether the limit and the cost also apply to pairs.
 
     Raises:
@@ -122,8 +122,8 @@ def prefix_rows(
     for end in range(1, len(arrays) + 1):
         cheapest, begins, tokens = float("inf"), end - 1, 0
         for start in range(end - 1, -1, -1):
-            # Starting one sequence earlier adds the tokens that it does not share with the next
-            # sequence.
+            # Starting one sequence earlier adds the tokens that this sequence does not share with
+            # the next sequence.
             follows = shared[start + 1] if start + 1 < end else 0
             tokens += lengths[start] - follows
             pair = start == end - 2 and not split_pairs
@@ -131,7 +131,7 @@ def prefix_rows(
                 break
             cost = tokens + attention_cost * tokens * tokens
             if pair and follows * _LEAST_SHARED >= tokens:
-                # A pair never costs more than two rows minus the tokens that it saves.
+                # A pair never costs more than two rows minus the tokens that sharing saves.
                 cost = min(cost, alone[start] + alone[start + 1] - follows)
             cost += best[start]
             if cost < cheapest:
@@ -241,11 +241,11 @@ def batches(
     busy_tokens: int = 0,
     one: bool = False,
 ) -> list[list[Row]]:
-    """Groups rows of similar length into passes, longest first, with the lowest padded cost.
+    """Groups rows of similar length into passes, longest first, at the lowest padded cost.
 
     If trees may be joined, all rows in a pass have the same length, and shorter trees follow each
-    other in the space that would be padding. With a dense mask, these trees cost as much as the
-    padding.
+    other in the space that would be padding. With a dense mask, the padding would cost as much as
+    these trees.
 
     Args:
         rows: the rows, with one tree each.
@@ -254,8 +254,8 @@ def batches(
             separate.
         busy_tokens: a smaller pass costs as much as a pass with this many tokens (see
             `pass_size.busy_tokens`).
-        one: put all rows into one pass, whatever its size. Rows are then joined only up to
-            `batch_tokens`.
+        one: whether to put all rows into one pass, regardless of its size. Rows are then joined
+            only up to `batch_tokens`.
     """
     ordered = sorted(rows, key=len, reverse=True)
     lengths = [len(row) for row in ordered]
@@ -270,7 +270,7 @@ def batches(
 def _stretches(
     lengths: Sequence[int], batch_tokens: int, attention_cost: float | None, busy_tokens: int
 ) -> list[tuple[int, int]]:
-    """Cuts sorted lengths into passes with the lowest total cost; returns (start, end) of each."""
+    """Cuts sorted lengths into passes at the lowest total cost; returns (start, end) of each."""
     # This uses the same dynamic programming as `prefix_rows`. A pass from `start` to `end` is
     # padded to the length of its first row, which is the longest, and each pass adds a fixed price.
     #
@@ -336,7 +336,7 @@ def _filled(
 
 @dataclass(frozen=True, slots=True)
 class PrefixGroup:
-    """Indices of sequences that share their first `prefix` tokens and have further tokens."""
+    """The indices of sequences that share their first `prefix` tokens and have more tokens."""
 
     prefix: int
     members: tuple[int, ...]

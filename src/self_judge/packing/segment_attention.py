@@ -3,7 +3,7 @@
 With a dense mask, a kernel computes every pair of tokens in a row and discards most of them. Here
 each segment of a tree (`chunked_prefill.Segment`) attends to its ancestors and itself in one call
 to PyTorch's scaled dot-product attention. The model is called with the segments, and Transformers'
-attention interface passes them on. `packing.py` tests whether a model supports this.
+attention interface passes them on to this module. `packing.py` tests whether a model supports this.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ NAME = "self_judge_segments"
 # keys are the queries themselves, so the mask is always the lower right part of a triangle.
 
 # PyTorch's kernel skips masked scores in blocks of 512 keys, so it skips few scores in a segment
-# with a few hundred tokens. With pieces of this size, queries are not computed with the keys of
-# later pieces. For example, a segment of 300 tokens becomes queries 0-127 with keys 0-127, 128-255
-# with keys 0-255 and 256-299 with keys 0-299.
+# with a few hundred tokens. Cutting a segment into pieces of this size avoids computing scores with
+# the keys of later pieces. For example, a segment of 300 tokens becomes queries 0-127 with keys
+# 0-127, 128-255 with keys 0-255 and 256-299 with keys 0-299.
 _PIECE = 128
 
 
@@ -50,7 +50,7 @@ class Attending:
 
     Attributes:
         queries: the range of the piece in the tokens of the row.
-        keys: the ranges of the keys that the piece attends to. Its own range is the last.
+        keys: the ranges of the keys that the piece attends to. The piece's own range is the last.
         mask: the keys that each token attends to, `(queries, keys)`; `None` for a single token.
     """
 
@@ -60,11 +60,11 @@ class Attending:
     _added: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def rows(self, groups: int) -> slice:
-        """Returns the range of the queries if every token has one row per head in a group."""
+        """Returns the range of query rows, with one row for each token and each head in a group."""
         return slice(groups * self.queries.start, groups * self.queries.stop)
 
     def added(self, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Returns the mask as an additive bias, with rows repeated per head in a group (cached)."""
+        """Returns the mask as an additive bias, with one row per token and head of a group."""
         if self.mask is None:
             return None
         if (groups, dtype) not in self._added:
@@ -129,14 +129,14 @@ def segment_attention(
         prefix_segments: the segments in the row, in order.
 
     Returns:
-        The attended values, `(1, L, H, D)`, and `None` instead of weights.
+        The attention output, `(1, L, H, D)`, and `None` in place of the attention weights.
 
     Raises:
         ValueError: the model needs more than plain scaled dot-product attention, or does not pass
             on the segments.
     """
     if prefix_segments is None or softcap is not None or position_bias is not None:
-        raise ValueError("the model does not support attention by segments")
+        raise ValueError("the model does not support segment attention")
     shared = key.shape[1]
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         computed = torch.get_autocast_dtype(query.device.type)
@@ -162,7 +162,7 @@ def segment_attention(
 
 
 def _rows(states: torch.Tensor, shared: int, dtype: torch.dtype) -> torch.Tensor:
-    """Converts `(1, L, H, D)` to `(1, shared, L * H / shared, D)`; a range of tokens is a view.
+    """Converts `(1, L, H, D)` to `(1, shared, L * H / shared, D)`, where token ranges are views.
 
     Query heads that share keys and values become the rows of one longer head, so keys are not
     copied for each query head.
@@ -197,7 +197,7 @@ def _in_one_node(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
 
 
 class _SegmentAttention(torch.autograd.Function):
-    """All segments in a row as one node in the autograd graph, on a CPU.
+    """Computes attention for all segments in a row as one autograd node, on a CPU.
 
     With one node per segment, each segment would keep a copy of all preceding keys and values, and
     its backward pass would allocate gradients for all of them. A single node keeps keys and values

@@ -22,7 +22,7 @@ from self_judge.runtime import device_of, to_device
 
 
 def segment_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
-    """Like `tree_passes`, but with segment attention, so that trees share a row at no cost."""
+    """Yields passes like `tree_passes`, but with segments, so trees share a row at no cost."""
     most = pass_tokens(inner, shape)
     rows = prefix_rows(asked.sequences, most, split_pairs=shape.split_pairs)
     together = sum(map(len, rows)) if shape.one_pass else most
@@ -97,7 +97,7 @@ class KeysAndValues:
         self._blocks.append(_Block(numbers, layers))
 
     def only(self, numbers: Ints) -> None:
-        """Drops all tokens except the given ones."""
+        """Drops all tokens except the given tokens."""
         chosen = [_chosen(b, numbers) for b in self._blocks]
         self._blocks = [b for b in chosen if len(b.numbers)]
 

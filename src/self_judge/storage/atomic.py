@@ -78,7 +78,7 @@ def seal(folder: Path) -> None:
 
 
 def integrity_error(folder: Path) -> str | None:
-    """Returns why a run cannot resume from a checkpoint, or `None` if it is complete."""
+    """Returns the reason a run cannot resume from a checkpoint, or `None` if it can resume."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"it has no {MANIFEST}, which is written last"
@@ -96,7 +96,7 @@ def integrity_error(folder: Path) -> str | None:
 
 
 def latest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """Returns the latest complete checkpoint and a message for each later, incomplete one."""
+    """Returns the latest complete checkpoint and a message for each later incomplete checkpoint."""
     skipped: list[str] = []
     for _, path in sorted(_checkpoints(folder), reverse=True):
         reason = integrity_error(path)

@@ -40,10 +40,11 @@ def parse_lines(
         where: the file, for error messages.
         error: the exception raised if a line is not a JSON object. Its message includes the file
             and line number.
-        torn_is_end: treat a broken last line without a newline as the end of the input. A crash can
-            leave such a line.
-        blank_is_error: treat a blank line as an error. By default, blank lines are skipped.
-        nan_is_null: read NaN and Infinity as null instead of floats.
+        torn_is_end: whether to treat a broken last line without a newline as the end of the input.
+            A crash can leave such a line.
+        blank_is_error: whether to treat a blank line as an error. By default, blank lines are
+            skipped.
+        nan_is_null: whether to read NaN and Infinity as null instead of floats.
         remedy: text to append to the "not JSON" message.
     """
     for number, line in enumerate(lines, start=1):
@@ -151,7 +152,7 @@ class Journal:
 
 
 def settings_path(path: Path) -> Path:
-    """Returns the path of the file with a journal's settings, which is next to the journal."""
+    """Returns the path of the settings file, which is next to the journal."""
     return path.with_name(path.name + ".settings.json")
 
 

@@ -1,4 +1,4 @@
-"""The files in the folder of a training run: metrics as JSON lines, run.json, pairs by step.
+"""Defines the files in a training run's folder: metrics (JSON lines), run.json and pairs per step.
 
 This module defines names, formats and limits for the code that writes these files and the code that
 reads them. It does not depend on trainers or the meaning of the numbers.
@@ -58,7 +58,7 @@ def rewind(folder: Path, step: int) -> None:
 
 
 def rollout_file(folder: Path, step: int) -> Path:
-    """Returns the path of the file with the pairs from a step; steps are counted from 1."""
+    """Returns the path of the file that contains a step's pairs; steps are counted from 1."""
     return folder / ROLLOUTS / f"step-{step:06d}.jsonl"
 
 
