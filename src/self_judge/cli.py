@@ -102,7 +102,7 @@ def _add_runs(commands: Commands) -> None:
         help="estimate memory for a GPU such as h100 or a100-80gb (default: this machine's GPU)")
     add("--processes", type=int, metavar="N", help="estimate memory for N processes")
     add("--sharding", choices=["none", "zero2", "zero3", "fsdp"],
-        help="sharding to assume if the launcher's configuration sets it")
+        help="sharding to assume, if only the launcher's configuration sets it")
     add("--plain", action="store_true", help="print without colors, for logs")
     add("--json", action="store_true", help="print everything as JSON to standard output")
 
@@ -124,7 +124,7 @@ def _add_tournament(commands: Commands) -> None:
 
 
 def _add_evaluation(commands: Commands) -> None:
-    """Adds the commands that evaluate judges and policies and that judge pairs in bulk."""
+    """Adds the commands that evaluate judges and policies or judge pairs in bulk."""
     evaluate = commands.add_parser("eval", help="evaluate a judge on labeled pairs")
     add = evaluate.add_argument
     add("data", nargs="+", metavar="DATA",
@@ -133,7 +133,7 @@ def _add_evaluation(commands: Commands) -> None:
     add("--model", required=True, metavar="MODEL", help="the judge")
     add("--output", required=True, metavar="DIR", help="output folder")
     add("--compare", metavar="MODEL",
-        help="another judge, or the --output folder of its evaluation, to compare with")
+        help="judge to compare with, or the --output folder of its evaluation")
     add("--split", default="test", metavar="NAME[,NAME…]", help="dataset split (default: test)")
     add("--data-dir", metavar="DIR", help="folder inside the data")
     add("--name", help="configuration name of a Hub dataset")
@@ -177,7 +177,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 def _add_judge(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--templates", metavar="FILE",
-        help="YAML file with judge templates, which replace those in judge.json, if there is one")
+        help="YAML file with judge templates that replace those in judge.json, if any")
     add("--dtype", default="auto", help="dtype of the weights (default: as saved)")
     add("--packing", default="auto", choices=PACKING, help="how prompts share prefixes")
     add("--revision", metavar="REV", help="revision of a Hub model")
@@ -263,7 +263,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _leave_process_group() -> None:
     """Destroys the process group at the end of a command.
 
-    Otherwise NCCL prints a warning, and gloo's threads may abort the interpreter.
+    Otherwise, NCCL prints a warning, and gloo's threads may abort the interpreter.
     """
     from accelerate import PartialState
 
@@ -329,7 +329,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _filled(kind: type[FilledT], arguments: argparse.Namespace, **given: Any) -> FilledT:
-    """Fills a dataclass's fields from the command line; `given` overrides the values."""
+    """Creates a dataclass from command-line arguments, which `given` overrides."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{k: v for k, v in {**vars(arguments), **given}.items() if k in names})
 

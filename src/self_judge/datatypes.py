@@ -105,7 +105,7 @@ class Response:
             value is false if the response was cut at `max_new_tokens` or its thought never ends.
         thought: the decoded thought before the answer, or `None`.
         thought_length: the number of ids in the thought, including its markers.
-        answered: whether the response has an answer. It has none if its thought never ends.
+        answered: whether the response has an answer. A response whose thought never ends has none.
     """
 
     ids: tuple[int, ...]
@@ -122,10 +122,10 @@ class Response:
 
     @property
     def judged(self) -> str:
-        """The text for judges and files: the answer, or the thought if it never ends."""
+        """The text for judges and files: the answer, or the thought if the thought never ends."""
         if self.answered:
             return self.text
-        # A thought with other markers may mention this one, which would end it.
+        # A thought with other markers may mention this marker, which would end the thought.
         return "<think>\n" + (self.thought or "").replace("</think>", "")
 
 
@@ -135,8 +135,8 @@ class LabeledPair:
 
     Attributes:
         chosen, rejected: the better and the worse response, as plain text.
-        principle: the principle under which `chosen` is better. `None` means better overall, and
-            the pair is then judged under every template.
+        principle: the principle under which `chosen` is better. `None` means that `chosen` is
+            better overall, and the pair is then judged under every template.
         rationale_chosen, rationale_rejected: the reasons for the two ratings; set both or neither.
     """
 

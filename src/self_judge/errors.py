@@ -23,7 +23,7 @@ class UnusableRecordError(DataError):
     """A well-formed record that cannot be used. Loading skips and counts such records.
 
     Attributes:
-        reason: a short phrase, by which such records are counted.
+        reason: a short phrase under which such records are counted.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -39,7 +39,7 @@ class TemplateError(ValueError):
 
 
 class EncodingError(ValueError):
-    """Unusable tokenizer or chat template."""
+    """A tokenizer or chat template that cannot be used."""
 
 
 class ModelError(ValueError):

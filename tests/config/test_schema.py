@@ -439,7 +439,7 @@ def test_the_two_letters_must_be_two_tokens() -> None:
 def test_averaged_log_probabilities_are_for_the_methods_three_losses(loss: str) -> None:
     path = CONFIGS / "hh_self_judge.yaml"
     overrides = ("self_judge_args.average_log_prob=true", f"self_judge_args.loss_type={loss}")
-    told = "average_log_prob is for sigmoid, hinge or ipo alone"
+    told = "average_log_prob requires sigmoid, hinge or ipo alone"
     assert told in error_of(path, *overrides, kind="self_judge")
 
 

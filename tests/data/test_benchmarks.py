@@ -147,7 +147,7 @@ def test_several_splits_are_subsets(tmp_path: Path) -> None:
             {"input": "q", "output_1": "x", "output_2": "y", "label": 3},
             "record 0, field 'label': expected 1 or 2, got 3",
         ),
-        ({"a": 1}, "cannot tell what kind of data has the columns .* LLMBar"),
+        ({"a": 1}, "cannot detect the kind of data from the columns .* LLMBar"),
         ({"input": "q", "targets": {"choices": ["x"], "labels": [1]}}, "one 0 and one 1"),
         (
             {"conversation_a": [], "conversation_b": [], "winner": "nobody"},

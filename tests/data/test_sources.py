@@ -702,7 +702,7 @@ BROKEN = {
     ),
     "other columns": (
         lambda d: write(d / "x.jsonl", '{"messages": []}'),
-        "x.jsonl: cannot tell what kind of data has the columns ['messages']; expected chosen and",
+        "x.jsonl: cannot detect the kind of data from the columns ['messages']; expected chosen",
     ),
 }
 

@@ -266,7 +266,7 @@ def test_what_is_no_date_is_refused(date: Any) -> None:
 def test_a_template_that_draws_or_writes_addresses_is_refused(chance: str) -> None:
     for seed in range(5):
         random.seed(seed)
-        with pytest.raises(EncodingError, match="gives different text every time"):
+        with pytest.raises(EncodingError, match="renders differently every time"):
             ChatEncoder(wrap(byte_bpe()), writing(f"({chance}) ~ m.content"))
 
 

@@ -1,4 +1,4 @@
-"""`self-judge compare` lets two policies answer the same prompts and a judge compare the answers.
+"""`self-judge compare` lets a judge compare the answers of two policies to the same prompts.
 
 Each step writes a file from which an interrupted run resumes. Other modules implement sampling,
 judging and statistics.
@@ -86,7 +86,7 @@ class ComparisonJob:
 
 
 def is_responses(policy: str) -> bool:
-    """Returns whether a policy is a file of responses and not a model."""
+    """Returns whether a policy is a file of responses rather than a model."""
     return Path(policy).is_file() or reader_of(Path(policy)) is not None
 
 
@@ -106,8 +106,8 @@ def run_compare(
     samples and judges its shard of the prompts.
 
     Raises:
-        ValueError: a model, prompts or responses cannot be used, or `output` contains another
-            comparison.
+        ValueError: a model, the prompts or the responses cannot be used, or `output` contains
+            another comparison.
     """
     output, console = Path(output), console or Console()
     prompts = job.read()
@@ -214,7 +214,7 @@ def _sample(
 
 
 def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:
-    """Reads one `{"text", "finished"}` per prompt. A line's prompt, if any, must match."""
+    """Reads one `{"text", "finished"}` per prompt. If a line has a prompt, it must match."""
     found: list[dict[str, Any]] = []
     for index, line in enumerate(itertools.islice(read_raw(str(file)), len(prompts))):
         where = RecordRef(str(file), index)
@@ -304,7 +304,7 @@ def _table(results: Mapping[str, Any]) -> Table:
             (*row("win rate of a", results["win_rate"]), counts(results)),
             row("win rate of a, length-controlled", results["length_controlled_win_rate"]),
             (*row("win rate of a, tie if orders disagree", both["win_rate"]), counts(both)),
-            row("win rate of a, if longer always won", results["longer_wins_all"]),
+            row("win rate of a, if longer answers always won", results["longer_wins_all"]),
             None,
             row("orders agree", results["order_agreement"]),
             ("undecidable", number(results["undecidable"])),

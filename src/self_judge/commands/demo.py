@@ -58,7 +58,7 @@ SHOWN_BRACKETS = 12  # number of tournaments saved for the report
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """Sizes and hyperparameters of the demo, whose results are in benchmarks/RESULTS.md."""
+    """Sizes and hyperparameters of the demo. The results are in benchmarks/RESULTS.md."""
 
     jsft_records: int = 6000
     pairs_per_record: int = 2
@@ -202,7 +202,7 @@ class _Demo:
         return trainer.model
 
     def gold_scores(self, judge: Judge, policy: Any) -> _Gold:
-        """Computes gold scores of the JSFT model, the policy and self-rejection."""
+        """Computes gold scores for the JSFT model, the policy and self-rejection."""
         seed, encoder, console = self.seed, self.encoder, self.console
         instructions = synthetic.instructions(self.settings.held_out_prompts, seed)
         prompts = [encoder.encode_prompt([{"role": "user", "content": i}]) for i in instructions]

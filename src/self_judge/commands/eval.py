@@ -33,7 +33,7 @@ from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
 _LINE = ("source", "index", "subset", "principle", "label", "digest")  # fields of the pair
-_ALL = ""  # the key for all pairs, beside the subset names
+_ALL = ""  # the key for all pairs, alongside the subset names
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class JudgeEvaluation:
     Args:
         sources: sources of labeled comparisons.
         max_pairs: use the first N pairs of every source.
-        chunk: comparisons per write to disk.
+        chunk: number of comparisons per write to disk.
     """
 
     sources: Sequence[BenchmarkSource]
@@ -86,8 +86,8 @@ def run_eval(
         console: prints the table.
 
     Raises:
-        ValueError: data, model or templates cannot be used, or `output` contains another
-            evaluation.
+        ValueError: the data, the model or the templates cannot be used, or `output` contains
+            another evaluation.
     """
     output, console = Path(output), console or Console()
     compared = output / "compared" / VERDICTS

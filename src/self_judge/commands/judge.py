@@ -20,7 +20,7 @@ from self_judge.datatypes import Comparison
 from self_judge.judging.voting import verdict_json
 from self_judge.prompting.judge_templates import dialogue_text
 
-CHUNK = 64  # comparisons per write to disk; a killed process loses at most one chunk
+CHUNK = 64  # number of comparisons per write to disk; a killed process loses at most one chunk
 
 
 class Item(NamedTuple):
@@ -109,7 +109,7 @@ def run_judge(
     """Adds the judge's verdict as `field` to every input line and returns the number of lines.
 
     Under `accelerate launch`, each process judges its shard of the lines, and the main process
-    joins them.
+    joins the shards.
 
     Args:
         source: JSON lines with `context` (a string) or `prompt` (a string or messages), and with

@@ -109,7 +109,7 @@ class JudgeChoice:
         return encoder_as_taught(tokenizer, settings, *wanted)
 
     def load(self) -> Judge:
-        """Loads the judge. Under `accelerate launch`, the judge is on this process's device."""
+        """Loads the judge, under `accelerate launch` onto this process's device."""
         settings = self._resolved[1]
         hub: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         scorer: Any = VLLMScorer(VLLMServers(self.servers)) if self.servers else None
@@ -145,30 +145,30 @@ class JudgeChoice:
 
 
 def date_of(encoder: ChatEncoder) -> dict[str, str]:
-    """Returns the date for a chat template that reads the clock, and nothing for other templates.
+    """Returns the fixed date if the chat template reads the clock, or else an empty dictionary.
 
-    Without a fixed date, a command that resumes on another day would use two dates.
+    Without a fixed date, a command that resumes on another day would use two different dates.
     """
     kwargs = encoder.chat_template_kwargs
     return {"date": kwargs[CLOCK]} if CLOCK in kwargs else {}
 
 
 def encoder_of(policy: str) -> ChatEncoder:
-    """Returns the encoder of a policy, with the chat template from its training."""
+    """Returns the encoder of a policy, with the chat template that it was trained with."""
     return encoder_as_taught(load_tokenizer(policy), load_judge_settings(policy))
 
 
 def load_sampler(
     policy: str, settings: SamplingSettings, batch_size: int = 64
 ) -> TransformersSampler:
-    """Loads a model for sampling, with the chat template from its training."""
+    """Loads a model for sampling, with the chat template that it was trained with."""
     encoder = encoder_of(policy)
     model: Any = load_model(policy, device="auto")
     return TransformersSampler(model, encoder, settings, batch_size)
 
 
 def fingerprint(model: str, revision: str | None = None) -> str | None:
-    """Returns a hash that identifies the weights of a folder, or the commit of a model on the Hub.
+    """Returns a hash that identifies the weights in a folder, or the commit of a model on the Hub.
 
     The hash covers the names, sizes and 64 evenly spaced slices of the files. Training changes
     every slice, and reading a large model completely would take minutes.

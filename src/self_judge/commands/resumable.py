@@ -68,7 +68,7 @@ class RankShards:
 
     @classmethod
     def here(cls, target: Path, chunk: int) -> RankShards:
-        """Returns the shards for this launch's processes. One process has one shard."""
+        """Returns the shards of the current launch, one per process."""
         state = PartialState(cpu=own_device().type == "cpu")
         return cls(target, chunk, state.num_processes, state.process_index)
 
@@ -132,8 +132,8 @@ class ResumableJob(Generic[ItemT]):
         target: the output file. The settings are written to a file next to the output.
         settings: all settings that the lines depend on, as plain JSON data.
         is_line_of: returns whether a written line belongs to an item.
-        mismatch: error text for a line that does not belong to its item. `{number}` is the item's
-            number, counted from 1.
+        mismatch: error message for a line that does not belong to its item. `{number}` is the
+            item's number, counted from 1.
         title, things: the names of the job and of the items in the progress bar.
         chunk: the number of items that are processed together and then written to disk.
         may_be_longer: whether to accept more lines than items.
@@ -186,8 +186,8 @@ class ResumableJob(Generic[ItemT]):
             total, own = self._checked(journal, shards)
             if journal.lines < own:
                 work = load()
-                # Repeat an incomplete chunk completely, so that all lines are bit-identical to the
-                # lines of an uninterrupted run.
+                # Process an incomplete chunk again in full, so that all lines are bit-identical to
+                # the lines of an uninterrupted run.
                 journal.cut(journal.lines // self.chunk * self.chunk)
                 self._work_off(work, journal, shards, own, console)
             rate = journal.timed / journal.seconds if journal.seconds else math.nan
@@ -203,7 +203,7 @@ class ResumableJob(Generic[ItemT]):
             return total if journal.lines >= total else None
 
     def _checked(self, journal: Journal, shards: RankShards) -> tuple[int, int]:
-        """Counts all items and those of this process, and compares existing lines with their items.
+        """Counts all items and this process's items, and compares existing lines with their items.
 
         Raises:
             ValueError: there are no items, or existing lines do not match the first items.

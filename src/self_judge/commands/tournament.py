@@ -156,8 +156,8 @@ def run_tournament(
     """Adds `winner` (an index) and `response` to every input line and returns the number of lines.
 
     After an interruption, the same call resumes after the last complete chunk. Under `accelerate
-    launch`, each process plays its shard of the lines, and the main process joins them in order.
-    Except for rounding, the result is the same as with one process.
+    launch`, each process plays its shard of the lines, and the main process joins the shards in
+    order. Except for rounding, the result is the same as with one process.
 
     Args:
         source: JSON lines with `context` and `responses`, or with `prompt` (a string or messages),
@@ -270,9 +270,9 @@ def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
                 raise ValueError(f"{where}: a message in 'prompt' has {what}: use only text")
         messages = [{"role": m["role"], "content": content_of(m)} for m in prompt]
         if not all(isinstance(m["role"], str) for m in messages):
-            raise ValueError(f"{where}: a message in 'prompt' does not have text as its role")
+            raise ValueError(f"{where}: a message in 'prompt' needs a string as 'role'")
         if not all(isinstance(m["content"], str) for m in messages):
-            raise ValueError(f"{where}: a message in 'prompt' does not have text as its content")
+            raise ValueError(f"{where}: a message in 'prompt' needs a string as 'content'")
     elif prompt is not None:
         raise ValueError(f"{where}: 'prompt' must be a string or a list of messages")
     if context is None and messages:

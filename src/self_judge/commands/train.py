@@ -135,7 +135,7 @@ def jsft_trainer(
         held_out: records for the evaluation loss, if `args` enables evaluation.
         packing: see `Packing`.
         max_skipped_steps: see `FaultToleranceMixin`.
-        say: logs the number of examples, including truncated ones.
+        say: logs the number of examples and how many of them were truncated.
     """
     check_vocabulary(model, encoder.tokenizer)
     max_length = clamp_to_context(model.config, max_length)
@@ -318,7 +318,7 @@ def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
     try:
         before = json.loads((output / RUN).read_text(encoding="utf-8")).get("run_file") or {}
     except (OSError, ValueError):
-        return  # there is no readable run.json
+        return  # run.json is missing or cannot be read
     for section, values in this.items():
         old = before.get(section)
         if not (isinstance(values, dict) and isinstance(old, dict)):

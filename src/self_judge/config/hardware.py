@@ -19,7 +19,7 @@ from self_judge.config.schema import JSFTRun, SelfJudgeRun
 
 Run = TypeVar("Run", JSFTRun, SelfJudgeRun)
 
-# Tracker names for `report_to` with their modules. At least one module must be installed.
+# Tracker names for `report_to` and their modules. A tracker needs at least one of its modules.
 _TRACKER_MODULES = {
     "clearml": ("clearml",),
     "codecarbon": ("codecarbon",),
@@ -71,8 +71,8 @@ def detect_machine(
 
     Args:
         cuda: `torch.cuda.is_available()`.
-        bf16: `torch.cuda.is_bf16_supported(including_emulation=False)`. Without a GPU, the CPU's
-            flags are used instead.
+        bf16: `torch.cuda.is_bf16_supported(including_emulation=False)`. Without a GPU, this is
+            determined from the CPU's flags instead.
         installed: returns whether a top-level module can be imported. Tests replace it.
     """
     # `accelerate launch --cpu` disables the GPU.
@@ -94,11 +94,11 @@ def detect_machine(
 
 
 def fit_to_machine(run: Run, machine: Machine) -> tuple[Run, list[str]]:
-    """Replaces features that this machine lacks; returns the new run and one warning per change.
+    """Replaces features that this machine lacks and returns the new run and one warning per change.
 
-    flash-attn becomes SDPA, bf16 becomes float32, and fp16 on a CPU becomes bf16 (or float32 if the
-    CPU lacks bf16). DeepSpeed and FSDP become plain data parallelism, and missing trackers are
-    removed. `run` itself is not modified.
+    flash-attn is replaced by SDPA, bf16 by float32, and fp16 on a CPU by bf16 (or by float32 if the
+    CPU lacks bf16). DeepSpeed and FSDP are replaced by plain data parallelism, and missing trackers
+    are removed. `run` itself is not modified.
     """
     training = dict(run.training_args)
     model = run.model
@@ -210,7 +210,7 @@ def launch_over_gpus(
 
 
 def threads_for(machine: Machine, environ: Mapping[str, str] = os.environ) -> int | None:
-    """Returns the number of CPU threads for a run without GPUs, or `None` to keep the setting.
+    """Returns the number of CPU threads for a run without GPUs, or `None` to leave it unchanged.
 
     Unless the variable is already set, `accelerate launch` sets `OMP_NUM_THREADS=1`, which leaves
     all cores but one idle. This setting cannot be distinguished from a user's own
@@ -225,8 +225,8 @@ def threads_for(machine: Machine, environ: Mapping[str, str] = os.environ) -> in
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Returns whether the CPU multiplies bf16 in hardware (x86 AVX512-BF16 or AMX, ARM bf16).
 
-    If the flags cannot be read, or on systems other than Linux, it returns False, and float32 is
-    used.
+    If the flags cannot be read, or if the system is not Linux, it returns False, and the run uses
+    float32.
     """
     if not cpuinfo.is_file():
         return False

@@ -79,7 +79,7 @@ class TemplateArgs:
             `strftime_now` is the date for a template that reads the clock.
         user, assistant: turn markers such as `"\\n\\nHuman:"`, used if neither `chat` nor the
             tokenizer provides a chat template.
-        skip_first_token: accepted but ignored, because loss masks are built together with the ids.
+        skip_first_token: accepted but ignored, because loss masks are built with the token ids.
     """
 
     judge: dict[str, Any] | None = None
@@ -147,8 +147,8 @@ class DatasetArgs:
             ignored if `eval` is set.
         eval: evaluation sources.
         max_records, max_eval_records: maximum number of records (`None`: all).
-        principles: whether to use one pair per principle instead of one general pair
-            (UltraFeedback).
+        principles: whether to use one pair per principle instead of one general pair (only for
+            UltraFeedback).
         rationales: whether to train on the rationales too. With `None`, they are used if
             `templates.decision_rationale` is set.
         seed: seed for sampling pairs. Held-out prompts are chosen only by their text, so JSFT and
@@ -216,7 +216,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class JSFTRun(_Run):
-    """The validated contents of the YAML file of a judge-augmented SFT run.
+    """The validated contents of the YAML file for a judge-augmented SFT run.
 
     `training_args` is for `trl.SFTConfig` and `peft_config` is for `peft.LoraConfig`.
     `check_training_args` validates their keys after these classes are imported.
@@ -247,7 +247,7 @@ class JSFTRun(_Run):
 
 @dataclass(frozen=True)
 class SelfJudgeRun(_Run):
-    """The validated contents of the YAML file of a self-training run.
+    """The validated contents of the YAML file for a self-training run.
 
     `training_args` is for `SelfJudgeConfig` and `peft_config` is for `peft.LoraConfig`.
     """
@@ -269,7 +269,7 @@ def kind_of_run(path: str | Path, overrides: Sequence[str] = ()) -> RunKind:
     """Returns the kind of run: a run file has either `jsft_args` or `self_judge_args`.
 
     Raises:
-        ConfigError: the file cannot be read, or it has neither or both of the sections.
+        ConfigError: the file cannot be read, or it contains both sections or neither of them.
     """
     tree = read_yaml(Path(path))
     for override in overrides:
@@ -394,7 +394,8 @@ def accumulation_steps(global_batch_size: int, per_device: int, processes: int) 
     """Returns the number of micro-batches per optimizer step for a global batch size.
 
     Raises:
-        ConfigError: the global batch size is not a multiple of one micro-batch on all processes.
+        ConfigError: the global batch size is not a multiple of the micro-batch size times the
+            number of processes.
     """
     if per_device < 1:
         raise ConfigError(
@@ -419,7 +420,7 @@ def accumulation_steps(global_batch_size: int, per_device: int, processes: int) 
 
 
 def _check_sections(run: _Run, own: JSFTArgs | SelfJudgeArgs, section: str) -> None:
-    """Checks settings across sections. Each key may be in only one section, to avoid conflicts."""
+    """Checks settings across sections. To avoid conflicts, each key may be in only one section."""
     require(
         not run.model.load_in_4bit or run.peft_config is not None,
         "model.load_in_4bit is true but peft_config is not set: 4-bit weights cannot be trained "

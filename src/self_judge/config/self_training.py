@@ -115,8 +115,8 @@ class SelfTrainingSettings:
     )
     judge_batch_size: int = _field(
         8,
-        "Judge prompts per forward pass on one device without packing; doubled if processes share "
-        "the model. With packing, the number of tokens limits a pass.",
+        "Number of judge prompts per forward pass on one device without packing. It is doubled if "
+        "processes share the model. With packing, the number of tokens limits the size of a pass.",
     )
     packing: PackingChoice = _field(
         "auto",
@@ -133,13 +133,13 @@ class SelfTrainingSettings:
         "TRL's convention applies: sigmoid and hinge sum, and ipo averages. In the original "
         "method, ipo sums too.",
     )
-    ignore_index: int = _field(-100, "Label of positions without loss; must be -100.")
-    log_completions: bool = _field(False, "Print sampled pairs with their verdicts when logging.")
+    ignore_index: int = _field(-100, "Label of positions that the loss ignores; must be -100.")
+    log_completions: bool = _field(False, "Print sampled pairs and their verdicts when logging.")
     save_rollouts: bool = _field(
-        True, "Write pairs and verdicts under output_dir/rollouts, one file per step."
+        True, "Write pairs and verdicts to output_dir/rollouts, one file per step."
     )
     rollout_files: int | None = _field(
-        200, "Keep the files of at most N evenly spaced steps, and of the last step."
+        200, "Keep the files for at most N evenly spaced steps and for the last step."
     )
     rollout_pairs: int | None = _field(64, "Keep at most N pairs per step.")
     max_skipped_steps: int = _field(
@@ -162,7 +162,7 @@ class SelfTrainingSettings:
         "Let servers sample for the next step during the update (vllm_mode=server). The samples "
         "are one step off-policy, which is not corrected.",
     )
-    vllm_server_timeout: float = _field(240.0, "Seconds to wait until the servers are up.")
+    vllm_server_timeout: float = _field(240.0, "Seconds to wait for the servers to start.")
     vllm_gpu_memory_utilization: float = _field(
         0.3, "The colocated engine's fraction of the GPU's total memory."
     )
@@ -174,12 +174,12 @@ class SelfTrainingSettings:
     )
     vllm_sync_dir: str | None = _field(
         None,
-        "Folder for transferring adapters and weights. Training and servers must both have access. "
-        "If unset, this machine's memory is used.",
+        "Folder for transferring adapters and weights. Training and servers must both have access "
+        "to it. If unset, this machine's memory is used.",
     )
 
     def check(self) -> None:
-        """Raises `ConfigError` for values that contradict each other or the method."""
+        """Raises `ConfigError` for values that conflict with each other or with the method."""
         self.sampling()  # validates the sampling settings
         require(
             self.temperature > 0,
@@ -244,7 +244,7 @@ class SelfTrainingSettings:
         require(
             self.average_log_prob is None
             or (len(losses) == 1 and losses[0] in ("sigmoid", "hinge", "ipo")),
-            "average_log_prob is for sigmoid, hinge or ipo alone, not for "
+            "average_log_prob requires sigmoid, hinge or ipo alone, got "
             f"{', '.join(losses)}: leave it unset",
         )
 
@@ -255,7 +255,7 @@ class SelfTrainingSettings:
 
 @dataclass
 class SelfJudgeArgs(SelfTrainingSettings):
-    """A run file's `self_judge_args`: on-policy self-training by self-judgment.
+    """The `self_judge_args` section of a run file, for on-policy self-training by self-judgment.
 
     Args:
         token_id_a, token_id_b: ids of the letters. By default, they are derived from the tokenizer.
@@ -267,7 +267,7 @@ class SelfJudgeArgs(SelfTrainingSettings):
             the accumulation steps. With `None`, `training_args` determines them.
 
     Raises:
-        ConfigError: values contradict each other or the method.
+        ConfigError: values conflict with each other or with the method.
     """
 
     token_id_a: int | None = None

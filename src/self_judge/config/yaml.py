@@ -42,7 +42,7 @@ _NO_REFERENCE = re.compile(r"\$\{(?![A-Za-z_]\w*(\.\w+)*\})")
 
 
 def _plain(config: Any) -> Any:
-    """Returns a parsed file as plain dictionaries and lists, with hidden text restored."""
+    """Converts a parsed file to plain dictionaries and lists and restores hidden text."""
     return _shown_again(OmegaConf.to_container(config, resolve=False))
 
 
@@ -194,7 +194,7 @@ def build(cls: type, tree: Any, where: str) -> Any:
 
 
 def _is_section(hint: Any) -> bool:
-    """Returns whether `key:` without a value means an empty section and not null."""
+    """Returns whether `key:` without a value means an empty section rather than null."""
     return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
 
 

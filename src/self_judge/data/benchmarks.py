@@ -28,11 +28,11 @@ _ANNOTATORS = ("annotator1", "annotator2", "annotator3")
 
 @dataclass(frozen=True, slots=True)
 class LabeledComparison:
-    """A comparison with the data's label.
+    """A comparison with its label from the data.
 
     Attributes:
         comparison: the responses in the data's order. For chosen and rejected responses, a hash of
-            the texts decides which response is `a`, so that the order with `a` first is not biased.
+            the texts decides which response is `a`, so that the better response is not always `a`.
         label: the better response, or `"tie"`.
         subset: the part of the data that gets its own results; may be empty.
         principle: the principle to which the label applies; `None` means overall.
@@ -182,7 +182,7 @@ def _llmbar(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """Uses the majority of three annotators; 0 means a tie."""
+    """Parses a record with the votes of three annotators and uses the majority; 0 means a tie."""
     votes = Counter(where.number(record[name], name) for name in _ANNOTATORS)
     if not votes.keys() <= {0, 1, 2}:
         given = [record[name] for name in _ANNOTATORS]
@@ -204,7 +204,7 @@ def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """Parses one human vote. The context is the first question, and the rest is the response."""
+    """Parses one human vote. The first question is the context, and the rest is the response."""
     labels: dict[Any, Label] = {"model_a": "a", "model_b": "b"}
     winner = where.text(record, "winner")
     label = "tie" if winner.startswith("tie") else labels.get(winner)
@@ -247,12 +247,13 @@ def _hhh(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """Yields the pairs of a training record. A hash decides the order of each pair."""
+    """Yields the pairs from a training record. A hash decides the order of each pair."""
     parsed = PARSERS[kind](record, where.index, source=where.source)
     yield from parsed.skipped
     if parsed.record is None:
         return
-    # The subset is in `subset` in RewardBench and in `source` in HHH. UltraFeedback has no subsets.
+    # The name of the subset is in `subset` in RewardBench and in `source` in HHH. UltraFeedback has
+    # no subsets.
     named = record.get("subset", record.get("source")) if kind == "preference" else None
     subset, context = named if isinstance(named, str) else "", judge_context(parsed.record)
     for pair in parsed.record.pairs:

@@ -124,7 +124,7 @@ def select_preference(
     """Parses a TRL preference record with `chosen`, `rejected` and optionally `prompt`.
 
     The record may be standard (strings) or conversational (lists of messages), or it may combine a
-    string as the prompt with messages as responses. The prompt may be explicit, repeated in the
+    string prompt with message lists as responses. The prompt may be explicit, repeated in the
     responses, or implicit (only in the responses). If `score_chosen` and `score_rejected`, which
     may be inside `metadata`, are equal, the pair is a tie and is skipped.
 
@@ -192,7 +192,7 @@ def _standard(
 
 
 def _shared_prefix(a: str, b: str) -> int:
-    """Returns the length of two strings' common prefix, shortened to a word boundary."""
+    """Returns the length of the common prefix of two strings, shortened to a word boundary."""
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
     if length is None:  # one string is a prefix of the other, so the end of the prompt is unknown
         return 0

@@ -97,7 +97,7 @@ def _named_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except EOFError:
-        raise DataError(f"{file}: the gzip file is truncated; fetch it again") from None
+        raise DataError(f"{file}: the gzip file is truncated; download it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file}: not a valid gzip file ({error})") from None
     except UnicodeDecodeError as error:
@@ -193,7 +193,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
 
 
 def split_of(file: Path) -> str | None:
-    """Returns the split in a file's name by the Hub's rules, or `None` if there is none."""
+    """Returns the split that a file name contains by the Hub's rules, or `None`."""
     words = set(re.split(r"[^a-z]+", file.name.lower()))
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), None)
 

@@ -39,7 +39,7 @@ class Parsed:
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
-    """Returns whether a prompt is held out. Only a hash of the prompt's text decides this.
+    """Returns whether a prompt is held out. This depends only on a hash of the prompt's text.
 
     The held-out prompts are therefore the same for every stage, seed, order and number of
     processes, and a prompt is never in both subsets.
@@ -92,11 +92,11 @@ class RecordRef:
     index: int
 
     def error(self, field: str, problem: str) -> DataError:
-        """Returns an error about a field of this record."""
+        """Creates an error about a field of this record."""
         return DataError(f"{self.source}, record {self.index}, field {field!r}: {problem}")
 
     def expected(self, what: str, value: Any, field: str) -> DataError:
-        """Returns an error about a value of the wrong type."""
+        """Creates an error about a value of the wrong type."""
         return self.error(field, f"expected {what}, got {type(value).__name__}")
 
     def value(self, holder: Mapping[str, Any], name: str, path: str = "") -> Any:
@@ -139,7 +139,7 @@ class RecordRef:
         return list(value)
 
     def refuse_lost_columns(self, record: Mapping[str, Any]) -> None:
-        """Raises `UnusableRecordError` if the record has tools or images beside its messages."""
+        """Raises `UnusableRecordError` if the record has tools or images besides its messages."""
         if what := lost_column(record):
             raise self._unusable("", what, f"a column {what!r}")
 
@@ -151,7 +151,7 @@ class RecordRef:
         )
 
     def messages(self, value: Any, field: str) -> list[Message]:
-        """Returns messages whose roles are known and whose content is text without thoughts.
+        """Validates a list of messages and returns their roles and text content.
 
         Raises:
             UnusableRecordError: a message contains anything other than text (see `messages.lost`).

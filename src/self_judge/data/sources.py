@@ -152,7 +152,7 @@ def select_records(
     rationales: bool = False,
     max_records: int | None = None,
 ) -> PreferenceData:
-    """Selects records like `load_preferences`, but from raw records. Messages start with `label`.
+    """Selects from raw records as `load_preferences` does. Messages start with `label`.
 
     Raises:
         DataError: an option is invalid, a record is malformed, or no records are selected.
@@ -229,7 +229,7 @@ def kind_of(record: Mapping[str, Any], label: str) -> Literal["hh", "ultrafeedba
             return "hh"
         return "preference"
     raise DataError(
-        f"{label}: cannot tell what kind of data has the columns {sorted(map(str, record))}; "
+        f"{label}: cannot detect the kind of data from the columns {sorted(map(str, record))}; "
         "expected chosen and rejected (HH dialogues, or TRL preference data with or without "
         "prompt), or instruction and completions (UltraFeedback)"
     )
@@ -306,7 +306,7 @@ def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Mess
 
 
 def prompt_of(record: Mapping[str, Any], where: RecordRef) -> list[Message] | None:
-    """Returns a record's prompt in any form of `read_prompts`, or `None` if there is no prompt.
+    """Returns the prompt of a record in any form that `read_prompts` accepts, or `None`.
 
     Raises:
         DataError: the prompt is empty, or its last message is not from the user.

@@ -66,8 +66,8 @@ def records(
 
     The demonstration is the best of `writers` completions (the longest one in a tie, as in the
     paper). The first pair is general (`principle=None`) and consists of the best completion and one
-    with a lower score. One pair with rationales follows for each principle under which ratings
-    differ.
+    with a lower score. It is followed by one pair with rationales for each principle under which
+    the ratings differ.
 
     Args:
         n: number of records. Record i depends only on (seed, split, i).
@@ -107,7 +107,7 @@ def _record(seed: int, split: Split, index: int, writers: int) -> PreferenceReco
 
 
 def hh_records(n: int, seed: int, split: Split = "train") -> Iterator[dict[str, str]]:
-    """Yields dialogues in the format of Anthropic/hh-rlhf. Every third has an earlier turn."""
+    """Yields dialogues in the format of Anthropic/hh-rlhf. Every third one has an earlier turn."""
     for index in range(n):
         g = _generator(seed, split, index, "hh")
         dialogue = ""
@@ -225,8 +225,8 @@ def judge_templates(
 
     Each letter follows its response. When a causal model reads the letter, it has already read the
     response, so judging only requires copying the letter. A tiny model learns this several times
-    faster than if the letter precedes the response. The principle comes last, so that all templates
-    share a long prefix.
+    faster than if each letter precedes its response. The principle comes last, so that all
+    templates share a long prefix.
 
     Args:
         principles: whether to include the four principles.
@@ -261,7 +261,7 @@ _CHAT_TEMPLATE = (
 
 
 def _tokenizer_text() -> Iterator[str]:
-    """Yields strings with every word of the world, at the start of a string and after a space."""
+    """Yields strings that contain every word, at the start of a string and after a space."""
     for record in ultrafeedback_records(400, 0):
         yield record["instruction"]
         for completion in record["completions"]:
@@ -346,7 +346,7 @@ def tiny_model(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         # With the usual initialization, the output of the untrained layers dominates the token
-        # embeddings. At this width, the model then does not learn to judge in the demo's training
+        # embeddings. A model of this width then does not learn to judge in the demo's training
         # time.
         with torch.no_grad():
             model.model.embed_tokens.weight.normal_(0.0, 1.0)

@@ -152,7 +152,7 @@ def _read(response: str) -> _Reading:
 
 
 def gold_ratings(instruction: str, response: str) -> dict[str, Rating]:
-    """Rates any text under every principle with the gold rubric and gives rationales.
+    """Rates any text under every principle with the gold rubric and adds rationales.
 
     Helpfulness requires an answer and a tip, and no chatter. Honesty requires a hedge, because an
     answer from memory may be wrong, and no boasting. Instruction following requires the requested
@@ -217,7 +217,7 @@ def _truthfulness(reading: _Reading) -> Rating:
 
 
 def is_held_out(instruction: str) -> bool:
-    """Returns whether an instruction is in the test split. Only the text decides this."""
+    """Returns whether an instruction is in the test split. This depends only on its text."""
     return zlib.crc32(instruction.encode()) % 3 == 0
 
 

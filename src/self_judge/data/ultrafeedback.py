@@ -46,10 +46,11 @@ def select_ultrafeedback(
 
     Completions are ranked by their mean rating over principles, and then by length. The best
     completion is the demonstration, with its `custom_system_prompt` as the system message. By
-    default, there is one pair of the best completion and a random completion with a strictly lower
-    score. With `principles` (`True` for all rated principles, or a list of names), each principle
-    has a random pair with different ratings instead. With `rationales`, both completions also need
-    a rationale that does not mention another "Text" (see the paper's section on data).
+    default, there is one pair, which consists of the best completion and a random completion with a
+    strictly lower score. With `principles` (`True` for all rated principles, or a list of names),
+    there is instead one random pair with different ratings for each principle. With `rationales`,
+    both completions also need a rationale that does not mention another "Text" (see the paper's
+    section on data).
 
     Random choices depend only on the seed, the instruction and the principle.
 
@@ -105,7 +106,7 @@ def _principles_of(rated: Sequence[_Completion]) -> list[str]:
 def _general_pair(
     rated: Sequence[_Completion], best: _Completion, rng: random.Random
 ) -> LabeledPair | str:
-    """Pairs the best completion with a random worse one, or returns why there is no pair."""
+    """Pairs the best completion with a random worse one, or returns the reason why it cannot."""
     if len(rated) == 1:
         return "a single rated response"
     worse = [c for c in rated if c.score < best.score and not pair_problem(best.text, c.text)]
@@ -121,7 +122,7 @@ def _rng(seed: int, *key: str) -> random.Random:
 def _principle_pair(
     rated: Sequence[_Completion], principle: str, rationales: bool, rng: random.Random
 ) -> LabeledPair | str:
-    """Returns a random pair with different ratings for the principle, or why there is no pair."""
+    """Returns a random pair with different ratings for the principle, or why there is none."""
     couples = [
         (a, b) if a.ratings[principle] > b.ratings[principle] else (b, a)
         for a, b in combinations([c for c in rated if principle in c.ratings], 2)

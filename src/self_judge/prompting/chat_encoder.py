@@ -3,10 +3,10 @@
 This module uses one tokenizer and one chat template. It does not depend on models or datasets.
 
 The chat template is rendered once for each sequence of roles, with placeholders for the message
-contents. The structure around the placeholders is tokenized once, and each content is tokenized
-separately. As a result, the ids of the structure do not depend on the contents, a prompt is always
-a prefix of prompt + answer, the loss mask is built without searching for template tokens, and text
-from the data cannot become a control token:
+contents. The structure around the placeholders is tokenized once, and the content of each message
+is tokenized separately. As a result, the ids of the structure do not depend on the contents, a
+prompt is always a prefix of prompt + answer, the loss mask is built without searching for template
+tokens, and text from the data cannot become a control token:
 
     tokens  <|im_start|> user ↵  Hi   <|im_end|> ↵ <|im_start|> assistant ↵  Hello !  <|im_end|> ↵
     part    structure            slot structure                              slot     structure
@@ -69,7 +69,7 @@ class ChatEncoder:
     - If the template rejects or drops system messages, the system text moves to the start of the
       first user message.
     - If the template branches on the content of a message, the branch for plain words is used.
-    - If the template reads the clock, it gets a fixed date, at midnight.
+    - If the template reads the clock, it gets midnight on a fixed date.
 
     Control tokens are special tokens, added tokens that look like markup, and all added tokens that
     the template writes, including plain words.
@@ -137,11 +137,11 @@ class ChatEncoder:
         return self._encode(messages, "closed")
 
     def encode_query(self, query: str) -> list[int]:
-        """Encodes a rendered prompt. A prompt in this template's format gets `encode_prompt`'s ids.
+        """Encodes a prompt that is already rendered as a string.
 
-        The ids begin with BOS if the template's prompts do. Control tokens in `query` remain
-        control tokens, because the prompt is already rendered. Pass untrusted text as messages to
-        `encode_prompt` instead.
+        If the prompt has this template's format, the ids are the same as from `encode_prompt`. They
+        begin with BOS if the template's prompts do. Control tokens in `query` remain control
+        tokens. Pass untrusted text as messages to `encode_prompt` instead.
         """
         messages = self.messages_of(query)
         if messages and not any(self._text.spells_control(m["content"]) for m in messages):
@@ -160,14 +160,14 @@ class ChatEncoder:
         return self._text.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decodes ids to text, skips special tokens and strips whitespace."""
+        """Decodes ids to text, without special tokens or surrounding whitespace."""
         text = self.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text).strip()
 
     def is_control(self, token_id: int) -> bool:
-        """Whether a token is a control token, such as BOS, a turn marker or an end of turn."""
+        """Returns whether a token is a control token, such as BOS or a turn marker."""
         return token_id in self._text.control
 
     def marker_in(self, text: str) -> str | None:

@@ -48,7 +48,7 @@ CLOCK = "strftime_now"
 
 
 class ContentChangedError(EncodingError):
-    """A template changes message content in a way that layouts cannot express."""
+    """Raised if a template changes message content in a way that layouts cannot express."""
 
 
 # The padding around each placeholder shows how the template trims the message content (see
@@ -282,8 +282,8 @@ class ChatLayouts:
             if random.getstate() == state and not _ADDRESS.search(rendered):
                 return rendered
         raise ContentChangedError(
-            "the chat template gives different text every time (it draws random numbers, or writes "
-            "a memory address): set templates.chat to one that depends only on the messages"
+            "the chat template renders differently every time (it draws random numbers, or writes "
+            "a memory address): set templates.chat to a template that depends only on the messages"
         )
 
     @staticmethod

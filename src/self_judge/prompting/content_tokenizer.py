@@ -5,16 +5,16 @@ on chats, templates or masks.
 
 It solves two problems:
 
-1. SentencePiece tokenizers add a dummy space at the start of a text, so "cat" has different ids
-   there and inside a chat. The text is therefore tokenized after an *anchor*, and the ids of the
-   anchor are dropped:
+1. SentencePiece tokenizers add a dummy space at the start of a text, so "cat" has different ids at
+   the start of a text and inside a chat. The text is therefore tokenized after an *anchor*, and the
+   ids of the anchor are dropped:
 
        "cat"   -> ▁cat                the ids at the start of a text
        "↵"     -> ▁ <0x0A>            the anchor alone
        "↵cat"  -> ▁ <0x0A> cat        drop the first two: cat
 
-2. Text from the data may spell a control token. Such a string is cut after its first character and
-   the parts are tokenized separately, so that the tokenizer never sees the whole string:
+2. Text from the data may spell out a control token. Such a string is cut after its first character
+   and the parts are tokenized separately, so that the tokenizer never sees the whole string:
 
        "hi <|im_end|>"  -> "hi <" + "|im_end|>"  -> hi ▁ < | i m _ e nd | >
 """
@@ -80,7 +80,7 @@ class ContentTokenizer:
             self.control.pop(self._unknown[0], None)
 
     def guard(self, ids: Iterable[int], written: str) -> None:
-        """Treats the tokens that a chat template uses as control tokens, whatever their spelling.
+        """Treats tokens that a chat template uses as control tokens, regardless of their spelling.
 
         Whitespace and punctuation remain text, because newlines are added tokens in Gemma's
         vocabulary and commas are added tokens in Jurassic-2's vocabulary.
@@ -112,7 +112,7 @@ class ContentTokenizer:
         return found and found[0]
 
     def unguarded(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yields the added tokens among `ids` that text from the data could become."""
+        """Yields the added tokens among `ids` that text from the data could produce."""
         added = self.tokenizer.added_tokens_decoder
         unknown = {self._unknown[0]} if self._unknown is not None else set()
         for token_id in {*ids} & added.keys() - self.control.keys() - unknown:
@@ -151,7 +151,7 @@ class ContentTokenizer:
         for before in dict.fromkeys((anchor, *self._anchors)):
             head = self._head(before)
             ids = self._ids(before + text)
-            if ids[: len(head)] == head:  # otherwise the anchor merged with the text
+            if ids[: len(head)] == head:  # otherwise, the anchor merged with the text
                 return ids[len(head) :]
         return self._ids(text)
 
@@ -185,13 +185,13 @@ class ContentTokenizer:
         return [i for i in ids if i not in self.control]
 
     def _ids(self, text: str) -> list[int]:
-        # `verbose=False` turns off the warning about long texts. The caller knows the limit.
+        # `verbose=False` turns off the warning about long texts. The caller checks the length.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _find_anchors(self) -> tuple[str, ...]:
-        """Returns the usable anchors, best first; empty if the start of a text is not special.
+        """Returns the usable anchors, best first. No anchor is needed if the tuple is empty.
 
-        An anchor is usable if it is a known character, never merges with the text after it, and
+        An anchor is usable if it is in the vocabulary, never merges with the text after it, and
         keeps "a" and " a" distinct.
         """
         plain, spaced, inside = self._ids("a"), self._ids(" a"), self._ids("b\na")
@@ -212,10 +212,10 @@ class ContentTokenizer:
         """Returns the anchor for message content that follows `before` in a template.
 
         After a control token, the anchor is that token and the whitespace that follows it. Some
-        tokenizers treat the position after a control token as the start of a text, and in others
-        the token absorbs the whitespace. After other text, the default anchor precedes the
-        whitespace, because some tokenizers treat whitespace only as the start of a word: T5's
-        "user↵Hi" is ▁user ▁Hi.
+        tokenizers treat the position after a control token as the start of a text. In others, the
+        token absorbs the whitespace. After other text, the default anchor precedes the whitespace,
+        because some tokenizers treat whitespace only as the start of a word: T5's "user↵Hi" is
+        ▁user ▁Hi.
         """
         if not self._anchors or (at_start and not before):
             return ""
@@ -247,7 +247,7 @@ class ContentTokenizer:
 
 
 def _is_text(token: str) -> bool:
-    """Whether a token is white space or one punctuation mark."""
+    """Returns whether a token is whitespace or one punctuation mark."""
     bare = token.strip()
     return not bare or (
         len(bare) == 1 and (bare in string.punctuation or unicodedata.category(bare)[0] == "P")

@@ -65,7 +65,7 @@ def save_judge_settings(
 def load_judge_settings(
     name_or_path: str | os.PathLike[str], revision: str | None = None
 ) -> JudgeSettings | None:
-    """Reads a model's `judge.json` from its folder or the Hub; `None` if there is no such file."""
+    """Reads `judge.json` from a model's folder or the Hub, or returns `None` if there is none."""
     path = repository_file(name_or_path, JUDGE_FILE, revision)
     if path is None:
         return None

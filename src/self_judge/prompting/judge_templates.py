@@ -41,7 +41,7 @@ class JudgeTemplate:
 def substitute(template: str, values: Mapping[str, str]) -> str:
     """Replaces `{name}` with its value for every name in `values`, in a single pass.
 
-    A single pass does not change placeholders inside values or any other braces in the template.
+    Placeholders inside values and other braces in the template therefore remain unchanged.
     """
     names = "|".join(map(re.escape, values))
     return re.sub(r"\{(" + names + r")\}", lambda match: values[match.group(1)], template)
@@ -54,7 +54,7 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
         templates: one mapping (or `JudgeTemplate`) per principle. At least one is required.
         decision_rationale: the text after the letter in training with rationales. It contains
             `{rationale_a}` and `{rationale_b}`. Pass one string for all principles or a mapping
-            with one per principle. With `None`, training uses only the letter.
+            with one string per principle. With `None`, training uses only the letter.
 
     Raises:
         TemplateError: a placeholder or a part is missing from a template, or a part is unknown.
@@ -136,13 +136,13 @@ def _checked(principle: str, parts: Any) -> JudgeTemplate:
     where = f"judge template {principle!r}"
     if not isinstance(parts, Mapping):
         raise TemplateError(
-            f"{where} must be a mapping of system, user, assistant, got {type(parts).__name__}"
+            f"{where} must be a mapping with system, user, assistant, got {type(parts).__name__}"
         )
     unknown = set(parts) - {"system", "user", "assistant"}
     if unknown:
         raise TemplateError(
             f"{where} has unknown parts {sorted(map(str, unknown))}; "
-            "it takes system, user, assistant"
+            "the valid parts are system, user, assistant"
         )
     for part in ("user", "assistant"):
         if not isinstance(parts.get(part), str) or not parts[part].strip():
@@ -206,9 +206,9 @@ def _shown(message: Message) -> str:
 
 
 def turns_of(context: str) -> list[str]:
-    """Splits a context into turns, oldest first. Joining the turns with blank lines restores it.
+    """Splits a context into turns, oldest first. Joining them with blank lines restores it.
 
-    This is used to shorten a judge prompt that is too long. The question (the last turn) is always
-    kept.
+    This function is used to shorten judge prompts that are too long. The question (the last turn)
+    is always kept.
     """
     return _TURN_START.split(context)

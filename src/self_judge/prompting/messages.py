@@ -6,8 +6,8 @@ The text of a message may consist of several parts, which templates join:
 
     [{"type": "text", "text": "What is "}, {"type": "text", "text": "it?"}]   ->   "What is it?"
 
-A message with anything other than text (tool calls, images) is unusable, because nothing may be
-dropped.
+A message that contains anything other than text (tool calls, images) is unusable, because no part
+of a message may be dropped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
 def lost(message: Mapping[str, Any]) -> str | None:
-    """Returns the name of the part of a message that plain text would lose, or `None`."""
+    """Returns the name of a part that a message would lose as plain text, or `None`."""
     key = next((key for key in _KEYS if message.get(key)), None)
     if key is not None:
         return key
@@ -46,7 +46,7 @@ def lost(message: Mapping[str, Any]) -> str | None:
 
 
 def lost_column(record: Mapping[str, Any]) -> str | None:
-    """Names the column of a record that would be lost in plain text; returns `None` if none is."""
+    """Returns the name of a column that a record would lose as plain text, or `None`."""
     given = (key for key in _COLUMNS if record.get(key) and record[key] != "[]")
     return next(given, None)
 

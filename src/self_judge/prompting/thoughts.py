@@ -40,7 +40,7 @@ _MARKERS = (
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
     ("<|channel|>commentary<|message|>", "<|channel|>final<|message|>"),  # gpt-oss, with a preamble
 )
-# A closing marker that is a line, or that ends a paragraph.
+# A closing marker that is a separate line or ends a paragraph.
 _END = r"(?m)(?:^[ \t]*{0}[ \t]*$|{0}(?=[ \t]*\n[ \t]*\n))"
 # Only this number of tokens at the end of a prompt is searched for an opening marker.
 _LONGEST_OPENING = 32
@@ -56,8 +56,9 @@ class Parts(NamedTuple):
 def split_thought(text: str, close: str | None = None) -> Parts:
     """Splits a response into its thought and its answer.
 
-    A response has a thought if it begins with an opening marker, or if a closing marker is a line
-    or ends a paragraph and no opening marker precedes it (the prompt then opened the thought).
+    A response has a thought if it begins with an opening marker, or if a closing marker is a
+    separate line or ends a paragraph and no opening marker precedes it (the prompt then opened the
+    thought).
 
     Args:
         text: the response, without its prompt.
@@ -92,9 +93,9 @@ def _first_thought(text: str, close: str | None) -> Parts | None:
 
 
 def before_thought(text: str, *whole: str) -> str:
-    """Returns the common start of some texts without a thought that it begins but does not pass.
+    """Returns `text`, a common prefix of `whole`, without a thought that does not end in it.
 
-    A marker that no text closes is a mention: "What does <think> mean?".
+    An opening marker that is never closed in `whole` is not a thought: "What does <think> mean?".
     """
     starts = [len(text)]
     for opening, closing in _MARKERS:
@@ -110,7 +111,7 @@ def answer_of(text: str) -> str | None:
 
 
 def answers_of(comparison: Comparison) -> Comparison | None:
-    """Returns the comparison without thoughts for the judge; `None` if an answer is missing."""
+    """Returns the comparison without thoughts, or `None` if an answer is missing."""
     a, b = answer_of(comparison.response_a), answer_of(comparison.response_b)
     return None if a is None or b is None else Comparison(comparison.context, a, b)
 
