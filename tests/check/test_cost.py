@@ -212,7 +212,7 @@ def test_sampling_holds_the_cache_of_those_that_are_sampled_together() -> None:
 @pytest.mark.parametrize(("name", "gib"), [("rtx-3090", 24), ("a100-40gb", 40), ("h200", 141)])
 def test_the_memory_of_a_gpu_is_known_by_its_name(name: str, gib: int) -> None:
     assert device_for(name, Machine()).memory == gib * GIB
-    with pytest.raises(ValueError, match=f"--gpu {name}x: unknown; there are figures for rtx-3090"):
+    with pytest.raises(ValueError, match=f"--gpu {name}x: unknown GPU; known GPUs: rtx-3090"):
         device_for(f"{name}x", Machine())
 
 

@@ -205,10 +205,10 @@ RUN_FILE = [
     setting("a letter id outside the vocabulary", "self_judge_args.token_id_a=999999",
             "token_id_a=999999 is [999999 (out of range)]", "correct it or leave it out", TRAIN),
     setting("a moving reference", "training_args.sync_ref_model=true",
-            "sync_ref_model=True contradicts the method", "leave it out", TRAIN),
+            "sync_ref_model must be False", "leave it out", TRAIN),
     setting("precomputed log-probabilities",
             "training_args.precompute_ref_log_probs=true",
-            "precompute_ref_log_probs=True is impossible", "leave it out", TRAIN),
+            "precompute_ref_log_probs must be False", "leave it out", TRAIN),
     setting("servers without a URL",
             "self_judge_args.use_vllm=true self_judge_args.vllm_mode=server",
             "vllm_mode=server needs vllm_server_base_url", "", TRAIN),
@@ -415,7 +415,7 @@ LIBRARY = [
          "max_length is at most the model's context"),
     Case("one argument under two names",
          lambda p: p.make(tokenizer=wrap(byte_bpe())),
-         ("tokenizer and processing_class are two names for one argument",), "give one"),
+         ("pass either tokenizer or processing_class, not both",), "give one"),
 ]  # fmt: skip
 
 COMMANDS = [
@@ -452,7 +452,7 @@ COMMANDS = [
     Case("an empty report", lambda p: ["report", str(_empty(p))],
          ("nothing: nothing to report on",), "name a folder that training or `eval` wrote"),
     Case("an unknown GPU", lambda p: [*_check(p), "--gpu", "h900"],
-         ("--gpu h900: unknown; there are figures for rtx-3090",), ""),
+         ("--gpu h900: unknown GPU; known GPUs: rtx-3090",), ""),
 ]  # fmt: skip
 
 GROUPS = {

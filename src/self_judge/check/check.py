@@ -1,7 +1,7 @@
 """Implements `self-judge check`, which checks a run before training.
 
-This module prepares the run as training does, with some of its records, and returns plain data.
-`view.py` displays the result.
+This module prepares a run as training does, but encodes only a selection of the records. It returns
+plain data. `view.py` displays the result.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Report:
         about: a short description of the run: model, data, batch, …
         sources, held_out: counts for each data source; see `PreferenceData.counts_by_source`.
         letters: the tokens for the two letters.
-        encoded, records: the number of encoded records and the number of all records.
-        counts: the number of examples by kind, and by the reason for cutting or skipping them.
+        encoded, records: the number of encoded records and the total number of records.
+        counts: the number of examples by kind, and by the reason for truncating or skipping them.
         letter_counts: the number of examples with each letter as the answer (JSFT).
         chosen_longer: the share of pairs in which the better response is longer.
         figures, examples: statistics and examples for every kind of sequence.
@@ -114,9 +114,9 @@ def check(
     Args:
         config, overrides: the run file and overrides, as passed to the run.
         examples: the number of records to encode, evenly spread over the data; 0 encodes all.
-        gpu: the kind of GPU to estimate for, instead of this machine (a key of `memory.GPUS`).
-        processes: the number of processes to estimate for (default: one per GPU in this machine, or
-            the processes of this launch).
+        gpu: the GPU that the estimate assumes instead of this machine (a key of `memory.GPUS`).
+        processes: the number of processes that the estimate assumes (default: one per GPU in this
+            machine, or the processes of this launch).
         sharding: how the processes shard the model, if a launcher file sets this.
 
     Raises:
@@ -152,7 +152,7 @@ def check(
 
 
 class _RefusedError(Exception):
-    """Contains a rejected part of a run, without which the check cannot continue, and its error."""
+    """Ends the check early, and contains the rejected part of the run and its error."""
 
 
 def _refusal(about: str, error: ValueError | TypeError) -> Finding:
@@ -172,8 +172,8 @@ class _Prepared:
 
     Attributes:
         run: the run, adapted to the requested `machine`.
-        training: the model, and the trainer's settings for the local machine, because only these
-            can be validated here.
+        training: the model, and the trainer's settings for the local machine. Settings for another
+            machine cannot be validated here.
     """
 
     report: Report
@@ -300,7 +300,7 @@ def _packing(run: Any, args: Any, whole: Any) -> Iterable[Finding]:
 def _records(
     report: Report, run: Any, encoder: ChatEncoder, examples: int
 ) -> list[PreferenceRecord]:
-    """Reads all records and returns an evenly spread selection to encode."""
+    """Reads all records and selects evenly spread records to encode."""
     rationales = isinstance(run, JSFTRun) and run.uses_rationales
     train, held_out = setup.load_data(run.dataset, lambda line: None, rationales=rationales)
     report.sources = train.counts_by_source

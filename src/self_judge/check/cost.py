@@ -37,7 +37,7 @@ class Cost:
         tokens: the number of tokens that all updates compute; shared prefixes count once.
         per_step: the work in one step over all processes: examples, responses, judge prompts, …
         memory: the memory estimate for one process.
-        activations_counted: whether activations were counted instead of estimated by a rule of
+        activations_counted: whether activations were counted, rather than estimated by a rule of
             thumb.
         assumed: a description of the assumptions behind the numbers.
     """
@@ -65,7 +65,7 @@ def device_for(gpu: str | None, machine: Machine) -> Device:
     """
     if gpu is not None:
         if gpu not in GPUS:
-            raise ValueError(f"--gpu {gpu}: unknown; there are figures for {', '.join(GPUS)}")
+            raise ValueError(f"--gpu {gpu}: unknown GPU; known GPUs: {', '.join(GPUS)}")
         return GPUS[gpu]
     if machine.cuda:
         properties = torch.cuda.get_device_properties(0)

@@ -1,7 +1,7 @@
 """Shows training sequences token by token, with statistics for all encoded sequences.
 
 This module reads the ids and labels that the trainers receive. It does not depend on the data
-source or on colours.
+source or the display.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Figures:
         count: the number of sequences.
         tokens: percentiles of the lengths: `p50`, `p90`, `p99`, `max`.
         trained: the mean number of trained tokens.
-        bos, ends: the smallest and largest number in a sequence of BOS tokens and of tokens that
-            end an answer.
+        bos, ends: the smallest and the largest number per sequence, for BOS tokens and for tokens
+            that end an answer.
     """
 
     kind: str
@@ -78,7 +78,7 @@ class Encoded(NamedTuple):
             titles.
         title: the heading of the example.
         ids: token ids.
-        labels: the training labels, or empty if no token is trained.
+        labels: the training labels; empty if no token is trained.
     """
 
     kind: str
@@ -113,7 +113,7 @@ def summary(
 
 
 def _example(sequence: Encoded, encoder: ChatEncoder, ignore_index: int) -> Example:
-    """Splits a sequence where the kind of token (trained, control) changes."""
+    """Splits a sequence at every change between kinds of tokens (trained, control)."""
     ids = sequence.ids
     kinds = [
         (label != ignore_index, encoder.is_control(i))

@@ -78,7 +78,8 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
             )
             break
     bos = tokenizer.bos_token_id
-    # Only the start is checked, because with some tokenizers every ChatML turn begins with BOS.
+    # Only the start of a sequence is checked, because with some tokenizers every ChatML turn begins
+    # with BOS.
     if bos is not None and encoder.encode_prompt([user])[:2] == [bos, bos]:
         yield problem(
             "chat template",
@@ -116,7 +117,7 @@ def _shared(first: Any, second: Any) -> int:
 
 
 def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -> Iterator[Finding]:
-    """Checks for judge settings that differ from those in the model's training (self-training)."""
+    """Checks for judge settings that differ from those used to train the model (self-training)."""
     saved = load_judge_settings(name)
     if saved is None:
         yield warning(
@@ -304,7 +305,7 @@ def data_findings(train: PreferenceData, held_out: PreferenceData | None) -> Ite
 
 
 def example_findings(counts: dict[str, int], letters: dict[str, int]) -> Iterator[Finding]:
-    """Checks for JSFT examples that are cut or left out, and for unbalanced letters.
+    """Checks for JSFT examples that are truncated or skipped, and for unbalanced letters.
 
     Args:
         counts: the counts from `jsft_dataset`.
@@ -312,7 +313,7 @@ def example_findings(counts: dict[str, int], letters: dict[str, int]) -> Iterato
     """
     about = "jsft_args.max_length"
     for kind, end in (
-        ("sft", "they do not train the end of the answer"),
+        ("sft", "the end of the answer is not trained"),
         ("judge", "rationales are cut off"),
     ):
         kept = counts.get(f"{kind} examples", 0)
@@ -344,15 +345,15 @@ def prompt_findings(kept: int, shorter: int, of: int, own: SelfJudgeArgs) -> Ite
     """Checks for prompts that leave no room for a response (self-training).
 
     Args:
-        kept, shorter, of: the number of prompts that fit, the number of these that lost exchanges,
-            and the number of all prompts.
+        kept, shorter, of: the number of prompts that fit, the number of these prompts that lost
+            exchanges, and the total number of prompts.
     """
     about, advice = "self_judge_args.max_new_tokens", "raise max_length or lower max_new_tokens"
     room = f"max_length {own.max_length} - max_new_tokens {own.max_new_tokens} = "
     room += f"{own.max_length - own.max_new_tokens} tokens"
     text = f"prompts are longer than {room} and are left out: {advice}"
     yield from _share(about, of - kept, of, text, level="warning" if kept else "problem")
-    text = f"prompts lose their oldest exchanges to fit in {room}: {advice}"
+    text = f"prompts lose their oldest exchanges to fit into {room}: {advice}"
     yield from _share(about, shorter, of, text, least=0.01)
 
 
@@ -398,7 +399,7 @@ def memory_findings(cost: Cost) -> Iterator[Finding]:
 
 
 def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Finding]:
-    """Checks whether a colocated vLLM engine fits on the GPU in addition to the training.
+    """Checks whether a colocated vLLM engine fits on the GPU alongside training.
 
     Args:
         bf16: whether the engine stores two bytes per weight.
@@ -437,7 +438,7 @@ def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Find
 def _share(
     about: str, count: int, of: int, text: str, least: float = 0.0, level: Level = "warning"
 ) -> Iterator[Finding]:
-    """Yields a finding if the share of `count` in `of` is larger than `least`."""
+    """Yields a finding if `count / of` is larger than `least`."""
     if of and count > least * of:
         share = f"{count:,} of {of:,} ({100 * count / of:.0f} %)"
         yield Finding(level, about, f"{share} {text}")

@@ -51,7 +51,7 @@ GPUS: dict[str, Device] = {
 
 
 def this_cpu(meminfo: Path = Path("/proc/meminfo")) -> Device:
-    """Returns this machine without a GPU.
+    """Returns the CPU of this machine as a device.
 
     The memory that the process itself needs was measured with SmolLM2-135M (benchmarks/RESULTS.md).
     """
@@ -166,7 +166,7 @@ def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device)
     moments = _moments(setting.optimizer) * gradients
     deepspeed = setting.sharding in ("zero2", "zero3") and setting.bf16
     if deepspeed:
-        # DeepSpeed computes in bfloat16 and keeps float32 weights next to the moments.
+        # DeepSpeed computes in bfloat16 and keeps float32 weights alongside the moments.
         weights, gradients = 2 * size.parameters, 2 * size.trainable
         moments = 4 * size.trainable * (1 + _moments(setting.optimizer))
     gathered = 0

@@ -38,7 +38,7 @@ def empty_model(
 
     Raises:
         ModelError: the name or path has no configuration for a causal language model, or its
-            weights are a pickle file.
+            weights are stored in a pickle file.
     """
     refuse_pickle(name_or_path)
     name_or_path, revision, _ = adapter_chain(name_or_path, revision)
@@ -51,7 +51,7 @@ def empty_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=wanted, trust_remote_code=trust_remote_code
             )
-        model.tie_weights()  # moving to the meta device separated tied parameters
+        model.tie_weights()  # moving the model to the meta device separated tied parameters
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot read the model configuration of {name_or_path}: {why(name_or_path, error)}"
@@ -109,8 +109,8 @@ class Size:
     """The size of a model.
 
     Attributes:
-        parameters, trainable: the number of all and of trained parameters, including the adapter.
-            Tied parameters are counted once.
+        parameters, trainable: the number of all parameters and of trained parameters, including the
+            adapter. Tied parameters are counted once.
         weight_bytes, trainable_bytes: the sizes of these parameters in bytes.
         matrix: the number of parameters in matrices that process every token, without the
             embeddings and the head.

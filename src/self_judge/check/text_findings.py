@@ -1,6 +1,6 @@
 """Checks for chat templates that read the clock, and for data that is already rendered.
 
-This module yields findings, like `findings.py`.
+Like `findings.py`, this module yields findings.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ def clock_findings(encoder: ChatEncoder, run: JSFTRun | SelfJudgeRun) -> Iterato
     if isinstance(run, SelfJudgeRun) and saved is not None and CLOCK not in known:
         yield warning(
             about,
-            "the model's judge.json does not contain the date of its training: set this key to "
-            "that date",
+            "the model's judge.json does not contain the training date: set this key to that date",
         )
 
 

@@ -126,7 +126,7 @@ def _example(example: Example, console: Console, plain: bool) -> None:
     for piece in example.pieces:
         shown, style = neutral(piece.text), _CONTROL if piece.control else ""
         if piece.trained:
-            # A trained end of turn must remain recognizable as a control token.
+            # A trained end-of-turn token must remain recognizable as a control token.
             style = _TRAINED + (" underline" if piece.control else "")
             shown = f"«{shown}»" if plain else shown
         elif len(shown) > _SHOWN:

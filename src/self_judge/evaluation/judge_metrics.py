@@ -1,4 +1,4 @@
-"""Measures the quality of a judge, with tallies of judged pairs and confidence intervals.
+"""Measures the quality of a judge from tallies of judged pairs, with confidence intervals.
 
 The size of a tally does not depend on the number of pairs. This module does not judge or read
 files. docs/judging.md explains each number.
@@ -47,7 +47,7 @@ class JudgedPair(NamedTuple):
 
 
 def credit(said: Label | None, label: Label) -> float:
-    """Returns 1 if the better response is preferred, 0 if the worse one is, and ½ if undecided."""
+    """Returns 1 for a preference for the better response, 0 for the worse one, ½ if undecided."""
     return 0.5 if said in (None, "tie") else float(said == label)
 
 
@@ -212,7 +212,7 @@ class JudgeTally:
         self.votes[(alone.count("a"), alone.count("b"), alone.count("tie"))] += 1
 
     def report(self) -> dict[str, Any]:
-        """Returns all numbers as JSON data; a number is null if there are no pairs for it."""
+        """Returns all numbers as JSON data. A number is null if no pairs contribute to it."""
 
         def share(name: str) -> dict[str, Any] | None:
             return self.means[name].share()
@@ -345,8 +345,8 @@ class PairedTally:
     def report(self) -> dict[str, Any] | None:
         """Returns the difference in accuracy with its interval, and McNemar's exact test.
 
-        The test counts pairs that exactly one of the judges gets right. An undecided pair does not
-        count as right.
+        The test counts pairs that exactly one of the judges decides correctly. An undecided pair
+        does not count as correct.
         """
         if not self.cells:
             return None

@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 # The standard deviation of the normal prior on γ. The prior keeps γ finite if length alone
 # separates wins from losses.
 PRIOR_SD = 2.5
-_BOUND = 10.0  # the limit of |θ| if all prompts are won or lost
+_BOUND = 10.0  # the limit for |θ| if all prompts are won or lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Estimate:
 
 
 def proportion(successes: float, n: int) -> Estimate:
-    """Returns a proportion with its Wilson interval. Half successes (ties) are rounded for it.
+    """Returns a proportion with its Wilson interval, for which half successes (ties) are rounded.
 
     Raises:
         ValueError: n is 0.
@@ -90,7 +90,7 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
 
 
 def bootstrap_counts(counts: Mapping[float, int], seed: int = 0) -> Estimate:
-    """Works like `bootstrap_mean`, for distinct values with their counts.
+    """Computes `bootstrap_mean` from distinct values and their counts.
 
     Resampling n values is the same as a multinomial draw of their counts, so memory and time do not
     grow with n.
@@ -120,7 +120,7 @@ class JudgeQuality:
 
     Attributes:
         accuracy: the share of pairs decided for the better response. An undecided pair counts as
-            half.
+            half a success.
         single_order: the accuracy of each order alone, averaged over the two orders.
         order_agreement: the share of pairs on which both orders agree.
         undecidable: the share of undecided pairs.
@@ -156,7 +156,7 @@ def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
 def evaluate_judge(
     judge: Judge, records: Sequence[PreferenceRecord], *, progress: bool = False
 ) -> JudgeQuality:
-    """Computes the judge's agreement with labels; a pair may be labeled for a single principle."""
+    """Computes the judge's agreement with labels. A pair may be labeled for a single principle."""
     cases = [
         (Comparison(judge_context(r), p.chosen, p.rejected), p.principle)
         for r in records
@@ -177,7 +177,7 @@ def evaluate_judge(
 
 @dataclass(frozen=True, slots=True)
 class LengthControlled:
-    """A win rate without the effect of response length.
+    """A win rate that is corrected for response length.
 
     Attributes:
         win_rate: σ(θ), the probability of a win against a response of equal length, with its
@@ -197,7 +197,7 @@ def length_controlled_win_rate(
     """Fits P(win) = σ(θ + γ · tanh(Δ / sd(Δ))) and evaluates it at Δ = 0.
 
     AlpacaEval's model has an additional term for the difficulty of each instruction, which is
-    estimated from many models. Two policies are not enough to estimate it.
+    estimated from many models. Two policies are not enough to estimate this term.
 
     Args:
         wins: one value per prompt: 1, 0, or ½ for a tie.

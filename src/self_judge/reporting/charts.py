@@ -1,6 +1,6 @@
-"""Lists the charts in a report, with one entry per chart, for the metrics that training logs.
+"""Lists the charts in a report, which show the metrics that training logs.
 
-This module defines the names and the meaning of the metrics. It does not draw the curves.
+This module names and describes the metrics. It does not draw the curves.
 """
 
 from __future__ import annotations
@@ -60,14 +60,16 @@ class Chart:
 # fmt: off
 CHARTS = (  # in the order on the page
     Chart(POLICY, "loss", "Loss", {"loss": "training", "eval_loss": HELD_OUT},
-          "The preference loss. For sigmoid, it is ln 2 ≈ 0.69 while policy and reference agree."),
+          "The preference loss. The sigmoid loss is ln 2 ≈ 0.69 while the policy equals "
+          "the reference."),
     Chart(POLICY, "margins", "Reward margin",
           {"rewards/margins": "training", "eval_rewards/margins": HELD_OUT},
           "The reward of the chosen response minus that of the rejected response.",
           reference=0.0),
     Chart(POLICY, "rewards", "Rewards",
           {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-          "β (log π − log π_ref) for each response. If both fall, both become less likely.",
+          "β (log π − log π_ref) for each response. If both rewards fall, both responses become "
+          "less likely.",
           reference=0.0),
     Chart(POLICY, "accuracies", "Reward accuracy",
           {"rewards/accuracies": "training", "eval_rewards/accuracies": HELD_OUT},
@@ -81,7 +83,8 @@ CHARTS = (  # in the order on the page
           "The score of the chosen response minus that of the rejected response, for decided "
           "pairs."),
     Chart(JUDGE, "order-agreement", "Order agreement", {"judge/order_agreement": "agreement"},
-          "The share of decided pairs on which both orders agree. At 50 %, only position decides.",
+          "The share of decided pairs on which both orders agree. At 50 %, only the "
+          "position of the responses decides.",
           PERCENT, 0.5),
     Chart(JUDGE, "undecidable", "Undecidable pairs", {"judge/undecidable": "undecidable"},
           "The share of pairs without a gradient, because of equal texts, exact ties, long texts "
@@ -92,15 +95,17 @@ CHARTS = (  # in the order on the page
     Chart(RESPONSES, "length", "Response length",
           {"completions/mean_length": "all", "completions/chosen_length": "chosen",
            "completions/rejected_length": "rejected"},
-          "The number of tokens in an answer. If chosen stays above rejected, the policy learns to "
-          "write longer answers.",
+          "The number of tokens in an answer. If the chosen length stays above the "
+          "rejected length, the policy learns to write longer answers.",
           maybe={"completions/thought_length": "thought"}),
     Chart(RESPONSES, "drift", "Length against the reference",
           {"completions/length_drift": "ratio"},
-          "The mean length divided by its first value, at which policy and reference are equal.",
+          "The mean length divided by its value in the first step, in which the policy equals the "
+          "reference.",
           reference=1.0),
     Chart(RESPONSES, "finished", "Finished responses", {"completions/finished": "finished"},
-          "The share of responses that the model ended itself. The others are cut at the limit.",
+          "The share of responses that the model ended itself. The other responses "
+          "are truncated at the limit.",
           PERCENT, maybe={"completions/unanswered": "a thought without an end"}),
     Chart(JSFT, "jsft-loss", "JSFT: loss", {"loss": "training", "eval_loss": HELD_OUT},
           "Cross-entropy per trained token, for SFT and judge examples together."),

@@ -24,14 +24,14 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits on the content of a report, whatever the size of the runs.
+    """The limits on the content of a report, independent of the size of the runs.
 
     Attributes:
-        pairs: the number of sampled pairs from all runs together, spread evenly over their steps.
-        points: the number of points in a curve. Longer curves are averaged over windows.
-        brackets: the number of tournaments.
-        characters: the number of characters in a text. Longer texts are cut, and the page shows the
-            number of missing characters.
+        pairs: the maximum number of sampled pairs from all runs, spread evenly over the steps.
+        points: the maximum number of points in a curve. Longer curves are averaged over windows.
+        brackets: the maximum number of tournaments.
+        characters: the maximum number of characters in a text. Longer texts are cut, and the page
+            shows the number of missing characters.
     """
 
     pairs: int = 400
@@ -118,7 +118,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Returns the shortest distinct ends of the paths, two parts or more for several paths."""
+    """Returns the shortest distinct ends of the paths, with two or more parts for several paths."""
     # A single run a/jsft becomes `jsft`. The runs x/a/jsft and x/b/jsft become `a/jsft` and
     # `b/jsft`.
     parts = [f.resolve().parts for f in folders]
@@ -164,7 +164,7 @@ def _run(folder: Path, name: str, limits: Limits) -> Line:
 
 
 def _thinned(steps: list[int], values: list[float | None], most: int) -> Line:
-    """Averages values over equal windows, for at most `most` points; missing values leave gaps."""
+    """Averages values over equal windows, for at most `most` points. Missing values leave gaps."""
     window = math.ceil(len(steps) / most)
     if window > 1:
         chunks = [values[i : i + window] for i in range(0, len(values), window)]
@@ -239,7 +239,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def _loose_files(path: Path, data: ReportData, limits: Limits) -> bool:
-    """Reads files outside runs and returns whether there are any."""
+    """Reads the files that do not belong to a run, and returns whether there are any."""
     found = False
     name = (path.parent if path.name == RESULTS else path).name
     for file in [path] if path.is_file() else sorted(path.iterdir()):
@@ -356,7 +356,7 @@ def _add_reports(name: str, results: Line, data: ReportData) -> None:
 
 
 def _model(results: Line) -> str | None:
-    """Returns the name of the judge model if the results contain it, like those of `eval`."""
+    """Returns the name of the judge model if the results contain it, as those of `eval` do."""
     judge = results.get("judge")
     return judge.get("model") if isinstance(judge, dict) else None
 

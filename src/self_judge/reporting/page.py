@@ -1,8 +1,8 @@
-"""Implements `self-judge report`, which writes an HTML page that needs no network.
+"""Implements `self-judge report`, which writes an HTML page that works offline.
 
-The page shows runs, tournaments and evaluations. This module writes data, style, script and Plotly
-to one file. Text from the data cannot become markup. `collect.py` reads the files, `charts.py`
-lists the curves, and `assets/report.js` draws them.
+The page shows runs, tournaments and evaluations. This module writes the data, the style sheet, the
+script and Plotly to one file. Text from the data cannot become markup. `collect.py` reads the
+files, `charts.py` lists the curves, and `assets/report.js` draws them.
 """
 
 from __future__ import annotations

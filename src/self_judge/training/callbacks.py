@@ -136,7 +136,7 @@ class StepClock(TrainerCallback):
 
     `time/<phase>` is the number of seconds that the slowest process spends in the phase.
     `tokens_per_second/sampling` and `tokens_per_second/step` are the number of tokens sampled by
-    all processes, divided by the time of the sampling phase and of the whole step.
+    all processes, divided by the time of the sampling phase and of the whole step, respectively.
 
     Args:
         accelerator: gathers the times from all processes.
@@ -247,7 +247,7 @@ class LiveProgress(TrainerCallback):
         )
 
     def attach(self, trainer: Trainer) -> None:
-        """Adds this callback in place of the trainer's own callbacks that print."""
+        """Replaces the trainer's own callbacks that print with this callback."""
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(self)

@@ -2,8 +2,8 @@
 
 Checkpoints are complete or absent (`storage/atomic.py`) and are checked before a run resumes.
 Checkpoints also contain the metrics that have not been logged yet. SIGTERM ends a run after the
-current step. Non-finite numbers never reach the weights. A run without these events is the
-same as without this module.
+current step. Non-finite numbers never reach the weights. This module does not change a run in which
+none of these events occur.
 """
 
 # A checkpoint is written in these steps. If the run is killed in any of them, `checkpoint-20` is
@@ -94,8 +94,9 @@ class FaultToleranceMixin(Base):
         max_skipped_steps: training stops after this many skipped steps in a row. A step is skipped
             if its gradient is not finite or if `nothing_judged` is set.
         on_saved: a function that is called with the path of every saved model and can add files to
-            this folder.
-        nothing_judged: whether no pair in the step could be judged. `SelfJudgeTrainer` sets it.
+            that folder.
+        nothing_judged: whether no pair in the step could be judged. `SelfJudgeTrainer` sets this
+            attribute.
         stop_on_sigterm: whether SIGTERM makes the trainer finish the current step, save a
             checkpoint and stop, instead of ending the process. The caller then checks
             `stopped_early`.
@@ -115,14 +116,14 @@ class FaultToleranceMixin(Base):
     _skipped = 0
 
     def _send_telemetry(self) -> None:
-        """Sends nothing. TRL would report the type of model and machine to its authors."""
+        """Sends nothing. TRL would report the types of model and machine to its authors."""
 
     # -- resuming ----------------------------------------------------------------------------------
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Like Transformers' `train`, but first checks the checkpoint to resume from.
+        """Checks the checkpoint from which the run resumes, and then runs Transformers' `train`.
 
         Args:
             resume_from_checkpoint: a checkpoint folder, or True for the last complete checkpoint in
@@ -173,7 +174,7 @@ class FaultToleranceMixin(Base):
                 logger.warning(line)
             if path is None:
                 raise CheckpointError(
-                    f"{self.args.output_dir} has no complete checkpoint to resume from: leave "
+                    f"{self.args.output_dir} contains no complete checkpoint: leave "
                     "resume_from_checkpoint unset to start from scratch"
                 )
             return with_optimizer(path)
@@ -184,7 +185,7 @@ class FaultToleranceMixin(Base):
         return with_optimizer(path)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # After resuming from the checkpoint of the last step, Transformers would run an extra step.
+        # After resuming from the last step's checkpoint, Transformers would run an extra step.
         if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
             if self.args.should_save:  # the run may have been killed after its last checkpoint
@@ -203,7 +204,7 @@ class FaultToleranceMixin(Base):
             return
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["processes"] != self.args.world_size:
-            return  # each process has its own sums, so another number of processes cannot use them
+            return  # each process has its own sums, so the number of processes must match
         self._tr_loss += kept["loss"]
         # Transformers reports the mean loss over the steps in this call of `train` only.
         self._total_loss_scalar -= kept["loss"]
@@ -232,8 +233,8 @@ class FaultToleranceMixin(Base):
     # -- saving ------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Like Transformers' `save_model`, but replaces each file only with a complete new one."""
-        if _internal_call:  # part of a checkpoint, which has its own staging folder
+        """Saves the model like Transformers, but replaces files only with complete new files."""
+        if _internal_call:  # the model is part of a checkpoint, which has its own staging folder
             self._write_model(output_dir)
             return
         target = Path(output_dir or str(self.args.output_dir))
@@ -303,7 +304,7 @@ class FaultToleranceMixin(Base):
             super()._push_from_checkpoint(str(run_folder / name))
 
     def _remove_surplus(self, run_folder: Path) -> None:
-        """Removes the checkpoints beyond `save_total_limit`, like Transformers."""
+        """Removes the checkpoints beyond `save_total_limit`, as Transformers does."""
         limit = self.args.save_total_limit
         if not limit or limit < 0:
             return
@@ -371,7 +372,7 @@ class FaultToleranceMixin(Base):
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turns all write errors, including those of torch and safetensors, into an `OSError`.
+    """Converts all write errors, including those of torch and safetensors, into an `OSError`.
 
     Raises:
         OSError: writing failed; the message names the last complete checkpoint.
@@ -384,7 +385,7 @@ def _writing(folder: Path) -> Iterator[None]:
         why = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"cannot write to {folder} ({why:.200}); "
-            + (f"{last} is complete" if last else "the folder has no complete checkpoint")
+            + (f"{last} is complete" if last else "the folder contains no complete checkpoint")
             + ". Free some disk space and run the same command again"
         ) from error
 
@@ -426,8 +427,8 @@ class StopAfterStep(TrainerCallback):
 def _stopping(trainer: Any) -> Iterator[None]:
     """Makes SIGTERM end training after the current step; see `stopped_early`.
 
-    This has no effect outside the main thread, because only the main thread receives signals, or
-    with Transformers' `enable_jit_checkpoint`, which uses its own handler.
+    This has no effect outside the main thread, because only the main thread receives signals. It
+    also has no effect with Transformers' `enable_jit_checkpoint`, which uses its own handler.
     """
     trainer.stopped_early = False
     own = trainer.stop_on_sigterm and threading.current_thread() is threading.main_thread()

@@ -1,4 +1,4 @@
-"""LoRA layers that need less memory traffic in training and are equally accurate.
+"""LoRA layers that need less memory traffic during training, with the same accuracy.
 
 PEFT's layers, parameters and files are unchanged. Only the computation in plain layers differs.
 """
@@ -61,8 +61,8 @@ def _sole_adapter(layer: lora.Linear) -> str | None:
 
 
 def _cast_is_undone(layer: lora.Linear, name: str, x: torch.Tensor) -> bool:
-    # The cast affects the result if there are several adapters, because their input gradients are
-    # summed in float32, or if there is dropout, because it scales in the dtype of its input.
+    # The cast affects the result in two cases: the input gradients of several adapters are summed
+    # in float32, and dropout scales its input in the dtype of that input.
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in _HALF
     return autocast and layer.lora_A[name].weight.dtype == torch.float32
 

@@ -1,4 +1,4 @@
-"""If an update runs out of memory, repeats it in smaller parts that give the same gradient.
+"""Repeats an update that runs out of memory, in smaller parts that give the same gradient.
 
 This module contains a mixin for the trainer's step. The loss must be a mean over pairs.
 """
@@ -33,7 +33,7 @@ else:
     Base = object
 
 
-# The batch key for a micro-batch's number within its optimizer step.
+# The batch key for the index of a micro-batch within its optimizer step.
 MICRO_BATCH = "micro_batch"
 
 
@@ -51,11 +51,11 @@ class OOMRetryMixin(Base):
     _share = 1.0
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Like the inherited method, but repeats the step from its start if memory runs out."""
+        """Runs the inherited method, but repeats the step from its start if memory runs out."""
         model.train()  # the inherited step also does this, but too late for the next line
         place = inputs.get(MICRO_BATCH, 0)
         prepared = self._prepare_inputs(inputs)
-        if place == 0:  # metrics of sampling and judging are already recorded and must be kept
+        if place == 0:  # metrics for sampling and judging are already recorded and must be kept
             self._counted = {key: len(v) for key, v in self._metrics["train"].items()}
             self._tokens = self._total_train_tokens
         try:
@@ -109,9 +109,9 @@ def _pairs(batch: dict[str, Any]) -> int:
 
 
 def _rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Returns some pairs from a preference batch, in which all chosen rows come first."""
-    # Pairs 2 to 3 of c0 c1 c2 c3 r0 r1 r2 r3 are the rows c2 c3 r2 r3. A column with one value per
-    # pair, such as the reference's log-probabilities, is sliced directly.
+    """Selects pairs from a preference batch, in which all chosen rows precede the rejected rows."""
+    # In the batch c0 c1 c2 c3 r0 r1 r2 r3, pairs 2 and 3 are the rows c2 c3 r2 r3. A column with
+    # one value per pair, such as the reference's log-probabilities, is sliced directly.
     pairs = _pairs(batch)
     return {
         name: torch.cat([value[start:stop], value[pairs + start : pairs + stop]])

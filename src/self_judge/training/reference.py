@@ -42,7 +42,7 @@ _TOLERANCE_IN_LESS = 6e-2
 def frozen_reference(model: ModelT) -> ModelT:
     """Returns a copy of the current model, in evaluation mode and without gradients.
 
-    The weights are copied in memory and not loaded from disk. The copy therefore includes merged
+    The weights are copied in memory, not loaded from disk. The copy therefore includes merged
     adapters and edited weights.
     """
     reference = copy.deepcopy(model)
@@ -62,7 +62,7 @@ def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
     """Returns a frozen copy of the model, or `None` under ZeRO-3, where TRL loads it from disk.
 
     Raises:
-        ValueError: ZeRO-3 is used and the model has no name from which it can be loaded.
+        ValueError: ZeRO-3 is used, but the model has no name from which TRL can load it.
     """
     if is_deepspeed_zero3_enabled():  # sharded parameters cannot be copied
         name = model.config.name_or_path
@@ -83,7 +83,7 @@ def is_sharded(args: TrainingArguments) -> bool:
 
 
 def place(model: Any, args: TrainingArguments) -> None:
-    """Moves a model to its training device, so that its copy is made on this device.
+    """Moves a model to its training device, so that the model is copied on that device.
 
     FSDP and DeepSpeed place sharded models themselves. Models with a device map or 4-bit weights
     are already on their devices.
@@ -116,7 +116,7 @@ def load_by_name(
 
 @contextmanager
 def active_reference(trainer: Any) -> Iterator[None]:
-    """Activates the judge's weights, as TRL does for the reference of a `PeftModel`."""
+    """Activates the judge's weights in the way TRL activates the reference of a `PeftModel`."""
     if trainer.ref_model is not None:
         yield
         return
@@ -142,7 +142,7 @@ def probe_logits(model: Any) -> torch.Tensor:
 def given_logits(
     model: Any, ref_model: Any, args: TrainingArguments, peft_config: Any = None
 ) -> torch.Tensor | None:
-    """Computes the logits that the reference must keep, or returns `None` for a sharded model.
+    """Computes the logits that the reference must reproduce, or returns `None` for a sharded model.
 
     This function moves the models to the training device.
 
@@ -258,11 +258,11 @@ class ReferenceCheck:
             )
 
     def save(self, folder: Path) -> None:
-        """Writes a sample of the logits, which is compared when the run resumes."""
+        """Writes a sample of the logits for comparison when the run resumes."""
         write_json(folder / FILE, {"logits": self._sample(), "tolerance": self.tolerance})
 
     def check_saved(self, checkpoint: Path) -> None:
-        """Raises `CheckpointError` if a checkpoint belongs to another initial model."""
+        """Raises `CheckpointError` if a checkpoint belongs to a different initial model."""
         path = checkpoint / FILE
         if not path.is_file():
             return
@@ -294,7 +294,7 @@ def _by_kind(
 
 @contextmanager
 def _changed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Changes every value inside the `with` block, and restores all values exactly afterwards."""
+    """Changes every value within the `with` block and restores all values exactly afterwards."""
     # Flipping bits twice restores them, so no copy of the weights is needed. Float32 examples:
     #   0.0 -> 0.0625       -0.03 -> 3.5e-39       5.0 -> 3.7e+37
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}

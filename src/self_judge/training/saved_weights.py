@@ -96,7 +96,7 @@ def check_configuration(model: nn.Module) -> None:
 
 
 def check_base(model: PeftModel) -> None:
-    """Compares a few weights in memory with those of the base model that a new adapter names.
+    """Compares a few weights in memory with those in the files of a new adapter's base model.
 
     Raises:
         ModelError: the weights differ, so the saved adapter would belong to another model.
@@ -124,7 +124,7 @@ def check_base(model: PeftModel) -> None:
 
 
 def _evenly(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Yields the names of weights, spread over a folder's files, and functions to load them."""
+    """Yields names of weights, spread over the files in a folder, and functions that load them."""
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as weights:
             names = sorted(weights.keys())
@@ -133,7 +133,7 @@ def _evenly(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
 
 
 def remove_old_adapter(model: nn.Module, folder: Path) -> None:
-    """Removes an earlier run's adapter next to a full model, because it would be loaded instead."""
+    """Removes an earlier run's adapter, which would be loaded instead of the full model."""
     for name in () if isinstance(model, PeftModel) else FILES:
         (folder / name).unlink(missing_ok=True)
 
@@ -275,7 +275,7 @@ def save_data_fingerprint(folder: Path, fingerprint: str | None) -> None:
 
 
 def same_data(checkpoint: Path, fingerprint: str | None) -> bool:
-    """Returns false only if a checkpoint was written with different training data."""
+    """Returns `False` only if a checkpoint was written with different training data."""
     path = checkpoint / DATA_FILE
     if fingerprint is None or not path.is_file():
         return True

@@ -59,7 +59,7 @@ def this_machine() -> Machine:
 
 
 def jsft_config(run: JSFTRun, processes: int | None = None) -> SFTConfig:
-    """Returns the trainer's settings for a JSFT run; for `processes`, see `self_judge_config`.
+    """Returns the trainer's settings for a JSFT run. See `self_judge_config` for `processes`.
 
     Raises:
         ValueError: a setting is unknown, a value has the wrong type, or the global batch size is
@@ -70,8 +70,9 @@ def jsft_config(run: JSFTRun, processes: int | None = None) -> SFTConfig:
     )
     if run.jsft_args.group_by_length:
         # Examples of similar length share a micro-batch within a randomly drawn optimizer step.
-        # Transformers' "group_by_length" would sort over many steps. SFT examples are shorter than
-        # judge examples, so training would see only one of the two kinds for many steps.
+        # Transformers' "group_by_length" would sort examples across many steps. SFT examples are
+        # shorter than judge examples, so training would see only one of the two kinds for many
+        # steps.
         args.train_sampling_strategy = "batch_rebalance"
     return args
 
@@ -84,10 +85,10 @@ def self_judge_config(run: SelfJudgeRun, processes: int | None = None) -> SelfJu
             processes in this launch).
 
     Raises:
-        ValueError: see `jsft_config`. Also raised if the settings contradict the method.
+        ValueError: see `jsft_config`; or the settings contradict the method.
     """
     own = dataclasses.asdict(run.self_judge_args)
-    for name in ("token_id_a", "token_id_b"):  # the trainer takes them as arguments
+    for name in ("token_id_a", "token_id_b"):  # the trainer accepts these as arguments
         del own[name]
     global_batch_size = own.pop("global_batch_size")
     config: SelfJudgeConfig = _training_config(

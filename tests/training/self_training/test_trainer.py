@@ -576,7 +576,7 @@ def test_long_dialogues_lose_their_oldest_exchanges_and_hopeless_prompts_are_lef
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"top_p": 1.5}, "top_p must be in"),
         ({"sync_ref_model": True}, "the judge is the frozen reference"),
-        ({"precompute_ref_log_probs": True}, "the responses do not exist yet"),
+        ({"precompute_ref_log_probs": True}, "responses are sampled during training"),
         ({"ignore_index": 0}, "ignore_index must be -100"),
         ({"judge_batch_size": 0}, "judge_batch_size must be at least 1"),
         ({"pair_selection": "first"}, "pair_selection must be one of"),

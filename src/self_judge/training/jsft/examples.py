@@ -36,7 +36,8 @@ class JSFTExample:
         kind: `"sft"` or `"judge"`.
         input_ids: token ids, length T.
         labels: the ids of the trained tokens, and `ignore_index` for all other tokens; length T.
-        note: why the example is truncated or skipped, or `None`. A skipped example has no ids.
+        note: the reason why the example is truncated or skipped, or `None`. A skipped example has
+            no ids.
         swapped: whether this is the previous example with the responses swapped.
         principle: the principle of a judge example's template; empty for SFT.
     """
@@ -65,7 +66,7 @@ class ExampleEncoder:
     Args:
         encoder: encodes dialogues and judge prompts to ids.
         templates, letter_ids: the judge templates and the ids of the judge's letters.
-        max_length: maximum number of tokens in an example; `None` means no limit.
+        max_length: the maximum number of tokens in an example; `None` means no limit.
         ignore_index: the label of tokens that are not trained.
     """
 
@@ -165,7 +166,7 @@ def jsft_dataset(
     ignore_index: int = -100,
     num_proc: int | None = None,
 ) -> tuple[Dataset, dict[str, int]]:
-    """Builds the JSFT training set from unweighted SFT and judge examples.
+    """Builds the JSFT training set, in which SFT and judge examples have equal weight.
 
     Args:
         records: the preference records.

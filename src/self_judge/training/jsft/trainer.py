@@ -1,7 +1,7 @@
 """JSFTTrainer extends TRL's SFTTrainer with packing that computes each shared token once.
 
-It keeps both orders of a pair together. It changes the order of examples and the layout of forward
-passes, but not the loss.
+The trainer keeps both orders of a pair together. It changes the order of examples and the layout of
+forward passes, but not the loss.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PairSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Accelerate's data loader at the start of every epoch."""
+        """Sets the epoch. Accelerate's data loader calls this method before every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -68,7 +68,8 @@ class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
     Args:
         packing: see `Packing`. With `off`, batches are padded and drawn as in `SFTTrainer`.
         max_skipped_steps: see `FaultToleranceMixin`.
-        on_saved: called with the path of every saved model, to add files to this folder.
+        on_saved: a function that is called with the path of every saved model and can add files to
+            that folder.
 
     Raises:
         ValueError: `packing` names a mode that is not exact for the model.
@@ -111,5 +112,5 @@ class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
         packed = self.packing is not None and self.packing.decision.route != "off"
         if not (packed and random and "swapped" in columns):
             return super()._get_train_sampler(train_dataset)
-        # Packing sorts by length itself.
+        # Packing sorts the examples by length itself.
         return PairSampler(dataset["swapped"], self.args.data_seed or self.args.seed)

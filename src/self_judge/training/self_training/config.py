@@ -41,25 +41,25 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
         self.check_losses(self.loss_type)
         require(
             not self.precompute_ref_log_probs,
-            "precompute_ref_log_probs=True is impossible: the responses do not exist yet",
+            "precompute_ref_log_probs must be False: responses are sampled during training",
         )
         require(
             not self.sync_ref_model,
-            "sync_ref_model=True contradicts the method: the judge is the frozen reference",
+            "sync_ref_model must be False: the judge is the frozen reference",
         )
 
     def _check_vllm(self) -> None:
         super()._check_vllm()
         require(
             not (self.use_vllm and self.vllm_enable_sleep_mode) or torch.cuda.is_available(),
-            "vllm_enable_sleep_mode needs a GPU: vLLM does not sleep on a CPU",
+            "vllm_enable_sleep_mode needs a GPU: vLLM has no sleep mode on a CPU",
         )
 
 
 def as_self_judge_config(
     args: SelfJudgeConfig | TrainingArguments | None, model_name: str
 ) -> SelfJudgeConfig:
-    """Returns the settings, after adding the method's defaults to plain `TrainingArguments`."""
+    """Returns the settings, and adds the method's defaults to plain `TrainingArguments`."""
     if isinstance(args, SelfJudgeConfig):
         return args
     if args is None:

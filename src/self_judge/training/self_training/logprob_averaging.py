@@ -1,4 +1,4 @@
-"""Averages log-probabilities if the inherited loss sums them, or sums them if it averages them.
+"""Averages log-probabilities if the inherited loss sums them, and sums them if it averages them.
 
 `SelfJudgeConfig.average_log_prob` enables it.
 """
@@ -43,7 +43,7 @@ class LogProbAveraging:
             return None
         if BEFORE_FUSED_HEAD:
             raise ValueError(
-                f"average_log_prob={average} with {loss_type} needs TRL 1.16 (Python 3.11), not "
+                f"average_log_prob={average} with {loss_type} requires TRL 1.16 (Python 3.11), got "
                 f"{trl.__version__}: leave average_log_prob unset to use TRL's own convention"
             )
         units = cls(average)
@@ -62,7 +62,7 @@ class LogProbAveraging:
         return output
 
     def correct_metrics(self, trainer: Any) -> None:
-        """For a summed ipo loss, computes the logged rewards from sums, as for other losses."""
+        """Computes the logged rewards from sums if the ipo loss sums, as for other losses."""
         sums, self.sums = self.sums, []
         if self.average or len(sums) != 2:
             return

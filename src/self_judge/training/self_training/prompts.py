@@ -20,21 +20,21 @@ from self_judge.prompting.messages import content_of, lost, lost_column
 
 logger = logging.getLogger(__name__)
 
-# A column that marks queries whose format differs from the chat template's. It is removed after
-# these queries are counted.
+# A column that marks queries whose format differs from the chat template's. The column is removed
+# after these queries are counted.
 _FOREIGN = "foreign"
 COLUMNS = ("record", "prompt_ids", "context", "chosen_ids", "rejected_ids")
 
 
 class SelfJudgeCollator:
-    """Collects prepared records unchanged. The pipeline samples and collates later."""
+    """Collects prepared records unchanged. The rollouts sample and collate responses later."""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         missing = {"record", "prompt_ids", "context"} - set(examples[0])
         if missing:
             raise ValueError(
-                f"SelfJudgeCollator got records without {sorted(missing)}: it needs records that "
-                "SelfJudgeTrainer prepared from query and context, or from prompt"
+                f"SelfJudgeCollator got records without {sorted(missing)}: it requires records "
+                "that SelfJudgeTrainer prepared from query and context, or from prompt"
             )
         batch: dict[str, Any] = {
             name: [example.get(name) for example in examples] for name in COLUMNS[1:]
@@ -45,13 +45,13 @@ class SelfJudgeCollator:
 
 
 class PromptPreparer:
-    """Prepares a dataset row for training. It can be pickled for `datasets.map(num_proc=…)`.
+    """Prepares a dataset row for training. Can be pickled for `datasets.map(num_proc=…)`.
 
     Args:
         encoder: encodes the prompt to ids.
-        max_length, max_new_tokens: a prompt may have `max_length - max_new_tokens` ids. The oldest
-            exchanges are removed from a dialogue until it fits. A prompt that cannot fit has no
-            ids.
+        max_length, max_new_tokens: a prompt may have at most `max_length - max_new_tokens` ids. The
+            oldest exchanges are removed from a dialogue until it fits. A prompt that cannot fit has
+            no ids.
         dataset_name: the name of the dataset in error messages.
         with_responses: whether to encode the given `chosen` and `rejected` as well, for evaluation.
 
@@ -122,7 +122,7 @@ class PromptPreparer:
     def _response_ids(
         self, response: Any, query: str | None, messages: list[Message] | None
     ) -> list[int] | None:
-        """Returns the ids of a response and its end of turn, as if sampled from the policy."""
+        """Returns the ids of a response and its end of turn, as if the policy had sampled them."""
         if response is None:
             return None
         if not isinstance(response, str):
@@ -183,7 +183,8 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
     if foreign:
         logger.warning(
             "%s dataset: %d of %d queries do not have the format of the chat template. The model "
-            "continues them unchanged, in a format that differs from 'prompt' rows and JSFT",
+            "continues them unchanged, in a format that differs from that of 'prompt' rows and "
+            "JSFT",
             name, foreign, len(prepared),
         )  # fmt: skip
     if not len(kept):

@@ -65,7 +65,7 @@ def is_broken(rollout: Rollout) -> bool:
 def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     """Computes the logged means from the sums of `rollout_totals`.
 
-    Margin, order agreement and win rates are means over decided pairs; the win rate of a principle
+    Margin, order agreement and win rates are means over decided pairs. The win rate of a principle
     is the share of pairs in which it agrees with the verdict. Lengths count only answers. If there
     are thoughts, the metrics also include their mean length and the share of responses without an
     answer.
@@ -208,7 +208,7 @@ def keep_rollouts(
     args: SelfJudgeConfig,
     decode: Callable[[Sequence[int]], str],
 ) -> None:
-    """Writes a step's rollouts to the output folder and removes some files from earlier steps."""
+    """Writes a step's rollouts to the output folder and deletes surplus rollout files."""
     folder = Path(str(args.output_dir))
     write_rollouts(
         rollout_file(folder, step), rollouts[: args.rollout_pairs], step, principles, decode
@@ -219,7 +219,7 @@ def keep_rollouts(
 def metrics_over_processes(
     rollouts: Sequence[Rollout], principles: Sequence[str], accelerator: Accelerator
 ) -> tuple[dict[str, float], bool]:
-    """Returns a step's metrics over all processes, and whether all rollouts are broken.
+    """Returns a step's metrics over all processes, and whether all rollouts are unusable.
 
     Every process must call this function.
     """

@@ -54,12 +54,12 @@ def select_pairs(
     seeds: Sequence[int],
     selection: PairSelection = "best_worst",
 ) -> list[tuple[int, int, Verdict | None]]:
-    """Selects two responses per prompt to learn from: the best, and the worst or a random one.
+    """Selects a training pair per prompt: the best response, and the worst or a random one.
 
-    Two responses are judged once. With more than two, the winner of a knockout is the best. The
-    worst is the winner of a mirrored knockout, in which losers advance and which starts with the
-    losers of the first round. The pair is then judged directly, unless the two responses have
-    already met, and is decided only if the verdict on this pair agrees.
+    Two responses are judged once. If there are more, the winner of a knockout tournament is the
+    best response. The worst response is the winner of a mirrored knockout, which starts with the
+    losers of the first round and in which losers advance. These two responses are then compared
+    directly, unless they have already met. The pair is decided only if this verdict agrees.
 
     Returns:
         For each prompt, the indices of the better and the worse response, and the verdict in which
@@ -83,7 +83,7 @@ def select_pairs(
     for i, own in enumerate(responses):
         if len(own) < 2:
             raise ValueError(
-                f"prompt {i} has {len(own)} responses, but a training pair needs at least 2"
+                f"prompt {i} has {len(own)} responses, but a training pair requires at least 2"
             )
     texts = [[r.judged for r in own] for own in responses]
     # Responses without an answer do not take part. If fewer than two responses have an answer, all
@@ -168,7 +168,8 @@ def preference_batch(
 
     Args:
         pairs: (prompt ids, chosen ids, rejected ids, decided). The two rows of an undecided pair
-            have an empty completion mask. They are in the batch but have no gradient.
+            have an empty completion mask. They are in the batch but do not contribute to the
+            gradient.
         pad_token_id: the id used to pad rows on the right.
         max_length: rows are truncated to this number of tokens.
         pad_to_multiple_of: T is rounded up to a multiple of this number.
@@ -229,7 +230,7 @@ Samples = list[list[Response]]
 
 
 class BatchesAhead:
-    """Reads the batches of an optimizer step and of the next one in one pass over the data."""
+    """Reads the batches of an optimizer step and of the next step in one pass over the data."""
 
     def __init__(self) -> None:
         self._source: Iterator[Any] | None = None
@@ -394,7 +395,7 @@ class RolloutPipeline:
         return responses
 
     def _sample_ahead(self, step: int) -> None:
-        """Lets servers sample for the next step during this step's update."""
+        """Lets the servers sample responses for the next step during this step's update."""
         with self.clock.phase("sampling"):
             # Every process must finish sampling from the policy before the policy is replaced.
             self.clock.accelerator.wait_for_everyone()

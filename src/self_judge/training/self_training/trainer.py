@@ -93,7 +93,7 @@ logger = logging.getLogger(__name__)
 
 
 class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
-    """Samples responses, judges them with the frozen initial model, and updates with DPO.
+    """Samples responses, judges them with the frozen initial model, and trains with DPO.
 
     It accepts the arguments of `DPOTrainer` and the method's settings, which override `args`.
 
@@ -113,13 +113,13 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         encoder: a `ChatEncoder`, for a chat template other than the tokenizer's or the saved one.
 
     Raises:
-        ValueError: settings, templates or data are invalid; the message says why.
+        ValueError: settings, templates or data are invalid. The message gives the reason.
     """
 
     args: SelfJudgeConfig
     model: Any
 
-    _tag_names = ["trl", "dpo", "self-judge"]  # noqa: RUF012  TRL declares it so
+    _tag_names = ["trl", "dpo", "self-judge"]  # noqa: RUF012  as TRL declares it
     _name = "SELF-JUDGE"
     _paper = {  # noqa: RUF012
         "title": "Aligning Large Language Models by On-Policy Self-Judgment",
@@ -156,7 +156,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         **trainer_arguments: Any,
     ) -> None:
         if processing_class is not None and tokenizer is not None:
-            raise ValueError("tokenizer and processing_class are two names for one argument")
+            raise ValueError("pass either tokenizer or processing_class, not both")
         name = model if isinstance(model, str) else str(model.config.name_or_path)
         config = with_values(
             as_self_judge_config(args, name),
@@ -353,8 +353,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         """Adds the reference's log-probabilities to the batches, under the keys of TRL's loss.
 
         Packing chooses the size of its forward passes, so it receives the whole step at once.
-        Without packing, and for a model that several processes share, each micro-batch is one
-        forward pass.
+        Without packing, or if several processes share the model, each micro-batch is one forward
+        pass.
         """
         # Compute the log-probabilities for all pairs in the step, and split them by micro-batch.
         together = self.packing is not None and not self.packing.shape.one_pass

@@ -58,8 +58,8 @@ def lora_config(model: PeftModel, adapter: str) -> LoraConfig:
     wrong = [reason for reason, holds in reasons.items() if holds]
     if wrong:
         raise AdapterError(
-            f"use_vllm: vLLM cannot load this adapter on its base ({', '.join(wrong)}); use plain "
-            "LoRA, or leave use_vllm unset"
+            f"use_vllm: vLLM cannot load this adapter on its base model ({', '.join(wrong)}); "
+            "use plain LoRA, or leave use_vllm unset"
         )
     return config
 
@@ -295,7 +295,7 @@ class VLLMSync:
         return VLLMSampler(self.engine, self.encoder, self.args.sampling(), self._policy)
 
     def _refresh(self) -> None:
-        """Loads the current policy into the engine. Every process must call it."""
+        """Loads the current policy into the engine. Every process must call this method."""
         if self.adapted:
             last = self._policy
             self._policy = self._load_adapter(_POLICY, str(self._refreshes))
@@ -343,7 +343,7 @@ class VLLMSync:
             where, served = "in the engine", ""
             if not self.colocated:
                 where = "at " + ", ".join(self.args.vllm_server_base_url or [])
-                served = "; serve the model that is trained here, with any earlier adapter merged"
+                served = "; serve the model that this run trains, with any earlier adapter merged"
             raise EngineError(
                 f"the {role} differs between vLLM and training: after a prompt of "
                 f"{len(self._probe[0])} tokens, the most likely next tokens have the probabilities "
