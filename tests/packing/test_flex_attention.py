@@ -211,7 +211,7 @@ def test_more_kinds_of_models_than_pytorch_compiles_for_is_an_error(no_graphs: A
         assert Packing(llama(4, 2)).decision.route == "tree"
         with pytest.raises(
             UnfusedError,
-            match=r"recompile_limit does not allow another kind of model with",
+            match=r"recompile_limit while compiling for this model",
         ):
             _ = Packing(llama(9, 3)).decision
 

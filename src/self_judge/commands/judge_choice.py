@@ -170,8 +170,8 @@ def load_sampler(
 def fingerprint(model: str, revision: str | None = None) -> str | None:
     """Returns a hash that identifies the weights in a folder, or the commit of a model on the Hub.
 
-    The hash covers the names, sizes and 64 evenly spaced slices of the files. Training changes
-    every slice, and reading a large model completely would take minutes.
+    The hash covers each file's name, size and 64 evenly spaced slices. Training changes every
+    slice, and reading a large model completely would take minutes.
     """
     folder = Path(model)
     if not folder.is_dir():

@@ -59,8 +59,9 @@ class BenchmarkSource:
     """One source of labeled comparisons.
 
     Args:
-        path: a Hub name, a local file or a folder, as in `files.read_raw`. If the file names in a
-            folder have no splits, each file in it and in its subfolders is a subset (LLMBar).
+        path: a Hub name, a local file or a folder, as in `files.read_raw`. If no file name in the
+            folder contains a split name, each file in the folder and its subfolders is a subset
+            (LLMBar).
         splits: splits to read in this order. If there are several splits, each is a subset. A file
             is always read completely.
         data_dir, name, revision: as in `files.read_raw`.

@@ -1,4 +1,4 @@
-"""Turns logits into the next tokens, with logits processors for the settings and seeded noise.
+"""Samples the next tokens from logits, using logits processors and seeded noise.
 
 Sampling is an argmax over logits plus Gumbel noise, which is generated from the seed of each row.
 This module does not depend on prompts or the model.

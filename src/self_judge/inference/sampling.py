@@ -1,8 +1,8 @@
 """Samplers generate responses to prompts; this module implements a sampler with Transformers.
 
 This module uses token ids and a model, and `decoding.py` generates the tokens. The responses
-contain the tokens exactly as sampled. This module does not depend on the meaning of prompts or on
-judging.
+contain the tokens exactly as sampled. This module does not interpret prompts or judge
+responses.
 """
 
 from __future__ import annotations

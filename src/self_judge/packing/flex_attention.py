@@ -195,8 +195,8 @@ def _compiled_or_refused(*given: Any) -> torch.Tensor:
         return _compiled()(*given)
     except FailOnRecompileLimitHit as error:
         raise UnfusedError(
-            "torch._dynamo.config.recompile_limit does not allow another kind of model with "
-            f"FlexAttention: raise that limit, or {_INSTEAD}"
+            "FlexAttention reached torch._dynamo.config.recompile_limit while compiling for this "
+            f"model: raise the limit, or {_INSTEAD}"
         ) from error
     except TorchDynamoException as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")

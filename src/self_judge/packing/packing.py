@@ -353,7 +353,7 @@ def _gate(model: nn.Module, route: str) -> str | None:
         return "ALiBi counts the tokens in the row"
     if attention(inner) not in ("sdpa", "eager", "flex_attention"):
         return f"{attention(inner)} attention does not accept a custom mask"
-    # Older models have built-in attention.
+    # Older model classes hard-code their attention.
     if route in ("segments", "chunks") and not inner._can_set_attn_implementation():
         return "its attention cannot be replaced"
     return None

@@ -1,7 +1,7 @@
 """Sets the number of tokens in a forward pass from the kind of device and the model width.
 
-This module uses the shapes of a model's matrices and, on request, measures their speed. It does not
-depend on the tokens.
+This module uses the shapes of a model's matrices and, on request, measures their speed. The
+number does not depend on the input.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def save_judge_settings(
 ) -> Path:
     """Writes the judge's templates, letter ids and chat template to `directory/judge.json`.
 
-    The lead-in of each template is its decision prefix. The file is written atomically.
+    The file is written atomically.
     """
     content = {
         **templates.to_dict(),
