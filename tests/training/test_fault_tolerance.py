@@ -63,7 +63,7 @@ def test_training_stops_with_a_diagnosis_after_some_such_steps_in_a_row(
 ) -> None:
     trainer = make(max_steps=9, max_skipped_steps=2, save_strategy="steps", save_steps=1)
     spoiled(trainer, {2, 4, 5, 6}, monkeypatch)
-    with pytest.raises(NotFiniteError, match=r"step 5, the last of 2 .* after step 3"):
+    with pytest.raises(NotFiniteError, match=r"step 5, the last of 2 .* since step 3"):
         trainer.train()
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == [
         f"checkpoint-{step}" for step in (1, 2, 3, 4)
@@ -79,7 +79,7 @@ def test_training_stops_when_the_judge_gives_no_numbers(
     monkeypatch.setattr(
         trainer.judge, "letter_probabilities", lambda prompts, **_: nan.expand(len(prompts), 2)
     )
-    with pytest.raises(NotFiniteError, match=r"no response could be judged.* after step 0"):
+    with pytest.raises(NotFiniteError, match=r"no response could be judged.* since step 0"):
         trainer.train()
     assert history(trainer, "judge/broken") == [1.0, 1.0]
     assert same(start, weights(trainer.model))
