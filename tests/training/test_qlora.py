@@ -69,7 +69,7 @@ def test_without_bitsandbytes_the_package_is_named(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
     )
-    with pytest.raises(ModelError, match=r"requires bitsandbytes.*pip install 'self-judge\[qlora\]'"):
+    with pytest.raises(ModelError, match=r"requires bitsandbytes.*install 'self-judge\[qlora\]'"):
         load_model(base, load_in_4bit=True)
 
 
