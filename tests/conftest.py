@@ -292,6 +292,23 @@ def make(tmp_path: Path, tokenizer: Any, model: Any, queries: list[dict[str, Any
     return build
 
 
+@pytest.fixture
+def place(
+    tmp_path: Path,
+    base: Path,
+    saved_judge: Path,
+    data: dict[str, Path],
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
+    """Where the mistakes of `bad_input` are made."""
+    from bad_input import Place
+
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return Place(folder, base, saved_judge, data, make, monkeypatch)
+
+
 def history(trainer: Any, key: str) -> list[float]:
     """What was logged under a name, in order."""
     return [entry[key] for entry in trainer.state.log_history if key in entry]

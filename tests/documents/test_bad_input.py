@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
-from bad_input import CASES, COMMANDS, GROUPS, LIBRARY, Case, Place
 
-from conftest import ROOT, Make
+from bad_input import CASES, COMMANDS, GROUPS, LIBRARY, Case, Place
+from conftest import ROOT
 from self_judge import Comparison, Judge
 from self_judge.cli import main
-
-
-@pytest.fixture
-def place(
-    tmp_path: Path,
-    base: Path,
-    saved_judge: Path,
-    data: dict[str, Path],
-    make: Make,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Place:
-    folder = tmp_path / "here"
-    folder.mkdir()
-    return Place(folder, base, saved_judge, data, make, monkeypatch)
 
 
 def in_order(text: str, parts: tuple[str, ...]) -> bool:

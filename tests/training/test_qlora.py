@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from bad_input import JSFT, TRAIN, Place
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_bad_input import place  # noqa: F401
 
+from bad_input import JSFT, TRAIN, Place
 from conftest import TEMPLATES, tiny_llama
 from self_judge import ChatEncoder, Comparison, Judge, JudgeTemplates
 from self_judge.check.model_size import empty_model, size_of
@@ -116,7 +115,7 @@ def test_an_adapter_is_not_merged_into_4_bits(base: Path, tmp_path: Path) -> Non
 
 @with_bitsandbytes
 def test_jsft_below_an_adapter_gives_a_whole_model_and_self_training_goes_on_from_it(
-    place: Place,  # noqa: F811
+    place: Place,
 ) -> None:
     four = ("model.load_in_4bit=true", ADAPTER)
     assert (
