@@ -23,7 +23,7 @@ from self_judge.runtime import device_of, in_evaluation_mode, padded, unwrapped
 # summation order changes a logit by up to 2.8e-2. Branches that attend to each other, or tokens at
 # wrong positions, change a logit by 4e-1 or more.
 _IN_FLOAT32 = 1e-4
-_IN_LESS = 6e-2
+IN_LESS = 6e-2
 # The errors that a model raises if it does not support a packing mode. Subclasses of these errors
 # do not count, because they have other causes, such as running out of memory, a failed compilation
 # or a lost device.
@@ -111,12 +111,16 @@ def why_inexact(model: nn.Module, trial: Logits) -> str | None:
         # The weights that autocast converts here have no gradient. Without clearing the cache,
         # later computations would reuse them.
         torch.clear_autocast_cache()
-    found, expected = found.float(), expected.float()
-    off = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
-    tolerance = _IN_FLOAT32 if all(computes_in) else _IN_LESS
+    off = relative_difference(found.float(), expected.float())
+    tolerance = _IN_FLOAT32 if all(computes_in) else IN_LESS
     if not off <= tolerance:
         return f"a trial differed by {off:.1e} of the largest logit"
     return None
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the largest difference as a fraction of the largest expected value."""
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from trl.trainer.utils import use_adapter
 from self_judge.adapters import adapter_chain
 from self_judge.errors import CheckpointError, ModelError
 from self_judge.models import load_model
-from self_judge.packing.exactness import as_called, trial_tokens
+from self_judge.packing.exactness import IN_LESS, as_called, relative_difference, trial_tokens
 from self_judge.runtime import device_of, in_evaluation_mode, unwrapped
 from self_judge.storage.atomic import write_json
 from self_judge.storage.repository import refuse_overwriting
@@ -36,7 +36,6 @@ _TOKENS = 24
 # If the reference uses trained weights, its logits change by more than this fraction. A different
 # device or order of summation changes them by less (see `exactness`).
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_TOLERANCE_IN_LESS = 6e-2
 
 
 def frozen_reference(model: ModelT) -> ModelT:
@@ -197,7 +196,7 @@ class ReferenceCheck:
         self.model = model
         self.logits = logits
         inner: Any = unwrapped(model)
-        self.tolerance = _TOLERANCE.get(inner.dtype, _TOLERANCE_IN_LESS)
+        self.tolerance = _TOLERANCE.get(inner.dtype, IN_LESS)
 
     def moved(self, logits: torch.Tensor) -> float | None:
         """Returns the difference as a fraction of the largest logit, or `None` if it is small."""
@@ -205,9 +204,8 @@ class ReferenceCheck:
         usual, own = _usual(self.expected), _usual(logits)
         if not torch.equal(usual, own):
             return math.inf
-        off = (logits[own] - self.expected[own]).abs().max()
-        off = off / self.expected[own].abs().max().clamp(min=1e-6)
-        return None if float(off) <= self.tolerance else float(off)
+        off = relative_difference(logits[own], self.expected[own])
+        return None if off <= self.tolerance else off
 
     def before_training(self) -> None:
         """Checks that the reference equals the given model and does not use trained weights.
@@ -216,10 +214,9 @@ class ReferenceCheck:
             ModelError: the reference differs from the given model, or it uses trained weights. The
                 message names one of these weights.
         """
-        logits = self.logits
-        if logits is None:
+        if self.logits is None:
             return
-        start = logits()
+        start = self.logits()
         off = self.moved(start)
         if off is not None:
             raise ModelError(
@@ -229,24 +226,19 @@ class ReferenceCheck:
             )
         self.expected = start
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        with _changed([p for _, p in trained]):
-            off = self.moved(logits())
-        if off is None:
+        if not self._follows(trained):
             return
-        names = next(
-            (own for own in _by_kind(trained) if self._follows(own, logits)), [trained[0][0]]
-        )
+        used = next(filter(self._follows, _by_kind(trained)), trained)
         raise ModelError(
-            f"the judge would change during training: it uses {names[0][0]}, which is "
+            f"the judge would change during training: it uses {used[0][0]}, which is "
             "trained. Set peft_config.bias: none, choose an adapter that can be disabled, or train "
             "without peft_config"
         )
 
-    def _follows(
-        self, named: Sequence[tuple[str, torch.nn.Parameter]], logits: Callable[[], torch.Tensor]
-    ) -> bool:
+    def _follows(self, named: Sequence[tuple[str, torch.nn.Parameter]]) -> bool:
+        assert self.logits is not None
         with _changed([p for _, p in named]):
-            return self.moved(logits()) is not None
+            return self.moved(self.logits()) is not None
 
     def check(self, step: int) -> None:
         """Raises `ModelError` if the reference has changed since training began."""
@@ -270,8 +262,7 @@ class ReferenceCheck:
         saved = torch.tensor(content["logits"])
         # The run may use a different dtype than the run that saved the checkpoint.
         tolerance = max(self.tolerance, content["tolerance"])
-        off = (saved - torch.tensor(self._sample())).abs().max() / saved.abs().max().clamp(min=1e-6)
-        if not float(off) <= tolerance:
+        if not relative_difference(torch.tensor(self._sample()), saved) <= tolerance:
             raise CheckpointError(
                 f"cannot resume from {checkpoint}: the weights of the initial model have "
                 "changed since then. Restore them, or use another output_dir"
@@ -284,12 +275,12 @@ class ReferenceCheck:
 
 def _by_kind(
     named: Sequence[tuple[str, torch.nn.Parameter]],
-) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+) -> list[list[tuple[str, torch.nn.Parameter]]]:
     """Groups parameters by the last parts of their names, without layer numbers."""
     groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
     for name, parameter in named:
         groups.setdefault(".".join(name.split(".")[-3:]), []).append((name, parameter))
-    yield from groups.values()
+    return list(groups.values())
 
 
 @contextmanager
