@@ -319,10 +319,22 @@ def test_an_adapter_trained_on_an_adapter_is_loaded_with_it(
     )
 
 
+def last_norm(model: Any) -> Any:
+    with torch.no_grad():
+        model.model.norm.weight += 0.1
+    return model
+
+
+@pytest.mark.parametrize("edit", [randomized, last_norm])
+@pytest.mark.parametrize("shards", [1, 3])
 def test_an_adapter_is_not_trained_on_a_base_that_its_name_does_not_lead_to(
-    folder: Path, make: Make
+    shards: int, edit: Any, folder: Path, tmp_path: Path, make: Make
 ) -> None:
-    edited_model = randomized(load_model(folder))
+    whole, base = load_model(folder), tmp_path / "base"
+    size = sum(p.nbytes for p in whole.parameters())
+    whole.save_pretrained(base, max_shard_size=size // shards + 1)
+    assert (len(list(base.glob("*.safetensors"))) > 1) == (shards > 1)
+    edited_model = edit(load_model(base))
     with pytest.raises(ModelError, match="in memory differs from that file: save the model first"):
         make(model=edited_model, peft_config=LoraConfig(**LORA)).train()
 

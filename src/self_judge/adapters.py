@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -143,10 +144,15 @@ def _shapes(adapter: Adapter) -> dict[str, list[int]]:
     if file is None:
         return {}
     try:
-        with safe_open(file, "pt") as weights:
-            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        return saved_shapes(file)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the adapter {adapter.name} is damaged: {in_a_line(error)}") from error
+
+
+def saved_shapes(file: Path) -> dict[str, list[int]]:
+    """Reads the names and shapes in a safetensors file, without its weights."""
+    with safe_open(file, "pt") as weights:
+        return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
 
 
 def _resize_for(base: PreTrainedModel, shapes: dict[str, list[int]]) -> tuple[str, ...]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from self_judge.adapters import FILES, adapter_config
+from self_judge.adapters import FILES, adapter_config, saved_shapes
 from self_judge.errors import CheckpointError, ModelError
 from self_judge.runtime import unwrapped
 from self_judge.storage.atomic import write_json
@@ -96,7 +94,7 @@ def check_configuration(model: nn.Module) -> None:
 
 
 def check_base(model: PeftModel) -> None:
-    """Compares a few weights in memory with those in the files of a new adapter's base model.
+    """Compares some weights in memory with those in the files of a new adapter's base model.
 
     Raises:
         ModelError: the weights differ, so the saved adapter would belong to another model.
@@ -110,26 +108,18 @@ def check_base(model: PeftModel) -> None:
     if getattr(base, "quantization_method", None) is not None:
         return
     memory = {n.replace(".base_layer", ""): p for n, p in base.named_parameters()}
-    for name, read in islice(_evenly(folder), 16):
-        own = memory.get(name)
-        if own is None:
-            continue
-        saved = read()
+    files = sorted(folder.glob("model*.safetensors"))
+    named = [(name, file) for file in files for name in saved_shapes(file) if name in memory]
+    for name, file in named[:: max(1, len(named) // 16)]:
+        own = memory[name]
+        with safe_open(file, "pt") as weights:
+            saved = weights.get_tensor(name)
         if saved.shape == own.shape and not torch.equal(saved.to(own.dtype), own.detach().cpu()):
             raise ModelError(
                 f"the adapter would name {folder} as its base, but {name} in memory differs from "
                 "that file: save the model first and start from its folder (or choose another "
                 "init_lora_weights)"
             )
-
-
-def _evenly(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Yields names of weights, spread over the files in a folder, and functions that load them."""
-    for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            names = sorted(weights.keys())
-            for name in names[:: max(1, len(names) // 16)]:
-                yield name, partial(weights.get_tensor, name)
 
 
 def remove_old_adapter(model: nn.Module, folder: Path) -> None:
@@ -224,7 +214,7 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
     Raises:
         CheckpointError: the adapters differ in a setting that changes the shapes of their weights.
     """
-    if not (checkpoint / "adapter_config.json").is_file():
+    if not (checkpoint / FILES[0]).is_file():
         if isinstance(model, PeftModel):
             raise CheckpointError(
                 f"cannot resume from {checkpoint}: it contains a full model, but this run "
@@ -247,7 +237,9 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
             )
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    stored = {name: tuple(tensor.shape) for name, tensor in _saved(checkpoint, "adapter_model*")}
+    file = checkpoint / FILES[1]
+    found = saved_shapes(file) if file.is_file() else {}
+    stored = {name: tuple(shape) for name, shape in found.items()}
     differing = sorted(n for n in {*shapes, *stored} if shapes.get(n) != stored.get(n))
     if differing and stored:
         name = differing[0]
