@@ -38,7 +38,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from self_judge.inference.graphed_step import GraphedStep
-from self_judge.inference.prompt_cache import PromptLayer, empty_cache, joined
+from self_judge.inference.prompt_cache import PromptLayer, empty_cache, joined, keeps_all_tokens
 from self_judge.packing.exactness import (
     as_called,
     padded_logits,
@@ -138,8 +138,7 @@ def decode(
         logits_BV, cache = _prefilled(
             model, prompts, of_row, longest + max_new_tokens, one_pass=max_over_ranks is not None
         )
-        if graphs:
-            graphed = GraphedStep(model, cache, ids_BT, seen_BT, lengths_B1, longest)
+        graphed: GraphedStep | None = None  # for the rows that remain
         for step in range(max_new_tokens):
             at = longest + step
             # Finished rows that are still in the batch get padding tokens, which are cut at the
@@ -161,9 +160,10 @@ def decode(
                     draw.keep(kept)
                     ids_BT, seen_BT, lengths_B1 = ids_BT[kept], seen_BT[kept], lengths_B1[kept]
                     row_B, unfinished_B = row_B[kept], unfinished_B[kept]
-                    if graphs:
-                        graphed = GraphedStep(model, cache, ids_BT, seen_BT, lengths_B1, longest)
+                    graphed = None
             if graphs:
+                if graphed is None:
+                    graphed = GraphedStep(model, cache, ids_BT, seen_BT, lengths_B1, longest)
                 logits_BV = graphed(at)
                 continue
             inputs = {"input_ids": ids_BT[:, at : at + 1], "attention_mask": seen_BT[:, : at + 1]}
@@ -266,7 +266,7 @@ def _no_graphs(model: nn.Module) -> str | None:
         return "its weights are on several devices"
     if attention(inner) != "sdpa" or not takes_positions(inner):
         return "it does not use sdpa attention with position ids"
-    if not all(type(layer) is PromptLayer for layer in empty_cache(model).layers):
+    if not keeps_all_tokens(model):
         return "some layers do not keep all keys and values"
     try:
         return _trial(model, graphs=True)
@@ -298,8 +298,8 @@ def _prefilled(
     device = _device(model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     # Other layers, such as sliding windows, are filled in one pass and copied by the cache itself.
-    whole = all(type(layer) is PromptLayer for layer in empty_cache(model).layers)
-    parts = _parts(model, prompts, order) if whole and not one_pass else [order]
+    split = keeps_all_tokens(model) and not one_pass
+    parts = _parts(model, prompts, order) if split else [order]
     results = [_prefill(model, [prompts[i] for i in part]) for part in parts]
     place = {i: at for at, i in enumerate(order)}
     source = [place[i] for i in of_row]

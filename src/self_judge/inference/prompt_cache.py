@@ -34,6 +34,11 @@ def empty_cache(model: nn.Module) -> Any:
     return cache
 
 
+def keeps_all_tokens(model: nn.Module) -> bool:
+    """Returns whether every layer keeps the keys and values of all tokens in the usual cache."""
+    return all(type(layer) is PromptLayer for layer in empty_cache(model).layers)
+
+
 class RoomyLayer(DynamicLayer):
     """A cache layer with room for future tokens. If rows are removed, the others move up in place.
 
