@@ -27,7 +27,7 @@ from self_judge.datatypes import Message
 from self_judge.inference.decoding import why_not_shared
 from self_judge.packing.packing import Packing
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.chat_template import CLOCK
+from self_judge.prompting.chat_template import CLOCK, common_length
 from self_judge.prompting.judge_json import load_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import device_of, unwrapped
@@ -67,7 +67,7 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
         prompt = encoder.encode_prompt(asked)
         whole = encoder.encode_dialogue([*asked, answer]).ids
         if whole[: len(prompt)] != prompt:
-            same = _shared(prompt, whole)
+            same = common_length(prompt, whole)
             shown = [tokenizer.convert_ids_to_tokens(x[same : same + 4]) for x in (prompt, whole)]
             yield problem(
                 "chat template",
@@ -110,12 +110,6 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
         )
 
 
-def _shared(first: Any, second: Any) -> int:
-    """Returns the length of the longest common prefix of two texts or lists of ids."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
 def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -> Iterator[Finding]:
     """Checks for judge settings that differ from those used to train the model (self-training)."""
     saved = load_judge_settings(name)
@@ -138,7 +132,7 @@ def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -
         for part in ("system", "user", "assistant"):
             ours, theirs = getattr(asked, part) or "", getattr(taught, part) or ""
             if ours != theirs:
-                same = _shared(ours, theirs)
+                same = common_length(ours, theirs)
                 shown = slice(max(0, same - 12), same + 24)
                 yield problem(
                     "templates.judge",

@@ -148,8 +148,7 @@ class ChatEncoder:
             return self.encode_prompt(messages)
         ids = list(self.tokenizer(query, add_special_tokens=False)["input_ids"])
         bos = self.tokenizer.bos_token_id
-        opens = self.encode_prompt([Message(role="user", content="a")])[0]
-        return [bos, *ids] if opens == bos and ids[:1] != [bos] else ids
+        return [bos, *ids] if self._first_id == bos and ids[:1] != [bos] else ids
 
     def messages_of(self, query: str) -> list[Message] | None:
         """Returns the messages that the template renders as this prompt, or `None`."""
@@ -177,6 +176,10 @@ class ChatEncoder:
         templates.
         """
         return self._text.marker_in(text)
+
+    @functools.cached_property
+    def _first_id(self) -> int:
+        return self.encode_prompt([Message(role="user", content="a")])[0]
 
     @functools.cached_property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -305,8 +305,7 @@ class ChatLayouts:
                 ours += piece
         if rendered == ours:
             return
-        pairs = enumerate(zip(ours, rendered, strict=False))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(rendered)))
+        at = common_length(ours, rendered)
         start, _, message = min(spans, key=lambda span: max(span[0] - at, at - span[1]))
         inside = max(0, at - start)
         raise ContentChangedError(
@@ -315,6 +314,12 @@ class ChatLayouts:
             f"{rendered[max(0, at - 12) : at + 24]!r}. Set templates.chat to a template that "
             "writes contents unchanged or trimmed"
         )
+
+
+def common_length(first: Any, second: Any) -> int:
+    """Returns the length of the longest common prefix of two strings or lists."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _contents(pieces: Sequence[str | _Gap], prompt: str) -> list[str] | None:
