@@ -11,6 +11,7 @@ from typing import Any
 
 from self_judge.data.records import Parsed, RecordRef, merge_turns, pair_problem
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
+from self_judge.prompting.chat_template import common_length
 from self_judge.prompting.messages import reasoning_key
 from self_judge.prompting.thoughts import NO_ANSWER, answer_of, before_thought
 
@@ -193,8 +194,10 @@ def _standard(
 
 def _shared_prefix(a: str, b: str) -> int:
     """Returns the length of the common prefix of two strings, shortened to a word boundary."""
-    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if length is None:  # one string is a prefix of the other, so the end of the prompt is unknown
+    length = common_length(a, b)
+    if length == min(
+        len(a), len(b)
+    ):  # one string is a prefix of the other, so the end of the prompt is unknown
         return 0
     while length and not a[length - 1].isspace():
         length -= 1
