@@ -234,7 +234,9 @@ def _look(prepared: _Prepared, examples: int) -> None:
     found += findings.chat_findings(encoder)
     found += text_findings.clock_findings(encoder, run)
     if isinstance(run, SelfJudgeRun):
-        found += findings.judge_findings(templates, encoder, run.model.model_name_or_path)
+        found += findings.judge_findings(
+            templates, encoder, run.model.model_name_or_path, run.model.revision
+        )
     letters = None
     try:
         letters = encoder.letter_ids(

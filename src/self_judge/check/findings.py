@@ -110,9 +110,11 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
         )
 
 
-def judge_findings(templates: JudgeTemplates, encoder: ChatEncoder, name: str) -> Iterator[Finding]:
+def judge_findings(
+    templates: JudgeTemplates, encoder: ChatEncoder, name: str, revision: str | None = None
+) -> Iterator[Finding]:
     """Checks for judge settings that differ from those used to train the model (self-training)."""
-    saved = load_judge_settings(name)
+    saved = load_judge_settings(name, revision)
     if saved is None:
         yield warning(
             "templates.judge",

@@ -27,7 +27,7 @@ def clock_findings(encoder: ChatEncoder, run: JSFTRun | SelfJudgeRun) -> Iterato
         "the chat template reads the clock: all prompts in this run, and later prompts for the "
         f"trained model, contain the date {date}. Set this key to choose another date",
     )
-    saved = load_judge_settings(run.model.model_name_or_path)
+    saved = load_judge_settings(run.model.model_name_or_path, run.model.revision)
     known = {**(run.templates.chat_template_kwargs or {})}
     known |= saved.chat_template_kwargs if saved else {}
     if isinstance(run, SelfJudgeRun) and saved is not None and CLOCK not in known:
