@@ -36,6 +36,8 @@ from self_judge.adapters import merged
 from self_judge.check.check import check
 from self_judge.cli import main
 from self_judge.commands.judge_choice import fingerprint
+from self_judge.commands.tournament import TournamentJob
+from self_judge.config.self_training import SamplingSettings
 from self_judge.errors import CheckpointError, ModelError
 from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting import chat_encoder
@@ -711,3 +713,19 @@ def test_bulk_work_is_not_resumed_with_another_date_in_its_prompts(
     monkeypatch.setattr(chat_encoder.datetime, "date", Tomorrow)
     assert (main(command) == 0) == (date is not None)
     assert ("different settings (date" in capsys.readouterr().err) == (date is None)
+
+
+def test_a_tournament_names_the_dates_of_its_judge_and_of_its_policy(
+    saved_judge: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(saved_judge, policy)
+    (policy / "judge.json").unlink()
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+    dated.save_pretrained(policy)
+    job = TournamentJob(str(saved_judge), SamplingSettings(max_new_tokens=4), str(policy))
+    settings = job.settings()
+    assert "date" not in settings
+    assert settings["policy_date"] == datetime.date.today().isoformat()
+    assert "policy_date" not in TournamentJob(str(saved_judge), job.sampling).settings()

@@ -179,8 +179,10 @@ def _sample(
     file: Path,
     overwrite: bool,
 ) -> None:
+    encoder = encoder_of(policy)
+
     def load() -> Work[tuple[int, Sequence[Message]]]:
-        sampler = load_sampler(policy, job.sampling, job.sampling_batch_size)
+        sampler = load_sampler(policy, encoder, job.sampling, job.sampling_batch_size)
 
         def answered(batch: list[tuple[int, Sequence[Message]]]) -> list[dict[str, Any]]:
             ids = [sampler.encoder.encode_prompt(prompt) for _, prompt in batch]
@@ -199,7 +201,7 @@ def _sample(
         {
             "policy": policy,
             "weights": fingerprint(policy),
-            **date_of(encoder_of(policy)),
+            **date_of(encoder),
             **asdict(job.sampling),
             "seed": job.seed,
         },

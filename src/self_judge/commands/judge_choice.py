@@ -100,7 +100,7 @@ class JudgeChoice:
         return self._resolved[1].templates
 
     @functools.cached_property
-    def _encoder(self) -> ChatEncoder:
+    def encoder(self) -> ChatEncoder:
         args, settings = self._resolved
         tokenizer = load_tokenizer(
             self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
@@ -115,7 +115,7 @@ class JudgeChoice:
         scorer: Any = VLLMScorer(VLLMServers(self.servers)) if self.servers else None
         return Judge(
             scorer or load_model(self.model, device="auto", dtype=self.dtype, **hub),
-            self._encoder,
+            self.encoder,
             settings.templates,
             token_id_a=settings.token_id_a,
             token_id_b=settings.token_id_b,
@@ -140,7 +140,7 @@ class JudgeChoice:
             "principles": list(settings.templates.principles),
             "max_length": self.max_length,
             "dtype": self.dtype,
-            **date_of(self._encoder),
+            **date_of(self.encoder),
         }
 
 
@@ -159,10 +159,9 @@ def encoder_of(policy: str) -> ChatEncoder:
 
 
 def load_sampler(
-    policy: str, settings: SamplingSettings, batch_size: int = 64
+    policy: str, encoder: ChatEncoder, settings: SamplingSettings, batch_size: int = 64
 ) -> TransformersSampler:
-    """Loads a model for sampling, with the chat template that it was trained with."""
-    encoder = encoder_of(policy)
+    """Loads a model for sampling; `encoder` is its encoder (see `encoder_of`)."""
     model: Any = load_model(policy, device="auto")
     return TransformersSampler(model, encoder, settings, batch_size)
 

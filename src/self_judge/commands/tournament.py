@@ -27,6 +27,7 @@ from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import Bracket, judged_knockouts
+from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.prompting.messages import content_of, lost
 from self_judge.prompting.thoughts import with_answers
@@ -68,9 +69,22 @@ class TournamentJob:
         if self.n < 1:
             raise ValueError(f"--n must be at least 1, got {self.n}")
 
+    @functools.cached_property
+    def judge(self) -> JudgeChoice:
+        return JudgeChoice(
+            self.model,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            servers=tuple(self.servers),
+        )
+
+    @functools.cached_property
+    def policy_encoder(self) -> ChatEncoder | None:
+        return None if self.policy is None else encoder_of(self.policy)
+
     def settings(self) -> dict[str, Any]:
         """Returns all settings that affect a line, which must not change when a run resumes."""
-        return {
+        settings = {
             "model": self.model,
             "weights": fingerprint(self.model),
             "policy": self.policy,
@@ -80,17 +94,16 @@ class TournamentJob:
             "max_length": self.max_length,
             "seed": self.seed,
             "brackets": self.brackets,
-            **date_of(encoder_of(self.model)),
+            **date_of(self.judge.encoder),
         }
+        if self.policy_encoder is not None:
+            dates = date_of(self.policy_encoder)
+            settings |= {f"policy_{name}": date for name, date in dates.items()}
+        return settings
 
     def load(self) -> Work[Entry]:
         """Loads the models and returns a function that plays a chunk of tournaments."""
-        judge = JudgeChoice(
-            self.model,
-            batch_size=self.batch_size,
-            max_length=self.max_length,
-            servers=tuple(self.servers),
-        ).load()
+        judge = self.judge.load()
         sampler = functools.cache(lambda: self._sampler(judge))  # loaded on first use
 
         def played(entries: list[Entry]) -> list[dict[str, Any]]:
@@ -110,8 +123,8 @@ class TournamentJob:
         return played
 
     def _sampler(self, judge: Judge) -> TransformersSampler | VLLMSampler:
-        if self.policy is not None:
-            return load_sampler(self.policy, self.sampling)
+        if self.policy is not None and self.policy_encoder is not None:
+            return load_sampler(self.policy, self.policy_encoder, self.sampling)
         if isinstance(judge.scorer, VLLMScorer):
             return VLLMSampler(judge.scorer.engine, judge.encoder, self.sampling)
         model: Any = judge.model
