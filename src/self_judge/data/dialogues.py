@@ -195,9 +195,8 @@ def _standard(
 def _shared_prefix(a: str, b: str) -> int:
     """Returns the length of the common prefix of two strings, shortened to a word boundary."""
     length = common_length(a, b)
-    if length == min(
-        len(a), len(b)
-    ):  # one string is a prefix of the other, so the end of the prompt is unknown
+    # If one string is a prefix of the other, the end of the prompt is unknown.
+    if length == min(len(a), len(b)):
         return 0
     while length and not a[length - 1].isspace():
         length -= 1
