@@ -226,6 +226,24 @@ def test_an_adapter_gets_the_revision_of_its_base(
     )
 
 
+def test_a_trainer_takes_weights_tokenizer_and_templates_from_one_revision(
+    folder: Path, tmp_path: Path, queries: Any, publish: Any
+) -> None:
+    encoder = ChatEncoder(load_tokenizer(folder))
+    for revision, name in (("v1", "kind"), ("main", "brief")):
+        templates = JudgeTemplates({name: next(iter(TEMPLATES.values()))})
+        save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
+        publish(folder, "org/judge", revision)
+    trainer = SelfJudgeTrainer(
+        "org/judge",
+        args=SelfJudgeConfig(
+            str(tmp_path / "run"), max_steps=1, model_init_kwargs={"revision": "v1"}, **SMALL
+        ),
+        train_dataset=Dataset.from_list(queries),
+    )
+    assert list(trainer.judge_templates) == ["kind"]
+
+
 # -- adapters --------------------------------------------------------------------------------------
 
 

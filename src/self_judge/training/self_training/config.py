@@ -80,8 +80,13 @@ def with_values(args: SelfJudgeConfig, **values: Any) -> SelfJudgeConfig:
     return changed
 
 
-def trusts_code(config: SelfJudgeConfig) -> bool:
-    return bool(getattr(config, "trust_remote_code", False))
+def hub_options(config: SelfJudgeConfig) -> dict[str, Any]:
+    """Returns the options for loading the files of a model that is passed by name."""
+    loading: Any = config.model_init_kwargs or {}
+    return {
+        "revision": loading.get("revision"),
+        "trust_remote_code": bool(getattr(config, "trust_remote_code", False)),
+    }
 
 
 def for_model(config: SelfJudgeConfig, model: Any) -> SelfJudgeConfig:

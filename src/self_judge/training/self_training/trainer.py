@@ -66,7 +66,7 @@ from self_judge.training.self_training.config import (
     SelfJudgeConfig,
     as_self_judge_config,
     for_model,
-    trusts_code,
+    hub_options,
     with_values,
 )
 from self_judge.training.self_training.logprob_averaging import LogProbAveraging
@@ -172,14 +172,11 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             average_log_prob=average_log_prob,
             ignore_index=ignore_index,
         )
+        hub = hub_options(config)
         if isinstance(model, str):
             model = load_by_name(model, config, trainer_arguments, merge=peft_config is not None)
         config = for_model(config, model)
-        processing_class = (
-            processing_class
-            or tokenizer
-            or load_tokenizer(name, trust_remote_code=trusts_code(config))
-        )
+        processing_class = processing_class or tokenizer or load_tokenizer(name, **hub)
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
         settings = resolve_judge(
@@ -187,6 +184,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             judge_templates,
             token_id_a,
             token_id_b,
+            revision=hub["revision"],
             remedy="pass judge_templates, or start from a model that JSFT wrote",
         )
         self.judge_templates = settings.templates
