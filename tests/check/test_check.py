@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from conftest import CHATML, ROOT, SHARED, byte_bpe, tiny_llama, wrap
+from run_overrides import given
 from self_judge.check.check import Report, check
 from self_judge.check.findings import engine_findings
 from self_judge.check.view import show
@@ -41,18 +42,6 @@ def taught(base: Path, tmp_path: Path) -> Path:
     templates = settings.templates
     save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
     return folder
-
-
-def given(model: Path, source: Path, *more: str) -> list[str]:
-    return [
-        f"model.model_name_or_path={model}",
-        "model.dtype=float32",
-        "training_args.bf16=false",
-        f"dataset.sources=[{{path: {source}}}]",
-        "dataset.eval=[]",
-        "dataset.held_out=0.2",
-        *more,
-    ]
 
 
 def problems(report: Report) -> str:

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from conftest import CHATML, ROOT
+from run_overrides import given as held_out
 from self_judge.check.check import Report, check
 from self_judge.commands.train import run_jsft, run_self_judge
 from self_judge.config.schema import load_run
@@ -25,15 +26,7 @@ KEY = "templates.chat_template_kwargs.strftime_now"
 
 
 def given(model: Path, source: Path, *more: str) -> list[str]:
-    return [
-        f"model.model_name_or_path={model}",
-        "model.dtype=float32",
-        "training_args.bf16=false",
-        f"dataset.sources=[{{path: {source}}}]",
-        "dataset.eval=[]",
-        "dataset.held_out=0.0",
-        *more,
-    ]
+    return held_out(model, source, "dataset.held_out=0.0", *more)
 
 
 def small(output: Path, section: str) -> list[str]:
