@@ -183,6 +183,17 @@ def on_test_device(model: Any) -> Any:
     return model.to(DEVICE)
 
 
+def placed(batch: dict[str, Any]) -> dict[str, Any]:
+    """A collator's batch on `SELF_JUDGE_TEST_DEVICE`, where a trainer would put it."""
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+
+
+def last_logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """What follows, `(V,)` on the CPU."""
+    logits_BTV = model(torch.tensor([ids], device=model.device)).logits
+    return logits_BTV[0, -1].cpu()
+
+
 def tiny_llama(vocabulary: int, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     settings = {
@@ -260,6 +271,7 @@ SMALL = {
     "gradient_checkpointing": False,
     "dataloader_pin_memory": False,
     "disable_tqdm": True,
+    "bf16": False,  # what TRL takes on a GPU
 }
 
 

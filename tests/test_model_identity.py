@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from conftest import CHATML, ROOT, SMALL, TEMPLATES, Make, tiny_llama, weights
+from conftest import CHATML, DEVICE, ROOT, SMALL, TEMPLATES, Make, tiny_llama, weights
 from letter_models import gpt2
 from self_judge import Judge, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.adapters import merged
@@ -53,7 +53,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_t
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS.to(model.device)).logits.float().cpu()
+        return model.to(DEVICE)(IDS.to(DEVICE)).logits.float().cpu()
 
 
 def randomized(model: Any, scale: float = 0.1) -> Any:

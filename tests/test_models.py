@@ -13,7 +13,7 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from conftest import byte_bpe, tiny_llama, wrap
+from conftest import DEVICE, byte_bpe, tiny_llama, wrap
 from self_judge.adapters import merged
 from self_judge.errors import ModelError
 from self_judge.models import check_vocabulary, load_model, load_tokenizer
@@ -31,7 +31,7 @@ IDS = torch.tensor([[5, 60, 70, 80, 90]])
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS.to(model.device)).logits.cpu()
+        return model.to(DEVICE)(IDS.to(DEVICE)).logits.cpu()
 
 
 def adapted(model: Any, **changes: Any) -> Any:
@@ -283,11 +283,11 @@ def test_a_float32_head_computes_as_before(model: Any) -> None:
 def test_a_head_with_an_adapter_gives_float32_logits_too(model: Any, adapter: Any) -> None:
     wrapped = adapted(model.to(torch.bfloat16), **adapter)
     with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
-            states = unwrapped(wrapped).model(IDS).last_hidden_state.float()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            states = unwrapped(wrapped).model(IDS.to(DEVICE)).last_hidden_state.float()
         expected = copy.deepcopy(wrapped).float().get_output_embeddings()(states)
-        with float32_logits(wrapped), torch.autocast("cpu", torch.bfloat16):
-            found = wrapped(IDS).logits
+        with float32_logits(wrapped), torch.autocast(DEVICE, torch.bfloat16):
+            found = wrapped(IDS.to(DEVICE)).logits
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert logits(wrapped).dtype == torch.bfloat16  # afterwards as before

@@ -20,6 +20,8 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import last_logits
+
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 STOP = 7
 
@@ -202,13 +204,13 @@ class FakeLLM:
         outputs = []
         for prompt, param in zip(prompts, params, strict=True):
             ids = list(prompt["prompt_token_ids"])
-            logprobs = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            logprobs = last_logits(model, ids).log_softmax(-1)
             listed = getattr(param, "logprob_token_ids", [])
             read = {t: SimpleNamespace(logprob=logprobs[t].item()) for t in listed}
             generator = torch.Generator().manual_seed(getattr(param, "seed", 0))
             start = len(ids)
             while len(ids) - start < param.max_tokens:
-                probabilities = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+                probabilities = last_logits(model, ids).softmax(-1)
                 ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
                 if ids[-1] in getattr(param, "stop_token_ids", ()):
                     break

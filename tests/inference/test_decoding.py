@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+from conftest import DEVICE
 from families import CONFIGS, SIZES, build
 from self_judge.inference import decoding, graphed_step
 from self_judge.inference.decoding import cache_bytes, decode, why_no_graphs, why_not_shared
@@ -41,7 +42,7 @@ class Greedy:
     """Takes the likeliest token, and writes down which rows were asked for."""
 
     def __init__(self) -> None:
-        self.rows = torch.arange(len(ROWS))
+        self.rows = torch.arange(len(ROWS), device=DEVICE)
         self.asked: list[int] = []
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
@@ -193,7 +194,7 @@ def test_under_autocast_the_cache_holds_what_attention_computes_with(name: str) 
         layers = [x for x in kwargs["past_key_values"].layers if isinstance(x, RoomyLayer)]
         types.update(states.dtype for layer in layers for states in (layer.keys, layer.values))
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         expected = [alone(model, row, 8) for row in range(len(ROWS))]
         hook = model.register_forward_pre_hook(watch, with_kwargs=True)
         assert continued(model, Greedy()) == expected
@@ -222,7 +223,7 @@ def test_prompts_of_like_lengths_share_a_pass_within_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = build("llama")
-    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", {"cpu": 40})
+    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", {DEVICE: 40})
     lengths = [20, 3, 19, 18, 10, 9]
     parts = decoding._parts(model, [[1] * n for n in lengths], [0, 2, 3, 4, 5, 1])
     assert [[lengths[i] for i in part] for part in parts] == [[20, 19], [18], [10, 9], [3]]
@@ -287,7 +288,7 @@ def test_what_a_token_takes_in_the_cache_is_found_for_every_kind_of_attention(
 ) -> None:
     monkeypatch.setitem(CONFIGS, name, FAMILIES[name])
     model = build(name)
-    cache = model(torch.tensor([PROMPTS[0]]), use_cache=True).past_key_values
+    cache = model(torch.tensor([PROMPTS[0]], device=model.device), use_cache=True).past_key_values
     held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     assert cache_bytes(model) == held / len(PROMPTS[0])
     if name == "llama":
@@ -319,3 +320,24 @@ def test_processes_in_step_go_on_until_the_last_has_finished(others: int, every:
     assert (
         len(passes) == (1 + others) * every
     )  # one prefill whatever the lengths, then as the others go
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="captures a graph (SELF_JUDGE_TEST_DEVICE=cuda)")
+def test_a_step_that_cannot_be_captured_leaves_pytorch_as_it_was() -> None:
+    class Waits(hf.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            assert output.logits[0, 0, 0].item() == output.logits[0, 0, 0].item()
+            return output
+
+    model = Waits(CONFIGS["llama"]()).eval().to(DEVICE)
+    model.load_state_dict(build("llama").state_dict())
+    stream = torch.cuda.current_stream()
+    assert "cannot be captured" in (decoding.why_no_graphs(model) or "")
+    assert torch.cuda.current_stream() == stream
+    assert torch.nn.functional.dropout(torch.ones(1000, device=DEVICE), 0.5).unique().numel() == 2
+    torch.cuda.empty_cache()
+    assert continued(model, Greedy()) == [alone(model, row, 8) for row in range(len(ROWS))]
+    other = build("llama")
+    assert decoding.why_no_graphs(other) is None
+    assert continued(other, Greedy()) == [alone(other, row, 8) for row in range(len(ROWS))]

@@ -18,6 +18,8 @@ from self_judge.inference.sampling import TransformersSampler
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.runtime import to_device
 
+pytestmark = pytest.mark.cpu  # which only pretends to be a GPU
+
 CALLS: dict[str, tuple[Callable[[Any], Any], int]] = {
     "a number": (lambda x: x[0, 0].item(), 1),
     "a truth": (lambda x: bool((x > 1).all()), 1),

@@ -68,7 +68,7 @@ def test_next_token_logits_are_of_the_token_after_each_prompt(model: Any) -> Non
         logits_BV = next_token_logits(model, prompts)
         for row, prompt in zip(logits_BV, prompts, strict=True):
             alone = model(torch.tensor([prompt], device=model.device)).logits[0, -1].cpu()
-            torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(row.cpu(), alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("packing", ["auto", "off"])

@@ -267,6 +267,7 @@ def test_by_default_a_cache_holds_what_fits_beside_the_weights() -> None:
     assert tokens_that_fit(llama_2_7b, 79 * gib, 79 * gib) == 1
 
 
+@pytest.mark.cpu
 def test_batches_go_by_the_bytes_of_the_cache_unless_tokens_are_given(
     model: Any, encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from conftest import DEVICE
 from families import (
     CASES,
     FUSED,
@@ -136,7 +137,7 @@ def test_an_adapter_trains_the_same_and_can_be_switched_off() -> None:
 def test_autocast_reaches_the_packed_rows(attention: str) -> None:
     packed, plain = fused_pair(build("llama", attention))
     batch = batch_of(sharing(13), 13)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         found = [m(**batch, fused_lm_head=True).log_probs for m in (packed, plain)]
     exact = plain(**batch, fused_lm_head=True).log_probs
     off = [(f.float() - exact).abs().max().item() for f in found]

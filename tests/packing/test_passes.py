@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention
 
+from conftest import DEVICE
 from families import (
     FUSED,
     SIZES,
@@ -170,7 +171,7 @@ def test_layers_share_one_mask_for_their_backward_passes(
     monkeypatch.setattr(packing_module, "_by_segments", lambda packing: False)
     model, length = build("llama"), 37  # no multiple of 8
     asked = Wanted.all_of([[5] * length, [5] * 20 + [6]], [np.arange(length), np.arange(21)])
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16)
     masks: set[int] = set()
 
     def pack(saved: torch.Tensor) -> torch.Tensor:

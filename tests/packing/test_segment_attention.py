@@ -16,6 +16,7 @@ from test_chunked_prefill import seen
 from test_prefix_tree import SEQUENCES, slow_mask
 from torch import nn
 
+from conftest import DEVICE
 from self_judge.packing.chunked_prefill import PrefixIndex, plan_chunks, segments_of
 from self_judge.packing.prefix_tree import joined, prefix_rows
 from self_judge.packing.segment_attention import Attending, attending, segment_attention
@@ -190,7 +191,7 @@ def test_autocast_computes_in_its_own_type_and_gives_gradients_in_that_of_the_st
     segments, tensors, pull, _ = drawn_row(0, torch.float32)
     query, key, value = tensors
     mixed = (query, key, value.bfloat16())  # rotary embeddings leave float32, a projection does not
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         found = gradients(partial(by_segments, segments=segments), mixed, pull)
         values = by_segments(*mixed, segments=segments)
     half = [t.bfloat16() for t in tensors]

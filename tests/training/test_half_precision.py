@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from conftest import TEMPLATES, Make, weights
+from conftest import DEVICE, TEMPLATES, Make, weights
 from self_judge import Comparison, Judge
 from self_judge.inference.decoding import why_not_shared
 from self_judge.inference.letter_scoring import TransformersScorer
@@ -25,7 +25,7 @@ from self_judge.packing.packing import _LAYOUTS, Packing
 from self_judge.training.reference import frozen_reference
 
 BF16 = torch.bfloat16
-AUTOCAST = {"bf16": True, "use_cpu": True, "max_steps": 1}
+AUTOCAST = {"bf16": True, "use_cpu": DEVICE == "cpu", "max_steps": 1}
 COMPARISONS = [Comparison(f"what is {i}?", f"it is {i}", "no " * i) for i in range(1, 6)]
 
 
@@ -132,7 +132,7 @@ def wrapped_in_autocast(model: Any) -> Any:
     usual = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", BF16):
+        with torch.autocast(DEVICE, BF16):
             return usual(*args, **kwargs)
 
     model.forward = forward
@@ -154,7 +154,7 @@ def rounding(model: Any, share: float = 5e-3) -> Any:
 
     def blur(module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
         noise = 2 * torch.rand(logits.shape, generator=generator) - 1
-        return logits + share * logits.abs().max() * noise
+        return logits + share * logits.abs().max() * noise.to(logits.device)
 
     model.get_output_embeddings().register_forward_hook(blur)
     return model
@@ -163,7 +163,7 @@ def rounding(model: Any, share: float = 5e-3) -> Any:
 def test_autocast_ends_with_the_training(make: Make, model: Any) -> None:
     for adapter in ({}, {"peft_config": lora()}):
         make(model=copy.deepcopy(model), **AUTOCAST, **adapter).train()
-        assert not torch.is_autocast_enabled("cpu")
+        assert not torch.is_autocast_enabled(DEVICE)
 
 
 @pytest.mark.parametrize("trained", ["lora", "full"])

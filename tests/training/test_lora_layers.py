@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from conftest import tiny_llama
+from conftest import DEVICE, tiny_llama
 from self_judge.training.lora_layers import lighten
 
 
@@ -38,10 +38,10 @@ def lightened(model: Any) -> Any:
 
 def outcome(model: Any, *, autocast: bool, **inputs: Any) -> list[torch.Tensor]:
     """Logits and the adapters' gradients of one step."""
-    ids = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     torch.manual_seed(2)  # of dropout
     model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         logits = model(input_ids=ids, **inputs).logits
     logits.float().logsumexp(-1).mean().backward()
     return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -120,17 +120,17 @@ def test_a_plain_layer_is_as_near_to_float64_as_in_peft(
     dtype: torch.dtype, autocast: bool, scaling: float, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    base = nn.Sequential(nn.Linear(96, 160)).requires_grad_(False).to(dtype)
+    base = nn.Sequential(nn.Linear(96, 160)).requires_grad_(False).to(DEVICE, dtype)
     config = LoraConfig(r=8, lora_alpha=8 * scaling, target_modules=["0"])  # type: ignore[arg-type]
     usual = inject_adapter_in_model(config, base)
     usual[0].lora_B["default"].weight.data.normal_(std=0.02)
     lighter = copy.deepcopy(usual)
     lighten(lighter)
-    x, pull = torch.randn(2, 150, 96).to(dtype), torch.randn(2, 150, 160).to(dtype)
+    x, pull = (torch.randn(2, 150, width).to(DEVICE, dtype) for width in (96, 160))
 
     def found(model: nn.Module, states: torch.Tensor, cast: bool) -> list[torch.Tensor]:
         own = states.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=cast):
             given = model(own)
         adapter = [p for p in model.parameters() if p.requires_grad]
         assert len(adapter) == 2

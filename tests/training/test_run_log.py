@@ -61,7 +61,7 @@ def test_every_log_is_a_line_and_the_run_says_what_it_is(
     assert "weight_decay" not in run["changed_arguments"]
     assert run["arguments"]["weight_decay"] == 0.0
     assert run["judge_templates"].keys() == TEMPLATES.keys()
-    assert run["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(run["versions"]["torch"])
     assert 0 < run["parameters"]["trained"] < run["parameters"]["all"]
 
 

@@ -5,6 +5,8 @@ This module prepares a step for capture. It does not depend on the sampling meth
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,9 +65,10 @@ class GraphedStep:
         if not self.at_1.is_cuda:
             return self._step()
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            graph = torch.cuda.CUDAGraph()
+            with _capturing(graph):
                 self.logits_BV = self._step()
+            self.graph = graph
         self.graph.replay()
         return self.logits_BV
 
@@ -79,3 +82,23 @@ class GraphedStep:
             use_cache=True,
         )
         return output.logits[:, -1]
+
+
+@contextlib.contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Captures the block as a CUDA graph, and cleans up after PyTorch if the capture fails."""
+    # After a failed capture, PyTorch still uses the stream of the capture, allocates its memory in
+    # the pool of the graph, and draws random numbers as if in a capture. The next dropout layer
+    # would raise an error.
+    device = torch.cuda.current_device()
+    stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        generator: Any = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
+        with contextlib.suppress(RuntimeError):  # the pool is already closed
+            torch._C._cuda_endAllocateToPool(device, pool)
+        raise

@@ -17,7 +17,13 @@ from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from torch import nn
 
-from self_judge.runtime import device_of, in_evaluation_mode, padded, unwrapped
+from self_judge.runtime import (
+    device_of,
+    in_evaluation_mode,
+    padded,
+    unwrapped,
+    without_cudnn_attention,
+)
 
 # The allowed differences, as fractions of the largest logit. For SmolLM2 in bfloat16, a different
 # summation order changes a logit by up to 2.8e-2. Branches that attend to each other, or tokens at
@@ -75,7 +81,8 @@ def padded_logits(called: Any, sequences: Sequence[Sequence[int]]) -> list[torch
         called: see `as_called`.
     """
     inputs = padded(sequences, device_of(called))
-    logits_BTV = called(**inputs, use_cache=False).logits
+    with without_cudnn_attention():
+        logits_BTV = called(**inputs, use_cache=False).logits
     return [row[: len(s)] for row, s in zip(logits_BTV, sequences, strict=True)]
 
 

@@ -99,6 +99,7 @@ def test_an_engine_that_does_not_start_says_what_was_asked_and_what_is_free(
     assert "9.5 GiB were free before the start" in text
 
 
+@pytest.mark.cpu
 def test_an_engine_on_a_cpu_speaks_of_no_gpu(model: Any, monkeypatch: Any) -> None:
     def refuses(**settings: Any) -> Any:
         raise NotImplementedError("no such architecture")

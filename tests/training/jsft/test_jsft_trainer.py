@@ -14,7 +14,7 @@ from datasets import Dataset
 from packaging.version import Version
 from trl import SFTConfig, SFTTrainer
 
-from conftest import tiny_llama
+from conftest import DEVICE, placed, tiny_llama
 from self_judge import ChatEncoder, JudgeAugmentedSFTCollator, JudgeTemplates
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 from self_judge.training.jsft.examples import jsft_dataset
@@ -102,7 +102,9 @@ def test_the_loss_and_its_gradient_are_those_of_trl(
     for kind, own in ((JSFTTrainer, {"packing": packing}), (SFTTrainer, {})):
         trainer = make(kind, copy.deepcopy(model), tokenizer, examples, tmp_path, **own)
         trainer.model.train()
-        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(40))
+        loss = trainer.compute_loss(
+            trainer.model, placed(batch), num_items_in_batch=torch.tensor(40, device=DEVICE)
+        )
         loss.backward()
         losses.append(loss.detach())
         gradients.append(torch.cat([p.grad.double().flatten() for p in trainer.model.parameters()]))

@@ -17,7 +17,19 @@ from tokenizers import processors
 from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from conftest import CHATML, TEMPLATES, Make, byte_bpe, history, same, tiny_llama, weights, wrap
+from conftest import (
+    CHATML,
+    TEMPLATES,
+    Make,
+    byte_bpe,
+    history,
+    on_test_device,
+    placed,
+    same,
+    tiny_llama,
+    weights,
+    wrap,
+)
 from self_judge import ChatEncoder, SelfJudgeCollator, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.adapters import merged
 from self_judge.models import load_model
@@ -63,7 +75,7 @@ def test_loss_and_gradient_on_a_fixed_pair_are_those_of_trl(
     gradients = []
     for trainer in (ours, theirs):
         trainer.model.train()
-        loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+        loss = trainer._compute_loss(trainer.model, placed(batch), return_outputs=False)
         loss.backward()
         gradients.append({n: p.grad for n, p in trainer.model.named_parameters()})
         trainer.last_loss = loss.detach()
@@ -102,7 +114,7 @@ def test_log_probabilities_are_summed_or_averaged_as_asked(
     prompt, chosen, rejected = [5, 6, 7], [8, 9, 10, 11], [12, 13]
     batch = preference_batch([(prompt, chosen, rejected, True)], tokenizer.pad_token_id)
     trainer.model.train()
-    loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+    loss = trainer._compute_loss(trainer.model, placed(batch), return_outputs=False)
     ratios = []
     for response in (chosen, rejected):
         ratio = log_probability(policy, prompt, response) - log_probability(
@@ -303,8 +315,8 @@ def test_a_merged_adapter_in_memory_is_its_own_reference(
     loaded = load_model(tmp_path / "base")
     adapted = get_peft_model(loaded, LoraConfig(**LORA, init_lora_weights=False))
     changed = merged(adapted)
-    expected = weights(changed)
-    assert not same(expected, weights(load_model(tmp_path / "base")))
+    assert not same(weights(changed), weights(load_model(tmp_path / "base")))
+    expected = weights(on_test_device(changed))
     trainer = make(model=changed)
     trainer.train()
     assert same(weights(trainer.ref_model), expected)

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from conftest import SMALL, TEMPLATES, history, tiny_llama
+from conftest import SMALL, TEMPLATES, history, last_logits, tiny_llama
 from fake_vllm import LORA, FakeVLLM, serving
 from self_judge import Comparison, Judge, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.errors import EngineError
@@ -52,14 +52,14 @@ class ServedModel(FakeVLLM):
         if body.get("logprob_token_ids"):
             choices = []
             for index, prompt in enumerate(body["prompt"]):
-                logprobs = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+                logprobs = last_logits(model, prompt).log_softmax(-1)
                 top = {f"token_id:{t}": logprobs[t].item() for t in body["logprob_token_ids"]}
                 choices.append({"index": index, "logprobs": {"top_logprobs": [top]}})
             return 200, {"choices": choices}
         generator = torch.Generator().manual_seed(body["seed"])
         ids = list(body["prompt"])
         for _ in range(body["max_tokens"]):
-            probabilities = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+            probabilities = last_logits(model, ids).softmax(-1)
             ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
             if ids[-1] in body["stop_token_ids"]:
                 break
