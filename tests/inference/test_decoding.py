@@ -85,7 +85,7 @@ def test_every_row_is_what_its_prompt_alone_gives(
     if attention == "sdpa" and name.startswith("bloom"):
         pytest.skip("Bloom has no SDPA")
     monkeypatch.setitem(CONFIGS, name, FAMILIES[name])
-    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", {"cpu": 12})  # several passes, then joined
+    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", {DEVICE: 12})  # several passes, then joined
     model = build(name, attention)
     assert why_not_shared(model) is None
     # A stop token that some rows come to and others do not, so that rows leave.
@@ -109,6 +109,8 @@ def test_steps_of_one_shape_under_a_mask_continue_as_growing_ones(
     if name == RECURRENT or "window" in name or "ALiBi" in name:
         assert why_no_graphs(model) is not None
         return
+    if DEVICE != "cpu" and "captur" in (why_no_graphs(model) or ""):
+        return  # some experts read their routing on the CPU
     expected = continued(model, Greedy(), 16, graphs=False)
     assert len({len(ids) for ids in expected}) > 1 or len(expected[0]) == 16
     assert continued(model, Greedy(), 16, graphs=True) == expected
@@ -129,7 +131,7 @@ def test_finished_rows_leave_the_batch() -> None:
     hook = model.register_forward_pre_hook(
         lambda _, __, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    found = continued(model, draw)
+    found = continued(model, draw, graphs=False)
     hook.remove()
     assert found == [[50 + row] * row + [STOP] for row in range(len(ROWS))]
     rows = [shape[0] for shape in seen][-6:]
@@ -176,7 +178,7 @@ def test_a_batch_takes_the_memory_of_its_cache_once(monkeypatch: pytest.MonkeyPa
             memory.add(tuple((s.data_ptr(), s.nbytes()) for s in storages))
 
     hook = model.register_forward_pre_hook(watch, with_kwargs=True)
-    continued(model, Watches(), 16)
+    continued(model, Watches(), 16, graphs=False)
     hook.remove()
     assert rows[0] == len(ROWS)
     assert rows[-1] == 1  # the others have left
@@ -204,7 +206,10 @@ def test_under_autocast_the_cache_holds_what_attention_computes_with(name: str) 
     assert types == {torch.bfloat16}
 
 
-def test_a_prompts_tokens_are_computed_once_and_reach_the_head_at_the_last_position() -> None:
+def test_a_prompts_tokens_are_computed_once_and_reach_the_head_at_the_last_position(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", {DEVICE: 1})
     model = build("llama")
     computed, scored = [], []
     layer, head = model.model.layers[0], model.lm_head
@@ -303,7 +308,7 @@ def test_processes_in_step_go_on_until_the_last_has_finished(others: int, every:
     class Ends(Greedy):
         def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
             super().__call__(ids_BT, logits_BV)
-            return torch.full((len(self.rows),), STOP)
+            return torch.full((len(self.rows),), STOP, device=DEVICE)
 
     asked: list[int] = []
 

@@ -13,6 +13,7 @@ from families import (
     build,
     sharing,
 )
+from self_judge.packing import exactness
 from self_judge.packing import passes as packed_passes
 from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.passes import (
@@ -95,3 +96,27 @@ def test_models_whose_processes_must_keep_step_make_one_pass() -> None:
     sequences = sharing(8)
     wanted = [np.arange(len(s)) for s in sequences]
     assert len(list(packing.passes(sequences, wanted))) == 1  # some are longer than the window
+
+
+def test_a_pass_of_a_trial_copies_nothing_from_the_cpu_that_a_graph_could_not_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, inside = build("llama"), []
+    measure = exactness._multiplies_exactly
+
+    def watched(device: torch.device) -> bool:
+        inside.append(passing)
+        return measure(device)
+
+    passing = False
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal passing
+        passing = True
+        logits = exactness.padded_logits(model, [[5, 6, 7]])[0]
+        passing = False
+        return logits, logits
+
+    monkeypatch.setattr(exactness, "_multiplies_exactly", watched)
+    assert exactness.why_inexact(model, run) is None
+    assert inside == [False]

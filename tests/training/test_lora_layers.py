@@ -139,7 +139,7 @@ def test_a_plain_layer_is_as_near_to_float64_as_in_peft(
     exact = found(copy.deepcopy(usual).double(), x.double(), False)
     theirs, ours = found(usual, x, autocast), found(lighter, x, autocast)
     assert [t.dtype for t in ours] == [t.dtype for t in theirs]
-    if autocast:  # one rounding fewer
+    if autocast and DEVICE == "cpu":  # one rounding fewer
         assert not same(ours, theirs)
     for one, other, expected in zip(ours, theirs, exact, strict=True):
         limit = (other.double() - expected).norm()

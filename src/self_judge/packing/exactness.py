@@ -136,13 +136,13 @@ def _watched(model: nn.Module) -> Iterator[list[bool]]:
     inner: Any = unwrapped(model)
     device = next(inner.parameters()).device
     full: list[bool] = []
+    # Measured here, because a CUDA graph that captures a pass cannot capture the measurement.
+    exact = _multiplies_exactly(device)
 
     def look(module: nn.Module, args: Any) -> None:
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else inner.dtype
-        full.append(
-            dtype == torch.float64 or (dtype == torch.float32 and _multiplies_exactly(device))
-        )
+        full.append(dtype == torch.float64 or (dtype == torch.float32 and exact))
 
     # A hook inside all wrappers of the model's forward method sees the autocast of every wrapper.
     hook = inner.get_input_embeddings().register_forward_pre_hook(look)

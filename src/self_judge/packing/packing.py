@@ -244,11 +244,18 @@ class Packing:
 
 
 def _checkpointed(inner: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in inner.modules())
+    known = _KNOWN.setdefault(inner, _Known())
+    if known.checkpointable is None:
+        # Every pass asks, and a walk over a thousand modules takes milliseconds.
+        known.checkpointable = [
+            m for m in inner.modules() if getattr(m, "gradient_checkpointing", None) is not None
+        ]
+    return any(module.gradient_checkpointing for module in known.checkpointable)
 
 
 @dataclass(slots=True)
 class _Known:
+    checkpointable: list[Any] | None = None
     refused: dict[tuple[Any, ...], str | None] = field(default_factory=dict)
     decided: dict[tuple[Any, ...], Decision] = field(default_factory=dict)
 

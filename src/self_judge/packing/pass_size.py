@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from self_judge.errors import ConfigError
@@ -40,6 +42,7 @@ _SECONDS = 0.5
 _GOOD_ENOUGH = 0.95
 
 Measure = Callable[[list[torch.Tensor], int], float]
+_SHARES: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
 _MEASURED: dict[tuple[Any, ...], int] = {}  # keyed by the device, dtype and shapes of the matrices
 
 
@@ -133,8 +136,15 @@ def pinned_tokens_per_pass(inner: nn.Module, folder: str | Path) -> int:
 def attention_share(inner: Any) -> float:
     """Returns the FLOPs for a query-key pair, divided by the FLOPs for a token in all matrices.
 
-    With a context of L tokens, attention adds L times this ratio to the work for a token.
+    With a context of L tokens, attention adds L times this ratio to the work for a token. Adapters
+    are not counted, so a model has the same passes with and without them.
     """
+    if inner not in _SHARES:
+        _SHARES[inner] = _attention_share(inner)
+    return _SHARES[inner]
+
+
+def _attention_share(inner: Any) -> float:
     config = inner.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0) or 0
     size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(heads, 1)
@@ -144,7 +154,15 @@ def attention_share(inner: Any) -> float:
     }
     head = inner.get_output_embeddings()
     embedded |= {id(p) for p in head.parameters()} if head is not None else set()
-    matrices = sum(p.numel() for p in inner.parameters() if p.dim() > 1 and id(p) not in embedded)
+    adapters = {
+        id(p)
+        for m in inner.modules()
+        if isinstance(m, BaseTunerLayer)
+        for name in m.adapter_layer_names
+        for p in getattr(m, name).parameters()
+    }
+    skipped = embedded | adapters
+    matrices = sum(p.numel() for p in inner.parameters() if p.dim() > 1 and id(p) not in skipped)
     return 2 * heads * size * layers / max(matrices, 1)
 
 
