@@ -14,7 +14,8 @@ mkdir -p .gpu/1/wheels .gpu/1/data .gpu/1/tokenizer .gpu/2
     --python-version "${TARGET:-3.12}" --implementation cp \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-    trl transformers peft datasets omegaconf dill==0.4.1 multiprocess==0.70.19 gguf
+    trl transformers peft datasets omegaconf dill==0.4.1 multiprocess==0.70.19 gguf \
+    pytest pytest-xdist pytest-timeout hypothesis sortedcontainers iniconfig pluggy execnet pygments
 cp "$data"/*.jsonl.gz .gpu/1/data/
 for name in config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja; do
     [ ! -f "$model/$name" ] || cp "$model/$name" .gpu/1/tokenizer/
