@@ -87,7 +87,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Makes this process keep freed memory for reuse, which speeds up training on a CPU.
+    """Makes this process keep freed memory, which speeds up training and sampling on a CPU.
 
     By default, glibc returns large blocks to the system immediately, and the system clears every
     page of the next block. Clearing the pages causes half a million page faults in one training

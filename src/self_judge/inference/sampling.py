@@ -27,8 +27,10 @@ from self_judge.inference.logits_processors import SeededTokenSampler
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.thoughts import sampled
 from self_judge.runtime import (
+    device_of,
     halve_or_raise,
     in_evaluation_mode,
+    keep_freed_memory,
     padded,
     to_device,
     without_cudnn_attention,
@@ -145,6 +147,7 @@ class TransformersSampler:
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
         self.max_over_ranks = max_over_ranks
+        keep_freed_memory(device_of(model))
 
     @torch.no_grad()
     def sample(
