@@ -153,7 +153,8 @@ class DatasetArgs:
             `templates.decision_rationale` is set.
         seed: seed for sampling pairs. Held-out prompts are chosen only by their text, so JSFT and
             self-training hold out the same prompts.
-        num_proc: number of processes that prepare a Hub dataset (`None`: only this process).
+        num_proc: number of processes for loading Hub datasets and encoding JSFT examples (`None`:
+            only this process).
     """
 
     sources: list[Source]
