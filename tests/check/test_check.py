@@ -158,7 +158,7 @@ def test_of_many_records_some_are_encoded_and_the_report_says_so(
     part = check(JSFT, given(base, data["hh"]), examples=10)
     assert part.encoded == 10 < part.records == whole.records
     assert part.sources == whole.sources
-    assert f"from 10 of {part.records}" in shown(part)
+    assert f"10 of {part.records} records" in shown(part)
     assert part.cost is not None
     assert whole.cost is not None
     assert part.cost.examples == pytest.approx(whole.cost.examples, rel=0.1)
@@ -223,7 +223,7 @@ def test_the_kind_of_a_run_is_told_by_its_content(tmp_path: Path) -> None:
     assert kind_of_run(TRAIN) == "self_judge"
     neither = tmp_path / "run.yaml"
     neither.write_text("model: {model_name_or_path: x}\n")
-    with pytest.raises(ConfigError, match="neither of jsft_args and self_judge_args"):
+    with pytest.raises(ConfigError, match="neither jsft_args nor self_judge_args"):
         kind_of_run(neither)
 
 
@@ -293,7 +293,7 @@ def test_a_tokenizer_in_which_nothing_ends_an_answer_is_a_problem(
 ) -> None:
     ends = ROLES.replace(" + '<|end|>'", " + '\n'") + OPENS
     model = with_template(base, tmp_path / "m", ends, eos_token=None)
-    assert "no token ends an answer" in problems(check(JSFT, given(model, data["hh"])))
+    assert "there is no stop token" in problems(check(JSFT, given(model, data["hh"])))
 
 
 def test_letters_that_are_not_one_token_are_a_problem(
@@ -352,7 +352,7 @@ def test_sequences_beyond_the_models_context_are_a_problem(
     tokenizer = synthetic.tiny_tokenizer()
     tiny_llama(len(tokenizer), max_position_embeddings=64).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert "the model's context has 64" in problems(check(JSFT, given(tmp_path, data["hh"])))
+    assert "the model's context length is 64" in problems(check(JSFT, given(tmp_path, data["hh"])))
 
 
 def test_cut_examples_and_full_half_precision_are_warned_of(
@@ -464,10 +464,10 @@ def test_prefixes_that_will_not_be_shared_are_warned_of(
     model = bloom(tmp_path / "bloom", base)
     own = given(model, data["hh"], "model.attn_implementation=eager")
     found = warnings(check(JSFT, [*own, "training_args.gradient_checkpointing=true"]))
-    assert "the update shares no prefixes: no tree: it does not accept position ids" in found
+    assert "the update does not share prefixes: no tree: it does not accept position ids" in found
     assert "gradient checkpointing does not support a cache" in found
     without = warnings(check(JSFT, [*own, "training_args.gradient_checkpointing=false"]))
-    assert "no prefix is shared" not in without
+    assert "does not share prefixes" not in without
     forced = problems(check(JSFT, [*own, "jsft_args.packing=tree"]))
     assert "packing=tree cannot be used: it does not accept position ids" in forced
 
@@ -475,7 +475,7 @@ def test_prefixes_that_will_not_be_shared_are_warned_of(
 def test_bf16_alone_is_no_reason_not_to_share_prefixes(base: Path, data: dict[str, Path]) -> None:
     for full in ([], ["peft_config=null"]):
         own = [*given(base, data["hh"]), "training_args.bf16=true", *full]
-        assert "no prefix is shared" not in warnings(check(JSFT, own))
+        assert "does not share prefixes" not in warnings(check(JSFT, own))
 
 
 @pytest.mark.parametrize("packing", ["auto", "off"])
@@ -509,8 +509,8 @@ def test_a_colocated_engine_is_set_beside_what_training_leaves(
     fits = found()
     level, text = fits["vllm_gpu_memory_utilization"]
     assert level == "note"
-    assert "uses 24.0 GiB, its share of all 80 GiB, and cannot start if less is free" in text
-    assert "compiles and captures graphs" in fits["use_vllm"][1]
+    assert "takes 24.0 of the GPU's 80 GiB and cannot start if less is free" in text
+    assert "capturing CUDA graphs take minutes" in fits["use_vllm"][1]
     whole = "self_judge_args.vllm_gpu_memory_utilization=1.0"
     level, text = found(whole)["vllm_gpu_memory_utilization"]
     assert (level, text[-8:]) == ("problem", "lower it")  # CUDA itself takes some

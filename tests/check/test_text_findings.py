@@ -124,7 +124,7 @@ def test_a_judge_file_without_a_date_is_warned_of(
     (tmp_path / "jsft" / "judge.json").write_text(json.dumps(content))
     asked = given(tmp_path / "jsft", data["hh"])
     report = check(TRAIN, asked)
-    assert "does not contain the training date" in "\n".join(told(report, "warning"))
+    assert "does not contain the date" in "\n".join(told(report, "warning"))
     assert "strftime_now" not in "\n".join(told(report, "problem"))
     known = check(TRAIN, [*asked, f"{KEY}='2026-03-05'"])
     assert "does not contain the date" not in "\n".join(told(known, "warning"))

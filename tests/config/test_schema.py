@@ -331,7 +331,7 @@ def test_nothing_is_read_from_the_environment(
         ("jsft_args.max_lenght=3", "jsft_args.max_lenght: unknown; did you mean max_length?"),
         ("trainng_args.seed=3", "trainng_args: unknown; did you mean training_args?"),
         ("dataset.sources.0.pth=x", "dataset.sources.0.pth: unknown; did you mean path?"),
-        ("model.zzz=1", "model.zzz: unknown; known are model_name_or_path, dtype"),
+        ("model.zzz=1", "model.zzz: unknown; valid names are model_name_or_path, dtype"),
         (
             "model.torch_dtype=float32",
             "model.torch_dtype: unknown key; it is now dtype",
@@ -377,7 +377,7 @@ def test_nothing_is_read_from_the_environment(
         ("nonsense", "override 'nonsense': expected key.path=value"),
         ("jsft_args..x=1", "override 'jsft_args..x=1': expected key.path=value"),
         ("jsft_args.max_length=[1", "override 'jsft_args.max_length=[1': the value is not valid"),
-        ("dataset.sources.4.path=x", "dataset.sources is a list of 1; '4' is not a valid index"),
+        ("dataset.sources.4.path=x", "dataset.sources is a list of length 1, and '4' is not"),
         ("model.model_name_or_path.x=1", "model.model_name_or_path is text 'tiny', which has no"),
         ("extends=x.yaml", "extends is only allowed in a file"),
     ],

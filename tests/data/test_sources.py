@@ -810,7 +810,7 @@ def test_a_source_of_which_nothing_can_be_used_is_an_error_with_the_reasons() ->
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"path": "a", "sorce": 1}, r"sorce: unknown; known are path, split, data_dir"),
+        ({"path": "a", "sorce": 1}, r"sorce: unknown; valid names are path, split, data_dir"),
         ({"split": "test"}, r"path: missing"),
         ({"path": "a", "kind": "hhh"}, r"kind: expected .*auto.*hh.*got text 'hhh'"),
         ({"path": "a", "sft": False, "pairs": False}, "sft and pairs are both false"),

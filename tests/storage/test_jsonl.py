@@ -56,7 +56,7 @@ def test_it_can_be_cut_back_to_any_number_of_lines(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_and_named_unless_it_begins_anew(tmp_path: Path) -> None:
     path = begun(tmp_path / "out.jsonl")
-    with pytest.raises(JournalError, match="model was 'm', is 'other'"):
+    with pytest.raises(JournalError, match="model was 'm', now 'other'"):
         with open_journal(path, {**SETTINGS, "model": "other"}):
             pass
     assert len(list(read_journal(path))) == 3
@@ -93,7 +93,7 @@ def test_a_journal_without_a_line_is_begun_anew_with_any_settings(tmp_path: Path
         pass  # what was to be written could not be computed
     with open_journal(path, {"model": "b"}) as journal:
         journal.append([{"x": 1}])
-    with pytest.raises(JournalError, match="has different settings"):
+    with pytest.raises(JournalError, match="was written with different settings"):
         with open_journal(path, {"model": "a"}):
             pass
 

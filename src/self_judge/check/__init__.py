@@ -1,5 +1,5 @@
-"""Checks a run before training: counts, examples, estimated cost and findings.
+"""Checks a run before training and reports counts, examples, estimated cost and findings.
 
 This package reads run files and prepares a run as training does. It does not train or load weights.
-It imports from `training` and the packages listed before `training` in docs/architecture.md.
+It imports from `training` and the packages listed before it in docs/architecture.md.
 """

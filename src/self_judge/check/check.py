@@ -1,7 +1,7 @@
 """Implements `self-judge check`, which checks a run before training.
 
-This module prepares a run as training does, but encodes only a selection of the records. It returns
-plain data. `view.py` displays the result.
+This module prepares a run as training does, but by default encodes only a sample of the records. It
+returns a `Report`, which `view.py` displays.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from self_judge.training.self_training.prompts import PromptPreparer
 
 T = TypeVar("T")
 _ORDERS = ("first response first", "second response first")
-EXAMPLES = 400  # the number of records to encode; all records are read
+EXAMPLES = 400  # the default number of records to encode; all records are read
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """The token for a judge letter, and the end of the lead-in before the letter."""
+    """The token for the letter A or B, and the end of the lead-in before the letter."""
 
     letter: str
     id: int
@@ -61,16 +61,17 @@ class Report:
 
     Attributes:
         config, kind: the run file and the kind of run.
-        about: a short description of the run: model, data, batch, …
-        sources, held_out: counts for each data source; see `PreferenceData.counts_by_source`.
-        letters: the tokens for the two letters.
+        about: a short description of the run: model, batch, chat template, …
+        sources, held_out: counts for each source of training and evaluation data; see
+            `PreferenceData.counts_by_source`.
+        letters: the tokens for the letters A and B.
         encoded, records: the number of encoded records and the total number of records.
         counts: the number of examples by kind, and by the reason for truncating or skipping them.
-        letter_counts: the number of examples with each letter as the answer (JSFT).
-        chosen_longer: the share of pairs in which the better response is longer.
+        letter_counts: the number of judge examples with each letter as the answer (JSFT).
+        chosen_longer: the share of pairs in which the better response is longer, or `None`.
         figures, examples: statistics and examples for every kind of sequence.
-        cost: the cost estimate, or `None` if an earlier problem prevents it.
-        findings: all findings. The run would go wrong if any finding is a problem.
+        cost: the cost estimate, or `None` if a problem prevents an estimate.
+        findings: all findings. A problem means that the run would go wrong.
     """
 
     config: str
@@ -94,7 +95,7 @@ class Report:
         return [f for f in self.findings if f.level == "problem"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain data for JSON."""
+        """Converts the report to plain data that JSON can represent."""
         found = dataclasses.asdict(self)
         found |= {"needs": found.pop("cost"), "samples": found.pop("examples")}
         return {**found, "problems": len(self.problems)}
@@ -109,15 +110,16 @@ def check(
     processes: int | None = None,
     sharding: Sharding | None = None,
 ) -> Report:
-    """Checks a run.
+    """Checks a run and returns a report.
 
     Args:
-        config, overrides: the run file and overrides, as passed to the run.
+        config, overrides: the run file and overrides, as passed to the training command.
         examples: the number of records to encode, evenly spread over the data; 0 encodes all.
-        gpu: the GPU that the estimate assumes instead of this machine (a key of `memory.GPUS`).
-        processes: the number of processes that the estimate assumes (default: one per GPU in this
-            machine, or the processes of this launch).
-        sharding: how the processes shard the model, if a launcher file sets this.
+        gpu: the GPU to estimate for, as a key of `memory.GPUS` (default: the local device).
+        processes: the number of processes to estimate for. The default is one per local GPU, or one
+            if `gpu` is set, but at least the number of processes in this launch.
+        sharding: how the processes shard the model (default: as in `training_args`). Set this if
+            only a launcher file enables sharding.
 
     Raises:
         ValueError: a file, setting or record cannot be used.
@@ -152,7 +154,7 @@ def check(
 
 
 class _RefusedError(Exception):
-    """Ends the check early, and contains the rejected part of the run and its error."""
+    """Raised to end the check early. The arguments are the run's rejected part and the error."""
 
 
 def _refusal(about: str, error: ValueError | TypeError) -> Finding:
@@ -172,8 +174,8 @@ class _Prepared:
 
     Attributes:
         run: the run, adapted to the requested `machine`.
-        training: the model, and the trainer's settings for the local machine. Settings for another
-            machine cannot be validated here.
+        training: the model, its device and the settings. The trainer's arguments are for the local
+            machine, because arguments for another machine cannot be validated here.
     """
 
     report: Report
@@ -278,8 +280,9 @@ def _about(prepared: _Prepared) -> dict[str, str]:
         "model": f"{run.model.model_name_or_path} ({type(inner).__name__}, "
         f"{str(inner.dtype).removeprefix('torch.')})",
         "trained": f"LoRA r {run.peft_config.get('r', 8)}" if run.peft_config else "all weights",
-        "batch": f"{args.per_device_train_batch_size} × {args.gradient_accumulation_steps} "
-        f"accumulated × {prepared.machine.processes} processes",
+        "batch": f"{args.per_device_train_batch_size} (per device) × "
+        f"{args.gradient_accumulation_steps} (accumulation steps) × "
+        f"{prepared.machine.processes} (processes)",
         "chat template": template,
         "output": str(args.output_dir),
     }
@@ -292,8 +295,8 @@ def _packing(run: Any, args: Any, whole: Any) -> Iterable[Finding]:
         trust_remote_code=run.model.trust_remote_code,
     )
     if model is None:
-        text = "the packing mode is chosen by a trial on the model when the run starts"
-        return [note("packing", text)]
+        text = "not checked, because no small version of this model can be built. The run checks "
+        return [note("packing", f"{text}packing in a trial on the whole model")]
     adapter = setup.lora_config(run.peft_config)
     model = model if adapter is None else get_peft_model(model, adapter)
     return findings.packing_findings(model, run, args)
@@ -302,7 +305,7 @@ def _packing(run: Any, args: Any, whole: Any) -> Iterable[Finding]:
 def _records(
     report: Report, run: Any, encoder: ChatEncoder, examples: int
 ) -> list[PreferenceRecord]:
-    """Reads all records and selects evenly spread records to encode."""
+    """Reads all records and returns evenly spaced records to encode."""
     rationales = isinstance(run, JSFTRun) and run.uses_rationales
     train, held_out = setup.load_data(run.dataset, lambda line: None, rationales=rationales)
     report.sources = train.counts_by_source
@@ -347,9 +350,9 @@ def _jsft(
 def _units(
     rows: Sequence[dict[str, Any]], ignored: int, shared: bool
 ) -> list[tuple[int, int, int]]:
-    """Returns (examples, tokens, trained tokens) for each set of examples drawn together."""
-    # For an example with 100 tokens and a swapped version that shares the first 70 tokens, the
-    # result is (2, 130, 2).
+    """Returns (examples, tokens, trained tokens) for each set of examples that share a row."""
+    # If an example and its swapped version have 100 tokens each and share the first 70, the result
+    # is (2, 130, 2).
     units: list[tuple[int, int, int]] = []
     for row, before in zip(rows, [None, *rows]):  # noqa: B905
         ids, trained = row["input_ids"], sum(x != ignored for x in row["labels"])
@@ -406,7 +409,7 @@ def _judged(
     Returns:
         The judge prompts for the pairs that fit; the lengths of all better responses; and for each
         pair that fits, the number of tokens in all its judge prompts (shared tokens are counted
-        once) and in the longest prompt with responses of maximum length.
+        once) and in its longest judge prompt if both responses had the maximum length.
     """
     report, own, encoder = prepared.report, prepared.run.self_judge_args, prepared.encoder
     templates = prepared.judge.templates

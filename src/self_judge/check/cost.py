@@ -1,7 +1,7 @@
-"""Estimates the cost of a prepared run: steps, tokens, judge calls and memory.
+"""Estimates the cost of a prepared run: steps, tokens, judge prompts and memory.
 
 This module computes the work in one step from the settings of a run and the lengths of its
-examples. `memory` uses the result. It does not depend on text or data.
+examples. It does not depend on text or data. `memory.py` estimates the memory for this work.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Cost:
         processes, sharding: the number of processes, and how they shard the model.
         size: the size of the model.
         examples: the number of training examples (JSFT) or prompts (self-training) in an epoch.
-        steps, steps_per_epoch: the number of optimizer steps.
-        tokens: the number of tokens that all updates compute; shared prefixes count once.
+        steps, steps_per_epoch: the number of optimizer steps, in total and per epoch.
+        tokens: the number of tokens that all updates process; shared prefixes are counted once.
         per_step: the work in one step over all processes: examples, responses, judge prompts, …
         memory: the memory estimate for one process.
-        activations_counted: whether activations were counted, rather than estimated by a rule of
-            thumb.
+        activations_counted: whether activations were counted in a traced forward pass, rather than
+            estimated by a rule of thumb.
         assumed: a description of the assumptions behind the numbers.
     """
 
@@ -102,8 +102,8 @@ class Training:
     """The model, settings and device for a run.
 
     Attributes:
-        model: an empty model with the adapter.
-        args: the trainer's settings.
+        model: the model on the meta device, with its adapter if there is one.
+        args: the trainer's arguments.
     """
 
     model: Any
@@ -116,8 +116,8 @@ def jsft_cost(training: Training, units: Sequence[tuple[int, int, int]], example
     """Estimates the cost of a JSFT run.
 
     Args:
-        units: for each set of examples that are drawn together, (examples, tokens, trained tokens).
-            Shared tokens are counted once.
+        units: (examples, tokens, trained tokens) for each set of examples that share a row, such as
+            an example and its swapped version. Shared tokens are counted once.
         examples: the total number of examples.
     """
     drawn, tokens, scored = (sum(column) for column in zip(*units, strict=True))
@@ -131,7 +131,7 @@ def jsft_cost(training: Training, units: Sequence[tuple[int, int, int]], example
         largest_scored=math.ceil(scored / drawn * own * 2),
     )
     per_step = {"examples": step * training.setting.processes}
-    assumed = "memory: the longest example of a thousand randomly drawn micro-batches"
+    assumed = "for memory, the longest example in a thousand random micro-batches"
     return _cost(training, work, examples, per_step, assumed)
 
 
@@ -155,8 +155,8 @@ def self_judge_cost(
     Args:
         prompts: the lengths of the prompts.
         responses: the lengths of the better responses in the data; may be empty.
-        judged: for each comparison, (tokens in all its prompts, tokens in its longest prompt).
-            Shared tokens are counted once.
+        judged: (tokens in all judge prompts, tokens in the longest judge prompt) for each
+            comparison. Shared tokens are counted once.
         examples: the total number of prompts.
     """
     new, per_device = own.max_new_tokens, training.args.per_device_train_batch_size
@@ -172,7 +172,7 @@ def self_judge_cost(
         largest=(per_device, _longest(prompts, per_device) + 2 * new),
         largest_scored=per_device * 2 * new,
         sampled_at_once=min(own.generation_batch_size, step * own.num_generations),
-        # Sampling a batch takes as long as sampling its longest response.
+        # A batch is sampled until its longest response ends.
         sampled_length=prompt + new,
         judged_at_once=round(own.judge_batch_size * longest if own.packing == "off" else together),
     )
@@ -184,8 +184,8 @@ def self_judge_cost(
         "judge prompts": everywhere * played * 2 * principles,
     }
     assumed = (
-        f"memory: responses with {new} tokens; trained tokens: responses with {response:.0f} tokens"
-        + (" (the mean of the better responses in the data)" if responses else "")
+        f"for memory, responses of {new} tokens; for trained tokens, responses of {response:.0f} "
+        + ("tokens (the mean of the better responses in the data)" if responses else "tokens")
     )
     return _cost(training, work, examples, per_step, assumed)
 

@@ -1,4 +1,4 @@
-"""Shows training sequences token by token, with statistics for all encoded sequences.
+"""Splits training sequences into pieces for display and computes statistics for all sequences.
 
 This module reads the ids and labels that the trainers receive. It does not depend on the data
 source or the display.
@@ -21,10 +21,9 @@ class Piece:
 
     Attributes:
         ids: token ids.
-
-            text: the text of the tokens, including control tokens.
-        trained: whether the tokens are trained.
-        control: whether the tokens are control tokens (BOS, turn markers, ends of turns).
+        text: the text of the tokens, including control tokens.
+        trained: whether the loss includes the tokens.
+        control: whether the tokens are control tokens, such as BOS or turn markers.
     """
 
     ids: list[int]
@@ -57,9 +56,8 @@ class Figures:
         kind: the kind of sequence.
         count: the number of sequences.
         tokens: percentiles of the lengths: `p50`, `p90`, `p99`, `max`.
-        trained: the mean number of trained tokens.
-        bos, ends: the smallest and the largest number per sequence, for BOS tokens and for tokens
-            that end an answer.
+        trained: the mean number of trained tokens per sequence.
+        bos, ends: the minimum and maximum number of BOS tokens and of stop tokens per sequence.
     """
 
     kind: str
@@ -89,7 +87,7 @@ class Encoded(NamedTuple):
 
 def encoded_row(row: Mapping[str, Any]) -> Encoded:
     """Converts a row of `jsft_dataset` to an `Encoded` sequence."""
-    kind, title = "SFT", "SFT: the dialogue, answers trained"
+    kind, title = "SFT", "SFT: the dialogue, with trained answers"
     if row["kind"] == "judge":
         kind = f"judge, {row['principle']}"
         order = "worse response first: B" if row["swapped"] else "better response first: A"
@@ -113,7 +111,7 @@ def summary(
 
 
 def _example(sequence: Encoded, encoder: ChatEncoder, ignore_index: int) -> Example:
-    """Splits a sequence at every change between kinds of tokens (trained, control)."""
+    """Splits a sequence into pieces wherever `trained` or `control` changes."""
     ids = sequence.ids
     kinds = [
         (label != ignore_index, encoder.is_control(i))

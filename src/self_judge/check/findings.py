@@ -1,7 +1,7 @@
-"""Finds mistakes in settings, templates, models and data that do not stop a run at its start.
+"""Finds mistakes that do not stop a run at its start: in settings, templates, models and data.
 
-Each function checks one aspect and yields findings. Errors at the start of a run are reported by
-the code that raises them. This module does not load data or print.
+Each function checks one aspect and yields findings. The code that raises an error at the start of a
+run also reports that error. This module does not load data or print.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Finding:
     Attributes:
         level: `problem` if the run would go wrong, `warning` if the user should check the finding,
             or `note` if the setting is correct but may be surprising.
-        about: the key in the run file, or the subject.
-        text: the finding, its effect and the remedy.
+        about: the key in the run file, or another subject.
+        text: what was found, its effect and the remedy.
     """
 
     level: Level
@@ -60,7 +60,7 @@ note = partial(Finding, "note")
 
 
 def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
-    """Checks that prompts match the training format and that the end of answers is trained."""
+    """Checks that prompts match the training format and that the ends of answers are trained."""
     tokenizer = encoder.tokenizer
     user, answer = Message(role="user", content="a"), Message(role="assistant", content="b")
     for asked in ([user], [user, answer, user]):
@@ -71,10 +71,10 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
             shown = [tokenizer.convert_ids_to_tokens(x[same : same + 4]) for x in (prompt, whole)]
             yield problem(
                 "chat template",
-                f"its prompt is not a prefix of prompt + answer: at token {same}, sampling "
-                f"has {shown[0]}, but training has {shown[1]}. The model would be prompted "
-                "in a format that it was not trained on. Set templates.chat to a template that "
-                "starts answers the same way in training and sampling",
+                "a prompt is not a prefix of the same prompt with its answer: at token "
+                f"{same}, sampling has {shown[0]}, but training has {shown[1]}. Prompts would be "
+                "in a format that the model was not trained on. Set templates.chat to a template "
+                "that starts answers the same way in training and sampling",
             )
             break
     bos = tokenizer.bos_token_id
@@ -91,29 +91,30 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
     if not encoder.stop_token_ids:
         yield problem(
             "tokenizer",
-            "no token ends an answer: there is no end-of-sequence token, and the template does "
-            "not close turns with a control token. Sampling would run to max_new_tokens. Set "
-            "tokenizer.eos_token",
+            "there is no stop token: the tokenizer has no end-of-sequence token, and the template "
+            "does not close turns with a control token. Sampling would never stop before "
+            "max_new_tokens. Set tokenizer.eos_token",
         )
     elif not trained or trained[-1] not in encoder.stop_token_ids:
         yield problem(
             "chat template",
-            "the end of an answer is not trained: the template writes no control token after it, "
-            "so the model does not learn to stop. Change templates.chat to close answers with "
-            f"{tokenizer.eos_token!r}",
+            "the end of an answer is not trained: the template writes no control token after an "
+            "answer, so the model does not learn to stop. Change templates.chat to close answers "
+            f"with {tokenizer.eos_token!r}",
         )
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield note(
             "tokenizer",
             f"the padding token is the end-of-sequence token ({tokenizer.pad_token!r}). This is "
-            "harmless here, because masks do not depend on it and the ends of answers are trained",
+            "harmless here: masks do not depend on the padding token, and the ends of answers are "
+            "trained",
         )
 
 
 def judge_findings(
     templates: JudgeTemplates, encoder: ChatEncoder, name: str, revision: str | None = None
 ) -> Iterator[Finding]:
-    """Checks for judge settings that differ from those used to train the model (self-training)."""
+    """Checks, for self-training, for judge settings that differ from the model's judge.json."""
     saved = load_judge_settings(name, revision)
     if saved is None:
         yield warning(
@@ -146,13 +147,14 @@ def judge_findings(
     if left:
         yield warning(
             "templates.judge",
-            f"the model was also trained on {', '.join(left)}, but these principles do not vote",
+            f"the model was also trained on {', '.join(left)}, but these principles do not vote, "
+            "because templates.judge does not contain them",
         )
     if saved.chat_template is not None and saved.chat_template != encoder.chat_template:
         yield problem(
             "templates.chat",
-            "differs from the chat template in the model's judge.json, which was used to train the "
-            "model. Leave it unset to use that template",
+            "differs from the chat template that the model was trained with (see its judge.json). "
+            "Leave this key unset to use that template",
         )
     # The encoder has all saved values, updated with the values from the run file.
     given = encoder.chat_template_kwargs if saved.chat_template_kwargs else {}
@@ -162,14 +164,14 @@ def judge_findings(
             yield problem(
                 f"templates.chat_template_kwargs.{key}",
                 f"is {value!r}, but was {theirs!r} in the model's training (see its judge.json). "
-                "Leave it unset to use that value",
+                "Leave this key unset to use the value from training",
             )
 
 
 def model_findings(
     size: Size, run: JSFTRun | SelfJudgeRun, max_length: int, longest: int
 ) -> Iterator[Finding]:
-    """Checks that the model has trained parameters and a context that is long enough.
+    """Checks the model's trainable parameters, context length and dtype.
 
     Args:
         max_length: the maximum number of tokens in a sequence.
@@ -184,8 +186,8 @@ def model_findings(
         beyond = f", and the longest sequence has {longest}" if longest > size.context else ""
         yield (problem if beyond else warning)(
             "max_length",
-            f"sequences may have {max_length} tokens, but the model's context has {size.context}"
-            f"{beyond}: lower max_length",
+            f"sequences may have {max_length} tokens, but the model's context length is "
+            f"{size.context}{beyond}: lower max_length",
         )
     half = size.weight_bytes < 3 * size.parameters
     if run.peft_config is None and half and size.trainable == size.parameters:
@@ -197,10 +199,10 @@ def model_findings(
 
 
 def packing_findings(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
-    """Checks whether packing is exact for the run's model.
+    """Checks whether packing and prompt sharing are exact for the run's model.
 
     Args:
-        model: a `shallow_model` with weights of the run's dtype, and the run's adapter.
+        model: a `shallow_model` with weights in the run's dtype and with the run's adapter.
         args: the training arguments for this machine.
     """
     jsft = isinstance(run, JSFTRun)
@@ -213,25 +215,25 @@ def packing_findings(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -
         inner.gradient_checkpointing_enable()
     with autocast:
         # A judge needs no gradients, so it can use packing modes that an update cannot use.
-        for what, gradients in (("judging", False), ("update", True))[int(jsft) :]:
+        for what, gradients in (("judging", False), ("the update", True))[int(jsft) :]:
             try:
                 decision = Packing(model, choice, gradients=gradients).decision
             except ValueError as error:
                 yield problem(about, str(error))
                 return
             if choice == "auto" and decision.route in ("padding", "off"):
-                yield warning(about, f"the {what} shares no prefixes: {decision.reason}")
+                yield warning(about, f"{what} does not share prefixes: {decision.reason}")
         if isinstance(run, SelfJudgeRun) and not run.self_judge_args.use_vllm:
             why = why_not_shared(model)
             if why is not None:
-                text = "the model's own generate method computes the prompt again for each response"
+                text = "the run uses generate, which computes the prompt again for each response"
                 yield warning("sampling", f"{text}: {why}")
 
 
 def setting_findings(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding]:
     """Checks for settings that are accepted but have no effect or an unexpected effect."""
     for key, why in {
-        "padding_free": "TRL ignores it here. Use `packing`, which shares prefixes",
+        "padding_free": "TRL ignores it here, and `packing` shares prefixes instead",
         "use_liger_kernel": "it is deprecated in TRL, and its loss bypasses packing",
     }.items():
         if run.training_args.get(key):
@@ -241,7 +243,7 @@ def setting_findings(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding
     ):
         yield warning(
             "training_args.eval_strategy",
-            "there is no evaluation data: dataset.eval is empty and held_out is 0",
+            "there is no evaluation data: dataset.eval is empty and dataset.held_out is 0",
         )
     yield from _output_findings(Path(str(args.output_dir)), run, args.resume_from_checkpoint)
     if isinstance(run, SelfJudgeRun):
@@ -250,8 +252,8 @@ def setting_findings(run: JSFTRun | SelfJudgeRun, args: Any) -> Iterator[Finding
         if "ipo" in losses and own.average_log_prob is None:
             yield note(
                 "self_judge_args.average_log_prob",
-                "TRL's ipo loss averages log-probabilities over tokens, but the method sums them: "
-                "set it to false to sum them",
+                "TRL's ipo loss averages log-probabilities over tokens, but the original method "
+                "sums them: set this key to false to sum them",
             )
 
 
@@ -279,7 +281,7 @@ def _output_findings(
 
 
 def data_findings(train: PreferenceData, held_out: PreferenceData | None) -> Iterator[Finding]:
-    """Checks for data that training and evaluation share, and for data that is largely skipped."""
+    """Checks for prompts that training and evaluation share, and for many skipped records."""
     if held_out is not None:
         seen = {first_question(r) for r in train.records}
         shared = sum(first_question(r) in seen for r in held_out.records)
@@ -296,7 +298,7 @@ def data_findings(train: PreferenceData, held_out: PreferenceData | None) -> Ite
             if skipped > there / 10:
                 yield warning(
                     "dataset.sources",
-                    f"{label}: {skipped:,} of {there:,} {noun}s are skipped; see the reasons above",
+                    f"{label}: {skipped:,} of {there:,} {noun}s are skipped, for the reasons above",
                 )
 
 
@@ -321,14 +323,14 @@ def example_findings(counts: dict[str, int], letters: dict[str, int]) -> Iterato
             else:
                 yield from _share(about, lost, lost, text, level="problem")
         cut = counts.get(f"{kind} examples: {CUT}", 0)
-        text = f"{kind} examples are cut at their end ({end}): raise max_length"
+        text = f"{kind} examples are truncated ({end}): raise max_length"
         yield from _share(about, cut, kept, text, least=0.01)
     if len(set(letters.values())) > 1:
         counted = ", ".join(f"{n:,} {letter}" for letter, n in letters.items())
         yield warning(
             about,
-            f"the letters are unbalanced ({counted}): some pairs are missing one order, so the "
-            "judge learns to prefer a letter",
+            f"the letters are unbalanced ({counted}): some pairs appear in only one order, so the "
+            "judge would learn to prefer one letter",
         )
     if not any(letters.values()):
         yield problem(
@@ -341,8 +343,8 @@ def prompt_findings(kept: int, shorter: int, of: int, own: SelfJudgeArgs) -> Ite
     """Checks for prompts that leave no room for a response (self-training).
 
     Args:
-        kept, shorter, of: the number of prompts that fit, the number of these prompts that lost
-            exchanges, and the total number of prompts.
+        kept, shorter, of: the number of prompts that fit, the number of those that fit only without
+            their oldest exchanges, and the total number of prompts.
     """
     about, advice = "self_judge_args.max_new_tokens", "raise max_length or lower max_new_tokens"
     room = f"max_length {own.max_length} - max_new_tokens {own.max_new_tokens} = "
@@ -366,31 +368,30 @@ def judge_prompt_findings(
     """
     yield from _share(
         "self_judge_args.max_length", no_fit, of,
-        "of the pairs in the data do not fit in a judge prompt, so they are undecidable: raise "
-        "max_length",
+        "pairs in the data do not fit in a judge prompt, so they are undecidable: raise max_length",
     )  # fmt: skip
     yield from _share(
         "self_judge_args.max_new_tokens", tight, of,
-        f"of the prompts leave no room in a judge prompt for two responses of {new} tokens within "
-        f"max_length {limit}. The judge then loses context or cannot decide: raise max_length or "
-        "lower max_new_tokens", least=0.05,
+        f"prompts leave no room in a judge prompt for two responses of {new} tokens within "
+        f"max_length {limit}. If responses are that long, the judge does not see the whole context "
+        "or cannot decide: raise max_length or lower max_new_tokens", least=0.05,
     )  # fmt: skip
 
 
 def memory_findings(cost: Cost) -> Iterator[Finding]:
-    """Checks whether the run fits in memory. The estimate can be wrong by up to a quarter."""
+    """Checks whether the run fits in memory. The estimate may be off by up to a quarter."""
     memory, there = cost.memory, cost.device_memory
     if memory.peak > 0.9 * there > 0:
         advice = {
             "update": "lower per_device_train_batch_size, turn on gradient_checkpointing, "
-            "use LoRA, or shard (--sharding)",
+            "use LoRA, or shard the model (--sharding)",
             "sampling": "lower generation_batch_size or max_new_tokens",
-            "judging": "lower max_length, or judge_batch_size with packing: off",
+            "judging": "lower max_length, or if packing is off, lower judge_batch_size",
         }[memory.largest_phase]
         yield (problem if memory.peak > 1.25 * there else warning)(
             "memory",
             f"each process needs about {memory.peak / GIB:.0f} GiB, but {cost.device} has "
-            f"{there / GIB:.0f} GiB. The largest phase is {memory.largest_phase}: {advice}",
+            f"{there / GIB:.0f} GiB. Memory peaks in the {memory.largest_phase} phase: {advice}",
         )
 
 
@@ -411,13 +412,13 @@ def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Find
     beside = max(at_start, memory.held + (0 if asleep else memory.phases["update"]))
     level: Level = "note"
     text = (
-        f"the engine uses {taken / GIB:.1f} GiB, its share of all {total / GIB:.0f} GiB, and "
-        f"cannot start if less is free. About {at_start / GIB:.1f} GiB are in use before the "
-        f"engine starts, and at most {beside / GIB:.1f} GiB in addition to the engine"
+        f"the engine takes {taken / GIB:.1f} of the GPU's {total / GIB:.0f} GiB and cannot start "
+        f"if less is free. Training uses about {at_start / GIB:.1f} GiB before the engine starts "
+        f"and at most {beside / GIB:.1f} GiB while the engine holds its memory"
     )
     if weights > taken:
         level = "problem"
-        text += f"; its own copy of the weights alone needs {weights / GIB:.1f} GiB: raise it"
+        text += f". The engine's copy of the weights alone needs {weights / GIB:.1f} GiB: raise it"
     elif at_start + taken > total:
         level, text = "problem", f"{text}: lower it"
     elif beside + taken > total:
@@ -426,8 +427,8 @@ def engine_findings(own: SelfJudgeArgs, cost: Cost, bf16: bool) -> Iterator[Find
     yield Finding(level, "vllm_gpu_memory_utilization", text)
     yield note(
         "use_vllm",
-        "the estimate does not include the start of the engine. The engine compiles and captures "
-        "graphs, which takes minutes and needs memory beyond the engine's share",
+        "the estimate does not include the engine's startup. Compiling kernels and capturing CUDA "
+        "graphs take minutes and need memory beyond the engine's share",
     )
 
 

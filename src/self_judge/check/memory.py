@@ -1,10 +1,9 @@
 """Estimates the memory of each process from the size of a model and the work in a step.
 
-This module does only arithmetic, and comments give the source of each constant. It does not depend
-on data or run files.
+Apart from `this_cpu`, this module only does arithmetic. It does not depend on data or run files.
 """
 
-# An overview of the estimate: memory in use in every phase (held), plus that of the largest phase.
+# The estimate is the memory in use in every phase (held) plus the memory of the largest phase:
 #
 #   held     weights + reference + gradients + optimizer + resident
 #   phases   update:    activations of the largest micro-batch + head
@@ -53,7 +52,7 @@ GPUS: dict[str, Device] = {
 def this_cpu(meminfo: Path = Path("/proc/meminfo")) -> Device:
     """Returns the CPU of this machine as a device.
 
-    The memory that the process itself needs was measured with SmolLM2-135M (benchmarks/RESULTS.md).
+    The memory for the process itself was measured with SmolLM2-135M (benchmarks/RESULTS.md).
     """
     memory = 0
     if meminfo.is_file():
@@ -89,9 +88,9 @@ class Work:
     """The work in one optimizer step on one process, with lengths in tokens.
 
     Attributes:
-        tokens: the number of tokens that the update computes. Shared tokens are counted once.
-        largest: (rows, tokens) of the largest micro-batch, whose activations are in memory at the
-            same time.
+        tokens: the number of tokens that the update processes. Shared tokens are counted once.
+        largest: (rows, tokens) of the largest micro-batch, whose activations are all in memory at
+            the same time.
         largest_scored: the number of tokens in this micro-batch that the head scores.
         sampled_at_once: the number of responses that are sampled together; 0 without sampling.
         sampled_length: the number of tokens in a prompt and a response of maximum length.
@@ -159,7 +158,7 @@ _INFERENCE_COPIES = 16
 
 
 def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device) -> Memory:
-    """Estimates the memory of one process; `kept` must be for `work.largest`."""
+    """Estimates the memory of one process. `kept` must be computed for `work.largest`."""
     n = setting.processes
     spread = n if setting.sharding in ("zero3", "fsdp") else 1
     weights, gradients = size.weight_bytes, size.trainable_bytes
@@ -170,7 +169,7 @@ def memory(size: Size, kept: Kept, work: Work, setting: Setting, device: Device)
         weights, gradients = 2 * size.parameters, 2 * size.trainable
         moments = 4 * size.trainable * (1 + _moments(setting.optimizer))
     gathered = 0
-    if spread > 1:  # one layer is gathered while the next one is fetched
+    if spread > 1:  # one gathered layer is in use while the next one is gathered
         gathered = 2 * 2 * size.matrix // size.layers
     elif setting.bf16 and not deepspeed and size.weight_bytes > 3 * size.parameters:
         gathered = 2 * size.matrix  # autocast keeps a bfloat16 copy of float32 weights

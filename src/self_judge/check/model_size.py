@@ -1,4 +1,4 @@
-"""Computes model size from the configuration alone: parameters, KV cache, saved activations.
+"""Computes a model's size from its configuration: parameters, KV cache and saved activations.
 
 No weights are loaded. The model is on the meta device, and a forward pass with fake tensors counts
 the activations that autograd saves. This module does not depend on runs, machines or data.
@@ -34,11 +34,11 @@ def empty_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Returns the model on the meta device, without weights; for an adapter, its base model.
+    """Returns the model (for an adapter, its base model) on the meta device, without weights.
 
     Raises:
         ModelError: the name or path has no configuration for a causal language model, or its
-            weights are stored in a pickle file.
+            weights are stored in pickle files.
     """
     refuse_pickle(name_or_path)
     name_or_path, revision, _ = adapter_chain(name_or_path, revision)
@@ -112,12 +112,12 @@ class Size:
         parameters, trainable: the number of all parameters and of trained parameters, including the
             adapter. Tied parameters are counted once.
         weight_bytes, trainable_bytes: the sizes of these parameters in bytes.
-        matrix: the number of parameters in matrices that process every token, without the
+        matrix: the number of parameters in the matrices that process a token, without the
             embeddings and the head.
         head: the number of parameters in the LM head.
         layers, hidden, vocabulary: values from the configuration.
         context: the model's context length, or `None`.
-        cache_bytes: the bytes in the KV cache for each token of a sequence.
+        cache_bytes: the number of bytes in the KV cache for each token of a sequence.
     """
 
     parameters: int
@@ -139,10 +139,12 @@ _FOUR_BITS = {"plain": 0.5 + 4 / 64, "nested": 0.5 + 1 / 64}
 
 
 def size_of(model: nn.Module, four_bits: FourBits = "no") -> Size:
-    """Computes the size of a model on any device. `matrix` counts only the experts in use.
+    """Computes the size of a model on any device.
+
+    In a mixture of experts, `matrix` counts only the experts that process a token.
 
     Args:
-        four_bits: whether the frozen linear layers, except the head, are stored in 4 bits.
+        four_bits: how the frozen linear layers, except the head, are stored; see `FourBits`.
     """
     inner: Any = unwrapped(model)
     config = inner.config.get_text_config()
@@ -212,10 +214,12 @@ class Kept:
 
 
 def kept_activations(model: nn.Module, rows: int, tokens: int, *, bf16: bool = False) -> Kept:
-    """Traces a forward pass of the backbone for `(rows, tokens)` with a dense mask, as in packing.
+    """Traces a forward pass of the backbone on `rows` × `tokens` ids with a dense mask.
+
+    Packing also uses such a mask.
 
     Args:
-        model: an empty model with the adapter.
+        model: the model on the meta device, with its adapter if there is one.
         bf16: whether to trace under autocast to bfloat16.
     """
     size = size_of(model)
@@ -233,7 +237,7 @@ def kept_activations(model: nn.Module, rows: int, tokens: int, *, bf16: bool = F
 
 
 def _followed(backbone: nn.Module, rows: int, tokens: int, dtype: torch.dtype, bf16: bool) -> int:
-    """Returns the bytes that a forward pass saves for its backward pass, without the parameters."""
+    """Returns how many bytes besides the parameters a forward pass saves for its backward pass."""
     parameters = {
         name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
         for name, p in backbone.named_parameters()

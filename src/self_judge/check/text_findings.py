@@ -1,6 +1,6 @@
-"""Checks for chat templates that read the clock, and for data that is already rendered.
+"""Checks for chat templates that read the clock, and for data that already has turn markers.
 
-Like `findings.py`, this module yields findings.
+As in `findings.py`, each function yields findings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def clock_findings(encoder: ChatEncoder, run: JSFTRun | SelfJudgeRun) -> Iterato
     about = f"templates.chat_template_kwargs.{CLOCK}"
     yield note(
         about,
-        "the chat template reads the clock: all prompts in this run, and later prompts for the "
+        "the chat template reads the clock: all prompts in this run, and later prompts to the "
         f"trained model, contain the date {date}. Set this key to choose another date",
     )
     saved = load_judge_settings(run.model.model_name_or_path, run.model.revision)
@@ -33,14 +33,15 @@ def clock_findings(encoder: ChatEncoder, run: JSFTRun | SelfJudgeRun) -> Iterato
     if isinstance(run, SelfJudgeRun) and saved is not None and CLOCK not in known:
         yield warning(
             about,
-            "the model's judge.json does not contain the training date: set this key to that date",
+            "the model's judge.json does not contain the date in the prompts that the model was "
+            "trained on: set this key to that date",
         )
 
 
 def rendered_findings(
     records: Sequence[PreferenceRecord], encoder: ChatEncoder
 ) -> Iterator[Finding]:
-    """Checks for texts with turn markers, which show that the data is already rendered."""
+    """Checks for turn markers in texts, a sign that a chat template was already applied."""
     rendered = already_rendered(records, encoder)
     if rendered is not None:
         yield warning("dataset.sources", rendered)

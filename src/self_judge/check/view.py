@@ -23,7 +23,7 @@ from self_judge.console import neutral, table
 _KINDS = {"jsft": "judge-augmented SFT", "self_judge": "self-training"}
 _TRAINED, _CONTROL, _QUIET = "bold black on green", "cyan", "dim"
 _LEVELS = {"problem": "bold red", "warning": "yellow", "note": "green"}
-_PARTS = {"head": "scores", "cache": "KV cache", "resident": "process"}  # memory parts to rename
+_PARTS = {"head": "scores", "cache": "KV cache", "resident": "process"}  # display names
 _SHOWN = 900  # the maximum number of characters shown from an untrained piece
 
 
@@ -31,7 +31,7 @@ def show(report: Report, console: Console, *, plain: bool = False) -> None:
     """Prints the whole report.
 
     Args:
-        plain: mark trained tokens with «…» instead of a colour.
+        plain: mark trained tokens with «…» instead of a color.
     """
     _heading(console, f"{report.config}: {_KINDS[report.kind]}")
     _facts(console, report.about)
@@ -81,14 +81,14 @@ def _data(report: Report, console: Console) -> None:
     if report.chosen_longer is not None:
         _line(
             console,
-            f"in {100 * report.chosen_longer:.0f} % of the training pairs the better response is "
-            "the longer one (50 % means no relation)",
+            f"in {100 * report.chosen_longer:.0f} % of the training pairs, the better response is "
+            "longer (50 % means no length bias)",
         )
 
 
 def _figures(report: Report, console: Console) -> None:
     _heading(console, "Examples")
-    part = f"from {report.encoded:,} of {report.records:,} records, evenly spread"
+    part = f"{report.encoded:,} of {report.records:,} records, evenly spaced, were encoded"
     if report.encoded == report.records:
         part = f"all {report.records:,} records were encoded"
     else:
@@ -113,12 +113,12 @@ def _figures(report: Report, console: Console) -> None:
     for letter in report.letters:
         _line(
             console,
-            f"the letter {letter.letter} is token {letter.id} {letter.token!r}, which "
-            f'" {letter.letter}" adds after …{neutral(letter.after)!r}',
+            f"the letter {letter.letter} is token {letter.id} {letter.token!r}, the encoding of "
+            f'" {letter.letter}" after …{neutral(letter.after)!r}',
         )
     if report.letter_counts:
         counted = ", ".join(f"{n:,} × {x}" for x, n in report.letter_counts.items())
-        _line(console, f"answers: {counted}")
+        _line(console, f"judge examples by letter: {counted}")
 
 
 def _example(example: Example, console: Console, plain: bool) -> None:
@@ -152,13 +152,13 @@ def _cost(cost: Cost, console: Console) -> None:
         "parameters": f"{size.parameters:,}, {size.trainable:,} of them trained ({percent} %)",
         "steps": f"{cost.steps:,} ({cost.steps_per_epoch:,} per epoch of {cost.examples:,})",
         "per step": ", ".join(f"{n:,} {what}" for what, n in cost.per_step.items()),
-        "tokens trained": f"{cost.tokens:,} in total, with shared tokens counted once",
-        "memory": f"at most {_gib(memory.peak)}, in the {memory.largest_phase}{there}",
+        "tokens trained": f"{cost.tokens:,} in total; shared tokens are counted once",
+        "memory": f"at most {_gib(memory.peak)}, in the {memory.largest_phase} phase{there}",
         "": ", ".join(f"{name} {_gib(n)}" for name, n in parts.items()),
     }
     _facts(console, facts)
     how = "counted" if cost.activations_counted else "estimated by a rule of thumb"
-    text = f"Parameters are counted, activations are {how}. Assumed: {cost.assumed}. "
+    text = f"Parameters are counted, and activations are {how}. Assumed: {cost.assumed}. "
     _line(console, text + "Evaluation, saving and loading are not included.", _QUIET)
 
 

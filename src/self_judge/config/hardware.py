@@ -1,7 +1,7 @@
 """Adapts a run to its machine, so that the same file works on a laptop and on 8 GPUs.
 
-The functions are pure and take a description of the machine. They do not import torch; the caller
-tells `detect_machine` whether there is a GPU.
+`detect_machine` describes the machine, and `fit_to_machine` adapts a run to this description. This
+module does not import torch; the caller says whether there is a GPU.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def detect_machine(
     installed: Callable[[str], bool] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Machine:
-    """Inspects the installed packages and the launcher's environment variables.
+    """Describes this machine from installed packages and the launcher's environment variables.
 
     Args:
         cuda: `torch.cuda.is_available()`.
@@ -189,10 +189,9 @@ def launch_over_gpus(
 ) -> list[str] | None:
     """Returns the command that restarts this program with one process per GPU, if needed.
 
-    No `accelerate launch` configuration can request one process per GPU, or a single process if
-    there is no GPU. Without GPUs, `num_processes: auto` starts one process per CPU core. Therefore,
-    the included configurations start one process, which relaunches itself with
-    `os.execv(command[0], command)`.
+    No `accelerate launch` configuration means "one process per GPU, or one process without GPUs".
+    Without GPUs, `num_processes: auto` starts one process per CPU core. Therefore, the included
+    configurations start one process, which relaunches itself with `os.execv(command[0], command)`.
 
     Args:
         argv: `sys.argv`.
@@ -212,9 +211,9 @@ def launch_over_gpus(
 def threads_for(machine: Machine, environ: Mapping[str, str] = os.environ) -> int | None:
     """Returns the number of CPU threads for a run without GPUs, or `None` to leave it unchanged.
 
-    Unless the variable is already set, `accelerate launch` sets `OMP_NUM_THREADS=1`, which leaves
-    all cores but one idle. This setting cannot be distinguished from a user's own
-    `OMP_NUM_THREADS=1`. Use `taskset` to limit a run to one core.
+    `accelerate launch` sets `OMP_NUM_THREADS=1` unless the variable is already set. This leaves all
+    cores but one idle. Because this value looks the same as a user's own `OMP_NUM_THREADS=1`, use
+    `taskset` to limit a run to one core.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in environ and environ.get("OMP_NUM_THREADS") == "1"
     if machine.cuda or machine.processes > 1 or not launched:
@@ -225,7 +224,7 @@ def threads_for(machine: Machine, environ: Mapping[str, str] = os.environ) -> in
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Returns whether the CPU multiplies bf16 in hardware (x86 AVX512-BF16 or AMX, ARM bf16).
 
-    If the flags cannot be read, or if the system is not Linux, it returns False, and the run uses
+    Returns `False` if the flags cannot be read or the system is not Linux. The run then uses
     float32.
     """
     if not cpuinfo.is_file():

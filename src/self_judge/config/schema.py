@@ -1,4 +1,4 @@
-"""Typed run configurations from a YAML file, the files it extends, and `key.path=value` overrides.
+"""Loads typed run configurations from a YAML file, the files it extends, and overrides.
 
 This module defines and validates the keys of a run. It does not depend on torch or the trainers.
 `hardware.py` adapts a run to the machine, and `commands/train.py` runs it.
@@ -44,14 +44,14 @@ class ModelArgs:
     """The initial model and how to load it.
 
     Args:
-        model_name_or_path: a folder or a Hub name.
+        model_name_or_path: a folder, or a model ID on the Hub.
         dtype: dtype of the weights; `"auto"` keeps the saved dtype.
         attn_implementation: the attention implementation; `None` leaves the choice to Transformers.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether the model's repository may run its own code.
-        load_in_4bit: whether to load the base in 4 bits with bitsandbytes, for training an adapter
-            (QLoRA).
-        bnb_4bit_quant_type: the 4-bit number format.
+        load_in_4bit: whether to load the base model in 4 bits with bitsandbytes, to train an
+            adapter (QLoRA).
+        bnb_4bit_quant_type: the 4-bit data type.
         use_bnb_nested_quant: whether to quantize the quantization constants as well.
     """
 
@@ -72,8 +72,8 @@ class TemplateArgs:
     Args:
         judge: `{principle: {system, user, assistant}}`. With `None`, self-training uses the
             templates saved with the checkpoint.
-        decision_rationale: the text after the letter, which contains `{rationale_a}` and
-            `{rationale_b}`.
+        decision_rationale: a template for the text after the letter. It contains `{rationale_a}`
+            and `{rationale_b}`.
         chat: a Jinja chat template that replaces the tokenizer's own.
         chat_template_kwargs: values for the chat template, such as `{enable_thinking: true}`;
             `strftime_now` is the date for a template that reads the clock.
@@ -113,8 +113,8 @@ class Source:
     """One source of preference data.
 
     Args:
-        path: a Hub name, a local file (.json, .jsonl, .jsonl.gz, .parquet) or a `save_to_disk`
-            folder.
+        path: a dataset ID on the Hub, a local file (.json, .jsonl, .jsonl.gz, .parquet) or a
+            `save_to_disk` folder.
         data_dir, name, split, revision: as in `datasets.load_dataset`.
         kind: the data format; `"auto"` detects it from the columns.
         sft: whether to train on the chosen responses as demonstrations.
@@ -146,14 +146,15 @@ class DatasetArgs:
         held_out: fraction of the prompts held out from training for evaluation, in [0, 1). It is
             ignored if `eval` is set.
         eval: evaluation sources.
-        max_records, max_eval_records: maximum number of records (`None`: all).
+        max_records, max_eval_records: maximum number of records per source (`None`: all).
         principles: whether to use one pair per principle instead of one general pair (only for
             UltraFeedback).
         rationales: whether to train on the rationales too. With `None`, they are used if
             `templates.decision_rationale` is set.
         seed: seed for sampling pairs. Held-out prompts are chosen only by their text, so JSFT and
             self-training hold out the same prompts.
-        num_proc: number of processes that read the data (`None`: only this process).
+        num_proc: number of processes for loading Hub datasets and encoding JSFT examples (`None`:
+            only this process).
     """
 
     sources: list[Source]
@@ -174,22 +175,22 @@ class DatasetArgs:
 
 @dataclass(frozen=True)
 class JSFTArgs:
-    """Judge-augmented supervised fine-tuning.
+    """Settings for judge-augmented supervised fine-tuning.
 
     Args:
         max_length: maximum number of tokens per training example.
-        ignore_index: the label of tokens without loss.
+        ignore_index: the label of tokens that the loss ignores.
         global_batch_size: number of examples per optimizer step over all processes. It determines
             the accumulation steps (see `accumulation_steps`). With `None`, `training_args`
             determines them.
-        group_by_length: whether to group examples of similar length within each random optimizer
-            step, which reduces padding. Grouping is useful only with `packing: off`, because
-            packing sorts by length itself.
+        group_by_length: whether to group an optimizer step's examples into micro-batches of similar
+            length, which reduces padding. This is useful only with `packing: off`, because packing
+            sorts by length itself.
         packing: how sequences share prefixes (see `Packing`): `auto`, `tree`, `cache`, `padding`,
             or `off`.
         merge_adapter: whether to merge the adapter into the weights after LoRA training and save a
             plain model. Otherwise, only the adapter is saved.
-        max_skipped_steps: stop after this number of steps in a row without a finite gradient.
+        max_skipped_steps: stop after this number of consecutive steps without a finite gradient.
     """
 
     max_length: int = 2048
@@ -276,10 +277,10 @@ def kind_of_run(path: str | Path, overrides: Sequence[str] = ()) -> RunKind:
         apply_override(tree, override)
     kinds: list[RunKind] = [k for k in typing.get_args(RunKind) if f"{k}_args" in tree]
     if len(kinds) != 1:
-        found = "both" if kinds else "neither"
+        found = "both jsft_args and" if kinds else "neither jsft_args nor"
         raise ConfigError(
-            f"{path}: it has {found} of jsft_args and self_judge_args: a run file must have "
-            "exactly one of them"
+            f"{path}: it has {found} self_judge_args: a run file must have exactly one of these "
+            "sections"
         )
     return kinds[0]
 

@@ -1,6 +1,6 @@
 """Declares and validates the settings for sampling and self-training.
 
-A run file's `self_judge_args` (`SelfJudgeArgs`) and the trainer's `SelfJudgeConfig` inherit from
+`SelfJudgeArgs` (a run file's `self_judge_args`) and the trainer's `SelfJudgeConfig` inherit from
 `SelfTrainingSettings`. This module does not import torch or TRL.
 """
 
@@ -35,7 +35,7 @@ def require_at_least(settings: Any, *, unset: bool = False, **least: int) -> Non
     """Raises `ConfigError` for the first named value that is below its minimum.
 
     Args:
-        unset: whether a value may be `None`.
+        unset: whether the values may be `None`.
     """
     for name, minimum in least.items():
         value = getattr(settings, name)
@@ -51,11 +51,11 @@ def require_choice(name: str, value: object, choices: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """Sampling parameters. They replace the model's generation config.
+    """Sampling parameters, which replace the model's generation config.
 
     Attributes:
         max_new_tokens: maximum number of tokens per response.
-        temperature: 0 means greedy decoding.
+        temperature: sampling temperature; 0 means greedy decoding.
         top_p, top_k, min_p: the values 1.0, 0 and 0.0 disable these filters.
         repetition_penalty: the value 1.0 disables the penalty.
 
@@ -85,14 +85,14 @@ class SamplingSettings:
 
 
 def _field(default: Any, help: str, choices: Any = None) -> Any:
-    """Returns a field with the help text that `HfArgumentParser` shows."""
+    """Returns a dataclass field with the help text that `HfArgumentParser` shows."""
     more = {} if choices is None else {"choices": list(get_args(choices))}
     return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
 class SelfTrainingSettings:
-    """Settings for sampling, judging and saved rollouts, with the paper's default values."""
+    """Settings for sampling, judging and saving rollouts. The defaults follow the paper."""
 
     num_generations: int = _field(2, "Number of responses per prompt (K), at least 2.")
     rollouts_per_update: int = _field(
@@ -115,13 +115,13 @@ class SelfTrainingSettings:
     )
     judge_batch_size: int = _field(
         8,
-        "Number of judge prompts per forward pass on one device without packing. It is doubled if "
-        "processes share the model. With packing, the number of tokens limits the size of a pass.",
+        "Number of judge prompts per forward pass on each device without packing, doubled if the "
+        "model is sharded across processes. With packing, passes are limited by their tokens.",
     )
     packing: PackingChoice = _field(
         "auto",
-        "How sequences share prefixes in judging and in the update. auto uses tree masks, a KV "
-        "cache or sorted padding, whichever is exact for the model. off disables packing.",
+        "How sequences share prefixes in judging and in the update. auto uses the first of tree "
+        "masks, a KV cache and sorted padding that is exact for the model. off disables packing.",
         PackingChoice,
     )
     max_length: int | None = _field(
@@ -144,8 +144,8 @@ class SelfTrainingSettings:
     rollout_pairs: int | None = _field(64, "Keep at most N pairs per step.")
     max_skipped_steps: int = _field(
         3,
-        "Stop after N steps in a row without a finite gradient or verdict, because such steps do "
-        "not update the model.",
+        "Stop after N consecutive steps that do not update the model, because the gradient is not "
+        "finite or no pair can be judged.",
     )
 
     use_vllm: bool = _field(False, "Use vLLM for sampling and, with LoRA, also for judging.")
@@ -160,7 +160,7 @@ class SelfTrainingSettings:
     rollouts_ahead: bool = _field(
         False,
         "Let servers sample for the next step during the update (vllm_mode=server). The samples "
-        "are one step off-policy, which is not corrected.",
+        "are one step off-policy, and the loss does not correct for this.",
     )
     vllm_server_timeout: float = _field(240.0, "Seconds to wait for the servers to start.")
     vllm_gpu_memory_utilization: float = _field(
@@ -175,7 +175,7 @@ class SelfTrainingSettings:
     vllm_sync_dir: str | None = _field(
         None,
         "Folder for transferring adapters and weights. Training and servers must both have access "
-        "to it. If unset, this machine's memory is used.",
+        "to it. If unset, /dev/shm is used where it exists.",
     )
 
     def check(self) -> None:
@@ -258,8 +258,8 @@ class SelfJudgeArgs(SelfTrainingSettings):
     """The `self_judge_args` section of a run file, for on-policy self-training by self-judgment.
 
     Args:
-        token_id_a, token_id_b: ids of the letters. By default, they are derived from the tokenizer.
-            If set, they are checked against the tokenizer.
+        token_id_a, token_id_b: token ids of the letters A and B. By default, they are derived from
+            the tokenizer. If set, they are checked against the tokenizer.
         loss_type: one of TRL's pairwise losses, or a list of them.
         beta: how strongly the policy is kept close to the reference.
         disable_dropout: whether to disable dropout in the policy and the reference.

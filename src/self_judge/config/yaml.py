@@ -35,14 +35,14 @@ _RENAMED = {
     "use_flash_attention_2": "attn_implementation: flash_attention_2",
 }
 
-# OmegaConf rejects a "${" that does not start a reference. This character, between "$" and "{",
-# hides such text.
+# OmegaConf rejects a "${" that does not start a reference. This character, inserted between "$" and
+# "{", hides the "${" from OmegaConf.
 _HIDDEN = "\ue000"
 _NO_REFERENCE = re.compile(r"\$\{(?![A-Za-z_]\w*(\.\w+)*\})")
 
 
 def _plain(config: Any) -> Any:
-    """Converts a parsed file to plain dictionaries and lists and restores hidden text."""
+    """Converts a parsed file to plain dictionaries and lists and restores each hidden `${`."""
     return _shown_again(OmegaConf.to_container(config, resolve=False))
 
 
@@ -51,7 +51,7 @@ def _hidden(text: str) -> str:
 
 
 def resolve_references(tree: dict[str, Any]) -> dict[str, Any]:
-    """Replaces `${section.key}` with the value of that key. Any other `${` is text.
+    """Replaces `${section.key}` with the value of that key. Any other `${` remains text.
 
     Raises:
         OmegaConfBaseException: a key does not exist, or a value is `???`.
@@ -125,7 +125,7 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Applies one `key.path=value` in place. `build` later checks whether the key exists."""
+    """Applies a `key.path=value` override to `tree`. `build` later checks that the key exists."""
     said = f"override {override!r:.80}"
     path, equals, text = override.partition("=")
     keys = path.strip().lstrip("-").split(".")
@@ -143,8 +143,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             if not key.isdecimal() or int(key) >= len(node):
                 raise ConfigError(
-                    f"{said}: {'.'.join(keys[:depth])} is a list of {len(node)}; "
-                    f"{key!r} is not a valid index; the first index is 0"
+                    f"{said}: {'.'.join(keys[:depth])} is a list of length {len(node)}, and "
+                    f"{key!r} is not a valid index; indices start at 0"
                 )
             position: Any = int(key)
         elif isinstance(node, dict):
@@ -153,7 +153,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
                 node[key] = {}
         else:
             raise ConfigError(
-                f"{said}: {'.'.join(keys[:depth])} is {_shown(node)}, which has no {key!r}"
+                f"{said}: {'.'.join(keys[:depth])} is {_shown(node)}, which has no key {key!r}"
             )
         if last:
             node[position] = value
@@ -165,8 +165,7 @@ def build(cls: type, tree: Any, where: str) -> Any:
     """Builds a dataclass, with nested dataclasses, from plain dictionaries and lists.
 
     Args:
-        where: the key path of `tree`, a prefix for error messages. The path is empty at the top
-            level.
+        where: the key path of `tree`, which starts error messages. It is empty at the top level.
 
     Raises:
         ConfigError: a key is unknown or missing, a value has the wrong type, or the class's
@@ -199,7 +198,10 @@ def _is_section(hint: Any) -> bool:
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """Checks that `value` has type `hint`. The only conversion is from integers to floats.
+    """Checks that `value` has type `hint`, and returns it.
+
+    Sections become dataclasses, integers become floats where needed, and a false choice becomes
+    `off`. No other value is converted.
 
     Raises:
         ConfigError: the type is wrong; the message names the key, the expected type and the value.
@@ -261,14 +263,18 @@ def _shown(value: Any) -> str:
 
 
 def unknown_key(key: str, valid: Sequence[str]) -> str:
-    """Returns `key: unknown …` with the closest valid name, or the new name of a renamed key."""
+    """Returns an error text with the closest valid name, or with the new name of a renamed key."""
     if key in _RENAMED:
         return f"{key}: unknown key; it is now {_RENAMED[key]}"
     nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     if nearest:
         return f"{key}: unknown; did you mean {nearest[0]}?"
     # If there is no close match, list the valid keys, unless there are too many (150 in SFTConfig).
-    known = f"known are {', '.join(valid)}" if len(valid) <= 30 else "see the class's documentation"
+    known = (
+        f"valid names are {', '.join(valid)}"
+        if len(valid) <= 30
+        else "see the class's documentation"
+    )
     return f"{key}: unknown; {known}"
 
 

@@ -1,4 +1,4 @@
-"""Atomic files and checkpoint folders, which are either complete or absent.
+"""Writes files and checkpoint folders atomically, so that they are either complete or absent.
 
 A checkpoint is written to a staging folder, flushed to disk, sealed with a manifest and then
 renamed. A folder that has its final name is therefore complete. If it is damaged later, it no
@@ -78,7 +78,7 @@ def seal(folder: Path) -> None:
 
 
 def integrity_error(folder: Path) -> str | None:
-    """Returns the reason a run cannot resume from a checkpoint, or `None` if it can resume."""
+    """Returns the reason why a run cannot resume from a checkpoint, or `None` if it can."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"it has no {MANIFEST}, which is written last"
@@ -158,7 +158,7 @@ def move_files(finished: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint. If the process is killed, no partial folder keeps the final name."""
+    """Deletes a checkpoint. A killed process leaves no partial folder under the final name."""
     shutil.rmtree(_move_away(folder), ignore_errors=True)
 
 

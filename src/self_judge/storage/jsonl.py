@@ -1,4 +1,4 @@
-"""JSON Lines files: a shared parser, and journals that resume after any interruption.
+"""Parses JSON Lines files and writes journals that can be resumed after any interruption.
 
 This module handles files and lines. It does not interpret the lines.
 """
@@ -103,8 +103,8 @@ class Journal:
     Attributes:
         path: the file.
         lines: the number of complete lines.
-        seconds: the time spent on the timed lines in all sessions.
-        timed: the number of timed lines.
+        seconds: the time spent on lines, over all sessions.
+        timed: the number of lines that `seconds` covers.
     """
 
     def __init__(self, path: Path, file: IO[bytes], settings: Mapping[str, Any]) -> None:
@@ -160,7 +160,7 @@ def settings_path(path: Path) -> Path:
 def open_journal(
     path: Path, settings: Mapping[str, Any], *, overwrite: bool = False
 ) -> Iterator[Journal]:
-    """Opens a journal, which resumes an existing file or starts a new one.
+    """Opens a journal that resumes an existing file or starts a new one.
 
     A torn last line is removed. Only one process may write at a time. The old content of the file
     remains until the first line of a new journal is written.
@@ -168,7 +168,7 @@ def open_journal(
     Args:
         settings: the settings that every line depends on, as plain JSON data. A journal that was
             written with different settings is rejected.
-        overwrite: start from scratch even if the file exists.
+        overwrite: whether to start from scratch even if the file exists.
 
     Raises:
         JournalError: the file was written with different settings, is not a journal, is broken, or
@@ -198,7 +198,7 @@ def open_journal(
         try:
             yield journal
         except BaseException:
-            # This journal must not delete an existing file, device or link.
+            # Delete only a file that this call created, not an earlier file, device or link.
             if own and not path.stat().st_size:
                 with suppress(PermissionError):  # Windows cannot delete an open file
                     path.unlink()
@@ -216,9 +216,10 @@ def _noted(beside: Path) -> dict[str, Any]:
 def _check_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     other = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if other:
-        changes = "; ".join(f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in other)
+        changes = "; ".join(f"{n} was {before.get(n)!r}, now {now.get(n)!r}" for n in other)
         raise JournalError(
-            f"{path} has different settings ({changes}): choose another output or pass --overwrite"
+            f"{path} was written with different settings ({changes}): choose another output or "
+            "pass --overwrite"
         )
 
 
@@ -247,7 +248,7 @@ def _is_json(line: bytes) -> bool:
 
 def _lock(file: IO[bytes], path: Path) -> None:
     if sys.platform == "win32":
-        return  # Windows has no such lock, so the user must avoid two writers
+        return  # Windows has no `fcntl` locks, so the user must avoid two writers
     import fcntl
 
     try:

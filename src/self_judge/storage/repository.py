@@ -1,6 +1,6 @@
 """Finds the files of a model in a folder or on the Hub, and prevents outputs from replacing inputs.
 
-This module does not depend on the contents of the files.
+This module does not interpret the contents of the files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def repository_file(
     """Finds a file of a model, and downloads it if the model is on the Hub.
 
     Args:
-        name_or_path: a folder or a Hub name.
+        name_or_path: a folder, or a model ID on the Hub.
         file: the name of the file in the folder or repository.
         revision: a branch, tag or commit on the Hub.
 

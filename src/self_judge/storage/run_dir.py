@@ -1,4 +1,4 @@
-"""Defines the files in a training run's folder: metrics (JSON lines), run.json and pairs per step.
+"""Defines the files in a run's folder: metrics (JSON lines), run.json and each step's pairs.
 
 This module defines names, formats and limits for the code that writes these files and the code that
 reads them. It does not depend on trainers or the meaning of the numbers.
@@ -23,7 +23,7 @@ ROLLOUTS = "rollouts"
 BRACKETS = "brackets.jsonl"  # tournaments written by `self-judge tournament --brackets`
 VERDICTS = "verdicts.jsonl"  # written by `self-judge eval`
 PAIRS = "pairs.jsonl"  # written by `self-judge compare`
-RESULTS = "results.json"  # written by both commands
+RESULTS = "results.json"  # written by both `eval` and `compare`
 JUDGED = "judged.jsonl"  # verdicts on pairs with a known better response
 
 
@@ -44,7 +44,7 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Removes all data written after a step, so that a resumed run does not write it twice.
+    """Removes all data of later steps, so that a resumed run does not write it twice.
 
     Args:
         step: the number of completed optimizer steps; 0 starts from scratch.
@@ -63,7 +63,7 @@ def rollout_file(folder: Path, step: int) -> Path:
 
 
 def rollout_files(folder: Path) -> list[tuple[int, Path]]:
-    """Returns the steps whose pairs are on disk, with their files, in order."""
+    """Returns the steps whose pairs are on disk, each with its file, in order."""
     found = []
     for path in (folder / ROLLOUTS).glob("step-*.jsonl"):
         if match := re.fullmatch(r"step-(\d+)\.jsonl", path.name):
@@ -86,7 +86,7 @@ def is_kept(step: int, last: int, most: int | None) -> bool:
 
 
 def thin_rollouts(folder: Path, last: int, most: int | None) -> None:
-    """Removes the files from the steps that are not kept; see `is_kept`."""
+    """Removes the files of the steps that are not kept; see `is_kept`."""
     for step, path in rollout_files(folder):
         if step <= last and not is_kept(step, last, most):
             path.unlink()

@@ -594,7 +594,7 @@ def test_long_dialogues_lose_their_oldest_exchanges_and_hopeless_prompts_are_lef
         ({"pair_selection": "first"}, "pair_selection must be one of"),
         (
             {"loss_type": "nonsense", "max_steps": 1},
-            "loss_type nonsense: unknown; known are",
+            "loss_type nonsense: unknown; valid names are",
         ),
         ({"loss_type": "robust", "average_log_prob": True}, "sigmoid, hinge or ipo alone"),
     ],
