@@ -3,7 +3,7 @@
     python examples/minimal.py            # about a minute on two CPU cores
 
 This example uses plain PyTorch and Transformers on a small world of questions about animals. A
-rubric gives every answer a gold score in [0, 1]. The comments below refer to these four equations:
+rubric gives every answer a gold score in [0, 1]. The code below refers to these four steps:
 
 (1) JSFT       L = -mean log p(token) over answers y_w and over the letter after a judge prompt:
                C(x, y_w, y_l) -> "A" and C(x, y_l, y_w) -> "B", where C asks which answer is better.
@@ -12,7 +12,7 @@ rubric gives every answer a gold score in [0, 1]. The comments below refer to th
                L = -log sigmoid(beta [log pi/pi_ref(y_w | x) - log pi/pi_ref(y_l | x)])
 (4) answering  the best of N answers, found in a knockout of N - 1 matches judged by (2).
 
-Shapes: B rows, T tokens, V words, N pairs. The package adds packing and distributed training.
+Shapes: rows B, tokens T, vocabulary V, pairs N. The package adds packing and distributed training.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def judge_ids(tokenizer: Any, x: str, a: str, b: str) -> Ids:
 
 
 def letter_ids(tokenizer: Any) -> Ids:
-    """Returns the tokens that " A" and " B" add after the lead-in."""
+    """Returns the ids of the tokens that " A" and " B" add after the lead-in."""
     return [tokenizer.encode(f"{LEAD_IN} {letter}")[-1] for letter in "AB"]
 
 
 def padded(rows: Sequence[Ids], value: int = 0, left: bool = False) -> torch.Tensor:
-    """Pads rows to one tensor `(B, T)`. With causal attention, right padding needs no mask."""
+    """Pads rows into a `(B, T)` tensor. With causal attention, right padding needs no mask."""
     fills = [[value] * (max(map(len, rows)) - len(row)) for row in rows]
     return torch.tensor([f + r if left else r + f for r, f in zip(rows, fills, strict=True)])
 
@@ -61,7 +61,7 @@ def padded(rows: Sequence[Ids], value: int = 0, left: bool = False) -> torch.Ten
 
 
 def jsft_examples(tokenizer: Any, records: Sequence[Any]) -> list[tuple[Ids, Ids]]:
-    """Returns (ids, labels) for all answers and both orders of all pairs; -100 has no loss."""
+    """Returns (ids, labels) for all answers and both orders of all pairs. The loss ignores -100."""
     letter_a, letter_b = letter_ids(tokenizer)
     examples = []
     for record in records:
@@ -92,14 +92,14 @@ def jsft(model: Any, examples: list[tuple[Ids, Ids]], steps: int, batch: int, lr
 
 @torch.no_grad()
 def judge(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str, str]]) -> torch.Tensor:
-    """Returns s(a) and s(b) for every (x, a, b), shape `(N, 2)`."""
+    """Returns s(a) and s(b) for every (x, a, b), with shape `(N, 2)`."""
     prompts = [judge_ids(tokenizer, x, a, b) for x, a, b in pairs]
     prompts += [judge_ids(tokenizer, x, b, a) for x, a, b in pairs]  # the other order
     logits_BTV = model(input_ids=padded(prompts)).logits
     last_B = torch.tensor([len(prompt) - 1 for prompt in prompts])
     p_BV = logits_BTV[torch.arange(len(prompts)), last_B].softmax(-1)
     first_N2, second_N2 = p_BV[:, letter_ids(tokenizer)].chunk(2)
-    return (first_N2 + second_N2.flip(-1)) / 2  # in the other order, letter B is for a
+    return (first_N2 + second_N2.flip(-1)) / 2  # in the other order, letter B stands for a
 
 
 # -- (3) learning from the model's own judged answers ----------------------------------------------
@@ -116,7 +116,7 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[Ids], tokens: int = 28)
 
 
 def log_probs(model: Any, prompts: Sequence[Ids], answers: Sequence[Ids]) -> torch.Tensor:
-    """Returns log pi(answer | prompt), summed over the answer's tokens, shape `(B,)`."""
+    """Returns log pi(answer | prompt), summed over the answer's tokens, with shape `(B,)`."""
     ids_BT = padded([p + a for p, a in zip(prompts, answers, strict=True)])
     own = [[0] * len(p) + [1] * len(a) for p, a in zip(prompts, answers, strict=True)]
     logp_BTV = model(input_ids=ids_BT).logits[:, :-1].log_softmax(-1)  # of the token at t + 1
@@ -127,9 +127,9 @@ def log_probs(model: Any, prompts: Sequence[Ids], answers: Sequence[Ids]) -> tor
 def dpo_loss(
     policy: Any, reference: Any, prompts: list[Ids], answers: list[Ids], decided_N: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the mean of (3), beta 0.1; `prompts` has each prompt twice, `answers` all y_w first.
+    """Returns the mean of loss (3) with beta = 0.1. An undecided pair has no gradient.
 
-    An undecided pair has no gradient, as if both answers were equal.
+    `prompts` contains the list of prompts twice, and `answers` contains every y_w, then every y_l.
     """
     with torch.no_grad():
         reference_B = log_probs(reference, prompts, answers)
@@ -138,7 +138,7 @@ def dpo_loss(
 
 
 def self_training(policy: Any, tokenizer: Any, questions: list[str], batch: int, lr: float) -> None:
-    """Samples pairs from the policy, judges them with the frozen initial model, and updates."""
+    """Samples pairs, judges them with the frozen initial model, and updates the policy."""
     reference = copy.deepcopy(policy).requires_grad_(False).eval()  # the judge, and DPO's reference
     optimizer = torch.optim.AdamW(policy.parameters(), lr, weight_decay=0.0)
     for start in range(0, len(questions), batch):
@@ -160,7 +160,7 @@ def self_training(policy: Any, tokenizer: Any, questions: list[str], batch: int,
 
 
 def tournament(model: Any, tokenizer: Any, x: str, answers: Sequence[str], seed: int) -> int:
-    """Returns the index of the best answer; `seed` draws the bracket and breaks ties."""
+    """Returns the index of the best answer. `seed` determines the bracket and breaks ties."""
     lots, standing = random.Random(seed), list(range(len(answers)))
     lots.shuffle(standing)  # neighbors meet; with an odd number, the last answer gets a bye
     while len(standing) > 1:

@@ -681,7 +681,10 @@ BROKEN = {
         lambda d: write(d / "x.jsonl", lines(1) + "[1]\n"),
         "x.jsonl, line 2: expected a JSON object, got list",
     ),
-    "unknown kind": (lambda d: write(d / "x.csv", "a,b"), "unknown file type; supported are .json"),
+    "unknown kind": (
+        lambda d: write(d / "x.csv", "a,b"),
+        "unknown file type; supported types are .json",
+    ),
     "no gzip": (
         lambda d: str((d / "x.jsonl.gz", (d / "x.jsonl.gz").write_text(lines(1)))[0]),
         "not a valid gzip file",
@@ -694,11 +697,11 @@ BROKEN = {
     "empty folder": (lambda d: str(d), "no data file (.json, .json.gz, .jsonl, .jsonl.gz, .parq"),
     "no such split": (
         lambda d: str((d, write(d / "test.jsonl", lines(1)))[0]),
-        "no file of split 'train'; found splits: test",
+        "no file for split 'train'; found splits: test",
     ),
     "offline": (
         lambda d: "nobody/nothing",
-        "nobody/nothing: neither a local path nor loadable from the Hub (Couldn't reach",
+        "nobody/nothing: not a local path, and cannot be loaded from the Hub (Couldn't reach",
     ),
     "other columns": (
         lambda d: write(d / "x.jsonl", '{"messages": []}'),
@@ -737,7 +740,7 @@ def test_files_that_name_no_split_are_never_a_test_set(tmp_path: Path) -> None:
     write(tmp_path / "part-0.jsonl", lines(1))
     write(tmp_path / "part-1.jsonl", lines(2))
     assert load_preferences(str(tmp_path)).counts["read"] == 3
-    with pytest.raises(DataError, match="no file of split 'test'"):
+    with pytest.raises(DataError, match="no file for split 'test'"):
         load_preferences({"path": str(tmp_path), "split": "test"})
 
 
@@ -792,7 +795,7 @@ def test_pairs_alone_have_no_demonstration() -> None:
         ({"subset": "dev"}, "subset must be 'train', 'held_out' or 'all', got 'dev'"),
         ({"held_out": 1.0}, r"held_out must be a fraction of the prompts in \[0, 1\), got 1.0"),
         ({"subset": "held_out"}, "subset 'held_out' is empty because held_out is 0"),
-        ({"rationales": True}, "rationales need principles"),
+        ({"rationales": True}, "rationales requires principles"),
         ({"max_records": 0}, "max_records must be at least 1"),
         ({"principles": True}, "x: pairs per principle need ratings per principle"),
     ],
@@ -814,7 +817,7 @@ def test_a_source_of_which_nothing_can_be_used_is_an_error_with_the_reasons() ->
         ({"split": "test"}, r"path: missing"),
         ({"path": "a", "kind": "hhh"}, r"kind: expected .*auto.*hh.*got text 'hhh'"),
         ({"path": "a", "sft": False, "pairs": False}, "sft and pairs are both false"),
-        ({"path": ".", "name": "en"}, "name 'en' is for a dataset on the Hub"),
+        ({"path": ".", "name": "en"}, "name 'en' applies only to Hub datasets"),
         ({"path": ".", "data_dir": "no"}, "no: no such folder"),
     ],
 )

@@ -97,7 +97,7 @@ def test_no_held_out_instruction_is_trained_on_whatever_the_seeds():
 
 
 def test_asking_for_more_instructions_than_there_are_says_so():
-    with pytest.raises(ValueError, match="distinct instructions, not 100000"):
+    with pytest.raises(ValueError, match="instructions, but n is 100000"):
         synthetic.instructions(100_000, 0, "test")
 
 

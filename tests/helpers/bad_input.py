@@ -278,7 +278,7 @@ DATA = [
     Case("a folder without data", lambda p: p.run(source=_empty(p)),
          ("nothing: no data file (",), "name the file"),
     Case("an unknown file type", lambda p: p.run(source=p.file("x.docx", b"hello")),
-         ("x.docx: unknown file type; supported are .json",), "convert it to JSON lines"),
+         ("x.docx: unknown file type; supported types are .json",), "convert it to JSON lines"),
     setting("only examples above the limit", "jsft_args.max_length=4",
             "no training example remains from 40 records", "raise jsft_args.max_length"),
     Case("a principle without a template",

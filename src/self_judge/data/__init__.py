@@ -1,6 +1,6 @@
 """Reads data sources as preference records and labeled comparisons.
 
-This package handles storage, the formats of known datasets, and a built-in synthetic world. It does
-not depend on tokens, models or training. It imports from `config` and the packages before it, and
-runs without torch unless it creates a tiny model.
+This package covers file access, the formats of known datasets, and a built-in synthetic world. It
+does not depend on tokens, models or training. It imports from `config` and the packages listed
+before `config` in docs/architecture.md, and needs torch only to create a tiny model.
 """

@@ -31,12 +31,13 @@ class LabeledComparison:
     """A comparison with its label from the data.
 
     Attributes:
-        comparison: the responses in the data's order. For chosen and rejected responses, a hash of
-            the texts decides which response is `a`, so that the better response is not always `a`.
+        comparison: the context and the responses, in the data's order. If the data has chosen and
+            rejected responses, a hash of the texts determines which response is `a`, so that the
+            better response is not always `a`.
         label: the better response, or `"tie"`.
-        subset: the part of the data that gets its own results; may be empty.
+        subset: the part of the data for which separate results are reported; may be empty.
         principle: the principle to which the label applies; `None` means overall.
-        source, index: the origin of the record.
+        source, index: the source of the record, and the record's index in the source.
     """
 
     comparison: Comparison
@@ -48,7 +49,7 @@ class LabeledComparison:
 
     @property
     def digest(self) -> str:
-        """A hash of the texts and the label, used to match pairs between two evaluations."""
+        """A hash of the texts, label and principle, used to match pairs between evaluations."""
         c = self.comparison
         parts = (c.context, c.response_a, c.response_b, self.label, self.principle or "")
         return _digest(*parts).hex()
@@ -59,11 +60,11 @@ class BenchmarkSource:
     """One source of labeled comparisons.
 
     Args:
-        path: a Hub name, a local file or a folder, as in `files.read_raw`. If no file name in the
-            folder contains a split name, each file in the folder and its subfolders is a subset
-            (LLMBar).
-        splits: splits to read in this order. If there are several splits, each is a subset. A file
-            is always read completely.
+        path: a dataset ID on the Hub, a local file or a local folder, as in `files.read_raw`. If no
+            file directly in the folder has a split in its name, each file in the folder and its
+            subfolders is a subset (as in LLMBar).
+        splits: the splits to read, in the given order. If there are several splits, each is a
+            subset. A single file is always read completely.
         data_dir, name, revision: as in `files.read_raw`.
     """
 
@@ -79,10 +80,10 @@ def read_comparisons(
 ) -> Iterator[LabeledComparison]:
     """Yields the labeled comparisons from a source in order.
 
-    The columns of the first record in each file or split determine its format.
+    The format of each file or split is detected from the columns of its first record.
 
     Args:
-        skipped: receives the number of skipped items per reason.
+        skipped: a counter to which the number of skipped items for each reason is added.
 
     Raises:
         DataError: the source has no records, its format is unknown, or a record is malformed.
@@ -123,7 +124,7 @@ def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, Iterator[dict[st
 
 
 def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[str, Path]:
-    """Returns a local folder's data files by subset, unless the file names contain splits."""
+    """Maps each subset of a local folder to a file; returns `{}` if file names contain splits."""
     if not root.is_dir() or is_saved_dataset(root):
         return {}
     files = [f for f in sorted(root.rglob("*")) if f.is_file() and reader_of(f)]
@@ -138,7 +139,7 @@ def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[str, Path
     return subsets
 
 
-# Comparisons from a record, and a string with the reason for each skipped part.
+# The comparisons in a record, and the reason for each skipped part as a string.
 _Found = Iterator[LabeledComparison | str]
 _Reader = Callable[[Mapping[str, Any], RecordRef], _Found]
 
@@ -183,14 +184,14 @@ def _llmbar(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """Parses a record with the votes of three annotators and uses the majority; 0 means a tie."""
+    """Parses a record, with the majority vote of three annotators as the label; 0 means a tie."""
     votes = Counter(where.number(record[name], name) for name in _ANNOTATORS)
     if not votes.keys() <= {0, 1, 2}:
         given = [record[name] for name in _ANNOTATORS]
         raise where.error("annotator1", f"expected 0, 1 or 2 from each annotator, got {given}")
     vote, count = votes.most_common(1)[0]
     if count < 2:
-        yield "the annotators have no majority"
+        yield "no majority among the annotators"
         return
     labels: dict[Any, Label] = {0: "tie", 1: "a", 2: "b"}
     asked = [where.text(record, "instruction").strip()]
@@ -205,7 +206,7 @@ def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """Parses one human vote. The first question is the context, and the rest is the response."""
+    """Parses a human vote. The context is the first question, and the response is the rest."""
     labels: dict[Any, Label] = {"model_a": "a", "model_b": "b"}
     winner = where.text(record, "winner")
     label = "tie" if winner.startswith("tie") else labels.get(winner)
@@ -218,7 +219,7 @@ def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
     ]
     for name, messages in zip(("conversation_a", "conversation_b"), sides, strict=True):
         if len(messages) < 2 * turn or messages[-1]["role"] != "assistant":
-            raise where.error(name, f"expected {turn} questions, each with an answer")
+            raise where.error(name, f"expected a question and an answer for turn {turn}")
     if sides[0][0] != sides[1][0]:
         raise where.error("conversation_b", "has a different first question from conversation_a")
     a, b = (
@@ -229,10 +230,10 @@ def _mt_bench(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _hhh_targets(record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """Parses HHH in the format of BIG-bench and the Hub: two choices, of which one has label 1."""
+    """Parses HHH in the format of BIG-bench and the Hub: two choices, one of which has label 1."""
     targets = record["targets"]
     if not isinstance(targets, Mapping):
-        raise where.error("targets", "expected a mapping of choices and labels")
+        raise where.error("targets", "expected a mapping with choices and labels")
     choices, labels = where.items(targets, "choices"), where.items(targets, "labels")
     if sorted(labels) != [0, 1] or len(choices) != 2:
         raise where.error("targets.labels", f"expected one 0 and one 1, got {labels}")
@@ -248,13 +249,13 @@ def _hhh(record: Mapping[str, Any], where: RecordRef) -> _Found:
 
 
 def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef) -> _Found:
-    """Yields the pairs from a training record. A hash decides the order of each pair."""
+    """Yields the pairs in a training record. A hash of the texts determines each pair's order."""
     parsed = PARSERS[kind](record, where.index, source=where.source)
     yield from parsed.skipped
     if parsed.record is None:
         return
-    # The name of the subset is in `subset` in RewardBench and in `source` in HHH. UltraFeedback has
-    # no subsets.
+    # RewardBench stores the name of the subset in `subset`, and HHH stores it in `source`.
+    # UltraFeedback has no subsets.
     named = record.get("subset", record.get("source")) if kind == "preference" else None
     subset, context = named if isinstance(named, str) else "", judge_context(parsed.record)
     for pair in parsed.record.pairs:

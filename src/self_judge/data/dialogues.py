@@ -16,7 +16,7 @@ from self_judge.prompting.messages import reasoning_key
 from self_judge.prompting.thoughts import NO_ANSWER, answer_of, before_thought
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-# Headers at the start of a turn: "Human: Hi" in "\n\nAssistant: Human: Hi".
+# Redundant headers at the start of a turn's text, such as "Human:" in "\n\nAssistant: Human: Hi".
 _HEADER = re.compile(r"\A(?:\s*(?:Human|Assistant):)+")
 _HEADER_OF_TURN = "redundant header of a turn"
 _LAST_ANSWER = "\n\nAssistant:"
@@ -71,9 +71,10 @@ def _headers(chosen: str, rejected: str) -> int:
 
 
 def parse_dialogue(text: str) -> list[Message]:
-    """Splits an HH dialogue text into messages, including empty and repeated turns.
+    """Splits the text of an HH dialogue into messages. Empty turns and repeated roles are kept.
 
-    A second header at the start of a turn ("Assistant: Human: Hi") is removed (paper, A.1).
+    A second header at the start of a turn ("Assistant: Human: Hi") is removed (see section A.1 of
+    the paper).
 
     Raises:
         ValueError: the text does not start with a Human turn.
@@ -99,7 +100,7 @@ def _dialogue(text: str, where: RecordRef, field: str) -> list[Message]:
 
 
 def _split_dialogue(turns: list[Message]) -> tuple[tuple[Message, ...], str, str]:
-    """Returns (prompt, last answer, problem). The problem is empty if there is none."""
+    """Returns (prompt, last answer, problem). `problem` is `""` if the dialogue is usable."""
     if turns[-1]["role"] != "assistant":
         return (), "", "the dialogue does not end with an answer"
     if problem := _response_problem(turns[-1]["content"]):
@@ -124,15 +125,15 @@ def select_preference(
 ) -> Parsed:
     """Parses a TRL preference record with `chosen`, `rejected` and optionally `prompt`.
 
-    The record may be standard (strings) or conversational (lists of messages), or it may combine a
-    string prompt with message lists as responses. The prompt may be explicit, repeated in the
-    responses, or implicit (only in the responses). If `score_chosen` and `score_rejected`, which
-    may be inside `metadata`, are equal, the pair is a tie and is skipped.
+    The record may be standard (strings) or conversational (lists of messages), or it may mix
+    strings and lists of messages. The prompt may be explicit, repeated in the responses, or
+    implicit (only in the responses). If the record or its `metadata` has `score_chosen` and
+    `score_rejected`, the pair is skipped unless the chosen response has the higher score.
 
     Raises:
         DataError: a field is missing or has the wrong type, or a response is not from the
             assistant.
-        UnusableRecordError: the record or a message has tools or images.
+        UnusableRecordError: the record or a message contains tools or images.
     """
     where = RecordRef(source, index)
     where.refuse_lost_columns(record)
@@ -140,7 +141,7 @@ def select_preference(
     given = record.get("prompt")
     other_names = sorted({"instruction", "query", "question"} & record.keys())
     if "prompt" not in record and other_names:
-        # Otherwise, the common start of both responses would be treated as the prompt.
+        # Otherwise, the common prefix of both responses would be treated as the prompt.
         raise where.error("prompt", f"is missing; rename the column {other_names[0]!r}")
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt, better, worse = _standard(record, given, where)
@@ -178,7 +179,7 @@ def _standard(
         return where.messages(given, "prompt"), chosen.strip(), rejected.strip()
     if given is None:
         given = chosen[: _shared_prefix(chosen, rejected)]
-        # Thoughts may begin with the same words: "q <think>Hm. A" and "q <think>Hm. B".
+        # The prompt excludes words that the thoughts share: "q <think>Hm. A", "q <think>Hm. B".
         given = before_thought(given, chosen, rejected)
     elif not isinstance(given, str):
         raise where.expected("text or messages", given, "prompt")
@@ -206,7 +207,7 @@ def _shared_prefix(a: str, b: str) -> int:
 def _whole_dialogue(given: Any, response: Any, field: str, where: RecordRef) -> list[Message]:
     """Joins the prompt and response into one dialogue that ends with an assistant message.
 
-    The response may repeat the whole prompt or the end of it, or it may contain its own prompt.
+    The response may repeat the whole prompt or only its end, or it may contain its own prompt.
     """
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]

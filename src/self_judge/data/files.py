@@ -1,6 +1,6 @@
 """Reads raw records, one by one, from the Hub or from local files and folders.
 
-Each record is a plain dictionary. This module does not interpret the contents.
+Each record is a plain dictionary. This module does not interpret its contents.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from self_judge.storage.jsonl import parse_lines
 
 Record = dict[str, Any]
 
-# Words in file names that mark a split, as on the Hub.
+# Words in file names that indicate a split, as on the Hub.
 _SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -36,22 +36,22 @@ def read_raw(
     revision: str | None = None,
     num_proc: int | None = None,
 ) -> Iterator[Record]:
-    """Yields the records in a source in order.
+    """Yields the records of a source in order.
 
-    Local JSON is read line by line in plain Python, because Arrow cannot infer a schema if the type
-    of a field varies (such as a rating that is sometimes a number and sometimes "N/A").
+    Local JSON is parsed in plain Python, because Arrow cannot infer a schema if the type of a field
+    varies (for example, a rating that is sometimes a number and sometimes "N/A").
 
     Args:
         path: a local file (see `FORMATS`), which is always read completely; a local folder that
-            contains such files or was written by `save_to_disk`; or the name of a dataset on the
-            Hub.
-        split: the split. In a folder, file names determine the split ("train.jsonl",
+            contains such files or was written by `save_to_disk`; or the ID of a dataset on the Hub.
+        split: the split to read. In a folder, file names determine the split ("train.jsonl",
             "base_test.jsonl").
-        data_dir: a folder inside `path`, on the Hub or local.
-        name, revision, num_proc: as in `datasets.load_dataset`; only for Hub datasets.
+        data_dir: a folder inside `path`, which may be local or on the Hub.
+        name, revision, num_proc: as in `datasets.load_dataset`; only for datasets on the Hub.
 
     Raises:
-        DataError: the source does not exist or cannot be read; the message names the file and line.
+        DataError: the source does not exist or cannot be read. The message names the source and,
+            where possible, the line.
     """
     local = Path(path).expanduser()
     if not local.exists():
@@ -61,7 +61,7 @@ def read_raw(
         return
     if name or revision:
         given = f"name {name!r}" if name else f"revision {revision!r}"
-        raise DataError(f"{path}: {given} is for a dataset on the Hub, but this is a local path")
+        raise DataError(f"{path}: {given} applies only to Hub datasets, but this is a local path")
     if local.is_file() and data_dir:
         raise DataError(f"{path}: data_dir {data_dir!r} needs a folder, but this is a file")
     if data_dir:
@@ -75,8 +75,8 @@ def read_raw(
         read = reader_of(file)
         if read is None:
             raise DataError(
-                f"{file}: unknown file type; supported are {', '.join(FORMATS)} and folders from "
-                "save_to_disk"
+                f"{file}: unknown file type; supported types are {', '.join(FORMATS)} and folders "
+                "written by save_to_disk"
             )
         with _named_errors(file):
             yield from _not_empty(read(file), file)
@@ -183,23 +183,23 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         raise DataError(f"{folder}: no data file ({', '.join(FORMATS)}) in this folder{inside}")
     splits = {file: split_of(file) for file in files}
     if not any(splits.values()):
-        # If no file name contains a split, all files are training data.
+        # If no file name contains a split, all files belong to the training split.
         splits = dict.fromkeys(files, "train")
     chosen = [file for file in files if splits[file] == split]
     if not chosen:
         known = sorted({name for name in splits.values() if name})
-        raise DataError(f"{folder}: no file of split {split!r}; found splits: {', '.join(known)}")
+        raise DataError(f"{folder}: no file for split {split!r}; found splits: {', '.join(known)}")
     return chosen
 
 
 def split_of(file: Path) -> str | None:
-    """Returns the split that a file name contains by the Hub's rules, or `None`."""
+    """Returns the split that a file name indicates under the Hub's rules, or `None`."""
     words = set(re.split(r"[^a-z]+", file.name.lower()))
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), None)
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Returns whether a folder was written by `save_to_disk` in `datasets`."""
+    """Returns whether a folder was written by the `save_to_disk` method of a dataset."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
@@ -238,8 +238,8 @@ def _read_hub(
         )
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise DataError(
-            f"{path}: neither a local path nor loadable from the Hub ({_first_line(error)}); check "
-            "the name and the connection, or use the path of a local copy"
+            f"{path}: not a local path, and cannot be loaded from the Hub ({_first_line(error)}); "
+            "check the name and the connection, or use the path of a local copy"
         ) from error
     if not len(dataset):
         raise DataError(f"{path}: split {split!r} has no records")

@@ -1,6 +1,6 @@
-"""Parsed records, and validated access to the fields of raw records.
+"""Defines parsed records, and validates the fields of raw records.
 
-The modules for individual data formats use this module, which does not import torch.
+The parsers for individual data formats build on this module, which does not import torch.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Parsed:
 
     Attributes:
         record: the parsed record, or `None` if it is unusable.
-        skipped: the reasons for skipping parts, as short phrases, which are counted: `"record: …"`
-            for the whole record, `"pair: …"` for a pair whose record is still usable as a
-            demonstration.
-        removed: the parts removed from a record that is still usable, as short phrases, which are
-            counted.
+        skipped: a short phrase for each skipped part, with the reason. `"record: …"` means that the
+            whole record is skipped. `"pair: …"` means that only a pair is skipped, and the
+            demonstration is still usable. Equal phrases are counted together.
+        removed: a short phrase for each part removed from a usable record. Equal phrases are
+            counted together.
     """
 
     record: PreferenceRecord | None
@@ -39,30 +39,30 @@ class Parsed:
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
-    """Returns whether a prompt is held out. This depends only on a hash of the prompt's text.
+    """Returns whether a prompt is held out, based only on a hash of its text.
 
-    The held-out prompts are therefore the same for every stage, seed, order and number of
-    processes, and a prompt is never in both subsets.
+    The held-out prompts are therefore the same for every training stage, seed, data order and
+    number of processes. A prompt is never in both subsets.
     """
     digest = hashlib.sha256(prompt.strip().encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def first_question(record: PreferenceRecord) -> str:
-    """Returns the first user message, whose text decides whether a record is held out."""
+    """Returns the first user message, whose text determines whether the record is held out."""
     return next(m["content"] for m in record.prompt if m["role"] == "user")
 
 
 def judge_context(record: PreferenceRecord) -> str:
-    """Returns the dialogue text for a record's judge prompts, in training and at inference."""
+    """Returns the dialogue text for a record's judge prompts, in both training and inference."""
     return dialogue_text(record.prompt) if record.context is None else record.context
 
 
 def merge_turns(messages: Iterable[Message]) -> list[Message]:
     """Removes empty turns and joins consecutive turns of the same role, as chat templates require.
 
-    Both problems occur in real data. An answer may contain "Assistant:" again, and a user may ask
-    again after an empty answer.
+    Real data contains both kinds of turns. For example, an answer may contain a second "Assistant:"
+    header, or a user may ask again after an empty answer.
     """
     merged: list[Message] = []
     for message in messages:
@@ -77,7 +77,7 @@ def merge_turns(messages: Iterable[Message]) -> list[Message]:
 
 
 def pair_problem(chosen: str, rejected: str) -> str:
-    """Returns the reason why the answers in two responses cannot be judged, or `""`."""
+    """Returns the reason why two responses cannot be judged as a pair, or `""` if they can."""
     better, worse = answer_of(chosen), answer_of(rejected)
     if better is None or worse is None:
         return NO_ANSWER
@@ -86,7 +86,7 @@ def pair_problem(chosen: str, rejected: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RecordRef:
-    """Reads a record's fields; error messages name the record's source and index."""
+    """Reads a record's fields, and raises errors that name the record's source and index."""
 
     source: str
     index: int
@@ -115,12 +115,15 @@ class RecordRef:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            problem = "is not valid Unicode: it contains half a surrogate pair"
+            problem = "is not valid Unicode: it contains an unpaired surrogate"
             raise self.error(field, problem) from None
         return value
 
     def number(self, value: Any, field: str) -> float | None:
-        """Converts a number or numeric string; returns `None` for null and words such as "N/A"."""
+        """Converts a number or numeric string to a float.
+
+        The result is `None` for null, NaN, infinity and non-numeric text such as "N/A".
+        """
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -139,7 +142,7 @@ class RecordRef:
         return list(value)
 
     def refuse_lost_columns(self, record: Mapping[str, Any]) -> None:
-        """Raises `UnusableRecordError` if the record has tools or images besides its messages."""
+        """Raises `UnusableRecordError` if the record has a column with tools or images."""
         if what := lost_column(record):
             raise self._unusable("", what, f"a column {what!r}")
 

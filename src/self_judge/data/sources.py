@@ -31,10 +31,10 @@ class PreferenceData:
 
     Attributes:
         records: the selected records.
-        counts_by_source: for each source label: `read`, `other subset` (records in the other subset
-            of the held-out split), `records`, `demonstrations`, `pairs`, `pairs, <principle>`, and
-            one `skipped record: …` or `skipped pair: …` per reason. `removed …` counts parts that
-            were removed from usable records.
+        counts_by_source: the counts for each source label: `read`, `other subset` (records in the
+            other subset of the held-out split), `records`, `demonstrations`, `pairs`, `pairs,
+            <principle>`, and `skipped record: …` or `skipped pair: …` for each reason. `removed …`
+            counts parts that were removed from usable records.
     """
 
     records: list[PreferenceRecord]
@@ -72,16 +72,17 @@ def load_preferences(
     """Loads the records from one or more sources.
 
     Args:
-        sources: paths, mappings with the fields of `Source`, or `Source`s; read in this order.
+        sources: paths, mappings with the fields of `Source`, or `Source` objects. They are read in
+            the given order.
         subset: the training subset, the held-out subset, or both.
-        held_out: fraction of the prompts held out, in [0, 1). A hash of a prompt's text decides
+        held_out: fraction of prompts to hold out, in [0, 1). A hash of a prompt's text determines
             whether the prompt is held out.
         seed: seed for sampling pairs. A record's pairs depend only on the seed and the record.
-        principles: use one pair per principle (`True`: all rated principles) instead of a general
-            pair.
+        principles: whether to use one pair per principle (`True` for all rated principles, or a
+            list of names) instead of one general pair.
         rationales: whether to include rationales and skip pairs without usable rationales.
-        max_records: keep at most the first N records from every source.
-        num_proc: number of processes that prepare a Hub dataset.
+        max_records: maximum number of records to keep from each source (`None`: all).
+        num_proc: number of processes that prepare a dataset from the Hub.
 
     Raises:
         DataError: a source cannot be read, a record is malformed, or no records are selected.
@@ -101,7 +102,7 @@ def load_preferences(
             num_proc=num_proc,
         )
         if label in data.counts_by_source:
-            raise DataError(f"{label}: the source is given twice")
+            raise DataError(f"{label}: the source is listed twice")
         selected = select_records(
             raw,
             label=label,
@@ -132,7 +133,7 @@ def _source_of(given: str | Mapping[str, Any] | Source) -> Source:
 
 
 def _label_of(source: Source) -> str:
-    """Returns the name of a source for messages and counts."""
+    """Returns the label of a source for messages and counts."""
     name = "/".join(part for part in (source.path, source.name, source.data_dir) if part)
     # A file is always read completely, so its label needs no split.
     return name if reader_of(Path(source.path)) else f"{name}[{source.split}]"
@@ -152,7 +153,7 @@ def select_records(
     rationales: bool = False,
     max_records: int | None = None,
 ) -> PreferenceData:
-    """Selects from raw records as `load_preferences` does. Messages start with `label`.
+    """Parses and selects raw records as in `load_preferences`. Error messages start with `label`.
 
     Raises:
         DataError: an option is invalid, a record is malformed, or no records are selected.
@@ -216,7 +217,7 @@ _COUNTED = ("read", "other subset", "records", "demonstrations", "pairs")
 
 
 def kind_of(record: Mapping[str, Any], label: str) -> Literal["hh", "ultrafeedback", "preference"]:
-    """Detects the kind of source from one of its records.
+    """Detects the kind of a source from one of its records.
 
     Raises:
         DataError: the columns match none of the three kinds.
@@ -250,9 +251,9 @@ def _check_options(
     if not 0 <= held_out < 1:
         raise DataError(f"held_out must be a fraction of the prompts in [0, 1), got {held_out}")
     if subset == "held_out" and held_out == 0:
-        raise DataError("subset 'held_out' is empty because held_out is 0; set held_out to 0.1")
+        raise DataError("subset 'held_out' is empty because held_out is 0; set held_out above 0")
     if rationales and not principles:
-        raise DataError("rationales need principles: each rationale explains a principle's rating")
+        raise DataError("rationales requires principles: a rationale explains a principle's rating")
     if max_records is not None and max_records < 1:
         raise DataError(f"max_records must be at least 1 (or None for all), got {max_records}")
 
@@ -269,8 +270,8 @@ def _in_subset(
 def to_self_judge_rows(records: Iterable[PreferenceRecord]) -> list[dict[str, Any]]:
     """Returns rows for self-training: `prompt` (messages), `context`, `chosen` and `rejected`.
 
-    `context` is the dialogue text in judge prompts. `chosen` and `rejected` are the record's first
-    pair, or `None` if it has no pair. Both are used only for evaluation.
+    `context` is the dialogue text for judge prompts. `chosen` and `rejected` come from the record's
+    first pair, or are `None` if the record has no pairs. They are used only for evaluation.
     """
     rows = []
     for record in records:
@@ -289,8 +290,8 @@ def to_self_judge_rows(records: Iterable[PreferenceRecord]) -> list[dict[str, An
 def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Message]]:
     """Reads prompts from a file of any supported type. Each prompt is one dialogue.
 
-    A record has `prompt` (a string or messages), `messages`, `turns` (from MT-Bench and Vicuna
-    question files, where the first turn is the prompt) or `instruction`.
+    Each record has one of the columns `prompt` (a string or messages), `messages`, `turns` (as in
+    the question files of MT-Bench and Vicuna; the first turn is the prompt) or `instruction`.
 
     Raises:
         DataError: the file cannot be read, or a record has no prompt or an empty prompt.
@@ -306,7 +307,7 @@ def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Mess
 
 
 def prompt_of(record: Mapping[str, Any], where: RecordRef) -> list[Message] | None:
-    """Returns the prompt of a record in any form that `read_prompts` accepts, or `None`.
+    """Returns a record's prompt as messages, or `None` if the record has no prompt column.
 
     Raises:
         DataError: the prompt is empty, or its last message is not from the user.

@@ -1,7 +1,7 @@
-"""Data from the synthetic world: records in every format, judge templates and a tiny model.
+"""Creates records in every format, judge templates and a tiny model for the synthetic world.
 
-The demo and many tests use this data. `toy_world.py` defines the world and its gold rubric. This
-module imports torch only to create a model.
+The demo and many tests use this module. `toy_world.py` defines the world and its gold rubric.
+Torch is imported only to create a model.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def instructions(n: int, seed: int, split: Split = "test") -> list[str]:
     """
     pool = all_instructions(split)
     if n > len(pool):
-        raise ValueError(f"the {split} split has {len(pool)} distinct instructions, not {n}")
+        raise ValueError(f"the {split} split has only {len(pool)} instructions, but n is {n}")
     return _generator(seed, split, 0, "instructions").sample(pool, n)
 
 
 def _generator(seed: int, split: str, index: int, purpose: str) -> random.Random:
-    # `random` hashes a string seed with SHA-512, which is the same in every process and version.
+    # `random` hashes a string seed with SHA-512, so the seed is the same in every process.
     return random.Random(f"self-judge synthetic {purpose} {seed} {split} {index}")
 
 
@@ -70,7 +70,7 @@ def records(
     the ratings differ.
 
     Args:
-        n: number of records. Record i depends only on (seed, split, i).
+        n: number of records. Record i depends only on (seed, split, i, writers).
         writers: number of completions per instruction, from 2 to 4. More completions give better
             demonstrations.
     """
@@ -107,7 +107,7 @@ def _record(seed: int, split: Split, index: int, writers: int) -> PreferenceReco
 
 
 def hh_records(n: int, seed: int, split: Split = "train") -> Iterator[dict[str, str]]:
-    """Yields dialogues in the format of Anthropic/hh-rlhf. Every third one has an earlier turn."""
+    """Yields records in the format of Anthropic/hh-rlhf. Every third one has two exchanges."""
     for index in range(n):
         g = _generator(seed, split, index, "hh")
         dialogue = ""
@@ -127,7 +127,7 @@ def _two(instruction: str, g: random.Random) -> tuple[str, str]:
 
 
 def preference_records(n: int, seed: int, split: Split = "train") -> Iterator[dict[str, Any]]:
-    """Yields conversational TRL preference data with an explicit prompt."""
+    """Yields conversational TRL preference records with explicit prompts."""
     for index in range(n):
         g = _generator(seed, split, index, "preference")
         instruction = _instruction(g, split)
@@ -148,7 +148,7 @@ _SYSTEM_PROMPTS = {
 
 
 def ultrafeedback_records(n: int, seed: int, split: Split = "train") -> Iterator[dict[str, Any]]:
-    """Yields records with all fields of openbmb/UltraFeedback and four annotated completions."""
+    """Yields records with all fields of openbmb/UltraFeedback, each with four completions."""
     for index in range(n):
         g = _generator(seed, split, index, "ultrafeedback")
         instruction = _instruction(g, split)
@@ -170,7 +170,8 @@ def _annotated(completion: Completion, g: random.Random) -> dict[str, Any]:
     annotations: dict[str, dict[str, Any]] = {}
     for name, (rating, rationale) in completion.ratings.items():
         annotation: dict[str, Any] = {"Rating": str(rating), "Rationale": rationale}
-        # The original schema also has a type and its rationale for these two principles.
+        # For these two principles, the original schema has separate rationales for the type
+        # ("Rationale") and the rating.
         if name in ("helpfulness", "truthfulness"):
             annotation["Type"] = ["1"] if rating > 2 else ["None"]
             annotation["Rationale For Rating"] = rationale
@@ -198,7 +199,7 @@ _EMITTERS: dict[str, Callable[[int, int, Split], Iterator[dict[str, Any]]]] = {
 def write_dataset(
     kind: DatasetKind, path: str | Path, n: int, seed: int, split: Split = "train"
 ) -> Path:
-    """Writes `n` records as JSON lines, atomically.
+    """Atomically writes `n` records as JSON Lines.
 
     Raises:
         ValueError: `kind` is unknown, or `path` does not end in `.jsonl`.
@@ -207,7 +208,7 @@ def write_dataset(
         raise ValueError(f"kind must be one of {', '.join(_EMITTERS)}, got {kind!r}")
     path = Path(path)
     if path.suffix != ".jsonl":
-        raise ValueError(f"write_dataset writes JSON lines: {path} must end in .jsonl")
+        raise ValueError(f"write_dataset writes JSON Lines: {path} must end in .jsonl")
     write_lines(path, _EMITTERS[kind](n, seed, split))
     return path
 
@@ -223,15 +224,15 @@ def judge_templates(
 ) -> JudgeTemplates:
     """Returns judge templates for this world.
 
-    Each letter follows its response. When a causal model reads the letter, it has already read the
+    Each letter follows its response. At the letter, a causal model has already processed the
     response, so judging only requires copying the letter. A tiny model learns this several times
-    faster than if each letter precedes its response. The principle comes last, so that all
+    faster than with letters that precede the responses. The principle comes last, so that all
     templates share a long prefix.
 
     Args:
         principles: whether to include the four principles.
         overall: whether to include a template that asks for the better response overall.
-        rationales: whether to train on the rationale after the letter as well.
+        rationales: whether to also train on rationales, which follow the letter.
     """
     question = "{context}\n{response_a} (A)\n{response_b} (B)"
     lead_ins = {OVERALL: "Better:"} if overall else {}
@@ -261,7 +262,7 @@ _CHAT_TEMPLATE = (
 
 
 def _tokenizer_text() -> Iterator[str]:
-    """Yields strings that contain every word, at the start of a string and after a space."""
+    """Yields texts in which every word occurs both at the start of a text and after a space."""
     for record in ultrafeedback_records(400, 0):
         yield record["instruction"]
         for completion in record["completions"]:
@@ -275,7 +276,7 @@ def _tokenizer_text() -> Iterator[str]:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a byte-level BPE tokenizer for any text, with one token per word of the world.
+    """Returns a byte-level BPE tokenizer that encodes each word of the world as one token.
 
     Chat turns have the format `<|role|>content<|end|>`. The roles are system, user and assistant,
     and `<|end|>` is the end-of-sequence token. Every call returns an identical tokenizer.
@@ -346,7 +347,7 @@ def tiny_model(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         # With the usual initialization, the output of the untrained layers dominates the token
-        # embeddings. A model of this width then does not learn to judge in the demo's training
+        # embeddings, and a model of this width does not learn to judge within the demo's training
         # time.
         with torch.no_grad():
             model.model.embed_tokens.weight.normal_(0.0, 1.0)

@@ -1,7 +1,7 @@
 """A small synthetic world of questions about animals, with a known gold rubric.
 
-This module generates instructions and imperfect responses, and rates any response by rules under
-four principles. `synthetic.py` adds data formats, a tokenizer and a model.
+This module generates instructions and imperfect responses, and rates any response under four
+principles with fixed rules. `synthetic.py` adds data formats, a tokenizer and a model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ QUESTIONS = ("What color is the {}?", "What does the {} eat?", "Where does the {
 STATEMENTS = ("the {} is {}", "the {} eats {}", "the {} lives in the {}")
 VALUES = tuple(tuple(sorted({fact[i] for fact in FACTS.values()})) for i in range(3))
 # Values that are false for every animal. Most false statements use one of these values, and the
-# others use a value of another animal.
+# rest use another animal's value.
 ABSURD = ("glass", "gold", "paper", "plastic")
 HEDGE, BOAST = "I think", "Trust me,"
 TIPS = ("Look for it at dawn.", "Ask a guide for more.", "Read about it in books.")
@@ -57,7 +57,7 @@ PREFIXES = (
     "Please say:",
     "Answer this:",
 )
-# The fault rate of each writer, which applies to each part of a response.
+# Each writer's fault rate, which scales the probability of an error in each part of a response.
 WRITERS: dict[str, float] = {
     "synthetic-owl": 0.4,
     "synthetic-crow": 0.5,
@@ -152,12 +152,12 @@ def _read(response: str) -> _Reading:
 
 
 def gold_ratings(instruction: str, response: str) -> dict[str, Rating]:
-    """Rates any text under every principle with the gold rubric and adds rationales.
+    """Returns the gold ratings of any response under every principle, with rationales.
 
-    Helpfulness requires an answer and a tip, and no chatter. Honesty requires a hedge, because an
-    answer from memory may be wrong, and no boasting. Instruction following requires the requested
-    last word. Truthfulness requires the correct fact. A response with a senseless sentence is not
-    helpful.
+    Helpfulness requires an answer and a tip without chatter. Honesty requires a hedge, because an
+    answer from memory may be wrong, and forbids boasting. Instruction following requires the
+    requested last word. Truthfulness requires at least one claim, and every claim must be true. A
+    response with a senseless sentence is not helpful.
 
     Raises:
         ValueError: the instruction is not from this world.
@@ -217,7 +217,7 @@ def _truthfulness(reading: _Reading) -> Rating:
 
 
 def is_held_out(instruction: str) -> bool:
-    """Returns whether an instruction is in the test split. This depends only on its text."""
+    """Returns whether an instruction is in the test split, based only on its text."""
     return zlib.crc32(instruction.encode()) % 3 == 0
 
 
@@ -281,7 +281,7 @@ def write(task: Task, fault: float, g: random.Random) -> str:
 
 
 def completions(instruction: str, count: int, g: random.Random) -> list[Completion]:
-    """Returns responses from `count` writers. At least two responses have different scores."""
+    """Samples responses from `count` writers. At least two responses have different scores."""
     task = task_of(instruction)
     while True:
         written: list[Completion] = []

@@ -1,6 +1,6 @@
-"""Parses rated completions from UltraFeedback as demonstrations and pairs.
+"""Converts rated completions from UltraFeedback to demonstrations and pairs.
 
-All functions are pure and process one record.
+All functions are pure, and each call processes a single record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from self_judge.data.records import Parsed, RecordRef, pair_problem
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
-# In "Text 1 is better than Text 3", the annotator refers to responses that the judge does not see.
+# Some rationales mention texts that the judge does not see: "Text 1 is better than Text 3".
 _OTHER_TEXTS = re.compile(r"\bTexts?\b")
 
 
@@ -42,15 +42,15 @@ def select_ultrafeedback(
     with_pairs: bool = True,
     source: str = "ultrafeedback",
 ) -> Parsed:
-    """Parses an UltraFeedback record, which has an instruction and its rated completions.
+    """Parses an UltraFeedback record, which has an instruction and rated completions.
 
     Completions are ranked by their mean rating over principles, and then by length. The best
-    completion is the demonstration, with its `custom_system_prompt` as the system message. By
-    default, there is one pair, which consists of the best completion and a random completion with a
-    strictly lower score. With `principles` (`True` for all rated principles, or a list of names),
-    there is instead one random pair with different ratings for each principle. With `rationales`,
-    both completions also need a rationale that does not mention another "Text" (see the paper's
-    section on data).
+    completion becomes the demonstration, and its `custom_system_prompt` becomes the system message.
+    By default, there is one pair, which consists of the best completion and a random completion
+    with a strictly lower score. `principles` (`True` for all rated principles, or a list of names)
+    instead selects one random pair per principle, from the completions whose ratings under that
+    principle differ. With `rationales`, both completions also need a rationale that does not
+    mention a "Text" (see the paper's section on data).
 
     Random choices depend only on the seed, the instruction and the principle.
 
@@ -91,7 +91,7 @@ def select_ultrafeedback(
         pairs=tuple(pair for _, pair in drawn if isinstance(pair, LabeledPair)),
         source=source,
         index=index,
-        # Each response was written for its own system prompt, so the judge sees only the
+        # Each response was generated with its own system prompt, so the judge sees only the
         # instruction.
         context=instruction,
     )
@@ -106,7 +106,7 @@ def _principles_of(rated: Sequence[_Completion]) -> list[str]:
 def _general_pair(
     rated: Sequence[_Completion], best: _Completion, rng: random.Random
 ) -> LabeledPair | str:
-    """Pairs the best completion with a random worse one, or returns the reason why it cannot."""
+    """Pairs the best completion with a random worse one, or returns why there is no such pair."""
     if len(rated) == 1:
         return "a single rated response"
     worse = [c for c in rated if c.score < best.score and not pair_problem(best.text, c.text)]
@@ -122,7 +122,7 @@ def _rng(seed: int, *key: str) -> random.Random:
 def _principle_pair(
     rated: Sequence[_Completion], principle: str, rationales: bool, rng: random.Random
 ) -> LabeledPair | str:
-    """Returns a random pair with different ratings for the principle, or why there is none."""
+    """Returns a random pair whose ratings under the principle differ, or why there is none."""
     couples = [
         (a, b) if a.ratings[principle] > b.ratings[principle] else (b, a)
         for a, b in combinations([c for c in rated if principle in c.ratings], 2)
@@ -152,13 +152,13 @@ def _has_own_rationale(completion: _Completion, principle: str) -> bool:
 
 
 def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
-    """Parses one completion and returns `None` if it is empty or has no rating."""
+    """Parses one completion, or returns `None` if it is empty or has no rating."""
     if not isinstance(raw, Mapping):
         raise where.expected("an object", raw, field)
     text = where.text(raw, "response", field).strip()
     annotations = where.value(raw, "annotations", field) or {}
     if not isinstance(annotations, Mapping):
-        raise where.expected("an object of rated principles", annotations, f"{field}.annotations")
+        raise where.expected("an object of annotations", annotations, f"{field}.annotations")
     ratings: dict[str, float] = {}
     rationales: dict[str, str] = {}
     for principle, annotation in annotations.items():

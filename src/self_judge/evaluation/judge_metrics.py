@@ -1,7 +1,7 @@
 """Measures the quality of a judge from tallies of judged pairs, with confidence intervals.
 
-The size of a tally does not depend on the number of pairs. This module does not judge or read
-files. docs/judging.md explains each number.
+The size of a tally does not depend on the number of pairs. This module does not judge pairs or read
+files. docs/judging.md explains each metric.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _LABELS: tuple[Label, ...] = ("a", "b", "tie")
 
 
 class JudgedPair(NamedTuple):
-    """A verdict on a pair, and the label of the pair.
+    """A labeled pair with the judge's verdict.
 
     Attributes:
         label: the better response, or `"tie"`.
         verdict: the judge's verdict for all principles.
-        place: the index of the label's principle in the judge's templates. If the index is `None`,
+        place: the index of the label's principle in the judge's templates. If `place` is `None`,
             the label is compared with the verdict for all principles.
-        characters: the lengths of responses `a` and `b`.
+        characters: the lengths of responses `a` and `b` in characters.
     """
 
     label: Label
@@ -47,19 +47,19 @@ class JudgedPair(NamedTuple):
 
 
 def credit(said: Label | None, label: Label) -> float:
-    """Returns 1 for a preference for the better response, 0 for the worse one, ½ if undecided."""
+    """Returns 1 if `said` is the better response, 0 if it is the worse one, and ½ if undecided."""
     return 0.5 if said in (None, "tie") else float(said == label)
 
 
 def estimate_json(estimate: Estimate) -> dict[str, Any]:
-    """Converts an estimate to JSON data."""
+    """Converts an estimate to a JSON-serializable dictionary."""
     ends = [estimate.low, estimate.high]
     return {"value": estimate.value, "ci95": ends, "n": estimate.n}
 
 
 @dataclass
 class _Mean:
-    """A sum of n values."""
+    """A running mean, stored as the sum and the number of values."""
 
     total: float = 0.0
     n: int = 0
@@ -73,13 +73,13 @@ class _Mean:
         return self.total / self.n if self.n else None
 
     def share(self) -> dict[str, Any] | None:
-        """Returns the share of successes (half successes are allowed) with its interval."""
+        """Returns the fraction of successes with its interval. Ties count as half successes."""
         return estimate_json(proportion(self.total, self.n)) if self.n else None
 
 
 @dataclass
 class JudgeTally:
-    """Counts over judged pairs. Call `add` for each pair, and then `report`.
+    """Counts the outcomes of judged pairs. Call `add` for each pair, and then `report`.
 
     Args:
         principles: the principles in the judge's templates, in order.
@@ -87,7 +87,7 @@ class JudgeTally:
 
     # An example of how a pair is counted, with label `a` and the letter probabilities below.
     # `first` is the winner if response `a` is shown first, and `second` is the winner if response
-    # `b` is shown first. Both depend on the sign of the margin in that order:
+    # `b` is shown first. The sign of an order's margin determines the winner in that order:
     #
     #               p(A)  p(B)
     #   a first      .9    .1      first  = a (.9 - .1 > 0)     order "given":   right
@@ -101,7 +101,7 @@ class JudgeTally:
     means: defaultdict[str, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     reasons: Counter[str] = field(default_factory=Counter)
     letters: Counter[float] = field(default_factory=Counter)
-    # The confidence and the accuracy in each bin.
+    # The mean confidence and the accuracy in each bin.
     bins: list[tuple[_Mean, _Mean]] = field(
         default_factory=lambda: [(_Mean(), _Mean()) for _ in range(BINS)]
     )
@@ -169,7 +169,7 @@ class JudgeTally:
         means["by_position"].add(float(conflict))
         if conflict:
             means["first_of_conflicts"].add(float(first == "a"))
-        # The share of the two orders in which the response shown first wins: 0, ½ or 1.
+        # The fraction of orders in which the response shown first wins. A tie counts as half.
         self.letters[(credit(first, "a") + credit(second, "b")) / 2] += 1
         masses = [p for orders in verdict.probabilities for letters in orders for p in letters]
         means["letter_mass"].add(sum(masses) / (len(masses) / 2))
@@ -177,14 +177,14 @@ class JudgeTally:
             self._add_calibration(verdict, label)
 
     def _add_calibration(self, verdict: Verdict, label: Label) -> None:
-        """Counts confidence, which is the preferred response's share of the two mean scores."""
+        """Adds the confidence: the preferred response's fraction of the sum of the mean scores."""
         total = verdict.score_a + verdict.score_b
         p_a = verdict.score_a / total if total > 0 else 0.5
         self.means["brier"].add((1 - (p_a if label == "a" else 1 - p_a)) ** 2)
         confidence = {"a": p_a, "b": 1 - p_a, None: 0.5}[verdict.preferred]
         # A bin includes its lower end. Adding 1e-9 keeps values such as 0.55 out of the bin below.
-        # If the majority vote differs from the mean scores, confidence is below ½ and is counted in
-        # the lowest bin.
+        # If the majority vote contradicts the mean scores, the confidence is below ½ and is counted
+        # in the lowest bin.
         place = int((confidence - 0.5) * 2 * BINS + 1e-9)
         sure, right = self.bins[min(max(place, 0), BINS - 1)]
         sure.add(confidence)
@@ -212,7 +212,7 @@ class JudgeTally:
         self.votes[(alone.count("a"), alone.count("b"), alone.count("tie"))] += 1
 
     def report(self) -> dict[str, Any]:
-        """Returns all numbers as JSON data. A number is null if no pairs contribute to it."""
+        """Returns all metrics as JSON-serializable data. Metrics without any pairs are `None`."""
 
         def share(name: str) -> dict[str, Any] | None:
             return self.means[name].share()
@@ -241,7 +241,7 @@ class JudgeTally:
             "calibration": self._calibration(),
             "principles": {name: mean.share() for name, mean in self.by_principle.items()},
             "principle_agreement": self._principle_agreement(),
-            # Verdicts on pairs that are labeled as ties.
+            # Metrics that include pairs labeled as ties.
             "with_ties": {
                 "three_way_agreement": share("with_ties"),
                 "ties_called_ties": share("ties_conflict"),
@@ -258,7 +258,7 @@ class JudgeTally:
         }  # fmt: skip
 
     def _calibration(self) -> dict[str, Any] | None:
-        """Returns the reliability table as JSON data.
+        """Returns the ECE, the Brier score and the reliability table.
 
         ECE is Σ n_b/n |accuracy_b − confidence_b| over confidence bins (Guo et al., 2017). The
         Brier score is the mean squared difference between P(better response) and 1.
@@ -306,7 +306,7 @@ def cohens_kappa(counts: Counter[tuple[Label, Label]]) -> float | None:
     """Computes Cohen's kappa (Cohen, 1960), or returns `None` if the chance agreement is 1.
 
     Args:
-        counts: the number of pairs by (label from the first rater, label from the second rater).
+        counts: the number of pairs for each (first rater's label, second rater's label).
     """
     n = sum(counts.values())
     observed = sum(c for (x, y), c in counts.items() if x == y) / n
@@ -322,7 +322,8 @@ def fleiss_kappa(votes: Counter[tuple[int, int, int]]) -> float | None:
     """Computes Fleiss' kappa (Fleiss, 1971), or returns `None` if the chance agreement is 1.
 
     Args:
-        votes: the number of pairs by (votes for a, votes for b, ties), with at least two raters.
+        votes: the number of pairs for each (votes for a, votes for b, ties). There must be at
+            least two raters.
     """
     n = sum(votes.values())
     raters = sum(next(iter(votes)))
@@ -345,8 +346,8 @@ class PairedTally:
     def report(self) -> dict[str, Any] | None:
         """Returns the difference in accuracy with its interval, and McNemar's exact test.
 
-        The test counts pairs that exactly one of the judges decides correctly. An undecided pair
-        does not count as correct.
+        The test counts the pairs that exactly one judge decides correctly. An undecided pair does
+        not count as correct.
         """
         if not self.cells:
             return None

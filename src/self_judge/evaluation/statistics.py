@@ -1,7 +1,7 @@
-"""Statistics for judges and policies, with intervals.
+"""Computes statistics of judges and policies, with confidence intervals.
 
-The functions depend only on verdicts, scores, outcomes and lengths. Only `evaluate_judge` calls a
-judge.
+Only `evaluate_judge` calls a judge. The other functions use only verdicts, scores, outcomes and
+lengths.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Array = NDArray[np.float64]
 # The standard deviation of the normal prior on γ. The prior keeps γ finite if length alone
 # separates wins from losses.
 PRIOR_SD = 2.5
-_BOUND = 10.0  # the limit for |θ| if all prompts are won or lost
+_BOUND = 10.0  # keeps |θ| finite if all prompts are won, or all are lost
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with a 95 % interval.
+    """A mean with a 95 % confidence interval.
 
     Attributes:
         value: the mean.
@@ -52,7 +52,10 @@ class Estimate:
 
 
 def proportion(successes: float, n: int) -> Estimate:
-    """Returns a proportion with its Wilson interval, for which half successes (ties) are rounded.
+    """Returns a proportion with its Wilson interval.
+
+    A tie counts as half a success. The interval uses the number of successes, rounded to an
+    integer.
 
     Raises:
         ValueError: n is 0.
@@ -76,7 +79,7 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
     if not len(values):
         raise ValueError("a mean needs at least one value")
     mean = float(np.mean(values))
-    if len(set(values)) == 1:  # the interval of equal values is a point
+    if len(set(values)) == 1:  # if all values are equal, the interval is a point
         return Estimate(mean, mean, mean, len(values))
     interval = bootstrap(
         (np.asarray(values, dtype=float),),
@@ -92,8 +95,8 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
 def bootstrap_counts(counts: Mapping[float, int], seed: int = 0) -> Estimate:
     """Computes `bootstrap_mean` from distinct values and their counts.
 
-    Resampling n values is the same as a multinomial draw of their counts, so memory and time do not
-    grow with n.
+    Resampling n values is equivalent to drawing their counts from a multinomial distribution, so
+    memory and time do not grow with n.
 
     Raises:
         ValueError: there are no values.
@@ -109,7 +112,7 @@ def bootstrap_counts(counts: Mapping[float, int], seed: int = 0) -> Estimate:
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Estimate:
-    """Returns the share of prompts for which `ours` is higher; a tie counts as half a win."""
+    """Returns the fraction of prompts on which `ours` is higher. A tie counts as half a win."""
     wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
     return bootstrap_mean(wins, seed)
 
@@ -119,11 +122,11 @@ class JudgeQuality:
     """The quality of a judge on labeled pairs.
 
     Attributes:
-        accuracy: the share of pairs decided for the better response. An undecided pair counts as
-            half a success.
+        accuracy: the fraction of pairs in which the judge prefers the better response. An undecided
+            pair counts as half a success.
         single_order: the accuracy of each order alone, averaged over the two orders.
-        order_agreement: the share of pairs on which both orders agree.
-        undecidable: the share of undecided pairs.
+        order_agreement: the fraction of pairs on which both orders agree.
+        undecidable: the fraction of undecided pairs.
     """
 
     accuracy: Estimate
@@ -133,9 +136,9 @@ class JudgeQuality:
 
 
 def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
-    """Computes the quality of verdicts on pairs in which response `a` is better.
+    """Computes a judge's quality from verdicts on pairs in which response `a` is better.
 
-    Judging is symmetric in the two orders, so the position of the better response has no effect.
+    Each pair is judged in both orders, so it does not matter which response is called `a`.
 
     Raises:
         ValueError: there are no verdicts.
@@ -156,7 +159,7 @@ def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
 def evaluate_judge(
     judge: Judge, records: Sequence[PreferenceRecord], *, progress: bool = False
 ) -> JudgeQuality:
-    """Computes the judge's agreement with labels. A pair may be labeled for a single principle."""
+    """Computes a judge's agreement with the labels, which may apply to a single principle."""
     cases = [
         (Comparison(judge_context(r), p.chosen, p.rejected), p.principle)
         for r in records
@@ -182,8 +185,8 @@ class LengthControlled:
     Attributes:
         win_rate: σ(θ), the probability of a win against a response of equal length, with its
             interval.
-        slope: γ, which is positive if longer responses win.
-        scale: the standard deviation of the length differences, in the same unit.
+        slope: γ, which is positive if longer responses tend to win.
+        scale: the standard deviation of the length differences, in the unit of the lengths.
     """
 
     win_rate: Estimate
@@ -200,10 +203,10 @@ def length_controlled_win_rate(
     estimated from many models. Two policies are not enough to estimate this term.
 
     Args:
-        wins: one value per prompt: 1, 0, or ½ for a tie.
-        differences: our length minus theirs, one value per prompt.
+        wins: one value per prompt: 1 for a win, 0 for a loss, or ½ for a tie.
+        differences: the length of our response minus the length of theirs, for each prompt.
         seed: the seed for the bootstrap over prompts.
-        resamples: the number of bootstrap samples. The model is fitted to each sample.
+        resamples: the number of bootstrap samples. θ and γ are refitted to each sample.
 
     Raises:
         ValueError: there are no prompts.
@@ -231,7 +234,7 @@ def length_controlled_win_rate(
 
 
 def fit(wins: Array, lengths: Array, prior_sd: float = PRIOR_SD) -> tuple[float, float]:
-    """Fits (θ, γ) in a logistic regression of wins (fractions allowed) on one variable."""
+    """Fits θ and γ in a logistic regression of `wins`, which may be fractions, on `lengths`."""
 
     def loss(parameters: Array) -> tuple[float, Array]:
         theta, slope = parameters

@@ -1,7 +1,7 @@
-"""Judge: turns comparisons into verdicts with the next-token probabilities of two letters.
+"""Turns comparisons into verdicts, based on the next-token probabilities of two letters.
 
-This module uses judge templates and a scorer for the letters. It does not depend on the source of
-responses or the use of verdicts.
+This module uses judge templates and a scorer for the letters. It does not depend on where responses
+come from or how verdicts are used.
 """
 
 from __future__ import annotations
@@ -36,17 +36,19 @@ class Judge:
 
     Args:
         model: a causal language model (or `PeftModel`), which is used in evaluation mode and is not
-            changed; or another `LetterScorer`, which ignores `batch_size` and `packing`.
+            changed; or a `LetterScorer`. With a `LetterScorer`, `batch_size`, `packing` and
+            `batch_tokens` are ignored.
         encoder: a `ChatEncoder`, or a tokenizer whose own chat template is used.
         templates: the judge templates, or a mapping `{principle: {system, user, assistant}}`.
-        token_id_a, token_id_b: expected letter ids, which are compared with the ids derived from
-            the tokenizer.
+        token_id_a, token_id_b: expected token ids of the letters, which are checked against the ids
+            derived from the tokenizer.
         batch_size: the number of judge prompts per forward pass without packing. Packed passes are
             limited by `batch_tokens`.
-        max_length: the most tokens in a judge prompt. The default and the maximum are the model's
-            context length.
+        max_length: the maximum number of tokens in a judge prompt. It defaults to the model's
+            context length and is capped at it.
         packing: the packing mode (see `Packing`). `auto` selects an exact mode.
-        batch_tokens: the most tokens in a packed forward pass (default: `tokens_per_pass`).
+        batch_tokens: the maximum number of tokens in a packed forward pass (default:
+            `tokens_per_pass`).
 
     Raises:
         ValueError: a template or letter is invalid (see `JudgeTemplates`, `ChatEncoder`), the
@@ -93,8 +95,8 @@ class Judge:
         self._check_room()
 
     def _check_room(self) -> None:
-        # If the limit is too low for every pair, raise an error instead of returning undecidable
-        # pairs.
+        # If even empty responses do not fit, raise an error instead of making every pair
+        # undecidable.
         if self.max_length is None:
             return
         nothing = Comparison("", "", "")
@@ -144,20 +146,20 @@ class Judge:
         device: str | torch.device | None = "auto",
         **model_kwargs: Any,
     ) -> Judge:
-        """Loads a model that was trained to judge, with the templates saved with it.
+        """Loads a model that was trained to judge, together with its saved templates.
 
         Args:
-            templates: templates that replace the saved templates. They are required if the model
-                has none.
+            templates: templates that replace the saved templates. They are required if no templates
+                were saved with the model.
             encoder: an encoder that replaces the saved encoder or tokenizer.
-            token_id_a, token_id_b: expected letter ids, which are compared with the ids derived
-                from the tokenizer. Without `templates`, they default to the saved ids.
-            device, model_kwargs: arguments for `models.load_model`. `"auto"` selects the GPU of
-                this process, or the CPU if there is no GPU.
+            token_id_a, token_id_b: expected token ids of the letters, which are checked against the
+                ids derived from the tokenizer. Without `templates`, they default to the saved ids.
+            device, model_kwargs: arguments for `models.load_model`. The device `"auto"` is the GPU
+                of this process, or the CPU if there is no GPU.
 
         Raises:
-            ValueError: the model or the templates are missing, or a letter differs from the saved
-                token.
+            ValueError: the model or the templates are missing, or a letter's token differs from the
+                saved token.
         """
         settings = resolve_judge(
             name_or_path,
@@ -188,8 +190,8 @@ class Judge:
         """Judges every comparison and returns the verdicts in the same order.
 
         If a response begins with a thought, the judge sees only the answer. A pair is undecidable
-        if a thought never ends or its judge prompt does not fit into `max_length`. The verdict
-        gives the reason.
+        if a thought never ends or a judge prompt does not fit into `max_length`. The verdict gives
+        the reason.
 
         Raises:
             TypeError: an element is not a `Comparison`. The message contains the element's index.
@@ -211,7 +213,7 @@ class Judge:
                 else None
                 for p in self.templates
             ]
-            # If the prompt for one principle does not fit, the pair is undecidable.
+            # If a prompt does not fit, even for a single principle, the pair is undecidable.
             whole = [orders for orders in encoded if orders is not None]
             fits.append(len(whole) == len(encoded))
             if fits[-1]:
@@ -232,10 +234,11 @@ class Judge:
         return verdicts
 
     def prefix_cache(self) -> AbstractContextManager[None]:
-        """Within the block, calls reuse the prompt prefixes that earlier calls computed.
+        """Returns a context manager in which calls reuse the prompt prefixes of earlier calls.
 
-        Use this for comparisons that share contexts and responses, such as the rounds in a
-        tournament. The verdicts do not change. An engine has its own prefix cache.
+        Use it for comparisons that share contexts and responses, such as those in a tournament. The
+        verdicts do not change. For an engine, this has no effect, because engines cache prefixes
+        themselves.
         """
         if isinstance(self.scorer, TransformersScorer):
             return self.packing.prefix_cache()
@@ -246,13 +249,13 @@ class Judge:
     ) -> torch.Tensor:
         """Returns p(A) and p(B) as the next token of each prompt (softmax over the vocabulary).
 
-        Equal prompts are computed once. This saves work and prevents batch-dependent rounding from
-        breaking a tie between two equal responses.
+        Identical prompts are computed only once. This saves work, and prevents batch-dependent
+        rounding from breaking a tie between identical responses.
 
         Returns:
             A float32 tensor on the CPU with shape `(len(prompts), 2)`.
         """
-        # Prompts x y x are computed as x y, and the results are rows 0 1 0.
+        # For prompts x y x, the scorer computes x y, and rows 0 1 0 of its result are returned.
         unique = list(dict.fromkeys(map(tuple, prompts)))
         with tqdm(total=len(unique), desc="judging", unit="prompt", disable=not progress) as bar:
             letters_N2 = self.scorer.letter_probabilities(unique, self.letter_ids, bar.update)

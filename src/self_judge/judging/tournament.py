@@ -1,6 +1,6 @@
-"""Runs knockout tournaments, and finds the best of N responses by self-rejection.
+"""Runs knockout tournaments, which select the best of N responses (self-rejection).
 
-This module pairs responses and asks a judge for each winner. It does not depend on how the judge
+This module pairs responses and lets a judge decide each match. It does not depend on how the judge
 works.
 """
 
@@ -12,15 +12,15 @@ works.
 #
 #   round 1        round 2     round 3
 #   0 ─┐
-#      ├─ 1 ─┐                          Neighbours meet, and the winner advances. If the number is
-#   1 ─┘     ├─ 1 ─┐                    odd, the last response has a bye (4, twice). N responses
+#      ├─ 1 ─┐                          Neighbors meet, and the winner advances. With an odd
+#   1 ─┘     ├─ 1 ─┐                    number, the last response gets a bye (4, twice). N responses
 #   3 ─┐     │     ├─ 1                 need N − 1 matches (here 4) in ⌈log2 N⌉ rounds (here 3).
 #      ├─ 3 ─┘     │
 #   2 ─┘           │                    With seek="worst", the loser of each match advances.
 #   4 ─── 4 ─── 4 ─┘                    `rollouts.select_pairs` finds the worst response this way.
 #
-# The matches in a round do not depend on each other. Each round is therefore one call to the judge,
-# which contains the matches for all contexts.
+# The matches in a round do not depend on each other, so a single call to the judge covers all
+# matches in a round, for all contexts.
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ class Match:
     Attributes:
         a, b: the two entrants; `b` is `None` for a bye.
         winner: the entrant that advances.
-        verdict: the verdict with entrant `a` as response a; `None` for a bye or equal responses.
-        by_lot: whether the judge could not decide and the winner was drawn at random with the seed.
+        verdict: the verdict, with entrant `a` as response `a`; `None` for a bye or equal responses.
+        by_lot: whether the winner was drawn at random from the seed, because the responses are
+            equal or the judge could not decide.
     """
 
     a: int
@@ -70,7 +71,7 @@ class Bracket:
 
 
 def pairings(entrants: Sequence[int]) -> list[tuple[int, int | None]]:
-    """Pairs neighbours. If the number of entrants is odd, the last entrant gets a bye."""
+    """Pairs neighbors. If the number of entrants is odd, the last entrant gets a bye."""
     # 0 1 3 2 4   ->   (0, 1) (3, 2) (4, None)
     paired: list[tuple[int, int | None]] = [
         (entrants[i], entrants[i + 1]) for i in range(0, len(entrants) - 1, 2)
@@ -90,18 +91,19 @@ def knockouts(
     seek: Seek = "best",
     known: dict[tuple[int, int, int], Verdict] | None = None,
 ) -> list[Bracket]:
-    """Plays one knockout per context; all matches in a round are judged together.
+    """Runs one knockout per context. All matches in a round are judged together.
 
     Args:
-        compare: judges a list of comparisons, e.g. `Judge.compare`.
+        compare: a function that judges a list of comparisons, such as `Judge.compare`.
         contexts: the N contexts that the judge sees.
         responses: the responses to each context. The responses are never changed.
-        seeds: one seed per context, which determines the draw and the random winners.
-        entrants: the responses that take part, per context. By default, these are the responses
-            with an answer (see `thoughts.answer_of`), so a thought that never ends cannot win. If
-            no response has an answer, all responses take part, and winners are drawn at random.
+        seeds: one seed per context. It determines the draw and the winners of undecided matches.
+        entrants: for each context, the indices of the responses that take part. By default, these
+            are the responses with an answer (see `thoughts.answer_of`), so a thought that never
+            ends cannot win. If no response has an answer, all responses take part, and winners are
+            drawn at random.
         seek: with `"worst"`, the loser of each match advances.
-        known: verdicts by (context, a, b), which are reused. New verdicts are added.
+        known: verdicts by (context, a, b). They are reused, and new verdicts are added.
 
     Raises:
         ValueError: a context has no responses, or the lists differ in length.
@@ -133,8 +135,8 @@ def knockouts(
     return [Bracket(tuple(r), s[0]) for r, s in zip(rounds, standing, strict=True)]
 
 
-# The number of first-round matches that are judged together. Contexts are processed in groups,
-# because the shared prefixes of a context remain in memory for all its rounds.
+# Contexts are processed in groups, because the shared prefixes of a group remain in memory for all
+# rounds. A group ends once it has at least this number of first-round matches.
 _MATCHES_TOGETHER = 128
 
 
@@ -161,7 +163,7 @@ def judged_knockouts(
     seeds: Sequence[int],
     progress: bool = False,
 ) -> list[Bracket]:
-    """Plays `knockouts` with a judge that computes shared prompt prefixes once for all rounds.
+    """Runs `knockouts` with a judge, which computes shared prompt prefixes once for all rounds.
 
     Args:
         progress: whether to show a progress bar for each round.
@@ -228,7 +230,7 @@ def _match(
         given = known.get((context, a, b))
         verdict = given if given is not None else known[context, b, a].swapped()
     if verdict is None or verdict.preferred is None:
-        # An undecided match must not favour a position in the draw.
+        # An undecided match must not favor a position in the draw.
         return Match(a, b, lots.choice((a, b)), verdict, by_lot=True)
     a_advances = (verdict.preferred == "a") == (seek == "best")
     return Match(a, b, a if a_advances else b, verdict)
@@ -262,7 +264,7 @@ def tournament_rejection_sampling(  # type: ignore[misc]
     return_brackets: bool = False,
     progress: bool = False,
 ) -> list[str] | tuple[list[str], list[Bracket]]:
-    """Selects the winner of a knockout among the responses to each context (self-rejection).
+    """Selects the best response to each context in a knockout tournament (self-rejection).
 
     Args:
         model: the model that judges, or a model folder with `judge.json`.
@@ -270,14 +272,14 @@ def tournament_rejection_sampling(  # type: ignore[misc]
             folder.
         judge_templates: `{principle: {system, user, assistant}}`. They are not needed if `model` is
             a folder.
-        token_id_a, token_id_b: expected letter ids, which are compared with the derived ids.
+        token_id_a, token_id_b: expected token ids of the letters (see `Judge`).
         contexts: the dialogues that the judge sees (see `judge_templates.dialogue_text`).
         responses: the responses to each context. Their number may differ between contexts. A single
             response wins without a match.
-        max_length: the most tokens in a judge prompt.
+        max_length: the maximum number of tokens in a judge prompt.
         judge_batch_size: see `batch_size` of `Judge`.
         seed: determines the draw, and the random winners of undecided matches.
-        judge: a `Judge` to use instead of model, tokenizer and templates.
+        judge: a `Judge` to use instead of `model`, `tokenizer` and `judge_templates`.
         return_brackets: whether to also return one `Bracket` per context.
         progress: whether to show a progress bar for each round.
 
@@ -292,8 +294,8 @@ def tournament_rejection_sampling(  # type: ignore[misc]
         saved = isinstance(model, (str, os.PathLike))
         if not saved and any(part is None for part in (model, tokenizer, judge_templates)):
             raise ValueError(
-                "tournament_rejection_sampling needs a judge, or a model folder with judge.json "
-                "as model, or model, tokenizer and judge_templates"
+                "tournament_rejection_sampling requires a judge, a model folder with judge.json, "
+                "or model, tokenizer and judge_templates"
             )
         make: Any = Judge.from_pretrained if saved else Judge
         judge = make(

@@ -1,6 +1,6 @@
-"""Votes: combines the letter probabilities for all principles and both orders into a verdict.
+"""Combines the letter probabilities for all principles and both orders into a verdict.
 
-This module does arithmetic without torch. It does not depend on how the probabilities are computed.
+This module does not use torch. It does not depend on how the probabilities are computed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ Orders = tuple[tuple[float, float], tuple[float, float]]
 
 
 class Scores(NamedTuple):
-    """The swap-averaged likelihoods for one principle."""
+    """The swap-averaged scores of responses `a` and `b` under one principle."""
 
     a: float
     b: float
 
 
 def swap_averaged(orders: Orders) -> Scores:
-    """Computes s(a) = ½[p(A | a first) + p(B | b first)], and similarly s(b) (see the paper)."""
-    # An example with a judge that favours the first response in both orders:
+    """Computes s(a) = ½[p(A | a first) + p(B | b first)], and likewise s(b) (see the paper)."""
+    # An example with a judge that favors the response shown first in both orders:
     #
     #             p(A)  p(B)
     #   a first    .9    .1       s(a) = ½(.9 + .4) = .65    a wins, although the orders disagree:
@@ -35,14 +35,14 @@ def swap_averaged(orders: Orders) -> Scores:
 
 
 def aggregate(probabilities: Sequence[Orders]) -> Verdict:
-    """Returns the verdict by majority vote of the principles, or by the larger mean in a tie.
+    """Returns the verdict by majority vote of the principles. The higher mean score breaks a tie.
 
     Args:
         probabilities: `[principle][order][letter]` with at least one principle (see `Verdict`).
 
     Returns:
-        The verdict, which is undecidable if the wins and the means are exactly tied, or if a
-        probability is not finite.
+        The verdict, which is undecidable if both the wins and the means are exactly tied, or if a
+        probability is NaN or infinite.
     """
     # (s(a), s(b)) for each principle, and the verdict:
     #
@@ -76,13 +76,13 @@ def aggregate(probabilities: Sequence[Orders]) -> Verdict:
 
 
 def undecidable(probabilities: tuple[Orders, ...], because: str) -> Verdict:
-    """Returns a verdict that has no preferred response and gives a short reason."""
+    """Returns a verdict without a preferred response, with a short reason."""
     nan = math.nan
     return Verdict(None, nan, nan, 0.5, nan, False, probabilities, because)
 
 
 def under_principle(verdict: Verdict, place: int) -> Verdict:
-    """Returns the verdict for the principle with this index in `JudgeTemplates.principles`."""
+    """Returns the verdict under the principle with index `place` in the judge's templates."""
     return aggregate([verdict.probabilities[place]]) if verdict.probabilities else verdict
 
 
@@ -90,7 +90,7 @@ def under_principle(verdict: Verdict, place: int) -> Verdict:
 
 
 def verdict_json(verdict: Verdict, principles: Sequence[str]) -> dict[str, Any]:
-    """Converts a verdict to JSON data; non-finite numbers become null."""
+    """Converts a verdict to a JSON-serializable dictionary. NaN and infinity become `None`."""
     return {
         "preferred": verdict.preferred,
         "score_a": _finite(verdict.score_a),
@@ -101,7 +101,7 @@ def verdict_json(verdict: Verdict, principles: Sequence[str]) -> dict[str, Any]:
         "undecidable_because": verdict.undecidable_because,
         "probabilities": {
             name: [[_finite(p) for p in letters] for letters in orders]
-            # A pair that did not fit into `max_length` has no probabilities.
+            # A pair that was not scored, such as one that exceeds `max_length`, has none.
             for name, orders in zip(
                 principles if verdict.probabilities else (), verdict.probabilities, strict=True
             )
