@@ -324,7 +324,7 @@ WORDING = [
          ("has neither a padding nor an end-of-sequence token: set tokenizer.eos_token",),
          "save it again afterwards"),
     Case("a tokenizer without end of sequence", lambda p: stop_tokens(ChatEncoder(_endless())),
-         ("no token ends an answer: the tokenizer has no end-of-sequence token",),
+         ("there is no stop token: the tokenizer has no end-of-sequence token",),
          "set tokenizer.eos_token and save it again"),
     Case("a length below the judge template", lambda p: _judge(p, max_length=20),
          ("max_length 20 leaves no room for responses: judge template 'helpful' alone has",),

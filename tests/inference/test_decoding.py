@@ -278,13 +278,13 @@ def test_a_model_that_forgets_its_cache_is_caught_by_the_trial() -> None:
 
     model = Forgets(CONFIGS["llama"]()).eval()
     model.load_state_dict(build("llama").state_dict())
-    assert "a trial differed by" in (why_not_shared(model) or "")
+    assert "in a trial, logits differed by" in (why_not_shared(model) or "")
 
 
 def test_logits_that_are_not_numbers_are_no_proof() -> None:
     model = build("llama")
     torch.nn.init.constant_(model.lm_head.weight, torch.nan)
-    assert "a trial differed by" in (why_not_shared(model) or "")
+    assert "in a trial, logits differed by" in (why_not_shared(model) or "")
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "gpt2", "deepseek v3, latent attention"])

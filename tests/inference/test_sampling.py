@@ -504,5 +504,5 @@ def test_no_prompts_give_no_responses(model: Any, encoder: ChatEncoder) -> None:
 def test_a_tokenizer_that_cannot_end_an_answer_is_refused(model: Any) -> None:
     tokenizer = wrap(byte_bpe(), "{% for m in messages %}\n{{ m['content'] }}{% endfor %}")
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match=r"no token ends an answer.*eos_token"):
+    with pytest.raises(ValueError, match=r"there is no stop token.*eos_token"):
         sampler(model, ChatEncoder(tokenizer))

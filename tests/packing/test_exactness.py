@@ -35,7 +35,7 @@ def test_a_boolean_mask_with_eager_attention_is_caught_by_the_trial(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(packed_passes, "_dense_mask", lambda inner, ends: tree_mask(ends))
-    with pytest.raises(ValueError, match="a trial differed by"):
+    with pytest.raises(ValueError, match="in a trial, logits differed by"):
         Packing(build("llama", "eager"), "tree")
     assert Packing(build("llama", "eager")).decision.route == "cache"
 
@@ -46,7 +46,7 @@ def test_a_mask_that_lets_branches_see_each_other_is_caught_by_the_trial(
     monkeypatch.setattr(
         packed_passes, "tree_mask", lambda ends: torch.ones_like(tree_mask(ends)).tril()
     )
-    with pytest.raises(ValueError, match="a trial differed by"):
+    with pytest.raises(ValueError, match="in a trial, logits differed by"):
         Packing(build("llama"), "tree")
 
 

@@ -220,7 +220,7 @@ def test_where_nothing_is_compiled_attention_is_refused_not_unfused(no_graphs: A
     with (
         torch.compiler.set_stance("force_eager"),
         pytest.raises(
-            UnfusedError, match=r"torch.compile, which is off here: set model.attn_implem"
+            UnfusedError, match=r"torch.compile, which is disabled here: set model.attn_implem"
         ),
     ):
         _ = Packing(build("llama", NAME)).decision

@@ -92,7 +92,7 @@ def test_an_environment_that_names_no_number_is_refused(
     asked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(pass_size.ASKED, asked)
-    with pytest.raises(ValueError, match="must be a number of tokens or measure"):
+    with pytest.raises(ValueError, match="must be a number of tokens or 'measure'"):
         tokens_per_pass(Model(5))
 
 

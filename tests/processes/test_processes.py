@@ -259,7 +259,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     check_processes(accelerator(2, DistributedType.MULTI_CPU))
     for alone in (accelerator(1, DistributedType.NO), accelerator(2, DistributedType.NO)):
         with pytest.raises(
-            ValueError, match=r"2 processes were launched.*they would train separately"
+            ValueError, match=r"started 2 processes.*the processes would train separately"
         ):
             check_processes(alone)
 

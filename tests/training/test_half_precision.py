@@ -244,7 +244,7 @@ def test_auto_that_shares_nothing_warns_once_with_the_reason(
             assert why_not_shared(own) is not None
     told = [r.getMessage() for r in caplog.records if "shapes cannot be multiplied" in r.message]
     assert [t.split(":")[0] for t in told if "generate" in t] == [
-        "LlamaForCausalLM samples with generate"
+        "sampling with LlamaForCausalLM.generate"
     ]
     assert len([t for t in told if t.startswith("packing of LlamaForCausalLM: off")]) == 1
 
@@ -267,7 +267,7 @@ def test_a_mistake_is_caught_in_bf16_as_well(
 
     monkeypatch.setitem(_LAYOUTS, "tree", mistaken)
     for own in (copy.deepcopy(model).to(BF16), wrapped_in_autocast(copy.deepcopy(model))):
-        with pytest.raises(ValueError, match="a trial differed by"):
+        with pytest.raises(ValueError, match="in a trial, logits differed by"):
             Packing(own, "tree")
 
 

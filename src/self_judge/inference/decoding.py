@@ -1,25 +1,25 @@
-"""Decoding: a causal model generates tokens one by one, and computes each prompt only once.
+"""Decoding: a causal model generates tokens one at a time and computes each prompt only once.
 
 This module handles ids, logits and KV caches. It does not depend on text, seeds or the sampling
 method.
 """
 
 # This example has the prompts `p q r` (one copy) and `s t` (two copies) and at most 3 new tokens.
-# Each prompt is computed once (prefill). Its keys and values are copied to all its rows, on the
-# left side of a buffer that is allocated once at full size:
+# Each prompt is computed once (prefill). Its keys and values are copied to each of its rows, at the
+# left of a buffer that is allocated once at full size:
 #
 #   after prefill        one token later      row 1 has stopped:   one token later
 #   row 0  p q r . . .   p q r A . .          it leaves, and the   p q r A D .     row 0
 #   row 1  _ s t . . .   _ s t B . .          rows below it move   _ s t C E .     row 2
 #   row 2  _ s t . . .   _ s t C . .          up in place
 #
-# `_` is padding. The cache that the model uses is a view of the buffer that grows by one token at
-# each step. Adding tokens or removing rows therefore does not allocate a second cache. `rows` maps
-# each remaining row to its original number: [0 1 2], then [0 2].
+# `_` is padding. The model uses a view of this buffer as its cache, and the view grows by one token
+# at each step. Adding tokens or removing rows therefore does not allocate a second cache. `rows`
+# maps each remaining row to its original number: [0 1 2], then [0 2].
 #
 # On CUDA, launching the kernels for a step one by one takes longer than running them. The view
-# therefore keeps the same width for many steps, with a mask, and a CUDA graph launches each step as
-# a whole.
+# therefore keeps the same width for many steps, a mask hides the unused tokens, and a CUDA graph
+# launches each step as a whole.
 
 from __future__ import annotations
 
@@ -51,20 +51,21 @@ from self_judge.runtime import padded, to_device, unwrapped, without_cudnn_atten
 
 logger = logging.getLogger(__name__)
 
-# Returns the maximum of a number over the processes that share a model.
 MaxOverRanks = Callable[[int], int]
-"""Returns the maximum of a number over all processes. `int` is used for a single process."""
+"""A function that returns the maximum of a number over all processes of a sharded model."""
 
-# About this many tokens keep two CPU cores busy. A GPU needs more tokens.
+# The maximum number of tokens in a prefill pass. About 1,024 tokens keep two CPU cores busy. A GPU
+# needs more tokens.
 _PREFILL_TOKENS = {"cpu": 1024}
 _PREFILL_TOKENS_ELSEWHERE = 16_384
 # The number of tokens between two checks for finished rows. On a GPU, a check waits for the device,
-# which is then idle until the next pass. On a CPU, a check is free, but an unnecessary pass is not.
+# which is then idle until the next pass. On a CPU, a check is free, but an unnecessary pass takes
+# time.
 _LOOK_EVERY = {"cpu": 1}
 _LOOK_EVERY_ELSEWHERE = 8
 _GRAPHS = {"cuda"}  # device types on which a step is launched as one graph
-# Finished rows are dropped if the share of unfinished rows is at most this value. With graphs, a
-# new number of rows needs a new graph.
+# Finished rows are dropped if the share of unfinished rows is at most this value. With CUDA graphs,
+# a new number of rows requires a new graph.
 _LEAVE_AT = 0.75
 _LEAVE_GRAPHS_AT = 0.5
 
@@ -73,10 +74,10 @@ class TokenSampler(Protocol):
     """Chooses the next token for each row. A sampler may keep state for each row."""
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Returns the tokens `(B,)` that follow the ids, which are padded on the left."""
+        """Returns the next token for each row, `(B,)`. The ids are padded on the left."""
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drops the state for all rows except the given ones."""
+        """Keeps the state of the given rows and drops that of all others."""
 
 
 @torch.no_grad()
@@ -93,24 +94,26 @@ def decode(
     look_every: int | None = None,
     graphs: bool | None = None,
 ) -> list[list[int]]:
-    """Generates `copies` continuations of each prompt, up to a stop token (included) or a limit.
+    """Generates `copies` continuations of each prompt.
 
-    The keys and values of a prompt are computed once for all its copies. Finished rows are removed
-    when they make up a quarter of the batch, because each removal copies the cache.
+    Each continuation ends with a stop token or after `max_new_tokens`. The keys and values of a
+    prompt are computed once for all its copies. Finished rows are removed only when they make up a
+    quarter of the batch (half with CUDA graphs), because each removal copies the cache.
 
     Args:
         model: a model in evaluation mode, without an adapter that uses virtual tokens (see
             `why_not_shared`).
         prompts: the token ids of each prompt. Prompts must not be empty.
         copies: the number of continuations of each prompt.
-        draw: chooses tokens. Its rows are the copies of the first prompt, then those of the second
-            prompt, and so on.
-        stop, pad: the tokens that end a row, and the token that pads rows on the left.
-        max_over_ranks: for a sharded model, returns the maximum of a number over all processes, so
-            that all processes run the same number of forward passes.
+        draw: chooses the next tokens. Its rows are the copies of the first prompt, then those of
+            the second prompt, and so on.
+        stop, pad: the tokens that end a row, and the padding token.
+        max_over_ranks: for a sharded model, a function that returns the maximum of a number over
+            all processes, so that all processes run the same number of forward passes.
         look_every: the number of tokens between two checks for finished rows (default: 1 on a CPU,
             8 on other devices). This number does not affect the result.
-        graphs: whether each step is launched as one CUDA graph (default: if the result is exact).
+        graphs: whether each step is launched as one CUDA graph (default: if `why_no_graphs` returns
+            `None` and the model is not sharded).
 
     Returns:
         The new ids for every row.
@@ -141,7 +144,7 @@ def decode(
         graphed: GraphedStep | None = None  # for the rows that remain
         for step in range(max_new_tokens):
             at = longest + step
-            # Finished rows that are still in the batch get padding tokens, which are cut at the
+            # Finished rows that are still in the batch get padding tokens, which are removed at the
             # end.
             token_B = torch.where(unfinished_B, draw(ids_BT[:, :at], logits_BV), pad)
             new_BT[row_B, step] = token_B
@@ -196,7 +199,7 @@ ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _told_mask
 
 @contextmanager
 def _masks(padded: bool) -> Iterator[None]:
-    """Tells Transformers whether rows are padded, so that no pass has to read the mask.
+    """Tells Transformers whether any row is padded, so that it does not inspect the mask itself.
 
     Without padding, Transformers omits the mask for SDPA, as usual. Forward passes in other threads
     create their masks as usual.
@@ -210,16 +213,17 @@ def _masks(padded: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def cache_bytes(model: nn.Module) -> int | None:
-    """Measures the bytes of keys and values per token in a sequence, with a pass over one token.
+    """Measures how many bytes the keys and values of one token take, in a one-token forward pass.
 
-    The configuration does not contain this number. Models with latent attention or shared keys use
-    different names, and autocast may use a different dtype than the weights.
+    The size cannot be derived from the configuration alone. Models with latent attention or shared
+    keys use different setting names, and under autocast, the dtype may differ from that of the
+    weights.
 
     Args:
-        model: a model in evaluation mode (see `why_not_shared`).
+        model: a model in evaluation mode for which `why_not_shared` returns `None`.
 
     Returns:
-        The bytes, or `None` if they cannot be read from the cache.
+        The number of bytes, or `None` if the cache does not expose its keys and values.
     """
     _, cache = _prefill(model, [[0]])
     layers = [x for x in cache.layers if isinstance(x, DynamicLayer) and x.is_initialized]
@@ -228,10 +232,10 @@ def cache_bytes(model: nn.Module) -> int | None:
 
 
 def why_not_shared(model: nn.Module) -> str | None:
-    """Returns the reason `decode` is not exact for a model, or `None` if it is exact.
+    """Returns why `decode` is not exact for a model, or `None` if it is exact.
 
-    The reason depends on the kind of model and on a trial. If `decode` is not exact, the model's
-    own `generate` method is used.
+    This function checks the kind of model and then runs a trial, once per model. If `decode` is not
+    exact, callers use the model's own `generate` method.
     """
     inner: Any = unwrapped(model)
     known = _KNOWN.setdefault(inner, {})
@@ -239,12 +243,12 @@ def why_not_shared(model: nn.Module) -> str | None:
     if kind not in known:
         known[kind] = _gate(model) or _trial(model, graphs=False)
         if known[kind]:
-            warn_once(logger, f"{type(inner).__name__} samples with generate: {known[kind]}")
+            warn_once(logger, f"sampling with {type(inner).__name__}.generate: {known[kind]}")
     return known[kind]
 
 
 def why_no_graphs(model: nn.Module) -> str | None:
-    """Returns the reason `decode` cannot use CUDA graphs for a model, or `None` if it can.
+    """Returns why `decode` cannot use CUDA graphs for a model, or `None` if it can.
 
     Args:
         model: a model for which `why_not_shared` returns `None`.
@@ -254,7 +258,7 @@ def why_no_graphs(model: nn.Module) -> str | None:
     key = (isinstance(model, PeftModel), attention(inner), _device(model).type)
     if key not in known:
         known[key] = _no_graphs(model)
-        logger.info("%s: graphs: %s", type(inner).__name__, known[key] or "yes")
+        logger.info("CUDA graphs for %s: %s", type(inner).__name__, known[key] or "yes")
     return known[key]
 
 
@@ -290,23 +294,24 @@ def _prefilled(
     *,
     one_pass: bool,
 ) -> tuple[torch.Tensor, Any]:
-    """Returns the logits `(B, V)` after the prompt in each row, and a cache with the same rows.
+    """Returns the next-token logits `(B, V)` for each row's prompt, and a cache with these rows.
 
     Args:
-        tokens: the size of a row in the cache, in tokens.
+        tokens: the capacity of a row in the cache, in tokens.
     """
     device = _device(model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    # Other layers, such as sliding windows, are filled in one pass and copied by the cache itself.
+    # Layers of other kinds, such as sliding windows, are filled in one pass and copy their own
+    # rows.
     split = keeps_all_tokens(model) and not one_pass
     parts = _parts(model, prompts, order) if split else [order]
     results = [_prefill(model, [prompts[i] for i in part]) for part in parts]
     place = {i: at for at, i in enumerate(order)}
     source = [place[i] for i in of_row]
     source_B = to_device(torch.tensor(source), device)
-    # Each entry contains the rows in the batch and their source rows in the part. If the two
-    # prompts above are two parts, the entries are [[0], [0]] (row 0 is p q r) and [[1, 2], [0, 0]]
-    # (rows 1 and 2 are s t).
+    # Each entry of `spread` belongs to one part. It lists rows in the batch and their source rows
+    # in the part. If the two prompts at the top of this module form two parts, the entries are
+    # [[0], [0]] (row 0 is p q r) and [[1, 2], [0, 0]] (rows 1 and 2 are s t).
     spread = []
     first = 0
     for part in parts:
@@ -328,10 +333,10 @@ def _prefilled(
 def _parts(
     model: nn.Module, prompts: Sequence[Sequence[int]], order: Sequence[int]
 ) -> list[list[int]]:
-    """Groups prompts with similar lengths into passes within the token budget."""
-    # On a CPU (1,024 tokens), prompts with 600, 590, 300, 290 and 100 tokens become [600] [590]
-    # [300 290] [100]. Two prompts padded to 600 tokens would exceed the budget. Combining 300 with
-    # 590, or 100 with 300, would add too much padding.
+    """Groups prompts of similar length into passes within the token budget."""
+    # On a CPU, where the budget is 1,024 tokens, prompts with 600, 590, 300, 290 and 100 tokens
+    # become [600] [590] [300 290] [100]. Two prompts padded to 600 tokens would exceed the budget.
+    # Combining 300 with 590, or 100 with 300, would add too much padding.
     budget = _PREFILL_TOKENS.get(_device(model).type, _PREFILL_TOKENS_ELSEWHERE)
     parts: list[list[int]] = []
     for i in order:  # longest first
@@ -344,7 +349,7 @@ def _parts(
 
 
 def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Any]:
-    """Returns the logits `(B, V)` after each prompt, and the cache."""
+    """Returns the next-token logits `(B, V)` for each prompt, and the cache."""
     inner: Any = unwrapped(model)
     longest = max(map(len, prompts))
     inputs: dict[str, Any] = padded(prompts, _device(model), "left")
@@ -361,7 +366,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-# -- whether it is exact ---------------------------------------------------------------------------
+# -- exactness -------------------------------------------------------------------------------------
 
 
 def _gate(model: nn.Module) -> str | None:
@@ -392,7 +397,7 @@ class _Script:
 
 
 def _trial(model: nn.Module, *, graphs: bool) -> str | None:
-    """Compares the logits of a short decoding run with those of a padded batch of its results."""
+    """Compares the logits from a short decoding run with those from one padded batch."""
     called = as_called(model)
     stop, *drawn = trial_tokens(model, 33)
     drawn = [token if token != stop else token + 1 for token in drawn]  # only `stop` ends a row

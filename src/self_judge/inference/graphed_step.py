@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-_TOKENS = 256  # the attended width is a multiple of this number
+_TOKENS = 256  # the width of the cache view is rounded up to a multiple of this
 
 
 class GraphedStep:
     """A decoding step that CUDA launches as one graph; other devices run it without a graph.
 
-    A graph repeats kernels on the same memory. Every shape is therefore fixed, and the index of the
-    next token is stored on the device.
+    A graph always runs the same kernels on the same memory. Every shape is therefore fixed, and the
+    index of the next token is stored on the device.
 
     Args:
         cache: a cache in which all layers are `RoomyLayer`.
         ids_BT, seen_BT: the tokens and the mask for all rows, at full width. The caller writes new
-            tokens.
+            tokens into `ids_BT`.
         lengths_B1: the number of tokens in the prompt of each row.
         longest: the number of tokens in the longest prompt.
     """
@@ -32,8 +32,8 @@ class GraphedStep:
     # For prompts with 300 tokens and 300 new tokens, the steps at indices 300 … 511 attend to 512
     # tokens, and later steps attend to 600 tokens. The first step with a new width runs without a
     # graph, because it creates library handles and casts weights for autocast. A capture must not
-    # include either operation. The second step is captured, and the capture is replayed for all
-    # further steps.
+    # include either operation. The second step is captured as a graph, which is replayed for that
+    # step and all further steps.
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class GraphedStep:
         self.logits_BV: torch.Tensor
 
     def __call__(self, at: int) -> torch.Tensor:
-        """Returns the logits `(B, V)` after the tokens at index `at`, valid until the next call."""
+        """Returns the logits `(B, V)` that follow index `at`; the next call overwrites them."""
         self.at_1.fill_(at)
         width = min(-(-(at + 1) // _TOKENS) * _TOKENS, self.ids_BT.shape[1])
         if width != self.width:
@@ -86,9 +86,9 @@ class GraphedStep:
 
 @contextlib.contextmanager
 def _capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """Captures the block as a CUDA graph, and cleans up after PyTorch if the capture fails."""
-    # After a failed capture, PyTorch still uses the stream of the capture, allocates its memory in
-    # the pool of the graph, and draws random numbers as if in a capture. The next dropout layer
+    """Captures the block as a CUDA graph, and restores PyTorch's state if the capture fails."""
+    # After a failed capture, PyTorch would still use the capture's stream, allocate memory in the
+    # graph's pool, and draw random numbers as if a capture were in progress. The next dropout layer
     # would raise an error.
     device = torch.cuda.current_device()
     stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()

@@ -1,7 +1,7 @@
-"""Scorers compute the probabilities of two letters as the next token of judge prompts.
+"""Scorers compute the probabilities of two letters as the next token after judge prompts.
 
-Scorers use token ids and a model. This module uses a Transformers model, and `vllm/protocol.py`
-uses an engine. Scorers do not depend on the meaning of the letters.
+Scorers use token ids and a model. The scorer in this module uses a Transformers model, and the one
+in `vllm/protocol.py` uses an engine. Scorers do not depend on the meaning of the letters.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Done = Callable[[int], object]  # called with the number of newly finished promp
 
 
 class LetterScorer(Protocol):
-    """The source of a judge's letter probabilities.
+    """Computes letter probabilities for a judge.
 
     Attributes:
-        max_length: the most tokens in a prompt, or `None` for no limit.
+        max_length: the maximum number of tokens in a prompt, or `None` for no limit.
     """
 
     max_length: int | None
@@ -44,7 +44,7 @@ class LetterScorer(Protocol):
         """Returns p(A) and p(B) as the next token of each prompt (softmax over the vocabulary).
 
         Args:
-            prompts: the token ids of different prompts.
+            prompts: the token ids of the prompts, without duplicates.
             letter_ids: the ids of A and B.
             done: a callback that receives the number of prompts computed since its last call.
 
@@ -61,10 +61,11 @@ class TransformersScorer:
         model: a causal language model (or `PeftModel`). It is not changed.
         batch_size: the number of prompts per forward pass without packing.
         packing: the packing mode (see `Packing`). `auto` selects an exact mode.
-        batch_tokens: the most tokens in a packed forward pass (default: `tokens_per_pass`).
+        batch_tokens: the maximum number of tokens in a packed forward pass (default:
+            `tokens_per_pass`).
 
     Raises:
-        ValueError: `packing` is not exact for the model.
+        ValueError: the packing mode is not exact for the model.
     """
 
     def __init__(
@@ -77,8 +78,8 @@ class TransformersScorer:
         self.model = model
         self.batch_size = batch_size
         config: Any = unwrapped(model).config  # DeepSpeed's engine has its own `config`
-        # Recurrent models do not have this limit. With learned positions, a longer prompt would
-        # fail.
+        # Recurrent models do not have this limit. With learned position embeddings, a longer prompt
+        # would raise an error.
         self.max_length: int | None = getattr(
             config.get_text_config(), "max_position_embeddings", None
         )
@@ -96,9 +97,9 @@ class TransformersScorer:
             without_cudnn_attention(),
         ):
             left = list(range(len(prompts)))
-            # After running out of memory, only the missing prompts are computed, in smaller passes.
-            # If passes of 1,024 tokens fail after 30 of 50 prompts, 20 are `left` for passes of
-            # 512.
+            # If memory runs out, only the remaining prompts are computed, in smaller passes. If
+            # passes of 1,024 tokens fail after 30 of 50 prompts, 20 prompts are `left` for passes
+            # of 512 tokens.
             while left:
                 computed: set[int] = set()
                 try:
@@ -119,8 +120,8 @@ class TransformersScorer:
     def _take_less(self, error: RuntimeError) -> None:
         """Halves the pass size (to at least one prompt) if memory runs out, or re-raises the error.
 
-        Processes that share a model run their passes together, so the processes cannot change the
-        pass sizes separately.
+        If the model is sharded, all processes run every pass together, so one process cannot change
+        the pass size on its own.
         """
         if self.packing.shape.one_pass:
             raise error
@@ -149,7 +150,7 @@ class TransformersScorer:
 def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Computes the logits of the token after each prompt, shape `(B, V)`.
 
-    Rows are padded on the right. The LM head scores only the last positions.
+    Rows are padded on the right. The LM head scores only the positions at which a prompt ends.
     """
     device = next(model.parameters()).device
     lengths = [len(p) for p in prompts]
@@ -166,5 +167,5 @@ def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) 
 
 
 def _takes_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Returns whether the model inside all wrappers can skip positions in its LM head."""
+    """Returns whether the model inside all wrappers can apply its LM head to selected positions."""
     return "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters

@@ -1,20 +1,21 @@
-"""Lockstep: processes that share a sharded model run the same number of forward passes.
+"""Lockstep: all processes with a shard of a model run the same number of forward passes.
 
 With FSDP and ZeRO-3, all processes take part in every forward pass, because each process stores
-only a part of the weights. A process that needs fewer passes runs empty passes until all processes
+only part of the weights. A process that needs fewer passes runs empty passes until all processes
 are done.
 """
 
 # In this example, process 0 needs three passes for its prompts, and process 1 needs one. Before
-# every pass, all processes exchange a number and use its maximum. The number is 1 if the process
-# has another pass, and 0 if the process is done.
+# every pass, each process contributes a number, and all processes receive the maximum. The number
+# is 1 if the process has another pass to run, and 0 if it is done.
 #
 #   exchange       1        2        3        4
 #   process 0      1 pass   1 pass   1 pass   0
 #   process 1      1 pass   0 empty  0 empty  0        (in `finish` from exchange 2 on)
 #   maximum        1        1        1        0        all leave `finish` together
 #
-# Otherwise, process 0 would wait forever in its second pass for the weights of process 1.
+# Without empty passes, process 0 would wait forever in its second pass for the weights of process
+# 1.
 
 from __future__ import annotations
 
@@ -31,19 +32,18 @@ from self_judge.packing.packing import Decision, Packing, needs_one_pass
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Raises `ValueError` if the launcher and Accelerate have different numbers of processes.
+    """Raises `ValueError` if Accelerate ignores launched processes or the requested sharding.
 
-    Without this check, separate processes would train in the same folder, or a model would not be
-    sharded although sharding was requested. The exit status would still be 0.
+    Without this check, the processes would train separately in the same folder, or a model would
+    not be sharded although sharding was requested. The exit status would still be 0.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     kind = str(accelerator.distributed_type.value)
     if accelerator.num_processes != launched or (launched > 1 and kind == "NO"):
         raise ValueError(
-            f"{launched} processes were launched (WORLD_SIZE), but this process belongs to a run "
-            f"with {accelerator.num_processes} ({kind}): they would train separately in the same "
-            "folder. "
-            "Launch with a file from configs/accelerate and --num_processes"
+            f"the launcher started {launched} processes (WORLD_SIZE), but Accelerate uses "
+            f"{accelerator.num_processes} ({kind}): the processes would train separately in the "
+            "same folder. Launch with a file from configs/accelerate and --num_processes"
         )
     if launched == 1:
         return
@@ -57,7 +57,10 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def max_over_ranks(accelerator: Accelerator) -> MaxOverRanks | None:
-    """Returns the maximum over processes as a function, or `None` if they do not share a model."""
+    """Returns a function that computes the maximum of a number over all processes.
+
+    Returns `None` if the model is not sharded.
+    """
     if accelerator.num_processes == 1 or not needs_one_pass(accelerator.distributed_type):
         return None
 
@@ -70,17 +73,17 @@ def max_over_ranks(accelerator: Accelerator) -> MaxOverRanks | None:
 
 
 class LockstepPacking(Packing):
-    """Packing for the logits of a shared model, in which all processes run every pass.
+    """Computes logits with a sharded model. All processes take part in every packed pass.
 
-    After its last call, each process calls `finish`, which returns when all processes have called
-    it.
+    After its last call to `next_token_logits`, each process calls `finish`, which returns when all
+    processes have called it.
 
     Args:
         model, choice: see `Packing`; `off` is treated as `padding`.
         batch_rows: half the number of prompts in a pass, because both orders of a comparison share
             a row.
-        max_over_ranks: returns the maximum of a number over all processes.
-        batch_tokens: the most tokens in a row.
+        max_over_ranks: a function that returns the maximum of a number over all processes.
+        batch_tokens: the maximum number of tokens in a row.
     """
 
     def __init__(
@@ -99,9 +102,9 @@ class LockstepPacking(Packing):
 
     @property
     def decision(self) -> Decision:
-        """The packing mode. All processes must read this property together.
+        """The packing mode. All processes must access this property together.
 
-        The first read may run forward passes (a trial), in which all processes take part.
+        The first access may run a trial with forward passes, in which all processes take part.
 
         Raises:
             ValueError: the model cannot be packed, so its passes cannot be counted.
@@ -114,7 +117,7 @@ class LockstepPacking(Packing):
     def next_token_logits(
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Yields the same values as `Packing`, in passes of `batch_rows` rows by all processes."""
+        """Yields the same values as `Packing`, in passes that all processes run together."""
         size = 2 * self.batch_rows
         for start in range(0, len(sequences), size):
             self.max_over_ranks(1)

@@ -1,7 +1,7 @@
 """Samples the next tokens from logits, using logits processors and seeded noise.
 
-Sampling is an argmax over logits plus Gumbel noise, which is generated from the seed of each row.
-This module does not depend on prompts or the model.
+The sampled token is the argmax of the logits plus Gumbel noise, which is generated from the seed of
+each row. This module does not depend on prompts or the model.
 """
 
 # This is the Gumbel-max trick: argmax(logits + noise) is a sample from softmax(logits). Each seed
@@ -11,8 +11,8 @@ This module does not depend on prompts or the model.
 #   seed 3    -0.618  -0.524   0.560      argmax is token 0     over 200,000 seeds
 #   seed 4    -1.263   2.644  -0.416      argmax is token 1     .667 .244 .089
 #
-# The noise depends only on (seed, step, token). If its logits are the same, a row therefore gets
-# the same tokens in any batch, on any number of processes and after a resume.
+# The noise depends only on (seed, step, token). A row with the same logits therefore gets the same
+# tokens in any batch, on any number of processes and after a resume.
 
 from __future__ import annotations
 
@@ -74,23 +74,22 @@ class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         columns_T = torch.arange(input_ids.size(1), device=input_ids.device)
         padding_BT = columns_T < self.padding_B[:, None]
-        # Repeated tokens count only once, so padding can be replaced by the last token in the row.
-        # Row `_ _ s t` becomes `t t s t`.
+        # Repeated tokens count only once, so padding can be replaced with the last token in the
+        # row. Row `_ _ s t` becomes `t t s t`.
         own_BT = torch.where(padding_BT, input_ids[:, -1:], input_ids)
         return super().__call__(own_BT, scores)
 
 
 class TopP(TopPLogitsWarper):
-    """Computes the nucleus without sorting. Sorting took a tenth of the sampling time.
+    """Computes the nucleus without sorting, because sorting took a tenth of the sampling time.
 
-    If the `likeliest` most likely tokens do not contain the nucleus of some row, all tokens are
-    sorted.
+    If the nucleus of any row has more than `likeliest` tokens, all tokens are sorted after all.
     """
 
     likeliest = 256
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if scores.device.type != "cpu":  # sorting is fast there, but reading waits for the device
+        if scores.device.type != "cpu":  # GPUs sort fast, and the check below would wait for them
             return super().__call__(input_ids, scores)
         top_BK = scores.topk(min(self.likeliest, scores.size(-1))).values
         p_BK = (top_BK - scores.logsumexp(-1, keepdim=True)).exp()
@@ -122,17 +121,17 @@ def seeded_gumbel(seeds_B: torch.Tensor, step: int, size: int) -> torch.Tensor:
 
     Args:
         seeds_B: the int64 seeds.
-        step: the step. The noise is different at every step.
+        step: the index of the decoding step. The noise is different at every step.
         size: the number of values per row.
     """
-    # seed, step, token  ->  64 mixed bits  ->  uniform u in (0, 1)  ->  -log(-log(1 - u)) The step
-    # remains a scalar on the CPU, so that it does not synchronize the device.
+    # seed, step, token  ->  64 mixed bits  ->  uniform u in (0, 1)  ->  -log(-log(1 - u))
+    # The step remains a CPU scalar, which avoids a synchronization with the device.
     rows_B1 = _mix_(seeds_B[:, None] + _mix_(torch.tensor(step)))
     index_V = torch.arange(size, device=seeds_B.device)
     bits_BV = _mix_(rows_B1 + index_V * -7046029254386353131)  # 2^64 / golden ratio, as int64
-    # The 32 random bits are centred in their interval, so u is never 0 and the noise is finite. The
-    # clamp prevents float32 from rounding the largest u to 1. All operations are in place, because
-    # every sampling step runs this code.
+    # Adding 0.5 centers the 32-bit integer in its interval, so u is never 0 and the noise is
+    # finite. The clamp prevents float32 from rounding the largest u to 1. All operations are in
+    # place, because every sampling step runs this code.
     uniform_BV = bits_BV.bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF).float()
     uniform_BV.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     exponential_BV = uniform_BV.neg_().log1p_().neg_()

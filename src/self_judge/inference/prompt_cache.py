@@ -1,4 +1,4 @@
-"""The KV cache for decoding. Each row has a copy of its prompt and space for new tokens.
+"""The KV cache for decoding. Each row stores its prompt and has room for new tokens.
 
 This module handles keys and values. It does not depend on the model or the tokens.
 """
@@ -18,8 +18,8 @@ from self_judge.runtime import unwrapped
 class PromptLayer(DynamicLayer):
     """The keys and values of prompts, in the dtype that attention uses.
 
-    With autocast, rotated keys are float32. A `DynamicLayer` then also converts the values, and
-    attention rounds the keys and values at every step.
+    Under autocast, keys are float32 after rotary embedding. A `DynamicLayer` would then convert the
+    values to float32 as well, and attention would round both at every step.
     """
 
     def update(
@@ -35,15 +35,15 @@ def empty_cache(model: nn.Module) -> Any:
 
 
 def keeps_all_tokens(model: nn.Module) -> bool:
-    """Returns whether every layer keeps the keys and values of all tokens in the usual cache."""
+    """Returns whether every layer of the model's cache keeps the keys and values of all tokens."""
     return all(type(layer) is PromptLayer for layer in empty_cache(model).layers)
 
 
 class RoomyLayer(DynamicLayer):
     """A cache layer with room for future tokens. If rows are removed, the others move up in place.
 
-    A batch allocates its memory only once. The buffer does not grow, and removing rows does not
-    need a second cache.
+    The memory for a batch is allocated only once. The buffer does not grow, and removing rows does
+    not require a second cache.
 
     Args:
         rooms: the buffers for keys and values, `(B, H, tokens, D)` each.
@@ -68,7 +68,7 @@ class RoomyLayer(DynamicLayer):
         self._take(rooms, length)
 
     def keep_width(self, width: int, at_1: torch.Tensor) -> None:
-        """Fixes the views at `width` tokens, and writes each new token at index `at_1`."""
+        """Fixes the views at `width` tokens. Each update then writes its token at index `at_1`."""
         if self.at_1 is None:  # masked values are multiplied by 0, so they must be finite
             for room in self.rooms:
                 room[:, :, self.keys.shape[-2] :].zero_()
@@ -106,13 +106,13 @@ def joined(
     longest: int,
     tokens: int,
 ) -> RoomyLayer:
-    """Joins the keys and values from all parts in one layer, with rows padded on the left.
+    """Joins the keys and values from all parts into one layer, with rows padded on the left.
 
     Args:
         layers: the same layer from each part. The layers are emptied.
-        spread: the rows in the batch and their source rows for each part, `(2, R)`.
+        spread: for each part, some rows of the batch and their source rows in the part, `(2, R)`.
         longest: the number of tokens in the longest prompt.
-        tokens: the size of a row, in tokens.
+        tokens: the capacity of a row, in tokens.
     """
     rooms = []
     for name in ("keys", "values"):

@@ -1,8 +1,7 @@
-"""Samplers generate responses to prompts; this module implements a sampler with Transformers.
+"""Samplers generate responses to prompts; this module implements one for Transformers models.
 
-This module uses token ids and a model, and `decoding.py` generates the tokens. The responses
-contain the tokens exactly as sampled. This module does not interpret prompts or judge
-responses.
+This module works with token ids and a model; `decoding.py` generates the tokens. The responses
+contain the tokens exactly as sampled. This module does not interpret prompts or judge responses.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from self_judge.runtime import (
 
 
 class Sampler(Protocol):
-    """Samples responses with a model in this process or with an engine."""
+    """Samples responses from a model in this process or from an engine."""
 
     def sample(
         self,
@@ -55,7 +54,7 @@ class Sampler(Protocol):
 def rows_to_sample(
     prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int] | int
 ) -> list[tuple[int, int]]:
-    """Returns (prompt index, seed) for each response; the `n` rows for a prompt are adjacent.
+    """Returns (prompt index, seed) for each response; a prompt's `n` responses are adjacent.
 
     Raises:
         ValueError: `n` is below 1, a prompt is empty, or the number of seeds is wrong.
@@ -70,19 +69,19 @@ def rows_to_sample(
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed per prompt")
     # Two prompts with seeds s and t and n = 2 give (0, s·0) (0, s·1) (1, t·0) (1, t·1), where s·k
-    # is the stable hash of s and k. The seed of a row depends only on these two numbers.
+    # is the stable hash of s and k. The seed of a row depends only on s and k.
     return [(i, stable_seed(seeds[i], k)) for i in range(len(prompts)) for k in range(n)]
 
 
 def stop_tokens(encoder: ChatEncoder) -> tuple[int, ...]:
-    """Returns the tokens that end an answer.
+    """Returns the ids of the stop tokens, which end a response.
 
     Raises:
-        ValueError: no token ends an answer.
+        ValueError: there is no stop token.
     """
     if not encoder.stop_token_ids:
         raise ValueError(
-            "no token ends an answer: the tokenizer has no end-of-sequence token, and the chat "
+            "there is no stop token: the tokenizer has no end-of-sequence token, and the chat "
             "template does not end turns with a control token; set tokenizer.eos_token"
         )
     return tuple(encoder.stop_token_ids)
@@ -98,32 +97,32 @@ def sampled_response(ids: Sequence[int], encoder: ChatEncoder, prompt: Sequence[
 class TransformersSampler:
     """Samples from a Transformers model with a KV cache; prompts of similar length share a batch.
 
-    A prompt is computed once for all its samples, and finished rows are removed from the batch. If
-    a trial shows that this method is not exact for a model, its own `generate` method is used
+    Each prompt is computed once for all its samples, and finished rows are removed from the batch.
+    If a trial shows that this is not exact for a model, the model's own `generate` method is used
     instead.
 
-    The tokens in each response are drawn with its own seed. A response therefore does not depend on
-    other prompts in its batch, the number of processes or earlier samples (up to rounding in the
-    model itself).
+    Each response is sampled with its own seed. It therefore does not depend on the other prompts in
+    its batch, the number of processes or earlier samples (up to rounding in the model itself).
 
-    Only one thread at a time may sample from a model, because its generation settings and mode are
-    replaced during sampling. They are always restored.
+    Only one thread at a time may sample from a model, because sampling temporarily replaces the
+    model's generation settings and switches it to evaluation mode.
 
     Args:
         model: a causal language model. Its own generation settings are not used.
         encoder: provides the stop tokens and decodes the responses.
         settings: the sampling settings.
         batch_size: the maximum number of responses in a batch.
-        batch_tokens: the most tokens in the KV cache, computed as (longest prompt +
-            `max_new_tokens`) × responses. The samples for a single prompt are split if they exceed
-            the limit. By default, the cache uses half of the GPU memory that remains after the
-            model's weights, or 4 GiB on a CPU. The default depends on the total memory of the
-            device, not on the free memory, so the same prompts share a batch after a resume.
-        max_over_ranks: for a sharded model, returns the maximum of a number over all processes, so
-            that all processes run the same number of forward passes.
+        batch_tokens: the maximum number of tokens in the KV cache, computed as (longest prompt +
+            `max_new_tokens`) × responses. The samples for a single prompt are split into several
+            batches if they exceed the limit. By default, the cache uses half of the GPU memory that
+            the model's weights leave free, or 4 GiB on a CPU. The default depends on the total
+            memory of the device, not on the free memory, so the same prompts share a batch after a
+            resume.
+        max_over_ranks: for a sharded model, a function that returns the maximum of a number over
+            all processes, so that all processes run the same number of forward passes.
 
     Raises:
-        ValueError: a batch size is below 1, or no token ends an answer.
+        ValueError: `batch_size` or `batch_tokens` is below 1, or there is no stop token.
     """
 
     def __init__(
@@ -161,10 +160,11 @@ class TransformersSampler:
         """Samples `n` responses to every prompt.
 
         Args:
-            prompts: token ids that end where the answer begins. Prompts must not be empty.
+            prompts: the token ids of each prompt, up to the start of the response. Prompts must not
+                be empty.
             n: the number of responses per prompt.
-            seeds: one seed per prompt, or one seed for all prompts, which is combined with the
-                index of each prompt.
+            seeds: one seed per prompt, or a single seed, which is combined with the index of each
+                prompt.
             progress: whether to show a progress bar.
 
         Returns:
@@ -179,9 +179,9 @@ class TransformersSampler:
         with in_evaluation_mode(self.model), without_cudnn_attention(), bar:
             batches = self._batches([len(p) for p in prompts], n)
             number, rounds = 0, len(batches)
-            # Processes that share a model use the same number of batches. If another process has 5
-            # batches and this process has 3, this process also samples two batches whose only
-            # prompt is a stop token, and discards the samples.
+            # If the model is sharded across processes, all of them must run the same number of
+            # batches. If another process has 5 batches and this process has 3, this process also
+            # runs two batches whose only prompt is a stop token, and discards the samples.
             if self.max_over_ranks is not None:
                 rounds = self.max_over_ranks(rounds)
             while number < rounds:
@@ -195,10 +195,10 @@ class TransformersSampler:
                 try:
                     drawn = iter(self._sampled(rows))
                 except RuntimeError as error:
-                    if self.max_over_ranks is not None:  # a process cannot split its batches alone
+                    if self.max_over_ranks is not None:  # all processes must split together
                         raise
-                    # After running out of memory, split this batch and all later batches into
-                    # batches with half as many responses. Seeds belong to rows, so the responses do
+                    # If memory runs out, split this batch and all later batches into batches with
+                    # half as many responses. Each response has its own seed, so the responses do
                     # not change.
                     self.batch_size = halve_or_raise("sampling", count, "responses", error)
                     batches[number:] = [
@@ -206,7 +206,8 @@ class TransformersSampler:
                     ]
                     rounds = len(batches)
                     continue
-                # The samples for a prompt remain in order, even if several batches contain them.
+                # The samples for a prompt remain in order, even if they are split into several
+                # batches.
                 for i, ks in batch:
                     responses[i] += [
                         sampled_response(next(drawn), self.encoder, prompts[i]) for _ in ks
@@ -216,10 +217,10 @@ class TransformersSampler:
         return responses
 
     def _batches(self, lengths: Sequence[int], n: int) -> list[list[tuple[int, range]]]:
-        """Returns batches of (prompt, range of its samples) within the limits, longest first."""
-        # In this example, prompts with 5, 20 and 10 tokens have 3 samples and 10 new tokens each. A
-        # batch has at most 4 responses and 60 tokens. A row for the prompt with 20 tokens needs 30
-        # tokens, so two rows fit.
+        """Returns batches of (prompt index, sample range) within the limits, longest first."""
+        # In this example, prompts 0, 1 and 2 have 5, 20 and 10 tokens. Each prompt gets 3 samples
+        # of up to 10 new tokens. A batch has at most 4 responses and 60 tokens. A row for the
+        # prompt with 20 tokens needs 30 tokens, so two rows fit.
         #   [prompt 1, samples 0 1] [prompt 1, sample 2] [prompt 2, samples 0 1 2] [prompt 0, ...]
         limit = self.batch_tokens or _cache_tokens(self.model)
         batches: list[list[tuple[int, range]]] = []
@@ -237,7 +238,7 @@ class TransformersSampler:
         return batches
 
     def _sampled(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
-        """Returns the new ids for each sample; `rows` contains prompts and their samples' seeds."""
+        """Returns the new ids for each sample; `rows` pairs prompts with their samples' seeds."""
         stop = self.stop
         pad = self.encoder.tokenizer.pad_token_id
         pad = stop[0] if pad is None else pad
@@ -269,7 +270,7 @@ class TransformersSampler:
         longest = max(map(len, prompts))
         config = GenerationConfig(
             max_new_tokens=self.settings.max_new_tokens,
-            do_sample=False,  # sampling is the argmax over the noisy logits
+            do_sample=False,  # the argmax over the noisy logits is a sample
             use_cache=True,
             eos_token_id=list(self.stop),
             pad_token_id=pad,
@@ -284,7 +285,7 @@ class TransformersSampler:
         return output_BT[:, longest:].tolist()
 
 
-# The default if the size of a model's cache is not known.
+# The default for `batch_tokens` if the size of the model's KV cache is unknown.
 _CACHE_TOKENS = 65_536
 _CPU_CACHE = 4 * 2**30  # bytes
 
@@ -306,16 +307,16 @@ def tokens_that_fit(per_token: int, weights: int, memory: int | None) -> int:
     Args:
         per_token: the bytes of keys and values per token in all layers.
         weights: the bytes of the model's weights.
-        memory: the total memory in bytes of a device that stores only tensors, or `None` on a CPU.
+        memory: the total memory of the GPU in bytes, or `None` on a CPU.
     """
-    # For Llama 2 7B in bfloat16 on 80 GiB, 12.6 GiB of weights leave 67.4 GiB. Half of it is for
-    # the cache, which needs 512 KiB per token. The result is about 69,000 tokens.
+    # For Llama 2 7B in bfloat16 on a GPU with 80 GiB, 12.6 GiB of weights leave 67.4 GiB. The cache
+    # gets half of this memory and needs 512 KiB per token, so about 69,000 tokens fit.
     room = _CPU_CACHE if memory is None else (memory - weights) // 2
     return max(1, room // per_token)
 
 
 def _split(batch: Sequence[tuple[int, range]], most: int) -> list[list[tuple[int, range]]]:
-    """Splits a batch into parts with at most `most` responses, in the same order."""
+    """Splits a batch into parts with at most `most` responses each, in the same order."""
     # [(4, 0 1 2) (7, 0 1)] with at most 2   ->   [(4, 0 1)]  [(4, 2) (7, 0)]  [(7, 1)]
     parts: list[list[tuple[int, range]]] = []
     room = 0
@@ -333,10 +334,9 @@ def _split(batch: Sequence[tuple[int, range]], most: int) -> list[list[tuple[int
 
 @contextmanager
 def _without_own_generation_settings(model: torch.nn.Module) -> Iterator[None]:
-    """Hides the model's generation settings, which `generate` uses for missing values.
+    """Hides the model's generation settings, which `generate` would use as defaults.
 
-    A PEFT wrapper passes its own settings to the base model, so the settings of both models are
-    restored.
+    A PEFT wrapper copies its own settings to the base model, so the settings of both are restored.
     """
     holders: list[Any] = [model.get_base_model()] if isinstance(model, PeftModel) else []
     holders.append(model)

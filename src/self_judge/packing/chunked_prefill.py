@@ -1,8 +1,8 @@
-"""Chunked prefill computes the prefix tree of many sequences in chunks, and each token only once.
+"""Chunked prefill computes the prefix tree of many sequences in chunks, each token only once.
 
 This module computes layouts from token ids. `prefix_tree.py` puts whole trees into rows, while this
-module cuts a tree of any size into chunks in depth-first order. A chunk reads the keys and values
-of its ancestors from earlier chunks. This module does not depend on models, attention or torch.
+module cuts a tree of any size into chunks in depth-first order. The tokens in a chunk attend to
+their ancestors in earlier chunks. This module does not depend on models, attention or torch.
 """
 
 # This example shows the tree of `pqA`, `pqBC` and `ps` in chunks of at most 4 tokens. Tokens are
@@ -13,9 +13,10 @@ of its ancestors from earlier chunks. This module does not depend on models, att
 #      │    └─B3─C4        chunk 1     B3 C4 s5        past 0 1      needed -
 #      └─s5
 #
-# `past` lists the earlier tokens that a chunk reads. Their keys and values precede those of the
-# chunk. `needed` lists the tokens that later chunks read. All other tokens can be dropped after the
-# chunk. Chunk 1 has two segments. Its keys are p0 q1 (the past), then B3 C4 s5 (its own tokens):
+# `past` lists the tokens in earlier chunks that a chunk attends to. Their keys and values precede
+# those of the chunk. `needed` lists the tokens computed so far that later chunks attend to. The
+# keys and values of all other tokens can be dropped. Chunk 1 has two segments. Its keys are p0 q1
+# (the past), then B3 C4 s5 (its own tokens):
 #
 #                            key     0   1   2   3   4
 #                                    p0  q1  B3  C4  s5
@@ -40,11 +41,11 @@ _NOTHING: Ints = np.empty(0, dtype=np.int64)
 class Segment(NamedTuple):
     """Consecutive tokens in a chunk, each of which follows the previous token in its sequence.
 
-    The tokens attend to the keys in `before` and causally to each other. Key indices start with the
-    `past` keys of the chunk, followed by its own tokens.
+    The tokens attend to the keys in `before` and causally to each other. Key indices count the
+    chunk's `past` keys first, then its own tokens.
 
     Attributes:
-        start, stop: the range of the segment in the tokens of the chunk.
+        start, stop: the range of the segment within the chunk's tokens.
         past: the number of keys that precede the chunk's own keys.
         before: the key ranges of the segment's ancestors.
     """
@@ -62,10 +63,10 @@ class Chunk:
     Attributes:
         token_ids, positions: the ids and depths of the tokens, each `(L,)`.
         first: the number of the chunk's first token, counted over all calls.
-        past: the numbers of the earlier tokens that the chunk reads, in order.
+        past: the numbers of the tokens in earlier chunks that the chunk attends to, in order.
         segments: the segments, which define the keys that each token attends to.
-        last: the index of the last token for each sequence that ends in this chunk.
-        needed: the numbers of the tokens computed so far that later chunks read.
+        last: maps each sequence that ends in this chunk to the index of its last token.
+        needed: the numbers of the tokens computed so far that later chunks attend to.
     """
 
     token_ids: Ints
@@ -82,20 +83,20 @@ class PrefixIndex:
     """The sorted sequences computed so far, and the numbers of their tokens.
 
     Attributes:
-        count: the number of tokens so far.
+        count: the number of tokens computed so far.
     """
 
     # After the example above:   pqA  [0 1 2]     pqBC  [0 1 3 4]     ps  [0 5]     count 6
-    # In a sorted list, only the two neighbours of a new sequence can share its longest prefix. The
-    # new sequence `pqBD` lies between `pqBC` and `ps`. It reuses tokens 0 1 3 and computes D as
-    # token 6.
+    # In a sorted list, the sequence with the longest common prefix is always one of the new
+    # sequence's two neighbors. The new sequence `pqBD` lies between `pqBC` and `ps`. It reuses
+    # tokens 0 1 3 and computes D as token 6.
 
     sequences: list[tuple[int, ...]] = field(default_factory=list)
     numbers: list[Ints] = field(default_factory=list)
     count: int = 0
 
     def longest_shared(self, sequence: tuple[int, ...]) -> Ints:
-        """Returns the token numbers of the longest prefix that is already computed."""
+        """Returns the token numbers of the longest prefix that has already been computed."""
         place = bisect.bisect_left(self.sequences, sequence)
         ids = np.array(sequence, dtype=np.int64)
         best = _NOTHING
@@ -115,7 +116,7 @@ class PrefixIndex:
         self.numbers = [known[s] for s in self.sequences]
 
     def only(self, kept: Ints) -> None:
-        """Drops every token whose number is not in `kept`, and all tokens after it."""
+        """Drops every token whose number is not in `kept`, and all tokens that follow it."""
         # With `kept` 0 1 2 3, the index above becomes `p` [0], `pqA` [0 1 2], `pqB` [0 1 3].
         sequences, index = self.sequences, self.numbers
         self.sequences, self.numbers = [], []
@@ -128,13 +129,13 @@ class PrefixIndex:
 def plan_chunks(
     sequences: Sequence[Sequence[int]], chunk_tokens: int, index: PrefixIndex
 ) -> list[Chunk]:
-    """Cuts the tree of the sequences into chunks of similar size and leaves out known prefixes.
+    """Cuts the tree of the sequences into chunks of similar size; computed prefixes are left out.
 
     The last token of every sequence is always included, so that its hidden state is computed.
 
     Args:
-        sequences: token ids, at least one per sequence. Equal sequences share all indices.
-        chunk_tokens: the most tokens in a chunk. A longer sequence gets its own chunk.
+        sequences: the token ids, at least one per sequence. Equal sequences share all their tokens.
+        chunk_tokens: the maximum number of tokens in a chunk. A longer sequence gets its own chunk.
         index: the sequences computed so far. The new sequences are added to it.
 
     Raises:
@@ -183,7 +184,7 @@ def plan_chunks(
 
 
 def _stretches(lengths: Sequence[int], most: int) -> Iterable[tuple[int, int]]:
-    """Groups neighbours into stretches of similar size with at most `most` tokens."""
+    """Groups adjacent sequences into stretches of similar size with at most `most` tokens."""
     # The sequences contribute 3, 2 and 1 tokens: `pqA`, `BC` and `s`. With at most 4 tokens per
     # stretch, there are two stretches of about 3 tokens: [3] [2 1].
 
@@ -263,9 +264,9 @@ def _with_needed(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 def segments_of(row: Row) -> tuple[Segment, ...]:
     """Returns the segments that are equivalent to the mask of a row of whole trees."""
-    # In depth-first order, a token that is one level deeper than its left neighbour is the child of
-    # that neighbour. Any other depth starts a segment. Row p q A B C s has depths 0 1 2 2 3 1, so
-    # its segments are:
+    # In depth-first order, a token that is one level deeper than the previous token is the child of
+    # that token. Any other depth starts a segment. Row p q A B C s has depths 0 1 2 2 3 1, so its
+    # segments are:
     #   p q A (before: nothing)      B C (before: keys 0 to 2, p q)      s (before: keys 0 to 1, p)
     starts = np.flatnonzero(np.diff(row.positions, prepend=-2) != 1).tolist()
     path = _NOTHING

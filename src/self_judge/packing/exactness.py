@@ -1,4 +1,4 @@
-"""Checks in a small trial on the model itself whether a packing mode is exact.
+"""Runs a small trial on the model itself to check whether a packing mode is exact.
 
 This module compares logits with a tolerance that depends on their precision. It does not depend on
 the packing modes.
@@ -48,7 +48,7 @@ Logits = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 @functools.cache
 def warn_once(logger: logging.Logger, text: str) -> None:
-    """Logs a warning only once for a model and its frozen copy."""
+    """Logs each warning only once, even if it applies to a model and to its frozen copy."""
     logger.warning(text)
 
 
@@ -71,14 +71,14 @@ def trial_tokens(model: nn.Module, count: int) -> list[int]:
 
 
 def padded_logits(called: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Computes the logits `(T, V)` of each sequence in one batch with right padding.
+    """Computes the logits `(T, V)` of each sequence, in one right-padded batch.
 
-    A trial compares its results with these logits. Such a batch uses the attention kernels for
-    masks, as most packing modes do. A single sequence uses other kernels, and their bfloat16
+    A trial compares its results with these logits. A padded batch uses attention kernels with a
+    mask, as most packing modes do. A single sequence would use other kernels, whose bfloat16
     results may differ by more than the tolerance.
 
     Args:
-        called: see `as_called`.
+        called: the result of `as_called`.
     """
     inputs = padded(sequences, device_of(called))
     with without_cudnn_attention():
@@ -88,10 +88,10 @@ def padded_logits(called: Any, sequences: Sequence[Sequence[int]]) -> list[torch
 
 @torch.no_grad()
 def why_inexact(model: nn.Module, trial: Logits) -> str | None:
-    """Runs a trial and returns the reason its results are not exact, or `None` if they are exact.
+    """Runs a trial and returns why its results are not exact, or `None` if they are exact.
 
-    The model runs as in training and judging: in evaluation mode, with both the current autocast
-    context and the model's own. The tolerance depends on the precision of the computation.
+    The model runs in evaluation mode, under its own autocast if it has one, and otherwise under the
+    current autocast context. The tolerance depends on the precision of the computation.
 
     Args:
         trial: a function that returns the logits `(N, V)` to check and the expected logits.
@@ -115,13 +115,13 @@ def why_inexact(model: nn.Module, trial: Logits) -> str | None:
         told = (str(error).splitlines() or [""])[0]
         return f"a trial failed with {type(error).__name__}: {told:.160}"
     finally:
-        # The weights that autocast converts here have no gradient. Without clearing the cache,
-        # later computations would reuse them.
+        # Autocast caches converted weights, and those from this trial have no gradient. If the
+        # cache were not cleared, later computations would reuse them.
         torch.clear_autocast_cache()
     off = relative_difference(found.float(), expected.float())
     tolerance = _IN_FLOAT32 if all(computes_in) else IN_LESS
     if not off <= tolerance:
-        return f"a trial differed by {off:.1e} of the largest logit"
+        return f"in a trial, logits differed by {off:.1e} times the largest logit"
     return None
 
 
@@ -136,7 +136,7 @@ def _watched(model: nn.Module) -> Iterator[list[bool]]:
     inner: Any = unwrapped(model)
     device = next(inner.parameters()).device
     full: list[bool] = []
-    # Measured here, because a CUDA graph that captures a pass cannot capture the measurement.
+    # Measure the precision now, because this is not possible while a CUDA graph is being captured.
     exact = _multiplies_exactly(device)
 
     def look(module: nn.Module, args: Any) -> None:
@@ -144,7 +144,8 @@ def _watched(model: nn.Module) -> Iterator[list[bool]]:
         dtype = torch.get_autocast_dtype(device.type) if autocast else inner.dtype
         full.append(dtype == torch.float64 or (dtype == torch.float32 and exact))
 
-    # A hook inside all wrappers of the model's forward method sees the autocast of every wrapper.
+    # The embeddings are inside all wrappers of the model's forward method, so a hook there sees the
+    # autocast context of every wrapper.
     hook = inner.get_input_embeddings().register_forward_pre_hook(look)
     try:
         yield full
@@ -155,8 +156,8 @@ def _watched(model: nn.Module) -> Iterator[list[bool]]:
 def _multiplies_exactly(device: torch.device) -> bool:
     """Returns whether float32 matrices are multiplied in float32 instead of TF32 or bfloat16.
 
-    This function measures the precision, because PyTorch has two kinds of settings for it and does
-    not allow one kind to be read after the other is set.
+    The precision is measured, because PyTorch has two kinds of settings for it and does not allow
+    one kind to be read after the other has been set.
     """
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     found, true = (a.to(device) @ b.to(device)).cpu().double(), a.double() @ b.double()

@@ -1,9 +1,9 @@
-"""FlexAttention for prefix trees: block masks, and attention that must be compiled.
+"""FlexAttention for prefix trees: block masks and compiled attention.
 
-Transformers passes every attention mask to the function registered as `flex_attention`. The
-function in this module handles the masks for trees and passes all other masks to Transformers' own
-integration. If PyTorch cannot compile FlexAttention, it falls back to a version that materialises
-every score. This module raises `UnfusedError` instead.
+Transformers passes every attention mask to the function registered as `flex_attention`. This module
+registers a function that handles the masks for trees and passes all other masks to Transformers'
+own integration. If PyTorch cannot compile FlexAttention, it falls back to a version that
+materializes every score. This module raises `UnfusedError` instead.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 NAME = "flex_attention"
 _BLOCK = 128
-# Dynamo recompiles if a size is 1. With one row per pass and at least two blocks per row, Dynamo
-# does not recompile, and each kind of model needs one graph (two with gradients).
+# Dynamo compiles a new graph when a size changes to 1. With one row per pass and at least two
+# blocks per row, this does not happen, and each kind of model needs one graph (two with gradients).
 ROW_MULTIPLE = 2 * _BLOCK
 _LEAST_HEAD_ON_CUDA = 16
 _INSTEAD = "set model.attn_implementation: sdpa"
 
 
 class UnfusedError(ValueError):
-    """Raised if FlexAttention has no fused kernel. The message gives the reason and a fix."""
+    """Raised when FlexAttention has no fused kernel. The message gives the reason and a fix."""
 
 
 class TreeBlocks(BlockMask):
@@ -45,10 +45,10 @@ def tree_blocks(ends_L: torch.Tensor) -> TreeBlocks:
         ends_L: `Row.subtree_ends`, where L is a multiple of 128.
     """
     # The token at q attends to the token at k if k ≤ q < end(k). A block of queries that starts at
-    # s attends to a part of an earlier block of keys if the largest end in that block is greater
-    # than s. The queries attend to the whole block if all ends are at least s + 128. In its own
-    # block, a token attends at least to itself. This example has a root of 128 tokens (end 384) and
-    # two branches of 128 tokens (ends 256 and 384):
+    # s attends to at least part of an earlier block of keys if the largest end in the block of keys
+    # is greater than s. It attends to the whole block of keys if all ends are at least s + 128. In
+    # its own block, a token attends at least to itself. This example has a root of 128 tokens (end
+    # 384) and two branches of 128 tokens (ends 256 and 384):
     #
     #   keys            root    a       b
     #   queries root    own
@@ -70,13 +70,13 @@ def tree_blocks(ends_L: torch.Tensor) -> TreeBlocks:
 
 
 def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the number of set blocks per row and the column order, with set columns first."""
+    """Returns the number of set blocks per row, and the columns with those of set blocks first."""
     columns = torch.argsort(blocks.int(), stable=True, dim=-1, descending=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], columns.int()[None, None]
 
 
 def refusal(inner: Any, device: torch.device) -> str | None:
-    """Returns the reason FlexAttention cannot run a model on a device, or `None` if it may work."""
+    """Returns why FlexAttention cannot run a model on a device, or `None` if it may work."""
     config = inner.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0) or 1
     size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
@@ -90,8 +90,8 @@ def refusal(inner: Any, device: torch.device) -> str | None:
 def sdpa_instead(inner: Any) -> Iterator[None]:
     """Makes a model with FlexAttention use SDPA within the block; other models are unchanged.
 
-    Transformers' own FlexAttention recompiles for new lengths, which takes too long for a
-    comparison of a few short sequences.
+    Transformers' own integration recompiles for new lengths, which takes too long for a comparison
+    of a few short sequences.
     """
     usual = inner.config._attn_implementation
     if usual != NAME:
@@ -115,7 +115,7 @@ def tree_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Computes attention for a row of trees in one layer; other masks go to Transformers.
 
-    The forward and backward passes have not been run on CUDA. There is no backward pass on a CPU.
+    There is no backward pass on a CPU.
 
     Args:
         query: the queries of the L tokens, `(1, H, L, D)`.
@@ -127,9 +127,9 @@ def tree_attention(
         The attention output, `(1, L, H, D)`, and `None` in place of the attention weights.
 
     Raises:
-        UnfusedError: PyTorch cannot compile FlexAttention here, or torch.compile is off.
-        ValueError: the model uses dropout, soft-capped scores, a bias or attention sinks, or needs
-            gradients on a CPU.
+        UnfusedError: PyTorch cannot compile FlexAttention here, or torch.compile is disabled.
+        ValueError: the model uses dropout, soft-capped scores, position biases or attention sinks,
+            or needs gradients on a CPU.
     """
     if not isinstance(attention_mask, TreeBlocks):
         return flex_attention_forward(
@@ -154,13 +154,13 @@ def tree_attention(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     heads = query.shape[1]
-    if heads & (heads - 1):  # the kernels share keys only among 2^n heads
+    if heads & (heads - 1):  # the kernels support GQA only with 2^n query heads
         key, value = (s.repeat_interleave(heads // s.shape[1], dim=1) for s in (key, value))
     for states in (query, key, value):
-        # Static sizes prevent Dynamo from confusing heads with lengths that happen to be equal.
+        # Static sizes prevent Dynamo from confusing a number of heads with an equal length.
         torch._dynamo.mark_static(states, 1)
         torch._dynamo.mark_static(states, 3)
-    # The state of autocast would become part of the compiled graph.
+    # Without this, the autocast state would become part of the compiled graph.
     with torch.autocast(device, enabled=False):
         attended = _compiled_or_refused(query, key, value, attention_mask, scaling)
     return attended.transpose(1, 2).contiguous(), None
@@ -173,9 +173,9 @@ def _fused(
     blocks: TreeBlocks,
     scaling: float | None,
 ) -> Any:
-    # Without compilation, FlexAttention would materialise the scores.
+    # Without compilation, FlexAttention would materialize the scores.
     if not torch.compiler.is_dynamo_compiling():
-        raise UnfusedError(f"FlexAttention needs torch.compile, which is off here: {_INSTEAD}")
+        raise UnfusedError(f"FlexAttention needs torch.compile, which is disabled here: {_INSTEAD}")
     shared = key.shape[1] != query.shape[1]
     return flex_attention(
         query, key, value, block_mask=blocks, scale=scaling, enable_gqa=shared
@@ -184,7 +184,8 @@ def _fused(
 
 @functools.cache
 def _compiled() -> Callable[..., torch.Tensor]:
-    # Without `fullgraph`, PyTorch silently runs uncompiled when it reaches its recompilation limit.
+    # Without `fullgraph`, PyTorch silently runs uncompiled code once it reaches its recompilation
+    # limit.
     return torch.compile(_fused, dynamic=True, fullgraph=True)
 
 

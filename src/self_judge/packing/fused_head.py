@@ -2,7 +2,7 @@
 
 TRL's losses call `model(input_ids, attention_mask, labels, fused_lm_head=True)` with `(B, T)` rows
 and read `(B, T - 1)` per-token values. This module computes these values in packed passes and
-returns each value at the index that TRL expects. The loss and TRL's fused head are unchanged.
+returns each value at the index that TRL expects. The loss and TRL's fused head do not change.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def pack_fused_head(
 ) -> Packing | None:
     """Makes the fused LM head that TRL adds to a model use packed rows.
 
-    All other calls of the model are unchanged. Batches that cannot be packed are also unchanged.
-    These are batches for a mixture of experts with a router loss (which is defined on the padded
-    batch) and batches that contain inputs other than ids, mask and labels.
+    All other calls to the model are unchanged. Two kinds of batches cannot be packed and run as
+    usual: batches for a mixture of experts with a router loss (which is defined on the padded
+    batch), and batches that contain inputs other than ids, mask and labels.
 
     Args:
         model: the model of TRL's trainer after the trainer's constructor has run, in any wrapper.
@@ -63,7 +63,7 @@ def pack_fused_head(
     inner: Any = unwrapped(model)
     fused_forward = inner.forward
 
-    # `generate` reads the signature of this method.
+    # `generate` inspects the signature of this method.
     @functools.wraps(type(inner).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
@@ -89,7 +89,7 @@ def _packable(inner: Any, kwargs: dict[str, Any]) -> bool:
 
 
 class _Batch(NamedTuple):
-    """A batch kept on the CPU, because reading a single number from a device would wait for it.
+    """A copy of a batch on the CPU, because reading a number from the device would wait for it.
 
     Attributes:
         ids_BT, mask_BT, labels_BT: the arguments of the model call.
@@ -101,7 +101,7 @@ class _Batch(NamedTuple):
 
     @classmethod
     def of(cls, kwargs: dict[str, Any]) -> _Batch | None:
-        """Copies all tensors at once, or returns `None` if rows are not padded on the right.
+        """Copies all tensors at once; returns `None` if the rows are not padded on the right.
 
         Both collators in this project pad on the right.
         """
@@ -129,7 +129,7 @@ def _packed(
     #
     # Tokens after the last needed token are cut, so one packed row `p q B` provides all three
     # states: q (for A), q (for B) and B (for C). Their values go to cells 1, 4 and 5 of the
-    # flattened (2, 3) output, whatever the order of the passes. All other cells are zero.
+    # flattened (2, 3) output, regardless of the order of the passes. All other cells are zero.
     device = input_ids.device
     lengths = batch.mask_BT.sum(1)
     sequences = [row[:n].tolist() for row, n in zip(batch.ids_BT, lengths, strict=True)]
@@ -140,7 +140,8 @@ def _packed(
     targets = targets_BT[places_BT]
     nothing = not len(targets)
     if nothing:
-        # Multiply one score by zero, to keep the output connected to the model's parameters.
+        # Without targets, multiply one score by zero to keep the output connected to the
+        # parameters.
         sequences, wanted = [[*sequences[0][:1]]], [np.array([0])]
         targets = batch.ids_BT[0, :1]
     values: dict[str, list[torch.Tensor]] = {name: [] for name in _PER_TOKEN}

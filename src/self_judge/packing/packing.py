@@ -1,4 +1,4 @@
-"""Packing runs sequences through a model and computes every shared token once.
+"""Packing runs sequences through a model and computes each shared token only once.
 
 This module decides once per model how prefixes can be shared (tree masks, a KV cache, or not at
 all), lays out the sequences, and lets the model's own head score only the needed positions. It does
@@ -48,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 Route: TypeAlias = Literal["tree", "cache", "padding", "off"]
 
-# Attention layers that accept a mask from the caller. Other kinds of layers keep their own state.
+# The types of attention layers that accept a mask from the caller. Other layers keep their own
+# state.
 _MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _LAYOUTS: dict[str, Callable[..., Iterator[Pass]]] = {
     "tree": tree_passes,
@@ -79,16 +80,17 @@ class Decision:
 
 
 class Packing:
-    """Runs sequences through one model and computes each shared token once.
+    """Runs sequences through a model and computes each shared token only once.
 
     Args:
         model: a causal language model, in any wrapper (PEFT, DDP, FSDP).
-        choice: `auto` uses the first mode of tree, cache and padding that is exact for the model.
-            Any other value forces a mode, and `off` disables packing.
-        batch_tokens: the most tokens in a forward pass, including padding (default:
+        choice: `auto` tries the modes tree, cache and padding in this order, and uses the first one
+            that is exact for the model. Any other value forces a mode, and `off` disables packing.
+        batch_tokens: the maximum number of tokens in a forward pass, including padding (default:
             `pass_size.tokens_per_pass`). A single sequence, or two that share a prefix, may exceed
             this limit.
-        gradients: whether gradients are needed (a cache does not work with gradient checkpointing).
+        gradients: whether gradients are needed (a KV cache does not work with gradient
+            checkpointing).
         one_pass: whether to use a single forward pass. Sharded models need this, because all
             processes must run the same number of passes (see `LockstepPacking` for judging).
 
@@ -96,14 +98,14 @@ class Packing:
         ValueError: a forced mode is not exact for this model.
     """
 
-    # `auto` decides once per model. Each mode is first checked against the configuration (`_gate`)
-    # and then tried on five short sequences (`_trial`). The first exact mode is used:
+    # `auto` selects the mode once per model. Each mode is first checked against the configuration
+    # (`_gate`) and then tried on five short sequences (`_trial`). The first exact mode is used:
     #
     #   tree ──── exact ──> tree; on a CPU with SDPA by segments, if they are also exact
     #    └ not ── cache ── exact ──> cache
     #              └ not ── padding
     #
-    # Sequences longer than `Decision.longest` (for example, a sliding window) use
+    # Sequences longer than `Decision.longest` (for example, the size of a sliding window) use
     # `Decision.beyond`.
 
     def __init__(
@@ -149,7 +151,7 @@ class Packing:
         return known.decided[key]
 
     def describe(self) -> str:
-        """Returns the packing mode and its reason, in one line."""
+        """Returns the packing mode and its reason, on one line."""
         decision = self.decision
         limit = "" if decision.longest is None else f" up to {decision.longest} tokens"
         return f"packing of {type(self.inner).__name__}: {decision.route}{limit}; {decision.reason}"
@@ -158,9 +160,9 @@ class Packing:
         """Yields the forward passes that compute the hidden states at the requested positions.
 
         Args:
-            sequences: token ids. Sequences without requested positions are skipped.
+            sequences: the token ids. Sequences without requested positions are skipped.
             wanted: the positions in each sequence whose hidden states are needed. Tokens after the
-                last position are not computed.
+                last of these positions are not computed.
 
         Raises:
             ValueError: packing is off.
@@ -170,7 +172,7 @@ class Packing:
     def _passes(
         self, sequences: Sequence[Sequence[int]], wanted: Sequence[Ints], by_segments: str
     ) -> Iterator[Pass]:
-        # This example assigns sequences to modes with a sliding window of 512 tokens:
+        # For example, a model with a sliding window of 512 tokens uses these modes:
         #
         #   wanted positions [9] of 20 tokens     cut to the first 10
         #   up to 512 tokens after the cut        `decision.route` (or its segments or chunks)
@@ -206,7 +208,7 @@ class Packing:
             yield from _LAYOUTS[route](self.inner, self.shape, asked.only(chosen), **remembered)
 
     def _may_cache(self) -> bool:
-        """Returns whether groups with many branches may use a cache although trees are exact."""
+        """Returns whether large groups may use a KV cache even though trees are exact."""
         free = self.choice == "auto" and not self.gradients and not self.shape.one_pass
         dense = attention(self.inner) != flex_attention.NAME
         return free and dense and _refused(self.model, "cache") is None
@@ -218,7 +220,7 @@ class Packing:
         This only affects `next_token_logits` with segment attention.
 
         Args:
-            limit: the most bytes of keys and values to keep.
+            limit: the maximum number of bytes of keys and values to keep.
         """
         before, self._prefix_cache = self._prefix_cache, PrefixCache(limit)
         try:
@@ -230,9 +232,9 @@ class Packing:
     def next_token_logits(
         self, sequences: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Yields the indices of n sequences and their next-token logits `(n, V)`, pass by pass."""
-        # Only the last position in a sequence is needed, so chunks can be used. A single pass uses
-        # segments.
+        """Yields the indices of n sequences and their next-token logits `(n, V)` for each pass."""
+        # Only the last position in a sequence is needed, so chunks can be used. With `one_pass`,
+        # segments are used instead.
         last = [np.array([len(s) - 1]) for s in sequences]
         for this in self._passes(sequences, last, "segments" if self.shape.one_pass else "chunks"):
             with hidden_states_at(self.inner, this) as inputs:
@@ -246,7 +248,8 @@ class Packing:
 def _checkpointed(inner: nn.Module) -> bool:
     known = _KNOWN.setdefault(inner, _Known())
     if known.checkpointable is None:
-        # Every pass asks, and a walk over a thousand modules takes milliseconds.
+        # Cache the modules, because every pass needs them and iterating over a thousand modules
+        # takes milliseconds.
         known.checkpointable = [
             m for m in inner.modules() if getattr(m, "gradient_checkpointing", None) is not None
         ]
@@ -264,7 +267,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 
 
 def _no_cache(packing: Packing) -> str | None:
-    """Returns the reason these settings exclude a KV cache, or `None` if they allow one."""
+    """Returns why these settings exclude a KV cache, or `None` if they allow one."""
     if packing.shape.one_pass:
         return "a cache needs two passes, but all processes must run the same number of passes"
     if packing.gradients and _checkpointed(packing.inner):
@@ -277,9 +280,9 @@ def _no_cache(packing: Packing) -> str | None:
 def _by_segments(packing: Packing) -> bool:
     """Returns whether to try segment attention.
 
-    On a GPU, its many small calls take 2 to 4 times as long as attention with masks
+    On a GPU, the many small calls take 2 to 4 times as long as attention with a mask
     (benchmarks/RESULTS.md). Gradient checkpointing repeats forward passes after the model's usual
-    attention is restored, so it cannot be combined with segments.
+    attention has been restored, so it cannot be combined with segments.
     """
     inner = packing.inner
     checkpointed = packing.gradients and _checkpointed(inner)
@@ -289,7 +292,7 @@ def _by_segments(packing: Packing) -> bool:
 def _decide(model: nn.Module, choice: str, no_cache: str | None, may_segment: bool) -> Decision:
     inner: Any = unwrapped(model)
     if choice == "off":
-        return Decision("off", "asked for")
+        return Decision("off", "as requested")
     unselectable = _refused(model, "padding")
     if unselectable:
         if choice == "auto":
@@ -298,7 +301,7 @@ def _decide(model: nn.Module, choice: str, no_cache: str | None, may_segment: bo
     reasons: list[str] = []
     for route in ("tree", "cache") if choice == "auto" else (choice,):
         if route == "padding":
-            return Decision("padding", "asked for")
+            return Decision("padding", "as requested")
         refused = (no_cache if route == "cache" else None) or _refused(model, route)
         if refused is None:
             limit = _longest_path(inner.config) if route == "tree" else None
@@ -319,7 +322,7 @@ def _decide(model: nn.Module, choice: str, no_cache: str | None, may_segment: bo
 
 
 def _refused(model: nn.Module, route: str) -> str | None:
-    """Returns the reason a mode is not exact for a model, or `None` if it is exact."""
+    """Returns why a mode is not exact for a model, or `None` if it is exact."""
     inner: Any = unwrapped(model)
     known = _KNOWN.setdefault(inner, _Known())
     key = (route, attention(inner), isinstance(model, PeftModel))
@@ -341,7 +344,7 @@ def _gate(model: nn.Module, route: str) -> str | None:
         return None
     if attention(inner) == flex_attention.NAME:
         if route == "cache":
-            return "FlexAttention would be compiled for many cache lengths"
+            return "FlexAttention would be recompiled for many cache lengths"
         refused = flex_attention.refusal(inner, device_of(inner))
         if refused:
             return refused
@@ -357,7 +360,7 @@ def _gate(model: nn.Module, route: str) -> str | None:
     if not takes_positions(inner):
         return "it does not accept position ids"
     if getattr(config, "alibi", False):
-        return "ALiBi counts the tokens in the row"
+        return "ALiBi biases depend on positions in the row"
     if attention(inner) not in ("sdpa", "eager", "flex_attention"):
         return f"{attention(inner)} attention does not accept a custom mask"
     # Older model classes hard-code their attention.
@@ -367,7 +370,7 @@ def _gate(model: nn.Module, route: str) -> str | None:
 
 
 def _longest_path(config: Any) -> int | None:
-    """Returns the length up to which packed tokens attend to all earlier tokens as usual."""
+    """Returns the maximum sequence length for which trees are exact, or `None` for no limit."""
     config = config.get_text_config()
     limits: list[int] = []
     kinds = getattr(config, "layer_types", None)
@@ -380,7 +383,7 @@ def _longest_path(config: Any) -> int | None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     ropes = [r for r in (rope, *rope.values()) if isinstance(r, Mapping)]
     for parameters in ropes:
-        # These types of RoPE scale positions by the longest sequence in a pass.
+        # The scaling of these types of RoPE depends on the longest sequence in a pass.
         if parameters.get("rope_type", parameters.get("type")) in ("dynamic", "longrope"):
             original = parameters.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
@@ -398,7 +401,7 @@ def _trial(model: nn.Module, route: str) -> str | None:
     #            └─ 8
     #
     # If a branch attends to another branch, or a token has a wrong position, at least one logit
-    # changes clearly.
+    # changes by much more than rounding errors.
     inner: Any = unwrapped(model)
     called = as_called(model)
     drawn = trial_tokens(model, 32)

@@ -1,7 +1,7 @@
-"""Sets the number of tokens in a forward pass from the kind of device and the model width.
+"""Chooses the number of tokens in a forward pass by the kind of device and the model's width.
 
-This module uses the shapes of a model's matrices and, on request, measures their speed. The
-number does not depend on the input.
+This module uses the shapes of a model's matrices and, on request, measures their speed. The number
+of tokens does not depend on the input.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 FILE = "batch_shape.json"
 ASKED = "SELF_JUDGE_TOKENS_PER_PASS"
-# Maps the least width of the hidden states to the number of tokens in a pass. On two CPU cores, the
-# matrices of SmolLM2-135M (hidden size 576) keep the cores busy at 512 tokens. Judging is 8 %
-# faster with passes of 1,024 tokens, and 2,048 tokens bring no further gain. Tiny models keep the
-# cores busy at 2,048 tokens. The numbers for other devices are estimates.
+# Maps the minimum hidden size to the number of tokens in a pass. On two CPU cores, the matrices of
+# SmolLM2-135M (hidden size 576) keep the cores busy at 512 tokens. Judging is 8 % faster with
+# passes of 1,024 tokens, and 2,048 tokens bring no further gain. Tiny models need 2,048 tokens to
+# keep the cores busy. The numbers for other devices are estimates.
 _ON_CPU = {0: 4096, 256: 1024}
 _ELSEWHERE = {0: 16_384, 4096: 8192}
-# An H100 computes this many tokens while its host launches the kernels for a pass (about 1 ms per
-# layer, measured with Llama shapes in bfloat16). A CPU does not launch kernels.
+# An H100 computes this many tokens in the time that launching the kernels of a pass takes (about 1
+# ms per layer, measured with Llama shapes in bfloat16). On a CPU, no kernels are launched.
 _BUSY_ELSEWHERE = {0: 16_384, 1024: 4096, 4096: 2048}
 _CANDIDATES = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 _SECONDS = 0.5
@@ -49,8 +49,8 @@ _MEASURED: dict[tuple[Any, ...], int] = {}  # keyed by the device, dtype and sha
 def tokens_per_pass(inner: nn.Module) -> int:
     """Returns the number of tokens in a forward pass of a model.
 
-    The choice of sequences that share a pass affects the rounding of their results. The number
-    therefore depends only on the kind of device and the width of the model, unless
+    Sequences that share a pass affect the rounding of each other's results. The number therefore
+    depends only on the kind of device and the width of the model, unless
     `$SELF_JUDGE_TOKENS_PER_PASS` is set to a number or to `measure` (see
     `measured_tokens_per_pass`).
 
@@ -58,26 +58,27 @@ def tokens_per_pass(inner: nn.Module) -> int:
         inner: the model inside all wrappers.
 
     Raises:
-        ConfigError: the environment variable is neither a positive number nor `measure`.
+        ConfigError: `$SELF_JUDGE_TOKENS_PER_PASS` is neither a positive number nor `measure`.
     """
     asked = os.environ.get(ASKED, "")
     if asked == "measure":
-        # Judging calls this before every pass, and the frozen copy of a model uses the same size.
+        # Measure only once: judging calls this before every pass, and a frozen copy of the model
+        # must use the same number.
         kind = tuple(sorted((str(m.device), str(m.dtype), *m.shape) for m in _matrices(inner)))
         if kind not in _MEASURED:
             _MEASURED[kind] = measured_tokens_per_pass(inner)
         return _MEASURED[kind]
     if asked:
         if not asked.isdecimal() or int(asked) < 1:
-            raise ConfigError(f"{ASKED} must be a number of tokens or measure, got {asked}")
+            raise ConfigError(f"{ASKED} must be a number of tokens or 'measure', got {asked}")
         return int(asked)
     return _by_width(inner, _ON_CPU if _on_cpu(inner) else _ELSEWHERE)
 
 
 def busy_tokens(inner: nn.Module) -> int:
-    """Returns the fewest tokens that keep the device busy while a pass is launched.
+    """Returns the minimum number of tokens that keeps the device busy during kernel launches.
 
-    A pass with fewer tokens is not faster. On a CPU, the number is 0.
+    A pass with fewer tokens is not faster. On a CPU, the minimum is 0.
 
     Args:
         inner: the model inside all wrappers.
@@ -96,29 +97,29 @@ def _by_width(inner: nn.Module, figures: dict[int, int]) -> int:
 
 
 def measured_tokens_per_pass(inner: nn.Module, measure: Measure | None = None) -> int:
-    """Returns twice the token count at which the model's matrices reach 95 % of their best rate.
+    """Returns twice the token count at which the matrix products reach 95 % of their peak rate.
 
     The factor of two covers the fixed cost of a pass. A new measurement may give a different
     number, and therefore different rounding.
 
     Args:
         inner: the model inside all wrappers.
-        measure: a function that returns the tokens per second for a list of matrices. By default,
-            the time is measured.
+        measure: a function that returns the tokens per second for a list of matrices and a token
+            count. By default, the matrix products are timed.
     """
     matrices = _matrices(inner)
-    if not matrices or matrices[0].device.type == "meta":  # all are sharded or quantized
+    if not matrices or matrices[0].device.type == "meta":  # all matrices are sharded or quantized
         return 1024
     tokens = min(2 * _smallest_good(matrices, measure or _tokens_per_second), _CANDIDATES[-1])
-    logger.info("using %d tokens per forward pass, which keep the matrices busy", tokens)
+    logger.info("using %d tokens per forward pass, which keep the device busy", tokens)
     return tokens
 
 
 def pinned_tokens_per_pass(inner: nn.Module, folder: str | Path) -> int:
-    """Returns the `tokens_per_pass` of a run, which all processes and resumed runs share.
+    """Returns the `tokens_per_pass` of a run, the same for all processes and after a resume.
 
     Args:
-        folder: the folder of the run. The first process reads or writes `batch_shape.json` there.
+        folder: the folder of the run. The main process reads or writes `batch_shape.json` there.
     """
     path = Path(folder) / FILE
     pinned = [0]
@@ -137,7 +138,7 @@ def attention_share(inner: Any) -> float:
     """Returns the FLOPs for a query-key pair, divided by the FLOPs for a token in all matrices.
 
     With a context of L tokens, attention adds L times this ratio to the work for a token. Adapters
-    are not counted, so a model has the same passes with and without them.
+    are not counted, so the passes of a model are the same with and without adapters.
     """
     if inner not in _SHARES:
         _SHARES[inner] = _attention_share(inner)
@@ -167,13 +168,13 @@ def _attention_share(inner: Any) -> float:
 
 
 def _matrices(inner: nn.Module) -> list[torch.Tensor]:
-    """Returns one matrix of each shape, except the head, which processes few tokens."""
+    """Returns one matrix of each shape, except the LM head, which processes few tokens."""
     head = getattr(inner, "get_output_embeddings", lambda: None)()
     found: dict[tuple[int, ...], torch.Tensor] = {}
     for module in inner.modules():
         if type(module) is nn.Linear and module is not head:
             weight = module.weight.detach()
-            # A shard may be flat or empty.
+            # A sharded weight may be flat or empty.
             whole = type(weight) is torch.Tensor and weight.dim() == 2 and weight.numel()
             if whole and weight.is_floating_point():
                 found.setdefault(tuple(weight.shape), weight)

@@ -1,7 +1,7 @@
-"""Builds packed forward passes from prefix trees, and selects the hidden states to read.
+"""Builds packed forward passes from prefix trees, and selects the hidden states that are needed.
 
-There is one generator for each packing mode. The caller chooses the mode, and `packing.py` checks
-whether it is exact for a model.
+There is one generator function for each packing mode. The caller chooses the mode, and `packing.py`
+checks whether it is exact for a model.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from self_judge.packing.prefix_tree import (
 from self_judge.packing.segment_attention import attending_by_segments
 from self_judge.runtime import device_of, to_device, without_cudnn_attention
 
-# With a dense mask, attention computes every pair of tokens, at a lower rate than a matrix product.
-# These factors describe the slowdown (benchmarks/RESULTS.md). They were measured on two CPU cores
-# with SmolLM2-135M, and on an H200 in bfloat16, where a factor of 1.0 is within 4 % of the best
-# speed for the shape of a 1B model. A higher factor leads to more and smaller passes.
+# With a dense mask, attention computes a score for every pair of tokens, at a lower rate than a
+# matrix product. These factors describe the slowdown (benchmarks/RESULTS.md). They were measured on
+# two CPU cores with SmolLM2-135M, and on an H200 in bfloat16, where a factor of 1.0 is within 4 %
+# of the best speed for the shape of a 1B model. A higher factor leads to more and smaller passes.
 _DENSE_ATTENTION = {"cpu": 2.0}
 _DENSE_ATTENTION_ELSEWHERE = 1.0
-# The most tokens in the cache for one group. The cache needs 16 GiB for Llama 2 7B in bfloat16, and
-# 4 GiB for Llama 3 8B, in which four query heads share keys and values.
+# The maximum number of tokens in the cache for one group. The cache needs 16 GiB for Llama 2 7B in
+# bfloat16, and 4 GiB for Llama 3 8B, in which four query heads share a KV head.
 _CACHED_TOKENS = 32_768
 
 
@@ -59,7 +59,7 @@ class Wanted(NamedTuple):
     """The hidden states to compute.
 
     Attributes:
-        sequences: token ids.
+        sequences: the token ids.
         wanted: the positions in each sequence whose states are needed.
         offsets: for each sequence, the index of its first needed position among all needed
             positions.
@@ -67,7 +67,7 @@ class Wanted(NamedTuple):
 
     # For `pqA`, `pqBC`, `ps` with wanted [1 2], [2 3], [1], the five states are numbered like this:
     #   qA of 0: 0 1      BC of 1: 2 3      s of 2: 4      so offsets = [0 2 4]
-    # In the row p q A B C s (one pass), they are at `Pass.states` = [1 2 3 4 5].
+    # In the row p q A B C s (one pass), their indices are `Pass.states` = [1 2 3 4 5].
 
     sequences: Sequence[Sequence[int]]
     wanted: Sequence[Ints]
@@ -115,7 +115,7 @@ class Pass:
 def hidden_states_at(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
     """Makes the backbone return only the needed states `(1, W, H)`, and yields the inputs.
 
-    The model's own head then scores these states, including any scaling or capping of logits.
+    The model's own head then scores these states, including any scaling or soft-capping of logits.
 
     Args:
         inner: the causal language model inside all wrappers.
@@ -179,18 +179,18 @@ def tree_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
 
 
 def better_cached(inner: Any, shape: Shape, sequences: Sequence[Sequence[int]]) -> list[int]:
-    """Returns the sequences for which a KV cache is clearly cheaper than dense tree masks.
+    """Finds the sequences for which a KV cache is clearly cheaper than dense tree masks.
 
-    These sequences form groups with many branches, such as a tournament round. With a dense mask,
-    scores are computed between all branches in a row, and every full row repeats the prefix.
+    These sequences form groups with many branches, as in a tournament round. With a dense mask,
+    scores are computed between all branches in a row, and every row repeats the prefix.
 
     Returns:
-        Their indices.
+        The indices of these sequences.
     """
     # For example, a prefix of 100 tokens and 16 branches of 20 tokens form one row of 420 tokens.
-    # The dense mask computes 420² = 176,400 scores. The prefix and the branches (`met`) need 100² +
-    # 16·20·120 = 48,400 scores. Branches are padded to the longest branch. If one branch has 60
-    # tokens, the branches count as 16·60 tokens.
+    # The dense mask computes 420² = 176,400 scores. With a cache, the prefix and the branches need
+    # 100² + 16·20·120 = 48,400 scores. Branches are padded to the longest branch. If one branch has
+    # 60 tokens, the branches count as 16·60 tokens.
     cost, most = _dense_cost(inner), pass_tokens(inner, shape)
     cached: list[int] = []
     for group in prefix_groups(sequences):
@@ -210,8 +210,8 @@ def _dense_mask(inner: Any, ends_BL: torch.Tensor) -> torch.Tensor:
     """Builds the additive mask `(B, 1, L, L)` in the dtype that attention uses.
 
     SDPA would convert a boolean mask in every layer and keep each copy for the backward pass. Eager
-    attention adds its mask, so a boolean mask would give wrong results without an error. The CUDA
-    kernels copy a mask whose rows do not begin at a multiple of 8.
+    attention adds the mask to the scores, so a boolean mask would give wrong results without an
+    error. The CUDA kernels copy a mask if its rows do not begin at multiples of 8.
     """
     allowed = tree_mask(ends_BL)
     kind = allowed.device.type
@@ -228,7 +228,7 @@ def padded_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
     rows = [_single(i, s) for i, s in enumerate(asked.sequences)]
     most, busy = pass_tokens(inner, shape), busy_tokens(inner)
     for batch in batches(rows, most, busy_tokens=busy, one=shape.one_pass):
-        # With a causal mask, right padding does not affect any token.
+        # With a causal mask, right padding does not affect other tokens.
         ids, _, _ = stacked(batch)
         lengths = torch.tensor([len(r) for r in batch])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
@@ -358,7 +358,8 @@ def _single(index: int, sequence: Sequence[int]) -> Row:
 
 def stacked(batch: Sequence[Row], multiple: int = 1) -> tuple[torch.Tensor, ...]:
     """Stacks ids, positions and subtree ends, each `(B, L)`; padding attends only to itself."""
-    # A padding token at index i has end i + 1, so it is its own subtree. Rows p q A s and r C give:
+    # A padding token at index i has subtree end i + 1, so it attends only to itself. Rows p q A s
+    # and r C give:
     #   ids   p q A s     positions   0 1 2 1     ends   4 3 3 4
     #         r C _ _                 0 1 0 0            2 2 3 4
     longest = -(-max(len(r) for r in batch) // multiple) * multiple
@@ -419,7 +420,7 @@ def _selected(
         return output
 
     def keep_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "use_cache": True}  # TRL's head turns the cache off
+        return args, {**kwargs, "use_cache": True}  # TRL's head disables the cache
 
     hooks = [backbone.register_forward_hook(select)]
     if with_cache:

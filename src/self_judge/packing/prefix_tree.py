@@ -1,4 +1,4 @@
-"""Prefix trees lay out sequences that share prefixes as rows that contain every token once.
+"""Prefix trees merge sequences with shared prefixes into rows that contain each shared token once.
 
 This module computes layouts from token ids. It does not depend on models, attention or torch.
 """
@@ -67,8 +67,8 @@ def shared_length(a: Ints, b: Ints) -> int:
     return int(differs.argmax()) if differs.any() else n
 
 
-# A pair that shares at least one twentieth of its tokens is kept in one row. Repeating a shorter
-# prefix adds less than 5 % of the tokens.
+# Two sequences that share at least one twentieth of their tokens are kept in one row. Repeating a
+# shorter prefix adds less than 5 % to the tokens.
 _LEAST_SHARED = 20
 
 
@@ -79,7 +79,7 @@ def prefix_rows(
     *,
     split_pairs: bool = False,
 ) -> list[Row]:
-    """Lays out the sequences as one tree per row, at the lowest total cost.
+    """Lays out the sequences as rows with one tree each, at the lowest total cost.
 
     A row of L tokens costs `L + attention_cost · L²`. A tree is split into two rows if it would be
     too large, or if attention across its branches would cost more than repeating its prefix. Both
@@ -87,8 +87,9 @@ def prefix_rows(
     tokens are kept in one row, regardless of its length and attention cost.
 
     Args:
-        sequences: token ids, at least one per sequence. Equal sequences share all indices.
-        row_tokens: the most tokens in a row. A pair or a single sequence may be longer.
+        sequences: the token ids, at least one per sequence. Equal sequences share all their tokens.
+        row_tokens: the maximum number of tokens in a row. A pair or a single sequence may be
+            longer.
         attention_cost: the cost of one more key for a token, relative to the token's other work.
         split_pairs: whether the limit and the cost also apply to pairs.
 
@@ -107,17 +108,17 @@ def prefix_rows(
     shared = _shared_with_previous(arrays)
     lengths = [len(a) for a in arrays]
     alone = [n + attention_cost * n * n for n in lengths]
-    # In sorted order, the sequences in any tree are neighbours. A layout is therefore a list of
-    # cuts, and dynamic programming finds the cheapest one: best[end] is the lowest cost for the
-    # first `end` sequences, over every `start` at which the last row may begin.
+    # In sorted order, the sequences in any tree are adjacent. A layout is therefore a list of cuts,
+    # and dynamic programming finds the cheapest one: best[end] is the lowest cost for the first
+    # `end` sequences, over every `start` at which the last row may begin.
     #
     #   sorted      pqA  pqBC  ps         attention_cost 0.2, split_pairs; best[3] is the least of
     #   one row     p q A B C s           best[0] + 6 + 0.2·36 = 13.2
     #   two rows    p q A B C | p s       best[2] + 2 + 0.2·4  = 10.0 + 2.8 = 12.8   <- p twice
     #   two rows    p q A | p q B C s     best[1] + 5 + 0.2·25 = 4.8 + 10.0 = 14.8
     #
-    # With attention_cost 0.1, one row is cheaper. It costs 9.6, while the first two rows cost 7.5 +
-    # 2.4.
+    # With attention_cost 0.1, one row is cheaper. It costs 9.6, while `p q A B C | p s` costs
+    # 7.5 + 2.4 = 9.9.
     best, start_of = [0.0], [0]
     for end in range(1, len(arrays) + 1):
         cheapest, begins, tokens = float("inf"), end - 1, 0
@@ -186,7 +187,7 @@ def _row(arrays: Sequence[Ints], shared: Sequence[int], numbers: Sequence[Sequen
 def joined(rows: Iterable[Row], row_tokens: int) -> list[Row]:
     """Puts several trees into each row by best-fit decreasing; trees do not attend to each other.
 
-    Rows do not exceed `row_tokens`, except for a single tree that is longer.
+    Rows do not exceed `row_tokens`, unless a single tree does.
     """
     trees = sorted(rows, key=len, reverse=True)
     return [
@@ -196,7 +197,7 @@ def joined(rows: Iterable[Row], row_tokens: int) -> list[Row]:
 
 
 def _bins(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Packs lengths, sorted from the longest, into bins by best fit; returns the indices by bin."""
+    """Packs lengths in descending order into bins by best fit; returns the indices in each bin."""
     # Each length goes to the fullest bin that still has room for it, or to a new bin.
     #
     #   lengths 6 5 3 2 2, room 8      6 -> bin 0 (2 left)    5 -> bin 1 (3 left)
@@ -227,9 +228,9 @@ def _one_after_the_other(trees: Sequence[Row]) -> Row:
     )
 
 
-# The fixed cost of a pass, as a fraction of the tokens that keep a device busy. The value is
-# between 1/40, the slowdown of matrices with half as many tokens, and 1/12, which was measured for
-# a whole model on two CPU cores.
+# The fixed cost of a pass, as a fraction of the cost of `batch_tokens` tokens. The value is between
+# 1/40, which follows from the slowdown of matrix products with half as many tokens, and 1/12, which
+# was measured for a whole model on two CPU cores.
 _PRICE_OF_A_PASS = 1 / 16
 
 
@@ -243,16 +244,17 @@ def batches(
 ) -> list[list[Row]]:
     """Groups rows of similar length into passes, longest first, at the lowest padded cost.
 
-    If trees may be joined, all rows in a pass have the same length, and shorter trees follow each
-    other in the space that would be padding. With a dense mask, the padding would cost as much as
-    these trees.
+    If trees may be joined, all rows in a pass have the same length, and short trees fill the space
+    that would otherwise be padding. With a dense mask, the padding would cost as much as these
+    trees.
 
     Args:
         rows: the rows, with one tree each.
-        batch_tokens: the most tokens in a pass, including padding. A longer row has its own pass.
-        attention_cost: the cost with a dense mask (see `prefix_rows`), or `None` to keep rows
-            separate.
-        busy_tokens: a smaller pass costs as much as a pass with this many tokens (see
+        batch_tokens: the maximum number of tokens in a pass, including padding. A longer row gets
+            its own pass.
+        attention_cost: the attention cost with a dense mask (see `prefix_rows`), or `None` to keep
+            rows separate.
+        busy_tokens: the number of tokens below which a pass does not become cheaper (see
             `pass_size.busy_tokens`).
         one: whether to put all rows into one pass, regardless of its size. Rows are then joined
             only up to `batch_tokens`.
@@ -270,7 +272,7 @@ def batches(
 def _stretches(
     lengths: Sequence[int], batch_tokens: int, attention_cost: float | None, busy_tokens: int
 ) -> list[tuple[int, int]]:
-    """Cuts sorted lengths into passes at the lowest total cost; returns (start, end) of each."""
+    """Cuts sorted lengths into passes at the lowest total cost; returns (start, end) per pass."""
     # This uses the same dynamic programming as `prefix_rows`. A pass from `start` to `end` is
     # padded to the length of its first row, which is the longest, and each pass adds a fixed price.
     #
@@ -278,17 +280,17 @@ def _stretches(
     #   [100 90] [20 18 16]     2·100 + 3·20          = 260 + 2 passes = 285.0    <- chosen
     #   [100] [90 20] [18 16]   1·100 + 2·90 + 2·18   = 316 + 3 passes = 353.5
     #
-    # If rows are joined, short rows follow each other in the padding. [90 20 18 16] then counts as
+    # If rows are joined, short rows fill the space of the padding. [90 20 18 16] then counts as
     # max(144, 1·90) tokens instead of 4·90, so [100] [90 20 18 16] costs 244 + 2 passes = 269.0 and
     # is chosen.
     #
-    # With 150 busy tokens, [20 18 16] in the first line costs 150 instead of 60. Both passes in the
-    # last line also cost 150 each, so their total is 325.0.
+    # With `busy_tokens` 150, [20 18 16] costs 150 instead of 60. [100] and [90 20 18 16] also cost
+    # 150 each, so these two passes cost 325.0 in total.
     price = _PRICE_OF_A_PASS * batch_tokens
     longest = np.array(lengths, dtype=np.int64)
     tokens = np.concatenate([[0], longest.cumsum()])
-    # The first row that is at most half as long as this row. From that row on, two rows fit into
-    # one.
+    # For each row, the index of the first row that is at most half as long. From this row on, two
+    # rows fit into one.
     halves = np.searchsorted(-longest, -(longest // 2))
     best, start_of = np.zeros(len(tokens)), np.zeros(len(tokens), dtype=np.int64)
     for end in range(1, len(tokens)):
@@ -314,7 +316,7 @@ def _filled(
     trees: Sequence[Row], batch_tokens: int, attention_cost: float, *, one: bool
 ) -> list[Row]:
     """Packs trees into rows with the cheapest common length; a single row needs no padding."""
-    # Try row lengths from the longest tree upwards, 10 % longer each time. Trees of 4, 2 and 2
+    # Try increasing row lengths, from the longest tree upward in steps of 10 %. Trees of 4, 2 and 2
     # tokens fill two rows of 4, without padding and with less attention than in one row of 8.
     lengths = [len(tree) for tree in trees]
     total, longest = sum(lengths), lengths[0]
@@ -336,13 +338,13 @@ def _filled(
 
 @dataclass(frozen=True, slots=True)
 class PrefixGroup:
-    """The indices of sequences that share their first `prefix` tokens and have more tokens."""
+    """The indices of sequences that share their first `prefix` tokens and are longer than that."""
 
     prefix: int
     members: tuple[int, ...]
 
 
-# The branches in a group are the rows of one batch. Larger groups hardly save more work.
+# The maximum number of branches in a group. Larger groups hardly save more work.
 _LARGEST_GROUP = 64
 
 
@@ -350,11 +352,11 @@ def prefix_groups(sequences: Sequence[Sequence[int]]) -> list[PrefixGroup]:
     """Groups sequences by a shared prefix, so that as few tokens as possible are computed.
 
     Every sequence keeps at least one token of its own. The groups cover all sequences, including
-    equal sequences.
+    duplicates.
     """
     # A KV cache shares one prefix per group instead of a whole tree. The groups are also found by
-    # dynamic programming. A group of n neighbours with a common prefix of k tokens saves (n - 1)·k
-    # tokens.
+    # dynamic programming. A group of n adjacent sequences with a common prefix of k tokens saves
+    # (n - 1)·k tokens.
     #
     #   pqrA pqrB pD     {pqrA pqrB} + {pD} saves 1·3     {pqrA pqrB pD} saves 2·1
     #                    so: PrefixGroup(3, (0, 1)), PrefixGroup(0, (2,))
@@ -368,7 +370,7 @@ def prefix_groups(sequences: Sequence[Sequence[int]]) -> list[PrefixGroup]:
         for start in range(end - 1, max(-1, end - 1 - _LARGEST_GROUP), -1):
             follows = shared[start + 1] if start + 1 < end else prefix
             prefix = min(prefix, follows, len(arrays[start]) - 1)
-            # The most negative number saves the most tokens.
+            # The lowest value saves the most tokens.
             found = (best[start] - (end - start - 1) * prefix, start, prefix)
             cheapest = found if cheapest is None or found < cheapest else cheapest
         assert cheapest is not None

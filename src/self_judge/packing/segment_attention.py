@@ -1,9 +1,10 @@
-"""Segment attention computes only the scores that the mask of a prefix tree allows.
+"""Segment attention skips most of the scores that the mask of a prefix tree would discard.
 
-With a dense mask, a kernel computes every pair of tokens in a row and discards most of them. Here
-each segment of a tree (`chunked_prefill.Segment`) attends to its ancestors and itself in one call
-to PyTorch's scaled dot-product attention. The model is called with the segments, and Transformers'
-attention interface passes them on to this module. `packing.py` tests whether a model supports this.
+With a dense mask, a kernel computes a score for every pair of tokens in a row and discards most of
+the scores. Here, each segment of a tree (`chunked_prefill.Segment`) attends to its ancestors and
+itself in one call to PyTorch's scaled dot-product attention. The model is called with the segments,
+and Transformers' attention interface passes them on to this module. `packing.py` tests whether a
+model supports this.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from self_judge.packing.chunked_prefill import Segment
 NAME = "self_judge_segments"
 
 # This example uses the row from `prefix_tree.py` (`pqA`, `pqBC`, `ps`). It has three segments and
-# therefore three calls, each with its own queries and keys. A dense mask computes 36 scores, and
-# the three calls compute 19:
+# therefore three calls, each with its own queries and keys. With a dense mask, 36 scores are
+# computed. The three calls compute 19:
 #
 #   key       p q A B C s      call   queries   keys            mask of the call
 #   query p   x . .            1      p q A     p q A           x . .
@@ -35,12 +36,13 @@ NAME = "self_judge_segments"
 #         s   x         x      3      s         p, then s       none, as s attends to all keys
 #
 # (x: computed and used, dot: computed and masked, blank: not computed.) In every call, the last
-# keys are the queries themselves, so the mask is always the lower right part of a triangle.
+# keys are the queries themselves, so the mask always consists of the last rows of a triangular
+# mask.
 
 # PyTorch's kernel skips masked scores in blocks of 512 keys, so it skips few scores in a segment
-# with a few hundred tokens. Cutting a segment into pieces of this size avoids computing scores with
-# the keys of later pieces. For example, a segment of 300 tokens becomes queries 0-127 with keys
-# 0-127, 128-255 with keys 0-255 and 256-299 with keys 0-299.
+# with a few hundred tokens. Cutting a segment into pieces of `_PIECE` tokens avoids computing
+# scores with the keys of later pieces. For example, a segment of 300 tokens becomes queries 0-127
+# with keys 0-127, 128-255 with keys 0-255 and 256-299 with keys 0-299.
 _PIECE = 128
 
 
@@ -49,8 +51,8 @@ class Attending:
     """A piece of a segment, prepared for attention.
 
     Attributes:
-        queries: the range of the piece in the tokens of the row.
-        keys: the ranges of the keys that the piece attends to. The piece's own range is the last.
+        queries: the range of the piece within the row's tokens.
+        keys: the ranges of the keys that the piece attends to. The piece's own range comes last.
         mask: the keys that each token attends to, `(queries, keys)`; `None` for a single token.
     """
 
@@ -60,11 +62,11 @@ class Attending:
     _added: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def rows(self, groups: int) -> slice:
-        """Returns the range of query rows, with one row for each token and each head in a group."""
+        """Returns the range of the piece's query rows: one row per token and head in a group."""
         return slice(groups * self.queries.start, groups * self.queries.stop)
 
     def added(self, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Returns the mask as an additive bias, with one row per token and head of a group."""
+        """Returns the mask as an additive bias, with one row per token and head in a group."""
         if self.mask is None:
             return None
         if (groups, dtype) not in self._added:
@@ -80,7 +82,7 @@ def attending(
     """Prepares each segment for attention, once for all layers.
 
     Args:
-        piece: the most queries in one call.
+        piece: the maximum number of queries in one call.
     """
     found = []
     for segment in segments:
@@ -121,11 +123,11 @@ def segment_attention(
     position_bias: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Computes attention in one layer for a row of L tokens that follows the keys of other chunks.
+    """Computes attention in one layer for a row of L tokens that may attend to earlier chunks.
 
     Args:
         query: the queries, `(1, H, L, D)`.
-        key, value: `(1, H or fewer, past + L, D)`.
+        key, value: the keys and values, `(1, H or fewer, past + L, D)`.
         prefix_segments: the segments in the row, in order.
 
     Returns:
@@ -162,24 +164,24 @@ def segment_attention(
 
 
 def _rows(states: torch.Tensor, shared: int, dtype: torch.dtype) -> torch.Tensor:
-    """Converts `(1, L, H, D)` to `(1, shared, L * H / shared, D)`, where token ranges are views.
+    """Converts `(1, L, H, D)` to `(1, shared, L * H / shared, D)`, so that token ranges are views.
 
-    Query heads that share keys and values become the rows of one longer head, so keys are not
-    copied for each query head.
+    Query heads that share a KV head become the rows of one longer head, so keys are not copied for
+    each query head.
     """
-    # An example with three tokens t0 t1 t2 and heads a b c d, where a b and c d each share a key
-    # head:
+    # This example has three tokens t0 t1 t2 and four query heads a b c d. Heads a and b share KV
+    # head 0, and heads c and d share KV head 1:
     #
     #   t0: a b c d   t1: a b c d   t2: a b c d
-    #   key head 0:   t0a t0b t1a t1b t2a t2b       tokens 1 to 2 are rows 2 to 5 (groups = 2)
-    #   key head 1:   t0c t0d t1c t1d t2c t2d
+    #   KV head 0:    t0a t0b t1a t1b t2a t2b       tokens 1 to 2 are rows 2 to 5 (groups = 2)
+    #   KV head 1:    t0c t0d t1c t1d t2c t2d
     split = states.unflatten(2, (shared, -1)).transpose(1, 2)
     rows = split.to(dtype, memory_format=torch.contiguous_format)
     return rows.reshape(1, shared, -1, states.shape[-1])
 
 
 def _tokens(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Inverts `_rows`; returns a contiguous `(1, L, H, D)`."""
+    """Inverts `_rows` and returns a contiguous tensor, `(1, L, H, D)`."""
     split = rows.unflatten(2, (-1, heads // rows.shape[1])).transpose(1, 2)
     return split.reshape(1, -1, heads, rows.shape[-1]).contiguous()
 
@@ -199,23 +201,23 @@ def _in_one_node(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
 class _SegmentAttention(torch.autograd.Function):
     """Computes attention for all segments in a row as one autograd node, on a CPU.
 
-    With one node per segment, each segment would keep a copy of all preceding keys and values, and
-    its backward pass would allocate gradients for all of them. A single node keeps keys and values
-    once and adds their gradients in place.
+    With one node per segment, each node would keep a copy of the keys and values that it attends
+    to, and its backward pass would allocate gradients for all of them. A single node keeps them
+    only once and accumulates their gradients in place.
     """
 
-    # This example shows the backward pass for the row p q A B C s. Every query is in one call, and
-    # every key is in one or more calls:
+    # This example shows the backward pass for the row p q A B C s. Every query takes part in one
+    # call, and every key in one or more calls:
     #
     #   call 1   queries p q A   keys p q A       gradient of keys:   p  q  A  B  C  s
     #   call 2   queries B C     keys p q B C       call 1 adds to    x  x  x
     #   call 3   queries s       keys p s           call 2 adds to    x  x     x  x
     #                                               call 3 adds to    x              x
     #
-    # The gradient of queries is set once: `for_rows[piece] = ...`. The gradients of keys and values
-    # are summed over calls: `whole[range] += part`, where `part` is the gradient from one call for
-    # one key range. With the log-sum-exp of each query, the kernel can recompute the weights
-    # instead of storing them.
+    # The gradient of each query is set once: `for_rows[piece] = ...`. The gradients of keys and
+    # values are summed over calls: `whole[range] += part`, where `part` is the gradient from one
+    # call for one key range. With the log-sum-exp of each query, the kernel can recompute the
+    # attention weights instead of storing them.
 
     @staticmethod
     def forward(
@@ -250,8 +252,8 @@ class _SegmentAttention(torch.autograd.Function):
     def backward(ctx: Any, pull: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, key, value, attended, *sums = ctx.saved_tensors
         shared, heads = key.shape[1], attended.shape[2]
-        # For half precision, the float32 kernel is faster and rounds only once instead of once per
-        # segment.
+        # For half-precision tensors, the float32 kernel is faster, and gradients are rounded only
+        # once instead of once per segment.
         dtype = torch.promote_types(key.dtype, torch.float32)
         given, own = rows.dtype, rows.to(dtype)
         keys, values = key.to(dtype), value.to(dtype)

@@ -1,7 +1,7 @@
 """Forward passes with segment attention, for trees in one row and for chunks.
 
 As in `passes.py`, the caller chooses the packing mode, and `packing.py` checks whether it is exact.
-A chunk reads keys and values from earlier passes.
+Chunks also use keys and values from earlier passes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from self_judge.runtime import device_of, to_device
 
 
 def segment_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
-    """Yields passes like `tree_passes`, but with segments, so trees share a row at no cost."""
+    """Yields passes like `tree_passes`, but with segments, so trees can share rows for free."""
     most = pass_tokens(inner, shape)
     rows = prefix_rows(asked.sequences, most, split_pairs=shape.split_pairs)
     together = sum(map(len, rows)) if shape.one_pass else most
@@ -46,13 +46,13 @@ def _inputs(
 #
 # The chunks from `chunked_prefill.py`, and the keys and values that are kept after each chunk:
 #
-#   chunk   reads (past)   computes   then keeps (no prefix cache)   then keeps (prefix cache)
+#   chunk   uses (past)    computes   then keeps (no prefix cache)   then keeps (prefix cache)
 #   0       -              0 1 2      0 1   (needed)                 0 1 2
 #   1       0 1            3 4 5      -                              0 1 2 3 4 5
 #
-# Without a prefix cache, only tokens that later chunks read are kept. With a prefix cache, all
-# tokens are kept for the next call, up to the cache's limit in bytes. Beyond the limit, only older
-# tokens and the `needed` tokens are kept.
+# Without a prefix cache, only tokens that later chunks attend to are kept. With a prefix cache, all
+# tokens are kept for the next call, up to the cache's limit in bytes. Beyond this limit, a new
+# chunk keeps only its `needed` tokens.
 
 
 class _Block(NamedTuple):
@@ -88,7 +88,7 @@ class KeysAndValues:
         return cache
 
     def add(self, cache: DynamicCache, numbers: Ints) -> None:
-        """Stores the last tokens in a cache, after the model has appended them."""
+        """Stores the tokens that the model has appended to a cache."""
         layers = [(k, v) for k, v, *_ in cache]
         count = len(numbers)
         if count < layers[0][0].shape[2]:
@@ -97,7 +97,7 @@ class KeysAndValues:
         self._blocks.append(_Block(numbers, layers))
 
     def only(self, numbers: Ints) -> None:
-        """Drops all tokens except the given tokens."""
+        """Drops all tokens except the given ones."""
         chosen = [_chosen(b, numbers) for b in self._blocks]
         self._blocks = [b for b in chosen if len(b.numbers)]
 
@@ -116,7 +116,8 @@ class PrefixCache:
     """Stores keys and values from earlier calls for later sequences that share a prefix.
 
     Attributes:
-        limit: the most bytes of keys and values to keep. The rest is recomputed when needed.
+        limit: the maximum number of bytes of keys and values to keep. The rest is recomputed when
+            needed.
     """
 
     limit: int
@@ -127,7 +128,7 @@ class PrefixCache:
 def chunked_passes(
     inner: Any, shape: Shape, asked: Wanted, prefix_cache: PrefixCache | None = None
 ) -> Iterator[Pass]:
-    """Computes the tree of all sequences; only the last position in each can be requested.
+    """Yields the passes for all chunks; only the last position in a sequence can be requested.
 
     Args:
         prefix_cache: the results of earlier calls. The new sequences are added to it.

@@ -200,7 +200,8 @@ class ReferenceCheck:
 
     def moved(self, logits: torch.Tensor) -> float | None:
         """Returns the difference as a fraction of the largest logit, or `None` if it is small."""
-        # Models mask tokens with infinities or huge numbers. Both models must mask the same tokens.
+        # Masked logits are infinite or very large in magnitude. Both models must mask the same
+        # tokens.
         usual, own = _usual(self.expected), _usual(logits)
         if not torch.equal(usual, own):
             return math.inf

@@ -95,8 +95,8 @@ def test_an_engine_that_does_not_start_says_what_was_asked_and_what_is_free(
     text = str(caught.value)
     assert "\n" not in text
     assert "vLLM cannot start with this model: Free memory on device cuda:0" in text
-    assert "vllm_gpu_memory_utilization 0.3 asks for 24.0 of this GPU's 80.0 GiB" in text
-    assert "9.5 GiB were free before the start" in text
+    assert "vllm_gpu_memory_utilization=0.3 reserves 24.0 of this GPU's 80.0 GiB" in text
+    assert "9.5 GiB were free before vLLM started" in text
 
 
 @pytest.mark.cpu

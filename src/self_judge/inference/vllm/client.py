@@ -40,11 +40,11 @@ _BUSY = (429, 502, 503, 504)  # temporary failures; all others are permanent
 
 
 class ServerDownError(EngineError):
-    """Raised if a server does not answer."""
+    """Raised when a server does not answer."""
 
 
 class VLLMServers:
-    """Uses several `vllm serve` replicas of one model as one engine.
+    """Uses one or more `vllm serve` replicas of a model as a single engine.
 
     Requests go to any replica with free capacity. If a replica stops answering, a warning is
     logged, it receives no more requests, and the other replicas take over its work. If no replica
@@ -52,17 +52,19 @@ class VLLMServers:
 
     Args:
         urls: the URLs of the servers, `http://host:port`.
-        timeout: the number of seconds to wait until the servers are up.
-        request_timeout: the most seconds for a request.
+        timeout: the maximum number of seconds to wait for the servers to start.
+        request_timeout: the maximum number of seconds for a request.
         concurrency: the number of concurrent requests per server.
-        prompts_per_request: the number of judge prompts in a request. They share prefixes on one
-            server.
-        sync_dir: a folder for weights, which has the same path for this process and the servers.
-        retry_wait: the number of seconds before a failed request is retried. It doubles each time.
+        prompts_per_request: the number of judge prompts in a request. Prompts in the same request
+            can share prefixes on the server.
+        sync_dir: a folder for weights that this process and the servers can access under the same
+            path.
+        retry_wait: the number of seconds before the first retry of a failed request. The wait
+            doubles with each retry.
 
     Raises:
-        EngineError: no URL is given, a server does not answer in time, or the servers serve
-            different models.
+        EngineError: the requests package is missing, no URL is given, a server does not answer in
+            time, or the servers serve different models.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class VLLMServers:
                 "vllm_mode=server requires the requests package: pip install requests"
             )
         if not urls:
-            raise EngineError("vllm_mode=server needs vllm_server_base_url: one URL, or a list")
+            raise EngineError("vllm_mode=server needs vllm_server_base_url: a URL or a list")
         self.concurrency = concurrency
         self.prompts_per_request = prompts_per_request
         self.sync_dir = sync_dir
@@ -144,8 +146,8 @@ class VLLMServers:
             lambda server: server.post(
                 "/v1/load_lora_adapter",
                 {"lora_name": name, "lora_path": str(folder)},
-                absent="start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its "
-                "environment",
+                absent="start the server with --enable-lora, and set "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment",
             )
         )
 
@@ -154,7 +156,7 @@ class VLLMServers:
         self._everywhere(lambda s: s.post("/v1/unload_lora_adapter", {"lora_name": name}))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See `Engine.load_weights`. Writes files to `sync_dir` and removes them afterwards."""
+        """See `Engine.load_weights`. Writes temporary files with the weights to `sync_dir`."""
         folder = Path(tempfile.mkdtemp(prefix="self-judge-weights-", dir=self.sync_dir))
         try:
             _save_shards(weights, folder)
@@ -162,7 +164,7 @@ class VLLMServers:
                 lambda server: server.post(
                     "/collective_rpc",
                     {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
-                    absent="start it with VLLM_SERVER_DEV_MODE=1 in its environment, so that it "
+                    absent="set VLLM_SERVER_DEV_MODE=1 in the server's environment, so that it "
                     "accepts new weights",
                 )
             )
@@ -171,7 +173,7 @@ class VLLMServers:
             shutil.rmtree(folder, ignore_errors=True)
 
     def sleep(self) -> None:
-        """Does nothing, because a server does not share its accelerator."""
+        """Does nothing, because a server does not share its accelerator with training."""
 
     def wake_up(self) -> None:
         """Does nothing, because a server never sleeps."""
@@ -201,7 +203,7 @@ class VLLMServers:
         work: Sequence[WorkT],
         done: Callable[[WorkT], object],
     ) -> list[Any]:
-        """Runs `call` for every piece of work on any free server; returns the answers in order."""
+        """Runs `call` for each item of work on any free server; returns the answers in order."""
         answers: list[Any] = [None] * len(work)
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         for place in range(len(work)):
@@ -230,12 +232,12 @@ class VLLMServers:
                     left -= 1
                     done(work[place])
 
-        # A server that goes down returns its work, possibly after the others have finished. Start
-        # new workers until no work is left.
+        # If a server stops answering, its work returns to the queue, possibly after all other
+        # workers have finished. Therefore, start new workers until no work is left.
         while left and not failures:
             alive = self._alive()
-            # Each server gets an equal share. Otherwise the first server would get all of a small
-            # job.
+            # Each server gets the same number of workers. Otherwise, the first server would get all
+            # the work of a small job.
             each = min(self.concurrency, -(-left // len(alive)))
             workers = [
                 threading.Thread(target=serve, args=(server,), daemon=True)
@@ -252,7 +254,7 @@ class VLLMServers:
 
 
 class _Server:
-    """A `vllm serve` process with its address, its model and its state."""
+    """A `vllm serve` process: its address, its model and its state."""
 
     def __init__(self, url: str, connections: int, timeout: float, retry_wait: float) -> None:
         import requests
@@ -271,7 +273,7 @@ class _Server:
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
 
     def wait_until_up(self, deadline: float) -> None:
-        """Waits for the server and reads the name of its model."""
+        """Waits until the server answers, and reads the name of its model."""
         import requests
 
         while True:
@@ -291,21 +293,22 @@ class _Server:
         cards = response.json()["data"]
         base = next((card for card in cards if not card.get("parent")), None)
         if base is None or not base.get("max_model_len"):
-            raise EngineError(f"{self.url} lists no base model at /v1/models: is it vLLM?")
+            raise EngineError(f"{self.url} lists no base model at /v1/models: is it a vLLM server?")
         self.model, self.root = base["id"], base.get("root") or base["id"]
         self.max_model_length = int(base["max_model_len"])
 
     def complete(self, body: dict[str, Any], adapter: str | None) -> list[dict[str, Any]]:
-        """Returns the choices for a completion request."""
+        """Returns the choices from a completion request."""
         response = self.post("/v1/completions", {**body, "model": adapter or self.model})
         return list(response.json()["choices"])
 
     def post(self, path: str, body: dict[str, Any], absent: str | None = None) -> Any:
-        """Posts a request and retries if the server is busy or the connection breaks.
+        """Sends a POST request, and retries if the server is busy or the connection breaks.
 
         Raises:
             ServerDownError: the server did not answer after several attempts.
-            EngineError: the server refused the request. `absent` explains a missing endpoint.
+            EngineError: the server rejected the request. `absent` tells how to enable a missing
+                endpoint.
         """
         import requests
 
@@ -326,10 +329,10 @@ class _Server:
             if response.status_code not in _BUSY:
                 break
         else:
-            raise ServerDownError(f"{path} failed {_TRIES} times; last: {why}")
+            raise ServerDownError(f"{path} failed {_TRIES} times; last error: {why}")
         if response.status_code in (404, 405) and absent and "does not exist" not in why:
             raise EngineError(f"{self.url} has no {path}: {absent}")
-        raise EngineError(f"{self.url}{path} refused: {why}")
+        raise EngineError(f"{self.url} rejected a request to {path}: {why}")
 
     def leave_out(self, error: Exception) -> None:
         """Stops sending requests to this server."""
@@ -341,7 +344,7 @@ class _Server:
 
 
 def _logprobs(choice: dict[str, Any], token_ids: Sequence[int], url: str) -> list[float]:
-    """Returns the log-probabilities of some tokens at the first position in a choice."""
+    """Returns the log-probabilities of the given tokens at the first position in a choice."""
     top = choice["logprobs"]["top_logprobs"][0]
     try:
         return [float(top[f"token_id:{token}"]) for token in token_ids]
@@ -381,7 +384,7 @@ def _message(response: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the innermost cause of a failed request, in one line."""
+    """Returns the innermost cause of a failed request, on one line."""
     inner: BaseException = error
     while inner.__cause__ or inner.__context__:
         inner = inner.__cause__ or inner.__context__  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """VLLMEngine: vLLM inside the training process (TRL's `colocate` mode).
 
-The engine receives its weights from memory instead of disk, so it uses the weights of the model in
-training. This module does not depend on the meaning of the prompts.
+The engine receives the weights of the model in training from memory, not from disk. This module
+does not depend on the meaning of the prompts.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ _CPU_CACHE_BYTES = 1 << 30
 
 
 class VLLMEngine:
-    """An engine in this process, on its GPU or on the CPU if vLLM is built for it.
+    """A vLLM engine in this process, which uses its GPU, or the CPU if vLLM was built for CPUs.
 
     Args:
         config: the model's configuration. vLLM builds the model from it, without weights.
-        weights: the weights with their names in a checkpoint.
+        weights: pairs of a weight's name in a checkpoint and the weight.
         dtype: the dtype of the weights and the computation.
-        max_model_length: the most tokens in a prompt and its response together.
-        max_num_seqs: the most sequences that are computed together.
+        max_model_length: the maximum number of tokens in a prompt and its response together.
+        max_num_seqs: the maximum number of sequences in a batch.
         max_lora_rank: the largest rank of an adapter, or 0 if no adapter will be loaded.
         max_loras: the number of adapters in use at the same time.
         gpu_memory_utilization: the share of the GPU's total memory (not only of its free memory)
-            for weights, activations and cache. On a CPU, the cache has 1 GiB or the size in
+            for weights, activations and cache. On a CPU, the cache takes 1 GiB, or the size set in
             VLLM_CPU_KVCACHE_SPACE.
-        sleep_level: the effect of `sleep` on the weights, on GPUs only. With 0, there is no effect.
-            With 1, they move to CPU memory. With 2, they are dropped, and `load_weights` must be
-            called after `wake_up`.
+        sleep_level: the effect of `sleep` on GPUs. At 0, `sleep` has no effect. At 1, the weights
+            move to CPU memory. At 2, the weights are dropped, and `load_weights` must be called
+            after `wake_up`.
         trust_remote_code: passed to vLLM.
 
     Raises:
@@ -192,7 +192,7 @@ class VLLMEngine:
         self._dropped = False
 
     def sleep(self) -> None:
-        """See `Engine.sleep`. Drops the cache; `sleep_level` sets the effect on the weights."""
+        """See `Engine.sleep`. Drops the KV cache if `sleep_level` is not 0."""
         if self.sleep_level:
             self.llm.sleep(level=self.sleep_level)
             self._dropped = self.sleep_level == 2
@@ -203,13 +203,13 @@ class VLLMEngine:
             self.llm.wake_up()
 
     def close(self) -> None:
-        """Frees the engine. It cannot be used afterwards."""
+        """Frees the engine, which cannot be used afterwards."""
         from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         destroy_model_parallel()
-        if self._began_group:  # otherwise training owns the group
+        if self._began_group:  # otherwise, the group belongs to training
             destroy_distributed_environment()
         gc.collect()
 
@@ -221,9 +221,9 @@ def _prefix_cache(utilization: float) -> str:
     free, total = torch.cuda.mem_get_info()
     gib = 2**30
     return (
-        f" (vllm_gpu_memory_utilization {utilization:g} asks for {utilization * total / gib:.1f} "
-        f"of this GPU's {total / gib:.1f} GiB, and {free / gib:.1f} GiB were free before the "
-        "start: lower it if less is free, raise it if the weights do not fit)"
+        f" (vllm_gpu_memory_utilization={utilization:g} reserves {utilization * total / gib:.1f} "
+        f"of this GPU's {total / gib:.1f} GiB, and {free / gib:.1f} GiB were free before vLLM "
+        "started: lower the value if less is free, or raise it if the weights do not fit)"
     )
 
 
@@ -238,7 +238,7 @@ def require_vllm() -> None:
 
 @contextmanager
 def _in_this_process() -> Iterator[None]:
-    """Runs vLLM's core in this process, so that weights are passed by reference."""
+    """Runs vLLM's engine core in this process, so that weights are passed by reference."""
     # This also turns off vLLM's usage statistics, which are on by default.
     ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     if "VLLM_LOGGING_LEVEL" not in os.environ:
@@ -260,7 +260,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 def _name_the_architecture(config: PretrainedConfig, folder: Path) -> None:
-    """Adds `architectures`, which vLLM needs and a configuration made in memory may not have."""
+    """Adds `architectures`, which vLLM needs but a configuration created in memory may lack."""
     path = folder / "config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
     if not saved.get("architectures"):
@@ -271,7 +271,7 @@ def _name_the_architecture(config: PretrainedConfig, folder: Path) -> None:
 
 
 def _rank_class(rank: int) -> int:
-    """Returns the smallest sufficient rank for which vLLM has kernels."""
+    """Returns the smallest rank that vLLM supports and that is at least `rank`."""
     classes = (8, 16, 32, 64, 128, 256, 320, 512)
     fitting = next((c for c in classes if c >= rank), None)
     if fitting is None:
@@ -280,10 +280,10 @@ def _rank_class(rank: int) -> int:
 
 
 def _repack_head(model: torch.nn.Module) -> None:
-    """Packs the LM head again after vLLM 0.32 has reloaded shared embeddings on a CPU.
+    """Repacks the LM head after vLLM 0.32 has reloaded tied weights on a CPU.
 
-    vLLM keeps a packed copy of the head, but does not update the copy if the head shares its
-    weights with the embeddings.
+    vLLM keeps a packed copy of the head, but does not update this copy if the head is tied to the
+    embeddings.
     """
     head: Any = getattr(model, "lm_head", None)
     method = getattr(head, "quant_method", None)

@@ -1,7 +1,7 @@
-"""Uses vLLM as a sampler, with an adapter or the engine's weights, and as the base-model judge.
+"""Samples and scores with vLLM, using a loaded adapter or the engine's own weights.
 
-This module defines the requests to an engine and its answers. It does not depend on whether the
-engine runs in this process (`colocated.py`) or on servers (`client.py`).
+This module defines the interface of an engine and the parameters of its requests. It does not
+depend on whether the engine runs in this process (`colocated.py`) or on servers (`client.py`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class SamplingRequest:
 
 
 class Engine(Protocol):
-    """The operations of vLLM that sampling and judging need.
+    """The vLLM operations that sampling and judging need.
 
     Attributes:
-        max_model_length: the most tokens in a prompt and its response together.
+        max_model_length: the maximum number of tokens in a prompt and its response together.
     """
 
     max_model_length: int
@@ -54,7 +54,7 @@ class Engine(Protocol):
     def next_token_logprobs(
         self, prompts: Prompts, token_ids: Sequence[int], adapter: str | None, done: Done
     ) -> list[list[float]]:
-        """Returns the log-probabilities of `token_ids` after every prompt, over the vocabulary."""
+        """Returns the log-probabilities of `token_ids` as the next token after each prompt."""
         ...
 
     def load_adapter(self, name: str, folder: Path) -> None:
@@ -66,28 +66,28 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replaces the engine's own weights. The names are those in a checkpoint."""
+        """Replaces the engine's own weights, which are named as in a checkpoint."""
         ...
 
     def sleep(self) -> None:
-        """Frees the accelerator's memory until `wake_up`, if the engine supports it.
+        """Frees memory on the accelerator until `wake_up` is called, if the engine supports it.
 
-        Adapters remain loaded. An engine may drop its own weights if `load_weights` is always
-        called afterwards.
+        Adapters remain loaded. An engine may drop its own weights, and then `load_weights` must be
+        called after `wake_up`.
         """
         ...
 
     def wake_up(self) -> None:
-        """Ends the effect of `sleep`."""
+        """Wakes the engine up after `sleep`."""
         ...
 
 
 class VLLMSampler:
-    """Samples with vLLM, as a `Sampler` like `TransformersSampler`.
+    """A `Sampler` that uses vLLM.
 
-    Every response is a separate request with the seed that `TransformersSampler` would use. It
-    therefore does not depend on other requests or on the server, up to rounding in the model. vLLM
-    uses seeds differently from `TransformersSampler`, so the same seed gives different responses
+    Every response is sampled in a separate request with the seed that `TransformersSampler` would
+    use. A response therefore does not depend on other requests or on the server, up to rounding in
+    the model. vLLM generates random numbers differently, so the same seed gives different responses
     from the same distribution.
 
     Args:
@@ -95,10 +95,11 @@ class VLLMSampler:
         encoder: provides the stop tokens and decodes the responses.
         settings: the sampling settings. Every request contains all of them, and the model's own
             generation settings are not used.
-        adapter: the loaded adapter that samples, or `None` for the engine's own weights.
+        adapter: the name of the loaded adapter to sample with, or `None` for the engine's own
+            weights.
 
     Raises:
-        ValueError: no token ends an answer.
+        ValueError: there is no stop token.
     """
 
     def __init__(
@@ -125,8 +126,8 @@ class VLLMSampler:
         """Samples `n` responses to every prompt; see `TransformersSampler.sample`.
 
         Raises:
-            ValueError: the conditions there, or a prompt and the longest response do not fit into
-                the engine.
+            ValueError: see `TransformersSampler.sample`; also if a prompt plus `max_new_tokens`
+                exceeds the engine's maximum length.
         """
         rows = rows_to_sample(prompts, n, seeds)
         room = self.engine.max_model_length - self.settings.max_new_tokens
@@ -134,8 +135,9 @@ class VLLMSampler:
         if long is not None:
             raise ValueError(
                 f"prompt {long} has {len(prompts[long])} tokens, and max_new_tokens is "
-                f"{self.settings.max_new_tokens}: the engine holds {self.engine.max_model_length} "
-                "in total (vllm_max_model_length, or --max-model-len of the server)"
+                f"{self.settings.max_new_tokens}: the engine supports at most "
+                f"{self.engine.max_model_length} tokens in total (see vllm_max_model_length, or "
+                "the server's --max-model-len)"
             )
         requests = [SamplingRequest(tuple(prompts[i]), seed) for i, seed in rows]
         with tqdm(total=len(rows), desc="sampling", unit="resp", disable=not progress) as bar:
@@ -149,11 +151,12 @@ class VLLMSampler:
 
 
 class VLLMScorer:
-    """Computes letter probabilities with vLLM, as a `LetterScorer` like `TransformersScorer`.
+    """A `LetterScorer` that uses vLLM.
 
     Args:
         engine: the engine that scores.
-        adapter: the loaded adapter that judges, or `None` for the base model.
+        adapter: the name of the loaded adapter to judge with, or `None` for the engine's own
+            weights.
     """
 
     def __init__(self, engine: Engine, adapter: str | None = None) -> None:
@@ -179,7 +182,7 @@ class VLLMScorer:
 
 
 def request_parameters(settings: SamplingSettings, stop: Sequence[int]) -> dict[str, Any]:
-    """Returns the sampling parameters for vLLM, with every value, so that no default applies."""
+    """Returns the sampling parameters for vLLM. Every value is set, so that no default applies."""
     drawing = asdict(settings)
     return {
         "n": 1,
@@ -187,17 +190,17 @@ def request_parameters(settings: SamplingSettings, stop: Sequence[int]) -> dict[
         **drawing,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        # The encoder determines the tokens that end an answer. The model's files do not.
+        # Only the encoder determines the stop tokens. The model's files are not used.
         "ignore_eos": True,
         "stop_token_ids": list(stop),
     }
 
 
 def scoring_parameters(token_ids: Sequence[int]) -> dict[str, Any]:
-    """Returns the parameters for the log-probabilities of tokens after a prompt.
+    """Returns the vLLM parameters that request log-probabilities of the given next tokens.
 
     `logprob_token_ids` uses the raw distribution over the whole vocabulary. `allowed_token_ids`
-    would restrict it in vLLM's `processed_*` modes.
+    would restrict this distribution in vLLM's `processed_*` modes.
     """
     # The generated token is ignored. Greedy decoding does not draw random numbers.
     greedy = request_parameters(SamplingSettings(max_new_tokens=1, temperature=0.0), stop=())
