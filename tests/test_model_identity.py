@@ -355,7 +355,7 @@ def test_an_adapter_is_not_trained_on_a_base_that_its_name_does_not_lead_to(
     whole.save_pretrained(base, max_shard_size=size // shards + 1)
     assert (len(list(base.glob("*.safetensors"))) > 1) == (shards > 1)
     edited_model = edit(load_model(base))
-    with pytest.raises(ModelError, match="in memory differs from that file: save the model first"):
+    with pytest.raises(ModelError, match="differs between that folder and the model in memory"):
         make(model=edited_model, peft_config=LoraConfig(**LORA)).train()
 
 
@@ -586,11 +586,11 @@ def test_a_resume_on_another_base_is_refused(make: Make, tokenizer: Any, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"r": 8}, r"of shape \(4, 32\), and this run trains \(8, 32\)"),
-        ({"target_modules": ["q_proj"]}, "and this run trains None"),
-        ({"lora_alpha": 32}, "lora_alpha 8, but this run has 32"),
-        ({"use_rslora": True}, "use_rslora None, but this run has True"),
-        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern None, but this run"),
+        ({"r": 8}, r"is \(4, 32\) in its adapter, but \(8, 32\) in this run"),
+        ({"target_modules": ["q_proj"]}, "but None in this run"),
+        ({"lora_alpha": 32}, "lora_alpha=8, but this run uses 32"),
+        ({"use_rslora": True}, "use_rslora=None, but this run uses True"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern=None, but this run"),
     ],
     ids=str,
 )

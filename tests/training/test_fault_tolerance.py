@@ -79,7 +79,7 @@ def test_training_stops_when_the_judge_gives_no_numbers(
     monkeypatch.setattr(
         trainer.judge, "letter_probabilities", lambda prompts, **_: nan.expand(len(prompts), 2)
     )
-    with pytest.raises(NotFiniteError, match=r"no response could be judged.* since step 0"):
+    with pytest.raises(NotFiniteError, match=r"no pair could be judged.* since step 0"):
         trainer.train()
     assert history(trainer, "judge/broken") == [1.0, 1.0]
     assert same(start, weights(trainer.model))
@@ -120,7 +120,7 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(
         return found
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
-    with pytest.raises(NotFiniteError, match=r"step 2: 1 trained weights are not finite"):
+    with pytest.raises(NotFiniteError, match=r"step 2: 1 trained weights contain NaN or infinity"):
         trainer.train()
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
 

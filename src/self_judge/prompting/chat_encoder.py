@@ -139,9 +139,9 @@ class ChatEncoder:
     def encode_query(self, query: str) -> list[int]:
         """Encodes a prompt that is already rendered as a string.
 
-        If the prompt has this template's format, the ids are the same as from `encode_prompt`. They
-        begin with BOS if the template's prompts do. Control tokens in `query` remain control
-        tokens. Pass untrusted text as messages to `encode_prompt` instead.
+        If the prompt has this template's format, the ids are the same as those that `encode_prompt`
+        returns. They begin with BOS if the template's prompts do. Control tokens in `query` remain
+        control tokens. Pass untrusted text as messages to `encode_prompt` instead.
         """
         messages = self.messages_of(query)
         if messages and not any(self._text.spells_control(m["content"]) for m in messages):
@@ -250,7 +250,7 @@ class ChatEncoder:
         return EncodedChat(ids, mask)
 
     def _end_of_turn(self, structure: tuple[int, ...]) -> int:
-        """Returns the number of ids that end an answer's turn, up to the first control token."""
+        """Counts the ids up to and including the first control token; 0 if there is none."""
         for position, token_id in enumerate(structure):
             if token_id in self._text.control:
                 return position + 1

@@ -167,7 +167,7 @@ class ChatLayouts:
                 self.of(roles, ending)
         except ContentChangedError:
             raise
-        except EncodingError:  # Gemma rejects a system message; other templates drop it
+        except EncodingError:  # Gemma rejects system messages; other templates drop them
             self.takes_system = False
 
     def messages_of(self, prompt: str) -> list[Message] | None:
@@ -233,7 +233,7 @@ class ChatLayouts:
         return tuple(self._text.encode_after(anchor, text))
 
     def _split(self, roles: tuple[str, ...], generation: bool) -> tuple[str | _Gap, ...]:
-        """Renders a chat and splits it into structure and content gaps. Structure comes last."""
+        """Renders a chat and splits it at the message contents. The last part is structure."""
         padded = [f"{_NEWLINES}{_TABS}zqcontent{i}qz{_TABS}{_NEWLINES}" for i in range(len(roles))]
         rendered = self._rendered(roles, padded, generation)
         found = [
@@ -246,13 +246,13 @@ class ChatLayouts:
             if counts[i] != 1:
                 raise EncodingError(
                     f"the chat template writes the content of a {role!r} message "
-                    f"{counts[i]} times for the roles {'/'.join(roles)}: it must "
-                    "write it exactly once"
+                    f"{counts[i]} times for the roles {'/'.join(roles)}: the "
+                    "content must appear exactly once"
                 )
         pieces: list[str | _Gap] = []
         cursor = 0
-        # Before each placeholder, there is structure and then padding. After it, there is padding.
-        # `cursor` is the end of the text that `pieces` already contains.
+        # Structure and then padding precede each placeholder, and padding follows it. `cursor` is
+        # the end of the text that `pieces` already contains.
         for start, end, i in found:
             before, strip_left = _trimmed(rendered[cursor:start])
             # The padding after the placeholder mirrors the padding before it, so reverse the text.
@@ -293,7 +293,7 @@ class ChatLayouts:
         contents: Sequence[str],
         rendered: str,
     ) -> None:
-        """Raises an error if the template changes contents other than by trimming them."""
+        """Raises an error if the template changes contents in any way other than trimming."""
         ours = ""
         spans: list[tuple[int, int, int]] = []  # start, end, message
         for piece in pieces:
@@ -323,7 +323,7 @@ def common_length(first: Any, second: Any) -> int:
 
 
 def _contents(pieces: Sequence[str | _Gap], prompt: str) -> list[str] | None:
-    """Returns the contents of the gaps in `prompt`, or `None` if the pieces do not match."""
+    """Returns the message contents in `prompt`, or `None` if `prompt` does not match the pieces."""
     # pieces "Q: " _ "\nA: " _ "\nQ: " _ "\nA:"    prompt "Q: a\nA: b\nQ: c\nA:"    -> a b c
     contents: dict[int, str] = {}
     before, *rest = pieces
@@ -350,7 +350,7 @@ def _characters(messages: Sequence[Message]) -> int:
 
 
 def _trimmed(before: str) -> tuple[str, str | None]:
-    """Removes the padding at the end of `before` and returns the characters that are trimmed.
+    """Returns `before` without the padding at its end, and the characters the template trims.
 
     See `_TABS`. The second return value is an argument for `str.strip`: `None`, `"\\n"` or `""`.
     """
@@ -386,7 +386,7 @@ def at_date(chat_template: str, date: str) -> str:
         "{%- set now.text = now.text | replace(directive, text) -%}{%- endfor -%}"
         "{%- if '%' in now.text -%}{{ raise_exception('the date format ' ~ format ~ ' is not "
         "supported: use directives such as %d or %-d') }}{%- endif -%}"
-        # Jinja drops a newline after a tag, so the template still starts a new line.
+        # Jinja drops this newline after the tag, but the template still starts on a new line.
         "{{ now.text | replace('\1', '%') }}{%- endmacro %}\n" + chat_template
     )
 

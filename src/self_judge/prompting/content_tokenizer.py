@@ -1,4 +1,4 @@
-"""ContentTokenizer: encodes text inside a longer text, without control tokens.
+"""ContentTokenizer: encodes text that is part of a longer text, without control tokens.
 
 This module handles the start of a text and the control tokens for one tokenizer. It does not depend
 on chats, templates or masks.
@@ -61,7 +61,7 @@ class ContentTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         # Unknown characters become <unk>, which is not a control token. A spelled-out "<unk>" is
-        # text.
+        # ordinary text.
         self._unknown = _unknown_token(tokenizer)
         self._set_control(_control_tokens(tokenizer))
         self._marker_pattern = re.compile(_FOREIGN_MARKERS)
@@ -80,7 +80,7 @@ class ContentTokenizer:
             self.control.pop(self._unknown[0], None)
 
     def guard(self, ids: Iterable[int], written: str) -> None:
-        """Treats tokens that a chat template uses as control tokens, regardless of their spelling.
+        """Marks the tokens of a chat template as control tokens, regardless of their spelling.
 
         Whitespace and punctuation remain text, because newlines are added tokens in Gemma's
         vocabulary and commas are added tokens in Jurassic-2's vocabulary.
@@ -161,7 +161,7 @@ class ContentTokenizer:
         The first part follows `anchor`, and the other parts follow the default anchor.
         """
         ids: list[int] = []
-        # Hostile texts repeat the same parts. Cache them, because a tokenizer call is slow.
+        # Hostile text may repeat parts. Cache their ids, because a tokenizer call is slow.
         known: dict[tuple[str, str], list[int]] = {}
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             part = (self.anchor if start else anchor, text[start:end])
@@ -173,7 +173,7 @@ class ContentTokenizer:
         return ids
 
     def _character(self, character: str) -> list[int]:
-        """Encodes a one-character control token with the vocabulary without added tokens."""
+        """Encodes a one-character control token with the base vocabulary, without added tokens."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return []
@@ -225,7 +225,7 @@ class ContentTokenizer:
         return (self.anchor if last is None else last) + before[len(bare) :]
 
     def without_lead(self, structure: str) -> tuple[str, str]:
-        """Splits structure into its text and its trailing spaces (see `Slot.lead`).
+        """Splits template structure into text and trailing spaces (see `Slot.lead`).
 
         A control token that ends with a space keeps the space.
         """

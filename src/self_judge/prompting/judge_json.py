@@ -95,14 +95,14 @@ def resolve_judge(
     """Returns the judge's settings: the given templates, or else those saved with the model.
 
     Args:
-        name_or_path: the folder or Hub name of the judge model; `None` or empty for no model.
+        name_or_path: the judge's folder or model ID on the Hub; `None` or empty for no model.
         templates: templates that replace the saved templates and letter ids.
         token_id_a, token_id_b: ids that replace the saved letter ids.
         revision: the revision of the model on the Hub.
         remedy: the end of the error message, which says how to pass templates.
 
     Returns:
-        The settings, which always include the saved chat template and its arguments.
+        The settings, including the saved chat template and its arguments, if any.
 
     Raises:
         ValueError: no templates are given or saved.

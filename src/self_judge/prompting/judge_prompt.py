@@ -38,8 +38,8 @@ def encode_orders(
     best = orders_of(comparison.context)
     if best is not None:
         return best
-    # Find the largest number of newest turns that fits: double the number until the turns no longer
-    # fit, then bisect. A trial never keeps more than twice as many turns as the last trial that fit
+    # Find how many of the newest turns fit: double the number until the turns no longer fit, then
+    # bisect. A trial never keeps more than twice as many turns as the last trial that fit
     # (but at least one turn). If 5 of 8 turns fit, the trials are: 1 fits, 2 fits, 4 fits, 6 does
     # not fit, 5 fits.
     turns = turns_of(comparison.context)

@@ -19,7 +19,7 @@ from self_judge.prompting.thoughts import answer_of
 _COMPARISON_FIELDS = ("context", "response_a", "response_b")
 _RATIONALE_FIELDS = ("rationale_a", "rationale_b")
 _ROLE_LABELS = {"system": "System", "user": "Human", "assistant": "Assistant"}
-# A label starts a turn only if words follow it. A label alone at the end starts the answer.
+# A label starts a turn only if text follows it. A final label without text starts the answer.
 _TURN_START = re.compile(r"\n\n(?=(?:Human|Assistant): *\S)")
 
 
@@ -97,7 +97,7 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
     def render(self, principle: str, comparison: Comparison) -> list[Message]:
         """Renders a comparison for one principle as a chat, with response `a` first.
 
-        The last message is the fixed lead-in of the assistant. The next token is the letter.
+        The last message is the assistant's fixed lead-in. The next token is the letter.
         """
         template = self._templates[principle]
         values = {
@@ -206,7 +206,7 @@ def _shown(message: Message) -> str:
 
 
 def turns_of(context: str) -> list[str]:
-    """Splits a context into turns, oldest first. Joining them with blank lines restores it.
+    """Splits a context into turns, oldest first. Joined with blank lines, they form the context.
 
     This function is used to shorten judge prompts that are too long. The question (the last turn)
     is always kept.

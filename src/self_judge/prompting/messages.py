@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Keys for the thought before an answer: Qwen 3, OpenRouter and vLLM, gpt-oss.
+# Keys for the thought before an answer, as in Qwen 3, in OpenRouter and vLLM, and in gpt-oss.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-# Keys that chat templates write, other than the role, the content and the thought. Empty values are
-# ignored, because Arrow adds all keys to every message.
+# Keys that chat templates render, other than the role, the content and the thought. Empty values
+# are ignored, because Arrow adds all keys to every message.
 _KEYS = (
     "tool_calls",
     "function_call",
@@ -30,13 +30,13 @@ _KEYS = (
     "audio",
     "refusal",
 )
-# Columns of a record that chat templates write, as in TRL.
+# Columns of a record that chat templates render, as in TRL.
 _COLUMNS = ("tools", "images", "image")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
 def lost(message: Mapping[str, Any]) -> str | None:
-    """Returns the name of a part that a message would lose as plain text, or `None`."""
+    """Returns the name of a part that would be lost in plain text, or `None` if there is none."""
     key = next((key for key in _KEYS if message.get(key)), None)
     if key is not None:
         return key
@@ -46,7 +46,7 @@ def lost(message: Mapping[str, Any]) -> str | None:
 
 
 def lost_column(record: Mapping[str, Any]) -> str | None:
-    """Returns the name of a column that a record would lose as plain text, or `None`."""
+    """Returns the name of a column that would be lost in plain text, or `None` if there is none."""
     given = (key for key in _COLUMNS if record.get(key) and record[key] != "[]")
     return next(given, None)
 

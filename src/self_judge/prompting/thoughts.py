@@ -40,14 +40,14 @@ _MARKERS = (
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
     ("<|channel|>commentary<|message|>", "<|channel|>final<|message|>"),  # gpt-oss, with a preamble
 )
-# A closing marker that is a separate line or ends a paragraph.
+# A closing marker on its own line or at the end of a paragraph.
 _END = r"(?m)(?:^[ \t]*{0}[ \t]*$|{0}(?=[ \t]*\n[ \t]*\n))"
-# Only this number of tokens at the end of a prompt is searched for an opening marker.
+# Only this many tokens at the end of a prompt are searched for an opening marker.
 _LONGEST_OPENING = 32
 
 
 class Parts(NamedTuple):
-    """The parts of a response. A part that the response does not have is `None`."""
+    """The parts of a response. A missing part is `None`."""
 
     thought: str | None
     answer: str | None
@@ -56,9 +56,9 @@ class Parts(NamedTuple):
 def split_thought(text: str, close: str | None = None) -> Parts:
     """Splits a response into its thought and its answer.
 
-    A response has a thought if it begins with an opening marker, or if a closing marker is a
-    separate line or ends a paragraph and no opening marker precedes it (the prompt then opened the
-    thought).
+    A response has a thought if it begins with an opening marker, or if a closing marker is on its
+    own line or at the end of a paragraph and no opening marker precedes it (the prompt then opened
+    the thought).
 
     Args:
         text: the response, without its prompt.
@@ -93,7 +93,7 @@ def _first_thought(text: str, close: str | None) -> Parts | None:
 
 
 def before_thought(text: str, *whole: str) -> str:
-    """Returns `text`, a common prefix of `whole`, without a thought that does not end in it.
+    """Returns `text`, a common prefix of `whole`, without a thought that is still open at its end.
 
     An opening marker that is never closed in `whole` is not a thought: "What does <think> mean?".
     """
@@ -122,7 +122,7 @@ def with_answers(responses: Sequence[str]) -> list[int]:
 
 
 def opened_by(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str | None:
-    """Returns the closing marker of a thought that the end of a prompt opens, or `None`."""
+    """Returns the closing marker of a thought that a prompt opens at its end, or `None`."""
     end = _decoded(tokenizer, prompt[-_LONGEST_OPENING:]).rstrip()
     return next((closing for opening, closing in _MARKERS if end.endswith(opening)), None)
 

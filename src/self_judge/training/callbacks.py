@@ -1,7 +1,7 @@
 """Callbacks for both trainers: a run log, the time of each phase in a step, and a progress bar.
 
-Like tracker integrations, these callbacks only receive the trainer's events. They do not change
-training.
+Like the integrations of experiment trackers, these callbacks only receive the trainer's events.
+They do not change training.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 
 
 class RunLog(TrainerCallback):
-    """Writes `run.json` when training begins, and a line in `metrics.jsonl` at every log.
+    """Writes `run.json` when training begins, and adds a line to `metrics.jsonl` at every log.
 
     When a run resumes from a checkpoint, the lines for the steps after the checkpoint are removed,
     because those steps run again.
@@ -247,7 +247,7 @@ class LiveProgress(TrainerCallback):
         )
 
     def attach(self, trainer: Trainer) -> None:
-        """Replaces the trainer's own callbacks that print with this callback."""
+        """Replaces the trainer's own printing callbacks with this one."""
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(self)

@@ -1,20 +1,20 @@
-"""Fault tolerance for both trainers, so that a killed run resumes with the same numbers.
+"""Fault tolerance for both trainers, so that a killed run can resume and log the same numbers.
 
 Checkpoints are complete or absent (`storage/atomic.py`) and are checked before a run resumes.
 Checkpoints also contain the metrics that have not been logged yet. SIGTERM ends a run after the
-current step. Non-finite numbers never reach the weights. This module does not change a run in which
-none of these events occur.
+current step. A step whose gradient is NaN or infinite is skipped. A run without such events gives
+the same results as without this module.
 """
 
-# A checkpoint is written in these steps. If the run is killed in any of them, `checkpoint-20` is
-# either absent or complete:
+# A checkpoint is written in these steps. If the run is killed during one of them, `checkpoint-20`
+# is either absent or complete:
 #
 #   .unfinished/checkpoint-20/...           the staging folder: weights, optimizer, random state,
 #                                           unlogged_0.json, ... (each process writes its files)
 #   .unfinished/checkpoint-20/manifest.json seal: every file is on disk, and the manifest lists
 #                                           their sizes
 #   checkpoint-20/                          commit: one rename
-#   .unfinished/checkpoint-10.old           `save_total_limit`: renames and then deletes old ones
+#   .unfinished/checkpoint-10.old           `save_total_limit`: rename, then delete old checkpoints
 #
 # The next run deletes `.unfinished` and resumes from the last checkpoint that matches its manifest.
 #
@@ -84,26 +84,25 @@ SKIPPED = "skipped_steps"
 
 
 class NotFiniteError(FloatingPointError):
-    """Stops training because numbers are not finite. The message names the step."""
+    """Raised when gradients or weights contain NaN or infinity. The message names the step."""
 
 
 class FaultToleranceMixin(Base):
-    """Adds fault tolerance to a Transformers trainer. The mixin must come before its base class.
+    """Adds fault tolerance to a Transformers trainer. List the mixin before the trainer class.
 
     Attributes:
         max_skipped_steps: training stops after this many skipped steps in a row. A step is skipped
-            if its gradient is not finite or if `nothing_judged` is set.
-        on_saved: a function that is called with the path of every saved model and can add files to
-            that folder.
-        nothing_judged: whether no pair in the step could be judged. `SelfJudgeTrainer` sets this
-            attribute.
+            if its gradient is NaN or infinite, or if `nothing_judged` is set.
+        on_saved: a function that is called with the folder of every saved model and can add files
+            to it.
+        nothing_judged: `True` if none of a step's pairs could be judged; set by `SelfJudgeTrainer`.
         stop_on_sigterm: whether SIGTERM makes the trainer finish the current step, save a
-            checkpoint and stop, instead of ending the process. The caller then checks
+            checkpoint and stop, instead of ending the process immediately. The caller then checks
             `stopped_early`.
         stopped_early: whether SIGTERM ended the last call of `train`.
     """
 
-    _metrics: Any  # TRL's own
+    _metrics: Any  # defined by TRL
     max_skipped_steps = 3
     stop_on_sigterm = False
     stopped_early = False
@@ -116,7 +115,7 @@ class FaultToleranceMixin(Base):
     _skipped = 0
 
     def _send_telemetry(self) -> None:
-        """Sends nothing. TRL would report the types of model and machine to its authors."""
+        """Sends nothing. TRL would otherwise report the types of the model and the machine."""
 
     # -- resuming ----------------------------------------------------------------------------------
 
@@ -126,12 +125,13 @@ class FaultToleranceMixin(Base):
         """Checks the checkpoint from which the run resumes, and then runs Transformers' `train`.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last complete checkpoint in
-                the output folder.
+            resume_from_checkpoint: a checkpoint folder, or `True` for the last complete checkpoint
+                in the output folder.
 
         Raises:
-            CheckpointError: the folder is not a complete checkpoint, or no checkpoint is found.
-            NotFiniteError: `max_skipped_steps` steps in a row had no finite gradient.
+            CheckpointError: no checkpoint is found, or it is incomplete or does not fit this run.
+            NotFiniteError: `max_skipped_steps` steps in a row were skipped, or trained weights
+                contain NaN or infinity.
         """
         found: str | None = None
         if resume_from_checkpoint:
@@ -188,7 +188,7 @@ class FaultToleranceMixin(Base):
         # After resuming from the last step's checkpoint, Transformers would run an extra step.
         if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
-            if self.args.should_save:  # the run may have been killed after its last checkpoint
+            if self.args.should_save:  # a killed run may not have done this yet
                 self._remove_surplus(Path(self._get_output_dir(None)))
             return
         super()._run_epoch(*args, **kwargs)
@@ -233,7 +233,7 @@ class FaultToleranceMixin(Base):
     # -- saving ------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model like Transformers, but replaces files only with complete new files."""
+        """Saves the model as Transformers does, but replaces files only with complete new files."""
         if _internal_call:  # the model is part of a checkpoint, which has its own staging folder
             self._write_model(output_dir)
             return
@@ -320,7 +320,7 @@ class FaultToleranceMixin(Base):
         # A background upload must not start before the folder has its final name.
         self._unsent = checkpoint_folder
 
-    # -- numbers that are not finite ---------------------------------------------------------------
+    # -- NaN and infinity --------------------------------------------------------------------------
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Skips a step that has no usable gradient. The weights and the optimizer do not change."""
@@ -336,14 +336,14 @@ class FaultToleranceMixin(Base):
         what = (
             f"the norm of its gradient is {value}"
             if not math.isfinite(value)
-            else "no response could be judged: responses are empty, or scores are not finite"
+            else "no pair could be judged: responses are empty, or scores are NaN or infinite"
         )
         logger.warning("step %d is skipped: %s", step, what)
         if self._skipped >= self.max_skipped_steps:
             broken = not_finite(model)
             weights = (
-                f"{len(broken)} trained weights are not finite either, such as {broken[0]}: do not "
-                "use these weights"
+                f"{len(broken)} trained weights also contain NaN or infinity (first: {broken[0]}): "
+                "do not use these weights"
                 if broken
                 else f"Weights and checkpoints are unchanged since step {step - self._skipped}"
             )
@@ -358,13 +358,13 @@ class FaultToleranceMixin(Base):
         return norm
 
     def _check_weights(self) -> None:
-        """Raises an error if trained weights are not finite, or the reference has changed."""
+        """Raises an error if weights contain NaN or infinity, or the reference has changed."""
         model: Any = self.model
         broken = not_finite(model)
         if broken:
             raise NotFiniteError(
-                f"step {self.state.global_step}: {len(broken)} trained weights are not finite, "
-                f"starting with {broken[0]}, so nothing is saved. Earlier checkpoints are complete"
+                f"step {self.state.global_step}: {len(broken)} trained weights contain NaN or "
+                f"infinity (first: {broken[0]}), so nothing is saved. Earlier checkpoints are valid"
             )
         if self.reference is not None:
             self.reference.check(self.state.global_step)
@@ -375,7 +375,7 @@ def _writing(folder: Path) -> Iterator[None]:
     """Converts all write errors, including those of torch and safetensors, into an `OSError`.
 
     Raises:
-        OSError: writing failed; the message names the last complete checkpoint.
+        OSError: writing failed. The message names the last complete checkpoint, if any.
     """
     try:
         yield

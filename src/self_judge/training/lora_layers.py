@@ -31,8 +31,8 @@ def lighten(model: nn.Module) -> None:
 def forward(layer: lora.Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Computes `lora.Linear.forward` with less memory traffic if the layer is plain.
 
-    For other layers, the input is kept in half precision if autocast would undo PEFT's cast to the
-    adapter's float32.
+    For other layers, the input is kept in half precision if autocast would undo PEFT's cast to
+    float32, the adapter's dtype.
     """
     name = None if args or kwargs else _sole_adapter(layer)
     computed = x.dtype
@@ -51,7 +51,7 @@ def forward(layer: lora.Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> t
 
 
 def _sole_adapter(layer: lora.Linear) -> str | None:
-    """Returns a layer's only active adapter if the adapter is plain LoRA without active dropout."""
+    """Returns the name of the only active adapter if it is plain LoRA without active dropout."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1 or names[0] in layer.lora_variant:
         return None
@@ -62,7 +62,7 @@ def _sole_adapter(layer: lora.Linear) -> str | None:
 
 def _cast_is_undone(layer: lora.Linear, name: str, x: torch.Tensor) -> bool:
     # The cast affects the result in two cases: the input gradients of several adapters are summed
-    # in float32, and dropout scales its input in the dtype of that input.
+    # in float32, and dropout scales its input in the input's dtype.
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in _HALF
     return autocast and layer.lora_A[name].weight.dtype == torch.float32
 

@@ -3,12 +3,12 @@
 This module contains a mixin for the trainer's step. The loss must be a mean over pairs.
 """
 
-# For example, a step has micro-batches 0, 1, 2 of 4 pairs, and the forward pass of micro-batch 1
-# runs out of memory. A part of its gradient may have been added already, so the whole step starts
-# again with half as many pairs at a time:
+# For example, a step has micro-batches 0, 1 and 2 with 4 pairs each, and micro-batch 1 runs out of
+# memory. Part of its gradient may already have been accumulated, so the whole step starts again
+# with half as many pairs at a time:
 #
 #   micro-batch 0: 4 pairs   ok
-#   micro-batch 1: 4 pairs   out of memory -> zero the gradients, forget this step's metrics
+#   micro-batch 1: 4 pairs   out of memory -> zero the gradients, discard this step's metrics
 #   micro-batch 0: 2 + 2     ok
 #   micro-batch 1: 2 + 2     ok            (out of memory again: 1 + 1 + 1 + 1, and so on)
 #   micro-batch 2: 2 + 2     and 2 pairs at a time from here on
@@ -44,7 +44,7 @@ class OOMRetryMixin(Base):
     same point.
     """
 
-    _metrics: Any  # TRL's own
+    _metrics: Any  # defined by TRL
     _total_train_tokens: Any
     _step_batches: Sequence[Any] = ()
     _pairs_at_once: int | None = None
@@ -52,7 +52,7 @@ class OOMRetryMixin(Base):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Runs the inherited method, but repeats the step from its start if memory runs out."""
-        model.train()  # the inherited step also does this, but too late for the next line
+        model.train()  # the inherited step also does this, but `_prepare_inputs` needs it earlier
         place = inputs.get(MICRO_BATCH, 0)
         prepared = self._prepare_inputs(inputs)
         if place == 0:  # metrics for sampling and judging are already recorded and must be kept

@@ -33,13 +33,13 @@ ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
 FILE = "reference.json"
 _TOKENS = 24
-# If the reference uses trained weights, its logits change by more than this fraction. A different
-# device or order of summation changes them by less (see `exactness`).
+# Tolerances relative to the largest logit. If the reference uses trained weights, its logits change
+# by more. A different device or summation order changes them by less (see `exactness`).
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 
 
 def frozen_reference(model: ModelT) -> ModelT:
-    """Returns a copy of the current model, in evaluation mode and without gradients.
+    """Returns a frozen copy of the current model in evaluation mode.
 
     The weights are copied in memory, not loaded from disk. The copy therefore includes merged
     adapters and edited weights.
@@ -58,17 +58,17 @@ def frozen_reference(model: ModelT) -> ModelT:
 
 
 def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
-    """Returns a frozen copy of the model, or `None` under ZeRO-3, where TRL loads it from disk.
+    """Returns a frozen copy of the model, or `None` under ZeRO-3, where TRL loads the reference.
 
     Raises:
-        ValueError: ZeRO-3 is used, but the model has no name from which TRL can load it.
+        ValueError: ZeRO-3 is enabled, but the model has no name by which TRL could load it.
     """
     if is_deepspeed_zero3_enabled():  # sharded parameters cannot be copied
         name = model.config.name_or_path
         if not name:
             raise ValueError(
                 "ZeRO-3 loads the judge by the model's name, but this model has no name: pass a "
-                "ref_model, or the folder of the model"
+                "ref_model, or pass the model as a folder"
             )
         logger.warning("ZeRO-3: loading the judge from %s instead of copying the model", name)
         return None
@@ -93,10 +93,10 @@ def place(model: Any, args: TrainingArguments) -> None:
 
 
 def own_models(name: str, revision: str | None = None) -> list[Path]:
-    """Returns the folders that a run must not write to: those of its model and the base models."""
+    """Returns the folders of the model and its base models, to which a run must not write."""
     chain = adapter_chain(name, revision)
     models = [Path(chain.base), *(Path(adapter.name) for adapter in chain.adapters)]
-    # The checkpoints of this run would replace those of an earlier run.
+    # A run in the parent folder of a checkpoint would replace the checkpoints of an earlier run.
     models += [m.parent for m in models if m.name.startswith(PREFIX_CHECKPOINT_DIR)]
     return [m for m in models if m.exists()]
 
@@ -109,13 +109,13 @@ def load_by_name(
     if trainer_arguments.get("quantization_config") is not None:
         options["quantization_config"] = trainer_arguments.pop("quantization_config")
     refuse_overwriting([config.output_dir], own_models(name, options.get("revision")))
-    config.model_init_kwargs = None  # TRL would warn that it does not use these settings
+    config.model_init_kwargs = None  # otherwise, TRL warns that it ignores them
     return load_model(name, merge=merge, **options)
 
 
 @contextmanager
 def active_reference(trainer: Any) -> Iterator[None]:
-    """Activates the judge's weights in the way TRL activates the reference of a `PeftModel`."""
+    """Activates the judge's weights, as TRL does for the reference of a `PeftModel`."""
     if trainer.ref_model is not None:
         yield
         return
@@ -129,10 +129,10 @@ def active_reference(trainer: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def probe_logits(model: Any) -> torch.Tensor:
-    """Computes the logits `(T, V)` for a fixed sequence without autocast, as float32 on the CPU."""
+    """Computes the logits `(T, V)` for a fixed sequence without autocast, in float32 on the CPU."""
     device = device_of(unwrapped(model))
     ids = torch.tensor([trial_tokens(model, _TOKENS)], device=device)
-    # Accelerate adds autocast to the `forward` of a prepared model.
+    # Accelerate wraps the `forward` of a prepared model in autocast.
     forward = getattr(as_called(model), "_original_forward", None) or model
     with in_evaluation_mode(model), torch.autocast(device.type, enabled=False):
         return forward(input_ids=ids, use_cache=False).logits[0].float().cpu()
@@ -183,7 +183,7 @@ class ReferenceCheck:
         given: the logits of the model that was passed to the trainer (see `given_logits`).
         model: the trained model.
         logits: a function that computes the current logits of the reference, or `None` if training
-            may change them.
+            is allowed to change them.
     """
 
     def __init__(
@@ -199,9 +199,8 @@ class ReferenceCheck:
         self.tolerance = _TOLERANCE.get(inner.dtype, IN_LESS)
 
     def moved(self, logits: torch.Tensor) -> float | None:
-        """Returns the difference as a fraction of the largest logit, or `None` if it is small."""
-        # Masked logits are infinite or very large in magnitude. Both models must mask the same
-        # tokens.
+        """Returns the difference relative to the largest logit, or `None` if it is tolerated."""
+        # Masked logits are infinite or have huge magnitudes. Both models must mask the same tokens.
         usual, own = _usual(self.expected), _usual(logits)
         if not torch.equal(usual, own):
             return math.inf
@@ -212,8 +211,8 @@ class ReferenceCheck:
         """Checks that the reference equals the given model and does not use trained weights.
 
         Raises:
-            ModelError: the reference differs from the given model, or it uses trained weights. The
-                message names one of these weights.
+            ModelError: the reference differs from the given model or uses trained weights. In the
+                latter case, the message names one of them.
         """
         if self.logits is None:
             return
@@ -221,8 +220,8 @@ class ReferenceCheck:
         off = self.moved(start)
         if off is not None:
             raise ModelError(
-                f"the reference differs from the initial model: its logits differ by {off:.1e} of "
-                "the largest one. Pass the initial model as ref_model, or a peft_config whose "
+                "the reference differs from the initial model: the relative difference of their "
+                f"logits is {off:.1e}. Pass the initial model as ref_model, or a peft_config whose "
                 "adapter can be disabled"
             )
         self.expected = start
@@ -246,8 +245,8 @@ class ReferenceCheck:
         off = None if self.logits is None else self.moved(self.logits())
         if off is not None:
             raise ModelError(
-                f"step {step}: the judge has changed during training: its logits differ by "
-                f"{off:.1e} of the largest one, so nothing is saved"
+                f"step {step}: the judge has changed during training: the relative difference of "
+                f"its logits is {off:.1e}, so nothing is saved"
             )
 
     def save(self, folder: Path) -> None:
@@ -255,18 +254,18 @@ class ReferenceCheck:
         write_json(folder / FILE, {"logits": self._sample(), "tolerance": self.tolerance})
 
     def check_saved(self, checkpoint: Path) -> None:
-        """Raises `CheckpointError` if a checkpoint belongs to a different initial model."""
+        """Raises `CheckpointError` if a checkpoint comes from a different initial model."""
         path = checkpoint / FILE
         if not path.is_file():
             return
         content = json.loads(path.read_text(encoding="utf-8"))
         saved = torch.tensor(content["logits"])
-        # The run may use a different dtype than the run that saved the checkpoint.
+        # This run may use a different dtype than the run that saved the checkpoint.
         tolerance = max(self.tolerance, content["tolerance"])
         if not relative_difference(torch.tensor(self._sample()), saved) <= tolerance:
             raise CheckpointError(
                 f"cannot resume from {checkpoint}: the weights of the initial model have "
-                "changed since then. Restore them, or use another output_dir"
+                "changed since it was saved. Restore them, or use another output_dir"
             )
 
     def _sample(self) -> list[float]:
@@ -277,7 +276,7 @@ class ReferenceCheck:
 def _by_kind(
     named: Sequence[tuple[str, torch.nn.Parameter]],
 ) -> list[list[tuple[str, torch.nn.Parameter]]]:
-    """Groups parameters by the last parts of their names, without layer numbers."""
+    """Groups parameters by the last parts of their names, mostly without layer numbers."""
     groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
     for name, parameter in named:
         groups.setdefault(".".join(name.split(".")[-3:]), []).append((name, parameter))
@@ -286,8 +285,8 @@ def _by_kind(
 
 @contextmanager
 def _changed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Changes every value within the `with` block and restores all values exactly afterwards."""
-    # Flipping bits twice restores them, so no copy of the weights is needed. Float32 examples:
+    """Changes all values within the `with` block and restores the exact values afterwards."""
+    # Flipping a bit twice restores it, so no copy of the weights is needed. Float32 examples:
     #   0.0 -> 0.0625       -0.03 -> 3.5e-39       5.0 -> 3.7e+37
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     flips = []

@@ -28,8 +28,7 @@ from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logi
 # Settings that change the meaning of an adapter's weights, but not their names or shapes.
 _SCALES = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out",
            "trainable_token_indices")  # fmt: skip
-# PEFT computes these initial values from the base weights. It computes them in the same way when it
-# loads the adapter.
+# Initializations that PEFT computes from the base weights, and repeats when it loads the adapter.
 _REPEATABLE = ("pissa", "olora")
 DATA_FILE = "data_fingerprint.json"
 
@@ -53,11 +52,10 @@ def _is_finite(parameter: torch.Tensor) -> bool:
 
 
 def check_start(args: TrainingArguments, model: nn.Module) -> None:
-    """Finds errors in the settings and the model that would appear only when the model is saved.
+    """Finds errors in the settings and the model that would otherwise appear only on saving.
 
     Raises:
-        ValueError: a setting is not a finite number, or the output folder is the folder of the
-            model.
+        ValueError: a setting is NaN or infinite, or the output folder is the folder of the model.
         ModelError: see `check_configuration` and `check_base`.
     """
     for name, value in vars(args).items():
@@ -75,10 +73,10 @@ def check_start(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def check_configuration(model: nn.Module) -> None:
-    """Finds, before training, settings with which Transformers would refuse to save the full model.
+    """Checks, before training, that Transformers would not refuse to save the full model.
 
     Raises:
-        ModelError: the generation config contradicts itself.
+        ModelError: the generation config contains contradictory settings.
     """
     inner: Any = unwrapped(model)
     if not inner.can_generate():
@@ -89,7 +87,7 @@ def check_configuration(model: nn.Module) -> None:
         lines = [line.strip(" -") for line in str(error).splitlines() if "`" in line]
         raise ModelError(
             f"the trained model could not be saved: {' '.join(lines) or str(error):.300} Correct "
-            f"generation_config.json of {inner.config.name_or_path or 'the model'}"
+            f"the generation_config.json of {inner.config.name_or_path or 'the model'}"
         ) from error
 
 
@@ -97,7 +95,7 @@ def check_base(model: PeftModel) -> None:
     """Compares some weights in memory with those in the files of a new adapter's base model.
 
     Raises:
-        ModelError: the weights differ, so the saved adapter would belong to another model.
+        ModelError: the weights differ, so the saved adapter would not fit its base model.
     """
     config: Any = model.active_peft_config
     base: Any = unwrapped(model)
@@ -116,9 +114,9 @@ def check_base(model: PeftModel) -> None:
             saved = weights.get_tensor(name)
         if saved.shape == own.shape and not torch.equal(saved.to(own.dtype), own.detach().cpu()):
             raise ModelError(
-                f"the adapter would name {folder} as its base, but {name} in memory differs from "
-                "that file: save the model first and start from its folder (or choose another "
-                "init_lora_weights)"
+                f"the adapter would name {folder} as its base model, but {name} differs between "
+                "that folder and the model in memory: save the model in memory to a new folder and "
+                "start from that folder (or choose another init_lora_weights)"
             )
 
 
@@ -158,8 +156,8 @@ def check_saved(model: nn.Module, folder: Path) -> None:
     lacking = [n for n, t in memory.items() if n not in found and t.data_ptr() not in stored]
     if lacking and not strange:
         raise ModelError(
-            f"{folder} was not saved correctly: {len(lacking)} trained weights are missing, such "
-            f"as {lacking[0]}"
+            f"{folder} was not saved correctly: {len(lacking)} trained weights are missing "
+            f"(first: {lacking[0]})"
         )
 
 
@@ -171,18 +169,18 @@ def check_merged(merged: nn.Module, expected: torch.Tensor | None) -> None:
             for a 4-bit base, which is merged without quantization.
 
     Raises:
-        ModelError: a weight is not finite, or the logits differ.
+        ModelError: a weight contains NaN or infinity, or the logits differ.
     """
     broken = not_finite(merged, trained_only=False)
     if broken:
-        raise ModelError(f"the merged weights are not finite, starting with {broken[0]}")
+        raise ModelError(f"the merged weights contain NaN or infinity (first: {broken[0]})")
     if expected is None:
         return
     off = ReferenceCheck(expected, merged).moved(probe_logits(merged))
     if off is not None:
         raise ModelError(
-            f"merging the adapter changed the model: its logits differ by {off:.1e} of the largest "
-            "one, so nothing is saved. Set jsft_args.merge_adapter: false"
+            "merging the adapter changed the model: the relative difference of its logits is "
+            f"{off:.1e}, so nothing is saved. Set jsft_args.merge_adapter: false"
         )
 
 
@@ -203,8 +201,8 @@ def with_optimizer(checkpoint: Path) -> Path:
     if any(True for kind in kinds for _ in checkpoint.glob(kind)):
         return checkpoint
     raise CheckpointError(
-        f"cannot resume from {checkpoint}: it has no optimizer state (save_only_model). To "
-        "start a new run from it, set model.model_name_or_path to it and choose another output_dir"
+        f"cannot resume from {checkpoint}: it has no optimizer state (save_only_model). To start a "
+        "new run from it, set model.model_name_or_path to its path and choose another output_dir"
     )
 
 
@@ -212,7 +210,8 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
     """Checks that a checkpoint's adapter matches the adapter being trained.
 
     Raises:
-        CheckpointError: the adapters differ in a setting that changes the shapes of their weights.
+        CheckpointError: the adapters differ in a setting or in the shapes of their weights, or
+            only one of the two models has an adapter.
     """
     if not (checkpoint / FILES[0]).is_file():
         if isinstance(model, PeftModel):
@@ -232,8 +231,8 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
         before, now = (getattr(c, name, None) or None for c in (saved, asked))
         if before != now:
             raise CheckpointError(
-                f"cannot resume from {checkpoint}: its adapter has {name} {before}, but this "
-                f"run has {now}. Use the same peft_config, or another output_dir"
+                f"cannot resume from {checkpoint}: its adapter has {name}={before}, but this run "
+                f"uses {now}. Use the same peft_config, or another output_dir"
             )
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
@@ -244,14 +243,14 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
     if differing and stored:
         name = differing[0]
         raise CheckpointError(
-            f"cannot resume from {checkpoint}: its adapter has {name} of shape "
-            f"{stored.get(name)}, and this run trains {shapes.get(name)}. Use the same "
-            "peft_config, or another output_dir"
+            f"cannot resume from {checkpoint}: the shape of {name} is {stored.get(name)} in its "
+            f"adapter, but {shapes.get(name)} in this run. Use the same peft_config, or another "
+            "output_dir"
         )
 
 
 def data_fingerprint(dataset: Any) -> str | None:
-    """Returns a hash of all rows in a dataset, or `None` for a stream."""
+    """Returns a hash of all rows in a dataset, or `None` for a streaming dataset."""
     if not isinstance(dataset, Dataset):
         return None
     digest = hashlib.blake2b(repr(sorted(dataset.features)).encode(), digest_size=12)
@@ -267,7 +266,7 @@ def save_data_fingerprint(folder: Path, fingerprint: str | None) -> None:
 
 
 def same_data(checkpoint: Path, fingerprint: str | None) -> bool:
-    """Returns `False` only if a checkpoint was written with different training data."""
+    """Returns `False` if a checkpoint is known to come from different training data."""
     path = checkpoint / DATA_FILE
     if fingerprint is None or not path.is_file():
         return True

@@ -1,4 +1,4 @@
-"""Sets up a run from its file: settings, tokenizer, templates, data and adapter.
+"""Sets up a run from its run file: settings, tokenizer, templates, data and adapter.
 
 Both training and `self-judge check` use this module, so the check describes the actual run. This
 module does not load weights.
@@ -85,10 +85,10 @@ def self_judge_config(run: SelfJudgeRun, processes: int | None = None) -> SelfJu
             processes in this launch).
 
     Raises:
-        ValueError: see `jsft_config`; or the settings contradict the method.
+        ValueError: as for `jsft_config`, or the settings are incompatible with the method.
     """
     own = dataclasses.asdict(run.self_judge_args)
-    for name in ("token_id_a", "token_id_b"):  # the trainer accepts these as arguments
+    for name in ("token_id_a", "token_id_b"):  # arguments of the trainer, not of its config
         del own[name]
     global_batch_size = own.pop("global_batch_size")
     config: SelfJudgeConfig = _training_config(
@@ -126,7 +126,11 @@ def _training_config(
 
 
 def lora_config(settings: dict[str, Any] | None) -> LoraConfig | None:
-    """Returns the adapter described by `peft_config`, and raises an error for unknown names."""
+    """Returns the `LoraConfig` for the `peft_config` section, or `None` if there is none.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type.
+    """
     if settings is None:
         return None
     return LoraConfig(**check_training_values(settings, LoraConfig, "peft_config"))
@@ -156,7 +160,7 @@ def self_judge_chat_setup(run: SelfJudgeRun) -> tuple[ChatEncoder, JudgeSettings
         run.self_judge_args.token_id_a,
         run.self_judge_args.token_id_b,
         revision=run.model.revision,
-        remedy="start from a model that JSFT wrote, or set templates.judge",
+        remedy="start from a model trained with JSFT, or set templates.judge",
     )
     return _encoder(run, settings), settings
 
@@ -243,8 +247,8 @@ def already_rendered(records: Sequence[PreferenceRecord], encoder: ChatEncoder) 
         return None
     return (
         f"{len(found):,} of {len(records):,} records have turn markers in their texts. The first "
-        f"is {found[0]}. These records seem to be rendered already, and the markers would be "
-        "trained as plain text: use the original messages"
+        f"is {found[0]}. These records seem to be rendered already, and the model would learn the "
+        "markers as plain text: use the original messages"
     )
 
 
@@ -257,5 +261,7 @@ def pair_rows(records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
     """Returns the pairs for evaluating self-training. At least one record must have a pair."""
     rows = [r for r in to_self_judge_rows(records) if r["chosen"] and r["rejected"]]
     if not rows:
-        raise ValueError("no record in the evaluation data has a chosen and a rejected response")
+        raise ValueError(
+            "no record in the evaluation data has both a chosen and a rejected response"
+        )
     return rows

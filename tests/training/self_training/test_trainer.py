@@ -611,8 +611,8 @@ def test_settings_that_cannot_work_are_refused(
     [
         ({"text": "x"}, "record 0 of the train dataset has neither 'query' nor 'prompt'"),
         ({"query": " "}, "'query' is empty"),
-        ({"prompt": [{"role": "assistant", "content": "x"}]}, "ends with a 'assistant' message"),
-        ({"prompt": [{"content": "x"}]}, "without role and content"),
+        ({"prompt": [{"role": "assistant", "content": "x"}]}, "a message from 'assistant'"),
+        ({"prompt": [{"content": "x"}]}, "without a role and content"),
     ],
 )
 def test_rows_that_cannot_be_used_are_errors_that_name_the_record(

@@ -1,6 +1,7 @@
 """Converts preference records to JSFT training examples, and examples to batches.
 
-This module decides which tokens are trained. It does not depend on the data sources or the trainer.
+This module decides which tokens the loss covers. It does not depend on the data sources or the
+trainer.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ class JSFTExample:
         kind: `"sft"` or `"judge"`.
         input_ids: token ids, length T.
         labels: the ids of the trained tokens, and `ignore_index` for all other tokens; length T.
-        note: the reason why the example is truncated or skipped, or `None`. A skipped example has
-            no ids.
+        note: the reason why the example is truncated or skipped, or `None` if it is neither. A
+            skipped example has no ids.
         swapped: whether this is the previous example with the responses swapped.
         principle: the principle of a judge example's template; empty for SFT.
     """
 
-    # One record with a rated pair gives these examples (- is `ignore_index`):
+    # One record with a labeled pair gives these examples (- is `ignore_index`):
     #
     #   sft              input_ids  user turn  answer  <end>        labels  -  answer  <end>
     #   judge            input_ids  prompt (chosen first)    A      labels  -  A
@@ -67,7 +68,7 @@ class ExampleEncoder:
         encoder: encodes dialogues and judge prompts to ids.
         templates, letter_ids: the judge templates and the ids of the judge's letters.
         max_length: the maximum number of tokens in an example; `None` means no limit.
-        ignore_index: the label of tokens that are not trained.
+        ignore_index: the label of tokens that the loss ignores.
     """
 
     encoder: ChatEncoder
@@ -79,9 +80,9 @@ class ExampleEncoder:
     def examples(self, record: PreferenceRecord) -> list[JSFTExample]:
         """Returns a record's examples for D_SFT and, in both orders, D_Judge (see the paper).
 
-        The SFT example trains every assistant turn of the dialogue and its end-of-turn token. A
-        judge example trains only the letter, and also the rationales if the templates have
-        `decision_rationale` and the pair has rationales. It does not train an end-of-turn token.
+        The loss of the SFT example covers every assistant turn of the dialogue and its end-of-turn
+        token. The loss of a judge example covers the letter, and the rationales if the templates
+        have `decision_rationale` and the pair has rationales, but no end-of-turn token.
         A pair labeled for one principle uses that principle's template. Other pairs use all
         templates.
 
@@ -110,7 +111,7 @@ class ExampleEncoder:
         self, pair: LabeledPair, comparison: Comparison, principle: str
     ) -> list[JSFTExample]:
         room = None if self.max_length is None else self.max_length - 1  # for the letter
-        shown = answers_of(comparison)  # as at inference
+        shown = answers_of(comparison)  # without thoughts, as at inference
         orders = shown and encode_orders(self.encoder, self.templates, principle, shown, room)
         if not orders:
             note = NO_ANSWER if shown is None else NO_FIT
@@ -123,7 +124,7 @@ class ExampleEncoder:
                 for shown in (given, given[::-1])
             ]
         examples = []
-        # If the chosen response comes first, the answer is A. Otherwise, it is B.
+        # If the chosen response comes first, the letter is A. Otherwise, it is B.
         for prompt, letter, rationale in zip(orders, self.letter_ids, rationales, strict=True):
             ids = [*prompt, letter, *rationale]
             mask = [0] * len(prompt) + [1] * (1 + len(rationale))

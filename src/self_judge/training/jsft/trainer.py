@@ -27,16 +27,16 @@ from self_judge.training.reference import load_by_name
 
 
 class PairSampler(Sampler[int]):
-    """Samples examples in random order and keeps the two orders of a judged pair together.
+    """Shuffles the examples, but keeps both orders of a judged pair together.
 
     Args:
         swapped: for each example, whether it is the previous example with the responses swapped.
         seed: determines the order, together with the epoch.
     """
 
-    # The two orders share almost all of their prompt, so packing computes these tokens once. With
-    # examples 0 sft, 1 judge, 2 swapped, 3 judge, 4 swapped, the units are [0] [1 2] [3 4]. Seed 0
-    # draws the order 3 4 0 1 2.
+    # The prompts of both orders share a prefix, which packing computes once. With the examples
+    # 0 sft, 1 judge, 2 swapped, 3 judge, 4 swapped, the units are [0] [1 2] [3 4]. Seed 0 gives the
+    # order 3 4 0 1 2.
 
     def __init__(self, swapped: Sequence[bool], seed: int) -> None:
         self.units: list[list[int]] = []
@@ -68,8 +68,8 @@ class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
     Args:
         packing: see `Packing`. With `off`, batches are padded and drawn as in `SFTTrainer`.
         max_skipped_steps: see `FaultToleranceMixin`.
-        on_saved: a function that is called with the path of every saved model and can add files to
-            that folder.
+        on_saved: a function that is called with the folder of every saved model and can add files
+            to it.
 
     Raises:
         ValueError: `packing` names a mode that is not exact for the model.

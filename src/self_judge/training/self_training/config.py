@@ -23,7 +23,7 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
     """TRL's `DPOConfig` with settings for sampling and judging (see `SelfTrainingSettings`).
 
     Raises:
-        ValueError: values contradict each other or the method.
+        ValueError: values conflict with each other, the method or the machine.
     """
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
         self.check()
 
     def check(self) -> None:
-        """Raises `ValueError` for values that contradict each other, the method or the machine."""
+        """Raises `ValueError` if values conflict with each other, the method or the machine."""
         super().check()
         self.check_losses(self.loss_type)
         require(
@@ -59,13 +59,13 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
 def as_self_judge_config(
     args: SelfJudgeConfig | TrainingArguments | None, model_name: str
 ) -> SelfJudgeConfig:
-    """Returns the settings, and adds the method's defaults to plain `TrainingArguments`."""
+    """Returns `args` as a `SelfJudgeConfig`, with the method's defaults for missing settings."""
     if isinstance(args, SelfJudgeConfig):
         return args
     if args is None:
         return SelfJudgeConfig(f"{model_name.rstrip('/').split('/')[-1] or 'model'}-self-judge")
     values = args.to_dict()
-    values["hub_token"] = args.hub_token  # hidden by to_dict
+    values["hub_token"] = args.hub_token  # masked by `to_dict`
     names = {f.name for f in dataclasses.fields(SelfJudgeConfig) if f.init}
     return SelfJudgeConfig(**{key: value for key, value in values.items() if key in names})
 
@@ -90,5 +90,5 @@ def hub_options(config: SelfJudgeConfig) -> dict[str, Any]:
 
 
 def for_model(config: SelfJudgeConfig, model: Any) -> SelfJudgeConfig:
-    """Limits `max_length` to the model's context."""
+    """Limits `max_length` to the model's context length."""
     return with_values(config, max_length=clamp_to_context(model.config, config.max_length))

@@ -1,6 +1,6 @@
 """Averages log-probabilities if the inherited loss sums them, and sums them if it averages them.
 
-`SelfJudgeConfig.average_log_prob` enables it.
+See `SelfJudgeConfig.average_log_prob`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from self_judge.packing.fused_head import BEFORE_FUSED_HEAD
 class LogProbAveraging:
     """Switches between sums and means of a response's per-token log-probabilities.
 
-    TRL's sigmoid and hinge losses sum over tokens, and its ipo loss averages. A hook switches to
-    the other convention without changing the loss. It divides (sigmoid, hinge) or multiplies (ipo)
-    the log-probabilities from the models by the number of tokens in the response.
+    TRL's sigmoid and hinge losses sum over tokens, and its ipo loss averages over them. A hook
+    switches to the other convention without changing TRL's code. It divides (sigmoid, hinge) or
+    multiplies (ipo) the models' log-probabilities by the number of tokens in the response.
     """
 
-    # If a response has the token log-probabilities -1, -3, -2, sigmoid sums them to -6. Divided by
-    # the number of tokens, they are -1/3, -1 and -2/3, and sigmoid's sum is the mean -2. For ipo,
-    # the hook multiplies them by 3, which gives -3, -9 and -6, and ipo's average is the sum -6.
+    # If the tokens of a response have the log-probabilities -1, -3 and -2, sigmoid sums them to -6.
+    # Divided by the number of tokens, they are -1/3, -1 and -2/3, and sigmoid's sum is the mean -2.
+    # For ipo, the hook multiplies them by 3: they become -3, -9 and -6, and their mean is -6.
 
     def __init__(self, average: bool) -> None:
         self.average = average
@@ -32,7 +32,7 @@ class LogProbAveraging:
 
     @classmethod
     def attach(cls, trainer: Any) -> LogProbAveraging | None:
-        """Adds the hook to a trainer's models, unless the loss already follows the convention.
+        """Adds the hook to a trainer's models, unless the loss already has the requested form.
 
         Raises:
             ValueError: this version of TRL lacks the fused head, which returns per-token
@@ -62,7 +62,7 @@ class LogProbAveraging:
         return output
 
     def correct_metrics(self, trainer: Any) -> None:
-        """Computes the logged rewards from sums if the ipo loss sums, as for other losses."""
+        """For an ipo loss that uses sums, recomputes the logged rewards from the same sums."""
         sums, self.sums = self.sums, []
         if self.average or len(sums) != 2:
             return

@@ -27,7 +27,7 @@ COLUMNS = ("record", "prompt_ids", "context", "chosen_ids", "rejected_ids")
 
 
 class SelfJudgeCollator:
-    """Collects prepared records unchanged. The rollouts sample and collate responses later."""
+    """Batches prepared records unchanged. Responses are sampled and collated later."""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         missing = {"record", "prompt_ids", "context"} - set(examples[0])
@@ -45,15 +45,15 @@ class SelfJudgeCollator:
 
 
 class PromptPreparer:
-    """Prepares a dataset row for training. Can be pickled for `datasets.map(num_proc=…)`.
+    """Prepares dataset rows for training. Instances can be pickled for `datasets.map(num_proc=…)`.
 
     Args:
         encoder: encodes the prompt to ids.
         max_length, max_new_tokens: a prompt may have at most `max_length - max_new_tokens` ids. The
-            oldest exchanges are removed from a dialogue until it fits. A prompt that cannot fit has
-            no ids.
+            oldest exchanges are removed from a dialogue until it fits. A prompt that cannot
+            fit gets no ids.
         dataset_name: the name of the dataset in error messages.
-        with_responses: whether to encode the given `chosen` and `rejected` as well, for evaluation.
+        with_responses: whether to also encode the `chosen` and `rejected` responses for evaluation.
 
     Raises:
         ValueError: a row has no usable `query` or `prompt`. The message names the record.
@@ -156,7 +156,7 @@ def has_prompt(row: Mapping[str, Any]) -> bool:
 
 
 def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) -> Any:
-    """Adds each prompt's ids and judge context. A prepared dataset is returned unchanged.
+    """Adds each prompt's ids and judge context, unless the dataset is already prepared.
 
     Args:
         dataset: a `Dataset` or an `IterableDataset` of rows; see `SelfJudgeTrainer`.
@@ -182,9 +182,9 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
     foreign = sum(prepared[_FOREIGN])
     if foreign:
         logger.warning(
-            "%s dataset: %d of %d queries do not have the format of the chat template. The model "
-            "continues them unchanged, in a format that differs from that of 'prompt' rows and "
-            "JSFT",
+            "%s dataset: %d of %d queries do not have the format of the chat template. They are "
+            "passed to the model unchanged, so their format differs from that of 'prompt' rows and "
+            "of JSFT examples",
             name, foreign, len(prepared),
         )  # fmt: skip
     if not len(kept):
@@ -207,12 +207,13 @@ def _messages(prompt: Any, index: int, dataset_name: str) -> list[Message]:
         raise ValueError(f"{where} must be text or a non-empty list of messages")
     for message in prompt:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ValueError(f"{where} has a message without role and content: {message!r:.80}")
+            raise ValueError(f"{where} has a message without a role and content: {message!r:.80}")
         if what := lost(message):
             raise ValueError(f"{where} has a message with {what}: only text can be encoded")
     if prompt[-1]["role"] != "user":
         raise ValueError(
-            f"{where} ends with a {prompt[-1]['role']!r} message; the last message must be 'user'"
+            f"{where} ends with a message from {prompt[-1]['role']!r}; the last message must be "
+            "from 'user'"
         )
     return [Message(role=m["role"], content=content_of(m)) for m in prompt]
 

@@ -163,13 +163,13 @@ def kl_estimate(
     undecidable: Sequence[float],
     beta: float,
 ) -> float | None:
-    """Estimates KL(policy ‖ reference) in nats per response from numbers that the loss computes.
+    """Estimates KL(policy ‖ reference) in nats per response from values that the loss computes.
 
     The policy itself sampled both responses of a pair, so the mean of log π(y|x) − log π_ref(y|x)
     over them estimates the divergence without further forward passes (this is the estimator k1 in
     Schulman, "Approximating KL Divergence"). It is unbiased for K = 2 at temperature 1 and top_p 1.
-    With K > 2, only the best and the worst response are used. Undecidable pairs have empty rows and
-    therefore a reward of 0. Dividing by the share of decided pairs corrects for this.
+    With K > 2, only the best and the worst response are used. Undecidable pairs have empty masks
+    and therefore a reward of 0. Dividing by the share of decided pairs corrects for this.
 
     Args:
         chosen_rewards, rejected_rewards: means of β (log π − log π_ref) over batches of equal size.

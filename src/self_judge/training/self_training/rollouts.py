@@ -59,7 +59,8 @@ def select_pairs(
     Two responses are judged once. If there are more, the winner of a knockout tournament is the
     best response. The worst response is the winner of a mirrored knockout, which starts with the
     losers of the first round and in which losers advance. These two responses are then compared
-    directly, unless they have already met. The pair is decided only if this verdict agrees.
+    directly, unless they have already met. The pair is decided only if their verdict prefers the
+    best response.
 
     Returns:
         For each prompt, the indices of the better and the worse response, and the verdict in which
@@ -123,7 +124,8 @@ def _first_losers(bracket: Bracket) -> list[int]:
     """Returns the candidates for the worst response.
 
     The candidates are the losers of round 1 and the response with a bye in round 1, unless this
-    response won the knockout. The winner of a match in round 1 has beaten a worse response.
+    response won the knockout. The winner of a match in round 1 is not a candidate, because it has
+    beaten a worse response.
     """
     losers = [m.b if m.winner == m.a else m.a for m in bracket.rounds[0]]
     byes = [m.a for m in bracket.rounds[0] if m.b is None and m.a != bracket.winner]
@@ -219,7 +221,7 @@ def evaluation_batch(
         if missing is not None:
             raise ValueError(
                 f"record {int(inputs['record'][missing])} of the evaluation data has no "
-                f"{side!r} response, but evaluation needs both"
+                f"{side!r} response, but evaluation needs both responses"
             )
     columns = (inputs["prompt_ids"], inputs["chosen_ids"], inputs["rejected_ids"])
     pairs = [(p, c, r, True) for p, c, r in zip(*columns, strict=True)]
@@ -240,7 +242,7 @@ class BatchesAhead:
         """Returns this step's batches and those of the next step, up to the end of the data.
 
         Args:
-            source: the batches of one epoch. If the source changes, reading starts from scratch.
+            source: the batches of one epoch. With a new source, batches already read are discarded.
             count: the number of batches per step.
         """
         # Batches a b c d e, two per step:   [a b] [c d]   then   [c d] [e]   then   [e] []
@@ -295,7 +297,7 @@ class SamplesAhead:
 
 
 class RolloutPipeline:
-    """Samples and judges responses for the prompts in an optimizer step, and times these phases.
+    """Samples and judges responses to the prompts in an optimizer step, and times these phases.
 
     Args:
         judge: compares the responses.
@@ -304,7 +306,7 @@ class RolloutPipeline:
         clock: times the phases and contains the metrics.
         sampler: a context manager that provides a sampler for the current policy.
         reference: a context manager that activates the judge's weights.
-        lockstep: the packing for a judge that several processes share.
+        lockstep: the packing for a judge that is sharded across processes.
     """
 
     def __init__(
@@ -324,14 +326,14 @@ class RolloutPipeline:
         self._next: list[Any] = []
 
     def take(self, source: Iterator[Any], count: int) -> list[Any]:
-        """Returns a step's batches. With rollouts ahead, also reads the next step's batches."""
+        """Returns a step's batches, and reads the next step's batches for `rollouts_ahead`."""
         now, self._next = self._batches.take(source, count)
         return now
 
     def roll_out(
         self, batches: Sequence[Mapping[str, Any]], step: int, *, last: bool = False
     ) -> list[list[Rollout]]:
-        """Samples and judges responses for all prompts of a step at once.
+        """Samples and judges responses to all prompts of a step at once.
 
         Args:
             batches: the step's micro-batches of prepared prompts; see `SelfJudgeCollator`.
@@ -390,12 +392,12 @@ class RolloutPipeline:
     def _sampled(self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int]) -> Samples:
         with self.sampler() as sampler:
             responses = sampler.sample(prompts, n, seeds)
-            if isinstance(sampler, TransformersSampler):  # smaller if memory ran out
+            if isinstance(sampler, TransformersSampler):  # reduced if memory ran out
                 self.settings.generation_batch_size = sampler.batch_size
         return responses
 
     def _sample_ahead(self, step: int) -> None:
-        """Lets the servers sample responses for the next step during this step's update."""
+        """Lets the servers sample the next step's responses during this step's update."""
         with self.clock.phase("sampling"):
             # Every process must finish sampling from the policy before the policy is replaced.
             self.clock.accelerator.wait_for_everyone()

@@ -1,8 +1,8 @@
 """SelfJudgeTrainer is TRL's DPOTrainer with batches of the policy's own judged responses.
 
 It replaces only the source of the batches. Losses, metrics, PEFT, distributed preparation and
-checkpoints are inherited. Its forward passes share prefixes (`packing/fused_head.py`) and return
-the same numbers at the same indices. `rollouts.py` samples and judges the pairs.
+checkpoints are inherited. Its forward passes compute shared prefixes once and return the same
+results (`packing/fused_head.py`). `rollouts.py` samples and judges the pairs.
 """
 
 # One optimizer step with gradient_accumulation_steps 2. TRL's own methods are in brackets:
@@ -98,16 +98,17 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     It accepts the arguments of `DPOTrainer` and the method's settings, which override `args`.
 
     Args:
-        model: a name or folder, a model, or a `PeftModel` whose adapter is trained further.
+        model: a model ID on the Hub, a folder, a model, or a `PeftModel` whose adapter is trained
+            further.
         args: a `SelfJudgeConfig` or a plain `TrainingArguments`.
         processing_class, tokenizer: the tokenizer; pass only one of them.
         train_dataset: rows with `query` (the text that the model continues) and `context` (the
             judge's context; default: the query), or with a conversational `prompt`.
-        eval_dataset: the same rows with `chosen` and `rejected`, each as the response alone, as
-            query + response, or as messages.
+        eval_dataset: like `train_dataset`, with `chosen` and `rejected`, each given as the response
+            alone, as query + response, or as messages.
         judge_templates: `{principle: {system, user, assistant}}`; default: the `judge.json` that
             JSFT saved with the model.
-        token_id_a, token_id_b: if given, compared with the tokenizer's ids.
+        token_id_a, token_id_b: expected letter ids, which are compared with the tokenizer's ids.
         ref_model: the judge and reference; default: a frozen copy of the given model, or the model
             with its new adapter disabled.
         encoder: a `ChatEncoder`, for a chat template other than the tokenizer's or the saved one.
@@ -185,7 +186,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             token_id_a,
             token_id_b,
             revision=hub["revision"],
-            remedy="pass judge_templates, or start from a model that JSFT wrote",
+            remedy="pass judge_templates, or start from a model trained with JSFT",
         )
         self.judge_templates = settings.templates
         # TRL's constructor prepares the dataset, which needs these attributes.
@@ -246,7 +247,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             batch_tokens=tokens,
         )
         # Both models use packing. The policy's packing, which is set last, determines whether a
-        # step can be computed at once.
+        # whole step can be computed at once.
         self.packing: Packing | None = None
         for own in (self.ref_model, self.model):
             if own is not None:
@@ -301,8 +302,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         rollout cannot run here, because resuming from a checkpoint restores the random state only
         after this prefetch.
         """
-        # With rollouts ahead, the pipeline reads the next step's prompts as well, and servers
-        # sample for them during this step's update.
+        # With `rollouts_ahead`, the pipeline also reads the next step's prompts, and the servers
+        # sample responses to them during this step's update.
         if self.args.rollouts_ahead:
             source, number, *rest = args
             args = (iter(self.pipeline.take(source, number)), number, *rest)
@@ -348,13 +349,13 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     def _add_reference(
         self, rollouts: Sequence[Sequence[Rollout]], inputs: Sequence[dict[str, torch.Tensor]]
     ) -> None:
-        """Adds the reference's log-probabilities to the batches, under the keys of TRL's loss.
+        """Adds the reference's log-probabilities to the batches, under the keys that TRL expects.
 
         Packing chooses the size of its forward passes, so it receives the whole step at once.
-        Without packing, or if several processes share the model, each micro-batch is one forward
-        pass.
+        Without packing, or if the model is sharded across processes, each micro-batch is one
+        forward pass.
         """
-        # Compute the log-probabilities for all pairs in the step, and split them by micro-batch.
+        # If `together`, compute all pairs of the step at once, and split the results afterwards.
         together = self.packing is not None and not self.packing.shape.one_pass
         asked = [self._preference_batch([r for own in rollouts for r in own])]
         reference = self.ref_model if self.ref_model is not None else self.model
@@ -380,7 +381,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         # In training mode with gradient checkpointing, generation would silently disable the KV
         # cache.
         checkpointing: dict[str, Any] = {}
-        if not BEFORE_FUSED_HEAD:  # earlier versions of TRL have no such argument
+        if not BEFORE_FUSED_HEAD:  # earlier versions of TRL lack this argument
             checkpointing["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
         with unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=True, **checkpointing

@@ -1,4 +1,4 @@
-"""Sends the trainer's adapter, or all its weights, to a vLLM engine that samples and judges.
+"""Sends the trained adapter, or all weights, to a vLLM engine that samples and judges.
 
 This module does not depend on the texts that are sampled or judged. Sharded parameters (DeepSpeed
 ZeRO-3, FSDP2) are gathered one at a time, and every process must take part.
@@ -37,7 +37,7 @@ from self_judge.training.self_training.config import SelfJudgeConfig
 
 
 class AdapterError(ValueError):
-    """The engine cannot load this adapter on top of its base model."""
+    """Raised when the engine cannot load an adapter on top of its base model."""
 
 
 def lora_config(model: PeftModel, adapter: str) -> LoraConfig:
@@ -58,8 +58,8 @@ def lora_config(model: PeftModel, adapter: str) -> LoraConfig:
     wrong = [reason for reason, holds in reasons.items() if holds]
     if wrong:
         raise AdapterError(
-            f"use_vllm: vLLM cannot load this adapter on its base model ({', '.join(wrong)}); "
-            "use plain LoRA, or leave use_vllm unset"
+            "use_vllm: vLLM cannot load this adapter on top of its base model "
+            f"({', '.join(wrong)}); use plain LoRA, or leave use_vllm unset"
         )
     return config
 
@@ -71,7 +71,7 @@ def lora_rank(model: PeftModel, adapter: str) -> int:
 
 
 def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """Returns an adapter's full tensors on the CPU, by their names in the adapter's file."""
+    """Returns an adapter's full tensors on the CPU, keyed by their names in the adapter's file."""
     own = (
         name for name, _ in model.named_parameters() if _is_lora(name) and f".{adapter}." in name
     )
@@ -91,11 +91,11 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     model.peft_config[adapter].save_pretrained(str(folder))
-    apply_umask(folder)  # a server may run under another user
+    apply_umask(folder)  # a server may run as another user
 
 
 def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields each weight of the model (or of a `PeftModel`'s base) with its checkpoint name."""
+    """Yields the weights of the model (or a `PeftModel`'s base) with their names in checkpoints."""
     own = {name for name, _ in model.named_parameters() if not _is_lora(name)}
     for name, tensor in _whole(model, own):
         if isinstance(model, PeftModel):
@@ -153,11 +153,11 @@ class VLLMSync:
     "ref" adapter of a given `PeftModel`). With full fine-tuning, the engine contains the policy,
     whose weights are replaced after every update, and the judge stays in the training process.
 
-    `judges` is true if the engine contains the frozen base model for judging. In the first
-    rollouts, the engine's probabilities are compared with those of the training model.
+    `judges` is `True` if the engine also judges. In the first rollouts, the engine's probabilities
+    are compared with those of the training model.
 
     Args:
-        model: the model in training, prepared or not.
+        model: the model in training, before or after Accelerate prepares it.
         args: the settings, including `use_vllm` and the other vLLM settings.
         accelerator: the trainer's accelerator. In `server` mode, the main process sends the
             weights.
@@ -166,7 +166,7 @@ class VLLMSync:
         separate_judge: whether the judge is a separate model in the training process.
 
     Raises:
-        EngineError, AdapterError: there is no engine, or the engine cannot load this model.
+        EngineError, AdapterError: the engine is unavailable or cannot load this model.
     """
 
     # The engine's contents in each step, and their use:
@@ -237,7 +237,7 @@ class VLLMSync:
         )
 
     def _sleep_level(self) -> Literal[0, 1, 2]:
-        """Returns 1 if the base never changes (LoRA), and 2 if all weights are replaced."""
+        """Returns 0 if sleep is disabled, 1 if the base never changes (LoRA), and 2 otherwise."""
         if not self.args.vllm_enable_sleep_mode:
             return 0
         return 1 if self.adapted else 2
@@ -347,12 +347,12 @@ class VLLMSync:
             raise EngineError(
                 f"the {role} differs between vLLM and training: after a prompt of "
                 f"{len(self._probe[0])} tokens, the most likely next tokens have the probabilities "
-                f"{_shown(there)} {where} and {_shown(here)} here{served}"
+                f"{_shown(there)} {where} and {_shown(here)} in training{served}"
             )
 
 
 def _handover_folder(wanted: str | None) -> tempfile.TemporaryDirectory[str]:
-    """Creates a temporary folder for this run, in memory if there is a memory file system."""
+    """Creates a temporary folder for this run: in `wanted`, or else in memory if possible."""
     shared = Path("/dev/shm")
     parent = wanted or (str(shared) if shared.is_dir() else None)
     if wanted is not None:
