@@ -116,9 +116,9 @@ def check_base(model: PeftModel) -> None:
             saved = weights.get_tensor(name)
         if saved.shape == own.shape and not torch.equal(saved.to(own.dtype), own.detach().cpu()):
             raise ModelError(
-                f"the adapter would name {folder} as its base, but {name} in memory differs from "
-                "that file: save the model first and start from its folder (or choose another "
-                "init_lora_weights)"
+                f"the adapter would name {folder} as its base model, but the base model in memory "
+                f"differs from the weights saved there (in {name}): save the model and load it "
+                "from the new folder first, or choose another init_lora_weights"
             )
 
 
