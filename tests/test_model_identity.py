@@ -316,7 +316,7 @@ def test_what_cannot_be_merged_is_one_line(folder: Path, tmp_path: Path) -> None
     with pytest.raises(ModelError, match="cannot be merged: its virtual tokens"):
         load_model(tmp_path / "prompts")
     biased = get_peft_model(load_model(folder), LoraConfig(**LORA, lora_bias=True))
-    with pytest.raises(ModelError, match=r"cannot be merged: lora_bias needs a bias in .*q_proj"):
+    with pytest.raises(ModelError, match=r"cannot be merged: lora_bias needs a bias, and .*q_proj"):
         merged(biased)
 
 
@@ -355,7 +355,7 @@ def test_an_adapter_is_not_trained_on_a_base_that_its_name_does_not_lead_to(
     whole.save_pretrained(base, max_shard_size=size // shards + 1)
     assert (len(list(base.glob("*.safetensors"))) > 1) == (shards > 1)
     edited_model = edit(load_model(base))
-    with pytest.raises(ModelError, match="differs between that folder and the model in memory"):
+    with pytest.raises(ModelError, match="in memory differs from the weights saved there"):
         make(model=edited_model, peft_config=LoraConfig(**LORA)).train()
 
 
@@ -365,7 +365,7 @@ def test_an_adapter_that_is_its_own_base_is_refused(folder: Path, tmp_path: Path
     file = tmp_path / "adapter/adapter_config.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "base_model_name_or_path": str(tmp_path / "adapter")}))
-    with pytest.raises(ModelError, match="an adapter on itself"):
+    with pytest.raises(ModelError, match="its chain of base models never ends"):
         load_model(tmp_path / "adapter")
 
 

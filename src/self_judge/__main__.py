@@ -1,4 +1,4 @@
-"""Lets `python -m self_judge` run the `self-judge` command if it is not on the PATH."""
+"""Runs the `self-judge` command as `python -m self_judge`, even if it is not on the PATH."""
 
 import sys
 

@@ -35,7 +35,7 @@ def adapter_config(
     """Returns an adapter's configuration from a folder or the Hub, or `None` for a plain model.
 
     Raises:
-        ModelError: the file cannot be read, or it does not name the base model.
+        ModelError: the configuration cannot be read, or it does not name the base model.
     """
     file = repository_file(name_or_path, "adapter_config.json", revision)
     if file is None:
@@ -64,7 +64,7 @@ class AdapterChain(NamedTuple):
 def adapter_chain(
     name_or_path: str | os.PathLike[str], revision: str | None = None
 ) -> AdapterChain:
-    """Follows the base models of adapters down to the plain model."""
+    """Follows the chain of base models from an adapter down to the plain model."""
     # An adapter on an adapter: outputs/self_judge -> outputs/jsft -> meta-llama/Llama-2-7b-hf
     name = str(name_or_path)
     adapters: list[Adapter] = []
@@ -73,8 +73,8 @@ def adapter_chain(
         adapters.append(Adapter(name, revision, base))
         if any(base == seen.name or same_path(base, seen.name) for seen in adapters):
             raise ModelError(
-                f"the adapter {name} names {base} as its base, so it is an adapter on itself: the "
-                "base model was overwritten, or adapter_config.json is wrong"
+                f"the adapter {name} names {base} as its base, so its chain of base models never "
+                "ends: a base model was overwritten, or adapter_config.json is wrong"
             )
         name, revision = base, config.revision
     return AdapterChain(name, revision, adapters[::-1])
@@ -107,13 +107,13 @@ def with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
         ValueError,
         SafetensorError,
     ) as error:
-        # PyTorch lists every weight after a heading. The first weight is enough for the message.
+        # PyTorch lists all mismatched weights below a heading. The message shows only the first.
         lines = _lines(error)
         raise ModelError(
             f"the adapter {adapter.name} does not fit its base {adapter.base}, or is damaged: "
             f"{lines[1] if len(lines) > 1 else in_a_line(error):.200}"
         ) from error
-    # PEFT ignores unexpected weights, and leaves missing weights untrained.
+    # PEFT ignores unexpected weights, and leaves missing weights at their initial values.
     wrapped = (".modules_to_save.", ".original_module.")  # with save_embedding_layers
     surplus = {
         name
@@ -139,7 +139,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _shapes(adapter: Adapter) -> dict[str, list[int]]:
-    """Returns the shapes of the weights in an adapter's file, if it is a safetensors file."""
+    """Returns the shapes in an adapter's safetensors file, or `{}` if there is no such file."""
     file = repository_file(adapter.name, FILES[1], adapter.revision)
     if file is None:
         return {}
@@ -150,7 +150,7 @@ def _shapes(adapter: Adapter) -> dict[str, list[int]]:
 
 
 def saved_shapes(file: Path) -> dict[str, list[int]]:
-    """Reads the names and shapes in a safetensors file, without its weights."""
+    """Reads the names and shapes of the tensors in a safetensors file without loading them."""
     with safe_open(file, "pt") as weights:
         return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
 
@@ -159,7 +159,7 @@ def _resize_for(base: PreTrainedModel, shapes: dict[str, list[int]]) -> tuple[st
     """Resizes the embeddings of the base if an adapter was trained with added tokens.
 
     Returns:
-        The name suffixes of embedding tables that an adapter stores in full.
+        The name suffixes of the embedding weights that an adapter may store in full.
     """
     tables: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
     own = [[n for n, module in base.named_modules() if module is table] for table in tables]
@@ -195,7 +195,7 @@ def _untie_adapted(model: PeftModel) -> None:
 def check_mergeable(model: PeftModel) -> None:
     """Raises `ModelError` if PEFT cannot merge the active adapter into its base."""
     config: Any = model.active_peft_config
-    reason = "its virtual tokens are not weights of the base" if config.is_prompt_learning else ""
+    reason = "its virtual tokens cannot become base weights" if config.is_prompt_learning else ""
     if getattr(config, "lora_bias", False):
         without = [
             name
@@ -203,7 +203,7 @@ def check_mergeable(model: PeftModel) -> None:
             if isinstance(layer, BaseTunerLayer)
             and getattr(layer.get_base_layer(), "bias", 0) is None
         ]
-        reason = f"lora_bias needs a bias in {without[0]}" if without else ""
+        reason = f"lora_bias needs a bias, and {without[0]} has none" if without else ""
     if reason:
         raise ModelError(f"this adapter cannot be merged: {reason}")
 

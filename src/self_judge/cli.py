@@ -1,6 +1,7 @@
-"""The `self-judge` command, which parses arguments and reports errors; `commands` does the work.
+"""The `self-judge` command line: parses arguments, calls `commands` and reports errors.
 
-Heavy modules are imported only when a command needs them, so that help and usage errors are fast.
+Heavy modules are imported only when a command needs them, so that `--help` and usage errors appear
+immediately.
 """
 
 from __future__ import annotations
@@ -23,15 +24,18 @@ if TYPE_CHECKING:
 
 FilledT = TypeVar("FilledT")
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-PACKING = ("auto", "tree", "cache", "padding", "off")  # equals config.PackingChoice
+PACKING = ("auto", "tree", "cache", "padding", "off")  # must equal PackingChoice
 _OVERRIDES = "override any value in the run file: key.path=value"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 2 for bad input, after a one-line message."""
+    """Runs the command and returns its exit status.
+
+    For bad input, this function prints a one-line message and returns 2.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse rejects positional arguments after an option, so accept overrides here.
+    # argparse rejects overrides that follow an option, so they are accepted here.
     if rest and (
         "overrides" not in arguments or any(r.startswith("-") or "=" not in r for r in rest)
     ):
@@ -45,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_main(kind: RunKind, argv: Sequence[str] | None = None) -> int:
-    """Runs `train_jsft.py` and `train_self_judge.py` (`--config=FILE key.path=value…`)."""
+    """Implements `train_jsft.py` and `train_self_judge.py` (`--config=FILE key.path=value…`)."""
     parser = argparse.ArgumentParser(description=f"Start a {kind} run from a YAML file.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=_OVERRIDES)
     arguments = parser.parse_args(argv)
     arguments.kind = kind
@@ -62,23 +66,23 @@ def _parser() -> argparse.ArgumentParser:
         description="Align a language model with its own pairwise judgments (arXiv 2402.11253).",
     )
     parser.add_argument("--version", action="version", version=f"self-judge {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     demo = commands.add_parser(
-        "demo", help="run the whole method on a small synthetic world (takes minutes on a CPU)"
+        "demo", help="run the whole method in a small synthetic world (takes minutes on a CPU)"
     )
     demo.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     demo.add_argument("--output", default="outputs/demo", metavar="DIR", help="output folder")
     demo.set_defaults(run=_demo)
     _add_runs(commands)
     _add_tournament(commands)
-    report = commands.add_parser("report", help="show the results of runs on one HTML page")
+    report = commands.add_parser("report", help="write an HTML page with the results of runs")
     add = report.add_argument
     add("paths", nargs="+", metavar="DIR",
-        help="folder with one or more runs, or a file from a tournament or an evaluation")
+        help="a run, a folder of runs, or the output of tournament --brackets, eval or compare")
     add("-o", "--output", metavar="FILE", help="HTML page (default: report.html in the first DIR)")
-    add("--pairs", type=int, default=400, help="maximum number of sampled pairs (default: 400)")
+    add("--pairs", type=int, default=400, help="maximum number of pairs on the page (default: 400)")
     report.set_defaults(run=_report)
     _add_evaluation(commands)
     return parser
@@ -97,12 +101,12 @@ def _add_runs(commands: Commands) -> None:
         command.set_defaults(run=_train if kind else _check, kind=kind)
     add = command.add_argument  # of check
     add("--examples", type=int, default=400, metavar="N",
-        help="encode N evenly spaced records; all records are counted (default: 400; 0: all)")
+        help="encode only N evenly spaced records, but count all (default: 400; 0 encodes all)")
     add("--gpu", metavar="KIND",
         help="estimate memory for a GPU such as h100 or a100-80gb (default: this machine's GPU)")
     add("--processes", type=int, metavar="N", help="estimate memory for N processes")
     add("--sharding", choices=["none", "zero2", "zero3", "fsdp"],
-        help="sharding to assume, if only the launcher's configuration sets it")
+        help="sharding to assume if it is set only in the launcher's configuration")
     add("--plain", action="store_true", help="print without colors, for logs")
     add("--json", action="store_true", help="print everything as JSON to standard output")
 
@@ -112,30 +116,30 @@ def _add_tournament(commands: Commands) -> None:
         "tournament", help="pick the best of N responses in a knockout (self-rejection)"
     )
     add = tournament.add_argument
-    add("input", metavar="IN.jsonl", help="JSON lines with contexts and responses, or with prompts")
+    add("input", metavar="IN.jsonl", help="JSON Lines file with contexts and responses, or prompts")
     add("output", metavar="OUT.jsonl", help="output file, with one line per input line")
-    add("--model", required=True, metavar="DIR", help="a model trained by JSFT")
+    add("--model", required=True, metavar="DIR", help="a model trained with JSFT")
     add("--policy", metavar="DIR", help="model that samples responses (default: the judge)")
-    add("--n", type=int, default=16, help="number of responses per prompt (default: 16)")
+    add("--n", type=int, default=16, help="number of responses to sample per prompt (default: 16)")
     _add_sampling(tournament)
-    add("--brackets", action="store_true", help="also write the brackets")
+    add("--brackets", action="store_true", help="also write each tournament's bracket")
     _add_bulk(tournament, "lines", 256)
     tournament.set_defaults(run=_tournament)
 
 
 def _add_evaluation(commands: Commands) -> None:
-    """Adds the commands that evaluate judges and policies or judge pairs in bulk."""
+    """Adds the commands `eval`, `compare` and `judge`."""
     evaluate = commands.add_parser("eval", help="evaluate a judge on labeled pairs")
     add = evaluate.add_argument
     add("data", nargs="+", metavar="DATA",
-        help="LLMBar, PandaLM, HHH, MT-Bench votes, RewardBench, HH, or any preference data: Hub "
-        "names, files or folders")
+        help="LLMBar, PandaLM, HHH, MT-Bench votes, RewardBench, HH, or any preference data, as "
+        "files, folders or dataset IDs on the Hub")
     add("--model", required=True, metavar="MODEL", help="the judge")
     add("--output", required=True, metavar="DIR", help="output folder")
     add("--compare", metavar="MODEL",
         help="judge to compare with, or the --output folder of its evaluation")
-    add("--split", default="test", metavar="NAME[,NAME…]", help="dataset split (default: test)")
-    add("--data-dir", metavar="DIR", help="folder inside the data")
+    add("--split", default="test", metavar="NAME[,NAME…]", help="dataset splits (default: test)")
+    add("--data-dir", metavar="DIR", help="subfolder of DATA")
     add("--name", help="configuration name of a Hub dataset")
     add("--data-revision", metavar="REV", help="revision of a Hub dataset")
     add("--max-pairs", type=int, metavar="N", help="use the first N pairs from each source")
@@ -156,9 +160,10 @@ def _add_evaluation(commands: Commands) -> None:
     _add_judge(compare)
     compare.set_defaults(run=_compare)
 
-    judge = commands.add_parser("judge", help="judge pairs in bulk")
+    judge = commands.add_parser("judge", help="judge pairs of responses in bulk")
     add = judge.add_argument
-    add("input", metavar="IN.jsonl", help="JSON lines with context or prompt, and two responses")
+    add("input", metavar="IN.jsonl",
+        help="JSON Lines file with a context or prompt and two responses per line")
     add("output", metavar="OUT.jsonl", help="output file, with one line per input line")
     add("--model", required=True, metavar="MODEL", help="the judge")
     add("--field", default="verdict", help="key of the verdict in an output line")
@@ -186,7 +191,7 @@ def _add_judge(command: argparse.ArgumentParser) -> None:
 
 
 def _add_bulk(command: argparse.ArgumentParser, things: str, chunk: int) -> None:
-    """Adds the options of the resumable commands, which judge in bulk and write to a file."""
+    """Adds the options that all resumable commands share."""
     add = command.add_argument
     add("--batch-size", type=int, default=8, metavar="N",
         help="prompts per forward pass without packing (default: 8)")
@@ -282,7 +287,7 @@ def _resume_command(argv: Sequence[str]) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    """Checks a run and returns exit status 1 if it has problems."""
+    """Checks a run and returns the exit status: 1 if the run has problems, otherwise 0."""
     from self_judge.config.schema import kind_of_run, load_run
 
     # Check the file before the slow import of torch, so that mistakes are reported immediately.
@@ -329,7 +334,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _filled(kind: type[FilledT], arguments: argparse.Namespace, **given: Any) -> FilledT:
-    """Creates a dataclass from command-line arguments, which `given` overrides."""
+    """Creates a dataclass instance from command-line arguments. `given` takes precedence."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{k: v for k, v in {**vars(arguments), **given}.items() if k in names})
 

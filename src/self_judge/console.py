@@ -45,7 +45,7 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | No
     Args:
         title, headings: text, which may come from data.
         rows: each row has a name, which may come from data, and cells with rich markup. `None`
-            draws a line.
+            draws a separator line.
     """
     drawn = Table(title=Text(neutral(title), "bold"), title_justify="left", box=SIMPLE_HEAD)
     for index, heading in enumerate(headings):

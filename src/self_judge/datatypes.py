@@ -1,4 +1,4 @@
-"""The shared data types: messages, comparisons, verdicts, responses, pairs, records.
+"""The shared data types: messages, comparisons, verdicts, responses, pairs and records.
 
 This module does not depend on tokens, models or templates, and it does not import torch.
 """
@@ -27,7 +27,7 @@ class Comparison:
 
     Args:
         context: the dialogue as text for a judge prompt (see `judge_templates.dialogue_text`).
-        response_a: the response named *a*, which comes first in the given order.
+        response_a: the response named *a*, which is shown first in order 0 (see `Verdict`).
         response_b: the response named *b*.
     """
 
@@ -45,8 +45,7 @@ class Verdict:
     """The judge's decision on one `Comparison`.
 
     Attributes:
-        preferred: `"a"`, `"b"`, or `None` if the judge cannot decide (an exact tie, a score that is
-            not finite, or a pair longer than the judge's `max_length`).
+        preferred: `"a"`, `"b"`, or `None` if the judge cannot decide.
         score_a: mean over principles of s(a) = ½[p(A | a first) + p(B | b first)], in [0, 1].
         score_b: the same score for response `b`.
         win_rate: fraction of principles under which response `a` wins (an exact tie counts as
@@ -55,8 +54,10 @@ class Verdict:
         orders_agree: whether both orders, averaged over principles, prefer the same response.
         probabilities: `[principle][order][letter]`, a softmax over the full vocabulary. Order 0
             shows response `a` first and order 1 shows response `b` first. Letter 0 is A and letter
-            1 is B. The tuple is empty if the pair exceeds `max_length`.
-        undecidable_because: the reason if `preferred` is `None`; otherwise `None`.
+            1 is B. The tuple is empty if the pair was not judged.
+        undecidable_because: the reason the judge cannot decide: an exact tie, a NaN or infinite
+            score, or a pair that was not judged because it exceeds `max_length` or a thought never
+            ends. `None` if the judge can decide.
     """
 
     preferred: Side | None
@@ -72,7 +73,7 @@ class Verdict:
         """Returns the margins of the two orders: response `a` first, then response `b` first.
 
         A margin is p(letter of `a`) − p(letter of `b`), summed over principles. If it is positive,
-        the order prefers `a`. Both margins are 0 if the pair exceeds `max_length`.
+        the order prefers `a`. Both margins are 0 if the pair was not judged.
         """
         return (
             math.fsum(first[0] - first[1] for first, _ in self.probabilities),
@@ -101,8 +102,8 @@ class Response:
     Attributes:
         ids: the sampled token ids, including the end-of-turn token if the model emitted it.
         text: the decoded answer, without the thought, special tokens or surrounding whitespace.
-        finished: whether the model itself ended the response, and the response has an answer. The
-            value is false if the response was cut at `max_new_tokens` or its thought never ends.
+        finished: whether the model ended the response itself and the response has an answer.
+            `False` if the response was cut at `max_new_tokens` or its thought never ends.
         thought: the decoded thought before the answer, or `None`.
         thought_length: the number of ids in the thought, including its markers.
         answered: whether the response has an answer. A response whose thought never ends has none.
@@ -125,7 +126,7 @@ class Response:
         """The text for judges and files: the answer, or the thought if the thought never ends."""
         if self.answered:
             return self.text
-        # A thought with other markers may mention this marker, which would end the thought.
+        # A thought delimited by other markers may contain `</think>`, which would end it here.
         return "<think>\n" + (self.thought or "").replace("</think>", "")
 
 
@@ -170,6 +171,6 @@ class PreferenceRecord:
 
 
 def stable_seed(*parts: object) -> int:
-    """Returns a 63-bit seed that depends only on the given printable values."""
+    """Returns a 63-bit seed that depends only on the string forms of the given values."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -1,4 +1,4 @@
-"""Errors caused by user input, which the command line shows on one line.
+"""Errors caused by user input, each of which the command line shows as one line.
 
 Each kind of input has its own error class. Each message states the problem, its location and the
 fix.
@@ -12,15 +12,15 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """Invalid run configuration."""
+    """Raised when a run configuration is invalid."""
 
 
 class DataError(ValueError):
-    """Invalid data. The message names the source, the record and the field."""
+    """Raised when data is invalid. The message names the source and, if known, record and field."""
 
 
 class UnusableRecordError(DataError):
-    """A well-formed record that cannot be used. Loading skips and counts such records.
+    """Raised for a well-formed record that cannot be used. Loading skips and counts such records.
 
     Attributes:
         reason: a short phrase under which such records are counted.
@@ -35,27 +35,27 @@ class UnusableRecordError(DataError):
 
 
 class TemplateError(ValueError):
-    """Invalid judge template. The message names the principle and the missing part."""
+    """Raised when a judge template is invalid."""
 
 
 class EncodingError(ValueError):
-    """A tokenizer or chat template that cannot be used."""
+    """Raised when a tokenizer or chat template cannot be used."""
 
 
 class ModelError(ValueError):
-    """Unusable model or adapter."""
+    """Raised when a model or adapter cannot be used."""
 
 
 class EngineError(ValueError):
-    """An inference engine that cannot do the requested work."""
+    """Raised when an inference engine cannot do the requested work."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint from which a run cannot resume."""
+    """Raised when a run cannot resume from a checkpoint."""
 
 
 class JournalError(ValueError):
-    """An output file that a resumed command cannot continue."""
+    """Raised when a command cannot resume an existing output file."""
 
 
 def in_a_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Loads, merges and saves models, and creates the frozen reference model.
+"""Loads models and tokenizers, and rejects models whose files are incomplete or pickled.
 
 This module handles files and weights. It does not depend on data, prompts or the trainers.
 """
@@ -45,12 +45,12 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer, and pads with the EOS token if the tokenizer has no padding token.
+    """Loads a tokenizer, and sets its padding token to the EOS token if it has none.
 
     An adapter without its own tokenizer uses the tokenizer of its base model.
 
     Padding with EOS is safe, because loss masks are built together with the ids instead of by
-    searching for a token.
+    searching for the padding token.
     """
     config = adapter_config(name_or_path, revision)
     if config and not repository_file(name_or_path, "tokenizer_config.json", revision):
@@ -66,7 +66,7 @@ def load_tokenizer(
         if tokenizer.eos_token is None:
             raise ModelError(
                 f"the tokenizer of {name_or_path} has neither a padding nor an end-of-sequence "
-                "token: set tokenizer.eos_token and save it again"
+                "token: set tokenizer.eos_token and save the tokenizer"
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -89,14 +89,14 @@ def load_model(
     """Loads a causal language model, or an adapter together with its base model.
 
     Args:
-        name_or_path: a Hub name or a folder. A folder or repository that contains
-            `adapter_config.json` is an adapter.
+        name_or_path: a model ID on the Hub or a folder. A folder or repository that contains
+            `adapter_config.json` is loaded as an adapter.
         device: device of the weights. `"auto"`, for sampling and judging, means `own_device()`.
             `None`, for training, keeps Transformers' default (the CPU, or the current GPU for 4-bit
             weights), and the trainer moves the weights.
         dtype: `"auto"`, `"float32"`, `"bfloat16"`, … or a `torch.dtype`.
-        merge: whether to merge an adapter into its base and return a plain model. `False` returns a
-            trainable `PeftModel`.
+        merge: whether to merge an adapter into its base and return a plain model. If `False`, an
+            adapter is returned as a trainable `PeftModel`.
         load_in_4bit: whether to quantize linear layers to 4 bits with bitsandbytes. These layers
             compute in `dtype`, and `"auto"` then means bfloat16.
         bnb_4bit_quant_type, use_bnb_nested_quant: see `transformers.BitsAndBytesConfig`.
@@ -127,7 +127,7 @@ def load_model(
     refuse_pickle(base_name)
     if adapters and load_in_4bit and merge:
         raise ModelError(
-            f"{name_or_path} is an adapter, and rounding to 4-bit weights would lose it: merge it "
+            f"{name_or_path} is an adapter that would be rounded away in 4-bit weights: merge it "
             "first (load_model(folder).save_pretrained(another)) and load the merged model"
         )
     model = _load_base(base_name, {**common, "revision": base_revision})
@@ -137,8 +137,8 @@ def load_model(
         model.to(torch.device(device))  # type: ignore[arg-type]
     for adapter in adapters if merge else adapters[:-1]:
         model = merged(with_adapter(model, adapter, trainable=False))
-        # A new adapter on this model names the adapter's folder as its base. Loading that folder
-        # merges the adapter again.
+        # A new adapter on this model names this adapter's folder as its base. Loading that folder
+        # merges this adapter again.
         model.name_or_path = model.config._name_or_path = adapter.name
     return with_adapter(model, adapters[-1], trainable=True) if adapters and not merge else model
 
@@ -195,7 +195,8 @@ def _keep_trainable(model: torch.nn.Module) -> None:
     """Disables a CPU weight layout of bitsandbytes that blocks gradients.
 
     On CPUs with AVX512-BF16, the first forward pass in evaluation mode permanently converts a
-    layer's weights to this layout. Later training would silently train only the layers above it.
+    layer's weights to this layout. Later training would silently train only the layers above that
+    layer.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -234,13 +235,13 @@ def refuse_pickle(name_or_path: str | os.PathLike[str]) -> None:
         convert = (_CONVERT_ADAPTER if adapter else _CONVERT_MODEL).format(folder=str(path))
         raise ModelError(
             f"{path} has pickled weights ({named or found[0]}), and loading a pickle can run code: "
-            "only safetensors files are loaded. If you trust the source, convert it: "
+            "only safetensors files are loaded. If you trust the source, convert the weights: "
             f"python -c {shlex.quote(convert)}"
         )
 
 
 def _weights_named_in_config(path: Path) -> str | None:
-    """Returns the weights file named in a model's configuration, unless it is safetensors."""
+    """Returns the weights file named in a config.json, unless it is a safetensors file."""
     try:
         named = json.loads((path / "config.json").read_text("utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
@@ -295,7 +296,8 @@ def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
 def clamp_to_context(config: PreTrainedConfig, max_length: int | None) -> int | None:
     """Limits `max_length` to the model's number of positions, and logs a warning if it was larger.
 
-    Beyond that number, learned position embeddings fail and rotary embeddings are untrained.
+    Beyond this limit, learned position embeddings fail, and a model with rotary embeddings has not
+    been trained.
 
     Args:
         config: the model's configuration.
@@ -316,6 +318,6 @@ def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
     """Returns a one-line reason for a failure to load a model.
 
     If a local path does not exist, the reason says so, because the libraries would treat the path
-    as a Hub name and complain about its format.
+    as a model ID on the Hub and complain about its format.
     """
     return "there is no such folder" if is_missing(name_or_path) else in_a_line(error)

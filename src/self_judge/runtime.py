@@ -22,7 +22,7 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# The number of rows in the head's weight that are converted to float32 at a time. With a hidden
+# The number of rows of the LM head's weight that are converted to float32 at a time. With a hidden
 # size of 2,048, these rows take 0.25 GiB.
 _HEAD_ROWS = 32_768
 
@@ -89,9 +89,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 def keep_freed_memory(device: torch.device) -> None:
     """Makes this process keep freed memory, which speeds up training and sampling on a CPU.
 
-    By default, glibc returns large blocks to the system immediately, and the system clears every
-    page of the next block. Clearing the pages causes half a million page faults in one training
-    step of SmolLM2. The function has no effect with other C libraries or on other devices.
+    By default, glibc returns large blocks to the kernel immediately. Each page of the next block
+    then causes a page fault, in which the kernel clears the page. One training step of SmolLM2
+    causes half a million page faults. The function has no effect with other C libraries or on other
+    devices.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
@@ -106,15 +107,15 @@ def float32_logits(model: torch.nn.Module) -> Iterator[None]:
 
     bfloat16 has eight bits of precision, so it rounds a logit of 20 to a multiple of 1/8. The
     logits of a judge's two letters often differ by no more than 1/8. Autocast is disabled inside
-    the head, because a trainer's model enables autocast in its own `forward`. The context manager
-    changes every plain linear layer in the head, including adapter layers. The layers read their
-    weights at call time, when sharded weights are gathered. A quantized head is unchanged.
+    the head, because Accelerate enables it in the `forward` of a trainer's model. The context
+    manager changes every plain linear layer in the head, including adapter layers. The layers read
+    their weights at call time, when sharded weights are gathered. A quantized head is unchanged.
     """
     head: Any = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     for layer in head.modules() if head is not None else ():
-        # If Accelerate has assigned a device to a layer, it stores the layer's original `forward`
-        # under this name.
+        # If Accelerate has added a device hook to a layer, the layer's original `forward` is stored
+        # as `_old_forward`.
         own = vars(layer)
         name = "_old_forward" if "_old_forward" in own else "forward"
         usual = own.get(name)
@@ -165,8 +166,8 @@ def halve_or_raise(stage: str, size: int, unit: str, error: BaseException) -> in
     clear_device_cache(garbage_collection=True)
     half = size // 2
     logger.warning(
-        "out of memory while %s %d %s at a time: continuing with %d at a time. The results are the "
-        "same. Set a smaller batch size to avoid the failed attempt",
+        "out of memory while %s %d %s at a time: continuing with %d at a time. This does not "
+        "change the results. Set a smaller batch size to avoid the failed attempt",
         stage, size, unit, half,
     )  # fmt: skip
     return half

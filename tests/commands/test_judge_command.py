@@ -130,7 +130,7 @@ def test_a_field_that_the_input_gained_makes_it_another_one(
     assert main(command) == 0
     write(source, *({**pair, "note": None} for pair in pairs(2)))
     assert main(command) == 2
-    assert "does not belong to line 1 of this input" in capsys.readouterr().err
+    assert "does not match line 1 of the input" in capsys.readouterr().err
 
 
 def test_another_model_template_or_input_is_refused(
@@ -157,7 +157,7 @@ def test_another_model_template_or_input_is_refused(
     content[-100] ^= 1
     weights.write_bytes(content)
     write(source, *reversed(pairs(3)))
-    assert "it does not belong to line 1 of this input" in refused(*command)
+    assert "it does not match line 1 of the input" in refused(*command)
     write(source, *pairs(2))
     assert "has 3 lines, but its input has 2 pairs" in refused(*command)
     assert main([*command, "--overwrite"]) == 0

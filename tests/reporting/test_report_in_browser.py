@@ -121,7 +121,9 @@ def test_an_evaluation_is_drawn_beside_its_baselines_and_the_other_judge(
     assert section.locator("table").count() == 4
     assert "judged · all against <i>old</i>" in section.inner_text()
     label = section.locator(".baselines").get_attribute("aria-label")
-    assert label.startswith("Accuracy beside baselines. judged (new): swap-averaged judge 80 %")
+    assert label.startswith(
+        "Accuracy compared with baselines. judged (new): swap-averaged judge 80 %"
+    )
 
 
 @pytest.mark.slow

@@ -55,12 +55,13 @@ class ComparisonJob:
     """Two policies and the prompts to compare them on.
 
     Args:
-        policies: two models (folder or Hub name) to sample from, or files of responses.
+        policies: two policies, each a model to sample from (a folder or a model ID on the Hub) or a
+            file of responses.
         prompts: a file of prompts; optional if a file of responses includes prompts.
         sampling: sampling parameters for a model.
         seed: sampling seed; each policy samples with different seeds derived from it.
         sampling_batch_size: number of responses sampled at a time.
-        max_prompts: use the first N prompts.
+        max_prompts: the number of prompts to use, from the start of the file; default: all.
     """
 
     policies: tuple[str, str]
@@ -78,7 +79,7 @@ class ComparisonJob:
         """
         path = self.prompts or next((p for p in self.policies if is_responses(p)), None)
         if path is None:
-            raise ValueError("give the prompts to answer: --prompts FILE")
+            raise ValueError("no prompts to answer: pass --prompts FILE")
         prompts = read_prompts(path, max_records=self.max_prompts)
         if not prompts:
             raise ValueError(f"{path}: there are no prompts")
@@ -102,8 +103,8 @@ def run_compare(
     """Compares two policies and returns the contents of `output/results.json`.
 
     The function writes the pairs with their verdicts to `output/pairs.jsonl`, and sampled responses
-    to `output/responses_a.jsonl` and `responses_b.jsonl`. Under `accelerate launch`, each process
-    samples and judges its shard of the prompts.
+    to `output/responses_a.jsonl` and `responses_b.jsonl`. Under `accelerate launch`, the processes
+    divide the sampling and the judging among themselves.
 
     Raises:
         ValueError: a model, the prompts or the responses cannot be used, or `output` contains
@@ -216,7 +217,7 @@ def _sample(
 
 
 def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:
-    """Reads one `{"text", "finished"}` per prompt. If a line has a prompt, it must match."""
+    """Reads `{"text", "finished"}` for each prompt, and checks any prompts in the file."""
     found: list[dict[str, Any]] = []
     for index, line in enumerate(itertools.islice(read_raw(str(file)), len(prompts))):
         where = RecordRef(str(file), index)

@@ -1,4 +1,4 @@
-"""`self-judge demo` runs the whole method on the synthetic world and evaluates it.
+"""`self-judge demo` runs the whole method in a small synthetic world.
 
 The demo creates data, runs JSFT, self-training and self-rejection, and evaluates the results with
 the gold rubric. The demo downloads nothing and uses the same code for the method as any other run.
@@ -52,7 +52,7 @@ from self_judge.training.reference import frozen_reference
 from self_judge.training.self_training.config import SelfJudgeConfig
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 
-SIZES = (1, 4, 16)  # N of self-rejection
+SIZES = (1, 4, 16)  # the values of N for self-rejection
 SHOWN_BRACKETS = 12  # number of tournaments saved for the report
 
 
@@ -86,8 +86,8 @@ def run_demo(
         seed: seed for data, initial weights, sampling and brackets.
         output: folder for `jsft/`, `self_judge/`, `summary.json`, the held-out verdicts
             (`judged.jsonl`), a few tournaments (`brackets.jsonl`), and `report.html`.
-        settings: sizes that replace the defaults.
-        console: shows progress and the table.
+        settings: sizes and hyperparameters that replace the defaults.
+        console: the console for progress and the result table.
     """
     started = time.perf_counter()
     console = console or Console()
@@ -110,7 +110,10 @@ def run_demo(
     summary = _summary(seed, time.perf_counter() - started, quality, gold)
     write_json(demo.output / "summary.json", summary)
     console.print(_table(summary))
-    say(console, f"{summary['seconds']:.0f} s in total; written to {demo.output}/summary.json")
+    say(
+        console,
+        f"{summary['seconds']:.0f} s in total; results written to {demo.output}/summary.json",
+    )
     report_on(demo.output, console)
     return summary
 
@@ -227,7 +230,7 @@ class _Demo:
                 best = [texts[b.winner] for texts, b in zip(own, brackets, strict=True)]
             by_size[size] = scores(best)
         principles = judge.templates.principles
-        shown = zip(instructions, own, brackets[:SHOWN_BRACKETS], strict=False)  # of the largest N
+        shown = zip(instructions, own, brackets[:SHOWN_BRACKETS], strict=False)  # for the largest N
         write_lines(
             self.output / BRACKETS,
             (
@@ -255,7 +258,7 @@ class _Demo:
 
 
 def _taught_pairs(record: PreferenceRecord, count: int, seed: int) -> PreferenceRecord:
-    """Keeps the general pair for the overall template, and `count` pairs for principles."""
+    """Keeps the general pair, for the overall template, and `count` random pairs for principles."""
     general, *specific = record.pairs
     chosen = random.Random(stable_seed(seed, "pairs", record.index)).sample(
         specific, min(count, len(specific))
@@ -265,7 +268,7 @@ def _taught_pairs(record: PreferenceRecord, count: int, seed: int) -> Preference
 
 
 def judged_line(comparison: Comparison, verdict: Verdict, gold: Side) -> dict[str, Any]:
-    """Returns a verdict as plain data, for a pair whose better response `gold` is known."""
+    """Returns the verdict on a pair as plain data. `gold` names the better response."""
     finite = verdict.preferred is not None
     return {
         "context": comparison.context,
@@ -282,7 +285,7 @@ def judged_line(comparison: Comparison, verdict: Verdict, gold: Side) -> dict[st
 
 @dataclass(frozen=True, slots=True)
 class _Gold:
-    """Gold scores per held-out prompt."""
+    """Gold scores, one per held-out prompt."""
 
     jsft: list[float]
     self_judge: list[float]

@@ -38,11 +38,11 @@ _ALL = ""  # the key for all pairs, alongside the subset names
 
 @dataclass(frozen=True)
 class JudgeEvaluation:
-    """The data of an evaluation.
+    """The labeled pairs of an evaluation.
 
     Args:
         sources: sources of labeled comparisons.
-        max_pairs: use the first N pairs of every source.
+        max_pairs: the number of pairs to use from the start of every source; default: all.
         chunk: number of comparisons per write to disk.
     """
 
@@ -83,7 +83,7 @@ def run_eval(
         compare: another judge, or the folder of a finished evaluation, for a paired comparison on
             the same pairs; see `compared_judge`.
         overwrite: whether to judge from scratch even if verdicts exist.
-        console: prints the table.
+        console: the console for the tables.
 
     Raises:
         ValueError: the data, the model or the templates cannot be used, or `output` contains
@@ -119,7 +119,7 @@ def _results(
     rate: float | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Writes and prints the results. `theirs` contains the other judge's verdicts."""
+    """Writes and prints the results. The file `theirs` contains the other judge's verdicts."""
     results: dict[str, Any] = {
         "kind": "judge evaluation",
         "version": __version__,

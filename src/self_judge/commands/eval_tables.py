@@ -1,4 +1,4 @@
-"""The result tables of `self-judge eval`.
+"""Prints the result tables of `self-judge eval`.
 
 This module formats the values in `results.json`. It does not compute any results.
 """

@@ -43,7 +43,7 @@ def judge_in_bulk(
     title: str = "judging",
     console: Console | None = None,
 ) -> tuple[int, float]:
-    """Writes one line per item, in order, and resumes an interrupted call.
+    """Judges all items, writes one line per item in order, and resumes an interrupted call.
 
     Args:
         items: returns the items from the start at every call.
@@ -75,8 +75,8 @@ def judge_in_bulk(
         return judged
 
     def is_line_of(written: Mapping[str, Any], item: Item) -> bool:
-        # Compare dictionaries and not values, because a dictionary comparison treats a NaN object
-        # as equal to itself.
+        # Compare dictionaries instead of values, because a dictionary comparison treats a NaN
+        # object as equal to itself.
         names = known_by or (written.keys() | item.line.keys()) - {field}
         there, given = (
             {name: line[name] for name in names if name in line} for line in (written, item.line)
@@ -88,7 +88,7 @@ def judge_in_bulk(
         output,
         {**choice.settings(), **settings},
         is_line_of,
-        mismatch="it does not belong to line {number} of this input",
+        mismatch="it does not match line {number} of the input",
         title=title,
         things="pairs",
         chunk=chunk,
@@ -108,12 +108,12 @@ def run_judge(
 ) -> int:
     """Adds the judge's verdict as `field` to every input line and returns the number of lines.
 
-    Under `accelerate launch`, each process judges its shard of the lines, and the main process
-    joins the shards.
+    Under `accelerate launch`, each process judges the pairs in its shard of the lines, and the main
+    process joins the shards.
 
     Args:
-        source: JSON lines with `context` (a string) or `prompt` (a string or messages), and with
-            `response_a` and `response_b`, or `responses` with two strings.
+        source: a JSON Lines file with `context` (a string) or `prompt` (a string or messages), and
+            with `response_a` and `response_b`, or `responses` with two strings.
         target: the output, with one line per input line, in order. An interrupted call resumes.
 
     Raises:
@@ -140,7 +140,7 @@ def run_judge(
 
 def _comparison(line: dict[str, Any], where: RecordRef, field: str) -> Comparison:
     if field in line:
-        raise where.error(field, "exists already; choose another key with --field NAME")
+        raise where.error(field, "already exists; choose another key with --field NAME")
     if "context" in line:
         context = where.text(line, "context")
     elif isinstance(line.get("prompt"), str):

@@ -1,4 +1,4 @@
-"""Loads the judge and the sampler of a command and lists the settings that affect their results.
+"""Loads the judge and sampler for a command, and lists the settings that affect their results.
 
 This module handles templates, checkpoints and servers. It does not depend on the data.
 """
@@ -43,8 +43,8 @@ class JudgeChoice:
     """A judge and its settings.
 
     Args:
-        model: a folder or Hub name.
-        templates: a YAML file with a `templates` section that replaces the model's `judge.json`.
+        model: a folder or a model ID on the Hub.
+        templates: a YAML file with a `templates` section, which overrides the model's `judge.json`.
         batch_size, max_length, packing: see `Judge`.
         dtype, revision, trust_remote_code: see `models.load_model`.
         servers: URLs of `vllm serve` replicas of the model, which judge instead of this process.
@@ -80,9 +80,9 @@ class JudgeChoice:
 
     @functools.cached_property
     def _resolved(self) -> tuple[TemplateArgs | None, JudgeSettings]:
-        """Reads the `templates` file and the judge settings, which may be saved with the model.
+        """Reads the `templates` file if one is given, and the model's `judge.json` if there is one.
 
-        Both files are read only once, so that `settings` and `load` use the same contents.
+        Each file is read only once, so that `settings` and `load` use the same contents.
 
         Raises:
             ValueError: there are no templates, or they are invalid.
@@ -109,7 +109,7 @@ class JudgeChoice:
         return encoder_as_taught(tokenizer, settings, *wanted)
 
     def load(self) -> Judge:
-        """Loads the judge, under `accelerate launch` onto this process's device."""
+        """Loads the judge onto this process's device, or connects to the servers."""
         settings = self._resolved[1]
         hub: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         scorer: Any = VLLMScorer(VLLMServers(self.servers)) if self.servers else None
@@ -125,7 +125,7 @@ class JudgeChoice:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that affect a verdict, which must not change when a run resumes."""
+        """Returns all settings that affect verdicts. They must be the same when a call resumes."""
         args, settings = self._resolved
         templates = json.dumps(settings.templates.to_dict(), sort_keys=True)
         wanted = (args.chat, args.user, args.assistant, args.chat_template_kwargs) if args else ()
@@ -145,7 +145,7 @@ class JudgeChoice:
 
 
 def date_of(encoder: ChatEncoder) -> dict[str, str]:
-    """Returns the fixed date if the chat template reads the clock, or else an empty dictionary.
+    """Returns `{"date": …}`, the fixed date, if the chat template reads the clock, or else `{}`.
 
     Without a fixed date, a command that resumes on another day would use two different dates.
     """
@@ -154,7 +154,7 @@ def date_of(encoder: ChatEncoder) -> dict[str, str]:
 
 
 def encoder_of(policy: str) -> ChatEncoder:
-    """Returns the encoder of a policy, with the chat template that it was trained with."""
+    """Returns a policy's encoder, with the chat template that the policy was trained with."""
     return encoder_as_taught(load_tokenizer(policy), load_judge_settings(policy))
 
 
@@ -169,8 +169,8 @@ def load_sampler(
 def fingerprint(model: str, revision: str | None = None) -> str | None:
     """Returns a hash that identifies the weights in a folder, or the commit of a model on the Hub.
 
-    The hash covers each file's name, size and 64 evenly spaced slices. Training changes every
-    slice, and reading a large model completely would take minutes.
+    The hash covers each file's name and size, and about 64 evenly spaced slices of its contents.
+    Training changes every slice, and reading a large model completely would take minutes.
     """
     folder = Path(model)
     if not folder.is_dir():

@@ -2,14 +2,14 @@
 
 Under `accelerate launch`, each process works on its own chunks of items and writes its own file.
 The main process joins the files in order. With 3 processes and chunks of 2, rank r's file contains
-the items in row r:
+the items marked in row r:
 
     item     0 1   2 3   4 5   6 7   8
     rank 0   x x               x x
     rank 1         x x               x
     rank 2               x x
 
-A resumed run reads its journal, drops an unfinished chunk at the end, and continues from there.
+A resumed run reads its file, drops an incomplete chunk at the end, and continues from there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Work = Callable[[list[ItemT]], list[dict[str, Any]]]
 
 
 def input_and_output(source: str | Path, target: str | Path) -> tuple[Path, Path]:
-    """Validates the input and output and returns both as paths.
+    """Checks the input and output paths and returns both as `Path` objects.
 
     Raises:
         ValueError: the input does not exist, or the output would overwrite it.
@@ -88,7 +88,10 @@ class RankShards:
         return index // self.chunk % self.world_size == self.rank
 
     def agreed(self, find: Callable[[], FoundT]) -> FoundT:
-        """Broadcasts the main process's result, because only one process may open a journal."""
+        """Calls `find` on the main process and broadcasts the result to all processes.
+
+        Only one process may open a journal.
+        """
         if self.world_size == 1:
             return find()
         found: list[Any] = [find() if PartialState().is_main_process else None]
@@ -136,7 +139,7 @@ class ResumableJob(Generic[ItemT]):
             item's number, counted from 1.
         title, things: the names of the job and of the items in the progress bar.
         chunk: the number of items that are processed together and then written to disk.
-        may_be_longer: whether to accept more lines than items.
+        may_be_longer: whether the existing file may have more lines than there are items.
     """
 
     items: Callable[[], Iterable[ItemT]]
@@ -159,11 +162,11 @@ class ResumableJob(Generic[ItemT]):
         """Writes the missing lines.
 
         The method iterates over the items twice. The first iteration checks all items and existing
-        lines before a model is loaded. At most one chunk of items is in memory.
+        lines before a model is loaded. At most one chunk of items is in memory at a time.
 
         Args:
-            load: loads the function that processes a chunk. The function is called only if lines
-                are missing.
+            load: loads the models and returns a function that processes a chunk. `load` is called
+                only if lines are missing.
             overwrite: whether to start from scratch.
             console: shows progress; default: standard error.
 
@@ -187,7 +190,7 @@ class ResumableJob(Generic[ItemT]):
             if journal.lines < own:
                 work = load()
                 # Process an incomplete chunk again in full, so that all lines are bit-identical to
-                # the lines of an uninterrupted run.
+                # those of an uninterrupted run.
                 journal.cut(journal.lines // self.chunk * self.chunk)
                 self._work_off(work, journal, shards, own, console)
             rate = journal.timed / journal.seconds if journal.seconds else math.nan
@@ -195,7 +198,7 @@ class ResumableJob(Generic[ItemT]):
         return total, rate * shards.world_size
 
     def _joined(self) -> int | None:
-        """Returns the number of items if an earlier multi-process call wrote all lines."""
+        """Returns the number of items if the target already contains all lines, or `None`."""
         if not self.target.exists() or not settings_path(self.target).exists():
             return None
         with open_journal(self.target, self.settings) as journal:
@@ -238,7 +241,9 @@ class ResumableJob(Generic[ItemT]):
         console: Console,
     ) -> None:
         if journal.lines and shards.rank == 0:
-            say(console, f"{self.target}: resuming after {journal.lines:,} of {own:,}")
+            say(
+                console, f"{self.target}: resuming after {journal.lines:,} of {own:,} {self.things}"
+            )
         mine = (item for index, item in enumerate(self.items()) if shards.owns(index))
         todo = itertools.islice(mine, journal.lines, None)
         bar = Progress(

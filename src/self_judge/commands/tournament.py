@@ -45,7 +45,7 @@ class TournamentJob:
     Args:
         model: the judge's folder, which contains `judge.json`.
         sampling: sampling parameters for the responses.
-        policy: the model to sample from; default: the judge, or its servers.
+        policy: the model to sample from; default: the judge, on its servers if there are any.
         batch_size, max_length, servers: see `JudgeChoice`.
         n: number of responses per prompt.
         seed: seed for sampling, brackets and random winners.
@@ -83,7 +83,7 @@ class TournamentJob:
         return None if self.policy is None else encoder_of(self.policy)
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that affect a line, which must not change when a run resumes."""
+        """Returns all settings that affect a line. They must be the same when a call resumes."""
         settings = {
             "model": self.model,
             "weights": fingerprint(self.model),
@@ -102,7 +102,7 @@ class TournamentJob:
         return settings
 
     def load(self) -> Work[Entry]:
-        """Loads the models and returns a function that plays a chunk of tournaments."""
+        """Loads the judge and returns a function that runs a chunk of tournaments."""
         judge = self.judge.load()
         sampler = functools.cache(lambda: self._sampler(judge))  # loaded on first use
 
@@ -133,7 +133,7 @@ class TournamentJob:
     def _with_samples(
         self, entries: list[Entry], sampler: Callable[[], TransformersSampler | VLLMSampler]
     ) -> list[list[str]]:
-        """Returns each entry's responses, which are sampled if the entry has none."""
+        """Returns each entry's responses. If an entry has none, they are sampled."""
         missing = [entry for entry in entries if entry.responses is None]
         sampled: Iterator[list[Response]] = iter(())
         if missing:
@@ -166,23 +166,23 @@ def run_tournament(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Adds `winner` (an index) and `response` to every input line and returns the number of lines.
+    """Adds `winner` (an index) and `response` to every input line and returns the line count.
 
     After an interruption, the same call resumes after the last complete chunk. Under `accelerate
-    launch`, each process plays its shard of the lines, and the main process joins the shards in
-    order. Except for rounding, the result is the same as with one process.
+    launch`, each process runs the tournaments in its shard of the lines, and the main process joins
+    the shards in order. Except for rounding, the result is the same as with one process.
 
     Args:
-        source: JSON lines with `context` and `responses`, or with `prompt` (a string or messages),
-            for which responses are sampled first.
+        source: a JSON Lines file. Each line has `context` or `prompt` (a string or messages), and
+            `responses`. If a line with a prompt has no responses, they are sampled first.
         target: the output, with one line per input line, in order. The settings are written to a
             file next to the output.
-        chunk: the number of lines that are played together and then written to disk.
+        chunk: the number of lines that are processed together and then written to disk.
         overwrite: whether to start from scratch even if the target exists.
 
     Raises:
         ValueError: a line cannot be used (the message names the file, line number and field), or
-            the target belongs to another input or other settings.
+            the target was written for another input or with other settings.
     """
     source, target = input_and_output(source, target)
     world_size = RankShards.here(target, chunk).world_size
@@ -191,7 +191,7 @@ def run_tournament(
         target,
         {**job.settings(), "chunk": chunk, "processes": world_size},
         _is_line_of,
-        mismatch="it does not belong to this input",
+        mismatch="it does not match the input",
         title="tournament",
         things="lines",
         chunk=chunk,
@@ -205,9 +205,9 @@ def played_line(
     bracket: Bracket,
     principles: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Returns the line with the winner and, if `principles` is given, the bracket added.
+    """Returns the line plus the winner and, if `principles` is given, the bracket.
 
-    `unanswered` lists the indices of responses whose thought never ends, if there are any.
+    The key `unanswered` lists the indices of responses whose thought never ends, if there are any.
     """
     written = {
         **line,
@@ -230,7 +230,7 @@ def _is_line_of(written: Mapping[str, Any], entry: Entry) -> bool:
         for name, value in entry.line.items()
         if name not in ADDED or (name == "responses" and value is not None)
     }
-    # Compare dictionaries and not values, because a dictionary comparison treats a NaN object as
+    # Compare dictionaries instead of values, because a dictionary comparison treats a NaN object as
     # equal to itself.
     return {name: written.get(name) for name in given} == given
 

@@ -1,6 +1,6 @@
 """Runs JSFT and self-training from a run's configuration, and saves the results.
 
-Other packages implement the steps, and this module calls them in order.
+Other packages implement the steps. This module calls the steps in order.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(Exception):  # noqa: N818  not an error
-    """The run stopped on request after saving a checkpoint. The message names the last step."""
+    """Raised after SIGTERM stops a run and a checkpoint is saved. The message names the step."""
 
 
 # -- JSFT ----------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
     """Runs judge-augmented SFT and returns the folder of the model.
 
     Raises:
-        TrainingStopped: the process received SIGTERM; the model is in a checkpoint.
+        TrainingStopped: the process received SIGTERM; the model was saved in a checkpoint.
     """
     say = _speaker(console)
     refuse_own_inputs(run)
@@ -202,7 +202,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     """Runs on-policy self-training and returns the folder of the policy.
 
     Raises:
-        TrainingStopped: the process received SIGTERM; the policy is in a checkpoint.
+        TrainingStopped: the process received SIGTERM; the policy was saved in a checkpoint.
     """
     say = _speaker(console)
     refuse_own_inputs(run)
@@ -274,7 +274,7 @@ def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
 def _train(
     trainer: JSFTTrainer | SelfJudgeTrainer, run: Run, args: Any, say: Say, progress: LiveProgress
 ) -> None:
-    """Trains the model. `resume_from_checkpoint: true` resumes from the latest checkpoint."""
+    """Trains the model. `resume_from_checkpoint: true` resumes from the latest complete one."""
     output = Path(str(args.output_dir))
     resume: str | None = _checkpoint(output, args.resume_from_checkpoint, say)
     this = json.loads(json.dumps(dataclasses.asdict(run), default=str))
@@ -314,7 +314,7 @@ def _checkpoint(output: Path, wanted: str | bool | None, say: Say) -> str | None
 
 
 def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a line for each setting that changed since the checkpoint."""
+    """Yields a message for each setting that differs from those in `run.json`."""
     try:
         before = json.loads((output / RUN).read_text(encoding="utf-8")).get("run_file") or {}
     except (OSError, ValueError):

@@ -1,6 +1,5 @@
-"""Turns the files of runs into one HTML page that needs no network.
+"""Turns the output files of runs into one HTML page that works offline.
 
-This package handles the files of a run, the charts and the page. It only reads files and does not
-train. It imports from `evaluation` and the packages listed before `evaluation` in
-docs/architecture.md.
+This package reads the files of runs, defines the charts and writes the page. It does not train. It
+imports from `evaluation` and the packages listed before `evaluation` in docs/architecture.md.
 """

@@ -29,7 +29,7 @@ class Chart:
         section: the kind of run and the heading on the page.
         id, title, about: the identifier, the title and a description of the chart.
         lines: the metrics and their names in this chart. Metrics that are missing in all runs are
-            left out. A name that ends with `/` selects every metric with this prefix, and the rest
+            left out. A key that ends with `/` selects every metric with this prefix, and the rest
             of the metric's name is the name of its curve.
         format: `percent`, or `None` for plain numbers.
         reference: the value at which a dotted line is drawn.
@@ -47,11 +47,11 @@ class Chart:
 
     @property
     def prefix(self) -> str | None:
-        """The common prefix of the metrics in this chart, if its lines are not named."""
+        """The prefix of the metrics in this chart, or `None` if `lines` names each metric."""
         return next((name for name in self.lines if name.endswith("/")), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The chart as data for the page's script."""
+        """Returns the chart as data for the page's script."""
         named = {} if self.prefix else {**self.lines, **self.maybe}
         lines = [{"key": key, "label": label} for key, label in named.items()]
         return {**dataclasses.asdict(self), "lines": lines, "prefix": self.prefix}
@@ -75,27 +75,28 @@ CHARTS = (  # in the order on the page
           {"rewards/accuracies": "training", "eval_rewards/accuracies": HELD_OUT},
           "The share of pairs in which the chosen response has the higher reward.", PERCENT, 0.5),
     Chart(POLICY, "kl", "KL from the reference", {"objective/kl": "KL"},
-          "Estimated from the sampled responses, in nats per response. Noise can make it negative.",
+          "Estimated from the sampled responses, in nats per response. The noisy estimate can be "
+          "negative.",
           reference=0.0),
     Chart(POLICY, "entropy", "Entropy", {"entropy": "training"},
-          "The mean entropy of the next token. Near 0, the policy always gives the same answer."),
+          "The mean entropy of the next token. Near 0, all samples are almost the same."),
     Chart(JUDGE, "judge-margin", "Judge margin", {"judge/margin": "margin"},
           "The score of the chosen response minus that of the rejected response, for decided "
           "pairs."),
     Chart(JUDGE, "order-agreement", "Order agreement", {"judge/order_agreement": "agreement"},
-          "The share of decided pairs on which both orders agree. At 50 %, only the "
-          "position of the responses decides.",
+          "The share of decided pairs for which both orders prefer the same response. In the "
+          "other pairs, the preference depends on the position.",
           PERCENT, 0.5),
     Chart(JUDGE, "undecidable", "Undecidable pairs", {"judge/undecidable": "undecidable"},
-          "The share of pairs without a gradient, because of equal texts, exact ties, long texts "
-          "or thoughts without an end.",
+          "The share of pairs that have no gradient because the texts are equal or too long, the "
+          "scores are tied, or a thought never ends.",
           PERCENT),
     Chart(JUDGE, "principles", "Win rate by principle", {"judge/win_rate/": ""},
           "The share of decided pairs in which a principle agrees with the verdict.", PERCENT),
     Chart(RESPONSES, "length", "Response length",
           {"completions/mean_length": "all", "completions/chosen_length": "chosen",
            "completions/rejected_length": "rejected"},
-          "The number of tokens in an answer. If the chosen length stays above the "
+          "The mean number of tokens in an answer. If the chosen length stays above the "
           "rejected length, the policy learns to write longer answers.",
           maybe={"completions/thought_length": "thought"}),
     Chart(RESPONSES, "drift", "Length against the reference",
@@ -106,12 +107,12 @@ CHARTS = (  # in the order on the page
     Chart(RESPONSES, "finished", "Finished responses", {"completions/finished": "finished"},
           "The share of responses that the model ended itself. The other responses "
           "are truncated at the limit.",
-          PERCENT, maybe={"completions/unanswered": "a thought without an end"}),
+          PERCENT, maybe={"completions/unanswered": "thought never ends"}),
     Chart(JSFT, "jsft-loss", "JSFT: loss", {"loss": "training", "eval_loss": HELD_OUT},
           "Cross-entropy per trained token, for SFT and judge examples together."),
     Chart(JSFT, "jsft-accuracy", "JSFT: token accuracy",
           {"mean_token_accuracy": "training", "eval_mean_token_accuracy": HELD_OUT},
-          "The share of trained tokens that are the model's first choice.", PERCENT),
+          "The share of trained tokens to which the model gives the highest probability.", PERCENT),
     Chart(JSFT, "jsft-gradient", "JSFT: gradient norm", {"grad_norm": "gradient"},
           "The gradient norm before clipping. Spikes often precede a failure."),
     Chart(OPTIMIZER, "gradient", "Gradient norm", {"grad_norm": "gradient"},
@@ -119,7 +120,7 @@ CHARTS = (  # in the order on the page
     Chart(OPTIMIZER, "rate", "Learning rate", {"learning_rate": "rate"},
           "The learning rate from the schedule."),
     Chart(OPTIMIZER, "time", "Seconds per step", {"time/": ""},
-          "The time for each phase of a step, by the name that is logged under time/."),
+          "The duration of each phase of a step, as logged under time/."),
 )
 # fmt: on
 

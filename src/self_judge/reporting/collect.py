@@ -24,7 +24,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits on the content of a report, independent of the size of the runs.
+    """Limits that keep a report small, regardless of the size of the runs.
 
     Attributes:
         pairs: the maximum number of sampled pairs from all runs, spread evenly over the steps.
@@ -54,9 +54,9 @@ class ReportData:
         pairs: sampled pairs with their verdicts (see `rollout_log.write_rollouts`).
         brackets: tournaments with their contexts and responses.
         judges: the quality, bias and reliability of judges on labeled pairs.
-        paired: the difference between two judges on the same pairs.
+        paired: the differences in accuracy between two judges on the same pairs.
         comparisons: win rates of one policy against another.
-        notes: messages about omitted data.
+        notes: messages about omitted or averaged data.
     """
 
     runs: list[Line] = field(default_factory=list)
@@ -72,9 +72,9 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
     """Reads runs, tournaments and evaluations.
 
     Args:
-        paths: folders, or single files from `tournament --brackets` or `eval`. A folder is a run
-            folder or contains run folders one level below. The folder's files with brackets and
-            results are also read.
+        paths: folders, or single files from `tournament --brackets`, `eval` or `compare`. A folder
+            is a run folder or contains run folders one level below. Files with brackets or results
+            in the folder itself are also read.
         limits: limits on the data.
 
     Raises:
@@ -118,7 +118,10 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Returns the shortest distinct ends of the paths, with two or more parts for several paths."""
+    """Returns the shortest distinct suffixes of the paths.
+
+    If there are several paths, each suffix has at least two parts.
+    """
     # A single run a/jsft becomes `jsft`. The runs x/a/jsft and x/b/jsft become `a/jsft` and
     # `b/jsft`.
     parts = [f.resolve().parts for f in folders]
@@ -164,7 +167,10 @@ def _run(folder: Path, name: str, limits: Limits) -> Line:
 
 
 def _thinned(steps: list[int], values: list[float | None], most: int) -> Line:
-    """Averages values over equal windows, for at most `most` points. Missing values leave gaps."""
+    """Averages values over equal windows into at most `most` points.
+
+    A window with a missing value becomes `None`.
+    """
     window = math.ceil(len(steps) / most)
     if window > 1:
         chunks = [values[i : i + window] for i in range(0, len(values), window)]
@@ -208,7 +214,7 @@ def _sample_pairs(folders: Sequence[Path], data: ReportData, limits: Limits) -> 
             data.pairs += [_pair(line, run, limits) for line in lines]
     if len(data.pairs) < there:
         data.notes.append(
-            f"this page has {len(data.pairs):,} of the {there:,} pairs on disk, spread evenly "
+            f"this page shows {len(data.pairs):,} of the {there:,} pairs on disk, spread evenly "
             "over the steps"
         )
 
@@ -289,7 +295,7 @@ def _add_brackets(file: Path, data: ReportData, limits: Limits) -> None:
                 }
             )
     if there > limits.brackets:
-        data.notes.append(f"{file.name}: only the first {limits.brackets} of {there:,} tournaments")
+        data.notes.append(f"{file.name}: showing {limits.brackets} of {there:,} tournaments")
 
 
 def _context(line: Mapping[str, Any]) -> str:
@@ -334,7 +340,7 @@ def _add_evaluation(name: str, results: Line, data: ReportData) -> None:
         )
     _add_reports(name, results, data)
     for reason, count in (results.get("skipped") or {}).items():
-        data.notes.append(f"{name}: left out, {reason}: {count:,}")
+        data.notes.append(f"{name}: skipped, {reason}: {count:,}")
     other = results.get("compared_with")
     # Results from other programs may also have this key.
     if isinstance(other, dict) and isinstance(other.get("overall"), dict):

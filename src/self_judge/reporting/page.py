@@ -34,10 +34,10 @@ def write_report(
     limits: Limits | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Writes the page and returns its path.
+    """Writes the HTML report and returns its path.
 
     Args:
-        paths: run folders, and single files from tournaments or evaluations.
+        paths: folders and files of results; see `collect`.
         output: the path of the page (default: `report.html` in the first folder).
         limits: the limits on the content of the page.
         console: the console for the path and a summary.
@@ -71,7 +71,7 @@ def write_report(
 
 
 def report_on(path: Path, console: Console) -> None:
-    """Writes the page for the output of a command, or prints that Plotly is missing."""
+    """Writes a report on a command's output, or prints that the report requires Plotly."""
     if plotly_is_there():
         write_report([path], console=console)
     else:
@@ -81,8 +81,9 @@ def report_on(path: Path, console: Console) -> None:
 def page(data: ReportData) -> str:
     """Returns the whole page as a string.
 
-    Text from the data is only in a JSON block, where markup cannot begin or end. Only the scripts
-    with the given hashes can run. The page cannot run, load or send anything else.
+    Text from the data appears only in a JSON block, in which markup cannot begin or end. The
+    content security policy allows only the two scripts whose hashes it lists. The page cannot load
+    or send anything over a network.
     """
     parts = files("self_judge.reporting") / "assets"
     script = _inline((parts / "report.js").read_text(encoding="utf-8"))

@@ -114,9 +114,9 @@ def check_base(model: PeftModel) -> None:
             saved = weights.get_tensor(name)
         if saved.shape == own.shape and not torch.equal(saved.to(own.dtype), own.detach().cpu()):
             raise ModelError(
-                f"the adapter would name {folder} as its base model, but {name} differs between "
-                "that folder and the model in memory: save the model in memory to a new folder and "
-                "start from that folder (or choose another init_lora_weights)"
+                f"the adapter would name {folder} as its base model, but the base model in memory "
+                f"differs from the weights saved there (in {name}): save the model and load it "
+                "from the new folder first, or choose another init_lora_weights"
             )
 
 

@@ -1,5 +1,5 @@
-// Draws the report from the data inside the page. Text from the data is only used in text nodes. It
-// is escaped for Plotly (`plain`), which interprets some markup in labels.
+// Draws the report from the data inside the page. Text from the data is used only in text nodes and
+// in Plotly labels. Plotly interprets some markup in labels, so `plain` escapes the text.
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -80,7 +80,7 @@
     ["length drift", "completions/length_drift", "change"], ["KL", "objective/kl"],
   ];
 
-  // One row per item, in the item's colour. On a phone, each row is a card. Columns:
+  // One row per item, in the item's color. On a phone, each row is a card. Columns:
   // title, item → contents.
   function cardTable(heading, things, columns, classOf = () => "number") {
     return el("div", { class: "scroll" }, el("table", { class: "cards" },
@@ -131,7 +131,7 @@
     };
     return {
       autosize: true, margin: { l: 44, r: 8, t: 8, b: 34 },
-      // This colour is opaque, because Plotly draws a rim in it around the line at the pointer.
+      // This color is opaque, because Plotly outlines the line at the pointer with it.
       paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"),
       font: { family: getComputedStyle(document.body).fontFamily, color: css("--ink"), size: 12 },
       xaxis: { ...axis, showgrid: false, title: { text: "step", font: { size: 11, color: css("--muted") }, standoff: 4 }, tickformat: "d", nticks: 7,
@@ -213,7 +213,7 @@
       output.textContent = range.value;
       redraw();
     } } });
-    const node = section("curves", "Curves", "The metrics logged during training. A dotted line marks a value to compare with; hover for numbers.",
+    const node = section("curves", "Curves", "The metrics logged during training. A dotted line marks a reference value; hover to see numbers.",
       el("div", { class: "controls" }, chips, labelled(el("span", {}, "smoothing ", output), range)));
     const used = new Set();
     for (const group of data.charts) {
@@ -271,7 +271,7 @@
     if (!needle) return [text];
     const parts = [];
     const lower = text.toLowerCase();
-    // Lower case can be longer than the text (İ). Indices then differ, and nothing is marked.
+    // Lowercase text can be longer than the original (İ). Indices then differ, so nothing is marked.
     if (lower.length !== text.length) return [text];
     let from = 0;
     for (let at = lower.indexOf(needle); at >= 0; at = lower.indexOf(needle, from)) {
@@ -391,7 +391,7 @@
       button.addEventListener("click", () => open(m, button));
       return button;
     }
-    // A match is preceded by the two matches of the earlier round that its entrants won.
+    // A match is preceded by the two matches of the previous round that its entrants won.
     function node(round, place) {
       const m = bracket.rounds[round][place];
       const before = round ? [2 * place, 2 * place + 1].filter((k) => k < bracket.rounds[round - 1].length) : [];
@@ -430,7 +430,7 @@
         detail.append(el("div", { class: "detail" }, el("div", { class: "two" },
           side(m.winner, `response ${m.winner + 1}, advanced`, "chosen"), side(lost, `response ${lost + 1}`, "rejected")),
           verdictTable(probabilities, bracket.principles, `response ${m.winner + 1}`, `response ${lost + 1}`) ||
-            el("p", { class: "muted" }, "No judgment: the texts are equal, or the pair did not fit.")));
+            el("p", { class: "muted" }, "There are no probabilities, because the texts are equal, the pair is too long, or a thought never ends.")));
         detail.scrollIntoView({ block: "nearest" });
       };
       box.replaceChildren(
@@ -463,7 +463,7 @@
           line: { color: ink(i), width: 1.8 }, marker: { color: ink(i), size: 7 },
           error_y: { type: "data", symmetric: false, array: bins.map((b) => b.accuracy.ci95[1] - b.accuracy.value),
             arrayminus: bins.map((b) => b.accuracy.value - b.accuracy.ci95[0]), color: ink(i), thickness: 1, width: 3 },
-          customdata: bins.map((b) => b.n), hovertemplate: "sure %{x:.0%}, right %{y:.0%} of %{customdata}<extra></extra>" },
+          customdata: bins.map((b) => b.n), hovertemplate: "confidence %{x:.0%}, accuracy %{y:.0%}, %{customdata} verdicts<extra></extra>" },
         { x: bins.map((b) => (b.low + b.high) / 2), y: bins.map((b) => b.n), width: bins.map((b) => 0.8 * (b.high - b.low)), type: "bar",
           yaxis: "y2", marker: { color: ink(i), opacity: 0.55 }, name: plain(name), hovertemplate: "%{y} verdicts<extra></extra>" },
       ]);
@@ -472,12 +472,12 @@
       Plotly.react(plot, traces, layout({}, {
         margin: { l: 56, r: 8, t: 8, b: 40 }, hovermode: "closest", barmode: "overlay",
         xaxis: { ...base.xaxis, title: { text: "confidence in the preferred response", font: small, standoff: 6 }, range: [Math.min(0.49, ...drawn.flatMap((j) => j.bins.map((b) => b.confidence - 0.01))), 1.01], tickformat: ".0%" },
-        yaxis: { ...base.yaxis, domain: [0.3, 1], title: { text: "was right", font: small }, tickformat: ".0%", range: [-0.02, 1.05] },
+        yaxis: { ...base.yaxis, domain: [0.3, 1], title: { text: "accuracy", font: small }, tickformat: ".0%", range: [-0.02, 1.05] },
         yaxis2: { ...base.yaxis, domain: [0, 0.2], title: { text: "verdicts", font: small }, tickformat: "d", nticks: 3, rangemode: "tozero" },
         shapes: [{ type: "line", x0: 0.5, y0: 0.5, x1: 1, y1: 1, xref: "x", yref: "y", line: { color: css("--muted"), width: 1, dash: "dot" } }],
       }), CONFIG);
     });
-    plot.setAttribute("aria-label", `Reliability diagram. ${drawn.map((j) => `${j.name}: ${j.bins.map((b) => `sure ${number(b.confidence, "percent")}, right ${number(b.accuracy.value, "percent")}`).join(", ")}`).join("; ")}.`);
+    plot.setAttribute("aria-label", `Reliability diagram. ${drawn.map((j) => `${j.name}: ${j.bins.map((b) => `confidence ${number(b.confidence, "percent")}, accuracy ${number(b.accuracy.value, "percent")}`).join(", ")}`).join("; ")}.`);
     const has = (columns) => columns.filter(([, , of]) => !of || data.judges.some((j) => known(of(j))));
     const share = (title, of) => [title, (j) => ranged(of(j)), of];
     const longer = (key) => (j) => (j.longer || {})[key];
@@ -498,10 +498,10 @@
       ["difference in accuracy", (p) => ranged(p.difference)], ["only this judge right", (p) => number(p.only_this_right)],
       ["only the other judge right", (p) => number(p.only_other_right)], ["McNemar’s p", (p) => number(p.mcnemar_p)],
     ];
-    const table = (title, things, shown) => things.length > 0 && shown.length > 0 && [el("h3", {}, title), cardTable("judged", things, shown)];
+    const table = (title, things, shown) => things.length > 0 && shown.length > 0 && [el("h3", {}, title), cardTable("judge", things, shown)];
     section("judge", "Judge", "Results on labeled pairs. On the dotted line, the judge's confidence equals its accuracy; below it, the judge is overconfident. Bars and ranges are 95 % intervals.",
       drawn.length > 0 && plot,
-      cardTable("judged", data.judges, columns),
+      cardTable("judge", data.judges, columns),
       baselines(),
       table("Position and length", data.judges, biases),
       alone.length > 1 && table("Accuracy of each principle alone", data.judges, alone),
@@ -532,13 +532,13 @@
         shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0.5, y1: 0.5, line: { color: css("--muted"), width: 1, dash: "dot" } }],
       }), CONFIG);
     });
-    plot.setAttribute("aria-label", `Accuracy beside baselines. ${rated.map((j) => `${j.name}: ${names.filter((n) => known(j.baselines[n])).map((n) => `${n} ${number(j.baselines[n].value, "percent")}`).join(", ")}`).join("; ")}.`);
+    plot.setAttribute("aria-label", `Accuracy compared with baselines. ${rated.map((j) => `${j.name}: ${names.filter((n) => known(j.baselines[n])).map((n) => `${n} ${number(j.baselines[n].value, "percent")}`).join(", ")}`).join("; ")}.`);
     return [el("h3", {}, "Accuracy compared with a single order and with the longer response"), plot];
   }
 
   // -- policies compared -------------------------------------------------------------------------
 
-  const RATES = [["win_rate", "win rate"], ["length_controlled_win_rate", "at equal length"], ["both_orders", "a tie where orders disagree"], ["longer_wins_all", "if the longer answer won"]];
+  const RATES = [["win_rate", "win rate"], ["length_controlled_win_rate", "at equal length"], ["both_orders", "tie if orders disagree"], ["longer_wins_all", "if longer answers won"]];
 
   function policies() {
     if (!data.comparisons.length) return;
@@ -558,7 +558,7 @@
         };
       }), layout({}, {
         margin: { l: 170, r: 12, t: 8, b: 40 }, hovermode: "closest", showlegend: false,
-        xaxis: { ...base.xaxis, range: [0, 1.005], tickformat: ".0%", title: { text: "a answers better", font: { size: 11, color: css("--muted") }, standoff: 6 } },
+        xaxis: { ...base.xaxis, range: [0, 1.005], tickformat: ".0%", title: { text: "win rate of a", font: { size: 11, color: css("--muted") }, standoff: 6 } },
         yaxis: { ...base.yaxis, range: [RATES.length - 0.5, -0.5], tickvals: RATES.map((_, row) => row), ticktext: RATES.map(([, label]) => label) },
         shapes: [{ type: "line", x0: 0.5, x1: 0.5, y0: 0, y1: 1, xref: "x", yref: "paper", line: { color: css("--muted"), width: 1, dash: "dot" } }],
       }), CONFIG);
@@ -617,9 +617,9 @@
   // ----------------------------------------------------------------------------------------------
 
   document.getElementById("made").textContent = [data.runs.length && count(data.runs.length, "run"),
-    data.brackets.length && count(data.brackets.length, "tournament"), `made ${data.made}`].filter(Boolean).join(" · ");
+    data.brackets.length && count(data.brackets.length, "tournament"), `created ${data.made}`].filter(Boolean).join(" · ");
   document.title = ["self-judge report", ...data.runs.map((r) => r.name)].join(" · ");
-  if (data.runs.length) section("runs", "Runs", "The last logged values, with the first below them.", runsTable());
+  if (data.runs.length) section("runs", "Runs", "The last logged values, with the first logged values below them.", runsTable());
   if (data.notes.length) main.append(el("ul", { class: "notes" }, data.notes.map((note) => el("li", {}, note))));
   charts();
   pairs();
