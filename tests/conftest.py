@@ -217,7 +217,7 @@ def model(tokenizer: Any) -> LlamaForCausalLM:
 
 @pytest.fixture
 def saved_judge(model: Any, tokenizer: Any, tmp_path: Path) -> Path:
-    """A model that JSFT wrote, as a folder."""
+    """A model trained with JSFT, as a folder."""
     folder = tmp_path / "judge"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

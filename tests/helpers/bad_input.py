@@ -325,7 +325,7 @@ WORDING = [
          "then save the tokenizer"),
     Case("a tokenizer without end of sequence", lambda p: stop_tokens(ChatEncoder(_endless())),
          ("there is no stop token: the tokenizer has no end-of-sequence token",),
-         "set tokenizer.eos_token and save it again"),
+         "set tokenizer.eos_token, then save the tokenizer"),
     Case("a length below the judge template", lambda p: _judge(p, max_length=20),
          ("max_length 20 leaves no room for responses: judge template 'helpful' alone has",),
          "raise max_length"),
