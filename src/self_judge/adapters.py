@@ -81,7 +81,7 @@ def adapter_chain(
 
 
 def with_adapter(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
-    """Loads an adapter onto its base.
+    """Loads an adapter on top of its base model.
 
     Raises:
         ModelError: the adapter does not fit the base, or its file lacks weights or contains

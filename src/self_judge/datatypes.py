@@ -52,9 +52,10 @@ class Verdict:
             half).
         margin: `score_a - score_b`.
         orders_agree: whether both orders, averaged over principles, prefer the same response.
-        probabilities: `[principle][order][letter]`, a softmax over the full vocabulary. Order 0
-            shows response `a` first and order 1 shows response `b` first. Letter 0 is A and letter
-            1 is B. The tuple is empty if the pair was not judged.
+        probabilities: the probabilities of the letters in a softmax over the full vocabulary, as
+            `[principle][order][letter]`. Order 0 shows response `a` first and order 1 shows
+            response `b` first. Letter 0 is A and letter 1 is B. The tuple is empty if the pair
+            was not judged.
         undecidable_because: the reason the judge cannot decide: an exact tie, a NaN or infinite
             score, or a pair that was not judged because it exceeds `max_length` or a thought never
             ends. `None` if the judge can decide.

@@ -251,7 +251,7 @@ def _weights_named_in_config(path: Path) -> str | None:
 
 
 def apply_umask(directory: str | os.PathLike[str]) -> None:
-    """Gives the safetensors files in a folder the permissions of a normal new file.
+    """Sets the default file permissions on the safetensors files in a folder.
 
     The safetensors library ignores the umask and makes files readable only by their owner. Other
     users, and servers that run as another user, could then not read the model.

@@ -68,7 +68,7 @@ class RankShards:
 
     @classmethod
     def here(cls, target: Path, chunk: int) -> RankShards:
-        """Returns the shards of the current launch, one per process."""
+        """Returns the output shards of the current job, one per process."""
         state = PartialState(cpu=own_device().type == "cpu")
         return cls(target, chunk, state.num_processes, state.process_index)
 

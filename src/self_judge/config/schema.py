@@ -414,8 +414,8 @@ def accumulation_steps(global_batch_size: int, per_device: int, processes: int) 
             else f"no per-device batch fits {processes} processes; change the number of processes"
         )
         raise ConfigError(
-            f"global_batch_size {global_batch_size} is not a multiple of {per_device} per device "
-            f"× {processes} processes = {at_once}: {advice}, or change global_batch_size"
+            f"global_batch_size {global_batch_size} is not divisible by {at_once} "
+            f"({per_device} per device × {processes} processes): {advice}, or change global_batch_size"
         )
     return steps
 

@@ -162,7 +162,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def build(cls: type, tree: Any, where: str) -> Any:
-    """Builds a dataclass, with nested dataclasses, from plain dictionaries and lists.
+    """Builds a dataclass instance and its nested instances from plain dictionaries and lists.
 
     Args:
         where: the key path of `tree`, which starts error messages. It is empty at the top level.

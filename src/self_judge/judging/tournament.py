@@ -136,7 +136,7 @@ def knockouts(
 
 
 # Contexts are processed in groups, because the shared prefixes of a group remain in memory for all
-# rounds. A group ends once it has at least this number of first-round matches.
+# rounds. A group is complete once it has this many first-round matches.
 _MATCHES_TOGETHER = 128
 
 

@@ -131,7 +131,7 @@ class Packing:
 
     @property
     def decision(self) -> Decision:
-        """The packing mode for the model in its current state. The trial runs once per model."""
+        """The packing mode for the model in its current state, checked once per model."""
         known = _KNOWN.setdefault(self.inner, _Known())
         key = (
             self.choice,

@@ -28,7 +28,7 @@ class Limits:
 
     Attributes:
         pairs: the maximum number of sampled pairs from all runs, spread evenly over the steps.
-        points: the maximum number of points in a curve. Longer curves are averaged over windows.
+        points: the maximum number of points per curve. Longer curves are averaged over windows.
         brackets: the maximum number of tournaments.
         characters: the maximum number of characters in a text. Longer texts are cut, and the page
             shows the number of missing characters.

@@ -192,7 +192,7 @@ def _saved(folder: Path, pattern: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def with_optimizer(checkpoint: Path) -> Path:
-    """Returns the checkpoint if it has an optimizer state.
+    """Returns the checkpoint if it contains optimizer state.
 
     Raises:
         CheckpointError: the checkpoint has no optimizer state.

@@ -203,7 +203,7 @@ class VLLMEngine:
             self.llm.wake_up()
 
     def close(self) -> None:
-        """Frees the engine, which cannot be used afterwards."""
+        """Shuts down the engine and frees its memory."""
         from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
         self.llm.llm_engine.engine_core.shutdown()

@@ -100,8 +100,8 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
     for name, tensor in _whole(model, own):
         if isinstance(model, PeftModel):
             name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        # Gradient checkpointing and FSDP add parts to parameter names. Checkpoint names lack these
-        # parts.
+        # Gradient checkpointing and FSDP insert the names of their wrappers into parameter names.
+        # Names in checkpoints do not contain them.
         name = name.replace("_checkpoint_wrapped_module.", "").replace("_fsdp_wrapped_module.", "")
         yield name, tensor
 
@@ -148,9 +148,9 @@ def probe_prompt(encoder: ChatEncoder, templates: JudgeTemplates) -> list[int]:
 class VLLMSync:
     """Keeps the engine's policy equal to the training model. With LoRA, the engine also judges.
 
-    With LoRA, the engine contains one copy of the frozen base model. Sampling uses the current
+    With LoRA, the engine holds one copy of the frozen base model. Sampling uses the current
     adapter, which is reloaded after every update. Judging uses the base model alone (or the frozen
-    "ref" adapter of a given `PeftModel`). With full fine-tuning, the engine contains the policy,
+    "ref" adapter of a given `PeftModel`). With full fine-tuning, the engine holds the policy,
     whose weights are replaced after every update, and the judge stays in the training process.
 
     `judges` is `True` if the engine also judges. In the first rollouts, the engine's probabilities
