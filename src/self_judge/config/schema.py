@@ -415,7 +415,8 @@ def accumulation_steps(global_batch_size: int, per_device: int, processes: int) 
         )
         raise ConfigError(
             f"global_batch_size {global_batch_size} is not divisible by {at_once} "
-            f"({per_device} per device × {processes} processes): {advice}, or change global_batch_size"
+            f"({per_device} per device × {processes} processes): {advice}, or change "
+            "global_batch_size"
         )
     return steps
 
