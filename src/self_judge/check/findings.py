@@ -114,7 +114,7 @@ def chat_findings(encoder: ChatEncoder) -> Iterator[Finding]:
 def judge_findings(
     templates: JudgeTemplates, encoder: ChatEncoder, name: str, revision: str | None = None
 ) -> Iterator[Finding]:
-    """Checks, for self-training, for judge settings that differ from the model's judge.json."""
+    """Checks whether judge settings for self-training differ from the model's judge.json."""
     saved = load_judge_settings(name, revision)
     if saved is None:
         yield warning(

@@ -228,9 +228,9 @@ def _one_after_the_other(trees: Sequence[Row]) -> Row:
     )
 
 
-# The fixed cost of a pass, as a fraction of the cost of `batch_tokens` tokens. The value is between
-# 1/40, which follows from the slowdown of matrix products with half as many tokens, and 1/12, which
-# was measured for a whole model on two CPU cores.
+# The fixed cost of a pass, as a fraction of the cost of `batch_tokens` tokens. Timing only the
+# matrix products of a model, with all tokens and with half of them, gives 1/40. Timing a whole
+# model on two CPU cores gives 1/12.
 _PRICE_OF_A_PASS = 1 / 16
 
 
