@@ -1,11 +1,11 @@
-"""What self_judge does on a machine with one GPU: a JSON line a finding, ordered by value.
+"""Checks correctness and speed on a machine with one GPU, and prints one JSON line per result.
 
     python benchmarks/gpu --model SMOLLM2 --data HH [--out OUT] [--parts exact,flex] [--until 600]
     python benchmarks/gpu --tiny
 
-SMOLLM2 is a Transformers folder, HH the folder of the HH files. Findings are printed and added to
-OUT/results.jsonl. An error in one is a line, and no end; a part that overruns its limit is ended.
-`--tiny` is a dry run on the CPU. Nothing is fetched from anywhere.
+SMOLLM2 is a Transformers folder, and HH is the folder of the HH files. Results are printed and
+added to OUT/results.jsonl. An error is printed as a line, and the check continues. A part is
+stopped at its time limit. `--tiny` is a dry run on the CPU. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "src")]
 
 
 def main() -> int:
-    """Exit status: 0 if every part came to its end."""
+    """Returns the exit status: 0 if every part ran to its end."""
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part in hand ends, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also stops the current part
     from running import PARTS, TINY_WORLD, run
 
     names = [part.name for part in PARTS]
@@ -33,12 +33,28 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     root = HERE.parents[1]
-    parser.add_argument("--model", type=Path, default=root / "outputs/real/smollm2")
-    parser.add_argument("--data", type=Path, default=root.parent / "shared/data/hh-rlhf")
-    parser.add_argument("--out", type=Path, default=root / "outputs/gpu")
-    parser.add_argument("--parts", default=",".join(names), help="names, in the order given")
-    parser.add_argument("--shapes", default="1b,7b,smollm2")
-    parser.add_argument("--until", type=float, default=float("inf"), help="seconds for all")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=root / "outputs/real/smollm2",
+        help="a folder with SmolLM2 (make real)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=root.parent / "shared/data/hh-rlhf",
+        help="a folder with the HH files",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=root / "outputs/gpu", help="a folder for the results"
+    )
+    parser.add_argument(
+        "--parts", default=",".join(names), help="names of parts, in the order to run"
+    )
+    parser.add_argument(
+        "--shapes", default="1b,7b,smollm2", help="model shapes for the speed parts"
+    )
+    parser.add_argument("--until", type=float, default=float("inf"), help="seconds for all parts")
     parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU")
     given = parser.parse_args()
     asked = given.parts.split(",")

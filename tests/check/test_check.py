@@ -475,7 +475,10 @@ def test_prefixes_that_will_not_be_shared_are_warned_of(
 def test_bf16_alone_is_no_reason_not_to_share_prefixes(base: Path, data: dict[str, Path]) -> None:
     for full in ([], ["peft_config=null"]):
         own = [*given(base, data["hh"]), "training_args.bf16=true", *full]
-        assert "does not share prefixes" not in warnings(check(JSFT, own))
+        report = check(JSFT, own)
+        assert "does not share prefixes" not in warnings(report)
+        notes = [f.text for f in report.findings if f.level == "note"]
+        assert any("the update shares prefixes (tree): exact with sdpa" in text for text in notes)
 
 
 @pytest.mark.parametrize("packing", ["auto", "off"])

@@ -221,7 +221,9 @@ def packing_findings(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -
             except ValueError as error:
                 yield problem(about, str(error))
                 return
-            if choice == "auto" and decision.route in ("padding", "off"):
+            if decision.route not in ("padding", "off"):
+                yield note(about, f"{what} shares prefixes ({decision.route}): {decision.reason}")
+            elif choice == "auto":
                 yield warning(about, f"{what} does not share prefixes: {decision.reason}")
         if isinstance(run, SelfJudgeRun) and not run.self_judge_args.use_vllm:
             why = why_not_shared(model)

@@ -178,4 +178,6 @@ def _findings(report: Report, console: Console) -> None:
         verdict = f"{count} problem{'s' if count > 1 else ''}: this run would go wrong"
         _line(console, verdict, "bold red")
     else:
-        _line(console, "no problems found", "bold green")
+        warned = sum(finding.level == "warning" for finding in report.findings)
+        warnings = f", but {warned} warning{'s' if warned > 1 else ''}" if warned else ""
+        _line(console, f"no problems found{warnings}", "bold green")
