@@ -22,7 +22,9 @@ from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
 from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import RankShards
 from self_judge.console import say
-from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
+from self_judge.data.benchmarks import BenchmarkSource, read_comparisons
+from self_judge.data.labeled_pairs import LabeledComparison
+from self_judge.evaluation.benchmark_metrics import BenchmarkTally
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
 from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.thoughts import answer_of
@@ -32,7 +34,8 @@ from self_judge.storage.jsonl import read_journal, settings_path
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
-_LINE = ("source", "index", "subset", "principle", "label", "digest")  # fields of the pair
+# The fields of a pair in a line of the output.
+_LINE = ("source", "index", "subset", "principle", "label", "digest", "benchmark", "part")
 _ALL = ""  # the key for all pairs, alongside the subset names
 
 
@@ -184,11 +187,19 @@ def _judged_pair(line: Mapping[str, Any], principles: Sequence[str]) -> JudgedPa
 
 def _tallied(verdicts: Path, principles: Sequence[str]) -> dict[str, Any]:
     tallies = {_ALL: JudgeTally(principles)}
-    for line in read_journal(verdicts):
-        pair = _judged_pair(line, principles)
-        for name in dict.fromkeys((_ALL, line["subset"] or _ALL)):
-            tallies.setdefault(name, JudgeTally(principles)).add(pair)
-    return _reports(tallies)
+    own = BenchmarkTally()
+    for _, found in itertools.groupby(
+        read_journal(verdicts), lambda line: (line["source"], line["index"])
+    ):
+        lines = list(found)
+        pairs = [_judged_pair(line, principles) for line in lines]
+        for line, pair in zip(lines, pairs, strict=True):
+            for name in dict.fromkeys((_ALL, line["subset"] or _ALL)):
+                tallies.setdefault(name, JudgeTally(principles)).add(pair)
+        # Earlier versions did not write the benchmark.
+        parts = [line.get("part", "") for line in lines]
+        own.add(lines[0].get("benchmark", ""), lines[0]["subset"], parts, pairs)
+    return {**_reports(tallies), "benchmarks": own.report()}
 
 
 def _reports(tallies: dict[str, Any]) -> dict[str, Any]:
