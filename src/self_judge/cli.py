@@ -142,7 +142,8 @@ def _add_evaluation(commands: Commands) -> None:
     add("--data-dir", metavar="DIR", help="subfolder of DATA")
     add("--name", help="configuration name of a Hub dataset")
     add("--data-revision", metavar="REV", help="revision of a Hub dataset")
-    add("--max-pairs", type=int, metavar="N", help="use the first N pairs from each source")
+    add("--max-pairs", type=int, metavar="N",
+        help="use at most N pairs from each source, spread over its subsets")
     _add_judge(evaluate)
     evaluate.set_defaults(run=_eval)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -425,3 +426,85 @@ def test_other_data_has_no_metric_of_its_own(evaluated: Eval, tmp_path: Path, ca
     records = [{"prompt": "q", "chosen": "3 points", "rejected": "2 points", "subset": "Math"}]
     assert evaluated(jsonl(tmp_path / "rewardbench.jsonl", records))["benchmarks"] == {}
     assert "its own metric" not in capsys.readouterr().out
+
+
+# -- --max-pairs ----------------------------------------------------------------------------------
+
+
+def llmbar(folder: Path, sizes: dict[str, int]) -> Path:
+    for name, size in sizes.items():
+        (folder / name).mkdir(parents=True)
+        records = [
+            {"input": f"{name} {i}?", "output_1": "1 no", "output_2": "2 yes", "label": 1 + i % 2}
+            for i in range(size)
+        ]
+        (folder / name / "dataset.json").write_text(json.dumps(records))
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_max_pairs_spreads_over_the_subsets(
+    seed: int, evaluated: Eval, tmp_path: Path, capsys: Any
+) -> None:
+    generator = random.Random(seed)
+    sizes = {f"part {i}": generator.randint(1, 30) for i in range(generator.randint(2, 6))}
+    most = generator.randint(len(sizes), 60)
+    told = evaluated(llmbar(tmp_path / "bench", sizes), "--max-pairs", str(most))
+    taken = {name: report["pairs"] for name, report in told["subsets"].items()}
+    assert sum(taken.values()) == min(most, sum(sizes.values()))
+    assert taken.keys() == sizes.keys()
+    # A subset has fewer pairs than another, by more than one, only if it has no more to give.
+    for name, count in taken.items():
+        assert count == sizes[name] or count >= max(taken.values()) - 1
+    left = sum(sizes.values()) - sum(taken.values())
+    assert told["skipped"] == ({"beyond max_pairs": left} if left else {})
+    assert (f"beyond max_pairs: {left}" in capsys.readouterr().out) == bool(left)
+
+
+def test_a_subset_without_a_pair_is_named(evaluated: Eval, tmp_path: Path, capsys: Any) -> None:
+    folder = llmbar(tmp_path / "bench", {"one": 4, "two": 4, "three": 5})
+    told = evaluated(folder, "--max-pairs", "2")
+    assert set(told["subsets"]) == {"one", "three"}  # in the order of the folder
+    assert told["skipped"] == {
+        "beyond max_pairs": 7,
+        "beyond max_pairs, the whole subset two": 4,
+    }
+    assert "the whole subset two: 4" in capsys.readouterr().out
+
+
+def test_max_pairs_takes_all_pairs_of_a_record_or_none(
+    evaluated: Eval, tmp_path: Path, capsys: Any
+) -> None:
+    generator = random.Random(1)
+    records: Records = [
+        {
+            "prompt": f"{i}?",
+            "chosen": [response(generator) for _ in range(3)],
+            "rejected": [response(generator) for _ in range(3)],
+            "domain": ("chat", "chat", "math", "code")[i % 4],
+        }
+        for i in range(20)
+    ]
+    path = jsonl(tmp_path / "rm.jsonl", records)
+    told = evaluated(path, "--max-pairs", "40")
+    assert {n: r["pairs"] for n, r in told["subsets"].items()} == {
+        "chat": 18, "math": 9, "code": 9,
+    }  # fmt: skip
+    (easy,) = {m["easy"]["n"] for n, m in told["benchmarks"]["RM-Bench"]["subsets"].items()
+               if n != "chat"}  # fmt: skip
+    assert easy == 1
+    assert main(["eval", str(path), "--model", str(tmp_path / "judge"), "--output",
+                 str(tmp_path / "other"), "--max-pairs", "8"]) == 2  # fmt: skip
+    assert "max_pairs 8 is less than the 9 pairs of one record: use at least 9" in (
+        capsys.readouterr().err
+    )
+
+
+def test_max_pairs_keeps_the_two_prompts_of_a_tie_together(evaluated: Eval, tmp_path: Path) -> None:
+    records = sorted(ties(random.Random(2), 8), key=lambda r: r["id"])  # all ref, then all tied
+    told = evaluated(jsonl(tmp_path / "ties.jsonl", records), "--max-pairs", "60")
+    assert told["overall"]["pairs"] <= 60
+    lines = (tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()
+    kinds = Counter(part.partition(":")[0] for part in {json.loads(line)["part"] for line in lines})
+    assert kinds["tied"] >= 2
+    assert told["benchmarks"]["RewardBench 2"]["subsets"]["Ties"]["score"]["n"] == kinds["tied"]

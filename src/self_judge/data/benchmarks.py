@@ -8,11 +8,11 @@ or from local files and folders.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,64 @@ class BenchmarkSource:
     revision: str | None = None
 
 
+# A subset; and in the subset Ties of RewardBench 2, the kind of prompt.
+_Stratum = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The first records of each subset, as selected by `share_of`.
+
+    Attributes:
+        records: the number of records to use from each subset.
+        left_out: the number of pairs left out, by reason.
+    """
+
+    records: Counter[_Stratum]
+    left_out: Counter[str]
+
+
+def share_of(source: BenchmarkSource, max_pairs: int) -> Share:
+    """Selects at most `max_pairs` pairs, spread evenly over the subsets.
+
+    The subsets take turns, and each takes its next record with all of its pairs, because some
+    metrics need all pairs of a record. A subset leaves when its next record does not fit.
+
+    Raises:
+        DataError: as in `read_comparisons`, or no record has as few as `max_pairs` pairs.
+    """
+    sizes: defaultdict[_Stratum, list[int]] = defaultdict(list)
+    pairs: Counter[str] = Counter()
+    for stratum, record in _records(source, Counter()):
+        pairs[stratum[0]] += len(record)
+        if len(sizes[stratum]) < max_pairs:
+            sizes[stratum].append(len(record))
+    taken: Counter[_Stratum] = Counter()
+    taken_pairs: Counter[str] = Counter()
+    active = list(sizes)
+    while active:
+        for stratum in tuple(active):
+            size = next(iter(sizes[stratum][taken[stratum] :]), None)
+            if size is None or size > max_pairs - taken_pairs.total():
+                active.remove(stratum)
+            else:
+                taken[stratum] += 1
+                taken_pairs[stratum[0]] += size
+    if sizes and not taken_pairs:
+        least = min(all_of[0] for all_of in sizes.values())
+        raise DataError(
+            f"{source.path}: max_pairs {max_pairs} is less than the {least} pairs of one record: "
+            f"use at least {least}"
+        )
+    left_out: Counter[str] = Counter()
+    for name, count in (pairs - taken_pairs).items():
+        whole = "" if taken_pairs[name] else f", the whole subset {name}"
+        left_out[f"beyond max_pairs{whole}"] += count
+    return Share(taken, left_out)
+
+
 def read_comparisons(
-    source: BenchmarkSource, skipped: Counter[str] | None = None
+    source: BenchmarkSource, skipped: Counter[str] | None = None, share: Share | None = None
 ) -> Iterator[LabeledComparison]:
     """Yields the labeled comparisons from a source in order.
 
@@ -53,11 +109,36 @@ def read_comparisons(
 
     Args:
         skipped: a counter to which the number of skipped items for each reason is added.
+        share: the records to use; default: all.
 
     Raises:
         DataError: the source has no records, its format is unknown, or a record is malformed.
     """
     skipped = Counter() if skipped is None else skipped
+    if share is None:
+        yield from _comparisons(source, skipped)
+        return
+    skipped.update(share.left_out)
+    left = Counter(share.records)
+    for stratum, record in _records(source, skipped):
+        if left[stratum]:
+            left[stratum] -= 1
+            yield from record
+        if not left.total():
+            return
+
+
+def _records(
+    source: BenchmarkSource, skipped: Counter[str]
+) -> Iterator[tuple[_Stratum, list[LabeledComparison]]]:
+    """Yields each record's pairs."""
+    for _, found in groupby(_comparisons(source, skipped), lambda pair: (pair.source, pair.index)):
+        record = list(found)
+        # "ref:3" and "tied:3" belong together, so both kinds of prompts are read from their start.
+        yield (record[0].subset, record[0].part.partition(":")[0]), record
+
+
+def _comparisons(source: BenchmarkSource, skipped: Counter[str]) -> Iterator[LabeledComparison]:
     for label, subset, records in _parts(source):
         first = next(records, None)
         if first is None:
