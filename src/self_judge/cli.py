@@ -132,8 +132,8 @@ def _add_evaluation(commands: Commands) -> None:
     evaluate = commands.add_parser("eval", help="evaluate a judge on labeled pairs")
     add = evaluate.add_argument
     add("data", nargs="+", metavar="DATA",
-        help="LLMBar, PandaLM, HHH, MT-Bench votes, RewardBench, HH, or any preference data, as "
-        "files, folders or dataset IDs on the Hub")
+        help="LLMBar, PandaLM, HHH, JudgeBench, RM-Bench, RewardBench (2), MT-Bench or "
+        "arena votes, HH, or any preference data, as files, folders or dataset IDs on the Hub")
     add("--model", required=True, metavar="MODEL", help="the judge")
     add("--output", required=True, metavar="DIR", help="output folder")
     add("--compare", metavar="MODEL",
@@ -142,7 +142,8 @@ def _add_evaluation(commands: Commands) -> None:
     add("--data-dir", metavar="DIR", help="subfolder of DATA")
     add("--name", help="configuration name of a Hub dataset")
     add("--data-revision", metavar="REV", help="revision of a Hub dataset")
-    add("--max-pairs", type=int, metavar="N", help="use the first N pairs from each source")
+    add("--max-pairs", type=int, metavar="N",
+        help="use at most N pairs from each source, spread over its subsets")
     _add_judge(evaluate)
     evaluate.set_defaults(run=_eval)
 

@@ -174,7 +174,8 @@ def test_several_sources_and_a_limit(benchmark: Path, saved_judge: Path, tmp_pat
                  "--max-pairs", "3"]) == 0  # fmt: skip
     told = results(output)["subsets"]
     assert {name: r["pairs"] for name, r in told.items()} == {
-        "bench/Adversarial/Manual": 3,
+        "bench/Adversarial/Manual": 2,
+        "bench/Natural": 1,
         "rewards.jsonl/chat": 3,
     }
 

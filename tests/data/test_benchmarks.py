@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from conftest import SHARED
-from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
+from self_judge.data.benchmarks import BenchmarkSource, read_comparisons
+from self_judge.data.labeled_pairs import LabeledComparison
 from self_judge.errors import DataError
 
 
@@ -133,6 +134,21 @@ def test_a_folder_of_folders_has_a_subset_each(tmp_path: Path) -> None:
     assert pairs[1].source.endswith("test.jsonl")
 
 
+def test_parts_of_a_file_in_a_folder_data_are_one_subset(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        given = {"prompt": f"{i}?", "chosen": "x", "rejected": "y", "subset": "abc"[i]}
+        read(tmp_path / f"data/test-0000{i}-of-00003.jsonl", given)
+    read(tmp_path / "data/train-00000-of-00001.jsonl", {"prompt": "q", "chosen": "x"} | given)
+    assert [(p.comparison.context, p.subset) for p in read(tmp_path)] == [
+        ("0?", "a"),
+        ("1?", "b"),
+        ("2?", "c"),
+    ]
+    with pytest.raises(DataError, match="no file for split validation; found splits: test, train"):
+        read(tmp_path, splits=("validation",))
+
+
 def test_several_splits_are_subsets(tmp_path: Path) -> None:
     for split in ("train", "test"):
         read(tmp_path / f"{split}.jsonl", {"prompt": split, "chosen": "x", "rejected": "y"})
@@ -151,14 +167,63 @@ def test_several_splits_are_subsets(tmp_path: Path) -> None:
         ({"input": "q", "targets": {"choices": ["x"], "labels": [1]}}, "one 0 and one 1"),
         (
             {"conversation_a": [], "conversation_b": [], "winner": "nobody"},
-            "expected model_a, model_b or tie",
+            "expected model_a, model_b, tie or both_bad, got 'nobody'",
         ),
         (
             {"conversation_a": [], "conversation_b": [], "winner": "tie"},
             "field 'conversation_a': expected a question and an answer for turn 1",
         ),
+        *(
+            (
+                {"conversation_a": [], "conversation_b": [], "winner": "tie", "turn": turn},
+                f"field 'turn': expected an integer of at least 1, got {turn!r}",
+            )
+            for turn in (0, -1, 1.5, "second")
+        ),
+        (
+            {"conversation_a": "no list", "conversation_b": [], "winner": "tie"},
+            "field 'conversation_a': expected a list, or one as JSON, got no list",
+        ),
+        (
+            {"prompt": "[]", "response_a": "[]", "response_b": "[]", "winner_model_a": 1,
+             "winner_model_b": 1, "winner_tie": 0},
+            "expected one 1 and two 0 in .* got \\[1.0, 1.0, 0.0\\]",
+        ),
+        (
+            {"prompt": '["q", "r"]', "response_a": '["x"]', "response_b": '["y", "z"]',
+             "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0},
+            "field 'response_a': expected 2 answers, got 1",
+        ),
+        (
+            {"question": "q", "response_A": "x", "response_B": "y", "label": "A"},
+            "record 0, field 'label': expected 'A>B' or 'B>A', got 'A'",
+        ),
+        (
+            {"prompt": "q", "chosen": ["x"] * 3, "rejected": ["y"] * 2, "domain": "chat"},
+            "field 'rejected': expected three styles, got 2",
+        ),
+        (
+            {"prompt": "q", "chosen": ["x", "z"], "rejected": ["y"], "subset": "Math"},
+            "field 'chosen': expected one response, got 2",
+        ),
+        (
+            {"prompt": "q", "chosen": ["x"], "rejected": [], "subset": "Math"},
+            "field 'rejected': expected at least one response, got none",
+        ),
+        (
+            {"prompt": "q", "chosen": ["x"], "rejected": ["y", None], "subset": "Math"},
+            "field 'rejected\\[1\\]': expected text, got NoneType",
+        ),
+        (
+            {"prompt": "q", "chosen": ["x"], "rejected": ["y"], "subset": "Ties", "id": "7"},
+            "field 'id': expected ref:N or tied:N in the subset Ties, got '7'",
+        ),
+        (
+            {"prompt": "q", "chosen": ["x"], "rejected": ["y"], "kind": "Math"},
+            "needs a column domain .* or subset .* found \\['chosen', 'kind', 'prompt', 'reject",
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_malformed_record_is_named(record: dict[str, Any], message: str, file: Path) -> None:
     with pytest.raises(DataError, match=message):
         read(file, record)

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
 from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import RankShards
 from self_judge.console import say
-from self_judge.data.benchmarks import BenchmarkSource, LabeledComparison, read_comparisons
+from self_judge.data.benchmarks import BenchmarkSource, Share, read_comparisons, share_of
+from self_judge.data.labeled_pairs import LabeledComparison
+from self_judge.evaluation.benchmark_metrics import BenchmarkTally
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
 from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.thoughts import answer_of
@@ -32,7 +35,8 @@ from self_judge.storage.jsonl import read_journal, settings_path
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
-_LINE = ("source", "index", "subset", "principle", "label", "digest")  # fields of the pair
+# The fields of a pair in a line of the output.
+_LINE = ("source", "index", "subset", "principle", "label", "digest", "benchmark", "part")
 _ALL = ""  # the key for all pairs, alongside the subset names
 
 
@@ -42,7 +46,8 @@ class JudgeEvaluation:
 
     Args:
         sources: sources of labeled comparisons.
-        max_pairs: the number of pairs to use from the start of every source; default: all.
+        max_pairs: the maximum number of pairs from each source, spread evenly over its subsets (see
+            `share_of`); default: all.
         chunk: number of comparisons per write to disk.
     """
 
@@ -54,10 +59,15 @@ class JudgeEvaluation:
         if self.max_pairs is not None and self.max_pairs < 1:
             raise ValueError(f"--max-pairs must be at least 1, got {self.max_pairs}")
 
+    @cached_property
+    def _shares(self) -> list[Share | None]:
+        most = self.max_pairs
+        return [None if most is None else share_of(source, most) for source in self.sources]
+
     def read(self, skipped: Counter[str] | None = None) -> Iterator[LabeledComparison]:
         """Yields all comparisons. With several sources, subset names include source names."""
-        for source in self.sources:
-            for pair in itertools.islice(read_comparisons(source, skipped), self.max_pairs):
+        for source, share in zip(self.sources, self._shares, strict=True):
+            for pair in read_comparisons(source, skipped, share):
                 if len(self.sources) > 1:
                     named = "/".join(p for p in (Path(source.path).name, pair.subset) if p)
                     pair = replace(pair, subset=named)
@@ -184,11 +194,19 @@ def _judged_pair(line: Mapping[str, Any], principles: Sequence[str]) -> JudgedPa
 
 def _tallied(verdicts: Path, principles: Sequence[str]) -> dict[str, Any]:
     tallies = {_ALL: JudgeTally(principles)}
-    for line in read_journal(verdicts):
-        pair = _judged_pair(line, principles)
-        for name in dict.fromkeys((_ALL, line["subset"] or _ALL)):
-            tallies.setdefault(name, JudgeTally(principles)).add(pair)
-    return _reports(tallies)
+    own = BenchmarkTally()
+    for _, found in itertools.groupby(
+        read_journal(verdicts), lambda line: (line["source"], line["index"])
+    ):
+        lines = list(found)
+        pairs = [_judged_pair(line, principles) for line in lines]
+        for line, pair in zip(lines, pairs, strict=True):
+            for name in dict.fromkeys((_ALL, line["subset"] or _ALL)):
+                tallies.setdefault(name, JudgeTally(principles)).add(pair)
+        # Earlier versions did not write the benchmark.
+        parts = [line.get("part", "") for line in lines]
+        own.add(lines[0].get("benchmark", ""), lines[0]["subset"], parts, pairs)
+    return {**_reports(tallies), "benchmarks": own.report()}
 
 
 def _reports(tallies: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     """Prints the tables of an evaluation."""
     overall = results["overall"]
     console.print(_accuracy_table(results))
+    _print_benchmarks(results, console)
     console.print(_bias_table(overall))
     if results["subsets"]:
         console.print(_subset_table(results["subsets"]))
@@ -48,6 +49,7 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
         console.print(_ties_table(overall))
     if "compared_with" in results:
         console.print(_compared_table(results["compared_with"]))
+        _print_benchmarks(results["compared_with"], console)
     for reason, count in overall["undecidable"]["reasons"].items():
         say(console, f"undecidable, {reason}: {count:,}")
     for reason, count in results["skipped"].items():
@@ -66,6 +68,22 @@ def _accuracy_table(results: Mapping[str, Any]) -> Table:
             for name, report in reports.items()
         ),
     )
+
+
+def _print_benchmarks(results: Mapping[str, Any], console: Console) -> None:
+    """Prints each benchmark's own metric."""
+    for name, report in results["benchmarks"].items():
+        rows = {**report["subsets"], "all": report["overall"]}
+        metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+        title = f"{name}: its own metric, for {results['judge']['model']}"
+        cells = (
+            (subset, *(interval(row[m]) if m in row else "" for m in metrics))
+            for subset, row in rows.items()
+            if subset
+        )
+        console.print(table(title, ("", *metrics), cells))
+        if alone := report.get("unpaired"):
+            say(console, f"{name}, Ties: {alone:,} prompts without a counterpart do not count")
 
 
 def _bias_table(overall: Mapping[str, Any]) -> Table:

@@ -122,7 +122,7 @@ class JudgeTally:
         if verdict.undecidable_because is not None:
             self.reasons[verdict.undecidable_because] += 1
         finite = bool(verdict.probabilities) and math.isfinite(verdict.margin)
-        first, second = map(_sign, verdict.order_margins() if finite else (0.0, 0.0))
+        first, second = winners(verdict)
         consistent = first if first == second else "tie"
         means["with_ties"].add(float(consistent == label))
         if label == "tie":
@@ -292,6 +292,12 @@ class JudgeTally:
             for names, counts in self.both.items()
         ]
         return {"pairwise": table, "fleiss_kappa": fleiss_kappa(self.votes)}
+
+
+def winners(verdict: Verdict) -> tuple[Label, Label]:
+    """Returns the winner in each order. Orders without finite scores are ties."""
+    first, second = verdict.order_margins() if math.isfinite(verdict.margin) else (0.0, 0.0)
+    return _sign(first), _sign(second)
 
 
 def _sign(difference: float) -> Label:

@@ -101,14 +101,32 @@ def bootstrap_counts(counts: Mapping[float, int], seed: int = 0) -> Estimate:
     Raises:
         ValueError: there are no values.
     """
-    n = sum(counts.values())
-    if n < 1:
-        raise ValueError("a mean needs at least one value")
-    values = np.array(list(counts), dtype=float)
-    weights = np.array(list(counts.values())) / n
-    draws = np.random.default_rng(seed).multinomial(n, weights, size=9999)
-    low, high = np.quantile(draws @ values / n, (0.025, 0.975))
-    return Estimate(float(values @ weights), float(low), float(high), n)
+    return bootstrap_strata([counts], seed)
+
+
+def bootstrap_strata(strata: Sequence[Mapping[float, int]], seed: int = 0) -> Estimate:
+    """Returns the mean over strata of each stratum's mean. Each stratum is resampled separately.
+
+    Args:
+        strata: the distinct values and their counts in each stratum.
+        seed: the seed for resampling.
+
+    Raises:
+        ValueError: a stratum has no values.
+    """
+    rng = np.random.default_rng(seed)
+    total, mean, resampled = 0, 0.0, np.zeros(9999)
+    for counts in strata:
+        n = sum(counts.values())
+        if n < 1:
+            raise ValueError("a mean needs at least one value")
+        values = np.array(list(counts), dtype=float)
+        weights = np.array(list(counts.values())) / n
+        resampled += rng.multinomial(n, weights, size=9999) @ values / n
+        mean += float(values @ weights)
+        total += n
+    low, high = np.quantile(resampled / len(strata), (0.025, 0.975))
+    return Estimate(mean / len(strata), float(low), float(high), total)
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Estimate:
