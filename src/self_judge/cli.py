@@ -116,14 +116,14 @@ def _add_tournament(commands: Commands) -> None:
         "tournament", help="pick the best of N responses in a knockout (self-rejection)"
     )
     add = tournament.add_argument
-    add("input", metavar="IN.jsonl", help="JSON Lines file with contexts and responses, or prompts")
-    add("output", metavar="OUT.jsonl", help="output file, with one line per input line")
-    add("--model", required=True, metavar="DIR", help="a model trained with JSFT")
+    add("input", metavar="IN", help="file of contexts and responses, or prompts")
+    add("output", metavar="OUT.jsonl", help="output file, with one line per record")
+    add("--model", required=True, metavar="MODEL", help="the judge")
     add("--policy", metavar="DIR", help="model that samples responses (default: the judge)")
     add("--n", type=int, default=16, help="number of responses to sample per prompt (default: 16)")
     _add_sampling(tournament)
     add("--brackets", action="store_true", help="also write each tournament's bracket")
-    _add_bulk(tournament, "lines", 256)
+    _add_judge(tournament, "lines", 256)
     tournament.set_defaults(run=_tournament)
 
 
@@ -163,9 +163,8 @@ def _add_evaluation(commands: Commands) -> None:
 
     judge = commands.add_parser("judge", help="judge pairs of responses in bulk")
     add = judge.add_argument
-    add("input", metavar="IN.jsonl",
-        help="JSON Lines file with a context or prompt and two responses per line")
-    add("output", metavar="OUT.jsonl", help="output file, with one line per input line")
+    add("input", metavar="IN", help="file with a context or prompt and two responses per record")
+    add("output", metavar="OUT.jsonl", help="output file, with one line per record")
     add("--model", required=True, metavar="MODEL", help="the judge")
     add("--field", default="verdict", help="key of the verdict in an output line")
     _add_judge(judge)
@@ -180,7 +179,10 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="random seed (default: 0)")
 
 
-def _add_judge(command: argparse.ArgumentParser) -> None:
+def _add_judge(
+    command: argparse.ArgumentParser, things: str = "pairs", chunk: int = 64
+) -> None:
+    """Adds the options that all commands with a judge share."""
     add = command.add_argument
     add("--templates", metavar="FILE",
         help="YAML file with judge templates that replace those in judge.json, if any")
@@ -188,12 +190,6 @@ def _add_judge(command: argparse.ArgumentParser) -> None:
     add("--packing", default="auto", choices=PACKING, help="how prompts share prefixes")
     add("--revision", metavar="REV", help="revision of a Hub model")
     add("--trust-remote-code", action="store_true")
-    _add_bulk(command, "pairs", 64)
-
-
-def _add_bulk(command: argparse.ArgumentParser, things: str, chunk: int) -> None:
-    """Adds the options that all resumable commands share."""
-    add = command.add_argument
     add("--batch-size", type=int, default=8, metavar="N",
         help="prompts per forward pass without packing (default: 8)")
     add("--max-length", type=int, metavar="N", help="maximum number of tokens in a judge prompt")

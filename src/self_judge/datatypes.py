@@ -57,8 +57,8 @@ class Verdict:
             response `b` first. Letter 0 is A and letter 1 is B. The tuple is empty if the pair
             was not judged.
         undecidable_because: the reason the judge cannot decide: an exact tie, a NaN or infinite
-            score, or a pair that was not judged because it exceeds `max_length` or a thought never
-            ends. `None` if the judge can decide.
+            score, or a pair that was not judged because it exceeds `max_length` or a thought has
+            no answer. `None` if the judge can decide.
     """
 
     preferred: Side | None
@@ -104,10 +104,11 @@ class Response:
         ids: the sampled token ids, including the end-of-turn token if the model emitted it.
         text: the decoded answer, without the thought, special tokens or surrounding whitespace.
         finished: whether the model ended the response itself and the response has an answer.
-            `False` if the response was cut at `max_new_tokens` or its thought never ends.
+            `False` if the response was cut at `max_new_tokens` or has no answer.
         thought: the decoded thought before the answer, or `None`.
         thought_length: the number of ids in the thought, including its markers.
-        answered: whether the response has an answer. A response whose thought never ends has none.
+        answered: whether the response has an answer. It has none if its thought never ends, or if
+            nothing follows the thought.
     """
 
     ids: tuple[int, ...]
@@ -124,7 +125,7 @@ class Response:
 
     @property
     def judged(self) -> str:
-        """The text for judges and files: the answer, or the thought if the thought never ends."""
+        """The text for judges and files: the answer, or the thought if there is no answer."""
         if self.answered:
             return self.text
         # A thought delimited by other markers may contain `</think>`, which would end it here.

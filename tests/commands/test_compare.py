@@ -90,5 +90,11 @@ def test_responses_to_other_or_fewer_prompts_are_refused(
     other = responses(tmp_path / "other.jsonl", ["no"] * 6, prompt="something else?")
     assert main(["compare", str(a), str(other), "--prompts", str(prompts), *judge]) == 2
     assert "differs from the prompt at the same index" in capsys.readouterr().err
+    torn = responses(tmp_path / "torn.jsonl", ["no"] * 6, finished="yes")
+    assert main(["compare", str(a), str(torn), "--prompts", str(prompts), *judge]) == 2
+    assert "torn.jsonl, line 1, field 'finished': expected true, false" in capsys.readouterr().err
+    for option in ("--sampling-batch-size", "--max-prompts", "--batch-size", "--max-length"):
+        assert main(["compare", str(a), str(a), *judge, option, "0"]) == 2
+        assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
     assert main(["compare", "m", "m", *judge]) == 2
     assert "--prompts FILE" in capsys.readouterr().err

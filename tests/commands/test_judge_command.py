@@ -169,7 +169,7 @@ def test_another_model_template_or_input_is_refused(
     [
         ({"response_a": "x", "response_b": "y"}, "field 'context': is missing"),
         ({"context": "x", "response_a": "x"}, "field 'response_b': is missing"),
-        ({"context": "x", "responses": ["x"]}, "field 'responses': expected a list of two strings"),
+        ({"context": "x", "responses": ["x"]}, "field 'responses': expected two strings, got 1"),
         ({"context": 3, "response_a": "x", "response_b": "y"}, "expected text, got int"),
         ({**pairs(1)[0], "verdict": {}}, "--field NAME"),
     ],
@@ -180,7 +180,7 @@ def test_a_line_that_cannot_be_used_is_named_before_anything_is_judged(
     source, target = write(tmp_path / "in.jsonl", pairs(1)[0], line), tmp_path / "out.jsonl"
     assert main(["judge", str(source), str(target), "--model", str(saved_judge)]) == 2
     error = capsys.readouterr().err
-    assert "record 1" in error
+    assert "line 2" in error
     assert message in error
     assert not target.exists() or not target.read_bytes()
 
@@ -234,7 +234,11 @@ def test_the_command_offers_every_way_of_packing() -> None:
 @pytest.mark.parametrize(
     ("command", "taken", "kinds"),
     [
-        ("tournament x y --model m", "input output", (TournamentJob, SamplingSettings)),
+        (
+            "tournament x y --model m",
+            "input output",
+            (JudgeChoice, TournamentJob, SamplingSettings),
+        ),
         ("judge x y --model m", "input output field", (JudgeChoice,)),
         (
             "eval x --model m --output o",
@@ -256,6 +260,18 @@ def test_every_value_of_a_command_is_taken_by_what_it_runs(
     fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     fields |= {*taken.split(), "command", "debug", "run", "chunk", "overwrite"}
     assert set(values) <= fields, set(values) - fields
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["tournament x y --model m", "eval x --model m --output o", "compare a b --judge m --output o"],
+)
+def test_every_command_that_judges_takes_the_same_judge_options(command: str) -> None:
+    judge = vars(_parser().parse_args(["judge", "x", "y", "--model", "m"]))
+    wanted = {field.name for field in dataclasses.fields(JudgeChoice)} - {"model"}
+    assert wanted <= judge.keys()
+    other = vars(_parser().parse_args(command.split()))
+    assert {name: other[name] for name in wanted} == {name: judge[name] for name in wanted}
 
 
 def test_a_mistake_in_the_templates_shows_at_once(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from self_judge.prompting.judge_json import save_judge_settings
 from thinking import QWEN_3, R1, thinking_tokenizer
 
 KINDS = {"qwen-3": (QWEN_3, "<think>\n"), "r1": (R1, "")}
+NO_ANSWER = "no answer after a thought"
 ENDLESS = "<think>\nsecret, and so on"
 WITH = "<think>\nsecret\n</think>\n\n"
 
@@ -124,12 +125,12 @@ def test_two_policies_are_compared_by_their_answers(
     told = json.loads((output / "results.json").read_text())
     # a has no answer to 0 and 3, b none to 2 and 4.
     because = [line["verdict"]["undecidable_because"] for line in lines(output / "pairs.jsonl")]
-    assert [i for i, why in enumerate(because) if why == "a thought never ends"] == [0, 2, 3, 4]
-    assert told["undecidable_because"]["a thought never ends"] == 4
+    assert [i for i, why in enumerate(because) if why == NO_ANSWER] == [0, 2, 3, 4]
+    assert told["undecidable_because"][NO_ANSWER] == 4
     assert told["characters"]["a"]["value"] == pytest.approx(4 * len("answer 1") / 6)
     assert told["characters"]["b"]["value"] == pytest.approx((3 + 3 + 5 + 4) / 6)
     assert told["finished"]["a"]["value"] == pytest.approx(4 / 6)
-    assert "a thought never ends" in " ".join(capsys.readouterr().out.split())
+    assert NO_ANSWER in " ".join(capsys.readouterr().out.split())
     assert not any("secret" in prompt for prompt in asked)
 
 
@@ -146,7 +147,10 @@ def test_given_pairs_are_judged_by_their_answers(
     assert main(["judge", source, str(target), "--model", str(saved_judge)]) == 0
     thought, plain, endless = (line["verdict"] for line in lines(target))
     assert thought == plain
-    assert (endless["preferred"], endless["undecidable_because"]) == (None, "a thought never ends")
+    assert (endless["preferred"], endless["undecidable_because"]) == (
+        None,
+        NO_ANSWER,
+    )
     assert not any("secret" in prompt for prompt in asked)
 
 
@@ -165,8 +169,8 @@ def test_an_evaluation_sees_answers_and_counts_those_without(
     told = json.loads((output / "results.json").read_text())
     assert told["overall"]["pairs"] == 1
     assert told["skipped"] == {
-        "pair: a thought never ends": 1,
-        "record: a thought never ends": 1,
+        "pair: no answer after a thought": 1,
+        "record: no answer after a thought": 1,
         "pair: identical responses": 1,
     }
     (line,) = lines(output / "verdicts.jsonl")
@@ -210,5 +214,37 @@ def test_a_judge_in_python_sees_the_answers(saved_judge: Path, asked: list[str])
         [Comparison("x?", f"{WITH}one", "two"), Comparison("x?", ENDLESS, ENDLESS)]
     )
     assert verdicts[0].preferred
-    assert verdicts[1].undecidable_because == "a thought never ends"
+    assert verdicts[1].undecidable_because == NO_ANSWER
     assert not any("secret" in prompt for prompt in asked)
+
+
+@pytest.mark.parametrize(
+    "empty", ["<think>\nsecret\n</think>", f"{WITH} \n", "[THINK]secret[/THINK]"]
+)
+def test_a_thought_with_nothing_behind_it_never_wins(
+    empty: str, saved_judge: Path, tmp_path: Path, asked: list[str]
+) -> None:
+    for given in ([empty, "one"], ["one", empty]):
+        source = write(tmp_path / "in.jsonl", {"context": "x?", "responses": given})
+        judged, best = tmp_path / "judged.jsonl", tmp_path / "best.jsonl"
+        more = ["--model", str(saved_judge), "--packing", "off", "--overwrite"]
+        assert main(["judge", source, str(judged), *more]) == 0
+        assert lines(judged)[0]["verdict"]["undecidable_because"] == NO_ANSWER
+        assert main(["tournament", source, str(best), *more]) == 0
+        assert lines(best)[0]["response"] == "one"
+        assert lines(best)[0]["unanswered"] == [given.index(empty)]
+    assert not asked
+
+
+@pytest.mark.parametrize("column", ["context", "prompt"])
+@pytest.mark.parametrize("command", ["judge", "tournament"])
+def test_thoughts_of_earlier_turns_do_not_reach_the_judge(
+    command: str, column: str, saved_judge: Path, tmp_path: Path, asked: list[str]
+) -> None:
+    asked_before = f"Human: a?\n\nAssistant: {WITH}shown\n\nHuman: b?"
+    source = write(tmp_path / "in.jsonl", {column: asked_before, "responses": ["one", "two"]})
+    more = ["--model", str(saved_judge), "--packing", "off"]
+    assert main([command, source, str(tmp_path / "out.jsonl"), *more]) == 0
+    assert asked
+    assert all("shown" in prompt and "secret" not in prompt for prompt in asked)
+    assert lines(tmp_path / "out.jsonl")[0][column] == asked_before

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from conftest import TEMPLATES
 from self_judge.cli import main
 
 
@@ -54,14 +56,14 @@ def test_prompts_without_responses_are_answered_first(saved_judge: Path, tmp_pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"context": "x", "responses": []}', "line 1: 'responses' must be a non-empty list"),
-        ('{"context": "x", "responses": "y"}', "line 1: 'responses' must be a non-empty list"),
-        ('{"responses": ["y"]}', "line 1: needs a string 'context'"),
-        ('{"context": "x"}', "line 1: needs 'responses', or a 'prompt'"),
+        ('{"context": "x", "responses": []}', "line 1, field 'responses': expected a non-empty"),
+        ('{"context": "x", "responses": "y"}', "line 1, field 'responses': expected a list"),
+        ('{"responses": ["y"]}', "line 1, field 'context': is missing, and so is 'prompt'"),
+        ('{"context": "x"}', "line 1, field 'responses': is missing, and so is a 'prompt'"),
         ('{"context": "x", "responses": ["y"]}\n{oops', "line 2: not JSON"),
         ("[1]", "line 1: expected a JSON object"),
-        ('{"prompt": 3}', "line 1: 'prompt' must be a string or a list of messages"),
-        ("", "the file has no lines"),
+        ('{"prompt": 3}', "line 1, field 'prompt': expected text or a list of messages"),
+        ("", "the file has no records"),
         ('{"context": "é"}', "in.jsonl: not UTF-8 text"),
     ],
 )
@@ -97,4 +99,14 @@ def test_a_model_without_judge_json_says_what_to_do(
     source.write_text('{"context": "x", "responses": ["y", "z"]}')
     status = main(["tournament", str(source), "out.jsonl", "--model", str(tmp_path / "plain")])
     assert status == 2
-    assert "has no judge.json" in capsys.readouterr().err
+    assert "has no judge.json" in (told := capsys.readouterr().err)
+    assert "--templates FILE" in told
+    templates, target = tmp_path / "templates.yaml", tmp_path / "out.jsonl"
+    templates.write_text(yaml.safe_dump({"templates": {"judge": TEMPLATES}}))
+    command = ["tournament", str(source), str(target), "--model", str(tmp_path / "plain")]
+    assert main([*command, "--templates", str(templates), "--packing", "off"]) == 0
+    assert lines(target)[0]["response"] in ("y", "z")
+    one = {"templates": {"judge": {"helpful": TEMPLATES["helpful"]}}}
+    templates.write_text(yaml.safe_dump(one))
+    assert main([*command, "--templates", str(templates)]) == 2
+    assert "templates was" in capsys.readouterr().err

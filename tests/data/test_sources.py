@@ -842,7 +842,7 @@ def test_prompts_are_read_from_texts_messages_and_turns(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", "".join(json.dumps(p) + "\n" for p in given))
     assert read_prompts(path) == [[user("a")], [user("b")], [user("c")]]
     bad = write(tmp_path / "q.jsonl", '{"prompt": " "}')
-    with pytest.raises(DataError, match=r"record 0, field 'prompt': expected non-empty text"):
+    with pytest.raises(DataError, match=r"line 1, field 'prompt': expected non-empty text"):
         read_prompts(bad)
 
 

@@ -426,7 +426,7 @@ COMMANDS = [
     Case("a line without the second response",
          lambda p: ["judge", str(p.file("l.jsonl", '{"context": "x", "response_a": "y"}')),
                     str(p.folder / "o.jsonl"), "--model", str(p.saved)],
-         ("l.jsonl, record 0, field 'response_b': is missing; found",), ""),
+         ("l.jsonl, line 1, field 'response_b': is missing; found",), ""),
     Case("a length below every prompt",
          lambda p: ["judge", str(p.file("l.jsonl", json.dumps(
              {"context": "x", "response_a": "y", "response_b": "z"}))),
@@ -436,7 +436,7 @@ COMMANDS = [
          lambda p: ["judge", str(p.file("l.jsonl", json.dumps(
              {"context": "x", "response_a": "y", "response_b": "z", "verdict": 1}))),
              str(p.folder / "o.jsonl"), "--model", str(p.saved)],
-         ("l.jsonl, record 0, field 'verdict': already exists", "--field NAME"),
+         ("l.jsonl, line 1, field 'verdict': already exists", "--field NAME"),
          ""),
     Case("an empty evaluation",
          lambda p: ["eval", str(p.data["hh"]), "--model", str(p.saved), "--output",

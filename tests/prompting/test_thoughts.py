@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import byte_bpe, wrap
-from self_judge import ChatEncoder
+from self_judge import ChatEncoder, Comparison
 from self_judge.datatypes import Response
 from self_judge.inference.sampling import sampled_response
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.prompting.thoughts import answer_of, split_thought
+from self_judge.prompting.thoughts import answer_of, answers_of, split_thought
 from thinking import QWEN_3, R1, thinking_tokenizer
 
 USER = [{"role": "user", "content": "what is the capital of France?"}]
@@ -57,6 +57,53 @@ def test_a_response_that_opens_with_a_thought_is_split(
 ) -> None:
     unchanged = thought is None and answer is None
     assert split_thought(text) == (thought, text if unchanged else answer)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<think>Hm.</think>", "<think>\n\n</think>\n\n", "Hm.\n</think>\n \n", "</think>",
+     "<think>a</think>\n[THINK]b[/THINK]", "<thinking>Hm.</thinking>\t", "<think>Hm. Wait,"],
+)  # fmt: skip
+def test_nothing_behind_a_thought_is_no_answer(text: str) -> None:
+    assert answer_of(text) is None
+
+
+@pytest.mark.parametrize("text", ["", " \n", "Paris.", "<think>\n</think>Paris."])
+def test_an_empty_response_without_a_thought_is_as_it_is(text: str) -> None:
+    assert answer_of(text) == text.removeprefix("<think>\n</think>")
+
+
+@pytest.mark.parametrize("markers", ["added", "special", "text"])
+@pytest.mark.parametrize("behind", ["", "\n\n", " \n"])
+def test_a_sampled_thought_with_nothing_behind_it_has_no_answer(markers: str, behind: str) -> None:
+    got = sample(thinking_tokenizer(R1, markers), f"Hm.\n</think>{behind}")
+    assert (got.text, got.thought, got.answered, got.finished) == ("", "Hm.", False, False)
+    assert answer_of(got.judged) is None
+
+
+@pytest.mark.parametrize(
+    ("context", "shown"),
+    [
+        ("Human: a\n\nAssistant: <think>secret</think>b\n\nHuman: c",
+         "Human: a\n\nAssistant: b\n\nHuman: c"),
+        ("Human: a\nAssistant: secret\n</think>\n\nb\n\nc\nHuman: d",
+         "Human: a\nAssistant: b\n\nc\nHuman: d"),
+        ("Assistant:\n[THINK]secret[/THINK] b", "Assistant:b"),
+        ("Human: a\n\nAssistant: <think>secret, and so on\n\nHuman: c",
+         "Human: a\n\nAssistant: \n\nHuman: c"),
+        ("Human: is <think> a tag?\n\nAssistant: yes, <think> is.", None),
+        ("what does <think>a</think> mean?", None),
+        ("Human: <think>mine</think>b", None),
+        ("Human: a\n\nAssistant: <thinking>", "Human: a\n\nAssistant: "),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_a_context_in_text_loses_the_thoughts_of_the_assistant_alone(
+    context: str, shown: str | None
+) -> None:
+    got = answers_of(Comparison(context, "a", "b"))
+    assert got is not None
+    assert got.context == (context if shown is None else shown)
 
 
 @given(st.lists(st.sampled_from(["<think>", "</think>", "a", "\n", "[THINK]", " ", "[/THINK]"])))

@@ -20,6 +20,7 @@ from self_judge import __version__
 from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
 from self_judge.commands.judge_choice import (
     JudgeChoice,
+    check_prompt,
     date_of,
     encoder_of,
     fingerprint,
@@ -28,9 +29,8 @@ from self_judge.commands.judge_choice import (
 from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
 from self_judge.console import ends, number, say, table
-from self_judge.data.files import read_raw, reader_of
-from self_judge.data.records import RecordRef
-from self_judge.data.sources import prompt_of, read_prompts
+from self_judge.data.files import reader_of
+from self_judge.data.sources import prompt_of, read_prompts, read_records
 from self_judge.datatypes import Comparison, Message, Verdict, stable_seed
 from self_judge.evaluation.judge_metrics import estimate_json
 from self_judge.evaluation.statistics import (
@@ -40,6 +40,7 @@ from self_judge.evaluation.statistics import (
     proportion,
 )
 from self_judge.judging.voting import verdict_from_json
+from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.prompting.thoughts import answer_of
 from self_judge.storage.atomic import write_json
@@ -62,6 +63,9 @@ class ComparisonJob:
         seed: sampling seed; each policy samples with different seeds derived from it.
         sampling_batch_size: number of responses sampled at a time.
         max_prompts: the number of prompts to use, from the start of the file; default: all.
+
+    Raises:
+        ValueError: a number is below 1.
     """
 
     policies: tuple[str, str]
@@ -71,19 +75,32 @@ class ComparisonJob:
     sampling_batch_size: int = 32
     max_prompts: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.sampling_batch_size < 1:
+            raise ValueError(
+                f"--sampling-batch-size must be at least 1, got {self.sampling_batch_size}"
+            )
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise ValueError(f"--max-prompts must be at least 1, got {self.max_prompts}")
+
     def read(self) -> list[list[Message]]:
         """Reads the prompts.
 
         Raises:
             ValueError: there are no prompts, or they cannot be used.
         """
+        prompts = read_prompts(self.source, max_records=self.max_prompts)
+        if not prompts:
+            raise ValueError(f"{self.source}: there are no prompts")
+        return prompts
+
+    @property
+    def source(self) -> str:
+        """The source of the prompts."""
         path = self.prompts or next((p for p in self.policies if is_responses(p)), None)
         if path is None:
             raise ValueError("no prompts to answer: pass --prompts FILE")
-        prompts = read_prompts(path, max_records=self.max_prompts)
-        if not prompts:
-            raise ValueError(f"{path}: there are no prompts")
-        return prompts
+        return path
 
 
 def is_responses(policy: str) -> bool:
@@ -123,9 +140,13 @@ def run_compare(
         raise ValueError(f"{output} contains a judge evaluation: choose another output folder")
     for policy in filter(is_responses, job.policies):
         _read_responses(Path(policy), prompts)  # find mistakes before sampling
+    encoders = {policy: encoder_of(policy) for policy in job.policies if not is_responses(policy)}
+    for encoder in encoders.values():
+        for (where, _), prompt in zip(read_records(job.source), prompts, strict=False):
+            check_prompt(encoder, prompt, where)
     for policy, side, file in zip(job.policies, "ab", files, strict=True):
-        if not is_responses(policy):
-            _sample(policy, side, job, prompts, file, overwrite)
+        if policy in encoders:
+            _sample(policy, encoders[policy], side, job, prompts, file, overwrite)
     responses = [_read_responses(file, prompts) for file in files]
 
     def items() -> Iterator[Item]:
@@ -174,14 +195,13 @@ def _results(
 
 def _sample(
     policy: str,
+    encoder: ChatEncoder,
     side: str,
     job: ComparisonJob,
     prompts: Sequence[Sequence[Message]],
     file: Path,
     overwrite: bool,
 ) -> None:
-    encoder = encoder_of(policy)
-
     def load() -> Work[tuple[int, Sequence[Message]]]:
         sampler = load_sampler(policy, encoder, job.sampling, job.sampling_batch_size)
 
@@ -219,14 +239,16 @@ def _sample(
 def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:
     """Reads `{"text", "finished"}` for each prompt, and checks any prompts in the file."""
     found: list[dict[str, Any]] = []
-    for index, line in enumerate(itertools.islice(read_raw(str(file)), len(prompts))):
-        where = RecordRef(str(file), index)
+    for where, line in itertools.islice(read_records(str(file)), len(prompts)):
         name = next((n for n in _RESPONSE_FIELDS if n in line), _RESPONSE_FIELDS[0])
         text = where.text(line, name)
         prompt = prompt_of(line, where)
-        if prompt is not None and prompt != list(prompts[index]):
+        if prompt is not None and prompt != list(prompts[where.index]):
             raise where.error("prompt", "differs from the prompt at the same index")
-        found.append({"text": text, "finished": line.get("finished")})
+        finished = line.get("finished")
+        if finished is not None and not isinstance(finished, bool):
+            raise where.expected("true, false or null", finished, "finished")
+        found.append({"text": text, "finished": finished})
     if len(found) < len(prompts):
         raise ValueError(f"{file}: {len(found):,} responses for {len(prompts):,} prompts")
     return found

@@ -1,7 +1,7 @@
 """Judges many comparisons in chunks and writes the verdicts to a resumable file.
 
 `eval` and `compare` use `judge_in_bulk`. `run_judge` implements `self-judge judge`, which adds
-verdicts to the lines of a JSON Lines file.
+verdicts to the records of a file.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from self_judge.commands.judge_choice import JudgeChoice
-from self_judge.commands.resumable import ResumableJob, Work, input_and_output
-from self_judge.data.files import read_raw
+from self_judge.commands.resumable import ResumableJob, Work, input_and_output, input_reader
 from self_judge.data.records import RecordRef
+from self_judge.data.sources import question_of
 from self_judge.datatypes import Comparison
 from self_judge.judging.voting import verdict_json
-from self_judge.prompting.judge_templates import dialogue_text
 
 CHUNK = 64  # number of comparisons per write to disk; a killed process loses at most one chunk
 
@@ -75,8 +74,6 @@ def judge_in_bulk(
         return judged
 
     def is_line_of(written: Mapping[str, Any], item: Item) -> bool:
-        # Compare dictionaries instead of values, because a dictionary comparison treats a NaN
-        # object as equal to itself.
         names = known_by or (written.keys() | item.line.keys()) - {field}
         there, given = (
             {name: line[name] for name in names if name in line} for line in (written, item.line)
@@ -112,18 +109,20 @@ def run_judge(
     process joins the shards.
 
     Args:
-        source: a JSON Lines file with `context` (a string) or `prompt` (a string or messages), and
-            with `response_a` and `response_b`, or `responses` with two strings.
+        source: a file of any supported type (see `files.FORMATS`), with `context` (a string) or
+            `prompt` (a string or messages), and with `response_a` and `response_b`, or `responses`
+            with two strings.
         target: the output, with one line per input line, in order. An interrupted call resumes.
 
     Raises:
         ValueError: a line cannot be used; the message names the file, line number and field.
     """
     source, target = input_and_output(source, target)
+    read = input_reader(source, console)
 
     def items() -> Iterator[Item]:
-        for number, line in enumerate(read_raw(str(source))):
-            yield Item(_comparison(line, RecordRef(str(source), number), field), line)
+        for where, line in read():
+            yield Item(_comparison(line, where, field), line)
 
     total, _ = judge_in_bulk(
         items,
@@ -141,18 +140,11 @@ def run_judge(
 def _comparison(line: dict[str, Any], where: RecordRef, field: str) -> Comparison:
     if field in line:
         raise where.error(field, "already exists; choose another key with --field NAME")
-    if "context" in line:
-        context = where.text(line, "context")
-    elif isinstance(line.get("prompt"), str):
-        context = where.text(line, "prompt").strip()
-    elif "prompt" in line:
-        context = dialogue_text(where.messages(line["prompt"], "prompt"))
-    else:
-        raise where.error("context", "is missing, and so is 'prompt'")
-    if "responses" in line:
-        responses = where.items(line, "responses")
-        if len(responses) != 2 or not all(isinstance(r, str) for r in responses):
-            raise where.error("responses", "expected a list of two strings")
+    context, _ = question_of(line, where)
+    if line.get("responses") is not None:
+        responses = where.texts(line, "responses")
+        if len(responses) != 2:
+            raise where.error("responses", f"expected two strings, got {len(responses)}")
         a, b = responses
     else:
         a, b = where.text(line, "response_a"), where.text(line, "response_b")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from self_judge.adapters import adapter_config
 from self_judge.config.schema import TemplateArgs
 from self_judge.config.self_training import PackingChoice, SamplingSettings
 from self_judge.config.yaml import build, read_yaml
-from self_judge.errors import ConfigError
+from self_judge.data.records import RecordRef
+from self_judge.datatypes import Message
+from self_judge.errors import ConfigError, EncodingError
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMScorer
@@ -58,10 +60,14 @@ class JudgeChoice:
     dtype: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
-    servers: tuple[str, ...] = ()
+    servers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        self.judge_templates()  # find mistakes before reading data or loading a model
+        # Find mistakes before reading data, sampling responses or loading a model.
+        for option, value in (("--batch-size", self.batch_size), ("--max-length", self.max_length)):
+            if value is not None and value < 1:
+                raise ValueError(f"{option} must be at least 1, got {value}")
+        self.judge_templates()
 
     def _template_args(self) -> TemplateArgs | None:
         if self.templates is None:
@@ -156,6 +162,14 @@ def date_of(encoder: ChatEncoder) -> dict[str, str]:
 def encoder_of(policy: str) -> ChatEncoder:
     """Returns a policy's encoder, with the chat template that the policy was trained with."""
     return encoder_as_taught(load_tokenizer(policy), load_judge_settings(policy))
+
+
+def check_prompt(encoder: ChatEncoder, prompt: Sequence[Message], where: RecordRef) -> None:
+    """Raises `DataError` if the chat template rejects a prompt, before anything is sampled."""
+    try:
+        encoder.encode_prompt(prompt)
+    except EncodingError as error:
+        raise where.error("prompt", str(error)) from None
 
 
 def load_sampler(

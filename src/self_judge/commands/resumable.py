@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -28,9 +28,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from self_judge.console import say
-from self_judge.errors import JournalError
+from self_judge.data.records import RecordRef
+from self_judge.data.sources import read_records
+from self_judge.errors import DataError, JournalError
 from self_judge.runtime import own_device
-from self_judge.storage.jsonl import Journal, open_journal, read_journal, settings_path
+from self_judge.storage.jsonl import (
+    Journal,
+    as_json,
+    open_journal,
+    read_journal,
+    refuse_special_files,
+    settings_path,
+)
 from self_judge.storage.repository import refuse_overwriting
 
 ItemT = TypeVar("ItemT")
@@ -46,9 +55,42 @@ def input_and_output(source: str | Path, target: str | Path) -> tuple[Path, Path
     """
     source, target = Path(source), Path(target)
     if not source.is_file():
-        raise ValueError(f"{source}: no such file")
+        what = "is not a regular file" if source.exists() else "no such file"
+        raise ValueError(f"{source}: {what}")
     refuse_overwriting([target, settings_path(target)], [source])
     return source, target
+
+
+def input_reader(
+    source: Path, console: Console | None
+) -> Callable[[], Iterator[tuple[RecordRef, dict[str, Any]]]]:
+    """Returns a function that yields the records of a file from the start at every call.
+
+    The records are plain JSON data (see `as_json`), so they equal what is read back from an output.
+    A message names each column whose values change.
+
+    Raises (while reading):
+        DataError: the file cannot be read, or a record cannot be written as JSON.
+    """
+    told: set[str] = set()
+
+    def read() -> Iterator[tuple[RecordRef, dict[str, Any]]]:
+        for where, record in read_records(str(source)):
+            try:
+                line = as_json(record)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise DataError(f"{where}: {error}") from None
+            changed = {name for name in record if line.get(name) != record[name]} - told
+            if changed and RankShards.here(source, 1).rank == 0:
+                say(
+                    console or Console(stderr=True),
+                    f"{where}: JSON has no form for values in {', '.join(sorted(changed))}; the "
+                    "output has null for NaN and infinity, ISO text for times, Base64 for bytes",
+                )
+            told.update(changed)
+            yield where, line
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -178,7 +220,8 @@ class ResumableJob(Generic[ItemT]):
                 settings.
         """
         if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {self.chunk}")
+            raise ValueError(f"--chunk must be at least 1, got {self.chunk}")
+        refuse_special_files(self.target)  # other processes may write to shards of the target
         console = console or Console(stderr=True)
         shards = RankShards.here(self.target, self.chunk)
         if shards.world_size > 1 and not overwrite:

@@ -1,13 +1,14 @@
-"""`self-judge tournament` picks the best of N responses for each line of a JSON Lines file.
+"""`self-judge tournament` picks the best of N responses for each record of a file.
 
 This module reads and writes the files. Other packages implement sampling, judging and brackets.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,23 +16,29 @@ from rich.console import Console
 
 from self_judge.commands.judge_choice import (
     JudgeChoice,
+    check_prompt,
     date_of,
     encoder_of,
     fingerprint,
     load_sampler,
 )
-from self_judge.commands.resumable import RankShards, ResumableJob, Work, input_and_output
-from self_judge.config.self_training import SamplingSettings
+from self_judge.commands.resumable import (
+    RankShards,
+    ResumableJob,
+    Work,
+    input_and_output,
+    input_reader,
+)
+from self_judge.config.self_training import PackingChoice, SamplingSettings
+from self_judge.data.records import RecordRef
+from self_judge.data.sources import question_of
 from self_judge.datatypes import Message, Response, stable_seed
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import Bracket, judged_knockouts
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.prompting.messages import content_of, lost
 from self_judge.prompting.thoughts import with_answers
-from self_judge.storage.jsonl import parse_lines
 
 # Lines per chunk. The judge processes one round of all tournaments in a chunk together.
 CHUNK = 256
@@ -43,10 +50,11 @@ class TournamentJob:
     """The judge, the policy and the settings of tournaments.
 
     Args:
-        model: the judge's folder, which contains `judge.json`.
+        model: the judge, a folder or a model ID on the Hub.
         sampling: sampling parameters for the responses.
         policy: the model to sample from; default: the judge, on its servers if there are any.
-        batch_size, max_length, servers: see `JudgeChoice`.
+        batch_size, max_length, servers, templates, dtype, packing, revision, trust_remote_code:
+            see `JudgeChoice`.
         n: number of responses per prompt.
         seed: seed for sampling, brackets and random winners.
         brackets: whether to write the principles, the matches and the judge's probabilities.
@@ -64,6 +72,11 @@ class TournamentJob:
     n: int = 16
     seed: int = 0
     brackets: bool = False
+    templates: str | None = None
+    dtype: str = "auto"
+    packing: PackingChoice = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -71,12 +84,8 @@ class TournamentJob:
 
     @functools.cached_property
     def judge(self) -> JudgeChoice:
-        return JudgeChoice(
-            self.model,
-            batch_size=self.batch_size,
-            max_length=self.max_length,
-            servers=tuple(self.servers),
-        )
+        names = [field.name for field in dataclasses.fields(JudgeChoice)]
+        return JudgeChoice(**{name: getattr(self, name) for name in names})
 
     @functools.cached_property
     def policy_encoder(self) -> ChatEncoder | None:
@@ -85,16 +94,13 @@ class TournamentJob:
     def settings(self) -> dict[str, Any]:
         """Returns all settings that affect a line. They must be the same when a call resumes."""
         settings = {
-            "model": self.model,
-            "weights": fingerprint(self.model),
+            **self.judge.settings(),
             "policy": self.policy,
             "policy_weights": fingerprint(self.policy) if self.policy is not None else None,
-            **asdict(self.sampling),
+            **dataclasses.asdict(self.sampling),
             "n": self.n,
-            "max_length": self.max_length,
             "seed": self.seed,
             "brackets": self.brackets,
-            **date_of(self.judge.encoder),
         }
         if self.policy_encoder is not None:
             dates = date_of(self.policy_encoder)
@@ -148,7 +154,7 @@ class TournamentJob:
 
 
 class Entry(NamedTuple):
-    """One validated line of the input. Line numbers start at 1."""
+    """One validated record of the input. Numbers start at 1."""
 
     line: dict[str, Any]
     number: int
@@ -173,8 +179,9 @@ def run_tournament(
     the shards in order. Except for rounding, the result is the same as with one process.
 
     Args:
-        source: a JSON Lines file. Each line has `context` or `prompt` (a string or messages), and
-            `responses`. If a line with a prompt has no responses, they are sampled first.
+        source: a file of any supported type (see `files.FORMATS`). Each record has `context` or
+            `prompt` (a string or messages), and `responses`. If a record with a prompt has no
+            responses, they are sampled first.
         target: the output, with one line per input line, in order. The settings are written to a
             file next to the output.
         chunk: the number of lines that are processed together and then written to disk.
@@ -185,9 +192,11 @@ def run_tournament(
             the target was written for another input or with other settings.
     """
     source, target = input_and_output(source, target)
+    read = input_reader(source, console)
+    encoder = job.policy_encoder or job.judge.encoder
     world_size = RankShards.here(target, chunk).world_size
     lines = ResumableJob(
-        lambda: _entries(source),
+        lambda: (_entry(line, where, encoder) for where, line in read()),
         target,
         {**job.settings(), "chunk": chunk, "processes": world_size},
         _is_line_of,
@@ -207,7 +216,7 @@ def played_line(
 ) -> dict[str, Any]:
     """Returns the line plus the winner and, if `principles` is given, the bracket.
 
-    The key `unanswered` lists the indices of responses whose thought never ends, if there are any.
+    The key `unanswered` lists the indices of responses without an answer, if there are any.
     """
     written = {
         **line,
@@ -230,8 +239,6 @@ def _is_line_of(written: Mapping[str, Any], entry: Entry) -> bool:
         for name, value in entry.line.items()
         if name not in ADDED or (name == "responses" and value is not None)
     }
-    # Compare dictionaries instead of values, because a dictionary comparison treats a NaN object as
-    # equal to itself.
     return {name: written.get(name) for name in given} == given
 
 
@@ -252,46 +259,11 @@ def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
     ]
 
 
-def _entries(path: Path) -> Iterator[Entry]:
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as file:  # text mode, because CR alone may end a line
-            for number, line in parse_lines(file, path):
-                yield _entry(line, number, f"{path}, line {number}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason}, byte {error.start})") from None
-    if not number:
-        raise ValueError(f"{path}: the file has no lines")
-
-
-def _entry(line: dict[str, Any], number: int, where: str) -> Entry:
-    responses, context, prompt = line.get("responses"), line.get("context"), line.get("prompt")
-    if responses is not None and (
-        not isinstance(responses, list)
-        or not responses
-        or not all(isinstance(r, str) for r in responses)
-    ):
-        raise ValueError(f"{where}: 'responses' must be a non-empty list of strings")
-    messages: list[Message] | None = None
-    if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
-    ):
-        for message in prompt:
-            if what := lost(message):
-                raise ValueError(f"{where}: a message in 'prompt' has {what}: use only text")
-        messages = [{"role": m["role"], "content": content_of(m)} for m in prompt]
-        if not all(isinstance(m["role"], str) for m in messages):
-            raise ValueError(f"{where}: a message in 'prompt' needs a string as 'role'")
-        if not all(isinstance(m["content"], str) for m in messages):
-            raise ValueError(f"{where}: a message in 'prompt' needs a string as 'content'")
-    elif prompt is not None:
-        raise ValueError(f"{where}: 'prompt' must be a string or a list of messages")
-    if context is None and messages:
-        context = dialogue_text(messages)
-    if not isinstance(context, str):
-        raise ValueError(f"{where}: needs a string 'context' or a 'prompt'")
-    if responses is None and not messages:
-        raise ValueError(f"{where}: needs 'responses', or a 'prompt' to sample responses for")
-    return Entry(line, number, context, responses, messages)
+def _entry(line: dict[str, Any], where: RecordRef, encoder: ChatEncoder) -> Entry:
+    context, messages = question_of(line, where)
+    if line.get("responses") is not None:
+        return Entry(line, where.index + 1, context, where.texts(line, "responses"), messages)
+    if messages is None:
+        raise where.error("responses", "is missing, and so is a 'prompt' to sample responses for")
+    check_prompt(encoder, messages, where)
+    return Entry(line, where.index + 1, context, None, messages)

@@ -72,21 +72,30 @@ def read_raw(
         yield from _read_saved(local, split)
         return
     for file in _files_of(local, split) if local.is_dir() else [local]:
-        read = reader_of(file)
-        if read is None:
-            raise DataError(
-                f"{file}: unknown file type; supported types are {', '.join(FORMATS)} and folders "
-                "written by save_to_disk"
-            )
-        with _named_errors(file):
-            yield from _not_empty(read(file), file)
+        for _, record in read_numbered(file):
+            yield record
 
 
-def _not_empty(records: Iterator[Record], file: Path) -> Iterator[Record]:
+def read_numbered(file: Path) -> Iterator[tuple[int | None, Record]]:
+    """Yields the records of a file, each with its line number, or `None` if it has no lines.
+
+    Raises:
+        DataError: as in `read_raw`.
+    """
+    read = reader_of(file)
+    if read is None:
+        raise DataError(
+            f"{file}: unknown file type; supported types are {', '.join(FORMATS)} and folders "
+            "written by save_to_disk"
+        )
+    numbered: Iterator[tuple[int | None, Record]] = (
+        _numbered_lines(file) if read is _read_lines else ((None, one) for one in read(file))
+    )
     empty = True
-    for record in records:
-        empty = False
-        yield record
+    with _named_errors(file):
+        for number, record in numbered:
+            empty = False
+            yield number, record
     if empty:
         raise DataError(f"{file}: the file has no records")
 
@@ -110,10 +119,13 @@ def _open_text(file: Path) -> IO[str]:
     return file.open(encoding="utf-8-sig")
 
 
-def _read_lines(file: Path) -> Iterator[Record]:
+def _numbered_lines(file: Path) -> Iterator[tuple[int, Record]]:
     with _open_text(file) as lines:
-        for _, record in parse_lines(lines, file, DataError):
-            yield record
+        yield from parse_lines(lines, file, DataError)
+
+
+def _read_lines(file: Path) -> Iterator[Record]:
+    return (record for _, record in _numbered_lines(file))
 
 
 def _read_json(file: Path) -> Iterator[Record]:

@@ -86,14 +86,22 @@ def pair_problem(chosen: str, rejected: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RecordRef:
-    """Reads a record's fields, and raises errors that name the record's source and index."""
+    """Reads a record's fields, and raises errors that name the record's source and its place.
+
+    The place is the record's index (from 0), or its line number (from 1) if `line` is given.
+    """
 
     source: str
     index: int
+    line: int | None = None
+
+    def __str__(self) -> str:
+        place = f"record {self.index}" if self.line is None else f"line {self.line}"
+        return f"{self.source}, {place}"
 
     def error(self, field: str, problem: str) -> DataError:
         """Creates an error about a field of this record."""
-        return DataError(f"{self.source}, record {self.index}, field {field!r}: {problem}")
+        return DataError(f"{self}, field {field!r}: {problem}")
 
     def expected(self, what: str, value: Any, field: str) -> DataError:
         """Creates an error about a value of the wrong type."""
@@ -141,6 +149,13 @@ class RecordRef:
             raise self.expected("a list", value, name)
         return list(value)
 
+    def texts(self, holder: Mapping[str, Any], name: str) -> list[str]:
+        """Returns the non-empty list of strings `holder[name]`."""
+        given = {f"{name}[{i}]": text for i, text in enumerate(self.items(holder, name))}
+        if not given:
+            raise self.error(name, "expected a non-empty list of strings")
+        return [self.text(given, at) for at in given]
+
     def refuse_lost_columns(self, record: Mapping[str, Any]) -> None:
         """Raises `UnusableRecordError` if the record has a column with tools or images."""
         if what := lost_column(record):
@@ -148,8 +163,7 @@ class RecordRef:
 
     def _unusable(self, at: str, what: str, reason: str) -> UnusableRecordError:
         return UnusableRecordError(
-            f"{self.source}, record {self.index}{at}: has {what}, which cannot be judged as text: "
-            "remove such records",
+            f"{self}{at}: has {what}, which cannot be judged as text: remove such records",
             reason=reason,
         )
 

@@ -5,8 +5,9 @@ This module combines file access (`files`) with the parsers (`dialogues`, `ultra
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -16,11 +17,12 @@ from typing import Any, Literal
 from self_judge.config.schema import Source, SourceKind
 from self_judge.config.yaml import build
 from self_judge.data.dialogues import select_hh, select_preference, starts_with_human
-from self_judge.data.files import read_raw, reader_of
+from self_judge.data.files import read_numbered, read_raw, reader_of
 from self_judge.data.records import Parsed, RecordRef, first_question, is_held_out, judge_context
 from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import Message, PreferenceRecord
 from self_judge.errors import ConfigError, DataError, UnusableRecordError
+from self_judge.prompting.judge_templates import dialogue_text
 
 Subset = Literal["train", "held_out", "all"]
 
@@ -287,6 +289,18 @@ def to_self_judge_rows(records: Iterable[PreferenceRecord]) -> list[dict[str, An
     return rows
 
 
+def read_records(path: str) -> Iterator[tuple[RecordRef, dict[str, Any]]]:
+    """Yields the raw records of any source (see `files.read_raw`), each with its place for errors.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    file = Path(path).expanduser()
+    numbered = read_numbered(file) if file.is_file() else ((None, one) for one in read_raw(path))
+    for index, (line, record) in enumerate(numbered):
+        yield RecordRef(path, index, line), record
+
+
 def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Message]]:
     """Reads prompts from a file of any supported type. Each prompt is one dialogue.
 
@@ -297,12 +311,11 @@ def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Mess
         DataError: the file cannot be read, or a record has no prompt or an empty prompt.
     """
     prompts: list[list[Message]] = []
-    for index, record in enumerate(read_raw(path)):
-        if len(prompts) == max_records:
-            break
-        where = RecordRef(path, index)
+    for where, record in itertools.islice(read_records(path), max_records):
         messages = prompt_of(record, where)
-        prompts.append(where.value(record, "prompt") if messages is None else messages)
+        if messages is None:
+            raise where.error("prompt", f"is missing; found {sorted(map(str, record))}")
+        prompts.append(messages)
     return prompts
 
 
@@ -312,10 +325,14 @@ def prompt_of(record: Mapping[str, Any], where: RecordRef) -> list[Message] | No
     Raises:
         DataError: the prompt is empty, or its last message is not from the user.
     """
-    name = next((n for n in ("prompt", "messages", "turns", "instruction") if n in record), "")
+    where.refuse_lost_columns(record)
+    if _holds_values(record.get("chat_template_kwargs")):
+        raise where.error("chat_template_kwargs", "is not used per record: remove the column")
+    # Columns of Arrow data are null if a record lacks them.
+    given = (n for n in ("prompt", "messages", "turns", "instruction") if record.get(n) is not None)
+    name = next(given, "")
     if not name:
         return None
-    where.refuse_lost_columns(record)
     value = record[name]
     if name == "turns" and isinstance(value, list):
         value = value[0] if value else ""
@@ -325,3 +342,27 @@ def prompt_of(record: Mapping[str, Any], where: RecordRef) -> list[Message] | No
     if not messages or not messages[-1]["content"].strip() or messages[-1]["role"] != "user":
         raise where.error(name, "expected non-empty text, or messages that end with a user message")
     return messages
+
+
+def _holds_values(kwargs: Any) -> bool:
+    values = kwargs.values() if isinstance(kwargs, Mapping) else [kwargs]
+    return any(value not in (None, "", "{}", []) for value in values)
+
+
+def question_of(record: Mapping[str, Any], where: RecordRef) -> tuple[str, list[Message] | None]:
+    """Returns what the judge sees of a record's question, and the prompt as messages if given.
+
+    The judge sees the column `context`, or else the prompt as text (see `prompt_of`).
+
+    Raises:
+        DataError: both are missing, or one of them cannot be used.
+    """
+    messages = prompt_of(record, where)
+    if record.get("context") is None:
+        if messages is None:
+            raise where.error("context", "is missing, and so is 'prompt'")
+        return dialogue_text(messages), messages
+    context = where.text(record, "context")
+    if not context.strip():
+        raise where.error("context", "expected non-empty text")
+    return context, messages

@@ -190,8 +190,8 @@ class Judge:
         """Judges every comparison and returns the verdicts in the same order.
 
         If a response begins with a thought, the judge sees only the answer. A pair is undecidable
-        if a thought never ends or a judge prompt does not fit into `max_length`. The verdict gives
-        the reason.
+        if no answer follows a thought or a judge prompt does not fit into `max_length`. The verdict
+        gives the reason.
 
         Raises:
             TypeError: an element is not a `Comparison`. The message contains the element's index.

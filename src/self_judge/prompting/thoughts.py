@@ -3,13 +3,14 @@
 This module handles the markers of thoughts. It does not depend on sampling, judging or training.
 
 Judging, lengths and tournaments use only the answer. The loss covers every sampled id. A response
-whose thought never ends has no answer:
+has no answer if its thought never ends, or if nothing follows the thought:
 
     text                               thought    answer
     "Paris."                           None       "Paris."
     "<think>\\nHm.\\n</think>\\n\\nParis."  "Hm."      "Paris."
     "Hm.\\n</think>\\n\\nParis."          "Hm."      "Paris."     opened by the prompt (DeepSeek-R1)
     "<think>\\nHm. Wait"                "Hm. Wait" None
+    "<think>\\nHm.\\n</think>\\n"        "Hm."      ""         which is no answer
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from self_judge.datatypes import Comparison, Response
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_ANSWER = "a thought never ends"  # the reason a pair is undecidable or skipped
+NO_ANSWER = "no answer after a thought"  # the reason a pair is undecidable or skipped
 
 # The markers that open and close a thought, with the first models that use them.
 _MARKERS = (
@@ -42,6 +43,10 @@ _MARKERS = (
 )
 # A closing marker on its own line or at the end of a paragraph.
 _END = r"(?m)(?:^[ \t]*{0}[ \t]*$|{0}(?=[ \t]*\n[ \t]*\n))"
+# The assistant's turns in a dialogue as text (see `judge_templates.dialogue_text`).
+_ASSISTANT_TURN = re.compile(
+    r"(?:\A|(?<=\n))(Assistant: *)(.*?)(?=\n+(?:Human|Assistant):|\Z)", re.DOTALL
+)
 # Only this many tokens at the end of a prompt are searched for an opening marker.
 _LONGEST_OPENING = 32
 
@@ -65,7 +70,8 @@ def split_thought(text: str, close: str | None = None) -> Parts:
         close: the closing marker of a thought that the prompt opened (see `opened_by`).
 
     Returns:
-        The parts. If there is no thought, the answer is the unchanged response.
+        The parts. If there is no thought, the answer is the unchanged response. If nothing follows
+        a thought, the answer is empty.
     """
     thoughts: list[str] = []
     answer: str | None = text
@@ -106,14 +112,24 @@ def before_thought(text: str, *whole: str) -> str:
 
 
 def answer_of(text: str) -> str | None:
-    """Returns the answer in a response, or `None` if its thought never ends."""
-    return split_thought(text).answer
+    """Returns the answer in a response, or `None` if nothing follows its thought."""
+    thought, answer = split_thought(text)
+    return answer if answer or thought is None else None
 
 
 def answers_of(comparison: Comparison) -> Comparison | None:
-    """Returns the comparison without thoughts, or `None` if an answer is missing."""
+    """Returns the comparison without thoughts, or `None` if an answer is missing.
+
+    In the context, thoughts are removed from the assistant's turns, as in
+    `judge_templates.dialogue_text`.
+    """
     a, b = answer_of(comparison.response_a), answer_of(comparison.response_b)
-    return None if a is None or b is None else Comparison(comparison.context, a, b)
+    if a is None or b is None:
+        return None
+    context = comparison.context
+    if any(marker in context for markers in _MARKERS for marker in markers):
+        context = _ASSISTANT_TURN.sub(lambda turn: turn[1] + (answer_of(turn[2]) or ""), context)
+    return Comparison(context, a, b)
 
 
 def with_answers(responses: Sequence[str]) -> list[int]:
@@ -142,8 +158,9 @@ def sampled(
     whole = split_thought(_decoded(tokenizer, ids[: len(ids) - ended]), close)
     if whole.thought is None:
         return Response(tuple(ids), _text(tokenizer, ids).strip(), ended)
+    without_answer = Response(tuple(ids), "", False, whole.thought, len(ids), answered=False)
     if whole.answer is None:
-        return Response(tuple(ids), "", False, whole.thought, len(ids), answered=False)
+        return without_answer
 
     # The first ids, up to and including the closing marker, belong to the thought:
     #
@@ -157,6 +174,8 @@ def sampled(
     last, begun = ids[max(0, length - 1) : length], _decoded(tokenizer, ids[:length])
     start = len(split_thought(begun, close).answer or "")
     answer = _text(tokenizer, ids[length - len(last) :])[len(_text(tokenizer, last)) - start :]
+    if not answer.strip():
+        return without_answer
     return Response(tuple(ids), answer.strip(), ended, whole.thought, length)
 
 

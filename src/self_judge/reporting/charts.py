@@ -89,7 +89,7 @@ CHARTS = (  # in the order on the page
           PERCENT, 0.5),
     Chart(JUDGE, "undecidable", "Undecidable pairs", {"judge/undecidable": "undecidable"},
           "The share of pairs that have no gradient because the texts are equal or too long, the "
-          "scores are tied, or a thought never ends.",
+          "scores are tied, or a thought has no answer.",
           PERCENT),
     Chart(JUDGE, "principles", "Win rate by principle", {"judge/win_rate/": ""},
           "The share of decided pairs in which a principle agrees with the verdict.", PERCENT),
@@ -107,7 +107,7 @@ CHARTS = (  # in the order on the page
     Chart(RESPONSES, "finished", "Finished responses", {"completions/finished": "finished"},
           "The share of responses that the model ended itself. The other responses "
           "are truncated at the limit.",
-          PERCENT, maybe={"completions/unanswered": "thought never ends"}),
+          PERCENT, maybe={"completions/unanswered": "thought without an answer"}),
     Chart(JSFT, "jsft-loss", "JSFT: loss", {"loss": "training", "eval_loss": HELD_OUT},
           "Cross-entropy per trained token, for SFT and judge examples together."),
     Chart(JSFT, "jsft-accuracy", "JSFT: token accuracy",

@@ -5,10 +5,14 @@ This module handles files and lines. It does not interpret the lines.
 
 from __future__ import annotations
 
+import base64
+import datetime
+import decimal
 import itertools
 import json
 import os
 import sys
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +20,28 @@ from typing import IO, Any
 
 from self_judge.errors import JournalError
 from self_judge.storage.atomic import atomic_write, write_json
+
+
+def as_json(value: Any) -> Any:
+    """Returns a value as it is read back from a file of this module, which is plain JSON data.
+
+    NaN and infinity become null, times become ISO text, bytes become Base64 text, and decimals and
+    UUIDs become text.
+
+    Raises:
+        TypeError: JSON cannot represent a value of this type.
+    """
+    return loads(json.dumps(value, default=_as_text))
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta | decimal.Decimal | uuid.UUID):
+        return str(value)
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    raise TypeError(f"a value of type {type(value).__name__} has no form in JSON")
 
 
 def loads(text: str) -> Any:
@@ -53,7 +79,7 @@ def parse_lines(
         try:
             text = line.decode("utf-8") if isinstance(line, bytes) else line
             value = loads(text) if nan_is_null else json.loads(text)
-        except ValueError as broken:
+        except (ValueError, RecursionError) as broken:
             if torn_is_end and line[-1:] not in ("\n", b"\n"):
                 return
             reason = getattr(broken, "msg", broken)
@@ -80,13 +106,21 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the lines of a journal, and skips a torn last line.
 
+    NaN is read as null.
+
     Raises:
         JournalError: a line is broken or blank.
     """
     remedy = "; the file was changed or damaged: choose another output or pass --overwrite"
     with path.open("rb") as file:
         for _, line in parse_lines(
-            file, path, JournalError, torn_is_end=True, blank_is_error=True, remedy=remedy
+            file,
+            path,
+            JournalError,
+            torn_is_end=True,
+            blank_is_error=True,
+            nan_is_null=True,
+            remedy=remedy,
         ):
             yield line
 
@@ -120,11 +154,11 @@ class Journal:
         return itertools.islice(read_journal(self.path), self.lines)
 
     def append(self, rows: Sequence[Mapping[str, Any]], seconds: float = 0.0) -> None:
-        """Appends lines and flushes them to disk."""
+        """Appends lines and flushes them to disk (see `as_json` for values that are not JSON)."""
         if not self.lines:  # existing content is from an earlier run
             self._file.truncate(0)
             self._note()
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json.dumps(as_json(row), ensure_ascii=False) + "\n" for row in rows)
         # Lone surrogates in the data become JSON escapes, because UTF-8 cannot encode them.
         self._file.write(text.encode("utf-8", "backslashreplace"))
         self._file.flush()
@@ -156,6 +190,21 @@ def settings_path(path: Path) -> Path:
     return path.with_name(path.name + ".settings.json")
 
 
+def refuse_special_files(path: Path) -> None:
+    """Checks that a journal can be written to a path, before any work is done.
+
+    Raises:
+        JournalError: the path or its settings file is a folder or a device, such as /dev/null, or
+            a file stands in place of its folder.
+    """
+    for own in (path, settings_path(path)):
+        if own.exists() and not own.is_file():
+            raise JournalError(f"{own}: is not a regular file: choose another output")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise JournalError(f"{folder}: is not a folder: choose another output")
+
+
 @contextmanager
 def open_journal(
     path: Path, settings: Mapping[str, Any], *, overwrite: bool = False
@@ -174,7 +223,8 @@ def open_journal(
         JournalError: the file was written with different settings, is not a journal, is broken, or
             is in use by another process.
     """
-    settings = json.loads(json.dumps(settings))
+    settings = as_json(settings)
+    refuse_special_files(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = settings_path(path)
     # An empty file always starts a new journal, even if its recorded settings differ.

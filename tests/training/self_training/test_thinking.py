@@ -75,7 +75,7 @@ def test_the_judge_sees_answers_and_lengths_are_theirs(make: Make, kind: str, k:
 def test_thoughts_that_never_end_are_counted_and_not_trained(make: Make, kind: str) -> None:
     endless = {"h": ["e"], "e": ["h", "e"]}
     trainer, pairs, _ = run(make, kind, endless, max_new_tokens=5)
-    assert {pair["undecidable_because"] for pair in pairs} == {"a thought never ends"}
+    assert {pair["undecidable_because"] for pair in pairs} == {"no answer after a thought"}
     assert not any(pair["chosen"] or pair["chosen_finished"] for pair in pairs)
     assert set(history(trainer, "judge/undecidable")) == {1.0}
     assert set(history(trainer, "completions/unanswered")) == {1.0}

@@ -430,7 +430,7 @@
         detail.append(el("div", { class: "detail" }, el("div", { class: "two" },
           side(m.winner, `response ${m.winner + 1}, advanced`, "chosen"), side(lost, `response ${lost + 1}`, "rejected")),
           verdictTable(probabilities, bracket.principles, `response ${m.winner + 1}`, `response ${lost + 1}`) ||
-            el("p", { class: "muted" }, "There are no probabilities, because the texts are equal, the pair is too long, or a thought never ends.")));
+            el("p", { class: "muted" }, "There are no probabilities, because the texts are equal, the pair is too long, or a thought has no answer.")));
         detail.scrollIntoView({ block: "nearest" });
       };
       box.replaceChildren(
