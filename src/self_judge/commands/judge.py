@@ -7,6 +7,7 @@ verdicts to the lines of a JSON Lines file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from rich.console import Console
 
 from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import ResumableJob, Work, input_and_output
+from self_judge.console import say
 from self_judge.data.files import read_raw
-from self_judge.data.records import RecordRef
+from self_judge.data.records import RecordRef, UnusedText
 from self_judge.datatypes import Comparison
 from self_judge.judging.voting import verdict_json
 from self_judge.prompting.judge_templates import dialogue_text
@@ -102,6 +104,7 @@ def run_judge(
     choice: JudgeChoice,
     *,
     field: str = "verdict",
+    columns: Mapping[str, str] | None = None,
     chunk: int = CHUNK,
     overwrite: bool = False,
     console: Console | None = None,
@@ -115,15 +118,21 @@ def run_judge(
         source: a JSON Lines file with `context` (a string) or `prompt` (a string or messages), and
             with `response_a` and `response_b`, or `responses` with two strings.
         target: the output, with one line per input line, in order. An interrupted call resumes.
+        columns: the input's own column names; see `map_columns`.
 
     Raises:
         ValueError: a line cannot be used; the message names the file, line number and field.
     """
     source, target = input_and_output(source, target)
 
+    used = ("context", "response_a", "response_b", "responses")
+    unused = UnusedText(str(source), used, partial(say, console or Console(stderr=True)))
+
     def items() -> Iterator[Item]:
-        for number, line in enumerate(read_raw(str(source))):
+        for number, line in enumerate(read_raw(str(source), columns=columns)):
+            unused.add(line)
             yield Item(_comparison(line, RecordRef(str(source), number), field), line)
+        unused.report()
 
     total, _ = judge_in_bulk(
         items,

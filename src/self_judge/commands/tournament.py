@@ -22,6 +22,8 @@ from self_judge.commands.judge_choice import (
 )
 from self_judge.commands.resumable import RankShards, ResumableJob, Work, input_and_output
 from self_judge.config.self_training import SamplingSettings
+from self_judge.console import say
+from self_judge.data.records import RecordRef, UnusedText, map_columns
 from self_judge.datatypes import Message, Response, stable_seed
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
@@ -162,6 +164,7 @@ def run_tournament(
     target: str | Path,
     job: TournamentJob,
     *,
+    columns: Mapping[str, str] | None = None,
     chunk: int = CHUNK,
     overwrite: bool = False,
     console: Console | None = None,
@@ -177,6 +180,7 @@ def run_tournament(
             `responses`. If a line with a prompt has no responses, they are sampled first.
         target: the output, with one line per input line, in order. The settings are written to a
             file next to the output.
+        columns: the input's own column names; see `map_columns`.
         chunk: the number of lines that are processed together and then written to disk.
         overwrite: whether to start from scratch even if the target exists.
 
@@ -186,8 +190,11 @@ def run_tournament(
     """
     source, target = input_and_output(source, target)
     world_size = RankShards.here(target, chunk).world_size
+    used = ("context", "responses")
+    tell = functools.partial(say, console or Console(stderr=True))
+    unused = UnusedText(str(source), used, tell)
     lines = ResumableJob(
-        lambda: _entries(source),
+        lambda: _entries(source, columns or {}, unused),
         target,
         {**job.settings(), "chunk": chunk, "processes": world_size},
         _is_line_of,
@@ -252,16 +259,19 @@ def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
     ]
 
 
-def _entries(path: Path) -> Iterator[Entry]:
+def _entries(path: Path, columns: Mapping[str, str], unused: UnusedText) -> Iterator[Entry]:
     number = 0
     try:
         with path.open(encoding="utf-8") as file:  # text mode, because CR alone may end a line
             for number, line in parse_lines(file, path):
-                yield _entry(line, number, f"{path}, line {number}")
+                record = map_columns(line, columns, RecordRef(str(path), number))
+                unused.add(record)
+                yield _entry(record, number, f"{path}, line {number}")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason}, byte {error.start})") from None
     if not number:
         raise ValueError(f"{path}: the file has no lines")
+    unused.report()
 
 
 def _entry(line: dict[str, Any], number: int, where: str) -> Entry:

@@ -9,15 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from self_judge.data.files import is_saved_dataset, read_raw, reader_of, split_of
+from self_judge.data.files import (
+    InMemory,
+    in_memory,
+    is_data_file,
+    is_saved_dataset,
+    read_raw,
+    split_of,
+)
 from self_judge.data.records import RecordRef, judge_context, pair_problem
-from self_judge.data.sources import PARSERS, kind_of
+from self_judge.data.sources import PARSERS, kind_of, prompt_of
 from self_judge.datatypes import Comparison
 from self_judge.errors import DataError, UnusableRecordError
 from self_judge.prompting.judge_templates import dialogue_text
@@ -66,13 +73,16 @@ class BenchmarkSource:
         splits: the splits to read, in the given order. If there are several splits, each is a
             subset. A single file is always read completely.
         data_dir, name, revision: as in `files.read_raw`.
+        columns: the data's own column names; see `records.map_columns`. The columns `context` or
+            `prompt`, `response_a`, `response_b` and `label` (`a`, `b` or `tie`) form a comparison.
     """
 
-    path: str
+    path: str | InMemory
     splits: tuple[str, ...] = ("test",)
     data_dir: str | None = None
     name: str | None = None
     revision: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_comparisons(
@@ -105,16 +115,25 @@ def read_comparisons(
 
 def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, Iterator[dict[str, Any]]]]:
     """Yields (label for messages, subset, records) for each file or split."""
-    local = Path(source.path).expanduser()
+    if in_memory(source.path):
+        yield "dataset in memory", "", read_raw(source.path, columns=source.columns)
+        return
+    path = str(source.path)
+    local = Path(path).expanduser()
     root = local / source.data_dir if source.data_dir else local
     files = _files_without_splits(root, source.splits)
     for subset, file in files.items():
-        yield str(file), subset, read_raw(str(file))
+        yield str(file), subset, read_raw(str(file), columns=source.columns)
     if files:
         return
-    label = "/".join(part for part in (source.path, source.name, source.data_dir) if part)
+    label = "/".join(part for part in (path, source.name, source.data_dir) if part)
     read = partial(
-        read_raw, source.path, data_dir=source.data_dir, name=source.name, revision=source.revision
+        read_raw,
+        path,
+        data_dir=source.data_dir,
+        name=source.name,
+        revision=source.revision,
+        columns=source.columns,
     )
     if local.is_file():
         yield label, "", read()
@@ -127,7 +146,7 @@ def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[str, Path
     """Maps each subset of a local folder to a file; returns `{}` if file names contain splits."""
     if not root.is_dir() or is_saved_dataset(root):
         return {}
-    files = [f for f in sorted(root.rglob("*")) if f.is_file() and reader_of(f)]
+    files = [f for f in sorted(root.rglob("*")) if is_data_file(f)]
     if any(split_of(f) for f in files if f.parent == root):
         return {}
     files = [f for f in files if split_of(f) in (None, *splits)]
@@ -152,6 +171,8 @@ def _reader_of(record: Mapping[str, Any], label: str) -> _Reader:
         return _pandalm
     if {"conversation_a", "conversation_b", "winner"} <= columns:
         return _mt_bench
+    if {"response_a", "response_b", "label"} <= columns:
+        return _labeled
     if {"input", "targets"} <= columns:
         return _hhh_targets
     if {"instruction", "chosen", "rejected"} <= columns and "prompt" not in columns:
@@ -181,6 +202,22 @@ def _llmbar(record: Mapping[str, Any], where: RecordRef) -> _Found:
     a, b = where.text(record, "output_1").strip(), where.text(record, "output_2").strip()
     context = where.text(record, "input" if "input" in record else "instruction").strip()
     yield _pair(where, context, a, b, "a" if label == 1 else "b")
+
+
+def _labeled(record: Mapping[str, Any], where: RecordRef) -> _Found:
+    """Parses the columns that a mapping yields; see `BenchmarkSource`."""
+    labels: dict[str, Label] = {"a": "a", "b": "b", "tie": "tie"}
+    label = labels.get(str(where.value(record, "label")))
+    if label is None:
+        given = f"expected a, b or tie, got {record['label']!r:.40}"
+        raise where.error(
+            "label", f"{given}; map its values, as in label.a={record['label']!s:.20}"
+        )
+    messages = None if "context" in record else prompt_of(record, where)
+    context = dialogue_text(messages) if messages else where.text(record, "context").strip()
+    a, b = (where.text(record, name).strip() for name in ("response_a", "response_b"))
+    subset = record.get("subset")
+    yield _pair(where, context, a, b, label, subset if isinstance(subset, str) else "")
 
 
 def _pandalm(record: Mapping[str, Any], where: RecordRef) -> _Found:
@@ -252,6 +289,7 @@ def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef) -> _Found:
     """Yields the pairs in a training record. A hash of the texts determines each pair's order."""
     parsed = PARSERS[kind](record, where.index, source=where.source)
     yield from parsed.skipped
+    yield from (f"column {name!r}" for name in parsed.unused if name not in ("subset", "source"))
     if parsed.record is None:
         return
     # RewardBench stores the name of the subset in `subset`, and HHH stores it in `source`.
