@@ -234,8 +234,8 @@ def test_the_command_offers_every_way_of_packing() -> None:
 @pytest.mark.parametrize(
     ("command", "taken", "kinds"),
     [
-        ("tournament x y --model m", "input output", (TournamentJob, SamplingSettings)),
-        ("judge x y --model m", "input output field", (JudgeChoice,)),
+        ("tournament x y --model m", "input output columns", (TournamentJob, SamplingSettings)),
+        ("judge x y --model m", "input output field columns", (JudgeChoice,)),
         (
             "eval x --model m --output o",
             "data output split data_revision compare",
