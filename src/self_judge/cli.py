@@ -122,6 +122,7 @@ def _add_tournament(commands: Commands) -> None:
     add("--policy", metavar="DIR", help="model that samples responses (default: the judge)")
     add("--n", type=int, default=16, help="number of responses to sample per prompt (default: 16)")
     _add_sampling(tournament)
+    _add_columns(tournament)
     add("--brackets", action="store_true", help="also write each tournament's bracket")
     _add_judge(tournament, "lines", 256)
     tournament.set_defaults(run=_tournament)
@@ -144,6 +145,7 @@ def _add_evaluation(commands: Commands) -> None:
     add("--data-revision", metavar="REV", help="revision of a Hub dataset")
     add("--max-pairs", type=int, metavar="N",
         help="use at most N pairs from each source, spread over its subsets")
+    _add_columns(evaluate)
     _add_judge(evaluate)
     evaluate.set_defaults(run=_eval)
 
@@ -155,6 +157,7 @@ def _add_evaluation(commands: Commands) -> None:
     add("--judge", required=True, metavar="MODEL", help="the judge")
     add("--output", required=True, metavar="DIR", help="output folder")
     add("--max-prompts", type=int, metavar="N", help="use the first N prompts")
+    _add_columns(compare)
     add("--sampling-batch-size", type=int, default=32, metavar="N",
         help="number of responses sampled at once (default: 32)")
     _add_sampling(compare)
@@ -167,8 +170,14 @@ def _add_evaluation(commands: Commands) -> None:
     add("output", metavar="OUT.jsonl", help="output file, with one line per record")
     add("--model", required=True, metavar="MODEL", help="the judge")
     add("--field", default="verdict", help="key of the verdict in an output line")
+    _add_columns(judge)
     _add_judge(judge)
     judge.set_defaults(run=_judge)
+
+
+def _add_columns(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--columns", nargs="+", default=(), metavar="NAME=COLUMN",
+        help="the data's own column names, such as prompt=question (see docs/data.md)")
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
@@ -336,6 +345,12 @@ def _filled(kind: type[FilledT], arguments: argparse.Namespace, **given: Any) ->
     return kind(**{k: v for k, v in {**vars(arguments), **given}.items() if k in names})
 
 
+def _columns(arguments: argparse.Namespace) -> dict[str, str]:
+    from self_judge.data.records import parse_columns
+
+    return parse_columns(arguments.columns)
+
+
 def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"chunk": arguments.chunk, "overwrite": arguments.overwrite}
 
@@ -345,7 +360,8 @@ def _tournament(arguments: argparse.Namespace) -> None:
     from self_judge.config.self_training import SamplingSettings
 
     job = _filled(TournamentJob, arguments, sampling=_filled(SamplingSettings, arguments))
-    run_tournament(arguments.input, arguments.output, job, **_bulk(arguments))
+    columns = _columns(arguments)
+    run_tournament(arguments.input, arguments.output, job, columns=columns, **_bulk(arguments))
     _leave_process_group()
 
 
@@ -355,12 +371,10 @@ def _eval(arguments: argparse.Namespace) -> None:
     from self_judge.data.benchmarks import BenchmarkSource
 
     splits = tuple(name.strip() for name in arguments.split.split(",") if name.strip())
-    sources = [
-        _filled(
-            BenchmarkSource, arguments, path=path, splits=splits, revision=arguments.data_revision
-        )
-        for path in arguments.data
-    ]
+    own = {
+        "splits": splits, "revision": arguments.data_revision, "columns": _columns(arguments)
+    }  # fmt: skip
+    sources = [_filled(BenchmarkSource, arguments, path=path, **own) for path in arguments.data]
     choice = _filled(JudgeChoice, arguments)
     run_eval(
         choice,
@@ -381,6 +395,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         ComparisonJob,
         arguments,
         policies=(arguments.policy_a, arguments.policy_b),
+        columns=_columns(arguments),
         sampling=_filled(SamplingSettings, arguments),
     )
     judge = _filled(JudgeChoice, arguments, model=arguments.judge)
@@ -393,7 +408,8 @@ def _judge(arguments: argparse.Namespace) -> None:
     from self_judge.commands.judge_choice import JudgeChoice
 
     choice = _filled(JudgeChoice, arguments)
-    run_judge(arguments.input, arguments.output, choice, field=arguments.field, **_bulk(arguments))
+    own = {"field": arguments.field, "columns": _columns(arguments)}
+    run_judge(arguments.input, arguments.output, choice, **own, **_bulk(arguments))
     _leave_process_group()
 
 

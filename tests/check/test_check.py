@@ -81,7 +81,7 @@ def test_what_is_shown_is_what_the_run_trains_on(base: Path, data: dict[str, Pat
     run = load_run(JSFT, overrides, "jsft")
     encoder, settings = jsft_chat_setup(run)
     templates = settings.templates
-    records = load_data(run.dataset, lambda line: None, rationales=False)[0].records
+    records = load_data(run, lambda line: None)[0].records
     rows, _ = jsft_dataset(records, encoder, templates, encoder.letter_ids(templates))
     report = check(JSFT, overrides)
     firsts = [rows[0], rows[1], rows[2]]  # SFT, better first, worse first

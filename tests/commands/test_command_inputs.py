@@ -155,7 +155,7 @@ def test_what_json_cannot_hold_is_named_before_work(
         ({"prompt": " \n"}, "field 'prompt': expected non-empty text"),
         ({"context": "\t"}, "field 'context': expected non-empty text"),
         ({"context": None}, "field 'context': is missing, and so is 'prompt'"),
-        ({"prompt": {"role": "user"}}, "field 'prompt': expected text or a list of messages"),
+        ({"prompt": {"role": "user"}}, "field 'prompt[0].content': is missing"),
         ({"prompt": [*TURNS, {"role": "assistant", "content": "x"}]}, "that end with a user"),
         ({"prompt": [{"role": "human", "content": "x"}]}, "is 'human', expected one of system"),
         ({"prompt": [{"role": None, "content": "x"}]}, "field 'prompt[0].role': expected text"),

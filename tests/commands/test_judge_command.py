@@ -236,10 +236,10 @@ def test_the_command_offers_every_way_of_packing() -> None:
     [
         (
             "tournament x y --model m",
-            "input output",
+            "input output columns",
             (JudgeChoice, TournamentJob, SamplingSettings),
         ),
-        ("judge x y --model m", "input output field", (JudgeChoice,)),
+        ("judge x y --model m", "input output field columns", (JudgeChoice,)),
         (
             "eval x --model m --output o",
             "data output split data_revision compare",

@@ -108,7 +108,7 @@ def test_a_record_with_tools_or_images_beside_its_messages_is_skipped_and_counte
         assert data.counts[f"skipped record: a column '{column}'"] == 1
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"prompt": "Why?", column: COLUMNS[column]}))
-    with pytest.raises(DataError, match=f"record 0: has {column}, which cannot be judged"):
+    with pytest.raises(DataError, match=f"line 1: has {column}, which cannot be judged"):
         read_prompts(str(path))
     # TRL refuses images itself.
     with pytest.raises(ValueError, match=f"has a column '{column}'|vision-related"):
@@ -154,7 +154,7 @@ def test_prompts_of_a_comparison_are_read_from_parts_and_refused_with_images(
     path.write_text(json.dumps({"prompt": [message("user", text("Wh", "y?"))]}))
     assert read_prompts(str(path)) == [[message("user", "Why?")]]
     path.write_text(json.dumps({"prompt": BAD["content of type 'image_url'"]["prompt"]}))
-    with pytest.raises(DataError, match=r"record 0, field 'prompt\[0\]': has content of type"):
+    with pytest.raises(DataError, match=r"line 1, field 'prompt\[0\]': has content of type"):
         read_prompts(str(path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import random
 import re
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def test_both_generations_of_the_real_ultrafeedback_schema_are_read(name: str) -
     record = data.records[0]
     assert record.demonstration == original["response"]
     assert record.prompt[0] == {"role": "system", "content": original["custom_system_prompt"]}
-    # A worse twin makes a pair: its rationales come from the field that explains the rating.
+    # A worse twin makes a pair: its rationales join the reasons for the type and for the rating.
     twin = copy.deepcopy(original)
     twin["response"] = "I do not know."
     for annotation in twin["annotations"].values():
@@ -182,7 +183,8 @@ def test_both_generations_of_the_real_ultrafeedback_schema_are_read(name: str) -
     def explained(principle: str) -> Any:
         annotation = original["annotations"][principle]
         annotation = annotation[0] if isinstance(annotation, list) else annotation
-        return annotation.get("Rationale For Rating", annotation["Rationale"])
+        names = ("Rationale", "Rationale For Rating")
+        return " ".join(annotation[name] for name in names if name in annotation)
 
     assert [p.rationale_chosen for p in pairs] == [explained(p) for p in principles]
 
@@ -222,6 +224,19 @@ def test_consecutive_turns_of_one_speaker_are_joined_and_empty_ones_dropped() ->
     assert record.prompt == (user("a\n\nb"),)
     assert (record.pairs[0].chosen, record.pairs[0].rejected) == ("c\n\nd", "c\n\ne")
     assert len(parse_dialogue(chosen)) == 5
+
+
+@pytest.mark.parametrize("more", ["Human:", "Assistant: ", "Human: Assistant:"])
+def test_redundant_headers_of_turns_are_removed_and_counted_in_every_form(more: str) -> None:
+    text = f"\n\nHuman: {more} q\n\nAssistant: "
+    for raw in (
+        {"chosen": f"{text}{more}yes", "rejected": f"{text}no"},
+        {"prompt": text.rstrip(), "chosen": "yes", "rejected": "no"},
+    ):
+        data = select_records([raw], label="x")
+        assert data.records[0].prompt == (user("q"),)
+        assert [(p.chosen, p.rejected) for p in data.records[0].pairs] == [("yes", "no")]
+        assert data.counts["removed redundant header of a turn"] == (1 if "prompt" in raw else 2)
 
 
 def test_a_marker_inside_a_line_is_text() -> None:
@@ -332,6 +347,47 @@ def test_a_pair_per_principle_goes_by_the_ratings_of_that_principle() -> None:
     assert all(p.rationale_chosen is None for p in only(selection.record).pairs)
     named = select_ultrafeedback(raw, 0, principles=["helpfulness"])
     assert [p.principle for p in only(named.record).pairs] == ["helpfulness"]
+
+
+def test_the_pair_of_a_principle_has_the_best_completion_and_a_worse_one_if_it_can() -> None:
+    """The oracle is the rule itself, on records drawn at random."""
+    rng = random.Random(0)
+    seen = set()
+    for number in range(300):
+        ratings = [[rng.randint(1, 3) for _ in range(2)] for _ in range(4)]
+        rated = [completion("x" * (9 - i), honesty=h, help=k) for i, (h, k) in enumerate(ratings)]
+        raw = ultrafeedback(*rng.sample(rated, 4), instruction=f"Do {number}.")
+        record = only(select_ultrafeedback(raw, 0, principles=["honesty"]).record)
+        own = {c["response"]: r[0] for c, r in zip(rated, ratings, strict=True)}
+        means = {c["response"]: sum(r) for c, r in zip(rated, ratings, strict=True)}
+        best = max(means, key=lambda text: (means[text], len(text)))
+        assert record.demonstration == best
+        if len(set(own.values())) == 1:
+            assert record.pairs == ()
+            seen.add("none")
+            continue
+        (pair,) = record.pairs
+        assert own[pair.chosen] > own[pair.rejected]
+        if any(own[best] > other for other in own.values()):
+            assert pair.chosen == best
+            seen.add("best wins")
+        else:  # the best is worse than another on this principle
+            assert pair.rejected == best
+            seen.add("best loses")
+    assert seen == {"none", "best wins", "best loses"}
+
+
+def test_if_the_best_cannot_be_paired_the_next_in_the_ranking_is() -> None:
+    raw = ultrafeedback(
+        completion("best", honesty=("5", "Better than Text 2."), other="5"),
+        completion("second", honesty=("4", "Good."), other="5"),
+        completion("third", honesty=("3", "Fair."), other="4"),
+        completion("fourth", honesty=("2", "As Text1 says."), other="4"),
+    )
+    for seed in range(8):
+        selection = select_ultrafeedback(raw, 0, seed=seed, principles=["honesty"], rationales=True)
+        (pair,) = only(selection.record).pairs
+        assert (pair.chosen, pair.rejected) == ("second", "third")
 
 
 def test_rationales_that_mention_other_texts_are_not_learned() -> None:
@@ -682,7 +738,7 @@ BROKEN = {
         "x.jsonl, line 2: expected a JSON object, got list",
     ),
     "unknown kind": (
-        lambda d: write(d / "x.csv", "a,b"),
+        lambda d: write(d / "x.xml", "<a/>"),
         "unknown file type; supported types are .json",
     ),
     "no gzip": (

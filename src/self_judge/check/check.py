@@ -306,14 +306,13 @@ def _records(
     report: Report, run: Any, encoder: ChatEncoder, examples: int
 ) -> list[PreferenceRecord]:
     """Reads all records and returns evenly spaced records to encode."""
-    rationales = isinstance(run, JSFTRun) and run.uses_rationales
-    train, held_out = setup.load_data(run.dataset, lambda line: None, rationales=rationales)
+    train, held_out = setup.load_data(run, lambda line: None)
     report.sources = train.counts_by_source
     report.held_out = held_out.counts_by_source if held_out else {}
     pairs = [p for r in train.records for p in r.pairs]
     if pairs:
         report.chosen_longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs)
-    report.findings += findings.data_findings(train, held_out)
+    report.findings += findings.data_findings(train, held_out, run.dataset)
     report.findings += text_findings.rendered_findings(train.records, encoder)
     report.records = len(train.records)
     report.encoded = count = min(examples or report.records, report.records)

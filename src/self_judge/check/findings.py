@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from self_judge.check.cost import Cost
 from self_judge.check.memory import GIB
 from self_judge.check.model_size import Size
-from self_judge.config.schema import JSFTRun, SelfJudgeRun
+from self_judge.config.schema import DatasetArgs, JSFTRun, SelfJudgeRun
 from self_judge.config.self_training import SelfJudgeArgs
 from self_judge.data.records import first_question
 from self_judge.data.sources import PreferenceData
@@ -33,7 +33,7 @@ from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import device_of, unwrapped
 from self_judge.storage.atomic import LAST, latest_complete
 from self_judge.training.jsft.examples import CUT, NO_FIT, NO_ROOM
-from self_judge.training.setup import refuse_own_inputs
+from self_judge.training.setup import nothing_held_out, refuse_own_inputs
 
 Level = Literal["problem", "warning", "note"]
 
@@ -282,8 +282,12 @@ def _output_findings(
         )
 
 
-def data_findings(train: PreferenceData, held_out: PreferenceData | None) -> Iterator[Finding]:
-    """Checks for prompts that training and evaluation share, and for many skipped records."""
+def data_findings(
+    train: PreferenceData, held_out: PreferenceData | None, dataset: DatasetArgs
+) -> Iterator[Finding]:
+    """Checks for an empty share of held-out prompts, shared prompts, and many skipped records."""
+    if held_out is None and dataset.held_out:
+        yield warning("dataset.held_out", nothing_held_out(dataset, train))
     if held_out is not None:
         seen = {first_question(r) for r in train.records}
         shared = sum(first_question(r) in seen for r in held_out.records)

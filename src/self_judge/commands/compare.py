@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
 from self_judge.console import ends, number, say, table
 from self_judge.data.files import reader_of
+from self_judge.data.records import UnusedText, map_columns
 from self_judge.data.sources import prompt_of, read_prompts, read_records
 from self_judge.datatypes import Comparison, Message, Verdict, stable_seed
 from self_judge.evaluation.judge_metrics import estimate_json
@@ -63,6 +65,7 @@ class ComparisonJob:
         seed: sampling seed; each policy samples with different seeds derived from it.
         sampling_batch_size: number of responses sampled at a time.
         max_prompts: the number of prompts to use, from the start of the file; default: all.
+        columns: the files' own column names; see `map_columns`.
 
     Raises:
         ValueError: a number is below 1.
@@ -74,6 +77,7 @@ class ComparisonJob:
     seed: int = 0
     sampling_batch_size: int = 32
     max_prompts: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.sampling_batch_size < 1:
@@ -83,13 +87,17 @@ class ComparisonJob:
         if self.max_prompts is not None and self.max_prompts < 1:
             raise ValueError(f"--max-prompts must be at least 1, got {self.max_prompts}")
 
-    def read(self) -> list[list[Message]]:
-        """Reads the prompts.
+    def read(self, console: Console) -> list[list[Message]]:
+        """Reads the prompts, and prints the names of unused columns with text.
 
         Raises:
             ValueError: there are no prompts, or they cannot be used.
         """
-        prompts = read_prompts(self.source, max_records=self.max_prompts)
+        path = self.source
+        columns = {k: v for k, v in self.columns.items() if k not in _RESPONSE_FIELDS}
+        # `_read_responses` reports the columns of files of responses.
+        unused = UnusedText(path, (), partial(say, console)) if self.prompts else None
+        prompts = read_prompts(path, max_records=self.max_prompts, columns=columns, unused=unused)
         if not prompts:
             raise ValueError(f"{self.source}: there are no prompts")
         return prompts
@@ -128,7 +136,7 @@ def run_compare(
             another comparison.
     """
     output, console = Path(output), console or Console()
-    prompts = job.read()
+    prompts = job.read(console)
     files = [
         Path(policy) if is_responses(policy) else output / f"responses_{side}.jsonl"
         for policy, side in zip(job.policies, "ab", strict=True)
@@ -139,7 +147,8 @@ def run_compare(
     if (output / VERDICTS).exists():
         raise ValueError(f"{output} contains a judge evaluation: choose another output folder")
     for policy in filter(is_responses, job.policies):
-        _read_responses(Path(policy), prompts)  # find mistakes before sampling
+        unused = UnusedText(policy, _RESPONSE_FIELDS, partial(say, console))
+        _read_responses(Path(policy), prompts, job.columns, unused)  # find mistakes before sampling
     encoders = {policy: encoder_of(policy) for policy in job.policies if not is_responses(policy)}
     for encoder in encoders.values():
         for (where, _), prompt in zip(read_records(job.source), prompts, strict=False):
@@ -147,7 +156,10 @@ def run_compare(
     for policy, side, file in zip(job.policies, "ab", files, strict=True):
         if policy in encoders:
             _sample(policy, encoders[policy], side, job, prompts, file, overwrite)
-    responses = [_read_responses(file, prompts) for file in files]
+    responses = [
+        _read_responses(file, prompts, job.columns if is_responses(policy) else {})
+        for policy, file in zip(job.policies, files, strict=True)
+    ]
 
     def items() -> Iterator[Item]:
         for index, (prompt, a, b) in enumerate(zip(prompts, *responses, strict=True)):
@@ -236,10 +248,21 @@ def _sample(
     answers.run(load, overwrite=overwrite)
 
 
-def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:
+def _read_responses(
+    file: Path,
+    prompts: Sequence[Sequence[Message]],
+    columns: Mapping[str, str],
+    unused: UnusedText | None = None,
+) -> list[dict[str, Any]]:
     """Reads `{"text", "finished"}` for each prompt, and checks any prompts in the file."""
     found: list[dict[str, Any]] = []
-    for where, line in itertools.islice(read_records(str(file)), len(prompts)):
+    for where, raw in itertools.islice(read_records(str(file)), len(prompts)):
+        # A file of responses may lack the prompts, and its columns may have the usual names.
+        unnamed = not any(name in raw for name in _RESPONSE_FIELDS)
+        own = {k: v for k, v in columns.items() if v in raw or (k == "response" and unnamed)}
+        line = map_columns(raw, own, where)
+        if unused is not None:
+            unused.add(line)
         name = next((n for n in _RESPONSE_FIELDS if n in line), _RESPONSE_FIELDS[0])
         text = where.text(line, name)
         prompt = prompt_of(line, where)
@@ -249,6 +272,8 @@ def _read_responses(file: Path, prompts: Sequence[Sequence[Message]]) -> list[di
         if finished is not None and not isinstance(finished, bool):
             raise where.expected("true, false or null", finished, "finished")
         found.append({"text": text, "finished": finished})
+    if unused is not None:
+        unused.report()
     if len(found) < len(prompts):
         raise ValueError(f"{file}: {len(found):,} responses for {len(prompts):,} prompts")
     return found

@@ -99,6 +99,7 @@ def run_judge(
     choice: JudgeChoice,
     *,
     field: str = "verdict",
+    columns: Mapping[str, str] | None = None,
     chunk: int = CHUNK,
     overwrite: bool = False,
     console: Console | None = None,
@@ -113,12 +114,14 @@ def run_judge(
             `prompt` (a string or messages), and with `response_a` and `response_b`, or `responses`
             with two strings.
         target: the output, with one line per input line, in order. An interrupted call resumes.
+        columns: the input's own column names; see `map_columns`.
 
     Raises:
         ValueError: a line cannot be used; the message names the file, line number and field.
     """
     source, target = input_and_output(source, target)
-    read = input_reader(source, console)
+    used = ("context", "response_a", "response_b", "responses")
+    read = input_reader(source, console, used, columns)
 
     def items() -> Iterator[Item]:
         for where, line in read():

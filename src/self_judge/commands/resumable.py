@@ -17,8 +17,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from self_judge.console import say
-from self_judge.data.records import RecordRef
+from self_judge.data.records import RecordRef, UnusedText
 from self_judge.data.sources import read_records
 from self_judge.errors import DataError, JournalError
 from self_judge.runtime import own_device
@@ -62,33 +63,43 @@ def input_and_output(source: str | Path, target: str | Path) -> tuple[Path, Path
 
 
 def input_reader(
-    source: Path, console: Console | None
+    source: Path,
+    console: Console | None,
+    used: Collection[str],
+    columns: Mapping[str, str] | None = None,
 ) -> Callable[[], Iterator[tuple[RecordRef, dict[str, Any]]]]:
     """Returns a function that yields the records of a file from the start at every call.
 
     The records are plain JSON data (see `as_json`), so they equal what is read back from an output.
-    A message names each column whose values change.
+    A message names each column whose values change, and one names the text columns that are unused.
+
+    Args:
+        used: the columns that the command uses, other than the prompt.
+        columns: the file's own column names; see `map_columns`.
 
     Raises (while reading):
         DataError: the file cannot be read, or a record cannot be written as JSON.
     """
     told: set[str] = set()
+    tell = partial(say, console or Console(stderr=True))
+    unused = UnusedText(str(source), used, tell)
 
     def read() -> Iterator[tuple[RecordRef, dict[str, Any]]]:
-        for where, record in read_records(str(source)):
+        for where, record in read_records(str(source), columns):
             try:
                 line = as_json(record)
             except (TypeError, ValueError, RecursionError) as error:
                 raise DataError(f"{where}: {error}") from None
             changed = {name for name in record if line.get(name) != record[name]} - told
             if changed and RankShards.here(source, 1).rank == 0:
-                say(
-                    console or Console(stderr=True),
+                tell(
                     f"{where}: JSON has no form for values in {', '.join(sorted(changed))}; the "
                     "output has null for NaN and infinity, ISO text for times, Base64 for bytes",
                 )
             told.update(changed)
+            unused.add(line)
             yield where, line
+        unused.report()
 
     return read
 

@@ -168,6 +168,7 @@ def run_tournament(
     target: str | Path,
     job: TournamentJob,
     *,
+    columns: Mapping[str, str] | None = None,
     chunk: int = CHUNK,
     overwrite: bool = False,
     console: Console | None = None,
@@ -184,6 +185,7 @@ def run_tournament(
             responses, they are sampled first.
         target: the output, with one line per input line, in order. The settings are written to a
             file next to the output.
+        columns: the input's own column names; see `map_columns`.
         chunk: the number of lines that are processed together and then written to disk.
         overwrite: whether to start from scratch even if the target exists.
 
@@ -192,7 +194,7 @@ def run_tournament(
             the target was written for another input or with other settings.
     """
     source, target = input_and_output(source, target)
-    read = input_reader(source, console)
+    read = input_reader(source, console, ("context", "responses"), columns)
     encoder = job.policy_encoder or job.judge.encoder
     world_size = RankShards.here(target, chunk).world_size
     lines = ResumableJob(

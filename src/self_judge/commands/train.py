@@ -84,7 +84,7 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
     set_seed(args.seed)
     encoder, settings = jsft_chat_setup(run)
     templates = settings.templates
-    data, held_out = load_data(run.dataset, say, rationales=run.uses_rationales)
+    data, held_out = load_data(run, say)
     _warn_of_texts(encoder, data.records, say)
     model = _load_model(run, merge=True)
     trainer = jsft_trainer(
@@ -210,7 +210,7 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     args = self_judge_config(run)
     set_seed(args.seed)
     encoder, settings = self_judge_chat_setup(run)
-    data, held_out = load_data(run.dataset, say, rationales=False)
+    data, held_out = load_data(run, say)
     _warn_of_texts(encoder, data.records, say)
     if held_out is None:
         args.eval_strategy = "no"

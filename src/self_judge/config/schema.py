@@ -113,12 +113,12 @@ class Source:
     """One source of preference data.
 
     Args:
-        path: a dataset ID on the Hub, a local file (.json, .jsonl, .jsonl.gz, .parquet) or a
-            `save_to_disk` folder.
+        path: a dataset ID on the Hub, a local file (.json, .jsonl, .csv, .tsv, .parquet) or folder.
         data_dir, name, split, revision: as in `datasets.load_dataset`.
         kind: the data format; `"auto"` detects it from the columns.
         sft: whether to train on the chosen responses as demonstrations.
         pairs: whether to train the judge on the pairs.
+        columns: the data's own column names, such as `{prompt: question}`.
     """
 
     path: str
@@ -129,6 +129,7 @@ class Source:
     kind: SourceKind = "auto"
     sft: bool = True
     pairs: bool = True
+    columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(

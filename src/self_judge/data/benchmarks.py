@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-from self_judge.data.files import is_saved_dataset, read_raw, reader_of, split_of
+from self_judge.data.files import (
+    InMemory,
+    in_memory,
+    is_data_file,
+    is_saved_dataset,
+    read_raw,
+    split_of,
+)
 from self_judge.data.labeled_pairs import LabeledComparison, reader_of_columns, usable
 from self_judge.data.records import RecordRef
 from self_judge.errors import DataError
@@ -35,13 +42,16 @@ class BenchmarkSource:
         splits: the splits to read, in the given order. If there are several splits, each is a
             subset. A single file is always read completely.
         data_dir, name, revision: as in `files.read_raw`.
+        columns: the data's own column names; see `records.map_columns`. The columns `context` or
+            `prompt`, `response_a`, `response_b` and `label` (`a`, `b` or `tie`) form a comparison.
     """
 
-    path: str
+    path: str | InMemory
     splits: tuple[str, ...] = ("test",)
     data_dir: str | None = None
     name: str | None = None
     revision: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 # A subset; and in the subset Ties of RewardBench 2, the kind of prompt.
@@ -155,16 +165,25 @@ def _comparisons(source: BenchmarkSource, skipped: Counter[str]) -> Iterator[Lab
 
 def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, Iterator[dict[str, Any]]]]:
     """Yields (label for messages, subset, records) for each file or split."""
-    local = Path(source.path).expanduser()
+    if in_memory(source.path):
+        yield "dataset in memory", "", read_raw(source.path, columns=source.columns)
+        return
+    path = str(source.path)
+    local = Path(path).expanduser()
     root = local / source.data_dir if source.data_dir else local
     files = _files_without_splits(root, source.splits)
     for file, subset in files.items():
-        yield str(file), subset, read_raw(str(file))
+        yield str(file), subset, read_raw(str(file), columns=source.columns)
     if files:
         return
-    label = "/".join(part for part in (source.path, source.name, source.data_dir) if part)
+    label = "/".join(part for part in (path, source.name, source.data_dir) if part)
     read = partial(
-        read_raw, source.path, data_dir=source.data_dir, name=source.name, revision=source.revision
+        read_raw,
+        path,
+        data_dir=source.data_dir,
+        name=source.name,
+        revision=source.revision,
+        columns=source.columns,
     )
     if local.is_file():
         yield label, "", read()
@@ -181,7 +200,7 @@ def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[Path, str
     """
     if not root.is_dir() or is_saved_dataset(root):
         return {}
-    files = [f for f in sorted(root.rglob("*")) if f.is_file() and reader_of(f)]
+    files = [f for f in sorted(root.rglob("*")) if is_data_file(f)]
     if any(split_of(f) for f in files if f.parent == root):
         return {}
     found = {split_of(f) for f in files}

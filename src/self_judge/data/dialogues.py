@@ -6,10 +6,16 @@ The parsers are pure functions of one record.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from self_judge.data.records import Parsed, RecordRef, merge_turns, pair_problem
+from self_judge.data.records import (
+    Parsed,
+    RecordRef,
+    merge_turns,
+    pair_problem,
+    unused_text,
+)
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 from self_judge.prompting.chat_template import common_length
 from self_judge.prompting.messages import reasoning_key
@@ -22,6 +28,9 @@ _HEADER_OF_TURN = "redundant header of a turn"
 _LAST_ANSWER = "\n\nAssistant:"
 _ROLE_OF = {"Human": "user", "Assistant": "assistant"}
 _DIFFERENT_PREFIX = "the two dialogues differ before the last answer"
+_USED = ("prompt", "chosen", "rejected", "system", "history", "score_chosen", "score_rejected")
+# Columns that contain the prompt in some datasets.
+_PROMPTS = {"input", "instruction", "query", "question"}
 
 
 def select_hh(
@@ -58,7 +67,8 @@ def select_hh(
         else:
             pairs = (LabeledPair(demonstration, worse),)
     removed = (_HEADER_OF_TURN,) * _headers(chosen_text, rejected_text)
-    return Parsed(PreferenceRecord(prompt, demonstration, pairs, source, index), skipped, removed)
+    parsed = PreferenceRecord(prompt, demonstration, pairs, source, index)
+    return Parsed(parsed, skipped, removed, tuple(unused_text(record, ("chosen", "rejected"))))
 
 
 def _headers(chosen: str, rejected: str) -> int:
@@ -127,24 +137,29 @@ def select_preference(
 
     The record may be standard (strings) or conversational (lists of messages), or it may mix
     strings and lists of messages. The prompt may be explicit, repeated in the responses, or
-    implicit (only in the responses). If the record or its `metadata` has `score_chosen` and
-    `score_rejected`, the pair is skipped unless the chosen response has the higher score.
+    implicit (only in the responses). A single message may replace a list, and messages may be JSON
+    text. The columns `system` and `history` precede the prompt. OpenAI's `input`,
+    `preferred_output` and `non_preferred_output` are also accepted. If the record or its `metadata`
+    has `score_chosen` and `score_rejected`, the pair is skipped unless the chosen response has the
+    higher score.
 
     Raises:
-        DataError: a field is missing or has the wrong type, or a response is not from the
-            assistant.
+        DataError: a field is missing or has the wrong type, a response is not from the assistant,
+            or another column may contain the prompt.
         UnusableRecordError: the record or a message contains tools or images.
     """
     where = RecordRef(source, index)
+    record = _from_openai(record, where)
     where.refuse_lost_columns(record)
-    chosen, rejected = where.value(record, "chosen"), where.value(record, "rejected")
-    given = record.get("prompt")
-    other_names = sorted({"instruction", "query", "question"} & record.keys())
-    if "prompt" not in record and other_names:
-        # Otherwise, the common prefix of both responses would be treated as the prompt.
-        raise where.error("prompt", f"is missing; rename the column {other_names[0]!r}")
+    chosen, rejected = (
+        where.dialogue(where.value(record, name), name) for name in ("chosen", "rejected")
+    )
+    given = where.dialogue(record.get("prompt"), "prompt")
+    unused = tuple(unused_text(record, _USED))
+    if given is None:
+        _refuse_other_prompts(record, unused, isinstance(chosen, str), where)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        prompt, better, worse = _standard(record, given, where)
+        prompt, better, worse = _standard(chosen, rejected, given, where)
         same_prompt = True
     else:
         better_dialogue = _whole_dialogue(given, chosen, "chosen", where)
@@ -153,7 +168,7 @@ def select_preference(
         worse = worse_dialogue[-1]["content"].strip()
         same_prompt = prompt == worse_dialogue[:-1]
     asked = bool(prompt) and bool(prompt[-1]["content"].strip())
-    prompt = merge_turns(prompt)
+    prompt = merge_turns(where.after_earlier(record, prompt))
     if not asked or not any(m["role"] == "user" for m in prompt):
         return Parsed(None, (f"record: {'no common prompt' if given is None else 'empty prompt'}",))
     if prompt[-1]["role"] != "user":
@@ -166,15 +181,55 @@ def select_preference(
     skipped = (f"pair: {problem}",) if with_pairs and problem else ()
     answers = [answer[-1] for answer in (chosen, rejected) if isinstance(answer, list)]
     removed = tuple(filter(None, map(reasoning_key, answers)))
+    if isinstance(given, str) and starts_with_human(given):
+        removed += (_HEADER_OF_TURN,) * _headers(given, "")
     parsed = PreferenceRecord(tuple(prompt), better, pairs, source, index)
-    return Parsed(parsed, skipped, removed)
+    return Parsed(parsed, skipped, removed, unused)
+
+
+def is_openai(record: Mapping[str, Any]) -> bool:
+    """Returns whether a record has the columns of OpenAI's preference data."""
+    return {"preferred_output", "non_preferred_output"} <= record.keys()
+
+
+def _from_openai(record: Mapping[str, Any], where: RecordRef) -> Mapping[str, Any]:
+    """Renames the columns of OpenAI's preference data; other records are unchanged."""
+    if not is_openai(record):
+        return record
+    asked = where.value(record, "input")
+    fields = {"messages": asked} if not isinstance(asked, Mapping) else asked
+    others = {k: v for k, v in record.items() if not k.endswith(("input", "preferred_output"))}
+    return {
+        **others,
+        **{name: value for name, value in fields.items() if name != "messages"},
+        "prompt": where.value(fields, "messages", "input"),
+        "chosen": record["preferred_output"],
+        "rejected": record["non_preferred_output"],
+    }
+
+
+def _refuse_other_prompts(
+    record: Mapping[str, Any], others: Collection[str], texts: bool, where: RecordRef
+) -> None:
+    """Raises an error if the prompt is missing and another column may contain it.
+
+    Otherwise, the common prefix of both responses would be treated as the prompt.
+    """
+    named = sorted(_PROMPTS & set(others)) or (list(others) if texts else [])
+    if named:
+        raise where.error(
+            "prompt",
+            f"is missing; rename the column {named[0]!r}, map it (columns: {{prompt: "
+            f"{named[0]}}}), or remove the columns beside chosen and rejected: {', '.join(others)}",
+        )
 
 
 def _standard(
-    record: Mapping[str, Any], given: Any, where: RecordRef
+    chosen: str, rejected: str, given: Any, where: RecordRef
 ) -> tuple[list[Message], str, str]:
     """Returns (prompt, chosen response, rejected response) for a record with string responses."""
-    chosen, rejected = where.text(record, "chosen"), where.text(record, "rejected")
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        where.text({name: text}, name)
     if isinstance(given, list):
         return where.messages(given, "prompt"), chosen.strip(), rejected.strip()
     if given is None:

@@ -1,4 +1,4 @@
-"""Reads raw records, one by one, from the Hub or from local files and folders.
+"""Reads raw records, one by one, from the Hub, local files and folders, or a dataset in memory.
 
 Each record is a plain dictionary. This module does not interpret its contents.
 """
@@ -8,16 +8,27 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from csv import DictReader, field_size_limit
+from csv import Error as CSVError
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
+import yaml
+
+from self_judge.data.records import RecordRef, map_columns
 from self_judge.errors import DataError
 from self_judge.storage.jsonl import parse_lines
 
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset
+
 Record = dict[str, Any]
+InMemory: TypeAlias = "Dataset | DatasetDict | IterableDataset"
 
 # Words in file names that indicate a split, as on the Hub.
 _SPLIT_WORDS = {
@@ -25,16 +36,32 @@ _SPLIT_WORDS = {
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
+# Split names of preference datasets on the Hub: "train_prefs", "test_sft".
+_HUB_SPLIT = re.compile(r"(?:train|validation|test)_(?:prefs|sft|gen)")
+# A part of a split in the Hub's folder `data`: "train_prefs-00000-of-00003.parquet".
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")
+# Files that describe a dataset, as in `datasets.data_files`.
+_DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def in_memory(source: Any) -> bool:
+    """Returns whether a source is a dataset of the `datasets` library."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(
+        source, (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict)
+    )
 
 
 def read_raw(
-    path: str,
+    path: str | InMemory,
     *,
     split: str = "train",
     data_dir: str | None = None,
     name: str | None = None,
     revision: str | None = None,
     num_proc: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[Record]:
     """Yields the records of a source in order.
 
@@ -43,23 +70,45 @@ def read_raw(
 
     Args:
         path: a local file (see `FORMATS`), which is always read completely; a local folder that
-            contains such files or was written by `save_to_disk`; or the ID of a dataset on the Hub.
-        split: the split to read. In a folder, file names determine the split ("train.jsonl",
-            "base_test.jsonl").
+            contains such files or was written by `save_to_disk`; the ID of a dataset on the Hub; or
+            a dataset in memory.
+        split: the split to read. In a folder, the dataset card or file names determine the split
+            ("train.jsonl", "base_test.jsonl", "train_prefs.parquet").
         data_dir: a folder inside `path`, which may be local or on the Hub.
-        name, revision, num_proc: as in `datasets.load_dataset`; only for datasets on the Hub.
+        name: as in `datasets.load_dataset`; only for the Hub and for folders with a dataset card.
+        revision, num_proc: as in `datasets.load_dataset`; only for datasets on the Hub.
+        columns: the data's own column names; see `map_columns`.
 
     Raises:
         DataError: the source does not exist or cannot be read. The message names the source and,
             where possible, the line.
     """
+    if isinstance(path, str):
+        records = _read_path(path, split, data_dir, name, revision, num_proc)
+    else:
+        records = _read_dataset(path, split, "dataset in memory")
+    if not columns:
+        return records
+    label = path if isinstance(path, str) else "dataset in memory"
+    numbered = enumerate(records)
+    return (map_columns(record, columns, RecordRef(label, index)) for index, record in numbered)
+
+
+def _read_path(
+    path: str,
+    split: str,
+    data_dir: str | None,
+    name: str | None,
+    revision: str | None,
+    num_proc: int | None,
+) -> Iterator[Record]:
     local = Path(path).expanduser()
     if not local.exists():
         if _looks_local(path):
             raise DataError(f"{path}: no such file or folder (working folder: {Path.cwd()})")
         yield from _read_hub(path, split, data_dir, name, revision, num_proc)
         return
-    if name or revision:
+    if revision or (name and not has_card(local)):
         given = f"name {name!r}" if name else f"revision {revision!r}"
         raise DataError(f"{path}: {given} applies only to Hub datasets, but this is a local path")
     if local.is_file() and data_dir:
@@ -71,7 +120,7 @@ def read_raw(
     if local.is_dir() and is_saved_dataset(local):
         yield from _read_saved(local, split)
         return
-    for file in _files_of(local, split) if local.is_dir() else [local]:
+    for file in _files_of(local, split, name) if local.is_dir() else [local]:
         for _, record in read_numbered(file):
             yield record
 
@@ -88,6 +137,7 @@ def read_numbered(file: Path) -> Iterator[tuple[int | None, Record]]:
             f"{file}: unknown file type; supported types are {', '.join(FORMATS)} and folders "
             "written by save_to_disk"
         )
+    _refuse_pointer(file)
     numbered: Iterator[tuple[int | None, Record]] = (
         _numbered_lines(file) if read is _read_lines else ((None, one) for one in read(file))
     )
@@ -98,6 +148,14 @@ def read_numbered(file: Path) -> Iterator[tuple[int | None, Record]]:
             yield number, record
     if empty:
         raise DataError(f"{file}: the file has no records")
+
+
+def _refuse_pointer(file: Path) -> None:
+    with file.open("rb") as content:
+        if content.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise DataError(
+                f"{file}: a git-lfs pointer instead of the data; get the data with: git lfs pull"
+            )
 
 
 @contextmanager
@@ -113,10 +171,10 @@ def _named_errors(file: Path) -> Iterator[None]:
         raise DataError(f"{file}: not UTF-8 text ({error.reason}, byte {error.start})") from None
 
 
-def _open_text(file: Path) -> IO[str]:
+def _open_text(file: Path, newline: str | None = None) -> IO[str]:
     if file.name.lower().endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8-sig")
-    return file.open(encoding="utf-8-sig")
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline=newline)
+    return file.open(encoding="utf-8-sig", newline=newline)
 
 
 def _numbered_lines(file: Path) -> Iterator[tuple[int, Record]]:
@@ -162,12 +220,38 @@ def _read_parquet(file: Path) -> Iterator[Record]:
         raise DataError(f"{file}: not a valid parquet file ({_first_line(error)})") from None
 
 
+def _read_table(file: Path, delimiter: str) -> Iterator[Record]:
+    """Reads a CSV or TSV file with a header. All values are text."""
+    field_size_limit(2**31 - 1)  # the default limit of 128 KiB is too small for some dialogues
+    with _open_text(file, newline="") as text:
+        rows = DictReader(text, delimiter=delimiter, strict=True)
+        line = 1
+        try:
+            header = list(rows.fieldnames or ())
+            if len({*header, ""}) <= len(header):
+                raise DataError(f"{file}, line 1: a column has no name of its own: {header}")
+            line = rows.line_num + 1
+            for row in rows:
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{file}, line {line}: expected {len(header)} values, as in the header"
+                    )
+                yield row
+                line = rows.line_num + 1
+        except CSVError as error:
+            raise DataError(f"{file}, line {line}: not a valid table ({error})") from None
+
+
 FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".json": _read_json,
     ".json.gz": _read_json,
     ".jsonl": _read_lines,
     ".jsonl.gz": _read_lines,
     ".parquet": _read_parquet,
+    ".csv": partial(_read_table, delimiter=","),
+    ".csv.gz": partial(_read_table, delimiter=","),
+    ".tsv": partial(_read_table, delimiter="\t"),
+    ".tsv.gz": partial(_read_table, delimiter="\t"),
 }
 
 
@@ -186,28 +270,90 @@ def _looks_local(path: str) -> bool:
     )
 
 
-def _files_of(folder: Path, split: str) -> list[Path]:
+def is_data_file(file: Path) -> bool:
+    """Returns whether a file in a folder contains data: not hidden, and not a description."""
+    hidden = file.name.startswith((".", "__"))
+    return (
+        bool(reader_of(file)) and not hidden and file.name not in _DESCRIPTIONS and file.is_file()
+    )
+
+
+def _files_of(folder: Path, split: str, name: str | None = None) -> list[Path]:
     """Returns a folder's data files for a split, sorted by name."""
-    files = sorted(f for f in folder.iterdir() if f.is_file() and reader_of(f))
-    if not files:
-        folders = sorted(f.name for f in folder.iterdir() if f.is_dir())
-        inside = f"; set data_dir to one of its folders: {', '.join(folders)}" if folders else ""
-        raise DataError(f"{folder}: no data file ({', '.join(FORMATS)}) in this folder{inside}")
-    splits = {file: split_of(file) for file in files}
-    if not any(splits.values()):
-        # If no file name contains a split, all files belong to the training split.
-        splits = dict.fromkeys(files, "train")
-    chosen = [file for file in files if splits[file] == split]
+    splits = _card_splits(folder, name) if has_card(folder) else _named_splits(folder)
+    chosen = [file for file, own in splits.items() if own == split]
+    # "train_prefs" is also the name of the file train_prefs.jsonl.
+    chosen = chosen or [file for file in splits if file.name.partition(".")[0] == split]
     if not chosen:
-        known = sorted({name for name in splits.values() if name})
+        known = sorted({own for own in splits.values() if own})
         raise DataError(f"{folder}: no file for split {split!r}; found splits: {', '.join(known)}")
     return chosen
 
 
+def _named_splits(folder: Path) -> dict[Path, str | None]:
+    """Returns the split of each data file in a folder, which its name determines."""
+    files = sorted(filter(is_data_file, folder.iterdir()))
+    inside = folder / "data"
+    if not files and inside.is_dir():  # as on the Hub
+        files = [f for f in sorted(inside.iterdir()) if is_data_file(f) and _SHARD.match(f.name)]
+    if not files:
+        folders = sorted(f.name for f in folder.iterdir() if f.is_dir())
+        known = f"; set data_dir to one of its folders: {', '.join(folders)}" if folders else ""
+        raise DataError(f"{folder}: no data file ({', '.join(FORMATS)}) in this folder{known}")
+    splits = {file: split_of(file) for file in files}
+    # If no file name contains a split, all files belong to the training split.
+    return splits if any(splits.values()) else dict.fromkeys(files, "train")
+
+
 def split_of(file: Path) -> str | None:
     """Returns the split that a file name indicates under the Hub's rules, or `None`."""
+    shard = _SHARD.match(file.name) if file.parent.name == "data" else None
+    if shard := shard or _HUB_SPLIT.match(file.name):
+        return shard[1] if shard.re is _SHARD else shard[0]
     words = set(re.split(r"[^a-z]+", file.name.lower()))
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), None)
+
+
+def has_card(folder: Path) -> bool:
+    """Returns whether a dataset card in the folder lists data files."""
+    return bool(_configurations(folder))
+
+
+def _configurations(folder: Path) -> list[dict[str, Any]]:
+    """Returns the entries under `configs` in a dataset card, or an empty list."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return []
+    text = card.read_text(encoding="utf-8", errors="replace")
+    header = text.split("---\n", 2)[1] if text.startswith("---\n") else ""
+    try:
+        configs = (yaml.safe_load(header) or {}).get("configs")
+    except (yaml.YAMLError, AttributeError) as error:
+        raise DataError(f"{card}: not a valid dataset card ({_first_line(error)})") from None
+    return [c for c in configs or [] if isinstance(c, dict) and c.get("data_files")]
+
+
+def _card_splits(folder: Path, name: str | None) -> dict[Path, str | None]:
+    """Returns the split of each data file that the dataset card lists, as `load_dataset` does."""
+    from datasets.data_files import resolve_pattern, sanitize_patterns
+
+    configs = {str(c.get("config_name", "default")): c for c in _configurations(folder)}
+    chosen = name or ("default" if "default" in configs else "")
+    if len(configs) == 1 and not name:
+        chosen = next(iter(configs))
+    if chosen not in configs:
+        problem = f"no configuration {name!r}" if name else "several configurations"
+        raise DataError(f"{folder}: {problem}; set name to one of: {', '.join(configs)}")
+    base = str(folder / configs[chosen].get("data_dir", ""))
+    splits: dict[Path, str | None] = {}
+    try:
+        for split, patterns in sanitize_patterns(configs[chosen]["data_files"]).items():
+            for pattern in patterns:
+                files = map(Path, resolve_pattern(pattern, base))
+                splits.update(dict.fromkeys(filter(is_data_file, files), str(split)))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / 'README.md'}: {_first_line(error)}") from None
+    return splits
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -216,7 +362,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def _read_saved(folder: Path, split: str) -> Iterator[Record]:
-    from datasets import DatasetDict, load_from_disk
+    from datasets import load_from_disk
 
     try:
         saved = load_from_disk(str(folder))
@@ -224,13 +370,22 @@ def _read_saved(folder: Path, split: str) -> Iterator[Record]:
         raise DataError(
             f"{folder}: not a valid save_to_disk folder ({_first_line(error)})"
         ) from None
-    if isinstance(saved, DatasetDict):
-        if split not in saved:
-            raise DataError(f"{folder}: no split {split!r}; it has {', '.join(map(str, saved))}")
-        saved = saved[split]
-    if not len(saved):
-        raise DataError(f"{folder}: the dataset has no records")
-    yield from saved
+    yield from _read_dataset(saved, split, str(folder))
+
+
+def _read_dataset(dataset: InMemory, split: str, label: str) -> Iterator[Record]:
+    from datasets import DatasetDict
+
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise DataError(f"{label}: no split {split!r}; it has {', '.join(map(str, dataset))}")
+        dataset = dataset[split]
+    empty = True
+    for record in dataset:
+        empty = False
+        yield dict(record)
+    if empty:
+        raise DataError(f"{label}: the dataset has no records")
 
 
 def _read_hub(

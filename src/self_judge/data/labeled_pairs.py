@@ -15,7 +15,7 @@ from itertools import chain, combinations, product, takewhile
 from typing import Any, Literal
 
 from self_judge.data.records import RecordRef, judge_context, pair_problem
-from self_judge.data.sources import PARSERS, kind_of
+from self_judge.data.sources import PARSERS, kind_of, question_of
 from self_judge.datatypes import Comparison, Message
 from self_judge.errors import DataError, UnusableRecordError
 from self_judge.prompting.judge_templates import dialogue_text
@@ -89,6 +89,8 @@ def reader_of_columns(record: Mapping[str, Any], label: str) -> Reader:
         return _votes_on_conversations
     if {"prompt", "response_a", "response_b"} <= columns and {"winner", _VOTES[0]} & columns:
         return _votes_on_responses
+    if {"response_a", "response_b", "label"} <= columns:
+        return _labeled
     if {"prompt", "chosen", "rejected"} <= columns and _is_texts(record["chosen"]):
         return _reader_of_lists(columns, label)
     if {"input", "targets"} <= columns:
@@ -128,6 +130,21 @@ def usable(found: Found) -> Found:
         yield from found
     except UnusableRecordError as error:
         yield f"record: {error.reason}"
+
+
+def _labeled(record: Mapping[str, Any], where: RecordRef) -> Found:
+    """Parses the columns that a mapping yields; see `BenchmarkSource`."""
+    labels: dict[str, Label] = {"a": "a", "b": "b", "tie": "tie"}
+    label = labels.get(str(where.value(record, "label")))
+    if label is None:
+        given = f"expected a, b or tie, got {record['label']!r:.40}"
+        raise where.error(
+            "label", f"{given}; map its values, as in label.a={record['label']!s:.20}"
+        )
+    context, _ = question_of(record, where)
+    a, b = (where.text(record, name).strip() for name in ("response_a", "response_b"))
+    subset = record.get("subset")
+    yield _pair(where, context.strip(), a, b, label, subset if isinstance(subset, str) else "")
 
 
 def _llmbar(record: Mapping[str, Any], where: RecordRef) -> Found:
@@ -354,6 +371,7 @@ def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef) -> Found:
     """Yields the pairs in a training record. A hash of the texts determines each pair's order."""
     parsed = PARSERS[kind](record, where.index, source=where.source)
     yield from parsed.skipped
+    yield from (f"column {name!r}" for name in parsed.unused if name not in ("subset", "source"))
     if parsed.record is None:
         return
     # RewardBench stores the name of the subset in `subset`, and HHH stores it in `source`.

@@ -1,16 +1,21 @@
-"""Defines parsed records, and validates the fields of raw records.
+"""Defines parsed records, maps the columns of raw records, and validates their fields.
 
 The parsers for individual data formats build on this module, which does not import torch.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from self_judge.config.yaml import unknown_key
 from self_judge.datatypes import Message, PreferenceRecord
 from self_judge.errors import DataError, UnusableRecordError
 from self_judge.prompting.judge_templates import dialogue_text
@@ -18,6 +23,120 @@ from self_judge.prompting.messages import content_of, lost, lost_column
 from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
 _ROLES = ("system", "user", "assistant", "tool")
+
+# The names that data may give to its columns with a mapping such as {"prompt": "question"}.
+COLUMNS = (
+    *("prompt", "chosen", "rejected", "system", "history", "score_chosen", "score_rejected"),
+    *("instruction", "input", "completions", "messages", "subset"),
+    *("context", "response", "responses", "response_a", "response_b", "label"),
+)
+# The columns that contain a prompt, in order of precedence.
+_PROMPTS = ("prompt", "messages", "turns", "instruction")
+LABELS = {"label.a": "a", "label.b": "b", "label.tie": "tie"}
+# The start of messages that were written as text, and the keys of their first message.
+_MESSAGES_AS_TEXT = re.compile(r"""["\s]*\[?\s*\{.*?["'](?:role|from)\\?["']\s*:""", re.DOTALL)
+_MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
+
+
+def parse_columns(given: Sequence[str]) -> dict[str, str]:
+    """Parses `name=column` arguments of a command line; see `map_columns`.
+
+    Raises:
+        DataError: an argument has no `=`, or a name is given twice.
+    """
+    columns: dict[str, str] = {}
+    for argument in given:
+        name, equals, column = argument.partition("=")
+        if not (name and equals and column):
+            raise DataError(f"columns: expected name=column, got {argument!r:.80}")
+        if name in columns:
+            raise DataError(f"columns: {name!r} is given twice")
+        columns[name] = column
+    return columns
+
+
+def map_columns(
+    record: Mapping[str, Any], columns: Mapping[str, str], where: RecordRef
+) -> dict[str, Any]:
+    """Returns a raw record with renamed columns.
+
+    Args:
+        columns: the column in the data for each name in `COLUMNS`, such as `{"prompt":
+            "question"}`. The names `label.a`, `label.b` and `label.tie` give the values of the
+            column `label` in the data: `{"label": "winner", "label.a": "model_1"}`.
+        where: the record, for error messages.
+
+    Raises:
+        DataError: a name is unknown, or the record lacks a column or has another label.
+    """
+    renamed = {name: column for name, column in columns.items() if name not in LABELS}
+    for name, column in renamed.items():
+        if name not in COLUMNS:
+            raise DataError(f"{where.source}: columns.{unknown_key(name, (*COLUMNS, *LABELS))}")
+        if column not in record:
+            found = sorted(map(str, record))
+            raise where.error(column, f"is missing (columns.{name}); found {found}")
+    others = {name: v for name, v in record.items() if name not in renamed.values()}
+    mapped = {f"{name} (replaced)" if name in renamed else name: v for name, v in others.items()}
+    mapped.update({name: record[column] for name, column in renamed.items()})
+    labels = {columns[name]: label for name, label in LABELS.items() if name in columns}
+    if labels:
+        value = str(where.value(mapped, "label"))
+        if value not in labels:
+            raise where.error("label", f"is {value!r:.40}, expected one of {', '.join(labels)}")
+        mapped["label"] = labels[value]
+    return mapped
+
+
+def prompt_columns(record: Mapping[str, Any]) -> list[str]:
+    """Returns the columns of a record that form its prompt; the first one contains the question.
+
+    The list is empty if the record has no prompt. `input` is a part of the prompt only with
+    `instruction`.
+    """
+    name = next((name for name in _PROMPTS if record.get(name) is not None), None)
+    own = () if name is None else (name, "system", "history")
+    return [*own, "input"] if name == "instruction" else [*own]
+
+
+def unused_text(record: Mapping[str, Any], used: Collection[str]) -> list[str]:
+    """Returns the names of columns that contain text and are not in `used`."""
+    return [name for name, value in record.items() if name not in used and _has_text(value)]
+
+
+def _has_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    items = value.values() if isinstance(value, Mapping) else value
+    return isinstance(value, (Mapping, list, tuple)) and any(map(_has_text, items))
+
+
+class UnusedText:
+    """Collects the text columns that a command does not use, and reports them in one line.
+
+    Args:
+        source: the source, for the line.
+        used: the columns that the command uses, other than the prompt (see `prompt_columns`).
+        say: prints the line.
+    """
+
+    def __init__(self, source: str, used: Collection[str], say: Callable[[str], None]) -> None:
+        self._source = source
+        self._used = used
+        self._say: Callable[[str], None] | None = say
+        self._found: Counter[str] = Counter()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Notes the unused text columns of a record."""
+        if self._say is not None:
+            used = (*self._used, *prompt_columns(record))
+            self._found.update(unused_text(record, used))
+
+    def report(self) -> None:
+        """Prints the line if there are unused text columns. Later calls do nothing."""
+        if self._say is not None and self._found:
+            self._say(f"{self._source}: unused columns with text: {', '.join(self._found)}")
+        self._say = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +150,13 @@ class Parsed:
             demonstration is still usable. Equal phrases are counted together.
         removed: a short phrase for each part removed from a usable record. Equal phrases are
             counted together.
+        unused: the columns that contain text but are not part of the parsed record.
     """
 
     record: PreferenceRecord | None
     skipped: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
@@ -167,12 +288,79 @@ class RecordRef:
             reason=reason,
         )
 
+    def dialogue(self, value: Any, field: str) -> Any:
+        """Returns messages for a single message or messages as text; other values are unchanged.
+
+        Files without lists, such as CSV, contain messages as JSON or as a Python list.
+        """
+        if isinstance(value, Mapping):
+            return [value]
+        if not (isinstance(value, str) and _MESSAGES_AS_TEXT.match(value)):
+            return value
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                parsed = parse(value)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(parsed, str):
+                return self.dialogue(parsed, field)
+            items = parsed if isinstance(parsed, list) else [parsed]
+            are_messages = all(
+                isinstance(item, Mapping) and any(keys <= item.keys() for keys in _MESSAGE_KEYS)
+                for item in items
+            )
+            return items if are_messages else value
+        if value.lstrip().startswith("[") and '"content' in value.replace("'", '"'):
+            raise self.error(
+                field, f"looks like messages as text, but is not JSON: {value.strip()[:40]!r}"
+            )
+        return value
+
+    def earlier(self, record: Mapping[str, Any]) -> list[Message]:
+        """Returns the messages before the prompt, from the columns `system` and `history`.
+
+        `history` contains messages, or pairs of a question and an answer.
+        """
+        system = record.get("system") or ""
+        if not isinstance(system, str):
+            raise self.expected("text", system, "system")
+        history = self.dialogue(record.get("history") or [], "history")
+        if isinstance(history, str):
+            try:
+                history = json.loads(history) if history.strip() else []
+            except ValueError:
+                raise self.expected("a list of messages or pairs", history, "history") from None
+        messages: list[Message] = []
+        if system.strip():
+            messages.append({"role": "system", "content": self.text(record, "system").strip()})
+        if isinstance(history, list) and all(isinstance(turn, (list, tuple)) for turn in history):
+            if any(len(turn) != 2 for turn in history):
+                raise self.error("history", "expected pairs of a question and an answer")
+            roles = ("user", "assistant")
+            history = [
+                {"role": role, "content": text}
+                for turn in history
+                for role, text in zip(roles, turn, strict=True)
+            ]
+        return messages + self.messages(history, "history")
+
+    def after_earlier(self, record: Mapping[str, Any], prompt: list[Message]) -> list[Message]:
+        """Returns a prompt with the messages in the columns `system` and `history` before it."""
+        earlier = self.earlier(record)
+        own = prompt[:1] if prompt and prompt[0]["role"] == "system" else []
+        if own and earlier[:1] and earlier[0]["role"] == "system":
+            if own[0]["content"].strip() != earlier[0]["content"]:
+                raise self.error("system", "differs from the system message in the prompt")
+            earlier = earlier[1:]
+        return [*own, *earlier, *prompt[len(own) :]]
+
     def messages(self, value: Any, field: str) -> list[Message]:
         """Validates a list of messages and returns their roles and text content.
 
         Raises:
             UnusableRecordError: a message contains anything other than text (see `messages.lost`).
         """
+        value = self.dialogue(value, field)
         if not isinstance(value, list):
             raise self.expected("text or a list of messages", value, field)
         messages: list[Message] = []

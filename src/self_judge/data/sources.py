@@ -12,13 +12,22 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from self_judge.config.schema import Source, SourceKind
 from self_judge.config.yaml import build
-from self_judge.data.dialogues import select_hh, select_preference, starts_with_human
-from self_judge.data.files import read_numbered, read_raw, reader_of
-from self_judge.data.records import Parsed, RecordRef, first_question, is_held_out, judge_context
+from self_judge.data.dialogues import is_openai, select_hh, select_preference, starts_with_human
+from self_judge.data.files import InMemory, in_memory, read_numbered, read_raw, reader_of
+from self_judge.data.records import (
+    Parsed,
+    RecordRef,
+    UnusedText,
+    first_question,
+    is_held_out,
+    judge_context,
+    map_columns,
+    prompt_columns,
+)
 from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import Message, PreferenceRecord
 from self_judge.errors import ConfigError, DataError, UnusableRecordError
@@ -36,7 +45,8 @@ class PreferenceData:
         counts_by_source: the counts for each source label: `read`, `other subset` (records in the
             other subset of the held-out split), `records`, `demonstrations`, `pairs`, `pairs,
             <principle>`, and `skipped record: …` or `skipped pair: …` for each reason. `removed …`
-            counts parts that were removed from usable records.
+            counts parts that were removed from usable records, and `unused column: …` counts the
+            records with text in a column that is not used.
     """
 
     records: list[PreferenceRecord]
@@ -61,7 +71,11 @@ class PreferenceData:
 
 
 def load_preferences(
-    sources: str | Mapping[str, Any] | Source | Sequence[str | Mapping[str, Any] | Source],
+    sources: str
+    | Mapping[str, Any]
+    | Source
+    | InMemory
+    | Sequence[str | Mapping[str, Any] | Source | InMemory],
     *,
     subset: Subset = "train",
     held_out: float = 0.0,
@@ -74,8 +88,8 @@ def load_preferences(
     """Loads the records from one or more sources.
 
     Args:
-        sources: paths, mappings with the fields of `Source`, or `Source` objects. They are read in
-            the given order.
+        sources: paths, `datasets.Dataset` objects, mappings with the fields of `Source` (whose path
+            may be a `Dataset`), or `Source` objects. They are read in the given order.
         subset: the training subset, the held-out subset, or both.
         held_out: fraction of prompts to hold out, in [0, 1). A hash of a prompt's text determines
             whether the prompt is held out.
@@ -87,14 +101,16 @@ def load_preferences(
         num_proc: number of processes that prepare a dataset from the Hub.
 
     Raises:
-        DataError: a source cannot be read, a record is malformed, or no records are selected.
+        DataError: a source cannot be read, a record is malformed, or no records can be used. The
+            held-out subset may be empty.
     """
-    listed = [sources] if isinstance(sources, str | Mapping | Source) else list(sources)
+    alone = isinstance(sources, str | Mapping) or in_memory(sources)
+    listed = [sources] if alone or not isinstance(sources, Iterable) else list(sources)
     if not listed:
         raise DataError("no source of preference data is given")
     data = PreferenceData([])
-    for source in map(_source_of, listed):
-        label = _label_of(source)
+    for number, source in enumerate(map(_source_of, listed)):
+        label = _label_of(source, number)
         raw = read_raw(
             source.path,
             split=source.split,
@@ -102,6 +118,7 @@ def load_preferences(
             name=source.name,
             revision=source.revision,
             num_proc=num_proc,
+            columns=source.columns,
         )
         if label in data.counts_by_source:
             raise DataError(f"{label}: the source is listed twice")
@@ -120,22 +137,38 @@ def load_preferences(
         )
         data.records.extend(selected.records)
         data.counts_by_source.update(selected.counts_by_source)
+    if not data.records and subset == "train":
+        other = data.counts["other subset"]
+        raise DataError(
+            f"{', '.join(data.counts_by_source)}: all {other:,} usable records are held out "
+            f"(held_out {held_out:g}), so none is left for training: set held_out to 0, or add data"
+        )
     return data
 
 
-def _source_of(given: str | Mapping[str, Any] | Source) -> Source:
+def _source_of(given: Any) -> Source:
     if isinstance(given, Source):
         return given
-    fields = {"path": given} if isinstance(given, str) else dict(given)
+    if not (isinstance(given, str | Mapping) or in_memory(given)):
+        raise DataError(
+            f"a source is a path, a mapping with the fields of Source or a datasets.Dataset, got "
+            f"{type(given).__name__}"
+        )
+    fields = dict(given) if isinstance(given, Mapping) and not in_memory(given) else {"path": given}
+    dataset = fields.get("path")
+    if in_memory(dataset):
+        fields["path"] = "in memory"
     try:
         source: Source = build(Source, fields, "")
     except ConfigError as error:
-        raise DataError(f"source {fields}: {error}") from None
-    return source
+        raise DataError(f"source {fields!s:.80}: {error}") from None
+    return replace(source, path=cast("str", dataset)) if in_memory(dataset) else source
 
 
-def _label_of(source: Source) -> str:
+def _label_of(source: Source, number: int) -> str:
     """Returns the label of a source for messages and counts."""
+    if in_memory(source.path):
+        return f"dataset {number} in memory"
     name = "/".join(part for part in (source.path, source.name, source.data_dir) if part)
     # A file is always read completely, so its label needs no split.
     return name if reader_of(Path(source.path)) else f"{name}[{source.split}]"
@@ -158,7 +191,7 @@ def select_records(
     """Parses and selects raw records as in `load_preferences`. Error messages start with `label`.
 
     Raises:
-        DataError: an option is invalid, a record is malformed, or no records are selected.
+        DataError: an option is invalid, a record is malformed, or no record can be used.
     """
     if isinstance(principles, str):
         principles = (principles,)
@@ -194,6 +227,7 @@ def select_records(
             continue
         counts.update(f"skipped {why}" for why in parsed.skipped)
         counts.update(f"removed {what}" for what in parsed.removed)
+        counts.update(f"unused column: {name}" for name in parsed.unused)
         if chosen is not None and not sft:
             chosen = replace(chosen, demonstration=None)
         if chosen is not None and chosen.demonstration is None and not chosen.pairs:
@@ -204,7 +238,7 @@ def select_records(
             counts["demonstrations"] += chosen.demonstration is not None
             counts["pairs"] += len(chosen.pairs)
             counts.update(f"pairs, {p.principle}" for p in chosen.pairs if p.principle)
-    if not kept:
+    if not kept and not counts["other subset"]:
         found = "; ".join(f"{what}: {number}" for what, number in counts.items() if number)
         raise DataError(f"{label}: no record could be used as kind {known} ({found})")
     return PreferenceData(kept, {label: dict(counts)})
@@ -226,6 +260,8 @@ def kind_of(record: Mapping[str, Any], label: str) -> Literal["hh", "ultrafeedba
     """
     if {"instruction", "completions"} <= record.keys():
         return "ultrafeedback"
+    if is_openai(record):
+        return "preference"
     if {"chosen", "rejected"} <= record.keys():
         chosen = record["chosen"]
         if "prompt" not in record and isinstance(chosen, str) and starts_with_human(chosen):
@@ -234,7 +270,8 @@ def kind_of(record: Mapping[str, Any], label: str) -> Literal["hh", "ultrafeedba
     raise DataError(
         f"{label}: cannot detect the kind of data from the columns {sorted(map(str, record))}; "
         "expected chosen and rejected (HH dialogues, or TRL preference data with or without "
-        "prompt), or instruction and completions (UltraFeedback)"
+        "prompt), or instruction and completions (UltraFeedback); map other names, as in columns: "
+        "{prompt: question}"
     )
 
 
@@ -289,33 +326,60 @@ def to_self_judge_rows(records: Iterable[PreferenceRecord]) -> list[dict[str, An
     return rows
 
 
-def read_records(path: str) -> Iterator[tuple[RecordRef, dict[str, Any]]]:
+def read_records(
+    path: str | InMemory, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[RecordRef, dict[str, Any]]]:
     """Yields the raw records of any source (see `files.read_raw`), each with its place for errors.
+
+    Args:
+        columns: see `map_columns`.
 
     Raises:
         DataError: the source cannot be read.
     """
-    file = Path(path).expanduser()
-    numbered = read_numbered(file) if file.is_file() else ((None, one) for one in read_raw(path))
+    label = "dataset in memory" if in_memory(path) else str(path)
+    file = None if in_memory(path) else Path(str(path)).expanduser()
+    numbered = (
+        read_numbered(file)
+        if file is not None and file.is_file()
+        else ((None, one) for one in read_raw(path))
+    )
     for index, (line, record) in enumerate(numbered):
-        yield RecordRef(path, index, line), record
+        where = RecordRef(label, index, line)
+        yield where, map_columns(record, columns, where) if columns else record
 
 
-def read_prompts(path: str, *, max_records: int | None = None) -> list[list[Message]]:
-    """Reads prompts from a file of any supported type. Each prompt is one dialogue.
+def read_prompts(
+    path: str | InMemory,
+    *,
+    max_records: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    unused: UnusedText | None = None,
+) -> list[list[Message]]:
+    """Reads prompts from a file of any supported type or a dataset. Each prompt is one dialogue.
 
     Each record has one of the columns `prompt` (a string or messages), `messages`, `turns` (as in
-    the question files of MT-Bench and Vicuna; the first turn is the prompt) or `instruction`.
+    the question files of MT-Bench and Vicuna; the first turn is the prompt) or `instruction` (with
+    `input`, if it has one). The columns `system` and `history` precede the prompt.
+
+    Args:
+        max_records: the number of prompts to read (`None`: all).
+        columns: see `map_columns`.
+        unused: reports the columns that are not used.
 
     Raises:
         DataError: the file cannot be read, or a record has no prompt or an empty prompt.
     """
     prompts: list[list[Message]] = []
-    for where, record in itertools.islice(read_records(path), max_records):
+    for where, record in itertools.islice(read_records(path, columns), max_records):
+        if unused is not None:
+            unused.add(record)
         messages = prompt_of(record, where)
         if messages is None:
             raise where.error("prompt", f"is missing; found {sorted(map(str, record))}")
         prompts.append(messages)
+    if unused is not None:
+        unused.report()
     return prompts
 
 
@@ -328,20 +392,23 @@ def prompt_of(record: Mapping[str, Any], where: RecordRef) -> list[Message] | No
     where.refuse_lost_columns(record)
     if _holds_values(record.get("chat_template_kwargs")):
         raise where.error("chat_template_kwargs", "is not used per record: remove the column")
-    # Columns of Arrow data are null if a record lacks them.
-    given = (n for n in ("prompt", "messages", "turns", "instruction") if record.get(n) is not None)
-    name = next(given, "")
-    if not name:
+    columns = prompt_columns(record)
+    if not columns:
         return None
+    name = columns[0]
     value = record[name]
     if name == "turns" and isinstance(value, list):
         value = value[0] if value else ""
+    value = where.dialogue(value, name)
     if isinstance(value, str):
-        value = [{"role": "user", "content": value.strip()}]
+        value = where.text({name: value}, name).strip()
+        if "input" in columns and record.get("input"):
+            value = "\n\n".join(filter(None, (value, where.text(record, "input").strip())))
+        value = [{"role": "user", "content": value}]
     messages = where.messages(value, name)
     if not messages or not messages[-1]["content"].strip() or messages[-1]["role"] != "user":
         raise where.error(name, "expected non-empty text, or messages that end with a user message")
-    return messages
+    return where.after_earlier(record, messages)
 
 
 def _holds_values(kwargs: Any) -> bool:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from self_judge.data.records import Parsed, RecordRef, pair_problem
+from self_judge.data.records import Parsed, RecordRef, pair_problem, unused_text
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 from self_judge.prompting.thoughts import NO_ANSWER, answer_of
 
 # Some rationales mention texts that the judge does not see: "Text 1 is better than Text 3".
-_OTHER_TEXTS = re.compile(r"\bTexts?\b")
+_OTHER_TEXTS = re.compile(r"\bTexts?(?![a-z])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,11 @@ def select_ultrafeedback(
     completion becomes the demonstration, and its `custom_system_prompt` becomes the system message.
     By default, there is one pair, which consists of the best completion and a random completion
     with a strictly lower score. `principles` (`True` for all rated principles, or a list of names)
-    instead selects one random pair per principle, from the completions whose ratings under that
-    principle differ. With `rationales`, both completions also need a rationale that does not
-    mention a "Text" (see the paper's section on data).
+    instead selects one pair per principle: the best completion and a random completion with a lower
+    rating under that principle. If there is none, the pair consists of the best completion and a
+    random one with a higher rating; if the best is in no pair, the next in the ranking takes its
+    place. With `rationales`, both completions also need a rationale that does not mention a "Text"
+    (see the paper's section on data).
 
     Random choices depend only on the seed, the instruction and the principle.
 
@@ -74,14 +76,15 @@ def select_ultrafeedback(
     if not rated:
         why = NO_ANSWER if unanswered else "no rated response"
         return Parsed(None, (f"record: {why}",))
-    best = max(rated, key=lambda c: (c.score, len(c.text)))
+    ranked = sorted(rated, key=lambda c: (c.score, len(c.text)), reverse=True)
+    best = ranked[0]
     drawn: list[tuple[str, LabeledPair | str]] = []  # (suffix for counts, pair or reason)
     if with_pairs and not principles:
         drawn = [("", _general_pair(rated, best, _rng(seed, instruction)))]
     elif with_pairs:
         names = principles if isinstance(principles, Sequence) else _principles_of(rated)
         drawn = [
-            (f", {p}", _principle_pair(rated, p, rationales, _rng(seed, instruction, p)))
+            (f", {p}", _principle_pair(ranked, p, rationales, _rng(seed, instruction, p)))
             for p in names
         ]
     system: list[Message] = [{"role": "system", "content": best.system}] if best.system else []
@@ -96,7 +99,9 @@ def select_ultrafeedback(
         context=instruction,
     )
     skipped = [f"pair{about}: {why}" for about, why in drawn if isinstance(why, str)]
-    return Parsed(selected, (*skipped, *[f"response: {NO_ANSWER}" for _ in unanswered]))
+    skipped += [f"response: {NO_ANSWER}" for _ in unanswered]
+    unused = tuple(unused_text(record, ("instruction", "completions")))
+    return Parsed(selected, tuple(skipped), unused=unused)
 
 
 def _principles_of(rated: Sequence[_Completion]) -> list[str]:
@@ -120,29 +125,33 @@ def _rng(seed: int, *key: str) -> random.Random:
 
 
 def _principle_pair(
-    rated: Sequence[_Completion], principle: str, rationales: bool, rng: random.Random
+    ranked: Sequence[_Completion], principle: str, rationales: bool, rng: random.Random
 ) -> LabeledPair | str:
-    """Returns a random pair whose ratings under the principle differ, or why there is none."""
+    """Returns a pair whose ratings under the principle differ, or why there is none.
+
+    The highest-ranked completion that is in any such pair is paired with a random worse completion
+    or, if there is none, with a random better one.
+    """
     couples = [
         (a, b) if a.ratings[principle] > b.ratings[principle] else (b, a)
-        for a, b in combinations([c for c in rated if principle in c.ratings], 2)
+        for a, b in combinations([c for c in ranked if principle in c.ratings], 2)
         if a.ratings[principle] != b.ratings[principle] and not pair_problem(a.text, b.text)
     ]
     if not couples:
         return "no two different ratings"
-    if not rationales:
-        better, worse = rng.choice(couples)
-        return LabeledPair(better.text, worse.text, principle)
-    couples = [c for c in couples if all(_has_own_rationale(x, principle) for x in c)]
+    if rationales:
+        couples = [c for c in couples if all(_has_own_rationale(x, principle) for x in c)]
     if not couples:
         return "a rationale is missing or mentions other texts"
-    better, worse = rng.choice(couples)
+    first = next(c for c in ranked if any(c is a or c is b for a, b in couples))
+    won = [couple for couple in couples if couple[0] is first]
+    better, worse = rng.choice(won or [couple for couple in couples if couple[1] is first])
     return LabeledPair(
         better.text,
         worse.text,
         principle,
-        rationale_chosen=better.rationales[principle],
-        rationale_rejected=worse.rationales[principle],
+        rationale_chosen=better.rationales[principle] if rationales else None,
+        rationale_rejected=worse.rationales[principle] if rationales else None,
     )
 
 
@@ -176,11 +185,12 @@ def _completion(raw: Any, where: RecordRef, field: str) -> _Completion | None:
             continue
         ratings[principle] = rating
         # If both exist, "Rationale" explains the type and "Rationale For Rating" explains the
-        # rating.
-        rationale = annotation.get("Rationale For Rating") or annotation.get("Rationale") or ""
-        if not isinstance(rationale, str):
-            raise where.expected("text", rationale, f"{at}.Rationale")
-        rationales[principle] = rationale.strip()
+        # rating. As in the method, they are joined.
+        parts = [annotation.get(name) or "" for name in ("Rationale", "Rationale For Rating")]
+        for part in parts:
+            if not isinstance(part, str):
+                raise where.expected("text", part, f"{at}.Rationale")
+        rationales[principle] = " ".join(filter(None, map(str.strip, parts)))
     if not text or not ratings:
         return None
     system = raw.get("custom_system_prompt") or ""

@@ -205,9 +205,15 @@ def refuse_own_inputs(run: JSFTRun | SelfJudgeRun) -> None:
 
 
 def load_data(
-    dataset: DatasetArgs, say: Say, *, rationales: bool
+    run: JSFTRun | SelfJudgeRun, say: Say
 ) -> tuple[PreferenceData, PreferenceData | None]:
-    """Loads the training data and the held-out data (`eval` sources, or a share of the prompts)."""
+    """Loads the training data and the held-out data (`eval` sources, or a share of the prompts).
+
+    The held-out data is `None` if `held_out` is 0, or if the share has no record to evaluate: JSFT
+    evaluates any record, and self-training evaluates pairs.
+    """
+    dataset = run.dataset
+    rationales = isinstance(run, JSFTRun) and run.uses_rationales
 
     def load(
         sources: Sequence[Source], subset: Subset, share: float, most: int | None
@@ -231,7 +237,20 @@ def load_data(
     train = load(dataset.sources, "train", dataset.held_out, dataset.max_records)
     if not dataset.held_out:
         return train, None
-    return train, load(dataset.sources, "held_out", dataset.held_out, dataset.max_eval_records)
+    held_out = load(dataset.sources, "held_out", dataset.held_out, dataset.max_eval_records)
+    if any(record.pairs or isinstance(run, JSFTRun) for record in held_out.records):
+        return train, held_out
+    say(f"warning: {nothing_held_out(dataset, train)}")
+    return train, None
+
+
+def nothing_held_out(dataset: DatasetArgs, train: PreferenceData) -> str:
+    """Returns a warning for data whose held-out share is empty."""
+    return (
+        f"dataset.held_out {dataset.held_out:g} holds out no usable record beside the "
+        f"{len(train.records):,} for training, so there is no evaluation: raise dataset.held_out, "
+        "or set dataset.eval"
+    )
 
 
 def already_rendered(records: Sequence[PreferenceRecord], encoder: ChatEncoder) -> str | None:
