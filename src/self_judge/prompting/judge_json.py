@@ -112,10 +112,11 @@ def resolve_judge(
     if templates is None:
         if saved is None:
             if name_or_path and is_missing(name_or_path):
-                raise ModelError(f"{name_or_path}: there is no such folder")
+                raise ModelError(f"{name_or_path}: there is no such folder: {remedy}")
+            absent = name_or_path and not Path(name_or_path).exists()
             raise ValueError(
-                f"{name_or_path or 'the model'} has no {JUDGE_FILE} (JSFT writes this file): "
-                f"{remedy}"
+                f"{name_or_path or 'the model'} {'is not a folder here, and ' if absent else ''}"
+                f"has no {JUDGE_FILE} (JSFT writes this file): {remedy}"
             )
         return dataclasses.replace(
             saved,

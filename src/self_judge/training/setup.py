@@ -160,7 +160,8 @@ def self_judge_chat_setup(run: SelfJudgeRun) -> tuple[ChatEncoder, JudgeSettings
         run.self_judge_args.token_id_a,
         run.self_judge_args.token_id_b,
         revision=run.model.revision,
-        remedy="start from a model trained with JSFT, or set templates.judge",
+        remedy="run JSFT first (self-judge jsft CONFIG) and start from its output_dir, or set "
+        "templates.judge",
     )
     return _encoder(run, settings), settings
 
@@ -210,7 +211,7 @@ def load_data(
     """Loads the training data and the held-out data (`eval` sources, or a share of the prompts)."""
 
     def load(
-        sources: Sequence[Source], subset: Subset, share: float, most: int | None
+        sources: Sequence[Source], subset: Subset, share: float, most: int | None, side: str
     ) -> PreferenceData:
         data = load_preferences(
             sources,
@@ -222,16 +223,18 @@ def load_data(
             seed=dataset.seed,
             num_proc=dataset.num_proc,
         )
-        say(data.describe())
+        say(f"{side}:\n{data.describe()}")
         return data
 
     if dataset.eval:
-        train = load(dataset.sources, "train", 0.0, dataset.max_records)
-        return train, load(dataset.eval, "all", 0.0, dataset.max_eval_records)
-    train = load(dataset.sources, "train", dataset.held_out, dataset.max_records)
+        train = load(dataset.sources, "train", 0.0, dataset.max_records, "training data")
+        return train, load(dataset.eval, "all", 0.0, dataset.max_eval_records, "evaluation data")
+    train = load(dataset.sources, "train", dataset.held_out, dataset.max_records, "training data")
     if not dataset.held_out:
         return train, None
-    return train, load(dataset.sources, "held_out", dataset.held_out, dataset.max_eval_records)
+    return train, load(
+        dataset.sources, "held_out", dataset.held_out, dataset.max_eval_records, "held-out data"
+    )
 
 
 def already_rendered(records: Sequence[PreferenceRecord], encoder: ChatEncoder) -> str | None:
