@@ -101,6 +101,8 @@ def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         line = f":{mark.line + 1}" if mark else ""
         problem = error.problem or error.context
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: cannot be read: {first_line(error)}") from error
     if not isinstance(tree, dict) or not tree:

@@ -15,12 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from self_judge.errors import JournalError
-from self_judge.storage.atomic import atomic_write, write_json
-
-
-def loads(text: str) -> Any:
-    """Parses JSON; the values NaN and Infinity, which Python's `json` writes, become `None`."""
-    return json.loads(text, parse_constant=lambda _: None)
+from self_judge.storage.atomic import atomic_write, loads, write_json
 
 
 def parse_lines(
@@ -52,7 +47,7 @@ def parse_lines(
             continue
         try:
             text = line.decode("utf-8") if isinstance(line, bytes) else line
-            value = loads(text) if nan_is_null else json.loads(text)
+            value = loads(text, nan_is_null=nan_is_null)
         except ValueError as broken:
             if torn_is_end and line[-1:] not in ("\n", b"\n"):
                 return
@@ -207,7 +202,7 @@ def open_journal(
 
 def _noted(beside: Path) -> dict[str, Any]:
     try:
-        noted = json.loads(beside.read_text(encoding="utf-8"))
+        noted = loads(beside.read_text(encoding="utf-8"))
         return {name: noted[name] for name in ("settings", "timed", "seconds")}
     except (ValueError, KeyError, TypeError):
         raise JournalError(f"{beside}: not a settings file; choose another output") from None
@@ -240,7 +235,7 @@ def _repair(path: Path, file: IO[bytes]) -> int:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
+        loads(line)
     except ValueError:
         return False
     return True
