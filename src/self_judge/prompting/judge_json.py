@@ -77,7 +77,7 @@ def load_judge_settings(
             saved.get("chat_template"),
             dict(saved.get("chat_template_kwargs") or {}),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         why = in_a_line(error)
         raise ModelError(f"{path} is not a judge file written by JSFT: {why}") from error
 
