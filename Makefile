@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TOKENIZERS := $(VENV)/share/tokenizers
 WORKERS ?= 2
+CASES ?= 2000
+SEED ?= 0
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 EXTRAS_VENV ?= .venv-extras
 EXTRAS_READY := $(EXTRAS_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-vllm test-extras browser mutants lint types api real gpu clean
+.PHONY: help setup demo test fuzz test-slow test-vllm test-extras browser mutants lint types api real gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +44,9 @@ demo: $(READY)  ## run the whole method in the built-in synthetic world (takes m
 
 test: $(READY) $(TOKENIZERS) lint types  ## run ruff, mypy and all fast tests, and report the coverage of src/
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not vllm' --cov --cov-report=term:skip-covered
+
+fuzz: $(READY)  ## feed 2,000 broken files of every kind to the commands (takes minutes)
+	PYTHONPATH=tests $(BIN)/python tests/helpers/fuzz.py --cases $(CASES) --seed $(SEED)
 
 test-slow: $(READY)  ## run the slow tests (takes minutes)
 	$(BIN)/python -m pytest -m slow

@@ -162,13 +162,13 @@ def self_training(policy: Any, tokenizer: Any, questions: list[str], batch: int,
 def tournament(model: Any, tokenizer: Any, x: str, answers: Sequence[str], seed: int) -> int:
     """Returns the index of the best answer. `seed` determines the bracket and breaks ties."""
     lots, standing = random.Random(seed), list(range(len(answers)))
-    lots.shuffle(standing)  # neighbors meet; with an odd number, the last answer gets a bye
+    lots.shuffle(standing)  # neighbors meet; an odd last answer gets a bye, and is first next
     while len(standing) > 1:
         matches = list(zip(standing[::2], standing[1::2], strict=False))
         s_N2 = judge(model, tokenizer, [(x, answers[a], answers[b]) for a, b in matches])
         results = zip(matches, s_N2.tolist(), strict=True)
         winners = [lots.choice(m) if a == b else m[b > a] for m, (a, b) in results]
-        standing = winners + standing[2 * len(matches) :]
+        standing = standing[2 * len(matches) :] + winners
     return standing[0]
 
 

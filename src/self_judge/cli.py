@@ -302,7 +302,6 @@ def _check(arguments: argparse.Namespace) -> int:
     )
 
     import logging
-    import warnings
 
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -310,7 +309,6 @@ def _check(arguments: argparse.Namespace) -> int:
     from self_judge.check.check import check
     from self_judge.check.view import show
 
-    warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries
     transformers_logging.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     with Console(stderr=True).status("checking"):

@@ -6,7 +6,6 @@ This module handles files and weights. It does not depend on data, prompts or th
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import shlex
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,6 +28,7 @@ from transformers import (
 from self_judge.adapters import adapter_chain, adapter_config, listed, merged, with_adapter
 from self_judge.errors import ModelError, in_a_line, is_missing
 from self_judge.runtime import own_device, unwrapped
+from self_judge.storage.atomic import loads
 from self_judge.storage.repository import repository_file
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             str(name_or_path), revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file can raise any error in the libraries
         reason = why(name_or_path, error)
         raise ModelError(f"cannot load a tokenizer from {name_or_path}: {reason}") from error
     if tokenizer.pad_token is None:
@@ -151,7 +150,7 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except Exception as error:  # a damaged file can raise any error in the libraries
         if should_reduce_batch_size(error):
             raise
         raise ModelError(f"cannot load a model from {name}: {why(name, error)}") from error
@@ -243,7 +242,7 @@ def refuse_pickle(name_or_path: str | os.PathLike[str]) -> None:
 def _weights_named_in_config(path: Path) -> str | None:
     """Returns the weights file named in a config.json, unless it is a safetensors file."""
     try:
-        named = json.loads((path / "config.json").read_text("utf-8")).get("transformers_weights")
+        named = loads((path / "config.json").read_text("utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
         return None
     safe = (".safetensors", ".safetensors.index.json")

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import types
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -21,6 +22,15 @@ from peft import PeftModel
 from torch import nn
 
 logger = logging.getLogger(__name__)
+
+# Newer versions of Transformers call gradient checkpointing activation checkpointing. TRL and PEFT
+# still use the old names, and users cannot change that.
+warnings.filterwarnings(
+    "ignore",
+    r"`(is_)?gradient_checkpointing\w*` is deprecated",
+    FutureWarning,
+    r"transformers\.(modeling_utils|training_args)",
+)
 
 # The number of rows of the LM head's weight that are converted to float32 at a time. With a hidden
 # size of 2,048, these rows take 0.25 GiB.

@@ -227,6 +227,17 @@ def test_the_kind_of_a_run_is_told_by_its_content(tmp_path: Path) -> None:
         kind_of_run(neither)
 
 
+@pytest.mark.parametrize("command", ["jsft", "train", "check"])
+def test_every_command_refuses_a_run_file_that_does_not_say_its_kind(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    judge = "templates: {judge: {a: {user: '{context} {response_a} {response_b}', assistant: b}}}"
+    file.write_text(f"model: {{model_name_or_path: x}}\ndataset: {{sources: [x: 1]}}\n{judge}\n")
+    assert main([command, str(file), "dataset.sources=[{path: x}]"]) == 2
+    assert "it has neither jsft_args nor self_judge_args" in capsys.readouterr().err
+
+
 # -- findings------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from self_judge.datatypes import Comparison
 from self_judge.evaluation.statistics import evaluate_judge
 from self_judge.models import load_model
 from self_judge.prompting.judge_json import load_judge_settings
+from self_judge.training.setup import load_data
 
 KIND_OF = {"hh": "hh", "uf": "ultrafeedback", "uf_pr": "ultrafeedback"}
 
@@ -86,6 +88,57 @@ def test_the_first_step_of_every_shipped_run_file_runs(
     assert (policy / "rollouts" / "step-000001.jsonl").is_file()
     loaded = load_model(policy)
     assert not isinstance(loaded, PeftModel)
+
+
+def test_a_run_prints_no_warning_that_its_user_cannot_act_on(
+    saved_judge: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    given = small("self_judge_args", tmp_path / "run", saved_judge, data["hh"])
+    given += ["self_judge_args.max_length=500", "self_judge_args.max_new_tokens=4"]
+    config = str(ROOT / "configs" / "hh_self_judge.yaml")  # with gradient checkpointing and LoRA
+    run = subprocess.run(
+        [sys.executable, "-m", "self_judge", "train", config, *given],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "Warning" not in run.stderr
+
+
+@pytest.mark.parametrize("name", ["outputs/hh_jsft", "mine", "runs/of/jsft", "./jsft", "/no/jsft"])
+def test_self_training_before_jsft_says_which_command_comes_first(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "configs" / "hh_self_judge.yaml")
+    given = small("self_judge_args", tmp_path / "run", Path("x"), Path("x"))
+    assert main(["train", config, *given, f"model.model_name_or_path={name}"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(f"{name}(: there is no such folder| is not a folder here)", said), said
+    assert "run JSFT first (self-judge jsft CONFIG)" in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "sides"),
+    [
+        ([], ("training data:", "held-out data:")),
+        (["dataset.held_out=0"], ("training data:",)),
+        (["dataset.eval=[{path: {data}}]"], ("training data:", "evaluation data:")),
+    ],
+)
+def test_counts_say_which_side_of_the_data_they_are_of(
+    changed: list[str], sides: tuple[str, ...], base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    config = ROOT / "configs" / "hh_jsft.yaml"
+    given = small("jsft_args", tmp_path / "jsft", base, data["hh"])
+    more = [change.replace("{data}", str(data["hh"])) for change in changed]
+    said: list[str] = []
+    run = load_run(config, [*given, *more], "jsft")
+    load_data(run.dataset, said.append, rationales=False)
+    titles = tuple(text.splitlines()[0] for text in said)
+    assert titles == sides
 
 
 def test_the_launch_scripts_and_the_command_do_the_same(

@@ -35,6 +35,7 @@ MINIMAL = f"""
 model: {{model_name_or_path: tiny}}
 templates: {{judge: {{good: {{user: "{QUESTION}", assistant: Response}}}}}}
 dataset: {{sources: [{{path: data.jsonl}}]}}
+jsft_args: {{}}
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from contextlib import nullcontext
 from typing import Any
@@ -35,7 +36,7 @@ def matches(bracket: Bracket) -> list[Match]:
 
 def test_neighbours_meet_and_the_last_of_an_odd_number_has_a_bye() -> None:
     assert pairings([4, 2, 7, 1]) == [(4, 2), (7, 1)]
-    assert pairings([4, 2, 7]) == [(4, 2), (7, None)]
+    assert pairings([4, 2, 7]) == [(7, None), (4, 2)]
     assert pairings([4]) == [(4, None)]
     assert pairings([]) == []
 
@@ -54,7 +55,7 @@ def test_n_responses_play_n_minus_one_matches_in_log_n_rounds(n: int) -> None:
         assert all(m.winner == m.a and m.verdict is None and not m.by_lot for m in byes)
     for before, after in zip(bracket.rounds, bracket.rounds[1:], strict=False):
         went_on = [m.winner for m in before]
-        assert went_on == [k for m in after for k in (m.a, m.b) if k is not None]
+        assert [(m.a, m.b) for m in after] == pairings(went_on)
 
 
 @given(
@@ -401,3 +402,22 @@ def test_rounds_judged_through_a_memory_give_the_same_brackets(
         assert [[(m.a, m.b, m.winner) for m in r] for r in a.rounds] == [
             [(m.a, m.b, m.winner) for m in r] for r in b.rounds
         ]
+
+
+@given(st.integers(3, 300), st.integers(0, 2**32))
+def test_no_entrant_has_two_byes(n: int, seed: int) -> None:
+    # With values of their own, entrants win as the values say: other seeds, other winners.
+    values = random.Random(seed).sample(range(n), n)
+    for seek in ("best", "worst"):
+        bracket = play(ByValue(), [str(v) for v in values], seed=seed, seek=seek)[0]
+        byes = [m.a for m in matches(bracket) if m.b is None]
+        assert len(byes) == len(set(byes))
+
+
+@pytest.mark.parametrize("n", [5, 9, 17, 33, 65])
+def test_an_entrant_with_a_bye_plays_in_the_next_round(n: int) -> None:
+    for seed in range(20):
+        rounds = play(ByValue(), [str(i) for i in range(n)], seed=seed)[0].rounds
+        for before, after in itertools.pairwise(rounds):
+            for rested in (m.a for m in before if m.b is None):
+                assert rested in {k for m in after if m.b is not None for k in (m.a, m.b)}

@@ -212,7 +212,9 @@ def packing_findings(model: nn.Module, run: JSFTRun | SelfJudgeRun, args: Any) -
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     autocast = torch.autocast(device_of(inner).type, dtype, enabled=args.bf16 or args.fp16)
     if args.gradient_checkpointing:
-        inner.gradient_checkpointing_enable()
+        # Older versions of Transformers have only the old name.
+        enable = getattr(inner, "activation_checkpointing_enable", None)
+        (enable or inner.gradient_checkpointing_enable)()
     with autocast:
         # A judge needs no gradients, so it can use packing modes that an update cannot use.
         for what, gradients in (("judging", False), ("the update", True))[int(jsft) :]:

@@ -71,7 +71,7 @@ def _facts(console: Console, facts: dict[str, str]) -> None:
 
 def _data(report: Report, console: Console) -> None:
     _heading(console, "Data")
-    for title, sources in (("", report.sources), ("held out: ", report.held_out)):
+    for title, sources in (("training: ", report.sources), ("held out: ", report.held_out)):
         for label, counts in sources.items():
             _line(console, title + label)
             for what, number in sorted(counts.items(), key=lambda c: c[0].startswith("skipped")):

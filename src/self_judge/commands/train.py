@@ -38,7 +38,7 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import unwrapped
-from self_judge.storage.atomic import LAST, atomic_files, latest_complete, write_json
+from self_judge.storage.atomic import LAST, atomic_files, latest_complete, loads, write_json
 from self_judge.storage.run_dir import DATA, RUN
 from self_judge.training.callbacks import LiveProgress
 from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
@@ -316,8 +316,9 @@ def _checkpoint(output: Path, wanted: str | bool | None, say: Say) -> str | None
 def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
     """Yields a message for each setting that differs from those in `run.json`."""
     try:
-        before = json.loads((output / RUN).read_text(encoding="utf-8")).get("run_file") or {}
-    except (OSError, ValueError):
+        before = loads((output / RUN).read_text(encoding="utf-8")).get("run_file") or {}
+        before = {**before}
+    except (AttributeError, OSError, TypeError, ValueError):
         return  # run.json is missing or cannot be read
     for section, values in this.items():
         old = before.get(section)

@@ -276,6 +276,10 @@ def kind_of_run(path: str | Path, overrides: Sequence[str] = ()) -> RunKind:
     tree = read_yaml(Path(path))
     for override in overrides:
         apply_override(tree, override)
+    return _kind_of(tree, path)
+
+
+def _kind_of(tree: Mapping[str, Any], path: str | Path) -> RunKind:
     kinds: list[RunKind] = [k for k in typing.get_args(RunKind) if f"{k}_args" in tree]
     if len(kinds) != 1:
         found = "both jsft_args and" if kinds else "neither jsft_args nor"
@@ -323,7 +327,7 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
             raise ConfigError(f"{where}: it has {section}, so it is a file for {command}")
     try:
         _refuse_not_finite(tree, "")
-        return typing.cast("JSFTRun | SelfJudgeRun", build(_RUNS[kind], tree, ""))
+        run: JSFTRun | SelfJudgeRun = build(_RUNS[kind], tree, "")
     except ValueError as error:
         text = str(error)
         named = [o for o in overrides if text.startswith(o.partition("=")[0])]
@@ -331,6 +335,8 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
         shown = [f"'{o if len(o) <= 80 else o[:79] + '…'}'" for o in blamed]
         given = f" (with {', '.join(shown)})" if shown else ""
         raise ConfigError(f"{where}{given}: {error}") from error
+    _kind_of(tree, path)
+    return run
 
 
 def _refuse_not_finite(value: Any, where: str) -> None:

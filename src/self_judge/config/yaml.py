@@ -101,8 +101,9 @@ def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         line = f":{mark.line + 1}" if mark else ""
         problem = error.problem or error.context
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: cannot be read: {first_line(error)}") from error
+    except Exception as error:  # the parsers raise errors of many kinds
+        reason = first_line(error) or type(error).__name__
+        raise ConfigError(f"{path}: cannot be read: {reason}") from error
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(f"{path}: expected sections such as 'model:', found none")
     bases = tree.pop("extends", None) or []

@@ -22,6 +22,7 @@ import yaml
 
 from self_judge.data.records import RecordRef, map_columns
 from self_judge.errors import DataError
+from self_judge.storage.atomic import loads
 from self_judge.storage.jsonl import parse_lines
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def _read_json(file: Path) -> Iterator[Record]:
     if not content.strip():
         return
     try:
-        records = json.loads(content)
+        records = loads(content)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # a second JSON value, so the file is JSON Lines
             yield from _read_lines(file)
@@ -201,6 +202,8 @@ def _read_json(file: Path) -> Iterator[Record]:
         raise DataError(
             f"{file}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})"
         ) from None
+    except ValueError as error:  # nested too deeply, or an integer with too many digits
+        raise DataError(f"{file}: not JSON ({error})") from None
     for number, record in enumerate(records if isinstance(records, list) else [records]):
         if not isinstance(record, dict):
             found = type(record).__name__

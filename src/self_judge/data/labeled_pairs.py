@@ -19,7 +19,7 @@ from self_judge.data.sources import PARSERS, kind_of, question_of
 from self_judge.datatypes import Comparison, Message
 from self_judge.errors import DataError, UnusableRecordError
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.storage.jsonl import loads
+from self_judge.storage.atomic import loads
 
 Label = Literal["a", "b", "tie"]
 _ANNOTATORS = ("annotator1", "annotator2", "annotator3")
@@ -253,7 +253,7 @@ def _listed(record: Mapping[str, Any], name: str, where: RecordRef) -> list[Any]
     value = record[name]
     if isinstance(value, str):
         try:
-            value = loads(value)
+            value = loads(value, nan_is_null=True)
         except (ValueError, RecursionError):
             raise where.error(name, f"expected a list, or one as JSON, got {value:.40}") from None
     return where.items({name: value}, name)

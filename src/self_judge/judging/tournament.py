@@ -10,14 +10,15 @@ works.
 #   response   0  1  2  3  4        draw (shuffled by the seed, 5 here)   0 1 3 2 4
 #   quality    3  5  1  4  2
 #
-#   round 1        round 2     round 3
-#   0 ─┐
-#      ├─ 1 ─┐                          Neighbors meet, and the winner advances. With an odd
-#   1 ─┘     ├─ 1 ─┐                    number, the last response gets a bye (4, twice). N responses
-#   3 ─┐     │     ├─ 1                 need N − 1 matches (here 4) in ⌈log2 N⌉ rounds (here 3).
-#      ├─ 3 ─┘     │
-#   2 ─┘           │                    With seek="worst", the loser of each match advances.
-#   4 ─── 4 ─── 4 ─┘                    `rollouts.select_pairs` finds the worst response this way.
+#   round 1     round 2     round 3
+#   4 ───── 4 ─┐                        Neighbors meet, and the winner advances. With an odd
+#   0 ─┐       ├─ 1 ─┐                  number, the last response gets a bye (first 4, then 3) and
+#      ├─ 1 ───┘     │                  is first in the next round, so no response gets two byes.
+#   1 ─┘             ├─ 1               N responses need N − 1 matches (here 4) in ⌈log2 N⌉ rounds
+#   3 ─┐             │                  (here 3).
+#      ├─ 3 ───── 3 ─┘
+#   2 ─┘                                With seek="worst", the loser of each match advances.
+#                                       `rollouts.select_pairs` finds the worst response this way.
 #
 # The matches in a round do not depend on each other, so a single call to the judge covers all
 # matches in a round, for all contexts.
@@ -71,14 +72,13 @@ class Bracket:
 
 
 def pairings(entrants: Sequence[int]) -> list[tuple[int, int | None]]:
-    """Pairs neighbors. If the number of entrants is odd, the last entrant gets a bye."""
-    # 0 1 3 2 4   ->   (0, 1) (3, 2) (4, None)
-    paired: list[tuple[int, int | None]] = [
-        (entrants[i], entrants[i + 1]) for i in range(0, len(entrants) - 1, 2)
-    ]
-    if len(entrants) % 2:
-        paired.append((entrants[-1], None))
-    return paired
+    """Pairs neighbors. If the number of entrants is odd, the last entrant gets a bye.
+
+    The bye comes first, so that the entrant plays in the next round before it can get another one.
+    """
+    # 0 1 3 2 4   ->   (4, None) (0, 1) (3, 2)
+    byes: list[tuple[int, int | None]] = [(entrants[-1], None)] if len(entrants) % 2 else []
+    return byes + list(zip(entrants[::2], entrants[1::2], strict=False))
 
 
 def knockouts(
@@ -119,7 +119,7 @@ def knockouts(
         generators[i].shuffle(drawn)
         standing.append(drawn)
     rounds: list[list[tuple[Match, ...]]] = [[] for _ in contexts]
-    # In the drawing above, `standing` is [0 1 3 2 4], then [1 3 4], then [1 4], then [1]. Contexts
+    # In the drawing above, `standing` is [0 1 3 2 4], then [4 1 3], then [3 1], then [1]. Contexts
     # with fewer responses finish earlier.
     while any(len(entered) > 1 for entered in standing):
         paired = [pairings(e) if len(e) > 1 else [] for e in standing]

@@ -7,7 +7,6 @@ override those that the model was trained with.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from self_judge.errors import ModelError, in_a_line, is_missing
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.storage.atomic import write_json
+from self_judge.storage.atomic import loads, write_json
 from self_judge.storage.repository import repository_file
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def load_judge_settings(
     if path is None:
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = loads(path.read_text(encoding="utf-8"))
         return JudgeSettings(
             JudgeTemplates.from_dict(saved),
             int(saved["token_id_a"]),
@@ -78,7 +77,7 @@ def load_judge_settings(
             saved.get("chat_template"),
             dict(saved.get("chat_template_kwargs") or {}),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         why = in_a_line(error)
         raise ModelError(f"{path} is not a judge file written by JSFT: {why}") from error
 
@@ -112,10 +111,11 @@ def resolve_judge(
     if templates is None:
         if saved is None:
             if name_or_path and is_missing(name_or_path):
-                raise ModelError(f"{name_or_path}: there is no such folder")
+                raise ModelError(f"{name_or_path}: there is no such folder: {remedy}")
+            absent = name_or_path and not Path(name_or_path).exists()
             raise ValueError(
-                f"{name_or_path or 'the model'} has no {JUDGE_FILE} (JSFT writes this file): "
-                f"{remedy}"
+                f"{name_or_path or 'the model'} {'is not a folder here, and ' if absent else ''}"
+                f"has no {JUDGE_FILE} (JSFT writes this file): {remedy}"
             )
         return dataclasses.replace(
             saved,

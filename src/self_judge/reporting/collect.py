@@ -7,16 +7,18 @@ result. `page.py` writes the HTML.
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from self_judge.errors import in_a_line
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
 from self_judge.judging.voting import verdict_from_json
-from self_judge.storage.jsonl import loads, read_lines
+from self_judge.storage.atomic import loads
+from self_judge.storage.jsonl import read_lines
 from self_judge.storage.run_dir import METRICS, RESULTS, RUN, rollout_files
 
 Line = dict[str, Any]
@@ -107,6 +109,17 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
     return data
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns errors from a file with unexpected contents into a `ValueError` that names the path."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
+        raise ValueError(
+            f"{path}: damaged, or not written by self_judge: {in_a_line(error)}"
+        ) from error
+
+
 # -- runs ----------------------------------------------------------------------------------------
 
 
@@ -132,6 +145,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _run(folder: Path, name: str, limits: Limits) -> Line:
+    with _naming(folder):
+        return _read_run(folder, name, limits)
+
+
+def _read_run(folder: Path, name: str, limits: Limits) -> Line:
     points: dict[str, tuple[list[int], list[float | None]]] = {}
     logs = 0
     for line in read_lines(folder / METRICS):
@@ -186,9 +204,9 @@ def _json(path: Path) -> Line:
     if not path.is_file():
         return {}
     try:
-        content = loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error.msg}") from error
+        content = loads(path.read_text(encoding="utf-8"), nan_is_null=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -249,23 +267,29 @@ def _loose_files(path: Path, data: ReportData, limits: Limits) -> bool:
     found = False
     name = (path.parent if path.name == RESULTS else path).name
     for file in [path] if path.is_file() else sorted(path.iterdir()):
-        if file.suffix == ".jsonl" and file.name != METRICS:
-            kind = _kind(file)
-            if kind == "bracket":
-                _add_brackets(file, data, limits)
-            elif kind == "judged":
-                _add_verdicts(name, read_lines(file), data)
-            found |= kind is not None
-        elif file.name == RESULTS or (file == path and file.suffix == ".json"):
-            results = _json(file)
-            if isinstance(results.get("length_controlled_win_rate"), dict):
-                _add_comparison(name, results, data)
-            elif file == path or isinstance(results.get("overall"), dict):
-                _add_evaluation(name, results, data)
-            else:
-                continue  # results from another program
-            found = True
+        with _naming(file):
+            found |= _loose_file(file, name, file == path, data, limits)
     return found
+
+
+def _loose_file(file: Path, name: str, given: bool, data: ReportData, limits: Limits) -> bool:
+    if file.suffix == ".jsonl" and file.name != METRICS:
+        kind = _kind(file)
+        if kind == "bracket":
+            _add_brackets(file, data, limits)
+        elif kind == "judged":
+            _add_verdicts(name, read_lines(file), data)
+        return kind is not None
+    if not (file.name == RESULTS or (given and file.suffix == ".json")):
+        return False
+    results = _json(file)
+    if isinstance(results.get("length_controlled_win_rate"), dict):
+        _add_comparison(name, results, data)
+    elif given or isinstance(results.get("overall"), dict):
+        _add_evaluation(name, results, data)
+    else:
+        return False  # results from another program
+    return True
 
 
 def _kind(file: Path) -> str | None:

@@ -45,6 +45,22 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
         raise
 
 
+def loads(text: str | bytes, *, nan_is_null: bool = False) -> Any:
+    """Parses JSON from a file.
+
+    Args:
+        nan_is_null: whether to read the values NaN and Infinity, which Python's `json` writes, as
+            `None` instead of floats.
+
+    Raises:
+        ValueError: the text is not JSON, or nested too deeply for Python's parser.
+    """
+    try:
+        return json.loads(text, parse_constant=(lambda _: None) if nan_is_null else None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes indented JSON atomically."""
     with atomic_write(path) as file:
@@ -83,8 +99,8 @@ def integrity_error(folder: Path) -> str | None:
     if not manifest.is_file():
         return f"it has no {MANIFEST}, which is written last"
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError):
+        files = dict(loads(manifest.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         return f"its {MANIFEST} cannot be read"
     for name, size in files.items():
         path = folder / name

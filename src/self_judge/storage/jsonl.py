@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from self_judge.errors import JournalError
-from self_judge.storage.atomic import atomic_write, write_json
+from self_judge.storage.atomic import atomic_write, loads, write_json
 
 
 def as_json(value: Any) -> Any:
@@ -31,7 +31,7 @@ def as_json(value: Any) -> Any:
     Raises:
         TypeError: JSON cannot represent a value of this type.
     """
-    return loads(json.dumps(value, default=_as_text))
+    return loads(json.dumps(value, default=_as_text), nan_is_null=True)
 
 
 def _as_text(value: Any) -> str:
@@ -42,11 +42,6 @@ def _as_text(value: Any) -> str:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
     raise TypeError(f"a value of type {type(value).__name__} has no form in JSON")
-
-
-def loads(text: str) -> Any:
-    """Parses JSON; the values NaN and Infinity, which Python's `json` writes, become `None`."""
-    return json.loads(text, parse_constant=lambda _: None)
 
 
 def parse_lines(
@@ -78,8 +73,8 @@ def parse_lines(
             continue
         try:
             text = line.decode("utf-8") if isinstance(line, bytes) else line
-            value = loads(text) if nan_is_null else json.loads(text)
-        except (ValueError, RecursionError) as broken:
+            value = loads(text, nan_is_null=nan_is_null)
+        except ValueError as broken:
             if torn_is_end and line[-1:] not in ("\n", b"\n"):
                 return
             reason = getattr(broken, "msg", broken)
@@ -257,7 +252,7 @@ def open_journal(
 
 def _noted(beside: Path) -> dict[str, Any]:
     try:
-        noted = json.loads(beside.read_text(encoding="utf-8"))
+        noted = loads(beside.read_text(encoding="utf-8"))
         return {name: noted[name] for name in ("settings", "timed", "seconds")}
     except (ValueError, KeyError, TypeError):
         raise JournalError(f"{beside}: not a settings file; choose another output") from None
@@ -290,7 +285,7 @@ def _repair(path: Path, file: IO[bytes]) -> int:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
+        loads(line)
     except ValueError:
         return False
     return True

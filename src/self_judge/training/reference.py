@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import os
@@ -24,7 +23,7 @@ from self_judge.errors import CheckpointError, ModelError
 from self_judge.models import load_model
 from self_judge.packing.exactness import IN_LESS, as_called, relative_difference, trial_tokens
 from self_judge.runtime import device_of, in_evaluation_mode, unwrapped
-from self_judge.storage.atomic import write_json
+from self_judge.storage.atomic import loads, write_json
 from self_judge.storage.repository import refuse_overwriting
 
 logger = logging.getLogger(__name__)
@@ -258,7 +257,7 @@ class ReferenceCheck:
         path = checkpoint / FILE
         if not path.is_file():
             return
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = loads(path.read_text(encoding="utf-8"))
         saved = torch.tensor(content["logits"])
         # This run may use a different dtype than the run that saved the checkpoint.
         tolerance = max(self.tolerance, content["tolerance"])

@@ -160,7 +160,8 @@ def self_judge_chat_setup(run: SelfJudgeRun) -> tuple[ChatEncoder, JudgeSettings
         run.self_judge_args.token_id_a,
         run.self_judge_args.token_id_b,
         revision=run.model.revision,
-        remedy="start from a model trained with JSFT, or set templates.judge",
+        remedy="run JSFT first (self-judge jsft CONFIG) and start from its output_dir, or set "
+        "templates.judge",
     )
     return _encoder(run, settings), settings
 
@@ -216,7 +217,7 @@ def load_data(
     rationales = isinstance(run, JSFTRun) and run.uses_rationales
 
     def load(
-        sources: Sequence[Source], subset: Subset, share: float, most: int | None
+        sources: Sequence[Source], subset: Subset, share: float, most: int | None, side: str
     ) -> PreferenceData:
         data = load_preferences(
             sources,
@@ -228,16 +229,17 @@ def load_data(
             seed=dataset.seed,
             num_proc=dataset.num_proc,
         )
-        say(data.describe())
+        say(f"{side}:\n{data.describe()}")
         return data
 
     if dataset.eval:
-        train = load(dataset.sources, "train", 0.0, dataset.max_records)
-        return train, load(dataset.eval, "all", 0.0, dataset.max_eval_records)
-    train = load(dataset.sources, "train", dataset.held_out, dataset.max_records)
+        train = load(dataset.sources, "train", 0.0, dataset.max_records, "training data")
+        return train, load(dataset.eval, "all", 0.0, dataset.max_eval_records, "evaluation data")
+    train = load(dataset.sources, "train", dataset.held_out, dataset.max_records, "training data")
     if not dataset.held_out:
         return train, None
-    held_out = load(dataset.sources, "held_out", dataset.held_out, dataset.max_eval_records)
+    most, share = dataset.max_eval_records, dataset.held_out
+    held_out = load(dataset.sources, "held_out", share, most, "held-out data")
     if any(record.pairs or isinstance(run, JSFTRun) for record in held_out.records):
         return train, held_out
     say(f"warning: {nothing_held_out(dataset, train)}")

@@ -362,3 +362,9 @@ def test_a_dataset_row_collates_as_the_example_it_came_from(
         assert batch["input_ids"][row, :length].tolist() == example.input_ids
         assert batch["attention_mask"][row].sum() == length
         assert batch["labels"][row, :length].tolist() == example.labels
+
+
+@pytest.mark.parametrize("length", [0, 1, 2048])
+def test_a_length_in_place_of_the_ignored_label_is_refused(tokenizer: Any, length: int) -> None:
+    with pytest.raises(ValueError, match=f"got {length}: the collator does not truncate"):
+        JudgeAugmentedSFTCollator(tokenizer, length)

@@ -14,11 +14,12 @@ from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import processors
-from transformers import TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from conftest import (
     CHATML,
+    SMALL,
     TEMPLATES,
     Make,
     byte_bpe,
@@ -97,9 +98,6 @@ def log_probability(model: Any, prompt: list[int], response: list[int]) -> torch
     return logits.log_softmax(-1)[range(len(response)), response]
 
 
-@pytest.mark.skipif(
-    Version(trl.__version__) < Version("1.16"), reason="needs the fused LM head of TRL 1.16"
-)
 @pytest.mark.parametrize(
     ("loss_type", "average"), [("ipo", False), ("ipo", True), ("sigmoid", True), ("hinge", False)]
 )
@@ -649,3 +647,35 @@ def test_the_frozen_copy_is_made_where_the_model_is_trained(
     with pytest.raises(KeyboardInterrupt):
         make(model=model)
     assert events == (["copied"] if kind else ["placed", "copied"])
+
+
+def test_every_step_samples_a_prompt_anew(make: Make, queries: list[dict[str, Any]]) -> None:
+    # The weights do not move, so only the step's own seed can change what is sampled.
+    trainer = make(
+        max_steps=3, learning_rate=0.0, per_device_train_batch_size=1,
+        train_dataset=Dataset.from_list(queries[:1]),
+    )  # fmt: skip
+    trainer.train()
+    files = sorted((Path(trainer.args.output_dir) / "rollouts").iterdir())
+    pairs = [json.loads(file.read_text().splitlines()[0]) for file in files]
+    assert len({frozenset((pair["chosen"], pair["rejected"])) for pair in pairs}) == 3
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+@pytest.mark.parametrize("given", ["as an argument", "in the configuration"])
+def test_dropout_is_disabled_as_asked_for(
+    given: str, disabled: bool, tokenizer: Any, queries: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=4, n_positions=512)
+    asked: dict[str, Any] = {"disable_dropout": disabled}
+    trainer = SelfJudgeTrainer(
+        model=GPT2LMHeadModel(config),
+        args=SelfJudgeConfig(str(tmp_path), **SMALL, **(asked if "in" in given.split() else {})),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(queries),
+        judge_templates=TEMPLATES,
+        **(asked if "an" in given.split() else {}),
+    )
+    for model in (trainer.model, trainer.ref_model):
+        shares = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+        assert shares == ({0} if disabled else {0.1})

@@ -391,10 +391,10 @@
       button.addEventListener("click", () => open(m, button));
       return button;
     }
-    // A match is preceded by the two matches of the previous round that its entrants won.
+    // A match is preceded by the matches of the previous round that its entrants won.
     function node(round, place) {
       const m = bracket.rounds[round][place];
-      const before = round ? [2 * place, 2 * place + 1].filter((k) => k < bracket.rounds[round - 1].length) : [];
+      const before = round ? [m.a, m.b].filter(known).map((i) => bracket.rounds[round - 1].findIndex((won) => won.winner === i)).filter((k) => k >= 0) : [];
       return el("div", { class: "node" }, before.length > 0 && el("div", { class: "feeds" }, before.map((k) => node(round - 1, k))), match(m));
     }
     return el("div", { class: "bracket" }, node(bracket.rounds.length - 1, 0));

@@ -242,6 +242,9 @@ class JudgeAugmentedSFTCollator:
         tokenizer: provides the padding token.
         ignore_index: the label of padding tokens.
         pad_to_multiple_of: T is rounded up to a multiple of this number.
+
+    Raises:
+        ValueError: `ignore_index` could be a token id.
     """
 
     def __init__(
@@ -250,6 +253,11 @@ class JudgeAugmentedSFTCollator:
         ignore_index: int = -100,
         pad_to_multiple_of: int | None = None,
     ) -> None:
+        if ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index must be below 0, got {ignore_index}: the collator does not truncate "
+                "(pass max_length to jsft_dataset)"
+            )
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = tokenizer.eos_token_id if pad is None else pad
         self.ignore_index = ignore_index

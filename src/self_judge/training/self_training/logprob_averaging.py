@@ -5,11 +5,15 @@ See `SelfJudgeConfig.average_log_prob`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
-import trl
 from peft import PeftModel
+from trl.trainer import dpo_trainer
 
 from self_judge.packing.fused_head import BEFORE_FUSED_HEAD
 
@@ -32,21 +36,13 @@ class LogProbAveraging:
 
     @classmethod
     def attach(cls, trainer: Any) -> LogProbAveraging | None:
-        """Adds the hook to a trainer's models, unless the loss already has the requested form.
-
-        Raises:
-            ValueError: this version of TRL lacks the fused head, which returns per-token
-                log-probabilities.
-        """
+        """Adds the hook to a trainer's models, unless the loss already has the requested form."""
         average, (loss_type, *_) = trainer.args.average_log_prob, trainer.loss_types
         if average is None or average == (loss_type == "ipo"):
             return None
-        if BEFORE_FUSED_HEAD:
-            raise ValueError(
-                f"average_log_prob={average} with {loss_type} requires TRL 1.16 (Python 3.11), got "
-                f"{trl.__version__}: leave average_log_prob unset to use TRL's own convention"
-            )
         units = cls(average)
+        if BEFORE_FUSED_HEAD:
+            return units
         for model in (trainer.model, trainer.ref_model):
             if model is not None:
                 inner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -56,10 +52,31 @@ class LogProbAveraging:
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not kwargs.get("fused_lm_head"):
             return output
-        tokens = (kwargs["labels"][:, 1:] != -100).sum(1, keepdim=True).clamp(min=1)
-        self.sums.append(output.log_probs.detach().sum(1))
-        output.log_probs = output.log_probs / tokens if self.average else output.log_probs * tokens
+        output.log_probs = self._scaled(output.log_probs, kwargs["labels"][:, 1:] != -100)
         return output
+
+    def _scaled(self, log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        tokens = mask.sum(1, keepdim=True).clamp(min=1)
+        self.sums.append(log_probs.detach().sum(1))
+        return log_probs / tokens if self.average else log_probs * tokens
+
+    @contextmanager
+    def in_loss(self) -> Iterator[None]:
+        """Scales the results of the functions with which TRL computes a loss before TRL 1.16."""
+        if not BEFORE_FUSED_HEAD:
+            yield
+            return
+        with ExitStack() as stack:
+            for name in ("selective_log_softmax", "selective_log_softmax_and_entropy"):
+                own = partial(self._from_logits, getattr(dpo_trainer, name))
+                stack.enter_context(patch.object(dpo_trainer, name, own))
+            yield
+
+    def _from_logits(self, compute: Any, *args: Any, row_mask: torch.Tensor, **kwargs: Any) -> Any:
+        found = compute(*args, row_mask=row_mask, **kwargs)
+        if isinstance(found, tuple):
+            return self._scaled(found[0], row_mask), *found[1:]
+        return self._scaled(found, row_mask)
 
     def correct_metrics(self, trainer: Any) -> None:
         """For an ipo loss that uses sums, recomputes the logged rewards from the same sums."""

@@ -71,12 +71,12 @@ def select_pairs(
     """
     # The knockout of `tournament.py` (qualities 3 5 1 4 2, seed 5) and its mirror:
     #
-    #   best    0-1 -> 1    3-2 -> 3    4 bye      3 rounds with 4 matches: response 1 is the best
-    #           1-3 -> 1    4 bye
-    #           1-4 -> 1
+    #   best    4 bye    0-1 -> 1    3-2 -> 3      3 rounds with 4 matches: response 1 is the best
+    #           3 bye    4-1 -> 1
+    #           3-1 -> 1
     #   mirror  entrants: 0 and 2 (lost in round 1) and 4 (bye in round 1, lost later)
-    #           0-2 -> 2    4 bye                  2 more matches: response 2 is the worst
-    #           2-4 -> 2
+    #           4 bye    0-2 -> 2                  2 more matches: response 2 is the worst
+    #           4-2 -> 2
     #   direct  1-2                                they have not met yet, so there is one more match
     #
     # 7 comparisons select the pair (1, 2). `known` stores all verdicts, so no match is judged

@@ -438,12 +438,13 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         save_judge_settings(folder, self.encoder, self.judge_templates, self.judge.letter_ids)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        # Training batches contain the reference's log-probabilities. Evaluation computes them here.
-        self.precompute_ref_logps = "ref_chosen_logps" in inputs
+        self.precompute_ref_logps = "ref_chosen_logps" in inputs  # otherwise computed below
+        hooks = self._log_prob_hooks
         try:
-            result = super()._compute_loss(model, inputs, return_outputs)
+            with hooks.in_loss() if hooks else nullcontext():
+                result = super()._compute_loss(model, inputs, return_outputs)
         finally:
             self.precompute_ref_logps = False
-        if self._log_prob_hooks is not None:
-            self._log_prob_hooks.correct_metrics(self)
+        if hooks:
+            hooks.correct_metrics(self)
         return result
