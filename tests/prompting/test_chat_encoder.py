@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import os
@@ -35,6 +36,7 @@ from conftest import CHATML, SHARED, TEMPLATES, byte_bpe, sentencepiece_bpe, uni
 from self_judge import ChatEncoder, Comparison, JudgeTemplates
 from self_judge.errors import EncodingError
 from self_judge.prompting.chat_template import marker_template
+from self_judge.prompting.content_tokenizer import ContentTokenizer
 from self_judge.prompting.judge_prompt import encode_orders
 
 KINDS = {"byte": byte_bpe, "sentencepiece": sentencepiece_bpe, "unigram": unigram}
@@ -53,6 +55,13 @@ def tokens(encoder: ChatEncoder, ids: Any) -> list[str]:
 
 def ids_of(encoder: ChatEncoder, text: str) -> list[int]:
     return list(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def in_one_call(text: ContentTokenizer) -> ContentTokenizer:
+    """The same, but every text is one call of the tokenizer, and nothing is remembered."""
+    whole = copy.copy(text)
+    whole.__dict__["_cuts_are_exact"] = False
+    return whole
 
 
 def trained_stretches(encoder: ChatEncoder, messages: Any) -> list[list[int]]:
@@ -958,3 +967,37 @@ def test_smollm2_masks_answers_and_tells_letters_apart() -> None:
     letters = encoder.letter_ids(JudgeTemplates(TEMPLATES))
     assert tokens(encoder, letters) == ["ĠA", "ĠB"]
     assert tokens(encoder, encoder.stop_token_ids) == ["<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        AddedToken("it was", special=False),
+        AddedToken(" was", special=False),
+        AddedToken("it ", special=False),
+        AddedToken("[it]", special=False, rstrip=True),
+        AddedToken("was", special=False, lstrip=True),
+        AddedToken("is", special=False, single_word=True),
+        AddedToken("is", special=False),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_that_reaches_over_a_space_is_still_found(kind: str, added: AddedToken) -> None:
+    tokenizer = wrap(KINDS[kind]())
+    tokenizer.add_tokens([added])
+    text = ChatEncoder(tokenizer)._text
+    whole = in_one_call(text)
+    for content in ("yes it was", "[it] was it was this is", "it is\n\nwas it\nit was is"):
+        for _ in range(2):  # the second time, the ids are known
+            assert text.encode(content) == whole.encode(content)
+
+
+def test_what_is_remembered_of_texts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("self_judge.prompting.content_tokenizer._KNOWN_CHARACTERS", 500)
+    text = ChatEncoder(wrap(byte_bpe()))._text
+    assert text._cuts_are_exact
+    for i in range(300):
+        given = f"is it word{i} yes? number{i} it\nwas other{i} x"
+        assert text.encode(given) == text.encode_after(text.anchor, given)
+        assert sum(len(word) for known in text._known.values() for word in known) <= 600

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError as JinjaError
 from omegaconf import OmegaConf
-from test_chat_encoder import assistant, hh_dialogues, trained_stretches, user
+from test_chat_encoder import assistant, hh_dialogues, in_one_call, trained_stretches, user
 
 from conftest import ROOT
 from real_tokenizers import REAL_TOKENIZERS
@@ -86,6 +86,23 @@ def test_real_dialogues_get_the_ids_of_apply_chat_template(real: Real) -> None:
                 differing += 1
     assert refused <= 1
     assert differing <= 2
+
+
+def test_a_text_has_the_same_ids_word_by_word_as_in_one_call(real: Real) -> None:
+    text, draw = real.encoder._text, random.Random(0)
+    whole = in_one_call(text)
+    dialogues = [m["content"] for messages in hh_dialogues(100) for m in messages]
+    parts = [
+        *("the", " don't", " I'm", "  two", " x", "12", "\n\n", "\n", "end.", "<unk>", " é", "🙂"),
+        *("\u200b b", " ŉ", " \ufdfa x", "\u0301", "\u00a0", "\t", "\r\n", " ﾞ", "</think> a"),
+    ]
+    mixed = ["".join(draw.choices(parts, k=draw.randint(1, 30))) for _ in range(500)]
+    judged = [f"A: {a}\n\nB: {b} it is" for a, b in zip(dialogues, mixed, strict=False)]
+    for content in (*dialogues, *mixed, *judged):
+        for anchor in {text.anchor, "\n"}:
+            assert text.encode(content, anchor) == whole.encode(content, anchor)
+    # Tokens of several words are in the vocabularies of Jurassic alone.
+    assert text._cuts_are_exact != ("unigram" in real.name)
 
 
 def test_a_real_prompt_is_a_prefix_and_the_loss_falls_on_the_whole_answer(real: Real) -> None:

@@ -17,6 +17,12 @@ It solves two problems:
    and the parts are tokenized separately, so that the tokenizer never sees the whole string:
 
        "hi <|im_end|>"  -> "hi <" + "|im_end|>"  -> hi ▁ < | i m _ e nd | >
+
+Most words occur in many texts, and both orders of a judge prompt contain the same lines. The ids of
+words and lines are therefore remembered, if the tokenizer treats words independently (see
+`_cuts_are_exact`):
+
+    "Hi, how are you?"  ->  "Hi," + " how" + " are" + " you?"
 """
 
 from __future__ import annotations
@@ -25,7 +31,9 @@ import functools
 import re
 import string
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, product
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,6 +52,22 @@ _FOREIGN_MARKERS = (
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # "\n" comes first, because it never merges with other text in SentencePiece vocabularies.
 _ANCHORS = ("\n", ":", "|", "。")
+# A text is cut before a single space between a visible character and a letter.
+_CUT = re.compile(r"(?<=[!-~\w])(?= [^\W\d_])")
+_CUT_LINE = re.compile(r"(.*?[!-~\w])(?= [^\W\d_])(?:(.*[!-~\w])(?= [^\W\d_]))?(.+)", re.DOTALL)
+# A token that contains such a place. In vocabularies, "Ġ" and "▁" are spaces, "Ċ", "ĉ" and "č" are
+# newlines and tabs, and "Âł" is a no-break space.
+_CROSSING = re.compile(r"[^\s\0Ġ▁Ċĉč](?<!Âł)[ Ġ▁][^\s\0Ġ▁Ċĉč]")
+# Texts before and after a cut, which show whether a tokenizer treats both sides independently.
+_BEFORE = (
+    *("a", "Hello", "DON'T", "it's", "I'", "A's.", "1,234", "a1", "x  = 12", "is\n\nB:", "_", "é"),
+    *("end.\n\n- x", "日本", "…or", "\tif(x)", "done!!!", '"yes"', "a/b\\c", "<b>", "\r\n#x"),
+)
+_AFTER = (
+    *(" a", " I'm", " Hello, you", " then\n\nB: c", " x  y", " x 12", " é", " 日本", " iPhone's"),
+    *(" S.A.", " ll", " WORLD!\n"),
+)
+_KNOWN_CHARACTERS = 2**20  # the maximum length of all words whose ids are remembered
 
 
 class ContentTokenizer:
@@ -68,6 +92,9 @@ class ContentTokenizer:
         self._head = functools.lru_cache(maxsize=64)(self._ids)
         self._anchors = self._find_anchors()
         self.anchor = self._anchors[0] if self._anchors else ""
+        self._known: defaultdict[str, dict[str, list[int]]] = defaultdict(dict)  # per anchor
+        self._known_characters = 0
+        self._middle = functools.lru_cache(maxsize=64)(self._encode_middle)
 
     def _set_control(self, control: dict[int, str]) -> None:
         # The longest token comes first, because "<|a|>" must match before "<|" if both are tokens.
@@ -128,7 +155,7 @@ class ContentTokenizer:
                 dummy space). The ids of the anchor are not returned.
         """
         anchor = self.anchor if anchor is None else anchor
-        ids = self.encode_after(anchor, text)
+        ids = self._encode_words(anchor, text)
         named_unknown = self._unknown is not None and self._unknown[1] in text
         if self.control.keys().isdisjoint(ids) and not named_unknown:
             return ids
@@ -154,6 +181,89 @@ class ContentTokenizer:
             if ids[: len(head)] == head:  # otherwise, the anchor merged with the text
                 return ids[len(head) :]
         return self._ids(text)
+
+    def _encode_words(self, anchor: str, text: str) -> list[int]:
+        """Returns the same ids as `encode_after`, but encodes only words that are not known."""
+        if not (text and self._cuts_are_exact):
+            return self.encode_after(anchor, text)
+        # The middle of a line, between its first and its last cut, often recurs as a whole. What
+        # remains between two middles is a joint:
+        #
+        #   I saw old Paris.↵It was very big.     ->  I | saw old | Paris.↵It | was very | big.
+        joints: list[str] = []
+        middles: list[tuple[int, ...]] = []
+        joint: list[str] = []
+        for line in _SURROGATE.sub("\ufffd", text).split("\n"):
+            start, middle, end = _ends(line)
+            joint.append(start)
+            if end:
+                middles.append(self._middle(middle) if middle else ())
+                joints.append("\n".join(joint))
+                joint = [end]
+        joints.append("\n".join(joint))
+        ids = [*self._words(anchor, joints[:1])[0]]
+        for middle_ids, joint_ids in zip(
+            middles, self._words(self.anchor, joints[1:]), strict=True
+        ):
+            ids += middle_ids
+            ids += joint_ids
+        return ids
+
+    def _encode_middle(self, text: str) -> tuple[int, ...]:
+        return tuple(chain.from_iterable(self._words(self.anchor, _CUT.split(text))))
+
+    def _words(self, anchor: str, words: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each word, which are remembered."""
+        known = self._known[anchor]
+        try:
+            return [known[word] for word in words]
+        except KeyError:
+            missing = [*dict.fromkeys(word for word in words if word not in known)]
+        known.update(zip(missing, self._encode_all(anchor, missing), strict=True))
+        self._known_characters += sum(map(len, missing))
+        if self._known_characters > _KNOWN_CHARACTERS:
+            self._known, self._known_characters = defaultdict(dict), 0
+        return [known[word] for word in words]
+
+    def _encode_all(self, anchor: str, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text after `anchor`, from one call of the tokenizer."""
+        whole = [anchor + text for text in texts]
+        # `tokenizer(whole)` takes several times as long as the encoding of such short texts.
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            batch = self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            backend.no_truncation()
+            backend.no_padding()
+            batch = [e.ids for e in backend.encode_batch_fast(whole, add_special_tokens=False)]
+        head = self._head(anchor) if anchor else []
+        return [
+            ids[len(head) :] if ids[: len(head)] == head else self.encode_after(anchor, text)
+            for text, ids in zip(texts, batch, strict=True)
+        ]
+
+    @functools.cached_property
+    def _cuts_are_exact(self) -> bool:
+        """Whether the ids of a text are the ids of its words.
+
+        If no token of the vocabulary contains the place of a cut, then no merge and no segmentation
+        crosses it. An added token must not contain it either, nor absorb the space beside it. The
+        samples show whether the tokenizer splits, changes or prepends text at a cut.
+        """
+        added = self.tokenizer.added_tokens_decoder
+        for token_id, token in added.items():
+            # `encode` cuts a text with control tokens in any case.
+            absorbs = (token.lstrip or token.rstrip) and token_id not in self.control
+            if absorbs or token.single_word or _CUT.search(f"a{token.content}a"):
+                return False
+        vocabulary = (str(t) for t, i in self.tokenizer.get_vocab().items() if i not in added)
+        if _CROSSING.search("\0".join(vocabulary)):
+            return False
+        left = [self.encode_after(self.anchor, before) for before in _BEFORE]
+        right = [self.encode_after(self.anchor, after) for after in _AFTER]
+        wholes = [before + after for before, after in product(_BEFORE, _AFTER)]
+        sums = [first + second for first, second in product(left, right)]
+        return self._encode_all(self.anchor, wholes) == sums
 
     def _encode_parts(self, anchor: str, text: str, cuts: Sequence[int]) -> list[int]:
         """Cuts a text at `cuts` and encodes each part separately.
@@ -244,6 +354,13 @@ class ContentTokenizer:
                 token = None
             shown.append(f"{i} (out of range)" if token is None else f"{i} {token!r}")
         return "[" + ", ".join(shown) + "]"
+
+
+@functools.lru_cache(maxsize=64)
+def _ends(line: str) -> tuple[str, str, str]:
+    """Returns the text before the first cut of a line, up to the last cut, and the rest."""
+    cut = _CUT_LINE.fullmatch(line)
+    return (cut[1], cut[2] or "", cut[3]) if cut else (line, "", "")
 
 
 def _is_text(token: str) -> bool:

@@ -262,6 +262,18 @@ def test_a_dataset_does_not_depend_on_the_number_of_processes(
     assert alone[0].features == both[0].features
 
 
+def test_a_dataset_does_not_depend_on_how_many_records_are_held_at_a_time(
+    encoder: ChatEncoder,
+    templates: JudgeTemplates,
+    letters: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = jsft_dataset(many(7), encoder, templates, letters)
+    monkeypatch.setattr("self_judge.training.jsft.examples._RECORDS_AT_ONCE", 3)
+    dataset, counts = jsft_dataset(iter(many(7)), encoder, templates, letters)
+    assert (dataset.to_dict(), counts) == (whole[0].to_dict(), whole[1])
+
+
 def test_what_was_cut_or_left_out_is_counted_by_kind(
     encoder: ChatEncoder, templates: JudgeTemplates, letters: tuple[int, int]
 ) -> None:

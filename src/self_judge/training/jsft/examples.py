@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from self_judge.data.records import judge_context
@@ -19,7 +19,8 @@ from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompting.thoughts import NO_ANSWER, answers_of
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import pyarrow as pa
+    from datasets import Dataset, Features
     from transformers import PreTrainedTokenizerBase
 
 # Reasons why an example is truncated or skipped. The command prints and saves the number of
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 CUT = "cut at max_length"
 NO_ROOM = "no trained token within max_length"
 NO_FIT = "judge prompt does not fit into max_length"
+
+_RECORDS_AT_ONCE = 20_000  # the number of records that are held as JSON at a time
+_RECORD = tuple(f.name for f in fields(PreferenceRecord))
+_PAIR = tuple(f.name for f in fields(LabeledPair))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +97,10 @@ class ExampleEncoder:
         examples = []
         if record.demonstration is not None:
             answer = Message(role="assistant", content=record.demonstration)
-            encoded = self.encoder.encode_dialogue([*record.prompt, answer])
-            examples.append(self._example("sft", encoded.ids, encoded.mask))
+            chat = self.encoder.encode_dialogue([*record.prompt, answer])
+            ignored = self.ignore_index
+            labels = [i if m else ignored for i, m in zip(chat.ids, chat.mask, strict=True)]
+            examples.append(self._example("sft", chat.ids, labels))
         for pair in record.pairs:
             if pair.principle is not None and pair.principle not in self.templates:
                 raise ValueError(
@@ -126,35 +133,54 @@ class ExampleEncoder:
         examples = []
         # If the chosen response comes first, the letter is A. Otherwise, it is B.
         for prompt, letter, rationale in zip(orders, self.letter_ids, rationales, strict=True):
-            ids = [*prompt, letter, *rationale]
-            mask = [0] * len(prompt) + [1] * (1 + len(rationale))
+            trained = [letter, *rationale]
+            labels = [self.ignore_index] * len(prompt) + trained
             swapped = letter == self.letter_ids[1]
-            examples.append(self._example("judge", ids, mask, swapped, principle))
+            examples.append(self._example("judge", prompt + trained, labels, swapped, principle))
         return examples
 
     def _example(
         self,
         kind: str,
         ids: list[int],
-        mask: list[int],
+        labels: list[int],
         swapped: bool = False,
         principle: str = "",
     ) -> JSFTExample:
         note = None
         if self.max_length is not None and len(ids) > self.max_length:
-            ids, mask, note = ids[: self.max_length], mask[: self.max_length], CUT
+            ids, labels, note = ids[: self.max_length], labels[: self.max_length], CUT
         # The first token of a sequence is never predicted.
-        if not any(mask[1:]):
+        if labels[1:].count(self.ignore_index) == max(0, len(labels) - 1):
             return JSFTExample(kind, [], [], NO_ROOM, principle=principle)
-        labels = [i if m else self.ignore_index for i, m in zip(ids, mask, strict=True)]
         return JSFTExample(kind, ids, labels, note, swapped, principle)
 
-    def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Mapping[str, Sequence[str]]) -> pa.Table:
         """Returns the columns of `jsft_dataset` for a batch of JSON records."""
+        import pyarrow as pa
+
         examples = [e for text in batch["record"] for e in self.examples(record_from_json(text))]
         columns = {f.name: [getattr(e, f.name) for e in examples] for f in fields(JSFTExample)}
-        notes = [note or "" for note in columns["note"]]
-        return {**columns, "note": notes, "length": [len(e.input_ids) for e in examples]}
+        columns["note"] = [note or "" for note in columns["note"]]
+        columns["length"] = list(map(len, columns["input_ids"]))
+        # Arrow converts lists of a given type several times as fast as `datasets` does.
+        return pa.table(columns, schema=_features().arrow_schema)
+
+
+def _features() -> Features:
+    from datasets import Features, List, Value
+
+    # Declare the column types, because they cannot be inferred if no example in a batch fits.
+    ids = List(Value("int32"))
+    return Features(
+        input_ids=ids,
+        labels=ids,
+        length=Value("int32"),
+        kind=Value("string"),
+        principle=Value("string"),
+        swapped=Value("bool"),
+        note=Value("string"),
+    )
 
 
 def jsft_dataset(
@@ -180,46 +206,44 @@ def jsft_dataset(
     Raises:
         ValueError: no example remains, or a pair is labeled for an unknown principle.
     """
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset, concatenate_datasets
 
-    raw = Dataset.from_dict({"record": [record_to_json(r) for r in records]})
-    encode = ExampleEncoder(encoder, templates, letter_ids, max_length, ignore_index)
-    if not len(raw):
+    records = list(records)
+    if not records:
         raise ValueError("there are no records to create training examples from")
-    ids = List(Value("int32"))
-    encoded = raw.map(
-        encode,
-        batched=True,
-        remove_columns=["record"],
-        # Declare the column types, because they cannot be inferred if no example in a batch fits.
-        features=Features(
-            input_ids=ids,
-            labels=ids,
-            length=Value("int32"),
-            kind=Value("string"),
-            principle=Value("string"),
-            swapped=Value("bool"),
-            note=Value("string"),
-        ),
-        num_proc=num_proc,
-        desc="Encoding examples",
-    )
+    encode = ExampleEncoder(encoder, templates, letter_ids, max_length, ignore_index)
+    parts = []
+    for start in range(0, len(records), _RECORDS_AT_ONCE):
+        texts = [record_to_json(r) for r in records[start : start + _RECORDS_AT_ONCE]]
+        parts.append(
+            Dataset.from_dict({"record": texts}).map(
+                encode,
+                batched=True,
+                remove_columns=["record"],
+                features=_features(),
+                num_proc=num_proc,
+                desc="Encoding examples",
+            )
+        )
+    encoded = concatenate_datasets(parts)
     counts: dict[str, int] = {}
-    for kind, note in zip(encoded["kind"], encoded["note"], strict=True):
+    for kind, note in zip(encoded["kind"][:], encoded["note"][:], strict=True):
         if note not in (NO_ROOM, NO_FIT, NO_ANSWER):
             counts[f"{kind} examples"] = counts.get(f"{kind} examples", 0) + 1
         if note:
             key = f"{kind} examples: {note}"
             counts[key] = counts.get(key, 0) + 1
-    kept = encoded.filter(bool, input_columns=["length"], num_proc=num_proc)
-    if not len(kept):
-        raise ValueError(f"no training example remains from {len(raw)} records: {counts}")
-    return kept.remove_columns(["note"]), counts
+    kept = [i for i, length in enumerate(encoded["length"][:]) if length]
+    if not kept:
+        raise ValueError(f"no training example remains from {len(records)} records: {counts}")
+    return encoded.select(kept).remove_columns(["note"]), counts
 
 
 def record_to_json(record: PreferenceRecord) -> str:
     """Converts a record to one line of JSON; `record_from_json` is the inverse."""
-    return json.dumps(asdict(record))  # ASCII only, because Arrow rejects lone surrogates
+    plain = {name: getattr(record, name) for name in _RECORD}
+    plain["pairs"] = [{name: getattr(pair, name) for name in _PAIR} for pair in record.pairs]
+    return json.dumps(plain)  # ASCII only, because Arrow rejects lone surrogates
 
 
 def record_from_json(text: str) -> PreferenceRecord:
