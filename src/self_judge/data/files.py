@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from self_judge.data.workers import workers_end_with_parent
 from self_judge.errors import DataError
-from self_judge.storage.jsonl import parse_lines
+from self_judge.storage.jsonl import loads, parse_lines
 
 Record = dict[str, Any]
 
@@ -71,6 +72,8 @@ def read_raw(
     if local.is_dir() and is_saved_dataset(local):
         yield from _read_saved(local, split)
         return
+    if not (local.is_dir() or local.is_file()):
+        raise DataError(f"{path}: not a regular file: save the data to a file, which is read twice")
     for file in _files_of(local, split) if local.is_dir() else [local]:
         read = reader_of(file)
         if read is None:
@@ -123,8 +126,10 @@ def _read_json(file: Path) -> Iterator[Record]:
     if not content.strip():
         return
     try:
-        records = json.loads(content)
-    except json.JSONDecodeError as error:
+        records = loads(content)
+    except ValueError as error:
+        if not isinstance(error, json.JSONDecodeError):
+            raise DataError(f"{file}: not JSON ({error})") from None
         if error.msg == "Extra data":  # a second JSON value, so the file is JSON Lines
             yield from _read_lines(file)
             return
@@ -232,6 +237,7 @@ def _read_hub(
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
+    workers_end_with_parent()
     try:
         dataset = load_dataset(
             path, name, data_dir=data_dir, split=split, revision=revision, num_proc=num_proc

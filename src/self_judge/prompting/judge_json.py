@@ -7,7 +7,6 @@ override those that the model was trained with.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from self_judge.errors import ModelError, in_a_line, is_missing
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.storage.atomic import write_json
+from self_judge.storage.jsonl import loads
 from self_judge.storage.repository import repository_file
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def load_judge_settings(
     if path is None:
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = loads(path.read_bytes())
         return JudgeSettings(
             JudgeTemplates.from_dict(saved),
             int(saved["token_id_a"]),
@@ -78,7 +78,7 @@ def load_judge_settings(
             saved.get("chat_template"),
             dict(saved.get("chat_template_kwargs") or {}),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         why = in_a_line(error)
         raise ModelError(f"{path} is not a judge file written by JSFT: {why}") from error
 

@@ -7,8 +7,8 @@ result. `page.py` writes the HTML.
 from __future__ import annotations
 
 import itertools
-import json
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
 from self_judge.judging.voting import verdict_from_json
-from self_judge.storage.jsonl import loads, read_lines
+from self_judge.storage.jsonl import entries_of, loads, read_lines
 from self_judge.storage.run_dir import METRICS, RESULTS, RUN, rollout_files
 
 Line = dict[str, Any]
@@ -97,7 +97,9 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
             )
         folders += [folder for folder in found if folder not in folders]
     names = _names(folders)
-    data.runs = [_run(f, n, limits) for f, n in zip(folders, names, strict=True)]
+    for folder, name in zip(folders, names, strict=True):
+        with entries_of(folder / METRICS):
+            data.runs.append(_run(folder, name, limits))
     _sample_pairs(folders, data, limits)
     for run in data.runs:
         if run["averaged"] > 1:
@@ -139,8 +141,10 @@ def _run(folder: Path, name: str, limits: Limits) -> Line:
         for key, value in line.items():
             if key in ("step", "time", "epoch") or isinstance(value, str):
                 continue
+            if not (value is None or isinstance(value, (int, float))):
+                raise TypeError(f"{key!r} is not a number")
             steps, values = points.setdefault(key, ([], []))
-            steps.append(line["step"])
+            steps.append(operator.index(line["step"]))
             values.append(value)
     lengths = points.get("completions/mean_length")
     if lengths and lengths[1][0]:
@@ -186,9 +190,9 @@ def _json(path: Path) -> Line:
     if not path.is_file():
         return {}
     try:
-        content = loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error.msg}") from error
+        content = loads(path.read_bytes(), nan_is_null=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -248,27 +252,35 @@ def _loose_files(path: Path, data: ReportData, limits: Limits) -> bool:
     """Reads the files that do not belong to a run, and returns whether there are any."""
     found = False
     name = (path.parent if path.name == RESULTS else path).name
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
-        if file.suffix == ".jsonl" and file.name != METRICS:
-            kind = _kind(file)
-            if kind == "bracket":
-                _add_brackets(file, data, limits)
-            elif kind == "judged":
-                _add_verdicts(name, read_lines(file), data)
-            found |= kind is not None
-        elif file.name == RESULTS or (file == path and file.suffix == ".json"):
-            results = _json(file)
-            if isinstance(results.get("length_controlled_win_rate"), dict):
-                _add_comparison(name, results, data)
-            elif file == path or isinstance(results.get("overall"), dict):
-                _add_evaluation(name, results, data)
-            else:
-                continue  # results from another program
-            found = True
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with entries_of(file):
+            found |= _loose_file(path, file, name, data, limits)
     return found
 
 
+def _loose_file(path: Path, file: Path, name: str, data: ReportData, limits: Limits) -> bool:
+    if file.suffix == ".jsonl" and file.name != METRICS:
+        kind = _kind(file)
+        if kind == "bracket":
+            _add_brackets(file, data, limits)
+        elif kind == "judged":
+            _add_verdicts(name, read_lines(file), data)
+        return kind is not None
+    if file.name == RESULTS or (file == path and file.suffix == ".json"):
+        results = _json(file)
+        if isinstance(results.get("length_controlled_win_rate"), dict):
+            _add_comparison(name, results, data)
+        elif file == path or isinstance(results.get("overall"), dict):
+            _add_evaluation(name, results, data)
+        else:
+            return False  # results from another program
+        return True
+    return False
+
+
 def _kind(file: Path) -> str | None:
+    if not file.is_file():
+        return None
     try:
         first = next(read_lines(file), {})
     except ValueError:
@@ -322,7 +334,7 @@ def _add_comparison(name: str, results: Line, data: ReportData) -> None:
     """Adds a comparison of two policies from its `results.json`."""
     kept = (
         *("prompts", "wins", "ties", "losses", "win_rate", "length_controlled_win_rate"),
-        *("both_orders", "longer_wins_all", "order_agreement", "characters"),
+        *("both_orders", "longer_wins_all", "order_agreement", "characters", "policies"),
     )
     missing = [key for key in kept if key not in results]
     if missing:

@@ -23,6 +23,17 @@ LAST = (True, "true", "True", "auto")
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the path to an `OSError` that does not name a file, such as "no space left"."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[TextIO]:
     """Opens a temporary text file that replaces `path` when the block ends without an error.
 
@@ -35,7 +46,11 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
     try:
         # All these files are JSON. The data may contain lone surrogates, which UTF-8 cannot encode.
         # `backslashreplace` writes them as JSON escapes.
-        with staging.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        staging.unlink(missing_ok=True)  # it may be a link
+        with (
+            naming(path),
+            staging.open("x", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -84,9 +99,12 @@ def integrity_error(folder: Path) -> str | None:
         return f"it has no {MANIFEST}, which is written last"
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError):
+        sizes = {name: int(size) for name, size in files.items()}
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
         return f"its {MANIFEST} cannot be read"
-    for name, size in files.items():
+    if not sizes:
+        return f"its {MANIFEST} lists no files"
+    for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -129,8 +147,8 @@ def atomic_files(target: Path, without: Sequence[str] = ()) -> Iterator[Path]:
         target: the final folder. Its other files are kept.
         without: names of files to delete from `target` afterwards.
     """
+    clear_unfinished(target)
     staging = target / UNFINISHED / "files"
-    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         yield staging
@@ -172,4 +190,6 @@ def _move_away(folder: Path) -> Path:
 
 def clear_unfinished(folder: Path) -> None:
     """Deletes the unfinished files that a killed process left behind."""
+    if (folder / UNFINISHED).is_symlink():
+        (folder / UNFINISHED).unlink()
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)

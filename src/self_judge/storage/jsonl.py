@@ -7,20 +7,66 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from self_judge.errors import JournalError
-from self_judge.storage.atomic import atomic_write, write_json
+from self_judge.console import masked
+from self_judge.errors import JournalError, in_a_line
+from self_judge.storage.atomic import atomic_write, naming, write_json
+from self_judge.storage.lock import only_writer
 
 
-def loads(text: str) -> Any:
-    """Parses JSON; the values NaN and Infinity, which Python's `json` writes, become `None`."""
-    return json.loads(text, parse_constant=lambda _: None)
+def loads(text: str | bytes, *, nan_is_null: bool = False) -> Any:
+    """Parses JSON. Every JSON file of a user or a run is parsed here.
+
+    Args:
+        nan_is_null: whether NaN, infinity and numbers beyond the range of a float become `None`.
+
+    Raises:
+        ValueError: the text is not JSON, is not UTF-8, is nested too deeply, or contains a number
+            with thousands of digits.
+    """
+    numbers: dict[str, Any] = {}
+    if nan_is_null:
+        numbers = dict.fromkeys(("parse_constant", "parse_float"), _finite)
+        numbers["parse_int"] = lambda digits: int(digits) if len(digits) < 300 else None
+    try:
+        return json.loads(text, **numbers)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        if "set_int_max_str_digits" in str(error):
+            raise ValueError("a number has too many digits") from None
+        raise
+
+
+def _finite(number: str) -> float | None:
+    return value if math.isfinite(value := float(number)) else None
+
+
+@contextmanager
+def entries_of(
+    path: str | Path, error: type[ValueError] = ValueError, remedy: str = ""
+) -> Iterator[None]:
+    """Names a file in the error if entries of its content are missing or have the wrong type.
+
+    Args:
+        path: the file that the `with` block uses.
+        error: the exception to raise.
+        remedy: the end of its message.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as wrong:
+        folder = Path(path).parent  # an error that already names the file, or one next to it
+        if str(path if folder == Path() else folder) in str(wrong):
+            raise
+        why = in_a_line(wrong)
+        raise error(f"{path}: entries are missing or not as written ({why}){remedy}") from wrong
 
 
 def parse_lines(
@@ -52,7 +98,7 @@ def parse_lines(
             continue
         try:
             text = line.decode("utf-8") if isinstance(line, bytes) else line
-            value = loads(text) if nan_is_null else json.loads(text)
+            value = loads(text, nan_is_null=nan_is_null)
         except ValueError as broken:
             if torn_is_end and line[-1:] not in ("\n", b"\n"):
                 return
@@ -72,8 +118,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: a line is not a JSON object. The message includes the file and line number.
     """
+    remedy = "; delete this line"
     with path.open("rb") as file:
-        for _, line in parse_lines(file, path, torn_is_end=True, nan_is_null=True):
+        for _, line in parse_lines(file, path, torn_is_end=True, nan_is_null=True, remedy=remedy):
             yield line
 
 
@@ -122,13 +169,15 @@ class Journal:
     def append(self, rows: Sequence[Mapping[str, Any]], seconds: float = 0.0) -> None:
         """Appends lines and flushes them to disk."""
         if not self.lines:  # existing content is from an earlier run
-            self._file.truncate(0)
+            with naming(self.path):
+                self._file.truncate(0)
             self._note()
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         # Lone surrogates in the data become JSON escapes, because UTF-8 cannot encode them.
-        self._file.write(text.encode("utf-8", "backslashreplace"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write(text.encode("utf-8", "backslashreplace"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.lines += len(rows)
         self.timed += len(rows)
         self.seconds += seconds
@@ -174,7 +223,9 @@ def open_journal(
         JournalError: the file was written with different settings, is not a journal, is broken, or
             is in use by another process.
     """
-    settings = json.loads(json.dumps(settings))
+    settings = masked(json.loads(json.dumps(settings)))
+    if path.exists() and not path.is_file():
+        raise JournalError(f"{path}: not a regular file: choose another output")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = settings_path(path)
     # An empty file always starts a new journal, even if its recorded settings differ.
@@ -188,13 +239,14 @@ def open_journal(
     if noted is not None:
         _check_settings(path, noted["settings"], settings)
     own = not os.path.lexists(path)
-    with path.open("ab") as file:
-        _lock(file, path)
+    lock = path.with_name(path.name + ".lock")
+    taken = f"{path} is being written by another process ({{owner}})"
+    with only_writer(lock, taken, JournalError), path.open("ab") as file:
         journal = Journal(path, file, settings)
         if noted is not None:
             journal.lines = _repair(path, file)
-            journal.timed = min(int(noted["timed"]), journal.lines)
-            journal.seconds = float(noted["seconds"])
+            journal.timed = min(noted["timed"], journal.lines)
+            journal.seconds = noted["seconds"]
         try:
             yield journal
         except BaseException:
@@ -207,9 +259,10 @@ def open_journal(
 
 def _noted(beside: Path) -> dict[str, Any]:
     try:
-        noted = json.loads(beside.read_text(encoding="utf-8"))
-        return {name: noted[name] for name in ("settings", "timed", "seconds")}
-    except (ValueError, KeyError, TypeError):
+        noted = loads(beside.read_bytes())
+        timed, seconds = int(noted["timed"]), float(noted["seconds"])
+        return {"settings": dict(noted["settings"]), "timed": timed, "seconds": seconds}
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise JournalError(f"{beside}: not a settings file; choose another output") from None
 
 
@@ -240,18 +293,7 @@ def _repair(path: Path, file: IO[bytes]) -> int:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
+        loads(line)
     except ValueError:
         return False
     return True
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    if sys.platform == "win32":
-        return  # Windows has no `fcntl` locks, so the user must avoid two writers
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise JournalError(f"{path} is being written by another process") from None
