@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from self_judge.models import load_model
 from self_judge.packing.exactness import IN_LESS, as_called, relative_difference, trial_tokens
 from self_judge.runtime import device_of, in_evaluation_mode, unwrapped
 from self_judge.storage.atomic import write_json
+from self_judge.storage.jsonl import loads
 from self_judge.storage.repository import refuse_overwriting
 
 logger = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ class ReferenceCheck:
         path = checkpoint / FILE
         if not path.is_file():
             return
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = loads(path.read_bytes())
         saved = torch.tensor(content["logits"])
         # This run may use a different dtype than the run that saved the checkpoint.
         tolerance = max(self.tolerance, content["tolerance"])

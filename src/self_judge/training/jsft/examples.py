@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from self_judge.data.records import judge_context
+from self_judge.data.workers import workers_end_with_parent
 from self_judge.datatypes import Comparison, LabeledPair, Message, PreferenceRecord
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_prompt import encode_orders
@@ -182,6 +183,7 @@ def jsft_dataset(
     """
     from datasets import Dataset, Features, List, Value
 
+    workers_end_with_parent()
     raw = Dataset.from_dict({"record": [record_to_json(r) for r in records]})
     encode = ExampleEncoder(encoder, templates, letter_ids, max_length, ignore_index)
     if not len(raw):
