@@ -14,18 +14,25 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 from self_judge import __version__
-from self_judge.console import neutral
+from self_judge.console import masked, neutral
 
 if TYPE_CHECKING:
     from self_judge.config.schema import RunKind
 
 FilledT = TypeVar("FilledT")
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 PACKING = ("auto", "tree", "cache", "padding", "off")  # must equal PackingChoice
 _OVERRIDES = "override any value in the run file: key.path=value"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors, which quote arguments, mask secrets."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(neutral(message))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_main(kind: RunKind, argv: Sequence[str] | None = None) -> int:
     """Implements `train_jsft.py` and `train_self_judge.py` (`--config=FILE key.path=value…`)."""
-    parser = argparse.ArgumentParser(description=f"Start a {kind} run from a YAML file.")
+    parser = _Parser(description=f"Start a {kind} run from a YAML file.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
     parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=_OVERRIDES)
@@ -61,7 +68,7 @@ def train_main(kind: RunKind, argv: Sequence[str] | None = None) -> int:
 
 # fmt: off
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="self-judge",
         description="Align a language model with its own pairwise judgments (arXiv 2402.11253).",
     )
@@ -226,7 +233,7 @@ def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: i
     except FloatingPointError as error:  # training failed, but the user's input is valid
         if debug:
             raise
-        print(f"self-judge: stopped: {error}", file=sys.stderr)
+        print(f"self-judge: stopped: {neutral(str(error))}", file=sys.stderr)
         return 1
     return status or 0
 
@@ -253,7 +260,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
     command = launch_over_gpus(sys.argv, torch.cuda.device_count())
     if command is not None:
-        sys.stderr.write(f"starting one process per GPU: {' '.join(command)}\n")
+        sys.stderr.write(f"starting one process per GPU: {neutral(' '.join(command))}\n")
         sys.stderr.flush()
         os.execv(command[0], command)
 
@@ -267,7 +274,8 @@ def _train(arguments: argparse.Namespace) -> None:
     except train.TrainingStopped as stopped:
         # A preempted run ends successfully, with exit status 0.
         if PartialState().is_main_process:
-            print(f"{stopped}\nresume with: {_resume_command(sys.argv)}", file=sys.stderr)
+            resume = _resume_command(sys.argv)
+            print(neutral(f"{stopped}\nresume with: {resume}"), file=sys.stderr)
     _leave_process_group()
 
 
@@ -322,7 +330,7 @@ def _check(arguments: argparse.Namespace) -> int:
         )
     if arguments.json:
         # `json` escapes all non-ASCII characters and all control characters except DEL.
-        print(json.dumps(report.to_dict(), indent=2).replace("\x7f", "\\u007f"))
+        print(json.dumps(masked(report.to_dict()), indent=2).replace("\x7f", "\\u007f"))
     elif arguments.plain:
         show(report, Console(color_system=None, highlight=False, width=100), plain=True)
     else:

@@ -1,10 +1,12 @@
-"""Terminal output: escaped text, lines, tables and intervals.
+"""Terminal output: masked secrets, escaped text, lines, tables and intervals.
 
 This module defines how text and tables look. Other modules define their contents.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,13 +20,76 @@ from rich.text import Text
 # private-use characters, and line and paragraph separators.
 _UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 
+# Names of settings and environment variables with secret values. Not `eos_token` or `token_id_a`.
+_SECRET_NAME = (
+    r"(?:[\w.-]*(?:hub|hf|access|auth|api|bearer|refresh|session)[_-]?token"
+    r"|[\w.-]*(?:(?:api|access|secret|private|wandb)[_-]?key|secret|password|passwd|credentials?)"
+    r"|authorization)"
+)
+_SECRET_VARIABLE = re.compile(r"(?i).*(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
+_SECRET_SETTING = re.compile(rf"(?i)(?:.*[._-])?{_SECRET_NAME}")
+_WORD = r"(?<![\w.-])"
+_SECRETS = [  # each has a group before the secret, and an empty or real group after it
+    re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]*://)[^\s/?#\"<>]+(@)"),
+    re.compile(r"(?i)([?&](?:token|key|sig|signature|auth)=)[^\s&#\"'<>]+()"),
+    re.compile(r"(?i)\b(bearer\s+)(?=\S*\d|\S{16})[\w.~+/=-]{8,}()"),
+    re.compile(r"(?i)\b(authorization[\"']?\s*[=:]\s*[\"']?(?:\w+\s+)?)[^\s\"',}]+()"),
+    re.compile(rf"(?i)({_WORD}{_SECRET_NAME}=[\"']?)(?!null\b|none\b)[^\s\"',}}&]+()"),
+    re.compile(
+        rf"(?i)({_WORD}{_SECRET_NAME}[\"']?:\s*[\"']?)(?!null\b|none\b)[^\s\"',}}]+([\"',}}\n]|$)"
+    ),
+    re.compile(
+        r"(?<!\w)()(?:hf_|sk-|gh[oprsu]_|github_pat_|glpat-|xox[abp]-|wandb_v\d_)[\w-]{16,}()"
+    ),
+]
+# Text without any of these contains no secret, and needs no slow search.
+_HINTS = ("://", "auth", "bearer", "credential", "hf_", "gh", "glpat-", "key", "passw", "secret",
+          "sig", "sk-", "token", "wandb_", "xox")  # fmt: skip
+_MASK = "***"
+_LONG = 8  # shorter values are words that other text may contain
+_known: set[str] = set()
+
+
+def masked(value: Any, secret: bool = False) -> Any:
+    """Returns a value with `***` in place of secrets. All output about a run passes through here.
+
+    Secrets are the values of settings and environment variables such as `hub_token` and
+    `WANDB_API_KEY`, passwords in URLs, authorization headers, and access tokens of common services.
+    The values of settings are also masked wherever they appear later.
+
+    Args:
+        value: text, or a tree of dictionaries, lists and other values.
+        secret: whether the value belongs to a setting with a secret value.
+    """
+    if isinstance(value, dict):
+        return {
+            masked(key): masked(item, _SECRET_SETTING.fullmatch(str(key)) is not None)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [masked(item, secret) for item in value]
+    if secret and value not in (None, ""):
+        if len(str(value)) >= _LONG:
+            _known.add(str(value))
+        return _MASK
+    if not isinstance(value, str):
+        return value
+    variables = (v for k, v in os.environ.items() if len(v) >= _LONG and _SECRET_VARIABLE.match(k))
+    for known in sorted({*_known, *variables}, key=len, reverse=True):
+        value = value.replace(known, _MASK)
+    lowered = value.lower()
+    for pattern in _SECRETS if any(hint in lowered for hint in _HINTS) else ():
+        value = pattern.sub(rf"\1{_MASK}\2", value)
+    return value
+
 
 def neutral(text: str) -> str:
-    """Escapes all characters that could control a terminal, such as `\\x1b` and `\\u202e`.
+    """Masks secrets, and escapes characters that could control a terminal (`\\x1b`, `\\u202e`).
 
     Newlines are kept. All text from data, files or servers passes through this function before it
     reaches a terminal. Wrapping the result in rich's `Text` also disables markup.
     """
+    text = masked(text)
     if text.isprintable():
         return text
     return "".join(

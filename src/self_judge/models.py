@@ -34,6 +34,7 @@ from self_judge.storage.repository import repository_file
 logger = logging.getLogger(__name__)
 
 
+_DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 # Buffers that older versions of Transformers saved.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".position_ids", ".inv_freq")
 
@@ -114,6 +115,8 @@ def load_model(
         kwargs["quantization_config"] = _four_bits(dtype, bnb_4bit_quant_type, use_bnb_nested_quant)
         if device is not None:
             kwargs["device_map"] = {"": device}  # quantize on the target device
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r:.60}")
     common: dict[str, Any] = {
         "dtype": dtype,
         "revision": revision,

@@ -447,6 +447,7 @@ def test_settings_that_do_not_do_what_they_say(
     (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
     before = [*own, f"training_args.output_dir={tmp_path / 'run'}"]
     assert "checkpoint-5 is skipped: it has no manifest" in warnings(check(TRAIN, before))
+    (tmp_path / "run" / "checkpoint-5" / "trainer_state.json").write_text("{}")
     seal(tmp_path / "run" / "checkpoint-5")
     goes_on = check(TRAIN, before)
     assert any("the run resumes from" in f.text for f in goes_on.findings)

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,7 +36,7 @@ from self_judge.storage.atomic import (
     latest_complete,
 )
 from self_judge.storage.jsonl import read_lines
-from self_judge.storage.run_dir import METRICS, ROLLOUTS
+from self_judge.storage.run_dir import LOCK, METRICS, ROLLOUTS, only_training
 
 KINDS = ("train", "jsft")
 STEPS = 8
@@ -367,6 +368,87 @@ def test_a_folder_that_is_read_only_is_said_to_be_and_nothing_is_lost(
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     assert place.command(argv) == 0, place.command.said
     assert left(output) == place.undisturbed["train"]
+
+
+def started(argv: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    """The command in a process of its own, which goes on while the test does other things."""
+    program = f"import sys; from self_judge.cli import main; sys.exit(main({argv!r}))"
+    with (folder / "first.log").open("wb") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-c", program], stdout=log, stderr=log, env=environment
+        )
+
+
+def until(true: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.timeout(180)
+def test_a_second_training_in_a_folder_is_refused_until_the_first_is_dead(
+    place: Place, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    argv = place.argv("jsft", output)
+    first = started([*argv, "training_args.max_steps=100000"], tmp_path)
+    try:
+        until((output / METRICS).exists)
+        assert place.command(argv) == 2, place.command.said
+        line = place.command.said.splitlines()[-1]
+        assert f"another training writes to {output} (process {first.pid} on " in line
+        assert socket.gethostname() in line
+        assert place.command(place.argv("train", output)) == 2
+    finally:
+        first.kill()
+        first.wait()
+    shutil.rmtree(output / ROLLOUTS, ignore_errors=True)
+    assert place.command([*argv, "training_args.resume_from_checkpoint=null"]) == 0, (
+        place.command.said
+    )
+    assert not list(output.glob("_lock*"))
+
+
+def test_one_process_may_train_again_in_its_folder(tmp_path: Path) -> None:
+    with only_training(tmp_path):
+        with only_training(tmp_path):
+            pass
+        assert (tmp_path / LOCK).exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="it looks up processes in /proc")
+@pytest.mark.timeout(120)
+def test_workers_that_prepare_data_end_with_their_parent(tmp_path: Path) -> None:
+    program = (
+        "import time; from datasets import Dataset\n"
+        "from self_judge.data.workers import workers_end_with_parent\n"
+        "workers_end_with_parent()\n"
+        "def wait(row):\n    open(row['to'], 'w').close(); time.sleep(60); return row\n"
+        f"rows = [{{'to': {str(tmp_path)!r} + f'/{{i}}'}} for i in range(3)]\n"
+        "Dataset.from_list(rows).map(wait, num_proc=3)\n"
+    )
+    first = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    try:
+        until(lambda: len(list(tmp_path.iterdir())) == 3)
+        assert len(session(first.pid)) >= 4
+    finally:
+        first.kill()
+        first.wait()
+    until(lambda: not session(first.pid), 20)
+
+
+def session(leader: int) -> list[int]:
+    """The processes of a session that are not dead."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, own = path.read_text().rpartition(")")[2].split()[:4]
+            if int(own) == leader and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 # -- judging in bulk -----------------------------------------------------------------------------

@@ -209,6 +209,8 @@ def _prepared(
         if adapter is not None:
             adapter.inference_mode = False
     if adapter is not None:
+        if str(getattr(adapter, "init_lora_weights", "")).startswith(("pissa", "olora")):
+            adapter.init_lora_weights = True  # the others need weights, which are not loaded here
         model = _or_refused("peft_config", get_peft_model, model, adapter)
     make = setup.jsft_chat_setup if jsft else setup.self_judge_chat_setup
     encoder, judge = _or_refused("templates", make, run)

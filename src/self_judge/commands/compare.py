@@ -29,7 +29,7 @@ from self_judge.commands.judge_choice import (
 )
 from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import ends, number, say, table
+from self_judge.console import ends, masked, number, say, table
 from self_judge.data.files import reader_of
 from self_judge.data.records import UnusedText, map_columns
 from self_judge.data.sources import prompt_of, read_prompts, read_records
@@ -46,7 +46,7 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.prompting.thoughts import answer_of
 from self_judge.storage.atomic import write_json
-from self_judge.storage.jsonl import read_journal
+from self_judge.storage.jsonl import entries_of, read_journal
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
@@ -80,12 +80,10 @@ class ComparisonJob:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.sampling_batch_size < 1:
-            raise ValueError(
-                f"--sampling-batch-size must be at least 1, got {self.sampling_batch_size}"
-            )
-        if self.max_prompts is not None and self.max_prompts < 1:
-            raise ValueError(f"--max-prompts must be at least 1, got {self.max_prompts}")
+        for name in ("max_prompts", "sampling_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
     def read(self, console: Console) -> list[list[Message]]:
         """Reads the prompts, and prints the names of unused columns with text.
@@ -197,7 +195,7 @@ def _results(
         "sampling": {**asdict(job.sampling), "seed": job.seed},
         **outcome(output / PAIRS, job.seed),
     }
-    write_json(output / RESULTS, results)
+    write_json(output / RESULTS, masked(results))
     console.print(_table(results))
     for reason, count in results["undecidable_because"].items():
         say(console, f"undecidable, {reason}: {count:,}")
@@ -288,14 +286,15 @@ def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     agree = 0
     for line in read_journal(pairs):
-        verdict = verdict_from_json(line["verdict"])
+        with entries_of(pairs, remedy=": the file was changed or damaged: pass --overwrite"):
+            verdict, ends_of = verdict_from_json(line["verdict"]), line["finished"]
+            a, b = (len(answer_of(line[f"response_{side}"]) or "") for side in "ab")
         plain.append(_win(verdict))
         consistent[_win(verdict) if verdict.orders_agree else 0.5] += 1
-        a, b = (len(answer_of(line[f"response_{side}"]) or "") for side in "ab")
         lengths.append((a, b))
         agree += verdict.orders_agree
         reasons.update(filter(None, [verdict.undecidable_because]))
-        for kept, ended in zip(finished, line["finished"], strict=True):
+        for kept, ended in zip(finished, ends_of, strict=True):
             if ended is not None:
                 kept.append(ended)
     differences = [a - b for a, b in lengths]

@@ -7,7 +7,6 @@ results.
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from self_judge.commands.eval_tables import print_results
 from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
 from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import RankShards
-from self_judge.console import say
+from self_judge.console import masked, say
 from self_judge.data.benchmarks import BenchmarkSource, Share, read_comparisons, share_of
 from self_judge.data.labeled_pairs import LabeledComparison
 from self_judge.evaluation.benchmark_metrics import BenchmarkTally
@@ -30,13 +29,14 @@ from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTa
 from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.thoughts import answer_of
 from self_judge.reporting.page import report_on
-from self_judge.storage.atomic import write_json
-from self_judge.storage.jsonl import read_journal, settings_path
+from self_judge.storage.atomic import loads, write_json
+from self_judge.storage.jsonl import entries_of, read_journal, settings_path
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import PAIRS, RESULTS, VERDICTS
 
 # The fields of a pair in a line of the output.
 _LINE = ("source", "index", "subset", "principle", "label", "digest", "benchmark", "part")
+_ANEW = ": the file was changed or damaged: evaluate again with --overwrite"
 _ALL = ""  # the key for all pairs, alongside the subset names
 
 
@@ -141,7 +141,7 @@ def _results(
     }
     if theirs is not None:
         results["compared_with"] = _compared(output / VERDICTS, theirs)
-    write_json(output / RESULTS, results)
+    write_json(output / RESULTS, masked(results))
     print_results(results, console)
     say(console, f"written to {output}: {RESULTS}, {VERDICTS}")
     report_on(output / RESULTS, console)  # ignore other files in the folder
@@ -195,17 +195,18 @@ def _judged_pair(line: Mapping[str, Any], principles: Sequence[str]) -> JudgedPa
 def _tallied(verdicts: Path, principles: Sequence[str]) -> dict[str, Any]:
     tallies = {_ALL: JudgeTally(principles)}
     own = BenchmarkTally()
-    for _, found in itertools.groupby(
-        read_journal(verdicts), lambda line: (line["source"], line["index"])
-    ):
-        lines = list(found)
-        pairs = [_judged_pair(line, principles) for line in lines]
-        for line, pair in zip(lines, pairs, strict=True):
-            for name in dict.fromkeys((_ALL, line["subset"] or _ALL)):
-                tallies.setdefault(name, JudgeTally(principles)).add(pair)
-        # Earlier versions did not write the benchmark.
-        parts = [line.get("part", "") for line in lines]
-        own.add(lines[0].get("benchmark", ""), lines[0]["subset"], parts, pairs)
+    with entries_of(verdicts, remedy=_ANEW):
+        for _, found in itertools.groupby(
+            read_journal(verdicts), lambda line: (line["source"], line["index"])
+        ):
+            lines = list(found)
+            pairs = [_judged_pair(line, principles) for line in lines]
+            for line, pair in zip(lines, pairs, strict=True):
+                for name in dict.fromkeys((_ALL, line["subset"] or _ALL)):
+                    tallies.setdefault(name, JudgeTally(principles)).add(pair)
+            # Earlier versions did not write the benchmark.
+            parts = [line.get("part", "") for line in lines]
+            own.add(lines[0].get("benchmark", ""), lines[0]["subset"], parts, pairs)
     return {**_reports(tallies), "benchmarks": own.report()}
 
 
@@ -214,25 +215,30 @@ def _reports(tallies: dict[str, Any]) -> dict[str, Any]:
     return {"overall": overall, "subsets": {name: t.report() for name, t in tallies.items()}}
 
 
+def _settings(verdicts: Path) -> dict[str, Any]:
+    path = settings_path(verdicts)
+    with entries_of(path, remedy=_ANEW):
+        settings = dict(loads(path.read_bytes())["settings"])
+        return {**settings, "principles": list(settings["principles"])}
+
+
 def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
-    own, settings = (
-        json.loads(settings_path(path).read_text(encoding="utf-8"))["settings"]
-        for path in (verdicts, theirs)
-    )
+    own, settings = (_settings(path) for path in (verdicts, theirs))
     principles = settings["principles"]
     paired = {_ALL: PairedTally()}
     for ours, line in itertools.zip_longest(read_journal(verdicts), read_journal(theirs)):
-        if ours is None or line is None or ours["digest"] != line["digest"]:
+        if ours is None or line is None or ours.get("digest") != line.get("digest"):
             raise ValueError(
                 f"{theirs} and {verdicts} have different pairs: evaluate both judges on the same "
                 "data"
             )
-        if ours["label"] == "tie":
-            continue
-        credits = [
-            credit(_judged_pair(each, names).counted.preferred, each["label"])
-            for each, names in ((ours, own["principles"]), (line, principles))
-        ]
+        with entries_of(theirs, remedy=_ANEW):
+            if ours["label"] == "tie":
+                continue
+            credits = [
+                credit(_judged_pair(each, names).counted.preferred, each["label"])
+                for each, names in ((ours, own["principles"]), (line, principles))
+            ]
         for name in dict.fromkeys((_ALL, ours["subset"] or _ALL)):
             paired.setdefault(name, PairedTally()).add(credits[0], credits[1])
     return {"judge": settings, **_tallied(theirs, principles), "paired": _reports(paired)}

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from self_judge.adapters import FILES, check_mergeable
 from self_judge.config.hardware import Run, fit_to_machine, threads_for
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
 from self_judge.config.self_training import PackingChoice
-from self_judge.console import say
+from self_judge.console import masked, say
+from self_judge.data.workers import workers_end_with_parent
 from self_judge.datatypes import PreferenceRecord
 from self_judge.models import (
     apply_umask,
@@ -39,7 +41,7 @@ from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import unwrapped
 from self_judge.storage.atomic import LAST, atomic_files, latest_complete, loads, write_json
-from self_judge.storage.run_dir import DATA, RUN
+from self_judge.storage.run_dir import DATA, RUN, only_training
 from self_judge.training.callbacks import LiveProgress
 from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.training.jsft.trainer import JSFTTrainer
@@ -53,6 +55,7 @@ from self_judge.training.setup import (
     jsft_config,
     load_data,
     lora_config,
+    output_folder,
     pair_rows,
     prompt_rows,
     refuse_own_inputs,
@@ -77,9 +80,11 @@ def run_jsft(run: JSFTRun, console: Console | None = None) -> Path:
     Raises:
         TrainingStopped: the process received SIGTERM; the model was saved in a checkpoint.
     """
-    say = _speaker(console)
-    refuse_own_inputs(run)
-    run = _fitted(run, say)
+    with _started(run, console) as (fitted, say):
+        return _run_jsft(fitted, say, console)
+
+
+def _run_jsft(run: JSFTRun, say: Say, console: Console | None) -> Path:
     args = jsft_config(run)
     set_seed(args.seed)
     encoder, settings = jsft_chat_setup(run)
@@ -204,9 +209,11 @@ def run_self_judge(run: SelfJudgeRun, console: Console | None = None) -> Path:
     Raises:
         TrainingStopped: the process received SIGTERM; the policy was saved in a checkpoint.
     """
-    say = _speaker(console)
-    refuse_own_inputs(run)
-    run = _fitted(run, say)
+    with _started(run, console) as (fitted, say):
+        return _run_self_judge(fitted, say, console)
+
+
+def _run_self_judge(run: SelfJudgeRun, say: Say, console: Console | None) -> Path:
     args = self_judge_config(run)
     set_seed(args.seed)
     encoder, settings = self_judge_chat_setup(run)
@@ -250,6 +257,17 @@ def _speaker(console: Console | None) -> Say:
     return lambda line: say(console, line)
 
 
+@contextmanager
+def _started(run: Run, console: Console | None) -> Iterator[tuple[Run, Say]]:
+    """Locks the output folder and adapts the run to this machine."""
+    say = _speaker(console)
+    refuse_own_inputs(run)
+    workers_end_with_parent()
+    alone = only_training(output_folder(run)) if PartialState().is_main_process else nullcontext()
+    with alone:
+        yield _fitted(run, say), say
+
+
 def _fitted(run: Run, say: Say) -> Run:
     machine = this_machine()
     threads = threads_for(machine)
@@ -277,7 +295,7 @@ def _train(
     """Trains the model. `resume_from_checkpoint: true` resumes from the latest complete one."""
     output = Path(str(args.output_dir))
     resume: str | None = _checkpoint(output, args.resume_from_checkpoint, say)
-    this = json.loads(json.dumps(dataclasses.asdict(run), default=str))
+    this = masked(json.loads(json.dumps(dataclasses.asdict(run), default=str)))
     if resume is not None:
         say(f"resuming from {resume}")
         for line in _changes(output, this):
@@ -316,10 +334,12 @@ def _checkpoint(output: Path, wanted: str | bool | None, say: Say) -> str | None
 def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
     """Yields a message for each setting that differs from those in `run.json`."""
     try:
-        before = loads((output / RUN).read_text(encoding="utf-8")).get("run_file") or {}
-        before = {**before}
-    except (AttributeError, OSError, TypeError, ValueError):
-        return  # run.json is missing or cannot be read
+        before = dict(loads((output / RUN).read_bytes())["run_file"])
+    except FileNotFoundError:
+        return
+    except (OSError, LookupError, TypeError, ValueError):
+        yield f"{output / RUN} cannot be read, so changed settings are not reported"
+        return
     for section, values in this.items():
         old = before.get(section)
         if not (isinstance(values, dict) and isinstance(old, dict)):
@@ -335,4 +355,4 @@ def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
 def _save_json(path: Path, content: Any) -> None:
     if not PartialState().is_main_process:
         return
-    write_json(path, content)
+    write_json(path, masked(content))

@@ -32,6 +32,7 @@ from self_judge.config.yaml import (
     resolve_references,
     unknown_key,
 )
+from self_judge.console import masked
 from self_judge.errors import ConfigError
 from self_judge.prompting.judge_templates import JudgeTemplates
 
@@ -322,6 +323,7 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
             tree["templates"] = templates
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {first_line(error)}") from error
+    masked(tree)  # from here on, the values of secret settings are masked in all output
     for section, command in _STARTED_BY.items():
         if section in tree and not section.startswith(kind):
             raise ConfigError(f"{where}: it has {section}, so it is a file for {command}")

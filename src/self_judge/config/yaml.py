@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import difflib
 import io
+import os
 import re
 import types
 import typing
@@ -89,7 +90,7 @@ def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
             itself.
     """
     named_in = f" (named by extends in {opened_by[-1]})" if opened_by else ""
-    if path.resolve() in [p.resolve() for p in opened_by]:
+    if os.path.realpath(path) in map(os.path.realpath, opened_by):
         raise ConfigError(f"{path}: extends itself through {opened_by[-1]}")
     if not path.is_file():
         raise ConfigError(f"{path}: no such file{named_in}")

@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 import yaml
 
 from self_judge.data.records import RecordRef, map_columns
+from self_judge.data.workers import workers_end_with_parent
 from self_judge.errors import DataError
 from self_judge.storage.atomic import loads
 from self_judge.storage.jsonl import parse_lines
@@ -121,6 +122,8 @@ def _read_path(
     if local.is_dir() and is_saved_dataset(local):
         yield from _read_saved(local, split)
         return
+    if not (local.is_dir() or local.is_file()):
+        raise DataError(f"{path}: not a regular file: save the data to a file, which is read twice")
     for file in _files_of(local, split, name) if local.is_dir() else [local]:
         for _, record in read_numbered(file):
             yield record
@@ -402,6 +405,7 @@ def _read_hub(
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
+    workers_end_with_parent()
     try:
         dataset = load_dataset(
             path, name, data_dir=data_dir, split=split, revision=revision, num_proc=num_proc

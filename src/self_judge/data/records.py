@@ -259,7 +259,7 @@ class RecordRef:
             raise self.expected("a number or text", value, field)
         try:
             number = float(value)
-        except ValueError:
+        except (OverflowError, ValueError):
             return None
         return number if math.isfinite(number) else None
 

@@ -75,7 +75,10 @@ _PROBES = (
     "word " * 500 + _ODD,
 )
 # A template is code. For example, it may call a method of an undefined value or divide by zero.
-_TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_TEMPLATE_ERRORS = (
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError),
+    ValueError,
+)
 _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")
 _GUARDED_SHAPES = (
     ("user",),

@@ -69,7 +69,7 @@ def load_judge_settings(
     if path is None:
         return None
     try:
-        saved = loads(path.read_text(encoding="utf-8"))
+        saved = loads(path.read_bytes())
         return JudgeSettings(
             JudgeTemplates.from_dict(saved),
             int(saved["token_id_a"]),
@@ -77,7 +77,7 @@ def load_judge_settings(
             saved.get("chat_template"),
             dict(saved.get("chat_template_kwargs") or {}),
         )
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         why = in_a_line(error)
         raise ModelError(f"{path} is not a judge file written by JSFT: {why}") from error
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from self_judge.errors import in_a_line
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
 from self_judge.judging.voting import verdict_from_json
 from self_judge.storage.atomic import loads
-from self_judge.storage.jsonl import read_lines
+from self_judge.storage.jsonl import entries_of, read_lines
 from self_judge.storage.run_dir import METRICS, RESULTS, RUN, rollout_files
 
 Line = dict[str, Any]
@@ -99,7 +98,9 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
             )
         folders += [folder for folder in found if folder not in folders]
     names = _names(folders)
-    data.runs = [_run(f, n, limits) for f, n in zip(folders, names, strict=True)]
+    for folder, name in zip(folders, names, strict=True):
+        with entries_of(folder / METRICS):
+            data.runs.append(_run(folder, name, limits))
     _sample_pairs(folders, data, limits)
     for run in data.runs:
         if run["averaged"] > 1:
@@ -107,17 +108,6 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
                 f"{run['name']}: curves are averages over windows of {run['averaged']} logs"
             )
     return data
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turns errors from a file with unexpected contents into a `ValueError` that names the path."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
-        raise ValueError(
-            f"{path}: damaged, or not written by self_judge: {in_a_line(error)}"
-        ) from error
 
 
 # -- runs ----------------------------------------------------------------------------------------
@@ -145,11 +135,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _run(folder: Path, name: str, limits: Limits) -> Line:
-    with _naming(folder):
-        return _read_run(folder, name, limits)
-
-
-def _read_run(folder: Path, name: str, limits: Limits) -> Line:
     points: dict[str, tuple[list[int], list[float | None]]] = {}
     logs = 0
     for line in read_lines(folder / METRICS):
@@ -157,8 +142,10 @@ def _read_run(folder: Path, name: str, limits: Limits) -> Line:
         for key, value in line.items():
             if key in ("step", "time", "epoch") or isinstance(value, str):
                 continue
+            if not (value is None or isinstance(value, (int, float))):
+                raise TypeError(f"{key!r} is not a number")
             steps, values = points.setdefault(key, ([], []))
-            steps.append(line["step"])
+            steps.append(operator.index(line["step"]))
             values.append(value)
     lengths = points.get("completions/mean_length")
     if lengths and lengths[1][0]:
@@ -204,9 +191,9 @@ def _json(path: Path) -> Line:
     if not path.is_file():
         return {}
     try:
-        content = loads(path.read_text(encoding="utf-8"), nan_is_null=True)
+        content = loads(path.read_bytes(), nan_is_null=True)
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {getattr(error, 'msg', error)}") from error
+        raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -266,13 +253,13 @@ def _loose_files(path: Path, data: ReportData, limits: Limits) -> bool:
     """Reads the files that do not belong to a run, and returns whether there are any."""
     found = False
     name = (path.parent if path.name == RESULTS else path).name
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
-        with _naming(file):
-            found |= _loose_file(file, name, file == path, data, limits)
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with entries_of(file):
+            found |= _loose_file(path, file, name, data, limits)
     return found
 
 
-def _loose_file(file: Path, name: str, given: bool, data: ReportData, limits: Limits) -> bool:
+def _loose_file(path: Path, file: Path, name: str, data: ReportData, limits: Limits) -> bool:
     if file.suffix == ".jsonl" and file.name != METRICS:
         kind = _kind(file)
         if kind == "bracket":
@@ -280,19 +267,21 @@ def _loose_file(file: Path, name: str, given: bool, data: ReportData, limits: Li
         elif kind == "judged":
             _add_verdicts(name, read_lines(file), data)
         return kind is not None
-    if not (file.name == RESULTS or (given and file.suffix == ".json")):
-        return False
-    results = _json(file)
-    if isinstance(results.get("length_controlled_win_rate"), dict):
-        _add_comparison(name, results, data)
-    elif given or isinstance(results.get("overall"), dict):
-        _add_evaluation(name, results, data)
-    else:
-        return False  # results from another program
-    return True
+    if file.name == RESULTS or (file == path and file.suffix == ".json"):
+        results = _json(file)
+        if isinstance(results.get("length_controlled_win_rate"), dict):
+            _add_comparison(name, results, data)
+        elif file == path or isinstance(results.get("overall"), dict):
+            _add_evaluation(name, results, data)
+        else:
+            return False  # results from another program
+        return True
+    return False
 
 
 def _kind(file: Path) -> str | None:
+    if not file.is_file():
+        return None
     try:
         first = next(read_lines(file), {})
     except ValueError:
@@ -346,7 +335,7 @@ def _add_comparison(name: str, results: Line, data: ReportData) -> None:
     """Adds a comparison of two policies from its `results.json`."""
     kept = (
         *("prompts", "wins", "ties", "losses", "win_rate", "length_controlled_win_rate"),
-        *("both_orders", "longer_wins_all", "order_agreement", "characters"),
+        *("both_orders", "longer_wins_all", "order_agreement", "characters", "policies"),
     )
     missing = [key for key in kept if key not in results]
     if missing:

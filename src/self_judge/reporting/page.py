@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from self_judge import __version__
-from self_judge.console import say
+from self_judge.console import masked, say
 from self_judge.reporting.charts import charts_json
 from self_judge.reporting.collect import Limits, ReportData, collect
 from self_judge.storage.atomic import atomic_write
@@ -95,7 +95,7 @@ def page(data: ReportData) -> str:
     values = {
         "csp": policy,
         "style": (parts / "report.css").read_text(encoding="utf-8"),
-        "data": json_block({**_content(data), "charts": charts_json()}),
+        "data": json_block(masked({**_content(data), "charts": charts_json()})),
         "plotly": plotly,
         "script": script,
     }

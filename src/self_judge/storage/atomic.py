@@ -8,6 +8,7 @@ longer matches its manifest. This module does not interpret the contents of file
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,17 @@ LAST = (True, "true", "True", "auto")
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the path to an `OSError` that does not name a file, such as "no space left"."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[TextIO]:
     """Opens a temporary text file that replaces `path` when the block ends without an error.
 
@@ -35,7 +47,11 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
     try:
         # All these files are JSON. The data may contain lone surrogates, which UTF-8 cannot encode.
         # `backslashreplace` writes them as JSON escapes.
-        with staging.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        staging.unlink(missing_ok=True)  # it may be a link
+        with (
+            naming(path),
+            staging.open("x", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -46,19 +62,31 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
 
 
 def loads(text: str | bytes, *, nan_is_null: bool = False) -> Any:
-    """Parses JSON from a file.
+    """Parses JSON. Every JSON file of a user or a run is parsed here.
 
     Args:
-        nan_is_null: whether to read the values NaN and Infinity, which Python's `json` writes, as
-            `None` instead of floats.
+        nan_is_null: whether NaN, infinity and numbers beyond the range of a float become `None`.
 
     Raises:
-        ValueError: the text is not JSON, or nested too deeply for Python's parser.
+        ValueError: the text is not JSON, is not UTF-8, is nested too deeply, or contains a number
+            with thousands of digits.
     """
+    numbers: dict[str, Any] = {}
+    if nan_is_null:
+        numbers = dict.fromkeys(("parse_constant", "parse_float"), _finite)
+        numbers["parse_int"] = lambda digits: int(digits) if len(digits) < 300 else None
     try:
-        return json.loads(text, parse_constant=(lambda _: None) if nan_is_null else None)
+        return json.loads(text, **numbers)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        if "set_int_max_str_digits" in str(error):
+            raise ValueError("a number has too many digits") from None
+        raise
+
+
+def _finite(number: str) -> float | None:
+    return value if math.isfinite(value := float(number)) else None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -99,10 +127,13 @@ def integrity_error(folder: Path) -> str | None:
     if not manifest.is_file():
         return f"it has no {MANIFEST}, which is written last"
     try:
-        files = dict(loads(manifest.read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        files = loads(manifest.read_bytes())["files"]
+        sizes = {name: int(size) for name, size in files.items()}
+    except (ArithmeticError, AttributeError, OSError, KeyError, TypeError, ValueError):
         return f"its {MANIFEST} cannot be read"
-    for name, size in files.items():
+    if not sizes:
+        return f"its {MANIFEST} lists no files"
+    for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -145,8 +176,8 @@ def atomic_files(target: Path, without: Sequence[str] = ()) -> Iterator[Path]:
         target: the final folder. Its other files are kept.
         without: names of files to delete from `target` afterwards.
     """
+    clear_unfinished(target)
     staging = target / UNFINISHED / "files"
-    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         yield staging
@@ -188,4 +219,6 @@ def _move_away(folder: Path) -> Path:
 
 def clear_unfinished(folder: Path) -> None:
     """Deletes the unfinished files that a killed process left behind."""
+    if (folder / UNFINISHED).is_symlink():
+        (folder / UNFINISHED).unlink()
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)

@@ -11,15 +11,16 @@ import decimal
 import itertools
 import json
 import os
-import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from self_judge.errors import JournalError
-from self_judge.storage.atomic import atomic_write, loads, write_json
+from self_judge.console import masked
+from self_judge.errors import JournalError, in_a_line
+from self_judge.storage.atomic import atomic_write, loads, naming, write_json
+from self_judge.storage.lock import only_writer
 
 
 def as_json(value: Any) -> Any:
@@ -42,6 +43,27 @@ def _as_text(value: Any) -> str:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
     raise TypeError(f"a value of type {type(value).__name__} has no form in JSON")
+
+
+@contextmanager
+def entries_of(
+    path: str | Path, error: type[ValueError] = ValueError, remedy: str = ""
+) -> Iterator[None]:
+    """Names a file in the error if entries of its content are missing or have the wrong type.
+
+    Args:
+        path: the file that the `with` block uses.
+        error: the exception to raise.
+        remedy: the end of its message.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as wrong:
+        folder = Path(path).parent  # an error that already names the file, or one next to it
+        if str(path if folder == Path() else folder) in str(wrong):
+            raise
+        why = in_a_line(wrong)
+        raise error(f"{path}: entries are missing or not as written ({why}){remedy}") from wrong
 
 
 def parse_lines(
@@ -93,8 +115,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: a line is not a JSON object. The message includes the file and line number.
     """
+    remedy = "; delete this line"
     with path.open("rb") as file:
-        for _, line in parse_lines(file, path, torn_is_end=True, nan_is_null=True):
+        for _, line in parse_lines(file, path, torn_is_end=True, nan_is_null=True, remedy=remedy):
             yield line
 
 
@@ -151,13 +174,15 @@ class Journal:
     def append(self, rows: Sequence[Mapping[str, Any]], seconds: float = 0.0) -> None:
         """Appends lines and flushes them to disk (see `as_json` for values that are not JSON)."""
         if not self.lines:  # existing content is from an earlier run
-            self._file.truncate(0)
+            with naming(self.path):
+                self._file.truncate(0)
             self._note()
         text = "".join(json.dumps(as_json(row), ensure_ascii=False) + "\n" for row in rows)
         # Lone surrogates in the data become JSON escapes, because UTF-8 cannot encode them.
-        self._file.write(text.encode("utf-8", "backslashreplace"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write(text.encode("utf-8", "backslashreplace"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.lines += len(rows)
         self.timed += len(rows)
         self.seconds += seconds
@@ -218,7 +243,7 @@ def open_journal(
         JournalError: the file was written with different settings, is not a journal, is broken, or
             is in use by another process.
     """
-    settings = as_json(settings)
+    settings = masked(as_json(settings))
     refuse_special_files(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = settings_path(path)
@@ -233,13 +258,14 @@ def open_journal(
     if noted is not None:
         _check_settings(path, noted["settings"], settings)
     own = not os.path.lexists(path)
-    with path.open("ab") as file:
-        _lock(file, path)
+    lock = path.with_name(path.name + ".lock")
+    taken = f"{path} is being written by another process ({{owner}})"
+    with only_writer(lock, taken, JournalError), path.open("ab") as file:
         journal = Journal(path, file, settings)
         if noted is not None:
             journal.lines = _repair(path, file)
-            journal.timed = min(int(noted["timed"]), journal.lines)
-            journal.seconds = float(noted["seconds"])
+            journal.timed = min(noted["timed"], journal.lines)
+            journal.seconds = noted["seconds"]
         try:
             yield journal
         except BaseException:
@@ -252,9 +278,10 @@ def open_journal(
 
 def _noted(beside: Path) -> dict[str, Any]:
     try:
-        noted = loads(beside.read_text(encoding="utf-8"))
-        return {name: noted[name] for name in ("settings", "timed", "seconds")}
-    except (ValueError, KeyError, TypeError):
+        noted = loads(beside.read_bytes())
+        timed, seconds = int(noted["timed"]), float(noted["seconds"])
+        return {"settings": dict(noted["settings"]), "timed": timed, "seconds": seconds}
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise JournalError(f"{beside}: not a settings file; choose another output") from None
 
 
@@ -289,14 +316,3 @@ def _is_json(line: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    if sys.platform == "win32":
-        return  # Windows has no `fcntl` locks, so the user must avoid two writers
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise JournalError(f"{path} is being written by another process") from None

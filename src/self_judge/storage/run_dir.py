@@ -11,20 +11,39 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from self_judge.storage.jsonl import read_lines, write_lines
+from self_judge.errors import CheckpointError
+from self_judge.storage.atomic import naming
+from self_judge.storage.jsonl import entries_of, read_lines, write_lines
+from self_judge.storage.lock import only_writer
 
 METRICS = "metrics.jsonl"
 RUN = "run.json"
 DATA = "data.json"  # counts of records and pairs
 ROLLOUTS = "rollouts"
+LOCK = "_lock"  # exists during training; Transformers does not push names that start with _
 BRACKETS = "brackets.jsonl"  # tournaments written by `self-judge tournament --brackets`
 VERDICTS = "verdicts.jsonl"  # written by `self-judge eval`
 PAIRS = "pairs.jsonl"  # written by `self-judge compare`
 RESULTS = "results.json"  # written by both `eval` and `compare`
 JUDGED = "judged.jsonl"  # verdicts on pairs with a known better response
+
+
+def only_training(folder: Path) -> AbstractContextManager[None]:
+    """Locks a run's folder within a `with` block, so that only one process trains in it.
+
+    Raises:
+        CheckpointError: another process trains in this folder; the message names it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = (
+        f"another training writes to {folder} ({{owner}}): wait until it ends, or choose another "
+        "training_args.output_dir"
+    )
+    return only_writer(folder / LOCK, taken, CheckpointError, reentrant=True)
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
@@ -37,7 +56,7 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
         for key, value in values.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    with naming(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -51,7 +70,8 @@ def rewind(folder: Path, step: int) -> None:
     """
     metrics = folder / METRICS
     if metrics.is_file():
-        write_lines(metrics, [x for x in read_lines(metrics) if x.get("step", 0) <= step])
+        with entries_of(metrics, remedy="; delete this file"):
+            write_lines(metrics, [x for x in read_lines(metrics) if x.get("step", 0) <= step])
     for own, path in rollout_files(folder):
         if own > step:
             path.unlink()

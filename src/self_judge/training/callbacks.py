@@ -1,4 +1,4 @@
-"""Callbacks for both trainers: a run log, the time of each phase in a step, and a progress bar.
+"""Callbacks for both trainers: a run log, times, a progress bar, and stopping on SIGTERM.
 
 Like the integrations of experiment trackers, these callbacks only receive the trainer's events.
 They do not change training.
@@ -10,11 +10,14 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -32,7 +35,7 @@ from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from self_judge import __version__
-from self_judge.console import neutral
+from self_judge.console import masked, neutral
 from self_judge.storage.atomic import atomic_write
 from self_judge.storage.run_dir import METRICS, RUN, append_line, rewind
 
@@ -67,7 +70,7 @@ class RunLog(TrainerCallback):
         rewind(folder, state.global_step)
         with atomic_write(folder / RUN) as file:
             # Values that JSON cannot represent (a dtype, an enum) are written as strings.
-            json.dump(self._described(args, state, model), file, indent=2, default=str)
+            json.dump(masked(self._described(args, state, model)), file, indent=2, default=str)
             file.write("\n")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -301,3 +304,60 @@ def _numbers(logs: dict[str, float]) -> str:
     left_out = {"mean_token_accuracy"} if "judge/margin" in logs else set()
     shown = [(key, name) for key, name in _SHOWN.items() if key in logs and key not in left_out]
     return " · ".join(f"{name} {logs[key]:.3g}" for key, name in shown)
+
+
+class StopAfterStep(TrainerCallback):
+    """Saves a checkpoint and ends training after the step in which any process receives SIGTERM.
+
+    Attributes:
+        asked: whether this process received the signal.
+        stopped: whether training ended because of the signal.
+    """
+
+    # The processes may receive the signal in different steps, so they synchronize after each step:
+    #
+    #   process 0     step 7 ... step 8 ... SIGTERM ... step 9 ends: trigger ─┐
+    #   process 1     step 7 ... step 8 ............... step 9 ends ──────────┴─> both save and stop
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.asked = False
+        self.stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        asked = self.asked
+        if self.accelerator.num_processes > 1:
+            if asked:
+                self.accelerator.set_trigger()
+            asked = self.accelerator.check_trigger()
+        if asked and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+
+
+@contextmanager
+def stopping(trainer: Any) -> Iterator[None]:
+    """Makes SIGTERM end training after the current step; see `FaultToleranceMixin.stopped_early`.
+
+    This has no effect outside the main thread, because only the main thread receives signals. It
+    also has no effect with Transformers' `enable_jit_checkpoint`, which uses its own handler.
+    """
+    trainer.stopped_early = False
+    own = trainer.stop_on_sigterm and threading.current_thread() is threading.main_thread()
+    if not own or getattr(trainer.args, "enable_jit_checkpoint", False):
+        yield
+        return
+    stop = StopAfterStep(trainer.accelerator)
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        stop.asked = True
+
+    before = signal.signal(signal.SIGTERM, asked)
+    trainer.add_callback(stop)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(stop)
+        signal.signal(signal.SIGTERM, before)
+        trainer.stopped_early = stop.stopped

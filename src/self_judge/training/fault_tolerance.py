@@ -31,18 +31,15 @@ import json
 import logging
 import math
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType, set_seed
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
@@ -56,21 +53,27 @@ from self_judge.storage.atomic import (
     commit,
     integrity_error,
     latest_complete,
+    loads,
     move_files,
     remove,
     seal,
 )
+from self_judge.storage.run_dir import only_training
+from self_judge.training.callbacks import stopping
 from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
 from self_judge.training.saved_weights import (
     check_same_adapter,
+    check_same_optimizer,
     check_saved,
     check_start,
+    check_state,
     data_fingerprint,
     not_finite,
     remove_old_adapter,
+    resuming,
     same_data,
-    save_data_fingerprint,
-    with_optimizer,
+    save_fingerprints,
+    without_secrets,
 )
 
 if TYPE_CHECKING:
@@ -133,20 +136,22 @@ class FaultToleranceMixin(Base):
             NotFiniteError: `max_skipped_steps` steps in a row were skipped, or trained weights
                 contain NaN or infinity.
         """
-        found: str | None = None
-        if resume_from_checkpoint:
-            found = str(self._checked(resume_from_checkpoint))
-        if self.is_world_process_zero():
-            clear_unfinished(Path(str(self.args.output_dir)))
-        self._skipped = 0
-        self._before_training(Path(found) if found else None)
-        # Transformers sets the seed only in the constructor. Random numbers drawn since then would
-        # change the run.
-        set_seed(self.args.seed)
-        with _stopping(self), without_cudnn_attention():
-            result = super().train(found, *args, **kwargs)
-        self._check_weights()
-        return result
+        folder = Path(str(self.args.output_dir))
+        with only_training(folder) if self.is_world_process_zero() else nullcontext():
+            found: str | None = None
+            if resume_from_checkpoint:
+                found = str(self._checked(resume_from_checkpoint))
+            if self.is_world_process_zero():
+                clear_unfinished(folder)
+            self._skipped = 0
+            self._before_training(Path(found) if found else None)
+            # Transformers sets the seed only in the constructor. Random numbers drawn since then
+            # would change the run.
+            set_seed(self.args.seed)
+            with stopping(self), without_cudnn_attention():
+                result = super().train(found, *args, **kwargs)
+            self._check_weights()
+            return result
 
     def _before_training(self, checkpoint: Path | None) -> None:
         """Finds errors that would otherwise appear only at the first save, or not at all."""
@@ -160,7 +165,9 @@ class FaultToleranceMixin(Base):
                 self.reference = ReferenceCheck(probe_logits(model), model)
         if self.reference is not None:
             self.reference.before_training()
-        if checkpoint is not None:
+        if checkpoint is None:
+            return
+        with resuming(checkpoint):
             check_same_adapter(model, checkpoint)
             if self.reference is not None:
                 self.reference.check_saved(checkpoint)
@@ -177,12 +184,12 @@ class FaultToleranceMixin(Base):
                     f"{self.args.output_dir} contains no complete checkpoint: leave "
                     "resume_from_checkpoint unset to start from scratch"
                 )
-            return with_optimizer(path)
+            return check_state(path)
         path = Path(str(asked))
         reason = "there is no such folder" if not path.is_dir() else integrity_error(path)
         if reason is not None:
             raise CheckpointError(f"cannot resume from {path}: {reason}")
-        return with_optimizer(path)
+        return check_state(path)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # After resuming from the last step's checkpoint, Transformers would run an extra step.
@@ -195,14 +202,26 @@ class FaultToleranceMixin(Base):
 
     # -- metrics that are not logged yet -----------------------------------------------------------
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
-        path = self._unlogged_file(Path(checkpoint))
+        check_same_optimizer(Path(checkpoint), self.optimizer)
+        with resuming(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            super()._load_rng_state(checkpoint)
+            return
+        with resuming(Path(checkpoint)):
+            super()._load_rng_state(checkpoint)
+            self._load_unlogged(self._unlogged_file(Path(checkpoint)))
+
+    def _load_unlogged(self, path: Path) -> None:
         if not path.is_file():
             return
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = loads(path.read_bytes())
         if kept["processes"] != self.args.world_size:
             return  # each process has its own sums, so the number of processes must match
         self._tr_loss += kept["loss"]
@@ -240,7 +259,7 @@ class FaultToleranceMixin(Base):
         target = Path(output_dir or str(self.args.output_dir))
         staging = target / UNFINISHED / "model"
         if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
+            clear_unfinished(target)
         self.accelerator.wait_for_everyone()
         with _writing(target):
             self._write_model(str(staging))
@@ -256,7 +275,8 @@ class FaultToleranceMixin(Base):
 
     def _write_model(self, output_dir: str | None) -> None:
         self._check_weights()
-        super().save_model(output_dir, _internal_call=True)
+        with without_secrets(self.args):
+            super().save_model(output_dir, _internal_call=True)
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
@@ -291,7 +311,7 @@ class FaultToleranceMixin(Base):
         if self.args.should_save:
             with _writing(run_folder):
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-                save_data_fingerprint(staging / name, self._data)
+                save_fingerprints(staging / name, self._data, self.optimizer)
                 if self.reference is not None:
                     self.reference.save(staging / name)
                 seal(staging / name)
@@ -388,63 +408,3 @@ def _writing(folder: Path) -> Iterator[None]:
             + (f"{last} is complete" if last else "the folder contains no complete checkpoint")
             + ". Free some disk space and run the same command again"
         ) from error
-
-
-# -- SIGTERM ---------------------------------------------------------------------------------------
-
-
-class StopAfterStep(TrainerCallback):
-    """Saves a checkpoint and ends training after the step in which any process receives SIGTERM.
-
-    Attributes:
-        asked: whether this process received the signal.
-        stopped: whether training ended because of the signal.
-    """
-
-    # The processes may receive the signal in different steps, so they synchronize after each step:
-    #
-    #   process 0     step 7 ... step 8 ... SIGTERM ... step 9 ends: trigger ─┐
-    #   process 1     step 7 ... step 8 ............... step 9 ends ──────────┴─> both save and stop
-
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
-        self.asked = False
-        self.stopped = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        asked = self.asked
-        if self.accelerator.num_processes > 1:
-            if asked:
-                self.accelerator.set_trigger()
-            asked = self.accelerator.check_trigger()
-        if asked and state.global_step < state.max_steps:
-            self.stopped = True
-            control.should_save = True
-            control.should_training_stop = True
-
-
-@contextmanager
-def _stopping(trainer: Any) -> Iterator[None]:
-    """Makes SIGTERM end training after the current step; see `stopped_early`.
-
-    This has no effect outside the main thread, because only the main thread receives signals. It
-    also has no effect with Transformers' `enable_jit_checkpoint`, which uses its own handler.
-    """
-    trainer.stopped_early = False
-    own = trainer.stop_on_sigterm and threading.current_thread() is threading.main_thread()
-    if not own or getattr(trainer.args, "enable_jit_checkpoint", False):
-        yield
-        return
-    stop = StopAfterStep(trainer.accelerator)
-
-    def asked(number: int, frame: FrameType | None) -> None:
-        stop.asked = True
-
-    before = signal.signal(signal.SIGTERM, asked)
-    trainer.add_callback(stop)
-    try:
-        yield
-    finally:
-        trainer.remove_callback(stop)
-        signal.signal(signal.SIGTERM, before)
-        trainer.stopped_early = stop.stopped

@@ -257,7 +257,7 @@ class ReferenceCheck:
         path = checkpoint / FILE
         if not path.is_file():
             return
-        content = loads(path.read_text(encoding="utf-8"))
+        content = loads(path.read_bytes())
         saved = torch.tensor(content["logits"])
         # This run may use a different dtype than the run that saved the checkpoint.
         tolerance = max(self.tolerance, content["tolerance"])

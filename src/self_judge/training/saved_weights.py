@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import operator
+import pickle
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from self_judge.adapters import FILES, adapter_config, saved_shapes
-from self_judge.errors import CheckpointError, ModelError
+from self_judge.console import masked
+from self_judge.errors import CheckpointError, ModelError, in_a_line
 from self_judge.runtime import unwrapped
-from self_judge.storage.atomic import write_json
+from self_judge.storage.atomic import loads, write_json
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
 
@@ -191,12 +196,36 @@ def _saved(folder: Path, pattern: str) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, weights.get_tensor(name)
 
 
-def with_optimizer(checkpoint: Path) -> Path:
-    """Returns the checkpoint if it contains optimizer state.
+@contextmanager
+def resuming(checkpoint: Path) -> Iterator[None]:
+    """Turns errors from a damaged or unsuitable checkpoint into a `CheckpointError`."""
+    try:
+        yield
+    except (ArithmeticError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        raise _unusable(checkpoint, error) from error
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError) or should_reduce_batch_size(error):
+            raise
+        raise _unusable(checkpoint, error) from error
+
+
+def _unusable(checkpoint: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot resume from {checkpoint}: its files are damaged, or do not fit this run "
+        f"({in_a_line(error)}). Use an earlier checkpoint, or another output_dir"
+    )
+
+
+def check_state(checkpoint: Path) -> Path:
+    """Returns the checkpoint if it has a trainer state and an optimizer state.
 
     Raises:
-        CheckpointError: the checkpoint has no optimizer state.
+        CheckpointError: the checkpoint lacks one of them.
     """
+    with resuming(checkpoint):
+        state = loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+        for name in ("global_step", "train_batch_size"):
+            operator.index(state[name])
     kinds = ("optimizer*", "global_step*", "pytorch_model_fsdp*")  # Transformers, DeepSpeed, FSDP
     if any(True for kind in kinds for _ in checkpoint.glob(kind)):
         return checkpoint
@@ -261,14 +290,44 @@ def data_fingerprint(dataset: Any) -> str | None:
     return digest.hexdigest()
 
 
-def save_data_fingerprint(folder: Path, fingerprint: str | None) -> None:
-    write_json(folder / DATA_FILE, {"data": fingerprint})
+def save_fingerprints(folder: Path, data: str | None, optimizer: Any) -> None:
+    """Records what the run must have in common with a run that resumes from a checkpoint."""
+    write_json(folder / DATA_FILE, {"data": data, "optimizer": _name(optimizer)})
 
 
 def same_data(checkpoint: Path, fingerprint: str | None) -> bool:
     """Returns `False` if a checkpoint is known to come from different training data."""
+    saved = _fingerprints(checkpoint).get("data")
+    return None in (saved, fingerprint) or saved == fingerprint
+
+
+def check_same_optimizer(checkpoint: Path, optimizer: Any) -> None:
+    """Raises `CheckpointError` if a checkpoint has the state of another optimizer."""
+    saved, now = _fingerprints(checkpoint).get("optimizer"), _name(optimizer)
+    if None not in (saved, now) and saved != now:
+        raise CheckpointError(
+            f"cannot resume from {checkpoint}: it has the state of the optimizer {saved}, but this "
+            f"run uses {now}. Use the same training_args.optim, or another output_dir"
+        )
+
+
+def _fingerprints(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / DATA_FILE
-    if fingerprint is None or not path.is_file():
-        return True
-    saved = json.loads(path.read_text(encoding="utf-8")).get("data")
-    return saved in (None, fingerprint)
+    return dict(loads(path.read_bytes())) if path.is_file() else {}
+
+
+def _name(optimizer: Any) -> str | None:
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps the optimizer
+    return None if inner is None else type(inner).__name__
+
+
+@contextmanager
+def without_secrets(args: TrainingArguments) -> Iterator[None]:
+    """Masks access tokens and passwords in the arguments while they are saved with the model."""
+    before = {k: v for k, v in vars(args).items() if isinstance(v, (str, list, dict))}
+    hidden = {name: value for name, value in masked(before).items() if value != before[name]}
+    try:
+        vars(args).update(hidden)
+        yield
+    finally:
+        vars(args).update({name: before[name] for name in hidden})

@@ -104,6 +104,7 @@ def _training_config(
     config_class: type[Any],
     own: dict[str, Any],
 ) -> Any:
+    output_folder(run)
     training = check_training_values(run.training_args, config_class)
     if global_batch_size is not None:
         training["gradient_accumulation_steps"] = accumulation_steps(
@@ -133,6 +134,11 @@ def lora_config(settings: dict[str, Any] | None) -> LoraConfig | None:
     """
     if settings is None:
         return None
+    initial = settings.get("init_lora_weights", True)
+    if not isinstance(initial, (bool, str)):
+        raise ConfigError(
+            f"peft_config.init_lora_weights: expected true, false or text, got {initial!r:.60}"
+        )
     return LoraConfig(**check_training_values(settings, LoraConfig, "peft_config"))
 
 
@@ -181,7 +187,7 @@ def _encoder(run: JSFTRun | SelfJudgeRun, saved: JudgeSettings | None) -> ChatEn
         return encoder
     # A run that resumes on another day keeps the date on which it started.
     wanted = run.training_args.get("resume_from_checkpoint")
-    output = Path(str(run.training_args.get("output_dir") or "."))
+    output = output_folder(run)
     folder = latest_complete(output)[0] if wanted in LAST else wanted or None
     begun = load_judge_settings(folder) if folder else None
     if begun is not None and CLOCK in begun.chat_template_kwargs:
@@ -193,9 +199,21 @@ def _encoder(run: JSFTRun | SelfJudgeRun, saved: JudgeSettings | None) -> ChatEn
 # -- inputs and outputs ----------------------------------------------------------------------------
 
 
+def output_folder(run: JSFTRun | SelfJudgeRun) -> Path:
+    """Returns the run's output folder.
+
+    Raises:
+        ConfigError: the run file does not name the folder.
+    """
+    folder = run.training_args.get("output_dir")
+    if not isinstance(folder, str) or not folder.strip():
+        raise ConfigError(f"training_args.output_dir must be the path of a folder, got {folder!r}")
+    return Path(folder)
+
+
 def refuse_own_inputs(run: JSFTRun | SelfJudgeRun) -> None:
     """Raises `ValueError` if the run would overwrite the model or the data that it starts from."""
-    output = Path(str(run.training_args.get("output_dir") or "trainer_output"))
+    output = output_folder(run)
     model = run.model
     refuse_overwriting([output], own_models(model.model_name_or_path, model.revision))
     written = [output / name for name in (RUN, METRICS, DATA, JUDGE_FILE)]

@@ -6,13 +6,13 @@ on the meaning of the prompts.
 
 from __future__ import annotations
 
-import logging
+import math
 import queue
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import save_file
 
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import neutral
 from self_judge.errors import EngineError
 from self_judge.inference.letter_scoring import Done, Prompts
 from self_judge.inference.vllm.protocol import (
@@ -29,18 +28,11 @@ from self_judge.inference.vllm.protocol import (
     request_parameters,
     scoring_parameters,
 )
-
-logger = logging.getLogger(__name__)
+from self_judge.inference.vllm.server import Server, ServerDownError
 
 WorkT = TypeVar("WorkT")
 
 _SHARD_BYTES = 4 << 30
-_TRIES = 4
-_BUSY = (429, 502, 503, 504)  # temporary failures; all others are permanent
-
-
-class ServerDownError(EngineError):
-    """Raised when a server does not answer."""
 
 
 class VLLMServers:
@@ -53,10 +45,11 @@ class VLLMServers:
     Args:
         urls: the URLs of the servers, `http://host:port`.
         timeout: the maximum number of seconds to wait for the servers to start.
-        request_timeout: the maximum number of seconds for a request.
+        request_timeout: the maximum number of seconds for a request, until its answer is complete.
         concurrency: the number of concurrent requests per server.
         prompts_per_request: the number of judge prompts in a request. Prompts in the same request
             can share prefixes on the server.
+        vocabulary: the number of token ids of the model, if known. Other ids are rejected.
         sync_dir: a folder for weights that this process and the servers can access under the same
             path.
         retry_wait: the number of seconds before the first retry of a failed request. The wait
@@ -75,6 +68,7 @@ class VLLMServers:
         request_timeout: float = 3600.0,
         concurrency: int = 64,
         prompts_per_request: int = 32,
+        vocabulary: int | None = None,
         sync_dir: str | Path | None = None,
         retry_wait: float = 1.0,
     ) -> None:
@@ -86,9 +80,10 @@ class VLLMServers:
             raise EngineError("vllm_mode=server needs vllm_server_base_url: a URL or a list")
         self.concurrency = concurrency
         self.prompts_per_request = prompts_per_request
+        self.vocabulary = vocabulary
         self.sync_dir = sync_dir
         self.servers = [
-            _Server(url.rstrip("/"), concurrency, request_timeout, retry_wait) for url in urls
+            Server(url.rstrip("/"), concurrency, request_timeout, retry_wait) for url in urls
         ]
         deadline = time.monotonic() + timeout
         for server in self.servers:
@@ -110,13 +105,21 @@ class VLLMServers:
         """See `Engine.sample`."""
         common = {**request_parameters(settings, stop), "return_token_ids": True}
 
-        def one(server: _Server, request: SamplingRequest) -> list[int]:
-            (choice,) = server.complete(
-                {**common, "prompt": list(request.prompt), "seed": request.seed}, adapter
-            )
+        def one(server: Server, request: SamplingRequest) -> list[int]:
+            body = {**common, "prompt": list(request.prompt), "seed": request.seed}
+            return server.complete(body, adapter, 1, read)[0]
+
+        def read(choice: Mapping[str, Any], url: str) -> list[int]:
             if choice.get("token_ids") is None:
-                raise EngineError(f"{server.url} returns no token ids: it needs vLLM 0.28 or newer")
-            return list(choice["token_ids"])
+                raise EngineError(f"{url} returns no token ids: it needs vLLM 0.28 or newer")
+            ids = list(choice["token_ids"])
+            most = self.vocabulary or 1 << 31
+            wrong = [i for i in ids if type(i) is not int or not 0 <= i < most]
+            if wrong:
+                raise ValueError(f"{wrong[0]!r:.60} is not a token id of the model")
+            if len(ids) > settings.max_new_tokens:
+                raise ValueError(f"a response has {len(ids)} of {settings.max_new_tokens} tokens")
+            return ids
 
         return self._shared_out(one, list(requests), lambda _: done(1))
 
@@ -126,14 +129,12 @@ class VLLMServers:
         """See `Engine.next_token_logprobs`."""
         common = {**scoring_parameters(token_ids), "return_tokens_as_token_ids": True}
 
-        def some(server: _Server, chunk: Sequence[Sequence[int]]) -> list[list[float]]:
-            choices = server.complete({**common, "prompt": [list(p) for p in chunk]}, adapter)
-            if len(choices) != len(chunk):
-                raise EngineError(
-                    f"{server.url} answered {len(choices)} of the {len(chunk)} prompts in a request"
-                )
-            choices = sorted(choices, key=lambda choice: choice["index"])
-            return [_logprobs(choice, token_ids, server.url) for choice in choices]
+        def some(server: Server, chunk: Sequence[Sequence[int]]) -> list[list[float]]:
+            body = {**common, "prompt": [list(p) for p in chunk]}
+            return server.complete(body, adapter, len(chunk), read)
+
+        def read(choice: Mapping[str, Any], url: str) -> list[float]:
+            return _logprobs(choice, token_ids, url)
 
         size = self.prompts_per_request
         chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
@@ -178,17 +179,17 @@ class VLLMServers:
     def wake_up(self) -> None:
         """Does nothing, because a server never sleeps."""
 
-    def _alive(self) -> list[_Server]:
+    def _alive(self) -> list[Server]:
         alive = [server for server in self.servers if server.down is None]
         if not alive:
             raise ServerDownError(
                 "all vLLM servers have stopped answering: "
-                + "; ".join(f"{s.url}: {s.down}" for s in self.servers)
+                + "; ".join(f"{s.shown}: {s.down}" for s in self.servers)
                 + ". Start them again and resume from the last checkpoint"
             )
         return alive
 
-    def _everywhere(self, call: Callable[[_Server], object]) -> None:
+    def _everywhere(self, call: Callable[[Server], object]) -> None:
         """Calls every server that is up. A server that does not answer gets no more requests."""
         for server in self._alive():
             try:
@@ -199,7 +200,7 @@ class VLLMServers:
 
     def _shared_out(
         self,
-        call: Callable[[_Server, WorkT], Any],
+        call: Callable[[Server, WorkT], Any],
         work: Sequence[WorkT],
         done: Callable[[WorkT], object],
     ) -> list[Any]:
@@ -212,7 +213,7 @@ class VLLMServers:
         failures: list[BaseException] = []
         lock = threading.Lock()
 
-        def serve(server: _Server) -> None:
+        def serve(server: Server) -> None:
             nonlocal left
             while server.down is None and not failures:
                 try:
@@ -253,106 +254,19 @@ class VLLMServers:
         return answers
 
 
-class _Server:
-    """A `vllm serve` process: its address, its model and its state."""
-
-    def __init__(self, url: str, connections: int, timeout: float, retry_wait: float) -> None:
-        import requests
-        from requests.adapters import HTTPAdapter
-
-        self.url = url
-        self.timeout = timeout
-        self.retry_wait = retry_wait
-        self.down: str | None = None
-        self._lock = threading.Lock()
-        self.model = self.root = ""
-        self.max_model_length = 0
-        self._session = requests.Session()
-        self._session.trust_env = False  # do not use a proxy for local servers
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
-
-    def wait_until_up(self, deadline: float) -> None:
-        """Waits until the server answers, and reads the name of its model."""
-        import requests
-
-        while True:
-            try:
-                response = self._session.get(f"{self.url}/v1/models", timeout=10)
-                if response.status_code == 200:
-                    break
-                why = f"HTTP {response.status_code}"
-            except requests.RequestException as error:
-                why = _reason(error)
-            if time.monotonic() >= deadline:
-                raise ServerDownError(
-                    f"no vLLM server answers at {self.url} ({why}): start `vllm serve` there, or "
-                    "correct vllm_server_base_url"
-                )
-            time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
-        cards = response.json()["data"]
-        base = next((card for card in cards if not card.get("parent")), None)
-        if base is None or not base.get("max_model_len"):
-            raise EngineError(f"{self.url} lists no base model at /v1/models: is it a vLLM server?")
-        self.model, self.root = base["id"], base.get("root") or base["id"]
-        self.max_model_length = int(base["max_model_len"])
-
-    def complete(self, body: dict[str, Any], adapter: str | None) -> list[dict[str, Any]]:
-        """Returns the choices from a completion request."""
-        response = self.post("/v1/completions", {**body, "model": adapter or self.model})
-        return list(response.json()["choices"])
-
-    def post(self, path: str, body: dict[str, Any], absent: str | None = None) -> Any:
-        """Sends a POST request, and retries if the server is busy or the connection breaks.
-
-        Raises:
-            ServerDownError: the server did not answer after several attempts.
-            EngineError: the server rejected the request. `absent` tells how to enable a missing
-                endpoint.
-        """
-        import requests
-
-        why = ""
-        for attempt in range(_TRIES):
-            if attempt:
-                time.sleep(self.retry_wait * 2 ** (attempt - 1))
-            try:
-                response = self._session.post(
-                    f"{self.url}{path}", json=body, timeout=(10, self.timeout)
-                )
-            except requests.RequestException as error:
-                why = _reason(error)
-                continue
-            if response.status_code == 200:
-                return response
-            why = f"HTTP {response.status_code}: {_message(response)}"
-            if response.status_code not in _BUSY:
-                break
-        else:
-            raise ServerDownError(f"{path} failed {_TRIES} times; last error: {why}")
-        if response.status_code in (404, 405) and absent and "does not exist" not in why:
-            raise EngineError(f"{self.url} has no {path}: {absent}")
-        raise EngineError(f"{self.url} rejected a request to {path}: {why}")
-
-    def leave_out(self, error: Exception) -> None:
-        """Stops sending requests to this server."""
-        with self._lock:
-            if self.down is None:
-                self.down = str(error)
-                told = neutral(f"{self.url} gets no more requests: {error}")
-                logger.warning("vLLM server %s", told)
-
-
-def _logprobs(choice: dict[str, Any], token_ids: Sequence[int], url: str) -> list[float]:
+def _logprobs(choice: Mapping[str, Any], token_ids: Sequence[int], url: str) -> list[float]:
     """Returns the log-probabilities of the given tokens at the first position in a choice."""
     top = choice["logprobs"]["top_logprobs"][0]
-    try:
-        return [float(top[f"token_id:{token}"]) for token in token_ids]
-    except KeyError as error:
+    missing = next((t for t in token_ids if f"token_id:{t}" not in top), None)
+    if missing is not None:
         raise EngineError(
-            f"{url} does not return the log-probability of {error}: it needs vLLM 0.28 or newer "
-            "(logprob_token_ids)"
-        ) from error
+            f"{url} does not return the log-probability of token {missing}: it needs vLLM 0.28 or "
+            "newer (logprob_token_ids)"
+        )
+    found = [float(top[f"token_id:{token}"]) for token in token_ids]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"log-probabilities {found}")
+    return found
 
 
 def _save_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
@@ -371,21 +285,3 @@ def _shards(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, t
             shard, size = {}, 0
     if shard:
         yield shard
-
-
-def _message(response: Any) -> str:
-    """Returns vLLM's reason for an error: its `error.message`, or the text of the response."""
-    try:
-        body = response.json()
-    except ValueError:
-        return str(response.text)[:300].strip()
-    error = body.get("error", body) if isinstance(body, dict) else body
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
-
-
-def _reason(error: Exception) -> str:
-    """Returns the innermost cause of a failed request, on one line."""
-    inner: BaseException = error
-    while inner.__cause__ or inner.__context__:
-        inner = inner.__cause__ or inner.__context__  # type: ignore[assignment]
-    return f"{type(inner).__name__}: {str(inner).splitlines()[0] if str(inner) else 'no details'}"

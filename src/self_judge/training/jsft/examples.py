@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from self_judge.data.records import judge_context
+from self_judge.data.workers import workers_end_with_parent
 from self_judge.datatypes import Comparison, LabeledPair, Message, PreferenceRecord
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_prompt import encode_orders
@@ -208,6 +209,7 @@ def jsft_dataset(
     """
     from datasets import Dataset, concatenate_datasets
 
+    workers_end_with_parent()
     records = list(records)
     if not records:
         raise ValueError("there are no records to create training examples from")

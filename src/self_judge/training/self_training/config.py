@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig
 
 from self_judge.config.self_training import SelfTrainingSettings, require
+from self_judge.console import masked
 from self_judge.models import clamp_to_context
 
 
@@ -47,6 +48,11 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
             not self.sync_ref_model,
             "sync_ref_model must be False: the judge is the frozen reference",
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings for run.json and experiment trackers, with secrets masked."""
+        values: dict[str, Any] = masked(super().to_dict())
+        return values
 
     def _check_vllm(self) -> None:
         super()._check_vllm()

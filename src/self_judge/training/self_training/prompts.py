@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from datasets import IterableDataset
 
+from self_judge.data.workers import workers_end_with_parent
 from self_judge.datatypes import Message
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import dialogue_text
@@ -176,6 +177,7 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
     with PartialState().main_process_first():
         if isinstance(dataset, IterableDataset):
             return dataset.map(prepare, **mapped).filter(has_prompt).remove_columns(_FOREIGN)
+        workers_end_with_parent()
         workers = {"num_proc": args.dataset_num_proc}
         prepared = dataset.map(prepare, desc=f"Encoding {name} prompts", **mapped, **workers)
         kept = prepared.filter(has_prompt, **workers).remove_columns(_FOREIGN)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from self_judge.console import masked
 from self_judge.datatypes import Comparison
 from self_judge.errors import EngineError
 from self_judge.inference.letter_scoring import next_token_logits
@@ -249,6 +250,7 @@ class VLLMSync:
             self.args.vllm_server_base_url or [],
             timeout=self.args.vllm_server_timeout,
             concurrency=self.args.generation_batch_size,
+            vocabulary=self.model.get_input_embeddings().num_embeddings,
             sync_dir=self._folder,
         )
         if servers.max_model_length < (self.args.max_length or 0):
@@ -342,7 +344,7 @@ class VLLMSync:
         if not distance <= (0.01 if self._dtype() == torch.float32 else 0.1):
             where, served = "in the engine", ""
             if not self.colocated:
-                where = "at " + ", ".join(self.args.vllm_server_base_url or [])
+                where = "at " + ", ".join(masked(self.args.vllm_server_base_url or []))
                 served = "; serve the model that this run trains, with any earlier adapter merged"
             raise EngineError(
                 f"the {role} differs between vLLM and training: after a prompt of "
