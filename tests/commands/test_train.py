@@ -135,8 +135,8 @@ def test_counts_say_which_side_of_the_data_they_are_of(
     given = small("jsft_args", tmp_path / "jsft", base, data["hh"])
     more = [change.replace("{data}", str(data["hh"])) for change in changed]
     said: list[str] = []
-    run = load_run(config, [*given, *more], "jsft")
-    load_data(run.dataset, said.append, rationales=False)
+    run: Any = load_run(config, [*given, *more], "jsft")
+    load_data(run, said.append)
     titles = tuple(text.splitlines()[0] for text in said)
     assert titles == sides
 
