@@ -131,7 +131,7 @@ class Packing:
 
     @property
     def decision(self) -> Decision:
-        """The packing mode for the model in its current state, checked once per model."""
+        """The packing mode for the model in its current state, checked once per state."""
         known = _KNOWN.setdefault(self.inner, _Known())
         key = (
             self.choice,

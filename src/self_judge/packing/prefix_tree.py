@@ -68,7 +68,7 @@ def shared_length(a: Ints, b: Ints) -> int:
 
 
 # Two sequences that share at least one twentieth of their tokens are kept in one row. Repeating a
-# shorter prefix adds less than 5 % to the tokens.
+# shorter prefix increases the number of tokens by less than 5 %.
 _LEAST_SHARED = 20
 
 
