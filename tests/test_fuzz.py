@@ -12,9 +12,9 @@ from self_judge.cli import main
 
 
 def test_no_broken_file_gives_a_traceback_or_a_hang() -> None:
-    counts, failures = fuzz.run(cases=90, seed=0)
+    counts, failures = fuzz.run(cases=45, seed=0)
     assert not failures, "\n".join(failures)
-    assert counts.total() == 90
+    assert counts.total() == 45
 
 
 @pytest.mark.parametrize("key", ["token_id_a", "token_id_b", "principles", "chat_template_kwargs"])
