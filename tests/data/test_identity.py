@@ -148,6 +148,7 @@ def test_system_and_history_precede_the_prompt(
     ("more", "field"),
     [
         ({"history": "She said hello."}, "history"),
+        ({"history": "[" * 100_000}, "history"),
         ({"history": [["only a question"]]}, "history"),
         ({"history": {"q": "a"}}, "history[0].role"),
         ({"system": ["S"]}, "system"),

@@ -125,3 +125,13 @@ def test_a_resumed_run_keeps_its_passes(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "batch_shape.json").read_text()) == {"tokens": first}
     (tmp_path / "batch_shape.json").write_text('{"tokens": 777}')
     assert pinned_tokens_per_pass(Model(5), tmp_path) == 777
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "[" * 100_000, '{"tokens": "many"}'])
+def test_a_damaged_file_of_the_passes_is_named_with_what_to_do(
+    content: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "batch_shape.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"{path}: entries .*: delete this file$"):
+        pinned_tokens_per_pass(Model(5), tmp_path)

@@ -254,7 +254,7 @@ def _listed(record: Mapping[str, Any], name: str, where: RecordRef) -> list[Any]
     if isinstance(value, str):
         try:
             value = loads(value, nan_is_null=True)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise where.error(name, f"expected a list, or one as JSON, got {value:.40}") from None
     return where.items({name: value}, name)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -21,6 +20,7 @@ from self_judge.errors import DataError, UnusableRecordError
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.prompting.messages import content_of, lost, lost_column
 from self_judge.prompting.thoughts import NO_ANSWER, answer_of
+from self_judge.storage.atomic import loads
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -297,7 +297,7 @@ class RecordRef:
             return [value]
         if not (isinstance(value, str) and _MESSAGES_AS_TEXT.match(value)):
             return value
-        for parse in (json.loads, ast.literal_eval):
+        for parse in (loads, ast.literal_eval):
             try:
                 parsed = parse(value)
             except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -327,7 +327,7 @@ class RecordRef:
         history = self.dialogue(record.get("history") or [], "history")
         if isinstance(history, str):
             try:
-                history = json.loads(history) if history.strip() else []
+                history = loads(history) if history.strip() else []
             except ValueError:
                 raise self.expected("a list of messages or pairs", history, "history") from None
         messages: list[Message] = []

@@ -22,7 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from self_judge.errors import ConfigError
-from self_judge.storage.atomic import atomic_write
+from self_judge.storage.atomic import atomic_write, loads
+from self_judge.storage.jsonl import entries_of
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,8 @@ def pinned_tokens_per_pass(inner: nn.Module, folder: str | Path) -> int:
     pinned = [0]
     if PartialState().is_main_process:
         if path.is_file():
-            pinned = [int(json.loads(path.read_text(encoding="utf-8"))["tokens"])]
+            with entries_of(path, remedy=": delete this file"):
+                pinned = [int(loads(path.read_bytes())["tokens"])]
         else:
             pinned = [tokens_per_pass(inner)]
             with atomic_write(path) as file:

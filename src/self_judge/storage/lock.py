@@ -14,6 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from self_judge.storage.atomic import loads
+
 
 @contextmanager
 def only_writer(
@@ -50,7 +52,7 @@ def only_writer(
 
 def _described(owner: Path) -> str:
     try:
-        about = json.loads(owner.read_text(encoding="utf-8"))
+        about = loads(owner.read_bytes())
         return f"process {about['process']} on {about['host']}"
     except (OSError, ValueError, LookupError, TypeError):
         return "another process"
