@@ -61,20 +61,26 @@ def masked(value: Any, secret: bool = False) -> Any:
         value: text, or a tree of dictionaries, lists and other values.
         secret: whether the value belongs to a setting with a secret value.
     """
+    variables = [v for k, v in os.environ.items() if len(v) >= _LONG and _SECRET_VARIABLE.match(k)]
+    return _masked(value, secret, variables)
+
+
+def _masked(value: Any, secret: bool, variables: Sequence[str]) -> Any:
     if isinstance(value, dict):
         return {
-            masked(key): masked(item, _SECRET_SETTING.fullmatch(str(key)) is not None)
+            _masked(key, False, variables): _masked(
+                item, _SECRET_SETTING.fullmatch(str(key)) is not None, variables
+            )
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [masked(item, secret) for item in value]
+        return [_masked(item, secret, variables) for item in value]
     if secret and value not in (None, ""):
         if len(str(value)) >= _LONG:
             _known.add(str(value))
         return _MASK
     if not isinstance(value, str):
         return value
-    variables = (v for k, v in os.environ.items() if len(v) >= _LONG and _SECRET_VARIABLE.match(k))
     for known in sorted({*_known, *variables}, key=len, reverse=True):
         value = value.replace(known, _MASK)
     lowered = value.lower()
