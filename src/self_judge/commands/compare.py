@@ -148,8 +148,8 @@ def run_compare(
         unused = UnusedText(policy, _RESPONSE_FIELDS, partial(say, console))
         _read_responses(Path(policy), prompts, job.columns, unused)  # find mistakes before sampling
     encoders = {policy: encoder_of(policy) for policy in job.policies if not is_responses(policy)}
-    for encoder in encoders.values():
-        for (where, _), prompt in zip(read_records(job.source), prompts, strict=False):
+    for (where, _), prompt in zip(read_records(job.source), prompts, strict=False):
+        for encoder in encoders.values():
             check_prompt(encoder, prompt, where)
     for policy, side, file in zip(job.policies, "ab", files, strict=True):
         if policy in encoders:
