@@ -12,6 +12,7 @@ from rich.console import Console
 
 from conftest import CHATML, ROOT
 from run_overrides import given as held_out
+from run_overrides import one_step
 from self_judge.check.check import Report, check
 from self_judge.commands.train import run_jsft, run_self_judge
 from self_judge.config.schema import load_run
@@ -30,16 +31,8 @@ def given(model: Path, source: Path, *more: str) -> list[str]:
 
 
 def small(output: Path, section: str) -> list[str]:
-    return [
-        f"training_args.output_dir={output}",
-        "training_args.max_steps=1",
-        "training_args.per_device_train_batch_size=2",
-        "training_args.save_strategy=steps",
-        "training_args.save_steps=1",
-        "training_args.disable_tqdm=true",
-        "training_args.eval_strategy=no",
-        f"{section}.global_batch_size=2",
-    ]
+    saves = ("training_args.save_strategy=steps", "training_args.save_steps=1")
+    return one_step(output, section, *saves, "training_args.eval_strategy=no")
 
 
 def told(report: Report, level: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from run_overrides import given
+from run_overrides import given, one_step
 from self_judge.cli import main
 
 JSFT = str(ROOT / "configs" / "hh_jsft.yaml")
@@ -135,15 +135,7 @@ def test_a_mapping_that_makes_no_sense_is_refused_in_one_line(
 
 def small(folder: Path, section: str) -> list[str]:
     """Overrides for one step on little data, with the shipped `held_out`."""
-    return [
-        f"training_args.output_dir={folder}",
-        "training_args.max_steps=1",
-        "training_args.per_device_train_batch_size=2",
-        "training_args.disable_tqdm=true",
-        "training_args.eval_strategy=steps",
-        f"{section}.global_batch_size=2",
-        "dataset.held_out=0.1",
-    ]
+    return one_step(folder, section, "training_args.eval_strategy=steps", "dataset.held_out=0.1")
 
 
 MAPPED = [

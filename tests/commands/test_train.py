@@ -15,6 +15,8 @@ import torch
 from peft import PeftModel
 
 from conftest import ROOT
+from run_overrides import given as given_model
+from run_overrides import one_step
 from self_judge import Judge
 from self_judge.cli import main, train_main
 from self_judge.commands.train import run_jsft, run_self_judge
@@ -32,22 +34,14 @@ KIND_OF = {"hh": "hh", "uf": "ultrafeedback", "uf_pr": "ultrafeedback"}
 def small(section: str, output: Path, model: Path, source: Path) -> list[str]:
     """Overrides that make a shipped run file small, and offline."""
     return [
-        f"training_args.output_dir={output}",
-        "training_args.max_steps=1",
-        "training_args.per_device_train_batch_size=2",
+        *given_model(model, source),
+        *one_step(output, section),
         "training_args.per_device_eval_batch_size=4",
         "training_args.eval_strategy=steps",
         "training_args.eval_steps=1",
         "training_args.save_strategy=steps",
         "training_args.save_steps=1",
-        "training_args.disable_tqdm=true",
-        "training_args.bf16=false",
         f"{section}.global_batch_size=4",
-        f"model.model_name_or_path={model}",
-        "model.dtype=float32",
-        f"dataset.sources=[{{path: {source}}}]",
-        "dataset.eval=[]",
-        "dataset.held_out=0.2",
         "dataset.max_eval_records=4",
     ]
 

@@ -16,3 +16,15 @@ def given(model: Path, source: Path, *more: str) -> list[str]:
         "dataset.held_out=0.2",
         *more,
     ]
+
+
+def one_step(output: Path, section: str, *more: str) -> list[str]:
+    """One training step with two examples; `more` adds to this or overrides it."""
+    return [
+        f"training_args.output_dir={output}",
+        "training_args.max_steps=1",
+        "training_args.per_device_train_batch_size=2",
+        "training_args.disable_tqdm=true",
+        f"{section}.global_batch_size=2",
+        *more,
+    ]
