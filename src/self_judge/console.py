@@ -46,6 +46,7 @@ _SECRETS = [  # each has a group before the secret, and an empty or real group a
 _HINTS = ("://", "auth", "bearer", "credential", "hf_", "gh", "glpat-", "key", "passw", "secret",
           "sig", "sk-", "token", "wandb_", "xox")  # fmt: skip
 _MASK = "***"
+_LEVEL_STYLES = {"red": "bold red", "amber": "yellow", "green": "green"}
 _LONG = 8  # shorter values are words that other text may contain
 _known: set[str] = set()
 
@@ -128,6 +129,14 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | No
         else:
             drawn.add_row(Text(neutral(row[0])), *row[1:])
     return drawn
+
+
+def print_conclusions(console: Console, conclusions: Iterable[Mapping[str, str]]) -> None:
+    """Prints the conclusions from `as_json`, one per line, with their levels in color."""
+    for conclusion in conclusions:
+        level = conclusion["level"]
+        line = Text(f"{level:<6}", _LEVEL_STYLES[level])
+        console.print(line.append(neutral(conclusion["text"]), "default"), soft_wrap=True)
 
 
 def number(value: float | None, digits: int = 3) -> str:

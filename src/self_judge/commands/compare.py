@@ -29,11 +29,12 @@ from self_judge.commands.judge_choice import (
 )
 from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import ends, masked, number, say, table
+from self_judge.console import ends, masked, number, print_conclusions, say, table
 from self_judge.data.files import reader_of
 from self_judge.data.records import UnusedText, map_columns
 from self_judge.data.sources import prompt_of, read_prompts, read_records
 from self_judge.datatypes import Comparison, Message, Verdict, stable_seed
+from self_judge.evaluation.conclusions import as_json, comparison_conclusions
 from self_judge.evaluation.judge_metrics import estimate_json
 from self_judge.evaluation.statistics import (
     bootstrap_counts,
@@ -187,7 +188,7 @@ def _results(
     job: ComparisonJob, judge: JudgeChoice, output: Path, console: Console
 ) -> dict[str, Any]:
     """Writes and prints the results."""
-    results = {
+    results: dict[str, Any] = {
         "kind": "policy comparison",
         "version": __version__,
         "policies": list(job.policies),
@@ -195,10 +196,12 @@ def _results(
         "sampling": {**asdict(job.sampling), "seed": job.seed},
         **outcome(output / PAIRS, job.seed),
     }
+    results["conclusions"] = as_json(comparison_conclusions(results))
     write_json(output / RESULTS, masked(results))
     console.print(_table(results))
     for reason, count in results["undecidable_because"].items():
         say(console, f"undecidable, {reason}: {count:,}")
+    print_conclusions(console, results["conclusions"])
     say(console, f"written to {output}: {RESULTS}, {PAIRS}")
     return results
 

@@ -25,6 +25,7 @@ from self_judge.console import masked, say
 from self_judge.data.benchmarks import BenchmarkSource, Share, read_comparisons, share_of
 from self_judge.data.labeled_pairs import LabeledComparison
 from self_judge.evaluation.benchmark_metrics import BenchmarkTally
+from self_judge.evaluation.conclusions import as_json, judge_conclusions
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
 from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.thoughts import answer_of
@@ -139,6 +140,7 @@ def _results(
         "pairs_per_second": rate,
         **_tallied(output / VERDICTS, choice.judge_templates().principles),
     }
+    results["conclusions"] = as_json(judge_conclusions(results["overall"]))
     if theirs is not None:
         results["compared_with"] = _compared(output / VERDICTS, theirs)
     write_json(output / RESULTS, masked(results))

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from self_judge.console import ends, interval, number, say, table
+from self_judge.console import ends, interval, number, print_conclusions, say, table
 
 _BASELINES = {
     "swap-averaged judge": "judge, both orders",
@@ -56,6 +56,7 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
         say(console, f"skipped, {reason}: {count:,}")
     if results["pairs_per_second"]:
         say(console, f"{results['pairs_per_second']:.2f} pairs per second")
+    print_conclusions(console, results["conclusions"])
 
 
 def _accuracy_table(results: Mapping[str, Any]) -> Table:

@@ -14,11 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from self_judge.evaluation.conclusions import (
+    Conclusion,
+    as_json,
+    comparison_conclusions,
+    judge_conclusions,
+    training_conclusions,
+)
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
 from self_judge.judging.voting import verdict_from_json
 from self_judge.storage.atomic import loads
 from self_judge.storage.jsonl import entries_of, read_lines
-from self_judge.storage.run_dir import METRICS, RESULTS, RUN, rollout_files
+from self_judge.storage.run_dir import DATA, METRICS, RESULTS, RUN, rollout_files
 
 Line = dict[str, Any]
 
@@ -57,6 +64,7 @@ class ReportData:
         judges: the quality, bias and reliability of judges on labeled pairs.
         paired: the differences in accuracy between two judges on the same pairs.
         comparisons: win rates of one policy against another.
+        conclusions: the conclusions on each result, with its name under `about`.
         notes: messages about omitted or averaged data.
     """
 
@@ -66,6 +74,7 @@ class ReportData:
     judges: list[Line] = field(default_factory=list)
     paired: list[Line] = field(default_factory=list)
     comparisons: list[Line] = field(default_factory=list)
+    conclusions: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -101,6 +110,7 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
     for folder, name in zip(folders, names, strict=True):
         with entries_of(folder / METRICS):
             data.runs.append(_run(folder, name, limits))
+            _conclude(name, run_conclusions(folder), data)
     _sample_pairs(folders, data, limits)
     for run in data.runs:
         if run["averaged"] > 1:
@@ -108,6 +118,10 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
                 f"{run['name']}: curves are averages over windows of {run['averaged']} logs"
             )
     return data
+
+
+def _conclude(about: str, conclusions: Sequence[Conclusion], data: ReportData) -> None:
+    data.conclusions += [{"about": about, **line} for line in as_json(conclusions)]
 
 
 # -- runs ----------------------------------------------------------------------------------------
@@ -134,7 +148,16 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(p[-length:]) for p in parts]
 
 
-def _run(folder: Path, name: str, limits: Limits) -> Line:
+def run_conclusions(folder: Path) -> list[Conclusion]:
+    """Returns the conclusions on a training run, from its folder."""
+    series = {key: values for key, (_, values) in _points(folder)[0].items()}
+    counts = _json(folder / DATA).values()
+    prompts = sum(c.get("records", 0) for c in counts if isinstance(c, dict))
+    return training_conclusions(series, prompts or None)
+
+
+def _points(folder: Path) -> tuple[dict[str, tuple[list[int], list[float | None]]], int]:
+    """Returns the steps and values of each logged metric, and the number of logs."""
     points: dict[str, tuple[list[int], list[float | None]]] = {}
     logs = 0
     for line in read_lines(folder / METRICS):
@@ -147,6 +170,11 @@ def _run(folder: Path, name: str, limits: Limits) -> Line:
             steps, values = points.setdefault(key, ([], []))
             steps.append(operator.index(line["step"]))
             values.append(value)
+    return points, logs
+
+
+def _run(folder: Path, name: str, limits: Limits) -> Line:
+    points, logs = _points(folder)
     lengths = points.get("completions/mean_length")
     if lengths and lengths[1][0]:
         # In the first step, the policy equals the reference.
@@ -167,7 +195,7 @@ def _run(folder: Path, name: str, limits: Limits) -> Line:
             key: _thinned(steps, values, limits.points) for key, (steps, values) in points.items()
         },
         "about": about,
-        "data": _json(folder / "data.json"),
+        "data": _json(folder / DATA),
     }
 
 
@@ -328,7 +356,9 @@ def _add_verdicts(name: str, lines: Iterable[Line], data: ReportData) -> None:
         given = dict(enumerate(line["probabilities"] or ()))
         verdict = verdict_from_json({"probabilities": given, "undecidable_because": "undecided"})
         tally.add(JudgedPair(line["gold"], verdict, None, (len(line["a"]), len(line["b"]))))
-    data.judges.append(_judge(name, tally.report()))
+    report = tally.report()
+    data.judges.append(_judge(name, report))
+    _conclude(name, judge_conclusions(report), data)
 
 
 def _add_comparison(name: str, results: Line, data: ReportData) -> None:
@@ -342,6 +372,7 @@ def _add_comparison(name: str, results: Line, data: ReportData) -> None:
         raise ValueError(f"{name}: not the results of a comparison: {', '.join(missing)} missing")
     a, b = results["policies"]
     data.comparisons.append({"name": f"{a} against {b}", **{key: results[key] for key in kept}})
+    _conclude(f"{a} against {b}", comparison_conclusions(results), data)
 
 
 def _add_evaluation(name: str, results: Line, data: ReportData) -> None:
@@ -369,7 +400,9 @@ def _add_evaluation(name: str, results: Line, data: ReportData) -> None:
 
 def _add_reports(name: str, results: Line, data: ReportData) -> None:
     model = _model(results)
-    data.judges.append(_judge(f"{name} ({model})" if model else name, results["overall"]))
+    titled = f"{name} ({model})" if model else name
+    data.judges.append(_judge(titled, results["overall"]))
+    _conclude(titled, judge_conclusions(results["overall"]), data)
     for subset, numbers in (results.get("subsets") or {}).items():
         data.judges.append(_judge(f"{name} · {subset}", numbers))
 

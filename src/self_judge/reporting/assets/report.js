@@ -571,6 +571,16 @@
       plot, cardTable("a against b", data.comparisons, columns));
   }
 
+  // -- conclusions -------------------------------------------------------------------------------
+
+  function conclusions() {
+    if (!data.conclusions.length) return;
+    const about = [...new Set(data.conclusions.map((c) => c.about))];
+    section("conclusions", "Conclusions", "The rules are in docs/judging.md. Red: do not use this result as it is. Amber: look closer.",
+      about.map((name) => [el("h4", {}, name), el("ul", { class: "conclusions" }, data.conclusions.filter((c) => c.about === name)
+        .map((c) => el("li", { class: c.level }, el("b", {}, c.level), el("span", {}, c.text))))]));
+  }
+
   // -- configuration -----------------------------------------------------------------------------
 
   function flattened(value, path, out) {
@@ -619,6 +629,7 @@
   document.getElementById("made").textContent = [data.runs.length && count(data.runs.length, "run"),
     data.brackets.length && count(data.brackets.length, "tournament"), `created ${data.made}`].filter(Boolean).join(" · ");
   document.title = ["self-judge report", ...data.runs.map((r) => r.name)].join(" · ");
+  conclusions();
   if (data.runs.length) section("runs", "Runs", "The last logged values, with the first logged values below them.", runsTable());
   if (data.notes.length) main.append(el("ul", { class: "notes" }, data.notes.map((note) => el("li", {}, note))));
   charts();
