@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from self_judge.adapters import FILES, check_mergeable
+from self_judge.commands.run_summary import RunSummary, judge_accuracy
 from self_judge.config.hardware import Run, fit_to_machine, threads_for
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
 from self_judge.config.self_training import PackingChoice
@@ -110,10 +112,19 @@ def _run_jsft(run: JSFTRun, say: Say, console: Console | None) -> Path:
     if run.jsft_args.merge_adapter and isinstance(trainer.model, PeftModel):
         check_configuration(trainer.model)
         check_mergeable(trainer.model)
-    _save_json(Path(str(args.output_dir)) / DATA, data.counts_by_source)
-    _train(trainer, run, args, say, LiveProgress("JSFT", _console(console)))
-    output = save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
+    output = Path(str(args.output_dir))
+    _save_json(output / DATA, data.counts_by_source)
+    accuracy = None
+    if run.jsft_args.judge_accuracy:
+        dataset: Any = trainer.train_dataset
+        tokens = statistics.fmean(map(len, dataset[:_SAMPLED]["input_ids"])) * _examples(trainer)
+        judged = encoder, templates, encoder.letter_ids(templates)
+        accuracy = judge_accuracy(*judged, held_out, args, run.jsft_args.max_length, tokens, say)
+    summary = RunSummary(output, _console(console), accuracy)
+    _train(trainer, run, args, say, LiveProgress("JSFT", _console(console)), summary)
+    save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
     say(f"JSFT model and judge.json: {output}")
+    _finish(trainer, summary, f"self-judge train CONFIG, with model.model_name_or_path: {output}")
     return output
 
 
@@ -236,14 +247,47 @@ def _run_self_judge(run: SelfJudgeRun, say: Say, console: Console | None) -> Pat
         token_id_a=settings.token_id_a,
         token_id_b=settings.token_id_b,
     )
-    _save_json(Path(str(args.output_dir)) / DATA, data.counts_by_source)
-    _train(trainer, run, args, say, LiveProgress("self-training", _console(console)))
-    trainer.save_model(str(args.output_dir))
-    say(f"policy: {args.output_dir}")
-    return Path(str(args.output_dir))
+    output = Path(str(args.output_dir))
+    _save_json(output / DATA, data.counts_by_source)
+    accuracy = None
+    if run.self_judge_args.judge_accuracy:
+        judged = encoder, settings.templates, trainer.judge.letter_ids
+        tokens = 2.0 * args.max_new_tokens * _examples(trainer)  # a lower estimate
+        accuracy = judge_accuracy(*judged, held_out, args, args.max_length, tokens, say)
+    summary = RunSummary(output, _console(console), accuracy)
+    _train(trainer, run, args, say, LiveProgress("self-training", _console(console)), summary)
+    trainer.save_model(str(output))
+    say(f"policy: {output}")
+    model = run.model.model_name_or_path
+    _finish(
+        trainer,
+        summary,
+        f"self-judge compare {output} {model} --judge {model} --prompts PROMPTS --output DIR",
+    )
+    return output
 
 
 # -- shared --------------------------------------------------------------------------------------
+
+_SAMPLED = 1000  # the number of examples from which the mean length is estimated
+
+
+def _examples(trainer: JSFTTrainer | SelfJudgeTrainer) -> float:
+    """Returns the number of examples in all steps, over all processes."""
+    args: Any = trainer.args
+    if args.max_steps > 0:
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return float(args.max_steps * per_step * args.world_size)
+    dataset: Any = trainer.train_dataset
+    return float(len(dataset) * args.num_train_epochs)
+
+
+def _finish(
+    trainer: JSFTTrainer | SelfJudgeTrainer, summary: RunSummary, next_command: str
+) -> None:
+    if trainer.accelerator.is_main_process:
+        summary.finish(trainer.accelerator.unwrap_model(trainer.model), next_command)
+    trainer.accelerator.wait_for_everyone()
 
 
 def _console(console: Console | None) -> Console:
@@ -290,7 +334,12 @@ def _load_model(run: JSFTRun | SelfJudgeRun, *, merge: bool) -> Any:
 
 
 def _train(
-    trainer: JSFTTrainer | SelfJudgeTrainer, run: Run, args: Any, say: Say, progress: LiveProgress
+    trainer: JSFTTrainer | SelfJudgeTrainer,
+    run: Run,
+    args: Any,
+    say: Say,
+    progress: LiveProgress,
+    summary: RunSummary,
 ) -> None:
     """Trains the model. `resume_from_checkpoint: true` resumes from the latest complete one."""
     output = Path(str(args.output_dir))
@@ -307,6 +356,9 @@ def _train(
         say(trainer.packing.describe())
     if not args.disable_tqdm:
         progress.attach(trainer)
+    if trainer.accelerator.is_main_process:
+        summary.start(trainer.model, resumed=resume is not None)
+    trainer.accelerator.wait_for_everyone()
     trainer.stop_on_sigterm = True
     try:
         trainer.train(resume_from_checkpoint=resume)

@@ -193,6 +193,8 @@ class JSFTArgs:
         merge_adapter: whether to merge the adapter into the weights after LoRA training and save a
             plain model. Otherwise, only the adapter is saved.
         max_skipped_steps: stop after this number of consecutive steps without a finite gradient.
+        judge_accuracy: whether to measure the judge's accuracy on held-out pairs before and after
+            training, with at most 200 pairs and about 5 % of the run's time.
     """
 
     max_length: int = 2048
@@ -202,6 +204,7 @@ class JSFTArgs:
     packing: PackingChoice = "auto"
     merge_adapter: bool = False
     max_skipped_steps: int = 3
+    judge_accuracy: bool = True
 
     def __post_init__(self) -> None:
         require_at_least(self, max_length=2, max_skipped_steps=1)

@@ -265,6 +265,7 @@ class SelfJudgeArgs(SelfTrainingSettings):
         disable_dropout: whether to disable dropout in the policy and the reference.
         global_batch_size: number of prompts per optimizer step over all processes. It determines
             the accumulation steps. With `None`, `training_args` determines them.
+        judge_accuracy: as in `JSFTArgs`, for the judge before and the policy after training.
 
     Raises:
         ConfigError: values conflict with each other or with the method.
@@ -277,6 +278,7 @@ class SelfJudgeArgs(SelfTrainingSettings):
     beta: float = 0.1
     disable_dropout: bool = True
     global_batch_size: int | None = 64
+    judge_accuracy: bool = False
     vllm_server_base_url: str | list[str] | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from self_judge.storage.lock import only_writer
 METRICS = "metrics.jsonl"
 RUN = "run.json"
 DATA = "data.json"  # counts of records and pairs
+SUMMARY = "summary.json"  # what a training run came to
 ROLLOUTS = "rollouts"
 LOCK = "_lock"  # exists during training; Transformers does not push names that start with _
 BRACKETS = "brackets.jsonl"  # tournaments written by `self-judge tournament --brackets`

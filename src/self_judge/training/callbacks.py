@@ -33,6 +33,7 @@ from rich.progress import (
 )
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from self_judge import __version__
 from self_judge.console import masked, neutral
@@ -72,6 +73,12 @@ class RunLog(TrainerCallback):
             # Values that JSON cannot represent (a dtype, an enum) are written as strings.
             json.dump(masked(self._described(args, state, model)), file, indent=2, default=str)
             file.write("\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Logs the last step, even if `logging_steps` would omit it."""
+        by_steps = args.logging_strategy == IntervalStrategy.STEPS
+        if by_steps and state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -274,10 +281,10 @@ class LiveProgress(TrainerCallback):
             return
         self.latest.update((key, logs[key]) for key in _SHOWN if key in logs)
         if self.console.is_terminal:
-            self.bar.numbers = _numbers(self.latest)
+            self.bar.numbers = shown_metrics(self.latest)
         else:
             self.console.print(
-                f"{self.title.strip()}: {self._pace(state)}; {_numbers(logs)}",
+                f"{self.title.strip()}: {self._pace(state)}; {shown_metrics(logs)}",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,
@@ -298,7 +305,8 @@ class LiveProgress(TrainerCallback):
         return f"step {state.global_step}/{state.max_steps}, {seconds:.3g} s per step, {left} left"
 
 
-def _numbers(logs: dict[str, float]) -> str:
+def shown_metrics(logs: Mapping[str, float]) -> str:
+    """Returns the most important metrics of a log as one line."""
     # Self-training also logs the token accuracy, but it is not a useful metric for preference
     # pairs.
     left_out = {"mean_token_accuracy"} if "judge/margin" in logs else set()

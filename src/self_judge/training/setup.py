@@ -88,7 +88,8 @@ def self_judge_config(run: SelfJudgeRun, processes: int | None = None) -> SelfJu
         ValueError: as for `jsft_config`, or the settings are incompatible with the method.
     """
     own = dataclasses.asdict(run.self_judge_args)
-    for name in ("token_id_a", "token_id_b"):  # arguments of the trainer, not of its config
+    # Arguments of the trainer and the command, not of the trainer's config.
+    for name in ("token_id_a", "token_id_b", "judge_accuracy"):
         del own[name]
     global_batch_size = own.pop("global_batch_size")
     config: SelfJudgeConfig = _training_config(
