@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 from self_judge import __version__
 from self_judge.console import masked, neutral
+from self_judge.errors import ConfigError
 
 if TYPE_CHECKING:
     from self_judge.config.schema import RunKind
@@ -226,9 +227,10 @@ def _guarded(run, arguments: argparse.Namespace, debug: bool) -> int:  # type: i
     except (ValueError, TypeError, OSError, ImportError) as error:
         if debug:
             raise
-        # Messages often quote text from a file, so escape them.
-        text = neutral(" ".join(str(error).split())) or type(error).__name__
-        print(f"self-judge: error: {text}", file=sys.stderr)
+        for problem in error.args if isinstance(error, ConfigError) else [error]:
+            # Messages often quote text from a file, so escape them.
+            text = neutral(" ".join(str(problem).split())) or type(error).__name__
+            print(f"self-judge: error: {text}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # training failed, but the user's input is valid
         if debug:
@@ -248,10 +250,11 @@ def _train(arguments: argparse.Namespace) -> None:
     from self_judge.config.schema import load_run
 
     # Check the file before the slow import of torch, so that mistakes are reported immediately.
+    said: list[str] = []
     if arguments.kind == "jsft":
-        jsft = load_run(arguments.config, arguments.overrides, "jsft")
+        jsft = load_run(arguments.config, arguments.overrides, "jsft", said.append)
     else:
-        self_judge = load_run(arguments.config, arguments.overrides, "self_judge")
+        self_judge = load_run(arguments.config, arguments.overrides, "self_judge", said.append)
 
     import torch
     from accelerate import PartialState
@@ -263,6 +266,9 @@ def _train(arguments: argparse.Namespace) -> None:
         sys.stderr.write(f"starting one process per GPU: {neutral(' '.join(command))}\n")
         sys.stderr.flush()
         os.execv(command[0], command)
+
+    if os.environ.get("RANK", "0") == "0":
+        _say_lines(said)
 
     from self_judge.commands import train
 
@@ -277,6 +283,12 @@ def _train(arguments: argparse.Namespace) -> None:
             resume = _resume_command(sys.argv)
             print(neutral(f"{stopped}\nresume with: {resume}"), file=sys.stderr)
     _leave_process_group()
+
+
+def _say_lines(lines: Sequence[str]) -> None:
+    """Prints how older keys of a run file are read, in one line for each key."""
+    for line in {line.partition(":")[0]: line for line in lines}.values():
+        print(neutral(line), file=sys.stderr)
 
 
 def _leave_process_group() -> None:
@@ -305,9 +317,10 @@ def _check(arguments: argparse.Namespace) -> int:
     from self_judge.config.schema import kind_of_run, load_run
 
     # Check the file before the slow import of torch, so that mistakes are reported immediately.
-    load_run(
-        arguments.config, arguments.overrides, kind_of_run(arguments.config, arguments.overrides)
-    )
+    given: tuple[str, list[str]] = (arguments.config, arguments.overrides)
+    said: list[str] = []
+    load_run(*given, kind_of_run(*given), said.append)
+    _say_lines(said)
 
     import logging
 
