@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from conftest import ROOT
 from self_judge.cli import main
@@ -208,8 +211,90 @@ def test_the_trainers_keys_are_those_of_the_installed_libraries() -> None:
         assert set(library_fields(name) or ()) == {f.name for f in dataclasses.fields(own)}
 
 
-def test_every_shipped_file_sets_only_known_keys() -> None:
-    for path in (ROOT / "configs").glob("*_jsft*.yaml"):
-        load_run(path, [], "jsft")
-    for path in (ROOT / "configs").glob("*_self_judge*.yaml"):
-        load_run(path, [], "self_judge")
+# --- keys and schema ------------------------------------------------------------------------------
+
+
+def test_keys_lists_every_key_with_its_default_in_80_columns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["keys"]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    for line in (
+        "model.model_name_or_path (required): text",
+        "dataset.sources.0.kind (auto): one of auto, hh, ultrafeedback, preference",
+        "jsft_args.max_length (2048): a whole number",
+        "    Maximum number of tokens per training example.",
+        "self_judge_args.global_batch_size (64): a whole number or null",
+    ):
+        assert line in said.splitlines(), line
+    # Each key has a help text.
+    lines = said.splitlines()
+    assert not [a for a, b in itertools.pairwise(lines) if a[0] != " " != b[0]]
+
+
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        ("jsft_args", "jsft_args.merge_adapter (false): true or false"),
+        ("self_judge_args.vllm", "self_judge_args.vllm_mode (colocate): one of colocate, server"),
+        ("peft_config", "peft_config.r (8): a whole number"),
+        ("training_args", "training_args.learning_rate (2e-05 in jsft, 1e-06 in train): a number"),
+    ],
+)
+def test_keys_of_a_section(section: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", section]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert line in said
+    assert all(text.startswith((section, " ")) for text in said)
+    assert max(map(len, said)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("section", "meant"),
+    [("trainin_args", "training_args"), ("jsft_args.max_lenght", "jsft_args.max_length")],
+)
+def test_an_unknown_section_is_told_its_name(
+    section: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["keys", section]) == 2
+    assert f"{section}: unknown; did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_the_schema_of_the_shipped_files_is_the_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["schema"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    shipped = json.loads((ROOT / "configs" / "schema.json").read_text())
+    for schema in (printed, shipped):
+        for section in ("training_args", "peft_config"):  # of the installed libraries
+            assert schema["properties"][section].pop("properties")
+    assert printed == shipped, "run: self-judge schema > configs/schema.json"
+
+
+SHIPPED = [
+    path
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent.name != "accelerate" and "accelerate" not in path.name
+]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_file_names_the_schema_that_has_its_keys(path: Path) -> None:
+    text = path.read_text()
+    named = text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")
+    schema = json.loads((path.parent / named).read_text())
+
+    def unknown(node: dict[str, Any], schema: dict[str, Any], where: str) -> list[str]:
+        found = []
+        for key, value in node.items():
+            own = schema.get("properties", {}).get(key)
+            if own is None:
+                found += [f"{where}.{key}"] if schema.get("additionalProperties") is False else []
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, dict) and own is not None:
+                    found += unknown(item, own.get("items", own), f"{where}.{key}")
+        return found
+
+    assert unknown(yaml.safe_load(text), schema, "") == []

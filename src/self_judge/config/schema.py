@@ -406,7 +406,8 @@ def _library_problems(tree: Mapping[str, Any], kind: RunKind) -> Iterator[str]:
     ):
         values, fields = tree.get(section), library_fields(name)
         if isinstance(values, dict) and fields is not None:
-            yield from checked_section(values, {**fields, **own}, section)[1]
+            hints = {key: field.type for key, field in fields.items()}
+            yield from checked_section(values, {**hints, **own}, section)[1]
     # To avoid conflicts, each key may be in only one section.
     values = tree.get("training_args")
     for key in values if isinstance(values, dict) else ():

@@ -15,6 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,30 @@ SOURCES = {
 _SIMPLE = {"int": int, "float": float, "bool": bool, "None": types.NoneType}
 
 
-def library_fields(name: str) -> dict[str, Any] | None:
-    """Returns the fields of a class in `SOURCES` with their types, without importing the library.
+@dataclass(frozen=True, slots=True)
+class LibraryField:
+    """A field of a library's class.
 
-    Types other than numbers, booleans and `None` become `Any`. The result is `None` if a source
-    file or class is not found, such as in a new version of the library.
+    Attributes:
+        type: `int`, `float`, `bool`, `None`, a union of them, or `Any` for other types.
+        annotation, default: the type and the default value as in the source; the default is empty
+            if the source computes it.
+        help: the field's help text, or an empty string.
     """
-    found: dict[str, Any] = {}
+
+    type: Any
+    annotation: str
+    default: str
+    help: str
+
+
+def library_fields(name: str) -> dict[str, LibraryField] | None:
+    """Returns the fields of a class in `SOURCES`, without importing the library.
+
+    The result is `None` if a source file or class is not found, such as in a new version of the
+    library.
+    """
+    found: dict[str, LibraryField] = {}
     for package, file, class_name in reversed(SOURCES[name]):
         spec = importlib.util.find_spec(package)
         folders = spec.submodule_search_locations if spec else None
@@ -57,15 +75,30 @@ def library_fields(name: str) -> dict[str, Any] | None:
             return None
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                annotation = ast.unparse(item.annotation)
+                annotation = ast.unparse(item.annotation).strip("'\"")
                 if "ClassVar" not in annotation:
-                    found[item.target.id] = _type(annotation)
+                    default, text = _default_and_help(item.value)
+                    own = LibraryField(_type(annotation), annotation, default, text)
+                    found[item.target.id] = own
     return found
+
+
+def _default_and_help(value: ast.expr | None) -> tuple[str, str]:
+    if not (isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field")):
+        return (ast.unparse(value) if value else "", "")
+    given = {keyword.arg: keyword.value for keyword in value.keywords}
+    default = ast.unparse(given["default"]) if "default" in given else ""
+    metadata = given.get("metadata")
+    try:
+        known = ast.literal_eval(metadata) if metadata else {}
+    except ValueError:  # a computed text
+        known = {}
+    return default, str(known.get("help") or "")
 
 
 def _type(annotation: str) -> Any:
     """Returns the type that an annotation names, or `Any` if it is not simple."""
-    optional = re.fullmatch(r"(?:typing\.)?Optional\[(\w+)\]", annotation.strip("'\""))
+    optional = re.fullmatch(r"(?:typing\.)?Optional\[(\w+)\]", annotation)
     names = [*optional.groups(), "None"] if optional else annotation.split("|")
     if not all(name.strip() in _SIMPLE for name in names):
         return Any

@@ -313,11 +313,11 @@ def converted(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         return float(value)
     elif type(value) is hint:
         return value
-    problems.append(f"{where}: expected {_name(hint)}, got {_shown(value)}")
+    problems.append(f"{where}: expected {type_name(hint)}, got {_shown(value)}")
     return WRONG
 
 
-def _name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     """Describes a type in plain words."""
     words: dict[Any, str] = {
         int: "a whole number",
@@ -331,12 +331,12 @@ def _name(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_name(option) for option in typing.get_args(hint))
+        return " or ".join(type_name(option) for option in typing.get_args(hint))
     return words.get(typing.get_origin(hint) or hint, str(hint))
 
 
 def _shown(value: Any) -> str:
-    kind = {str: "text", type(None): ""}.get(type(value), _name(type(value)))
+    kind = {str: "text", type(None): ""}.get(type(value), type_name(type(value)))
     shown = "null" if value is None else repr(value)
     return f"{kind} {shown:.60}".strip()
 
