@@ -12,7 +12,10 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """Raised when a run configuration is invalid."""
+    """Raised when a run configuration is invalid. Each argument describes one problem in a line."""
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.args))
 
 
 class DataError(ValueError):

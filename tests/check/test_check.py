@@ -254,8 +254,6 @@ def test_no_room_beside_a_response_is_refused_when_the_file_is_read(
     [
         (["peft_config.inference_mode=true"], "no parameter is trained"),
         (["peft_config.target_modules=[nowhere]"], "nowhere"),
-        (["peft_config.rank=8"], "peft_config.rank"),
-        (["training_args.learning_rat=1"], "learning_rat"),
         (["jsft_args.global_batch_size=7"], "global_batch_size 7"),
         (["jsft_args.max_length=8"], "no training example remains"),
         (["dataset.sources.0.pairs=false"], "no judge example"),

@@ -22,13 +22,14 @@ import yaml
 from conftest import TEMPLATES
 from fake_vllm import FakeVLLM, serving
 from self_judge import Comparison, Judge, Verdict
-from self_judge.cli import PACKING, _parser, main
+from self_judge.cli import main
 from self_judge.commands.compare import ComparisonJob
 from self_judge.commands.eval import JudgeEvaluation
 from self_judge.commands.judge import run_judge
 from self_judge.commands.judge_choice import JudgeChoice, fingerprint
 from self_judge.commands.resumable import RankShards
 from self_judge.commands.tournament import TournamentJob
+from self_judge.config.arguments import PACKING, command_parser
 from self_judge.config.self_training import PackingChoice, SamplingSettings
 from self_judge.data.benchmarks import BenchmarkSource
 from self_judge.judging.voting import aggregate, verdict_from_json, verdict_json
@@ -256,7 +257,7 @@ def test_every_value_of_a_command_is_taken_by_what_it_runs(
     command: str, taken: str, kinds: tuple[Any, ...]
 ) -> None:
     """Values fill the fields of the same name: one without a field would do nothing."""
-    values = vars(_parser().parse_args(command.split()))
+    values = vars(command_parser().parse_args(command.split()))
     fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     fields |= {*taken.split(), "command", "debug", "run", "chunk", "overwrite"}
     assert set(values) <= fields, set(values) - fields
@@ -267,10 +268,10 @@ def test_every_value_of_a_command_is_taken_by_what_it_runs(
     ["tournament x y --model m", "eval x --model m --output o", "compare a b --judge m --output o"],
 )
 def test_every_command_that_judges_takes_the_same_judge_options(command: str) -> None:
-    judge = vars(_parser().parse_args(["judge", "x", "y", "--model", "m"]))
+    judge = vars(command_parser().parse_args(["judge", "x", "y", "--model", "m"]))
     wanted = {field.name for field in dataclasses.fields(JudgeChoice)} - {"model"}
     assert wanted <= judge.keys()
-    other = vars(_parser().parse_args(command.split()))
+    other = vars(command_parser().parse_args(command.split()))
     assert {name: other[name] for name in wanted} == {name: judge[name] for name in wanted}
 
 

@@ -22,7 +22,8 @@ import demo_table
 import method
 import self_judge
 from conftest import ROOT, tiny_llama
-from self_judge import cli
+from self_judge.cli import main
+from self_judge.config.arguments import command_parser
 from self_judge.config.schema import RunKind, kind_of_run, load_run
 from self_judge.data import synthetic
 
@@ -130,7 +131,7 @@ def run_of(config: str, overrides: list[str], kind: RunKind) -> None:
 def test_every_command_is_understood(words: list[str]) -> None:
     program, *arguments = words
     if program == "self-judge":
-        parsed = cli._parser().parse_args(arguments)
+        parsed = command_parser().parse_args(arguments)
         if parsed.command in ("jsft", "train"):
             run_of(parsed.config, parsed.overrides, parsed.kind)
         elif parsed.command == "check":
@@ -142,7 +143,7 @@ def test_every_command_is_understood(words: list[str]) -> None:
         assert (ROOT / launch.config_file).is_file()
         if launch.module:
             assert launch.training_script == "self_judge.cli"
-            cli._parser().parse_args(launch.training_script_args)
+            command_parser().parse_args(launch.training_script_args)
             return
         assert (ROOT / launch.training_script).is_file()
         config, *overrides = launch.training_script_args
@@ -187,7 +188,7 @@ def test_what_bad_input_is_told_is_what_the_readme_shows(
     for command, answer in zip(lines[::2], lines[1::2], strict=True):
         program, *arguments = shlex.split(command.removeprefix("$ "))
         assert program == "self-judge"
-        assert cli.main(arguments) == 2
+        assert main(arguments) == 2
         assert capsys.readouterr().err.strip() == answer
 
 

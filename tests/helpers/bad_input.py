@@ -131,7 +131,7 @@ RUN_FILE = [
          lambda p: ["jsft", str(p.file("x.yaml", "extends: x.yaml"))],
          ("x.yaml: extends itself",), "break the cycle"),
     Case("a missing section",
-         lambda p: ["jsft", str(p.file("x.yaml", "training_args: {output_dir: x}"))],
+         lambda p: ["jsft", str(p.file("x.yaml", "dataset: {sources: [{path: x}]}"))],
          ("x.yaml: model: missing",), ""),
     setting("an unknown section", "trainin_args.seed=1",
             "trainin_args: unknown; did you mean training_args?", ""),

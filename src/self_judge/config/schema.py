@@ -8,29 +8,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
+import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf.errors import OmegaConfBaseException
 
+from self_judge.config.older_names import OLD_NAMES, read_older_names
 from self_judge.config.self_training import (
     PackingChoice,
     SelfJudgeArgs,
+    all_problems,
     require,
     require_at_least,
 )
+from self_judge.config.trainer_keys import checked_section, library_fields
 from self_judge.config.yaml import (
     apply_override,
-    build,
-    convert,
+    built,
     first_line,
+    key_lines,
     read_yaml,
     resolve_references,
-    unknown_key,
 )
 from self_judge.console import masked
 from self_judge.errors import ConfigError
@@ -91,6 +93,7 @@ class TemplateArgs:
     assistant: str | None = None
     skip_first_token: bool | None = None
 
+    @all_problems()
     def __post_init__(self) -> None:
         require(
             (self.user is None) == (self.assistant is None),
@@ -169,6 +172,7 @@ class DatasetArgs:
     seed: int = 42
     num_proc: int | None = None
 
+    @all_problems()
     def __post_init__(self) -> None:
         require(bool(self.sources), "sources is empty: name at least one source")
         require(0 <= self.held_out < 1, f"held_out must be in [0, 1), got {self.held_out}")
@@ -206,6 +210,7 @@ class JSFTArgs:
     max_skipped_steps: int = 3
     judge_accuracy: bool = True
 
+    @all_problems()
     def __post_init__(self) -> None:
         require_at_least(self, max_length=2, max_skipped_steps=1)
         require_at_least(self, unset=True, global_batch_size=1)
@@ -230,6 +235,7 @@ class JSFTRun(_Run):
 
     jsft_args: JSFTArgs = field(default_factory=JSFTArgs)
 
+    @all_problems()
     def __post_init__(self) -> None:
         _check_sections(self, self.jsft_args, "jsft_args")
         require(self.templates.judge is not None, "templates.judge is missing: JSFT requires it")
@@ -260,6 +266,7 @@ class SelfJudgeRun(_Run):
 
     self_judge_args: SelfJudgeArgs = field(default_factory=SelfJudgeArgs)
 
+    @all_problems()
     def __post_init__(self) -> None:
         _check_sections(self, self.self_judge_args, "self_judge_args")
 
@@ -277,10 +284,7 @@ def kind_of_run(path: str | Path, overrides: Sequence[str] = ()) -> RunKind:
     Raises:
         ConfigError: the file cannot be read, or it contains both sections or neither of them.
     """
-    tree = read_yaml(Path(path))
-    for override in overrides:
-        apply_override(tree, override)
-    return _kind_of(tree, path)
+    return _kind_of(_tree(path, overrides, lambda line: None), path)
 
 
 def _kind_of(tree: Mapping[str, Any], path: str | Path) -> RunKind:
@@ -295,12 +299,25 @@ def _kind_of(tree: Mapping[str, Any], path: str | Path) -> RunKind:
 
 
 @typing.overload
-def load_run(path: str | Path, overrides: Sequence[str], kind: Literal["jsft"]) -> JSFTRun: ...
+def load_run(
+    path: str | Path,
+    overrides: Sequence[str],
+    kind: Literal["jsft"],
+    say: Callable[[str], None] = ...,
+) -> JSFTRun: ...
 @typing.overload
 def load_run(
-    path: str | Path, overrides: Sequence[str], kind: Literal["self_judge"]
+    path: str | Path,
+    overrides: Sequence[str],
+    kind: Literal["self_judge"],
+    say: Callable[[str], None] = ...,
 ) -> SelfJudgeRun: ...
-def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTRun | SelfJudgeRun:
+def load_run(
+    path: str | Path,
+    overrides: Sequence[str],
+    kind: RunKind,
+    say: Callable[[str], None] = lambda line: None,
+) -> JSFTRun | SelfJudgeRun:
     """Loads a run file, the files it extends, and the overrides, and validates the result.
 
     Args:
@@ -309,15 +326,18 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
         overrides: `key.path=value` strings, with the value as YAML. A list item is addressed by its
             index (`dataset.sources.0.path=data.jsonl`).
         kind: the expected kind of run.
+        say: gets a line for each key of the method's original run files that has a new name.
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown (the message suggests the closest
-            key), or a value is invalid or has the wrong type.
+        ConfigError: the file cannot be read, keys are unknown (the message suggests the closest
+            key), or values are invalid or have the wrong type. Each argument of the error is one
+            problem, with its line in the file.
     """
-    tree = read_yaml(Path(path))
     where = str(path)
-    for override in overrides:
-        apply_override(tree, override)
+    tree = _tree(path, overrides, say)
+    for section, command in _STARTED_BY.items():
+        if section in tree and not section.startswith(kind):
+            raise ConfigError(f"{where}: it has {section}, so it is a file for {command}")
     try:
         # Template text is literal, so "${" in a template does not start a reference.
         templates = tree.pop("templates", None)
@@ -327,122 +347,98 @@ def load_run(path: str | Path, overrides: Sequence[str], kind: RunKind) -> JSFTR
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {first_line(error)}") from error
     masked(tree)  # from here on, the values of secret settings are masked in all output
-    for section, command in _STARTED_BY.items():
-        if section in tree and not section.startswith(kind):
-            raise ConfigError(f"{where}: it has {section}, so it is a file for {command}")
-    try:
-        _refuse_not_finite(tree, "")
-        run: JSFTRun | SelfJudgeRun = build(_RUNS[kind], tree, "")
-    except ValueError as error:
-        text = str(error)
-        named = [o for o in overrides if text.startswith(o.partition("=")[0])]
-        blamed = named or [o for o in overrides if _last_key(o) in text]
-        shown = [f"'{o if len(o) <= 80 else o[:79] + '…'}'" for o in blamed]
-        given = f" (with {', '.join(shown)})" if shown else ""
-        raise ConfigError(f"{where}{given}: {error}") from error
+    problems = list(_not_finite(tree, ""))
+    problems += _library_problems(tree, kind)
+    run: JSFTRun | SelfJudgeRun = built(_RUNS[kind], tree, "", problems)
+    if problems:
+        lines = key_lines(Path(path))
+        raise ConfigError(*_located(problems, where, overrides, lines))
     _kind_of(tree, path)
     return run
 
 
-def _refuse_not_finite(value: Any, where: str) -> None:
+def _tree(path: str | Path, overrides: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """Returns the contents of a run file with its overrides, in the keys of this package."""
+    tree = read_yaml(Path(path))
+    problems: list[str] = []
+    try:
+        read_older_names(tree, say)
+    except ConfigError as error:
+        lines = key_lines(Path(path))
+        raise ConfigError(*_located(error.args, str(path), (), lines)) from error
+    for override in overrides:
+        try:
+            apply_override(tree, override)
+            read_older_names(tree, say, overridden=True)
+        except ConfigError as error:
+            problems += error.args
+    if problems:
+        raise ConfigError(*problems)
+    return tree
+
+
+def _located(
+    problems: Iterable[str], where: str, overrides: Sequence[str], lines: Mapping[str, str]
+) -> list[str]:
+    """Returns problems with the overrides that they are about, or with their lines in a file."""
+    located: dict[str, float] = {}  # with their order
+    order = {place: n for n, place in enumerate(lines.values())}
+    for text in problems:
+        named = [o for o in overrides if text.startswith(o.partition("=")[0])]
+        blamed = named or [o for o in overrides if _last_key(o) in text]
+        if blamed:
+            shown = [f"'{o if len(o) <= 80 else o[:79] + '…'}'" for o in blamed]
+            located[f"{where} (with {', '.join(shown)}): {text}"] = math.inf
+            continue
+        words = re.findall(r"[\w.-]*\w", text)
+        start = words[0] if words else ""
+        keys = [*(f"{start}.{word}" for word in words), start, start.rpartition(".")[0]]
+        places = (lines.get(key) or lines.get(OLD_NAMES.get(key, "")) for key in keys)
+        place = next(filter(None, places), where)
+        located[f"{place}: {text}"] = order.get(place, math.inf)
+    return sorted(located, key=located.__getitem__)
+
+
+def _library_problems(tree: Mapping[str, Any], kind: RunKind) -> Iterator[str]:
+    """Yields the problems of the sections that TRL's and PEFT's classes define."""
+    args: type = JSFTArgs if kind == "jsft" else SelfJudgeArgs
+    own = dict.fromkeys((f.name for f in dataclasses.fields(args)), Any)
+    for section, name in (
+        ("training_args", "SFTConfig" if kind == "jsft" else "DPOConfig"),
+        ("peft_config", "LoraConfig"),
+    ):
+        values, fields = tree.get(section), library_fields(name)
+        if isinstance(values, dict) and fields is not None:
+            hints = {key: field.type for key, field in fields.items()}
+            yield from checked_section(values, {**hints, **own}, section)[1]
+    # To avoid conflicts, each key may be in only one section.
+    values = tree.get("training_args")
+    for key in values if isinstance(values, dict) else ():
+        if key in own:
+            yield f"training_args.{key}: set {kind}_args.{key} instead"
+
+
+def _not_finite(value: Any, where: str) -> Iterator[str]:
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where} is {value}: give a finite number")
+        yield f"{where} is {value}: give a finite number"
     items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else ()
     if isinstance(value, list):
         items = enumerate(value)
     for key, own in items:
-        _refuse_not_finite(own, f"{where}.{key}" if where else str(key))
+        yield from _not_finite(own, f"{where}.{key}" if where else str(key))
 
 
 def _last_key(override: str) -> str:
     return override.partition("=")[0].rpartition(".")[2]
 
 
-def check_training_args(
-    keys: Iterable[str], valid_names: Iterable[str], section: str = "training_args"
-) -> None:
-    """Raises an error for the first key that is not a field of the configuration class.
-
-    Args:
-        keys: the keys in the section.
-        valid_names: the field names of the class, such as `trl.SFTConfig` or `peft.LoraConfig`.
-        section: the section's name for the error message.
-
-    Raises:
-        ConfigError: a key is not valid; the message suggests the closest name or the new name.
-    """
-    valid = list(valid_names)
-    for key in keys:
-        if key not in valid:
-            raise ConfigError(f"{section}.{unknown_key(key, valid)}")
-
-
-def check_training_values(
-    values: Mapping[str, Any], config_class: type, section: str = "training_args"
-) -> dict[str, Any]:
-    """Validates keys, numbers and booleans, and converts integers to floats where needed.
-
-    This function checks only fields of type int, float or bool and optional fields of these types.
-    The class itself checks its other fields.
-
-    Raises:
-        ConfigError: a key is unknown, or a value has the wrong type.
-    """
-    check_training_args(values, [f.name for f in dataclasses.fields(config_class)], section)
-    hints = typing.get_type_hints(config_class)
-    simple = {int, float, bool, types.NoneType}
-    # YAML parses a bare `no` as false.
-    checked = {
-        key: "no" if key.endswith("_strategy") and value is False else value
-        for key, value in values.items()
-    }
-    for key, value in values.items():
-        hint = hints[key]
-        if set(typing.get_args(hint) or (hint,)) <= simple:
-            checked[key] = convert(hint, value, f"{section}.{key}")
-    return checked
-
-
-def accumulation_steps(global_batch_size: int, per_device: int, processes: int) -> int:
-    """Returns the number of micro-batches per optimizer step for a global batch size.
-
-    Raises:
-        ConfigError: the global batch size is not a multiple of the micro-batch size times the
-            number of processes.
-    """
-    if per_device < 1:
-        raise ConfigError(
-            f"training_args.per_device_train_batch_size must be at least 1, got {per_device}"
-        )
-    if processes < 1:
-        raise ConfigError(f"the number of processes must be at least 1, got {processes}")
-    at_once = per_device * processes
-    steps, rest = divmod(global_batch_size, at_once)
-    if rest or not steps:
-        fitting = [d for d in range(1, 65) if global_batch_size % (d * processes) == 0]
-        advice = (
-            f"set training_args.per_device_train_batch_size to one of {fitting}"
-            if fitting
-            else f"no per-device batch fits {processes} processes; change the number of processes"
-        )
-        raise ConfigError(
-            f"global_batch_size {global_batch_size} is not divisible by {at_once} "
-            f"({per_device} per device × {processes} processes): {advice}, or change "
-            "global_batch_size"
-        )
-    return steps
-
-
 def _check_sections(run: _Run, own: JSFTArgs | SelfJudgeArgs, section: str) -> None:
-    """Checks settings across sections. To avoid conflicts, each key may be in only one section."""
+    """Checks settings across sections."""
     require(
         not run.model.load_in_4bit or run.peft_config is not None,
         "model.load_in_4bit is true but peft_config is not set: 4-bit weights cannot be trained "
         "without an adapter",
     )
-    names = {f.name for f in dataclasses.fields(own)}
-    for key in run.training_args:
-        require(key not in names, f"training_args.{key}: set {section}.{key} instead")
     require(
         own.global_batch_size is None or "gradient_accumulation_steps" not in run.training_args,
         "training_args.gradient_accumulation_steps is computed from "

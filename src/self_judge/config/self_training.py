@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -25,14 +27,42 @@ LOSS_TYPES = (
 )
 
 
+_problems: ContextVar[list[str] | None] = ContextVar("_problems", default=None)
+
+
+@contextmanager
+def all_problems() -> Iterator[None]:
+    """Collects the errors of `require` in a block or function, and raises them as one."""
+    if _problems.get() is not None:  # an outer block collects
+        yield
+        return
+    found: list[str] = []
+    token = _problems.set(found)
+    try:
+        yield
+    except ValueError as error:  # such as a template error
+        found += map(str, error.args)
+    finally:
+        _problems.reset(token)
+    if found:
+        raise ConfigError(*found)
+
+
 def require(holds: bool, message: str) -> None:
-    """Raises `ConfigError` with `message` if the condition is false."""
-    if not holds:
+    """Raises `ConfigError` with `message` if the condition is false.
+
+    Under `all_problems`, the error is raised at the end.
+    """
+    if holds:
+        return
+    found = _problems.get()
+    if found is None:
         raise ConfigError(message)
+    found.append(message)
 
 
 def require_at_least(settings: Any, *, unset: bool = False, **least: int) -> None:
-    """Raises `ConfigError` for the first named value that is below its minimum.
+    """Raises `ConfigError` if a named value is below its minimum.
 
     Args:
         unset: whether the values may be `None`.
@@ -70,6 +100,7 @@ class SamplingSettings:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
+    @all_problems()
     def __post_init__(self) -> None:
         require_at_least(self, max_new_tokens=1, top_k=0)
         require(
@@ -178,6 +209,7 @@ class SelfTrainingSettings:
         "to it. If unset, /dev/shm is used where it exists.",
     )
 
+    @all_problems()
     def check(self) -> None:
         """Raises `ConfigError` for values that conflict with each other or with the method."""
         self.sampling()  # validates the sampling settings
@@ -281,6 +313,7 @@ class SelfJudgeArgs(SelfTrainingSettings):
     judge_accuracy: bool = False
     vllm_server_base_url: str | list[str] | None = None  # type: ignore[assignment]
 
+    @all_problems()
     def __post_init__(self) -> None:
         require_at_least(self, unset=True, token_id_a=0, token_id_b=0, global_batch_size=1)
         require(

@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from self_judge.errors import ConfigError
 
-# Names from older versions of Transformers and TRL that are still in use.
+# Names from older versions of Transformers and TRL that are still in use. `older_names.py` reads
+# those of run files whose values have not changed.
 _RENAMED = {
     "warmup_ratio": "warmup_steps (a number below 1 is a fraction of all steps)",
     "group_by_length": "jsft_args.group_by_length, or train_sampling_strategy: group_by_length",
@@ -35,6 +36,9 @@ _RENAMED = {
     "torch_dtype": "dtype",
     "use_flash_attention_2": "attn_implementation: flash_attention_2",
 }
+
+# Stands for a value that cannot be used.
+WRONG: Any = object()
 
 # OmegaConf rejects a "${" that does not start a reference. This character, inserted between "$" and
 # "{", hides the "${" from OmegaConf.
@@ -117,6 +121,36 @@ def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merge(merged, typing.cast("dict[str, Any]", tree))
 
 
+def key_lines(path: Path) -> dict[str, str]:
+    """Returns `file:line` for every key path in a file and in the files that it extends."""
+    found: dict[str, str] = {}
+    extended: dict[str, str] = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return found
+
+    def visit(node: yaml.Node | None, where: str) -> None:
+        items: list[tuple[str, yaml.Node, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            items = [(str(key.value), key, value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            items = [(str(i), value, value) for i, value in enumerate(node.value)]
+        for name, key, value in items:
+            own = f"{where}.{name}" if where else name
+            if own == "extends":
+                bases = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for base in bases:
+                    extended.update(key_lines(path.parent / str(base.value)))
+                continue
+            found[own] = f"{path}:{key.start_mark.line + 1}"
+            visit(value, own)
+
+    visit(root, "")
+    return {**extended, **found}
+
+
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(under)
     for key, value in over.items():
@@ -170,28 +204,64 @@ def build(cls: type, tree: Any, where: str) -> Any:
         where: the key path of `tree`, which starts error messages. It is empty at the top level.
 
     Raises:
-        ConfigError: a key is unknown or missing, a value has the wrong type, or the class's
-            `__post_init__` raises an error.
+        ConfigError: keys are unknown or missing, values have the wrong type, or the class's
+            `__post_init__` raises an error. The arguments of the error are all these problems.
+    """
+    problems: list[str] = []
+    instance = built(cls, tree, where, problems)
+    if problems:
+        raise ConfigError(*problems)
+    return instance
+
+
+def built(cls: type, tree: Any, where: str, problems: list[str]) -> Any:
+    """Builds an instance like `build`, but appends problems to a list.
+
+    Returns:
+        The instance, with default values in place of wrong ones, or `WRONG`.
     """
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where or 'the file'}: expected a section with keys, got {tree!r:.60}")
+        problems.append(f"{where or 'the file'}: expected a section with keys, got {tree!r:.60}")
+        return WRONG
     hints = typing.get_type_hints(cls)
     prefix = f"{where}." if where else ""
-    for key in tree:
-        if key not in hints:
-            raise ConfigError(f"{prefix}{unknown_key(str(key), list(hints))}")
-    values = {}
+    problems += [
+        f"{prefix}{unknown_key(str(key), list(hints))}" for key in tree if key not in hints
+    ]
+    values: dict[str, Any] = {}
+    wrong: set[str] = set()
+    complete = True
     for f in dataclasses.fields(cls):
+        count = len(problems)
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        value = WRONG
         if f.name in tree and not (tree[f.name] is None and _is_section(hints[f.name])):
-            values[f.name] = convert(hints[f.name], tree[f.name], f"{prefix}{f.name}")
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{prefix}{f.name}: missing")
+            value = converted(hints[f.name], tree[f.name], f"{prefix}{f.name}", problems)
+        elif required:
+            problems.append(f"{prefix}{f.name}: missing")
+        if value is not WRONG:
+            values[f.name] = value
+        elif required and typing.get_origin(hints[f.name]) is list:
+            values[f.name] = []  # so that the other values are checked too
+        elif required:
+            complete = False
+        if len(problems) > count:
+            wrong.add(f.name)
+    if not complete:
+        return WRONG
     try:
         return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
-    except ValueError as error:  # a template error names the principle, not the section
-        raise ConfigError(f"{where}: {error}") from error
+    except ValueError as error:
+        # Wrong values are replaced by defaults, so a message about them may be wrong too.
+        paths = (problem.partition(":")[0] for problem in problems)
+        wrong |= {path.rpartition(".")[2] for path in paths if path.startswith(prefix)}
+        start = f"{where}: " if where else ""
+        problems += [
+            f"{start}{message}"
+            for message in map(str, error.args)
+            if not wrong & set(re.findall(r"\w+", message))
+        ]
+        return WRONG
 
 
 def _is_section(hint: Any) -> bool:
@@ -199,48 +269,55 @@ def _is_section(hint: Any) -> bool:
     return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
 
 
-def convert(hint: Any, value: Any, where: str) -> Any:
-    """Checks that `value` has type `hint`, and returns it.
+def converted(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """Checks that `value` has type `hint`, and returns it or `WRONG`.
 
     Sections become dataclasses, integers become floats where needed, and a false choice becomes
-    `off`. No other value is converted.
+    `off`. No other value is converted. A list is returned without its wrong items.
 
-    Raises:
-        ConfigError: the type is wrong; the message names the key, the expected type and the value.
+    Args:
+        problems: gets a message for each wrong value, with its key, the expected type and the
+            value.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type, hint), value, where)
+        return built(typing.cast(type, hint), value, where, problems)
     if origin is Literal:
         if value is False and "off" in args:
             return "off"  # YAML parses a bare `off` as false
-        if value not in args:
-            raise ConfigError(f"{where}: expected {_name(hint)}, got {_shown(value)}")
-        return value
-    if origin in (typing.Union, types.UnionType):
+        if value in args:
+            return value
+    elif origin in (typing.Union, types.UnionType):
         for option in args:
             container = typing.get_origin(option) or option
             if container is float and type(value) is int:
                 return float(value)
             if isinstance(container, type) and type(value) is container:
-                return convert(option, value, where)
+                return converted(option, value, where, problems)
     elif origin is list and isinstance(value, list):
-        return [convert(args[0], item, f"{where}.{i}") for i, item in enumerate(value)]
+        items = [converted(args[0], x, f"{where}.{i}", problems) for i, x in enumerate(value)]
+        return [item for item in items if item is not WRONG]
     elif origin is dict and isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise ConfigError(f"{where}: key {key!r} must be text: quote it")
+        problems += [
+            f"{where}: key {key!r} must be text: quote it"
+            for key in value
+            if not isinstance(key, str)
+        ]
         if args[1] is Any:
             return value
-        return {key: convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        items_by_key = {
+            k: converted(args[1], v, f"{where}.{k}", problems) for k, v in value.items()
+        }
+        return {key: item for key, item in items_by_key.items() if item is not WRONG}
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif type(value) is hint:
         return value
-    raise ConfigError(f"{where}: expected {_name(hint)}, got {_shown(value)}")
+    problems.append(f"{where}: expected {type_name(hint)}, got {_shown(value)}")
+    return WRONG
 
 
-def _name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     """Describes a type in plain words."""
     words: dict[Any, str] = {
         int: "a whole number",
@@ -254,12 +331,12 @@ def _name(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_name(option) for option in typing.get_args(hint))
+        return " or ".join(type_name(option) for option in typing.get_args(hint))
     return words.get(typing.get_origin(hint) or hint, str(hint))
 
 
 def _shown(value: Any) -> str:
-    kind = {str: "text", type(None): ""}.get(type(value), _name(type(value)))
+    kind = {str: "text", type(None): ""}.get(type(value), type_name(type(value)))
     shown = "null" if value is None else repr(value)
     return f"{kind} {shown:.60}".strip()
 

@@ -22,9 +22,8 @@ from self_judge.config.schema import (
     JSFTRun,
     SelfJudgeRun,
     Source,
-    accumulation_steps,
-    check_training_values,
 )
+from self_judge.config.trainer_keys import accumulation_steps, check_training_values
 from self_judge.data.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ConfigError
@@ -140,7 +139,8 @@ def lora_config(settings: dict[str, Any] | None) -> LoraConfig | None:
         raise ConfigError(
             f"peft_config.init_lora_weights: expected true, false or text, got {initial!r:.60}"
         )
-    return LoraConfig(**check_training_values(settings, LoraConfig, "peft_config"))
+    checked = check_training_values(settings, LoraConfig, "peft_config")
+    return LoraConfig(**{"task_type": "CAUSAL_LM", **checked})
 
 
 # -- chat set-up -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainingArguments
 from trl import DPOConfig
 
-from self_judge.config.self_training import SelfTrainingSettings, require
+from self_judge.config.self_training import SelfTrainingSettings, all_problems, require
 from self_judge.console import masked
 from self_judge.models import clamp_to_context
 
@@ -36,6 +36,7 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
         super().__post_init__()
         self.check()
 
+    @all_problems()
     def check(self) -> None:
         """Raises `ValueError` if values conflict with each other, the method or the machine."""
         super().check()

@@ -1,0 +1,177 @@
+"""Defines the arguments of the `self-judge` command.
+
+`cli.py` runs the commands. This module imports neither the commands nor torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn, TypeAlias
+
+from self_judge import __version__
+from self_judge.console import neutral
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+PACKING = ("auto", "tree", "cache", "padding", "off")  # must equal PackingChoice
+OVERRIDES = "override any value in the run file: key.path=value"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors, which quote arguments, mask secrets."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(neutral(message))
+
+
+# fmt: off
+def command_parser() -> Parser:
+    """Returns the parser of the `self-judge` command, with a subparser for each subcommand."""
+    parser = Parser(
+        prog="self-judge",
+        description="Align a language model with its own pairwise judgments (arXiv 2402.11253).",
+    )
+    parser.add_argument("--version", action="version", version=f"self-judge {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo", help="run the whole method in a small synthetic world (takes minutes on a CPU)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    demo.add_argument("--output", default="outputs/demo", metavar="DIR", help="output folder")
+    _add_runs(commands)
+    _add_keys(commands)
+    _add_tournament(commands)
+    report = commands.add_parser("report", help="write an HTML page with the results of runs")
+    add = report.add_argument
+    add("paths", nargs="+", metavar="DIR",
+        help="a run, a folder of runs, or the output of tournament --brackets, eval or compare")
+    add("-o", "--output", metavar="FILE", help="HTML page (default: report.html in the first DIR)")
+    add("--pairs", type=int, default=400, help="maximum number of pairs on the page (default: 400)")
+    _add_evaluation(commands)
+    return parser
+
+
+def _add_runs(commands: Commands) -> None:
+    """Adds the commands that read a run file: `jsft`, `train` and `check`."""
+    for name, kind, text in (
+        ("jsft", "jsft", "judge-augmented supervised fine-tuning"),
+        ("train", "self_judge", "on-policy self-training by self-judgment"),
+        ("check", None, "show the data and cost of a run, and find problems before the run starts"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key.path=value", help=OVERRIDES)
+        command.set_defaults(kind=kind)
+    add = command.add_argument  # of check
+    add("--examples", type=int, default=400, metavar="N",
+        help="encode only N evenly spaced records, but count all (default: 400; 0 encodes all)")
+    add("--gpu", metavar="KIND",
+        help="estimate memory for a GPU such as h100 or a100-80gb (default: this machine's GPU)")
+    add("--processes", type=int, metavar="N", help="estimate memory for N processes")
+    add("--sharding", choices=["none", "zero2", "zero3", "fsdp"],
+        help="sharding to assume if it is set only in the launcher's configuration")
+    add("--plain", action="store_true", help="print without colors, for logs")
+    add("--json", action="store_true", help="print everything as JSON to standard output")
+
+
+def _add_keys(commands: Commands) -> None:
+    """Adds the commands that describe run files."""
+    keys = commands.add_parser("keys", help="list the keys of run files with their defaults")
+    keys.add_argument("section", nargs="?", default="", metavar="SECTION",
+        help="a section, such as jsft_args or training_args, or the start of a key")
+    commands.add_parser("schema", help="print a JSON schema of run files, for editors")
+
+
+def _add_tournament(commands: Commands) -> None:
+    tournament = commands.add_parser(
+        "tournament", help="pick the best of N responses in a knockout (self-rejection)"
+    )
+    add = tournament.add_argument
+    add("input", metavar="IN", help="file of contexts and responses, or prompts")
+    add("output", metavar="OUT.jsonl", help="output file, with one line per record")
+    add("--model", required=True, metavar="MODEL", help="the judge")
+    add("--policy", metavar="DIR", help="model that samples responses (default: the judge)")
+    add("--n", type=int, default=16, help="number of responses to sample per prompt (default: 16)")
+    _add_sampling(tournament)
+    _add_columns(tournament)
+    add("--brackets", action="store_true", help="also write each tournament's bracket")
+    _add_judge(tournament, "lines", 256)
+
+
+def _add_evaluation(commands: Commands) -> None:
+    """Adds the commands `eval`, `compare` and `judge`."""
+    evaluate = commands.add_parser("eval", help="evaluate a judge on labeled pairs")
+    add = evaluate.add_argument
+    add("data", nargs="+", metavar="DATA",
+        help="LLMBar, PandaLM, HHH, JudgeBench, RM-Bench, RewardBench (2), MT-Bench or "
+        "arena votes, HH, or any preference data, as files, folders or dataset IDs on the Hub")
+    add("--model", required=True, metavar="MODEL", help="the judge")
+    add("--output", required=True, metavar="DIR", help="output folder")
+    add("--compare", metavar="MODEL",
+        help="judge to compare with, or the --output folder of its evaluation")
+    add("--split", default="test", metavar="NAME[,NAME…]", help="dataset splits (default: test)")
+    add("--data-dir", metavar="DIR", help="subfolder of DATA")
+    add("--name", help="configuration name of a Hub dataset")
+    add("--data-revision", metavar="REV", help="revision of a Hub dataset")
+    add("--max-pairs", type=int, metavar="N",
+        help="use at most N pairs from each source, spread over its subsets")
+    _add_columns(evaluate)
+    _add_judge(evaluate)
+
+    compare = commands.add_parser("compare", help="compare the answers of two policies")
+    add = compare.add_argument
+    for name in ("policy_a", "policy_b"):
+        add(name, metavar=name.upper(), help="a model to sample from, or a file of responses")
+    add("--prompts", metavar="FILE", help="file of prompts to answer")
+    add("--judge", required=True, metavar="MODEL", help="the judge")
+    add("--output", required=True, metavar="DIR", help="output folder")
+    add("--max-prompts", type=int, metavar="N", help="use the first N prompts")
+    _add_columns(compare)
+    add("--sampling-batch-size", type=int, default=32, metavar="N",
+        help="number of responses sampled at once (default: 32)")
+    _add_sampling(compare)
+    _add_judge(compare)
+
+    judge = commands.add_parser("judge", help="judge pairs of responses in bulk")
+    add = judge.add_argument
+    add("input", metavar="IN", help="file with a context or prompt and two responses per record")
+    add("output", metavar="OUT.jsonl", help="output file, with one line per record")
+    add("--model", required=True, metavar="MODEL", help="the judge")
+    add("--field", default="verdict", help="key of the verdict in an output line")
+    _add_columns(judge)
+    _add_judge(judge)
+
+
+def _add_columns(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--columns", nargs="+", default=(), metavar="NAME=COLUMN",
+        help="the data's own column names, such as prompt=question (see docs/data.md)")
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--max-new-tokens", type=int, default=768)
+    add("--temperature", type=float, default=1.0)
+    add("--top-p", type=float, default=0.9)
+    add("--seed", type=int, default=0, help="random seed (default: 0)")
+
+
+def _add_judge(
+    command: argparse.ArgumentParser, things: str = "pairs", chunk: int = 64
+) -> None:
+    """Adds the options that all commands with a judge share."""
+    add = command.add_argument
+    add("--templates", metavar="FILE",
+        help="YAML file with judge templates that replace those in judge.json, if any")
+    add("--dtype", default="auto", help="dtype of the weights (default: as saved)")
+    add("--packing", default="auto", choices=PACKING, help="how prompts share prefixes")
+    add("--revision", metavar="REV", help="revision of a Hub model")
+    add("--trust-remote-code", action="store_true")
+    add("--batch-size", type=int, default=8, metavar="N",
+        help="prompts per forward pass without packing (default: 8)")
+    add("--max-length", type=int, metavar="N", help="maximum number of tokens in a judge prompt")
+    add("--vllm-server", dest="servers", nargs="+", default=(), metavar="URL",
+        help="URLs of `vllm serve MODEL` replicas that run the model instead of this process")
+    add("--chunk", type=int, default=chunk, metavar="N",
+        help=f"number of {things} per write to disk (default: {chunk})")
+    add("--overwrite", action="store_true", help="start from scratch instead of resuming")
