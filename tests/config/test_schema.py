@@ -176,7 +176,7 @@ def test_self_judge_args_mean_what_the_trainers_settings_of_the_same_name_mean()
 
     of_the_trainer = {f.name: f.default for f in fields(SelfJudgeConfig)}
     of_the_trainer["loss_type"] = "sigmoid"  # a list there, and the same loss
-    of_the_run = {"token_id_a", "token_id_b", "global_batch_size"}
+    of_the_run = {"token_id_a", "token_id_b", "global_batch_size", "judge_accuracy"}
     for f in fields(SelfJudgeArgs):
         if f.name not in of_the_run:
             assert (f.name, f.default) == (f.name, of_the_trainer[f.name])
@@ -580,3 +580,25 @@ def test_packing_off_needs_no_quotes(tmp_path: Path) -> None:
     assert load_run(file, [], "jsft").jsft_args.packing == "off"
     run = load_run(CONFIGS / "hh_self_judge.yaml", ["self_judge_args.packing=off"], "self_judge")
     assert run.self_judge_args.packing == "off"
+
+
+def test_shipped_files_are_found_by_name_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_run("hh_jsft", [], "jsft") == load_run(CONFIGS / "hh_jsft.yaml", [], "jsft")
+    own = tmp_path / "own.yaml"
+    own.write_text((CONFIGS / "hh_jsft.yaml").read_text().replace("templates/hh.yaml", "uf"))
+    templates = load_run(own, [], "jsft").templates
+    assert templates == load_run("uf_jsft", [], "jsft").templates
+    assert JudgeChoice("x", templates="instructions").judge_templates().principles == (
+        "instruction_following", "correctness", "overall",
+    )  # fmt: skip
+    (tmp_path / "hh_jsft").write_text(own.read_text())  # a file here comes first
+    assert load_run("hh_jsft", [], "jsft").templates == templates
+
+
+@pytest.mark.parametrize("name", ["hh_jstf", "jsft_accelerate"])
+def test_an_unknown_name_lists_the_shipped_files(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: no such file.*hh_jsft.*uf_principles"):
+        load_run(name, [], "jsft")

@@ -72,11 +72,11 @@ class JudgeChoice:
     def _template_args(self) -> TemplateArgs | None:
         if self.templates is None:
             return None
-        tree = read_yaml(Path(self.templates))
+        tree = read_yaml(self.templates)
         given = tree.get("templates")
         if not isinstance(given, Mapping) or "judge" not in given:
             raise ConfigError(
-                f"{self.templates}: templates.judge is missing; see configs/templates for examples"
+                f"{self.templates}: templates.judge is missing; an example is --templates hh"
             )
         try:
             args: TemplateArgs = build(TemplateArgs, given, "templates")
@@ -98,8 +98,7 @@ class JudgeChoice:
             self.model,
             args.judge_templates() if args else None,
             revision=self.revision,
-            remedy="pass judge templates with --templates FILE, e.g. "
-            "configs/templates/instructions.yaml",
+            remedy="pass judge templates with --templates FILE, e.g. --templates instructions",
         )
 
     def judge_templates(self) -> JudgeTemplates:

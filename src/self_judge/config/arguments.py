@@ -13,6 +13,7 @@ from self_judge.console import neutral
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 PACKING = ("auto", "tree", "cache", "padding", "off")  # must equal PackingChoice
+CONFIG = "the run's YAML file, or the name of a shipped file, such as hh_jsft"
 OVERRIDES = "override any value in the run file: key.path=value"
 
 
@@ -60,7 +61,7 @@ def _add_runs(commands: Commands) -> None:
         ("check", None, "show the data and cost of a run, and find problems before the run starts"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+        command.add_argument("config", metavar="CONFIG", help=CONFIG)
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help=OVERRIDES)
         command.set_defaults(kind=kind)
     add = command.add_argument  # of check
@@ -162,7 +163,8 @@ def _add_judge(
     """Adds the options that all commands with a judge share."""
     add = command.add_argument
     add("--templates", metavar="FILE",
-        help="YAML file with judge templates that replace those in judge.json, if any")
+        help="YAML file with judge templates that replace those in judge.json, if any; or a "
+        "shipped file by name: instructions, hh, uf or uf_principles")
     add("--dtype", default="auto", help="dtype of the weights (default: as saved)")
     add("--packing", default="auto", choices=PACKING, help="how prompts share prefixes")
     add("--revision", metavar="REV", help="revision of a Hub model")

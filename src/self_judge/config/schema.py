@@ -351,7 +351,7 @@ def load_run(
     problems += _library_problems(tree, kind)
     run: JSFTRun | SelfJudgeRun = built(_RUNS[kind], tree, "", problems)
     if problems:
-        lines = key_lines(Path(path))
+        lines = key_lines(path)
         raise ConfigError(*_located(problems, where, overrides, lines))
     _kind_of(tree, path)
     return run
@@ -359,12 +359,12 @@ def load_run(
 
 def _tree(path: str | Path, overrides: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Returns the contents of a run file with its overrides, in the keys of this package."""
-    tree = read_yaml(Path(path))
+    tree = read_yaml(path)
     problems: list[str] = []
     try:
         read_older_names(tree, say)
     except ConfigError as error:
-        lines = key_lines(Path(path))
+        lines = key_lines(path)
         raise ConfigError(*_located(error.args, str(path), (), lines)) from error
     for override in overrides:
         try:

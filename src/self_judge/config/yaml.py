@@ -15,6 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,13 +87,39 @@ def _over_text(change: Callable[[Any], Any], node: Any) -> Any:
     return [change(item) for item in node] if isinstance(node, list) else node
 
 
-def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+def find_file(name: str | Path, folder: Path = Path()) -> Path:
+    """Returns the path of a YAML file, relative to a folder or by the name of a shipped file.
+
+    The names of shipped files have no suffix: `hh_jsft` is a run file, and `hh` has templates.
+
+    Raises:
+        ConfigError: the name looks like that of a shipped file, but there is none.
+    """
+    path = folder / name
+    if path.is_file() or not re.fullmatch(r"[\w-]+", str(name)):
+        return path
+    shipped = Path(str(files("self_judge.config"))) / "shipped"
+    every = (*shipped.glob("*.yaml"), *shipped.glob("templates/*.yaml"))
+    found = {file.stem: file for file in every if not file.stem.endswith("_accelerate")}
+    if str(name) in found:
+        return found[str(name)]
+    raise ConfigError(
+        f"{path}: no such file, and no shipped file has this name; shipped files are "
+        f"{', '.join(sorted(found))}"
+    )
+
+
+def read_yaml(name: str | Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Loads a file and merges it over the files it extends, as plain dictionaries and lists.
+
+    Args:
+        name: see `find_file`. `extends` takes the same names, relative to the file that extends.
 
     Raises:
         ConfigError: a file is missing, is not valid YAML (the message names the line), or extends
             itself.
     """
+    path = find_file(name, opened_by[-1].parent if opened_by else Path())
     named_in = f" (named by extends in {opened_by[-1]})" if opened_by else ""
     if os.path.realpath(path) in map(os.path.realpath, opened_by):
         raise ConfigError(f"{path}: extends itself through {opened_by[-1]}")
@@ -117,12 +144,13 @@ def read_yaml(path: Path, opened_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: extends must be a file or a list of files, got {bases!r}")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, read_yaml(path.parent / base, (*opened_by, path)))
+        merged = _merge(merged, read_yaml(base, (*opened_by, path)))
     return _merge(merged, typing.cast("dict[str, Any]", tree))
 
 
-def key_lines(path: Path) -> dict[str, str]:
+def key_lines(name: str | Path, folder: Path = Path()) -> dict[str, str]:
     """Returns `file:line` for every key path in a file and in the files that it extends."""
+    path = find_file(name, folder)
     found: dict[str, str] = {}
     extended: dict[str, str] = {}
     try:
@@ -142,7 +170,7 @@ def key_lines(path: Path) -> dict[str, str]:
             if own == "extends":
                 bases = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 for base in bases:
-                    extended.update(key_lines(path.parent / str(base.value)))
+                    extended.update(key_lines(str(base.value), path.parent))
                 continue
             found[own] = f"{path}:{key.start_mark.line + 1}"
             visit(value, own)
