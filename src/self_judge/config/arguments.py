@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Sequence
 from typing import NoReturn, TypeAlias
 
 from self_judge import __version__
@@ -16,11 +20,53 @@ PACKING = ("auto", "tree", "cache", "padding", "off")  # must equal PackingChoic
 OVERRIDES = "override any value in the run file: key.path=value"
 
 
+_EXAMPLES = """\
+examples:
+  self-judge {command} configs/{file}
+  self-judge {command} configs/{file} {override}
+  self-judge check configs/{file}    # shows the data and the cost
+
+`self-judge keys` lists the keys of run files.
+"""
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors, which quote arguments, mask secrets."""
+    """A parser whose errors suggest names and mask secrets, since they quote arguments."""
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parses the arguments of the command. Overrides may also follow an option."""
+        arguments, rest = self.parse_known_args(argv)
+        if rest and (
+            "overrides" not in arguments or any(r.startswith("-") or "=" not in r for r in rest)
+        ):
+            message = f"unrecognized arguments: {' '.join(rest)}"
+            self.error(f"{message}{_meant(rest, arguments.parser.format_help())}")
+        if rest:
+            arguments.overrides += rest
+        return arguments
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '([^']+)' \(choose from (.+)\)$", message)
+        if choice:
+            found = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)
+            message += f"; did you mean {found[0]}?" if found else ""
+        elif "required" in message:
+            message += _meant(self._given, self.format_help())
         super().error(neutral(message))
+
+
+def _meant(arguments: Iterable[str], text: str) -> str:
+    """Suggests options in a help text for the first argument that resembles one of them."""
+    known = set(re.findall(r"--[a-z][\w-]*", text))
+    for given in (a.partition("=")[0] for a in arguments if a.startswith("--")):
+        if not any(option.startswith(given) for option in known):
+            found = difflib.get_close_matches(given, known, n=1)
+            return f"; did you mean {found[0]} instead of {given}?" if found else ""
+    return ""
 
 
 # fmt: off
@@ -49,6 +95,11 @@ def command_parser() -> Parser:
     add("-o", "--output", metavar="FILE", help="HTML page (default: report.html in the first DIR)")
     add("--pairs", type=int, default=400, help="maximum number of pairs on the page (default: 400)")
     _add_evaluation(commands)
+    parser.set_defaults(parser=parser)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
+            help="show a traceback on errors")
     return parser
 
 
@@ -59,7 +110,16 @@ def _add_runs(commands: Commands) -> None:
         ("train", "self_judge", "on-policy self-training by self-judgment"),
         ("check", None, "show the data and cost of a run, and find problems before the run starts"),
     ):
-        command = commands.add_parser(name, help=text)
+        examples = {"jsft": ("hh_jsft.yaml", "training_args.learning_rate=1e-5"),
+                    "train": ("hh_self_judge.yaml", "self_judge_args.beta=0.05")}.get(name)
+        command = commands.add_parser(
+            name,
+            help=text,
+            epilog=examples and _EXAMPLES.format(
+                command=name, file=examples[0], override=examples[1]
+            ),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_argument("config", metavar="CONFIG", help="the run's YAML file")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help=OVERRIDES)
         command.set_defaults(kind=kind)
