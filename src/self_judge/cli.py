@@ -32,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     For bad input, this function prints one line for each problem and returns 2.
     """
     parser = command_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+        _argcomplete().autocomplete(parser)
     arguments = parser.parse(argv)
+    if arguments.completion:
+        return _guarded(_print_completion, arguments, arguments.debug)
     if arguments.command is None:
         parser.print_help()
         return 0
@@ -81,6 +85,20 @@ def _guarded(
         print(f"self-judge: stopped: {neutral(str(error))}", file=sys.stderr)
         return 1
     return status or 0
+
+
+def _argcomplete() -> Any:
+    try:
+        import argcomplete
+    except ImportError as error:
+        raise ImportError(
+            "completion needs argcomplete: pip install 'self-judge[completion]'"
+        ) from error
+    return argcomplete
+
+
+def _print_completion(arguments: argparse.Namespace) -> None:
+    print(_argcomplete().shellcode(["self-judge"], shell=arguments.completion))
 
 
 def _check_inputs(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -86,6 +87,19 @@ def test_missing_inputs_are_found_before_torch_is_imported(tmp_path: Path) -> No
     assert done.stdout == "{2} False\n"
     for line, expected in zip(done.stderr.splitlines(), told.values(), strict=True):
         assert line.startswith(f"self-judge: error: {expected}"), line
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script_for_the_shell_or_names_its_extra(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = importlib.util.find_spec("argcomplete") is not None
+    assert main(["--completion", shell]) == (0 if there else 2)
+    printed = capsys.readouterr()
+    if there:
+        assert "self-judge" in printed.out
+    else:
+        assert "pip install 'self-judge[completion]'" in printed.err
 
 
 def test_a_closed_pipe_is_no_error() -> None:

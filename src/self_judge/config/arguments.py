@@ -78,6 +78,8 @@ def command_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"self-judge {__version__}")
     parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
+    parser.add_argument("--completion", choices=["bash", "zsh", "fish"],
+        help="print a script that completes commands and options in this shell")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     demo = commands.add_parser(
