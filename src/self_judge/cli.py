@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from self_judge.config.arguments import OVERRIDES, Parser, command_parser
 from self_judge.console import masked, neutral
-from self_judge.errors import ConfigError
+from self_judge.errors import ConfigError, check_data, check_file, check_model, is_data_name
 
 if TYPE_CHECKING:
-    from self_judge.config.schema import RunKind
+    from self_judge.config.schema import JSFTRun, RunKind, SelfJudgeRun
 
 FilledT = TypeVar("FilledT")
 
@@ -29,21 +29,23 @@ FilledT = TypeVar("FilledT")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status.
 
-    For bad input, this function prints a one-line message and returns 2.
+    For bad input, this function prints one line for each problem and returns 2.
     """
     parser = command_parser()
-    arguments, rest = parser.parse_known_args(argv)
-    # argparse rejects overrides that follow an option, so they are accepted here.
-    if rest and (
-        "overrides" not in arguments or any(r.startswith("-") or "=" not in r for r in rest)
-    ):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides += rest
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+        _argcomplete().autocomplete(parser)
+    arguments = parser.parse(argv)
+    if arguments.completion:
+        return _guarded(_print_completion, arguments, arguments.debug)
     if arguments.command is None:
         parser.print_help()
         return 0
-    return _guarded(_RUN[arguments.command], arguments, arguments.debug)
+
+    def run(arguments: argparse.Namespace) -> int | None:
+        _check_inputs(arguments)
+        return _RUN[arguments.command](arguments)
+
+    return _guarded(run, arguments, arguments.debug)
 
 
 def train_main(kind: RunKind, argv: Sequence[str] | None = None) -> int:
@@ -85,6 +87,55 @@ def _guarded(
     return status or 0
 
 
+def _argcomplete() -> Any:
+    try:
+        import argcomplete
+    except ImportError as error:
+        raise ImportError(
+            "completion needs argcomplete: pip install 'self-judge[completion]'"
+        ) from error
+    return argcomplete
+
+
+def _print_completion(arguments: argparse.Namespace) -> None:
+    print(_argcomplete().shellcode(["self-judge"], shell=arguments.completion))
+
+
+def _check_inputs(arguments: argparse.Namespace) -> None:
+    """Finds missing inputs of the commands that load models, before the slow import of torch."""
+    given = vars(arguments)
+    files = [given.get("input"), given.get("templates")]
+    data = [*given.get("data", ()), given.get("prompts")]
+    models = [given.get(name) for name in ("model", "policy", "judge", "compare")]
+    for policy in (given.get("policy_a"), given.get("policy_b")):
+        # A policy is a model or a file of responses.
+        (data if policy and is_data_name(policy) else models).append(policy)
+    for check, paths in ((check_file, files), (check_data, data), (check_model, models)):
+        for path in filter(None, paths):
+            check(path)
+
+
+def _check_run(run: JSFTRun | SelfJudgeRun) -> None:
+    """Finds a missing model and missing data of a run, before the slow import of torch."""
+    from self_judge.config.schema import JSFT_FIRST, JSFTRun
+
+    check_model(run.model.model_name_or_path, "" if isinstance(run, JSFTRun) else JSFT_FIRST)
+    for source in (*run.dataset.sources, *run.dataset.eval):
+        check_data(source.path)
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from self_judge.commands.init import InitJob, run_init
+
+    ask = not arguments.yes and sys.stdin.isatty() and sys.stderr.isatty()
+    columns = _columns(arguments)
+    run_init(
+        _filled(InitJob, arguments, folder=Path(arguments.folder), columns=columns, ask=ask)
+    )
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from self_judge.commands.demo import run_demo
 
@@ -98,8 +149,10 @@ def _train(arguments: argparse.Namespace) -> None:
     said: list[str] = []
     if arguments.kind == "jsft":
         jsft = load_run(arguments.config, arguments.overrides, "jsft", said.append)
+        _check_run(jsft)
     else:
         self_judge = load_run(arguments.config, arguments.overrides, "self_judge", said.append)
+        _check_run(self_judge)
 
     import torch
     from accelerate import PartialState
@@ -164,7 +217,7 @@ def _check(arguments: argparse.Namespace) -> int:
     # Check the file before the slow import of torch, so that mistakes are reported immediately.
     given: tuple[str, list[str]] = (arguments.config, arguments.overrides)
     said: list[str] = []
-    load_run(*given, kind_of_run(*given), said.append)
+    _check_run(load_run(*given, kind_of_run(*given), said.append))
     _say_lines(said)
 
     import logging
@@ -290,6 +343,7 @@ def _judge(arguments: argparse.Namespace) -> None:
 
 
 _RUN: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "init": _init,
     "demo": _demo,
     "jsft": _train,
     "train": _train,

@@ -75,8 +75,43 @@ def _lines(error: BaseException) -> list[str]:
     return [line.strip() for line in str(error).splitlines() if line.strip()]
 
 
+# Endings of files, which names on the Hub do not have.
+_DATA = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz")
+_FILES = (*_DATA, ".yaml", ".yml", ".safetensors")
+
+
+def is_data_name(name: str) -> bool:
+    """Returns whether the name has the ending of a file of data."""
+    return name.lower().endswith(_DATA)
+
+
 def is_missing(name_or_path: str | os.PathLike[str]) -> bool:
     """Returns whether the argument is clearly a local path that does not exist."""
     name = str(name_or_path)
-    local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    return local and not Path(name).exists()
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(_FILES)
+    return local and not Path(name).expanduser().exists()
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raises `DataError` if the path is not a file."""
+    if not Path(path).is_file():
+        what = "is not a regular file" if Path(path).exists() else "no such file"
+        raise DataError(f"{path}: {what}")
+
+
+def check_model(name_or_path: str | os.PathLike[str], remedy: str = "") -> None:
+    """Raises `ModelError` if the argument is a missing folder or a file.
+
+    Args:
+        remedy: the end of the message for a missing folder.
+    """
+    if Path(name_or_path).is_file():
+        raise ModelError(f"{name_or_path}: is a file; give a model's folder or its ID on the Hub")
+    if is_missing(name_or_path):
+        raise ModelError(f"{name_or_path}: there is no such folder{remedy and ': '}{remedy}")
+
+
+def check_data(path: str | os.PathLike[str]) -> None:
+    """Raises `DataError` if the argument is clearly a local path that does not exist."""
+    if is_missing(path):
+        raise DataError(f"{path}: no such file or folder (working folder: {Path.cwd()})")

@@ -29,7 +29,7 @@ from self_judge.adapters import adapter_chain, adapter_config, listed, merged, w
 from self_judge.errors import ModelError, in_a_line, is_missing
 from self_judge.runtime import own_device, unwrapped
 from self_judge.storage.atomic import loads
-from self_judge.storage.repository import repository_file
+from self_judge.storage.repository import not_on_hub, repository_file
 
 logger = logging.getLogger(__name__)
 
@@ -322,4 +322,7 @@ def why(name_or_path: str | os.PathLike[str], error: BaseException) -> str:
     If a local path does not exist, the reason says so, because the libraries would treat the path
     as a model ID on the Hub and complain about its format.
     """
-    return "there is no such folder" if is_missing(name_or_path) else in_a_line(error)
+    if is_missing(name_or_path):
+        return "there is no such folder"
+    absent = not_on_hub(name_or_path)
+    return f"it {absent}" if absent else in_a_line(error)

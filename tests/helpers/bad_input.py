@@ -344,7 +344,7 @@ WORDING = [
 
 MODELS = [
     Case("a missing model", lambda p: p.run(f"model.model_name_or_path={p.folder / 'none'}"),
-         ("cannot load a tokenizer from ", "there is no such folder"), "correct the path"),
+         ("there is no such folder",), "correct the path"),
     Case("a folder without a tokenizer", lambda p: p.run(f"model.model_name_or_path={_bare(p)}"),
          ("cannot load a tokenizer from ", "Couldn't instantiate the backend tokenizer"),
          "save it in the model's folder"),

@@ -142,7 +142,7 @@ def check(
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        _look(_prepared(report, run, local, there, device, sharding), examples)
+        _look(prepare(report, run, local, there, device, sharding), examples)
     except _RefusedError as refused:
         report.findings.append(_refusal(*refused.args))
     finally:
@@ -169,7 +169,7 @@ def _or_refused(about: str, make: Callable[..., T], *args: Any, **kwargs: Any) -
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class Prepared:
     """A prepared run and its report.
 
     Attributes:
@@ -186,14 +186,19 @@ class _Prepared:
     judge: JudgeSettings
 
 
-def _prepared(
+def prepare(
     report: Report,
     run: Any,
     local: Any,
     machine: Machine,
     device: Device,
     sharding: Sharding | None,
-) -> _Prepared:
+) -> Prepared:
+    """Prepares a run as training does, but without weights.
+
+    Args:
+        run, local: the run, adapted to `machine` and to this machine.
+    """
     jsft, asked = isinstance(run, JSFTRun), run.model
     make: Any = setup.jsft_config if jsft else setup.self_judge_config
     args = _or_refused("training_args", make, local, machine.processes)
@@ -216,10 +221,10 @@ def _prepared(
     encoder, judge = _or_refused("templates", make, run)
     setting = setting_of(run, args, machine, sharding, model)
     training = Training(model, args, setting, device)
-    return _Prepared(report, run, machine, training, encoder, judge)
+    return Prepared(report, run, machine, training, encoder, judge)
 
 
-def _look(prepared: _Prepared, examples: int) -> None:
+def _look(prepared: Prepared, examples: int) -> None:
     """Fills in the report."""
     report, run, encoder = prepared.report, prepared.run, prepared.encoder
     model, args = prepared.training.model, prepared.training.args
@@ -257,9 +262,9 @@ def _look(prepared: _Prepared, examples: int) -> None:
     if letters is None:
         return
     if isinstance(run, JSFTRun):
-        report.cost = _jsft(prepared, letters, records)
+        report.cost = jsft_estimate(prepared, letters, records)
     else:
-        report.cost = _self_judge(prepared, records)
+        report.cost = self_judge_estimate(prepared, records)
     if report.cost is None:
         return
     found += findings.memory_findings(report.cost)
@@ -270,7 +275,7 @@ def _look(prepared: _Prepared, examples: int) -> None:
     found += findings.model_findings(size_of(model), run, own.max_length, longest)
 
 
-def _about(prepared: _Prepared) -> dict[str, str]:
+def _about(prepared: Prepared) -> dict[str, str]:
     run, args, encoder = prepared.run, prepared.training.args, prepared.encoder
     inner: Any = unwrapped(prepared.training.model)
     template = "from the run file or judge.json"
@@ -321,9 +326,10 @@ def _records(
     return [train.records[i * report.records // count] for i in range(count)]
 
 
-def _jsft(
-    prepared: _Prepared, letters: tuple[int, int], records: Sequence[PreferenceRecord]
+def jsft_estimate(
+    prepared: Prepared, letters: tuple[int, int], records: Sequence[PreferenceRecord]
 ) -> Cost:
+    """Encodes records of a JSFT run, fills in the report and estimates the cost."""
     report, own, encoder = prepared.report, prepared.run.jsft_args, prepared.encoder
     ignored = own.ignore_index
     dataset, report.counts = _or_refused(
@@ -370,7 +376,8 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
     return shared_length(np.asarray(first), np.asarray(second))
 
 
-def _self_judge(prepared: _Prepared, records: Sequence[PreferenceRecord]) -> Cost | None:
+def self_judge_estimate(prepared: Prepared, records: Sequence[PreferenceRecord]) -> Cost | None:
+    """Encodes records of a self-training run, fills in the report and estimates the cost."""
     report, own, encoder = prepared.report, prepared.run.self_judge_args, prepared.encoder
     prepare = PromptPreparer(encoder, own.max_length, own.max_new_tokens, "train", False)
     rows = [prepare(row, i)["prompt_ids"] for i, row in enumerate(setup.prompt_rows(records))]
@@ -403,7 +410,7 @@ def _self_judge(prepared: _Prepared, records: Sequence[PreferenceRecord]) -> Cos
 
 
 def _judged(
-    prepared: _Prepared, records: Sequence[PreferenceRecord]
+    prepared: Prepared, records: Sequence[PreferenceRecord]
 ) -> tuple[list[Encoded], list[int], list[tuple[int, int]]]:
     """Encodes the pairs in the data as judge prompts.
 

@@ -31,7 +31,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from self_judge.console import say
 from self_judge.data.records import RecordRef, UnusedText
 from self_judge.data.sources import read_records
-from self_judge.errors import DataError, JournalError
+from self_judge.errors import DataError, JournalError, check_file
 from self_judge.runtime import own_device
 from self_judge.storage.jsonl import (
     Journal,
@@ -55,9 +55,7 @@ def input_and_output(source: str | Path, target: str | Path) -> tuple[Path, Path
         ValueError: the input does not exist, or the output would overwrite it.
     """
     source, target = Path(source), Path(target)
-    if not source.is_file():
-        what = "is not a regular file" if source.exists() else "no such file"
-        raise ValueError(f"{source}: {what}")
+    check_file(source)
     refuse_overwriting([target, settings_path(target)], [source])
     return source, target
 

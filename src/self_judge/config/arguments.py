@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Sequence
 from typing import NoReturn, TypeAlias
 
 from self_judge import __version__
@@ -17,11 +21,53 @@ CONFIG = "the run's YAML file, or the name of a shipped file, such as hh_jsft"
 OVERRIDES = "override any value in the run file: key.path=value"
 
 
+_EXAMPLES = """\
+examples:
+  self-judge {command} {file}
+  self-judge {command} {file} {override}
+  self-judge check {file}    # shows the data and the cost
+
+`self-judge keys` lists the keys of run files.
+"""
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors, which quote arguments, mask secrets."""
+    """A parser whose errors suggest names and mask secrets, since they quote arguments."""
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parses the arguments of the command. Overrides may also follow an option."""
+        arguments, rest = self.parse_known_args(argv)
+        if rest and (
+            "overrides" not in arguments or any(r.startswith("-") or "=" not in r for r in rest)
+        ):
+            message = f"unrecognized arguments: {' '.join(rest)}"
+            self.error(f"{message}{_meant(rest, arguments.parser.format_help())}")
+        if rest:
+            arguments.overrides += rest
+        return arguments
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '([^']+)' \(choose from (.+)\)$", message)
+        if choice:
+            found = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)
+            message += f"; did you mean {found[0]}?" if found else ""
+        elif "required" in message:
+            message += _meant(self._given, self.format_help())
         super().error(neutral(message))
+
+
+def _meant(arguments: Iterable[str], text: str) -> str:
+    """Suggests options in a help text for the first argument that resembles one of them."""
+    known = set(re.findall(r"--[a-z][\w-]*", text))
+    for given in (a.partition("=")[0] for a in arguments if a.startswith("--")):
+        if not any(option.startswith(given) for option in known):
+            found = difflib.get_close_matches(given, known, n=1)
+            return f"; did you mean {found[0]} instead of {given}?" if found else ""
+    return ""
 
 
 # fmt: off
@@ -33,6 +79,8 @@ def command_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"self-judge {__version__}")
     parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
+    parser.add_argument("--completion", choices=["bash", "zsh", "fish"],
+        help="print a script that completes commands and options in this shell")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -40,6 +88,7 @@ def command_parser() -> Parser:
     )
     demo.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     demo.add_argument("--output", default="outputs/demo", metavar="DIR", help="output folder")
+    _add_init(commands)
     _add_runs(commands)
     _add_keys(commands)
     _add_tournament(commands)
@@ -50,7 +99,25 @@ def command_parser() -> Parser:
     add("-o", "--output", metavar="FILE", help="HTML page (default: report.html in the first DIR)")
     add("--pairs", type=int, default=400, help="maximum number of pairs on the page (default: 400)")
     _add_evaluation(commands)
+    parser.set_defaults(parser=parser)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
+            help="show a traceback on errors")
     return parser
+
+
+def _add_init(commands: Commands) -> None:
+    init = commands.add_parser("init", help="write run files for your model and data")
+    add = init.add_argument
+    add("folder", metavar="DIR", help="folder for the files and the runs")
+    add("--model", required=True, metavar="MODEL", help="a folder, or a model ID on the Hub")
+    add("--data", required=True, metavar="DATA",
+        help="preference data: a file, a folder, or a dataset ID on the Hub")
+    _add_columns(init)
+    add("--principles", nargs="+", default=(), metavar="NAME",
+        help="what to judge by, from the shipped templates (default: overall)")
+    add("--yes", action="store_true", help="do not ask; take the defaults")
 
 
 def _add_runs(commands: Commands) -> None:
@@ -60,7 +127,16 @@ def _add_runs(commands: Commands) -> None:
         ("train", "self_judge", "on-policy self-training by self-judgment"),
         ("check", None, "show the data and cost of a run, and find problems before the run starts"),
     ):
-        command = commands.add_parser(name, help=text)
+        examples = {"jsft": ("hh_jsft", "training_args.learning_rate=1e-5"),
+                    "train": ("hh_self_judge", "self_judge_args.beta=0.05")}.get(name)
+        command = commands.add_parser(
+            name,
+            help=text,
+            epilog=examples and _EXAMPLES.format(
+                command=name, file=examples[0], override=examples[1]
+            ),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_argument("config", metavar="CONFIG", help=CONFIG)
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help=OVERRIDES)
         command.set_defaults(kind=kind)

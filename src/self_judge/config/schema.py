@@ -277,6 +277,10 @@ _STARTED_BY = {
     "self_judge_args": "train_self_judge.py or `self-judge train`",
 }
 
+JSFT_FIRST = (
+    "run JSFT first (self-judge jsft CONFIG) and start from its output_dir, or set templates.judge"
+)
+
 
 def kind_of_run(path: str | Path, overrides: Sequence[str] = ()) -> RunKind:
     """Returns the kind of run: a run file has either `jsft_args` or `self_judge_args`.

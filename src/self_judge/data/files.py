@@ -402,6 +402,9 @@ def _read_hub(
     revision: str | None,
     num_proc: int | None,
 ) -> Iterator[Record]:
+    from self_judge.storage.repository import hub_problem
+
+    hub_problem()  # before the import of datasets, which reads whether there is a connection
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 

@@ -17,7 +17,7 @@ from self_judge.errors import ModelError, in_a_line, is_missing
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.storage.atomic import loads, write_json
-from self_judge.storage.repository import repository_file
+from self_judge.storage.repository import not_on_hub, repository_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,10 +113,10 @@ def resolve_judge(
             if name_or_path and is_missing(name_or_path):
                 raise ModelError(f"{name_or_path}: there is no such folder: {remedy}")
             absent = name_or_path and not Path(name_or_path).exists()
-            raise ValueError(
-                f"{name_or_path or 'the model'} {'is not a folder here, and ' if absent else ''}"
-                f"has no {JUDGE_FILE} (JSFT writes this file): {remedy}"
-            )
+            lacks = f"has no {JUDGE_FILE} (JSFT writes this file)"
+            if absent and name_or_path:
+                lacks = not_on_hub(name_or_path, revision) or f"is not a folder here, and {lacks}"
+            raise ValueError(f"{name_or_path or 'the model'} {lacks}: {remedy}")
         return dataclasses.replace(
             saved,
             token_id_a=saved.token_id_a if token_id_a is None else token_id_a,

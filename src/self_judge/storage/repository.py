@@ -5,11 +5,13 @@ This module does not interpret the contents of the files.
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from self_judge.errors import is_missing
@@ -51,7 +53,54 @@ def repository_file(
     folder = Path(name_or_path)
     if folder.exists() or is_missing(name_or_path):
         return folder / file if (folder / file).is_file() else None
+    hub_problem()
     try:
         return Path(hf_hub_download(str(name_or_path), file, revision=revision))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError):
         return None
+
+
+def hub_problem() -> str | None:
+    """Returns why files cannot be downloaded from the Hub, or `None`.
+
+    If there is no connection, this process works offline from here on, with the files in the Hub's
+    cache. Otherwise, the libraries would retry each request for half a minute.
+    """
+    problem = _connection_problem()
+    if problem is None and constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return problem
+
+
+@functools.cache
+def _connection_problem() -> str | None:
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of an HTTP library that differs between versions of the Hub's
+        if type(error).__name__ not in ("ConnectError", "ConnectTimeout", "ProxyError"):
+            return None
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+        return f"the Hub cannot be reached ({error})"
+    return None
+
+
+def not_on_hub(name_or_path: str | os.PathLike[str], revision: str | None = None) -> str | None:
+    """Returns why a model that is not a folder cannot be loaded, or `None` if it may be loaded."""
+    name = str(name_or_path)
+    if Path(name).exists() or is_missing(name) or not (problem := hub_problem()):
+        return None
+    try:
+        found = [
+            try_to_load_from_cache(name, file, revision=revision)
+            for file in ("config.json", "adapter_config.json")
+        ]
+    except HFValidationError:
+        return None
+    if any(isinstance(path, str) for path in found):
+        return None
+    return f"is not a folder here, and not in the Hub's cache: {problem}"

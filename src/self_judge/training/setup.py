@@ -18,6 +18,7 @@ from trl import SFTConfig
 
 from self_judge.config.hardware import Machine, detect_machine
 from self_judge.config.schema import (
+    JSFT_FIRST,
     DatasetArgs,
     JSFTRun,
     SelfJudgeRun,
@@ -167,8 +168,7 @@ def self_judge_chat_setup(run: SelfJudgeRun) -> tuple[ChatEncoder, JudgeSettings
         run.self_judge_args.token_id_a,
         run.self_judge_args.token_id_b,
         revision=run.model.revision,
-        remedy="run JSFT first (self-judge jsft CONFIG) and start from its output_dir, or set "
-        "templates.judge",
+        remedy=JSFT_FIRST,
     )
     return _encoder(run, settings), settings
 

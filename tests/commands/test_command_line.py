@@ -1,0 +1,145 @@
+"""The habits of the command line: suggestions, tracebacks, help, and inputs that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from self_judge.cli import main
+from self_judge.config.arguments import command_parser
+from self_judge.storage import repository
+
+RUN = str(ROOT / "configs" / "hh_jsft.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("trian x.yaml", "did you mean train?"),
+        ("judge in out --modle x", "did you mean --model instead of --modle?"),
+        ("judge in out --model x --chunks 3", "did you mean --chunk instead of --chunks?"),
+        ("check x.yaml --exampels=3", "did you mean --examples instead of --exampels?"),
+        ("judge in out --model x --packing trie", "did you mean tree?"),
+    ],
+)
+def test_a_misspelled_word_is_told_the_right_one(
+    words: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words.split())
+    assert left.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words", ["--debug jsft nope.yaml", "jsft nope.yaml --debug"])
+def test_debug_is_understood_before_and_after_the_command(words: str) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        main(words.split())
+
+
+@pytest.mark.parametrize("command", ["jsft", "train"])
+def test_the_help_of_training_shows_commands_that_are_understood(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    examples = [
+        line.split("  #")[0].split()[1:] for line in said.splitlines() if "configs/" in line
+    ]
+    assert {words[0] for words in examples} == {command, "check"}
+    for words in examples:
+        assert command_parser().parse(words).command == words[0]
+
+
+def test_missing_inputs_are_found_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("{}")
+    told = {
+        "judge nope.jsonl o --model m": "nope.jsonl: no such file",
+        "judge . o --model m": ".: is not a regular file",
+        "judge in.jsonl o --model ./m": "./m: there is no such folder",
+        "judge in.jsonl o --model in.jsonl": "in.jsonl: is a file; give a model's folder",
+        "judge in.jsonl o --model m --templates t.yaml": "t.yaml: no such file",
+        "tournament in.jsonl o --model m --policy outputs/a/b": "outputs/a/b: there is no such",
+        "eval no.jsonl --model m --output o": "no.jsonl: no such file or folder (working folder",
+        "compare a.jsonl m --judge m --output o": "a.jsonl: no such file or folder",
+        "jsft nope.yaml": "nope.yaml: no such file",
+        f"jsft {RUN} model.model_name_or_path=./m": "./m: there is no such folder",
+        f"check {RUN} dataset.sources.0.path=a.jsonl": "a.jsonl: no such file or folder",
+    }
+    program = (
+        "import json, sys\nfrom self_judge.cli import main\n"
+        "statuses = [main(words.split()) for words in json.loads(sys.argv[1])]\n"
+        "print(set(statuses), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(list(told))],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout == "{2} False\n"
+    for line, expected in zip(done.stderr.splitlines(), told.values(), strict=True):
+        assert line.startswith(f"self-judge: error: {expected}"), line
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script_for_the_shell_or_names_its_extra(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = importlib.util.find_spec("argcomplete") is not None
+    assert main(["--completion", shell]) == (0 if there else 2)
+    printed = capsys.readouterr()
+    if there:
+        assert "self-judge" in printed.out
+    else:
+        assert "pip install 'self-judge[completion]'" in printed.err
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    program = [sys.executable, "-m", "self_judge", "keys", "training_args"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == b""
+
+
+def test_without_a_connection_a_name_is_looked_up_once_and_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    class ConnectError(Exception):
+        pass
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise ConnectError("Name or service not known")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(repository.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(repository, "get_session", Session)
+    if "datasets" in sys.modules:
+        monkeypatch.setattr(sys.modules["datasets"].config, "HF_HUB_OFFLINE", False)
+    repository._connection_problem.cache_clear()
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"context": "a", "response_a": "b", "response_b": "c"}))
+    templates = str(ROOT / "configs" / "templates" / "instructions.yaml")
+    words = ["judge", str(source), str(tmp_path / "o"), "--model", "no/such"]
+    try:
+        assert main([*words, "--templates", templates]) == 2
+    finally:
+        repository._connection_problem.cache_clear()
+    assert len(asked) == 1
+    assert capfd.readouterr().err == (
+        "self-judge: error: cannot load a tokenizer from no/such: it is not a folder here, and not "
+        "in the Hub's cache: the Hub cannot be reached (Name or service not known)\n"
+    )
