@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from self_judge.config.arguments import OVERRIDES, Parser, command_parser
+from self_judge.config.yaml import find_file
 from self_judge.console import masked, neutral
 from self_judge.errors import ConfigError, check_data, check_file, check_model, is_data_name
 
@@ -104,8 +105,11 @@ def _print_completion(arguments: argparse.Namespace) -> None:
 def _check_inputs(arguments: argparse.Namespace) -> None:
     """Finds missing inputs of the commands that load models, before the slow import of torch."""
     given = vars(arguments)
-    files = [given.get("input"), given.get("templates")]
-    data = [*given.get("data", ()), given.get("prompts")]
+    files = [given.get("input")]
+    if given.get("templates"):
+        files.append(str(find_file(given["templates"])))
+    listed = given.get("data", ())
+    data = [*([listed] if isinstance(listed, str) else listed), given.get("prompts")]
     models = [given.get(name) for name in ("model", "policy", "judge", "compare")]
     for policy in (given.get("policy_a"), given.get("policy_b")):
         # A policy is a model or a file of responses.
@@ -131,9 +135,7 @@ def _init(arguments: argparse.Namespace) -> None:
 
     ask = not arguments.yes and sys.stdin.isatty() and sys.stderr.isatty()
     columns = _columns(arguments)
-    run_init(
-        _filled(InitJob, arguments, folder=Path(arguments.folder), columns=columns, ask=ask)
-    )
+    run_init(_filled(InitJob, arguments, folder=Path(arguments.folder), columns=columns, ask=ask))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

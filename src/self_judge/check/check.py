@@ -1,7 +1,6 @@
-"""Implements `self-judge check`, which checks a run before training.
+"""Checks a run before training, for `self-judge check` and `init`.
 
-This module prepares a run as training does, but by default encodes only a sample of the records. It
-returns a `Report`, which `view.py` displays.
+This module prepares a run as training does, but encodes only a sample of the records by default.
 """
 
 from __future__ import annotations
@@ -194,11 +193,7 @@ def prepare(
     device: Device,
     sharding: Sharding | None,
 ) -> Prepared:
-    """Prepares a run as training does, but without weights.
-
-    Args:
-        run, local: the run, adapted to `machine` and to this machine.
-    """
+    """Prepares a run as training does, without weights. `local` is the run for this machine."""
     jsft, asked = isinstance(run, JSFTRun), run.model
     make: Any = setup.jsft_config if jsft else setup.self_judge_config
     args = _or_refused("training_args", make, local, machine.processes)
@@ -365,15 +360,11 @@ def _units(
         ids, trained = row["input_ids"], sum(x != ignored for x in row["labels"])
         if row["swapped"] and before and shared:
             n, tokens, scored = units[-1]
-            own = len(ids) - _shared(before["input_ids"], ids)
+            own = len(ids) - shared_length(np.asarray(before["input_ids"]), np.asarray(ids))
             units[-1] = (n + 1, tokens + own, scored + trained)
         else:
             units.append((1, len(ids), trained))
     return units
-
-
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    return shared_length(np.asarray(first), np.asarray(second))
 
 
 def self_judge_estimate(prepared: Prepared, records: Sequence[PreferenceRecord]) -> Cost | None:
@@ -448,7 +439,10 @@ def _judged(
             longest = max(len(ids) for both in orders.values() for ids in both)
             at_limit = longest - chosen - rejected + 2 * own.max_new_tokens
             tight += at_limit > limit
-            unique = sum(len(a) + len(b) - _shared(a, b) for a, b in orders.values())
+            unique = sum(
+                len(a) + len(b) - shared_length(np.asarray(a), np.asarray(b))
+                for a, b in orders.values()
+            )
             judged.append((unique, min(at_limit, limit)))
     report.findings += findings.judge_prompt_findings(
         len(responses) - len(judged), tight, len(responses), own.max_new_tokens, limit

@@ -17,7 +17,6 @@ from typing import Any
 from rich.console import Console
 
 from self_judge import __version__
-from self_judge.commands.eval_tables import print_results
 from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
 from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import RankShards
@@ -29,6 +28,7 @@ from self_judge.evaluation.conclusions import as_json, judge_conclusions
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
 from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.thoughts import answer_of
+from self_judge.reporting.eval_tables import print_results
 from self_judge.reporting.page import report_on
 from self_judge.storage.atomic import loads, write_json
 from self_judge.storage.jsonl import entries_of, read_journal, settings_path

@@ -11,13 +11,13 @@ import shlex
 import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import disable_progress_bars
 from rich.console import Console
 from rich.prompt import Prompt
 
@@ -99,6 +99,7 @@ def run_init(job: InitJob, console: Console | None = None) -> None:
     say(console, model.described)
     data = _Data(job, console)
     say(console, data.described)
+    disable_progress_bars()
     plan = _plan(job, model, data, {name: catalog[name] for name in principles}, console)
     for name, text in plan.files.items():
         with atomic_write(job.folder / name) as file:
@@ -163,8 +164,8 @@ class _Data:
         self.columns = dict(job.columns)
         try:
             self.records = self._load("all")
-        except DataError as error:
-            guessed = {} if self.columns else _guessed(job, error, console)
+        except DataError:
+            guessed = {} if self.columns else _guessed(job, console)
             if not guessed:
                 raise
             self.columns = guessed
@@ -194,7 +195,7 @@ class _Data:
         )
 
 
-def _guessed(job: InitJob, error: DataError, console: Console) -> dict[str, str]:
+def _guessed(job: InitJob, console: Console) -> dict[str, str]:
     """Guesses the columns by their usual names, and asks for the others in a terminal."""
     raw = next((record for _, record in read_records(job.data)), {})
     texts = [str(name) for name, value in raw.items() if isinstance(value, str)]
@@ -202,12 +203,12 @@ def _guessed(job: InitJob, error: DataError, console: Console) -> dict[str, str]
     for name, usual in _GUESSES.items():
         fitting = [c for c in texts if any(word in c.lower() for word in usual)]
         fitting = [c for c in fitting if c not in columns.values()]
-        if len(fitting) == 1 and not job.ask:
+        if len(fitting) == 1:
             columns[name] = fitting[0]
         elif job.ask and texts:
-            default = {"default": fitting[0]} if fitting else {}
-            question = f"Which column contains the {name}?"
-            columns[name] = Prompt.ask(question, choices=texts, console=console, **default)
+            first: Any = {"default": fitting[0]} if fitting else {}
+            question = f"Which column contains the {name} text?"
+            columns[name] = Prompt.ask(question, choices=texts, console=console, **first)
         else:
             return {}
     say(console, f"{job.data}: columns are read as {columns}; other names: --columns")
@@ -257,21 +258,29 @@ def _plan(
         "epochs": 1 if examples > 5000 else 3,
     }
     device = device_for(None, this_machine())
-    chosen: _Choice | None = None
-    for lora, batch in product((False, True), (8, 4, 2, 1)):
-        chosen = _Choice(lora, batch, **shared)
-        costs = _costs(_files(job, model, data, templates, chosen), sample, len(data.records))
-        peak = max(cost.memory.peak for cost in costs)
-        if not device.memory or peak < _FITS * device.memory:
-            break
-    else:
+
+    def peak(chosen: _Choice) -> int:
+        files = _files(job, model, data, templates, chosen)
+        return max(cost.memory.peak for cost in _costs(files, sample, len(data.records)))
+
+    def fits(chosen: _Choice) -> bool:
+        return not device.memory or peak(chosen) < _FITS * device.memory
+
+    # If not even one sequence at a time fits, other batches need not be tried.
+    small = [_Choice(lora, 1, **shared) for lora in (False, True)]
+    chosen = next(filter(fits, small), None)
+    if chosen is None:
+        chosen = small[-1]
         say(console, f"warning: even LoRA with one sequence at a time may not fit {device.name}")
-    assert chosen is not None
+    else:
+        larger = (replace(chosen, batch=batch) for batch in (8, 4, 2))
+        chosen = next(filter(fits, larger), chosen)
     files = _files(job, model, data, templates, chosen)
     described = (
         f"chosen: {'LoRA' if chosen.lora else 'full fine-tuning'} with {chosen.batch} sequences at "
-        f"a time; about {peak / GIB:.1f} of {device.memory / GIB:.0f} GiB on {device.name}; "
-        f"sequences up to {chosen.max_length:,} tokens, responses up to {chosen.new_tokens:,}"
+        f"a time, which take about {peak(chosen) / GIB:.1f} of {device.memory / GIB:.0f} GiB on "
+        f"{device.name}; sequences up to {chosen.max_length:,} tokens, responses up to "
+        f"{chosen.new_tokens:,}"
     )
     return _Plan(files, described)
 
@@ -346,11 +355,9 @@ def _files(
     if data.columns:
         source["columns"] = data.columns
     dataset = f"dataset:\n  sources: [{_flow(source)}]\n  held_out: {HELD_OUT}\n"
-    adapter = "# peft_config: {task_type: CAUSAL_LM, r: 16, lora_alpha: 32, target_modules: all-linear}"
-    if chosen.lora:
-        adapter = adapter.removeprefix("# ") + "  # remove this line to train all weights"
-    else:
-        adapter += "  # to train an adapter only"
+    adapter = _flow({"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
+    adapter = f"peft_config: {adapter}  # LoRA; without this line, all weights are trained"
+    adapter = adapter if chosen.lora else f"# {adapter}"
     every = f"per_device_train_batch_size: {chosen.batch}\n  save_steps: 100\n  logging_steps: 5\n"
     every += "  resume_from_checkpoint: true\n  report_to: none  # or wandb, trackio, …\n"
     written = "written by self-judge init; `self-judge keys` lists all keys"
@@ -390,7 +397,9 @@ def _merge(chosen: _Choice) -> str:
 
 def _flow(value: Any) -> str:
     """Returns a value as YAML on one line."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False
+    )
     return text.removesuffix("\n").removesuffix("\n...")
 
 
