@@ -995,9 +995,11 @@ def test_a_token_that_reaches_over_a_space_is_still_found(kind: str, added: Adde
 
 def test_what_is_remembered_of_texts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("self_judge.prompting.content_tokenizer._KNOWN_CHARACTERS", 500)
+    monkeypatch.setattr("self_judge.prompting.content_tokenizer._KNOWN_PIECE_CHARACTERS", 500)
     text = ChatEncoder(wrap(byte_bpe()))._text
     assert text._cuts_are_exact
     for i in range(300):
         given = f"is it word{i} yes? number{i} it\nwas other{i} x"
         assert text.encode(given) == text.encode_after(text.anchor, given)
         assert sum(len(word) for known in text._known.values() for word in known) <= 600
+        assert sum(map(len, text._known_pieces)) <= 500

@@ -95,6 +95,7 @@ def test_a_text_has_the_same_ids_word_by_word_as_in_one_call(real: Real) -> None
     parts = [
         *("the", " don't", " I'm", "  two", " x", "12", "\n\n", "\n", "end.", "<unk>", " é", "🙂"),
         *("\u200b b", " ŉ", " \ufdfa x", "\u0301", "\u00a0", "\t", "\r\n", " ﾞ", "</think> a"),
+        *("\ud800", " \udfff b"),
     ]
     mixed = ["".join(draw.choices(parts, k=draw.randint(1, 30))) for _ in range(500)]
     judged = [f"A: {a}\n\nB: {b} it is" for a, b in zip(dialogues, mixed, strict=False)]

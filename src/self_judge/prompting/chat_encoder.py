@@ -208,7 +208,7 @@ class ChatEncoder:
     # -- inside --------------------------------------------------------------------------------
 
     def _encode(self, messages: Sequence[Message], ending: Ending) -> EncodedChat:
-        messages = list(messages)
+        messages, turns = list(messages), list[Message]()
         if not messages:
             raise EncodingError("a dialogue needs at least one message, got none")
         for message in messages:
@@ -221,32 +221,32 @@ class ChatEncoder:
             last = message is messages[-1] and ending != "prompt"
             if what := lost(message) or (reasoning_key(message) if last else None):
                 raise EncodingError(f"a {role!r} message has {what}: only text can be encoded")
-            if not isinstance(content_of(message), str):
+            content = content_of(message)
+            if not isinstance(content, str):
                 raise EncodingError(
                     f"the content of a {role!r} message is a "
                     f"{type(message['content']).__name__}: only text can be encoded"
                 )
-        messages = [Message(role=m["role"], content=content_of(m)) for m in messages]
-        if not self._layouts.takes_system and messages and messages[0]["role"] == "system":
-            messages = system_into_user(messages)
-        layout = self._layouts.of(tuple(m["role"] for m in messages), ending)
+            turns.append({"role": role, "content": content})
+        if not self._layouts.takes_system and turns[0]["role"] == "system":
+            turns = system_into_user(turns)
+        layout = self._layouts.of(tuple([turn["role"] for turn in turns]), ending)
         ids: list[int] = []
         mask: list[int] = []
         ends_turn = False
         for part in layout:
             if isinstance(part, Slot):
-                message = messages[part.message]
-                content = message["content"]
-                content = content.lstrip(part.strip_left).rstrip(part.strip_right)
-                new = tuple(self._text.encode(part.lead + content, part.anchor))
-                ends_turn = message["role"] == "assistant"
-                mask += [int(ends_turn)] * len(new)
+                turn = turns[part.message]
+                content = turn["content"].lstrip(part.strip_left).rstrip(part.strip_right)
+                of_content = self._text.encode(part.lead + content, part.anchor)
+                ends_turn = turn["role"] == "assistant"
+                ids += of_content
+                mask += [int(ends_turn)] * len(of_content)
             else:
-                new = part
                 trained = self._end_of_turn(part) if ends_turn else 0
-                mask += [1] * trained + [0] * (len(new) - trained)
+                ids += part
+                mask += [1] * trained + [0] * (len(part) - trained)
                 ends_turn = False
-            ids += new
         return EncodedChat(ids, mask)
 
     def _end_of_turn(self, structure: tuple[int, ...]) -> int:

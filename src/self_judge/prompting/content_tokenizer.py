@@ -33,7 +33,7 @@ import string
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, product
+from itertools import chain, islice, product
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _ANCHORS = ("\n", ":", "|", "。")
 # A text is cut before a single space between a visible character and a letter.
 _CUT = re.compile(r"(?<=[!-~\w])(?= [^\W\d_])")
-_CUT_LINE = re.compile(r"(.*?[!-~\w])(?= [^\W\d_])(?:(.*[!-~\w])(?= [^\W\d_]))?(.+)", re.DOTALL)
+# From the first to the last such place in a line.
+_MIDDLE = re.compile(r"( (?<=[!-~\w] )[^\W\d_](?:.*[!-~\w])?)(?= [^\W\d_])")
 # A token that contains such a place. In vocabularies, "Ġ" and "▁" are spaces, "Ċ", "ĉ" and "č" are
 # newlines and tabs, and "Âł" is a no-break space.
 _CROSSING = re.compile(r"[^\s\0Ġ▁Ċĉč](?<!Âł)[ Ġ▁][^\s\0Ġ▁Ċĉč]")
@@ -67,7 +68,9 @@ _AFTER = (
     *(" a", " I'm", " Hello, you", " then\n\nB: c", " x  y", " x 12", " é", " 日本", " iPhone's"),
     *(" S.A.", " ll", " WORLD!\n"),
 )
-_KNOWN_CHARACTERS = 2**20  # the maximum length of all words whose ids are remembered
+# The maximum length of all words whose ids are remembered, and of all middles and joints. Words
+# recur in all texts, but most middles recur only in the prompts of one record.
+_KNOWN_CHARACTERS, _KNOWN_PIECE_CHARACTERS = 2**21, 2**17
 
 
 class ContentTokenizer:
@@ -92,9 +95,10 @@ class ContentTokenizer:
         self._head = functools.lru_cache(maxsize=64)(self._ids)
         self._anchors = self._find_anchors()
         self.anchor = self._anchors[0] if self._anchors else ""
-        self._known: defaultdict[str, dict[str, list[int]]] = defaultdict(dict)  # per anchor
+        self._known: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)  # per anchor
         self._known_characters = 0
-        self._middle = functools.lru_cache(maxsize=64)(self._encode_middle)
+        self._known_pieces: dict[str, tuple[int, ...]] = {}
+        self._known_piece_characters = 0
 
     def _set_control(self, control: dict[int, str]) -> None:
         # The longest token comes first, because "<|a|>" must match before "<|" if both are tokens.
@@ -190,36 +194,34 @@ class ContentTokenizer:
         # remains between two middles is a joint:
         #
         #   I saw old Paris.↵It was very big.     ->  I | saw old | Paris.↵It | was very | big.
-        joints: list[str] = []
-        middles: list[tuple[int, ...]] = []
-        joint: list[str] = []
-        for line in _SURROGATE.sub("\ufffd", text).split("\n"):
-            start, middle, end = _ends(line)
-            joint.append(start)
-            if end:
-                middles.append(self._middle(middle) if middle else ())
-                joints.append("\n".join(joint))
-                joint = [end]
-        joints.append("\n".join(joint))
-        ids = [*self._words(anchor, joints[:1])[0]]
-        for middle_ids, joint_ids in zip(
-            middles, self._words(self.anchor, joints[1:]), strict=True
-        ):
-            ids += middle_ids
-            ids += joint_ids
-        return ids
+        start, *pieces = _MIDDLE.split(text)
+        return [*self._words(anchor, [start])[0], *chain.from_iterable(self._pieces(pieces))]
 
-    def _encode_middle(self, text: str) -> tuple[int, ...]:
-        return tuple(chain.from_iterable(self._words(self.anchor, _CUT.split(text))))
+    def _pieces(self, pieces: Sequence[str]) -> list[tuple[int, ...]]:
+        """Returns the ids of each middle or joint, which are remembered."""
+        known = self._known_pieces
+        try:
+            return [known[piece] for piece in pieces]
+        except KeyError:
+            missing = [*dict.fromkeys(piece for piece in pieces if piece not in known)]
+        words = [_CUT.split(piece) for piece in missing]
+        ids = iter(self._words(self.anchor, [*chain.from_iterable(words)]))
+        for piece, of_piece in zip(missing, words, strict=True):
+            known[piece] = tuple(chain.from_iterable(islice(ids, len(of_piece))))
+        self._known_piece_characters += sum(map(len, missing))
+        if self._known_piece_characters > _KNOWN_PIECE_CHARACTERS:
+            self._known_pieces, self._known_piece_characters = {}, 0
+        return [known[piece] for piece in pieces]
 
-    def _words(self, anchor: str, words: Sequence[str]) -> list[list[int]]:
+    def _words(self, anchor: str, words: Sequence[str]) -> list[tuple[int, ...]]:
         """Returns the ids of each word, which are remembered."""
         known = self._known[anchor]
         try:
             return [known[word] for word in words]
         except KeyError:
             missing = [*dict.fromkeys(word for word in words if word not in known)]
-        known.update(zip(missing, self._encode_all(anchor, missing), strict=True))
+        # The garbage collector does not visit tuples of numbers.
+        known.update(zip(missing, map(tuple, self._encode_all(anchor, missing)), strict=True))
         self._known_characters += sum(map(len, missing))
         if self._known_characters > _KNOWN_CHARACTERS:
             self._known, self._known_characters = defaultdict(dict), 0
@@ -227,7 +229,7 @@ class ContentTokenizer:
 
     def _encode_all(self, anchor: str, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text after `anchor`, from one call of the tokenizer."""
-        whole = [anchor + text for text in texts]
+        whole = [_SURROGATE.sub("\ufffd", anchor + text) for text in texts]
         # `tokenizer(whole)` takes several times as long as the encoding of such short texts.
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -354,13 +356,6 @@ class ContentTokenizer:
                 token = None
             shown.append(f"{i} (out of range)" if token is None else f"{i} {token!r}")
         return "[" + ", ".join(shown) + "]"
-
-
-@functools.lru_cache(maxsize=64)
-def _ends(line: str) -> tuple[str, str, str]:
-    """Returns the text before the first cut of a line, up to the last cut, and the rest."""
-    cut = _CUT_LINE.fullmatch(line)
-    return (cut[1], cut[2] or "", cut[3]) if cut else (line, "", "")
 
 
 def _is_text(token: str) -> bool:

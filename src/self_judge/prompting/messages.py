@@ -37,11 +37,13 @@ _TEXT_TYPES = ("text", "input_text", "output_text")
 
 def lost(message: Mapping[str, Any]) -> str | None:
     """Returns the name of a part that would be lost in plain text, or `None` if there is none."""
-    key = next((key for key in _KEYS if message.get(key)), None)
+    key = next(filter(message.get, _KEYS), None)
     if key is not None:
         return key
     parts = message.get("content")
-    types = [_type(part) for part in parts] if isinstance(parts, list) else []
+    if not isinstance(parts, list):
+        return None
+    types = map(_type, parts)
     return next((f"content of type {t!r:.40}" for t in types if t not in _TEXT_TYPES), None)
 
 
