@@ -259,7 +259,7 @@ def test_every_value_of_a_command_is_taken_by_what_it_runs(
     """Values fill the fields of the same name: one without a field would do nothing."""
     values = vars(command_parser().parse_args(command.split()))
     fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    fields |= {*taken.split(), "command", "debug", "run", "chunk", "overwrite"}
+    fields |= {*taken.split(), "command", "debug", "parser", "completion", "chunk", "overwrite"}
     assert set(values) <= fields, set(values) - fields
 
 

@@ -119,7 +119,9 @@ def test_self_training_starts_from_the_adapter_that_the_method_merges(original: 
 
 
 def test_hh_is_read_with_demonstrations_alone_from_its_second_part(original: Path) -> None:
-    run = load_run(original, ["dataset=Anthropic/hh-rlhf"], "jsft")
+    said: list[str] = []
+    run = load_run(original, ["dataset=Anthropic/hh-rlhf"], "jsft", said.append)
+    assert any("add them to the dialogues of HH too" in line for line in said)
     assert [(s.data_dir, s.sft, s.pairs) for s in run.dataset.sources] == [
         ("helpful-base", True, True),
         ("helpful-online", True, False),

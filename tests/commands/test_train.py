@@ -208,7 +208,6 @@ def test_a_judge_is_measured_on_the_labels_of_the_data(base: Path) -> None:
             [
                 "train",
                 str(ROOT / "configs" / "hh_self_judge.yaml"),
-                "dataset.sources=[{path: x.jsonl}]",
             ],
             "outputs/hh_jsft",
         ),

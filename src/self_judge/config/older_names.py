@@ -97,6 +97,10 @@ def _name_sources(tree: dict[str, Any], say: Callable[[str], None]) -> None:
     if path == _HH or (local / "helpful-base").is_dir():
         source = {"path": path, "kind": "hh", "data_dir": "helpful-base"}
         dataset["sources"] = [source]
+        say(
+            "templates.judge: its system messages are in judge prompts only; the method's scripts "
+            "add them to the dialogues of HH too"
+        )
         online = path == _HH or (local / "helpful-online").is_dir()
         if online and "self_judge_args" not in tree:
             dataset["sources"] += [{**source, "data_dir": "helpful-online", "pairs": False}]
