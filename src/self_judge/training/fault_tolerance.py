@@ -62,6 +62,7 @@ from self_judge.storage.run_dir import only_training
 from self_judge.training.callbacks import stopping
 from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
 from self_judge.training.saved_weights import (
+    check_optimizer,
     check_same_adapter,
     check_same_optimizer,
     check_saved,
@@ -160,6 +161,8 @@ class FaultToleranceMixin(Base):
         self._data = data_fingerprint(self.train_dataset)
         if is_sharded(self.args):
             return
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer, model)
         if self.reference is None and isinstance(model, PeftModel):
             with model.disable_adapter():
                 self.reference = ReferenceCheck(probe_logits(model), model)
