@@ -97,6 +97,9 @@ class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
         ValueError: `packing` names a mode that is not exact for the model.
     """
 
+    _tag_names = ["trl", "sft", "self-judge"]  # noqa: RUF012  as TRL declares it
+    _name = "judge-augmented SFT (JSFT)"
+
     def __init__(
         self,
         *args: Any,

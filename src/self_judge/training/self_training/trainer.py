@@ -129,11 +129,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     model: Any
 
     _tag_names = ["trl", "dpo", "self-judge"]  # noqa: RUF012  as TRL declares it
-    _name = "SELF-JUDGE"
-    _paper = {  # noqa: RUF012
-        "title": "Aligning Large Language Models by On-Policy Self-Judgment",
-        "id": "2402.11253",
-    }
+    _name = "on-policy self-training (SELF-JUDGE)"
 
     def __init__(
         self,
@@ -231,6 +227,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         )
         if given is not None:
             self.reference = ReferenceCheck(given, self.model, partial(reference_logits, self))
+        self.judge_folder = judge_name
         self._set_up(config, letters)
 
     def _set_up(self, config: SelfJudgeConfig, letters: tuple[int, int]) -> None:
