@@ -128,6 +128,14 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda t: t.make(truncation_mode="keep_end"),
         "truncation_mode must be keep_start",
     ),
+    "grouping by length": (
+        lambda t: t.make(train_sampling_strategy="group_by_length"),
+        "train_sampling_strategy must be random or sequential",
+    ),
+    "label smoothing of Transformers": (
+        lambda t: t.make(label_smoothing_factor=0.1),
+        "label_smoothing_factor must be 0: set label_smoothing",
+    ),
     "no rows": (lambda t: t.make(train_dataset=t.rows.select([])), "the train dataset has no rows"),
     "no rows to evaluate": (
         lambda t: t.make(eval_dataset=t.rows.select([])),

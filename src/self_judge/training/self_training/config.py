@@ -63,6 +63,16 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
             "truncation_mode must be keep_start: responses are never truncated, and long dialogues "
             "lose their oldest turns",
         )
+        require(
+            self.train_sampling_strategy in ("random", "sequential"),
+            f"train_sampling_strategy must be random or sequential, got "
+            f"{self.train_sampling_strategy}: responses are sampled during training, so their "
+            "lengths are not known before",
+        )
+        require(
+            not self.label_smoothing_factor,
+            "label_smoothing_factor must be 0: set label_smoothing, which DPO uses",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings for run.json and experiment trackers, with secrets masked."""
