@@ -6,9 +6,14 @@ fix.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -59,6 +64,38 @@ class CheckpointError(ValueError):
 
 class JournalError(ValueError):
     """Raised when a command cannot resume an existing output file."""
+
+
+def require_type(what: str, given: Any, types: type | tuple[type, ...], wanted: str) -> None:
+    """Raises `TypeError` with the argument's name if it does not have one of the types.
+
+    Args:
+        what: the name of the argument.
+        wanted: the valid values, for the message.
+    """
+    if not isinstance(given, types):
+        raise TypeError(f"{what} must be {wanted}, got {type(given).__name__}")
+
+
+def suggesting(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Returns a decorator for functions that refuse other libraries' names for their arguments.
+
+    Args:
+        names: for each such name, what to pass instead.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            for name in kwargs:
+                if name in names:
+                    where = function.__qualname__.removesuffix(".__init__")
+                    raise TypeError(f"{where} has no argument {name!r}: pass {names[name]}")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
 
 
 def in_a_line(error: BaseException) -> str:

@@ -381,7 +381,7 @@ def test_a_dataset_in_memory_is_a_source(tmp_path: Path) -> None:
 
 def test_what_is_no_source_is_refused_without_printing_it() -> None:
     secret = "do not print me" * 20
-    for given in ([{"prompt": secret, "chosen": "a", "rejected": "b"}], 5, [5], [None]):
+    for given in ([{"path": "x", "nope": secret}], [{"nope": secret}], 5, [5], [None]):
         with pytest.raises(DataError) as error:
             load_preferences(given)  # type: ignore[arg-type]
         assert len(str(error.value)) < 300

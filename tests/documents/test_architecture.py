@@ -127,7 +127,7 @@ def test_the_drawing_sees_arrows_and_circles() -> None:
     # Were the reading of imports broken, the tests above would pass on anything.
     judge, trainer = "judging.judge", "training.self_training.trainer"
     assert {"datatypes", "prompting.chat_encoder", "models"} <= arrows(judge)
-    assert {judge, "training.self_training.rollouts", "inference.sampling"} <= arrows(trainer)
+    assert {judge, "training.self_training.rollouts", "inference.lockstep"} <= arrows(trainer)
     assert rank(judge) < rank(trainer)
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}}) is None

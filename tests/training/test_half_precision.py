@@ -22,7 +22,7 @@ from self_judge.models import load_model
 from self_judge.packing import exactness
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import _LAYOUTS, Packing
-from self_judge.training.reference import frozen_reference
+from self_judge.training.reference import active_reference, frozen_reference
 
 BF16 = torch.bfloat16
 AUTOCAST = {"bf16": True, "use_cpu": DEVICE == "cpu", "max_steps": 1}
@@ -65,7 +65,7 @@ def test_the_judge_of_a_training_in_bf16_reads_float32_logits(
     trainer = make(**AUTOCAST, **JUDGES[how](model.to(weights)))
     trainer.train()
     seen.clear()
-    with trainer._reference():
+    with active_reference(trainer):
         trainer.judge.compare(COMPARISONS)
     logits = torch.cat([x.flatten() for x in seen])
     assert logits.dtype == torch.float32
@@ -85,7 +85,7 @@ def test_the_judge_of_a_training_in_bf16_is_the_judge_by_itself(
         alone, tokenizer, TEMPLATES, batch_size=8, max_length=256, packing=packing,
         batch_tokens=getattr(trainer.judge.packing.shape, "batch_tokens", None),
     )  # fmt: skip
-    with trainer._reference():
+    with active_reference(trainer):
         found = trainer.judge.compare(COMPARISONS)
     expected = judge.compare(COMPARISONS)
     for f, e in zip(found, expected, strict=True):

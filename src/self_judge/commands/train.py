@@ -207,6 +207,9 @@ def save_jsft(
             apply_umask(folder)
             tokenizer.save_pretrained(folder)
             save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
+            trainer.write_card(folder, output)
+        if trainer.args.push_to_hub:
+            trainer.push_folder()
     trainer.accelerator.wait_for_everyone()
     return output
 

@@ -33,6 +33,8 @@ _RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "max_seq_length": "max_length",
     "max_prompt_length": "max_length and max_new_tokens",
+    "max_completion_length": "max_new_tokens",
+    "label_pad_token_id": "ignore_index",
     "no_cuda": "use_cpu",
     "torch_dtype": "dtype",
     "use_flash_attention_2": "attn_implementation: flash_attention_2",

@@ -6,13 +6,14 @@ This module combines file access (`files`) with the parsers (`dialogues`, `ultra
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from self_judge.config.schema import Source, SourceKind
 from self_judge.config.yaml import build
@@ -30,10 +31,12 @@ from self_judge.data.records import (
 )
 from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import Message, PreferenceRecord
-from self_judge.errors import ConfigError, DataError, UnusableRecordError
+from self_judge.errors import ConfigError, DataError, UnusableRecordError, suggesting
 from self_judge.prompting.judge_templates import dialogue_text
 
+_FIELDS = {f.name for f in fields(Source)}
 Subset = Literal["train", "held_out", "all"]
+SourceLike: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Source | InMemory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,9 @@ class PreferenceData:
 
     records: list[PreferenceRecord]
     counts_by_source: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[PreferenceRecord]:
+        return iter(self.records)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -70,12 +76,9 @@ class PreferenceData:
         return "\n".join(blocks)
 
 
+@suggesting(split="{'path': ..., 'split': ...} as the source")
 def load_preferences(
-    sources: str
-    | Mapping[str, Any]
-    | Source
-    | InMemory
-    | Sequence[str | Mapping[str, Any] | Source | InMemory],
+    sources: SourceLike | Sequence[SourceLike],
     *,
     subset: Subset = "train",
     held_out: float = 0.0,
@@ -89,7 +92,8 @@ def load_preferences(
 
     Args:
         sources: paths, `datasets.Dataset` objects, mappings with the fields of `Source` (whose path
-            may be a `Dataset`), or `Source` objects. They are read in the given order.
+            may be a `Dataset`), or `Source` objects. They are read in the given order. A list of
+            records is one source.
         subset: the training subset, the held-out subset, or both.
         held_out: fraction of prompts to hold out, in [0, 1). A hash of a prompt's text determines
             whether the prompt is held out.
@@ -104,10 +108,14 @@ def load_preferences(
         DataError: a source cannot be read, a record is malformed, or no records can be used. The
             held-out subset may be empty.
     """
-    alone = isinstance(sources, str | Mapping) or in_memory(sources)
+    alone = isinstance(sources, str | os.PathLike | Mapping) or in_memory(sources)
     listed = [sources] if alone or not isinstance(sources, Iterable) else list(sources)
     if not listed:
         raise DataError("no source of preference data is given")
+    if all(isinstance(s, Mapping) and not in_memory(s) and not _FIELDS & set(s) for s in listed):
+        from datasets import Dataset
+
+        listed = [Dataset.from_list(listed)]
     data = PreferenceData([])
     for number, source in enumerate(map(_source_of, listed)):
         label = _label_of(source, number)
@@ -149,6 +157,8 @@ def load_preferences(
 def _source_of(given: Any) -> Source:
     if isinstance(given, Source):
         return given
+    if isinstance(given, os.PathLike):
+        given = {"path": given}
     if not (isinstance(given, str | Mapping) or in_memory(given)):
         raise DataError(
             f"a source is a path, a mapping with the fields of Source or a datasets.Dataset, got "
@@ -156,6 +166,8 @@ def _source_of(given: Any) -> Source:
         )
     fields = dict(given) if isinstance(given, Mapping) and not in_memory(given) else {"path": given}
     dataset = fields.get("path")
+    if isinstance(dataset, os.PathLike):
+        fields["path"] = os.fspath(dataset)
     if in_memory(dataset):
         fields["path"] = "in memory"
     try:

@@ -141,7 +141,7 @@ class TransformersSampler:
             raise ValueError(f"sampling batch tokens must be at least 1, got {batch_tokens}")
         self.stop = stop_tokens(encoder)
         self.model = model
-        self.encoder = encoder
+        self.encoder = ChatEncoder.of(encoder)
         self.settings = settings
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from self_judge.config.self_training import PackingChoice
 from self_judge.datatypes import Comparison, Verdict
+from self_judge.errors import require_type, suggesting
 from self_judge.inference.letter_scoring import LetterScorer, TransformersScorer
 from self_judge.judging.voting import aggregate, undecidable
 from self_judge.models import check_vocabulary, load_model, load_tokenizer
@@ -29,6 +30,13 @@ from self_judge.prompting.thoughts import NO_ANSWER, answers_of
 
 # The arguments that `from_pretrained` passes to both the tokenizer and the model.
 _ALSO_TOKENIZER = ("revision", "trust_remote_code")
+# Names of these arguments in the trainers and in `tournament_rejection_sampling`.
+_NAMES = {
+    "tokenizer": "encoder",
+    "processing_class": "encoder",
+    "judge_templates": "templates",
+    "judge_batch_size": "batch_size",
+}
 
 
 class Judge:
@@ -64,6 +72,7 @@ class Judge:
     # For one comparison with principles h and t, the prompts and letter rows are in this order:
     #   h: a first   h: b first   t: a first   t: b first
 
+    @suggesting(**_NAMES)
     def __init__(
         self,
         model: torch.nn.Module | LetterScorer,
@@ -81,10 +90,10 @@ class Judge:
             raise ValueError(f"judge batch size must be at least 1, got {batch_size}")
         if max_length is not None and max_length < 1:
             raise ValueError(f"the judge's max_length must be at least 1, got {max_length}")
-        self.encoder = encoder if isinstance(encoder, ChatEncoder) else ChatEncoder(encoder)
-        self.templates = (
-            templates if isinstance(templates, JudgeTemplates) else JudgeTemplates(templates)
-        )
+        if isinstance(model, str | os.PathLike):
+            raise TypeError(f"Judge takes a model: use Judge.from_pretrained({str(model)!r:.80})")
+        self.encoder = ChatEncoder.of(encoder)
+        self.templates = JudgeTemplates.of(templates)
         self.letter_ids = self.encoder.letter_ids(self.templates, token_id_a, token_id_b)
         if isinstance(model, torch.nn.Module):
             check_vocabulary(model, self.encoder.tokenizer)
@@ -132,6 +141,7 @@ class Judge:
         raise ValueError(f"this judge uses an engine, which has no {wanted}")
 
     @classmethod
+    @suggesting(**_NAMES)
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
@@ -194,8 +204,10 @@ class Judge:
         gives the reason.
 
         Raises:
-            TypeError: an element is not a `Comparison`. The message contains the element's index.
+            TypeError: an element is not a `Comparison` of texts. The message contains its index.
         """
+        if isinstance(comparisons, Comparison):
+            raise TypeError("compare takes a list of comparisons: pass [comparison]")
         comparisons = list(comparisons)
         for i, given in enumerate(comparisons):
             if not isinstance(given, Comparison):
@@ -203,6 +215,8 @@ class Judge:
                     f"comparison {i} is of type {type(given).__name__}: pass "
                     "Comparison(context, response_a, response_b)"
                 )
+            for part in ("context", "response_a", "response_b"):
+                require_type(f"{part} of comparison {i}", getattr(given, part), str, "text")
         prompts: list[list[int]] = []
         fits: list[bool] = []
         shown = [answers_of(comparison) for comparison in comparisons]

@@ -35,6 +35,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from self_judge.datatypes import Comparison, Verdict, stable_seed
+from self_judge.errors import require_type, suggesting
 from self_judge.judging.judge import Judge
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
@@ -153,6 +154,9 @@ def _check(
             raise ValueError(f"responses[{i}] is a single string: it must be a list of responses")
         if not len(own):
             raise ValueError(f"context {i} has no responses to choose from: {contexts[i]!r:.80}")
+        require_type(f"contexts[{i}]", contexts[i], str, "text (see dialogue_text)")
+        for k, response in enumerate(own):
+            require_type(f"responses[{i}][{k}]", response, str, "text")
 
 
 def judged_knockouts(
@@ -238,27 +242,35 @@ def _match(
 
 @overload
 def tournament_rejection_sampling(
-    *, return_brackets: Literal[False] = False, **arguments: Any
+    *arguments: Any, return_brackets: Literal[False] = False, **named: Any
 ) -> list[str]: ...
 
 
 @overload
 def tournament_rejection_sampling(
-    *, return_brackets: Literal[True], **arguments: Any
+    *arguments: Any, return_brackets: Literal[True], **named: Any
 ) -> tuple[list[str], list[Bracket]]: ...
 
 
-def tournament_rejection_sampling(  # type: ignore[misc]
-    *,
+@suggesting(  # type: ignore[misc]
+    processing_class="tokenizer",
+    encoder="tokenizer",
+    templates="judge_templates",
+    batch_size="judge_batch_size",
+    prompts="contexts",
+    completions="responses",
+)
+def tournament_rejection_sampling(
     model: torch.nn.Module | str | os.PathLike[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | ChatEncoder | None = None,
     judge_templates: JudgeTemplates | Mapping[str, Any] | None = None,
     token_id_a: int | None = None,
     token_id_b: int | None = None,
-    contexts: Sequence[str],
-    responses: Sequence[Sequence[str]],
+    contexts: Sequence[str] | None = None,
+    responses: Sequence[Sequence[str]] | None = None,
     max_length: int | None = None,
     judge_batch_size: int = 8,
+    *,
     seed: int = 0,
     judge: Judge | None = None,
     return_brackets: bool = False,
@@ -290,6 +302,14 @@ def tournament_rejection_sampling(  # type: ignore[misc]
         ValueError: a context has no responses (the message contains the context), or the lists
             differ in length.
     """
+    if contexts is None or responses is None or isinstance(contexts, str):
+        raise TypeError(
+            "tournament_rejection_sampling requires contexts, a list of texts, and responses, a "
+            "list of responses to each"
+        )
+    contexts, responses = list(contexts), list(responses)
+    if isinstance(judge, str | os.PathLike | torch.nn.Module):
+        raise TypeError(f"judge must be a Judge: pass {judge!r:.60} as model")
     if judge is None:
         saved = isinstance(model, (str, os.PathLike))
         if not saved and any(part is None for part in (model, tokenizer, judge_templates)):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ class ChatEncoder:
             `chat_template_kwargs` are not plain JSON.
     """
 
+    @classmethod
+    def of(cls, encoder: ChatEncoder | PreTrainedTokenizerBase) -> ChatEncoder:
+        """Returns the encoder itself, or one for a tokenizer's own chat template."""
+        return encoder if isinstance(encoder, ChatEncoder) else cls(encoder)
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -97,6 +103,9 @@ class ChatEncoder:
         assistant_marker: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        if isinstance(tokenizer, str | os.PathLike):
+            name = os.fspath(tokenizer)
+            raise TypeError(f"ChatEncoder takes a tokenizer: pass load_tokenizer({name!r:.80})")
         self.tokenizer = tokenizer
         self.chat_template = chat_template or own_template(tokenizer)
         if self.chat_template is None and user_marker and assistant_marker:

@@ -41,16 +41,17 @@ class JudgeSettings:
 
 def save_judge_settings(
     directory: str | os.PathLike[str],
-    encoder: ChatEncoder,
-    templates: JudgeTemplates,
+    encoder: ChatEncoder | PreTrainedTokenizerBase,
+    templates: JudgeTemplates | Mapping[str, Any],
     letter_ids: Sequence[int],
 ) -> Path:
     """Writes the judge's templates, letter ids and chat template to `directory/judge.json`.
 
     The file is written atomically.
     """
+    encoder = ChatEncoder.of(encoder)
     content = {
-        **templates.to_dict(),
+        **JudgeTemplates.of(templates).to_dict(),
         "token_id_a": int(letter_ids[0]),
         "token_id_b": int(letter_ids[1]),
         "chat_template": encoder.chat_template,
@@ -80,6 +81,11 @@ def load_judge_settings(
     except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         why = in_a_line(error)
         raise ModelError(f"{path} is not a judge file written by JSFT: {why}") from error
+
+
+def has_judge_settings(name_or_path: str | os.PathLike[str], revision: str | None = None) -> bool:
+    """Returns whether a model in a folder or on the Hub has a `judge.json`."""
+    return bool(name_or_path) and repository_file(name_or_path, JUDGE_FILE, revision) is not None
 
 
 def resolve_judge(
@@ -122,10 +128,8 @@ def resolve_judge(
             token_id_a=saved.token_id_a if token_id_a is None else token_id_a,
             token_id_b=saved.token_id_b if token_id_b is None else token_id_b,
         )
-    if not isinstance(templates, JudgeTemplates):
-        templates = JudgeTemplates(templates)
     chat = (saved.chat_template, saved.chat_template_kwargs) if saved else ()
-    return JudgeSettings(templates, token_id_a, token_id_b, *chat)
+    return JudgeSettings(JudgeTemplates.of(templates), token_id_a, token_id_b, *chat)
 
 
 def encoder_as_taught(

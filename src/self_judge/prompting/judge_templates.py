@@ -73,6 +73,11 @@ class JudgeTemplates(Mapping[str, JudgeTemplate]):
         self._templates = {name: _checked(str(name), parts) for name, parts in templates.items()}
         self._rationales = _checked_rationales(decision_rationale, tuple(self._templates))
 
+    @classmethod
+    def of(cls, templates: Mapping[str, Any]) -> JudgeTemplates:
+        """Returns the templates themselves, or those of a plain mapping."""
+        return templates if isinstance(templates, cls) else cls(templates)
+
     def __getitem__(self, principle: str) -> JudgeTemplate:
         return self._templates[principle]
 

@@ -34,12 +34,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import DistributedType, set_seed
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
@@ -58,10 +57,13 @@ from self_judge.storage.atomic import (
     remove,
     seal,
 )
+from self_judge.storage.repository import same_path
 from self_judge.storage.run_dir import only_training
 from self_judge.training.callbacks import stopping
+from self_judge.training.hub import HubMixin
 from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
 from self_judge.training.saved_weights import (
+    check_optimizer,
     check_same_adapter,
     check_same_optimizer,
     check_saved,
@@ -76,11 +78,6 @@ from self_judge.training.saved_weights import (
     without_secrets,
 )
 
-if TYPE_CHECKING:
-    Base = Trainer
-else:
-    Base = object
-
 logger = logging.getLogger(__name__)
 
 SKIPPED = "skipped_steps"
@@ -90,7 +87,7 @@ class NotFiniteError(FloatingPointError):
     """Raised when gradients or weights contain NaN or infinity. The message names the step."""
 
 
-class FaultToleranceMixin(Base):
+class FaultToleranceMixin(HubMixin):
     """Adds fault tolerance to a Transformers trainer. List the mixin before the trainer class.
 
     Attributes:
@@ -114,6 +111,7 @@ class FaultToleranceMixin(Base):
     reference: ReferenceCheck | None = None
     _data: str | None = None
     _staging: Path | None = None
+    _final_folder: Path | None = None
     _unsent: str | None = None
     _skipped = 0
 
@@ -160,6 +158,8 @@ class FaultToleranceMixin(Base):
         self._data = data_fingerprint(self.train_dataset)
         if is_sharded(self.args):
             return
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer, model)
         if self.reference is None and isinstance(model, PeftModel):
             with model.disable_adapter():
                 self.reference = ReferenceCheck(probe_logits(model), model)
@@ -257,11 +257,22 @@ class FaultToleranceMixin(Base):
             self._write_model(output_dir)
             return
         target = Path(output_dir or str(self.args.output_dir))
+        self._save_complete(target)
+        if not self.args.push_to_hub:
+            return
+        message, revision = "Model save", self.args.hub_revision
+        if not same_path(target, str(self.args.output_dir)):
+            self.push_to_hub(message, revision=revision)
+        elif self.is_world_process_zero():
+            self.push_folder(message, revision=revision)
+
+    def _save_complete(self, target: Path) -> None:
         staging = target / UNFINISHED / "model"
         if self.args.should_save:
             clear_unfinished(target)
         self.accelerator.wait_for_everyone()
         with _writing(target):
+            self._final_folder = target
             self._write_model(str(staging))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -270,8 +281,6 @@ class FaultToleranceMixin(Base):
                 remove_old_adapter(self.accelerator.unwrap_model(self.model), target)
             clear_unfinished(target)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _write_model(self, output_dir: str | None) -> None:
         self._check_weights()
@@ -285,6 +294,7 @@ class FaultToleranceMixin(Base):
         apply_umask(folder)
         if self.on_saved is not None:
             self.on_saved(folder)
+        self.write_card(folder, self._final_folder or folder)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -300,6 +310,7 @@ class FaultToleranceMixin(Base):
         self._staging = staging
         try:
             with _writing(run_folder):
+                self._final_folder = run_folder / name
                 super()._save_checkpoint(model, trial)
                 self._save_unlogged(staging / name)
         finally:
@@ -321,7 +332,7 @@ class FaultToleranceMixin(Base):
         self.accelerator.wait_for_everyone()
         if self._unsent is not None:
             self._unsent = None
-            super()._push_from_checkpoint(str(run_folder / name))
+            self._push_checkpoint(run_folder / name)
 
     def _remove_surplus(self, run_folder: Path) -> None:
         """Removes the checkpoints beyond `save_total_limit`, as Transformers does."""

@@ -101,14 +101,13 @@ def own_models(name: str, revision: str | None = None) -> list[Path]:
 
 
 def load_by_name(
-    name: str, config: Any, trainer_arguments: dict[str, Any], *, merge: bool
+    name: str, config: Any, quantization_config: Any = None, *, merge: bool
 ) -> PreTrainedModel | PeftModel:
     """Loads a model as TRL's trainer does: with `model_init_kwargs`, in float32 by default."""
     options = {"dtype": "float32", **(config.model_init_kwargs or {})}
-    if trainer_arguments.get("quantization_config") is not None:
-        options["quantization_config"] = trainer_arguments.pop("quantization_config")
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
     refuse_overwriting([config.output_dir], own_models(name, options.get("revision")))
-    config.model_init_kwargs = None  # otherwise, TRL warns that it ignores them
     return load_model(name, merge=merge, **options)
 
 

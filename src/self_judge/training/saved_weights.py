@@ -77,6 +77,16 @@ def check_start(args: TrainingArguments, model: nn.Module) -> None:
         check_configuration(model)
 
 
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Raises `ValueError` if a given optimizer has none of the trained parameters."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "the optimizer in optimizers has none of the trained parameters, so nothing would be "
+            "learned: create it for the model with its adapter, or set args.optim"
+        )
+
+
 def check_configuration(model: nn.Module) -> None:
     """Checks, before training, that Transformers would not refuse to save the full model.
 

@@ -35,6 +35,7 @@ from self_judge import ChatEncoder, SelfJudgeCollator, SelfJudgeConfig, SelfJudg
 from self_judge.adapters import merged
 from self_judge.models import load_model
 from self_judge.prompting.judge_json import load_judge_settings
+from self_judge.training.reference import active_reference
 from self_judge.training.self_training.prompts import COLUMNS
 from self_judge.training.self_training.rollouts import preference_batch
 
@@ -286,11 +287,11 @@ def test_reference_and_judge_do_not_change_while_the_policy_does(
     from self_judge import Comparison
 
     pair = [Comparison("what is honest?", "the capital of France", "no")]
-    with trainer._reference():
+    with active_reference(trainer):
         before = trainer.judge.compare(pair)
     policy_before = weights(trainer.model)
     trainer.train()
-    with trainer._reference():
+    with active_reference(trainer):
         after = trainer.judge.compare(pair)
     assert before == after
     assert not same(policy_before, weights(trainer.model))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from self_judge.data.records import judge_context
 from self_judge.data.workers import workers_end_with_parent
 from self_judge.datatypes import Comparison, LabeledPair, Message, PreferenceRecord
+from self_judge.errors import require_type, suggesting
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
@@ -203,11 +204,12 @@ def _features() -> Features:
     )
 
 
+@suggesting(tokenizer="encoder", processing_class="encoder", judge_templates="templates")
 def jsft_dataset(
     records: Iterable[PreferenceRecord],
-    encoder: ChatEncoder,
-    templates: JudgeTemplates,
-    letter_ids: tuple[int, int],
+    encoder: ChatEncoder | PreTrainedTokenizerBase,
+    templates: JudgeTemplates | Mapping[str, Any],
+    letter_ids: tuple[int, int] | None = None,
     *,
     max_length: int | None = None,
     ignore_index: int = -100,
@@ -216,7 +218,10 @@ def jsft_dataset(
     """Builds the JSFT training set, in which SFT and judge examples have equal weight.
 
     Args:
-        records: the preference records.
+        records: the preference records, such as those from `load_preferences`.
+        encoder: a `ChatEncoder`, or a tokenizer whose own chat template is used.
+        templates: the judge templates, or a mapping `{principle: {system, user, assistant}}`.
+        letter_ids: the ids of the judge's letters (default: `encoder.letter_ids(templates)`).
         num_proc: the number of encoding processes; it does not change the result.
 
     Returns:
@@ -232,7 +237,11 @@ def jsft_dataset(
     records = list(records)
     if not records:
         raise ValueError("there are no records to create training examples from")
-    encode = ExampleEncoder(encoder, templates, letter_ids, max_length, ignore_index)
+    for i, record in enumerate(records):
+        require_type(f"records[{i}]", record, PreferenceRecord, "a record of load_preferences")
+    encoder, templates = ChatEncoder.of(encoder), JudgeTemplates.of(templates)
+    letters = letter_ids or encoder.letter_ids(templates)
+    encode = ExampleEncoder(encoder, templates, letters, max_length, ignore_index)
     parts = []
     for start in range(0, len(records), _RECORDS_AT_ONCE):
         texts = [record_to_json(r) for r in records[start : start + _RECORDS_AT_ONCE]]
@@ -292,17 +301,25 @@ class JudgeAugmentedSFTCollator:
         ValueError: `ignore_index` could be a token id.
     """
 
+    @suggesting(
+        processing_class="tokenizer",
+        pad_token_id="tokenizer",
+        max_length="max_length to jsft_dataset (the collator does not truncate)",
+    )
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ChatEncoder,
         ignore_index: int = -100,
         pad_to_multiple_of: int | None = None,
     ) -> None:
+        require_type("ignore_index", ignore_index, int, "a number below 0")
         if ignore_index >= 0:
             raise ValueError(
                 f"ignore_index must be below 0, got {ignore_index}: the collator does not truncate "
                 "(pass max_length to jsft_dataset)"
             )
+        if isinstance(tokenizer, ChatEncoder):
+            tokenizer = tokenizer.tokenizer
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = tokenizer.eos_token_id if pad is None else pad
         self.ignore_index = ignore_index
@@ -311,6 +328,12 @@ class JudgeAugmentedSFTCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         import torch
 
+        missing = {"input_ids", "labels"} - set(examples[0])
+        if missing:
+            raise ValueError(
+                f"JudgeAugmentedSFTCollator got examples without {sorted(missing)}: it requires "
+                "examples of jsft_dataset"
+            )
         lengths = [len(e["input_ids"]) for e in examples]
         step = self.pad_to_multiple_of
         shape = (len(examples), -(-max(lengths) // step) * step)

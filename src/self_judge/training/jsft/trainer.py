@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
 
 from self_judge.config.self_training import PackingChoice
+from self_judge.errors import require_type
 from self_judge.inference.lockstep import check_processes
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.pass_size import pinned_tokens_per_pass
 from self_judge.runtime import keep_freed_memory, unwrapped
+from self_judge.training.arguments import check_args, check_has_rows, check_names, model_or_name
 from self_judge.training.callbacks import RunLog
 from self_judge.training.fault_tolerance import FaultToleranceMixin
 from self_judge.training.lora_layers import lighten
@@ -62,6 +65,25 @@ class PairSampler(Sampler[int]):
             yield from self.units[unit]
 
 
+def check_examples(dataset: Dataset, max_length: int | None) -> None:
+    """Raises `ValueError` for preference pairs, and for examples that TRL would truncate."""
+    columns = set(dataset.column_names)
+    if "chosen" in columns and not columns & {"input_ids", "messages", "text", "completion"}:
+        raise ValueError(
+            "the dataset has preference pairs: pass the examples of jsft_dataset("
+            "load_preferences(dataset), encoder, templates)[0]"
+        )
+    if max_length is None or not {"swapped", "length"} <= columns:
+        return
+    lengths = dataset["length"][:]
+    if cut := sum(length > max_length for length in lengths):
+        raise ValueError(
+            f"{cut:,} of {len(lengths):,} examples are longer than args.max_length {max_length}, "
+            "and TRL would cut off their letters: pass SFTConfig(..., max_length=None), and limit "
+            "the examples with jsft_dataset(..., max_length=...)"
+        )
+
+
 class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
     """TRL's `SFTTrainer` for a dataset from `jsft_dataset`, with additional arguments.
 
@@ -75,6 +97,9 @@ class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
         ValueError: `packing` names a mode that is not exact for the model.
     """
 
+    _tag_names = ["trl", "sft", "self-judge"]  # noqa: RUF012  as TRL declares it
+    _name = "judge-augmented SFT (JSFT)"
+
     def __init__(
         self,
         *args: Any,
@@ -83,13 +108,20 @@ class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
         on_saved: Callable[[Path], object] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_names(type(self).__name__, SFTTrainer, SFTConfig, kwargs)
         given, *rest = args or (kwargs.pop("model", None),)
+        given = model_or_name("model", given)
+        config = rest[0] if rest else kwargs.get("args")
+        check_args(config, SFTConfig)
         if isinstance(given, str):
-            config = rest[0] if rest else kwargs.get("args")
             if config is None:
                 config = kwargs["args"] = SFTConfig(f"{given.rstrip('/').split('/')[-1]}-SFT")
-            given = load_by_name(given, config, kwargs, merge="peft_config" in kwargs)
+            quantized = kwargs.pop("quantization_config", None)
+            new_adapter = kwargs.get("peft_config") is not None
+            given = load_by_name(given, config, quantized, merge=new_adapter)
+            config.model_init_kwargs = None  # TRL would warn that it ignores them
         args = (given, *rest)
+        check_has_rows("train", kwargs.get("train_dataset"))
         super().__init__(*args, **kwargs)
         self.max_skipped_steps = max_skipped_steps
         self.on_saved = on_saved
@@ -104,6 +136,15 @@ class JSFTTrainer(FaultToleranceMixin, SFTTrainer):
             self.packing = pack_fused_head(model, packing, one_pass=one_pass, batch_tokens=tokens)
         self.run_log = RunLog("jsft")
         self.add_callback(self.run_log)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any
+    ) -> Any:
+        kinds = (Dataset, IterableDataset)
+        require_type("a dataset", dataset, kinds, "a datasets.Dataset or IterableDataset")
+        if isinstance(dataset, Dataset):
+            check_examples(dataset, args.max_length)
+        return super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -15,8 +15,10 @@ from transformers import TrainingArguments
 from trl import DPOConfig
 
 from self_judge.config.self_training import SelfTrainingSettings, all_problems, require
+from self_judge.config.yaml import unknown_key
 from self_judge.console import masked
 from self_judge.models import clamp_to_context
+from self_judge.training.arguments import check_args
 
 
 @dataclass
@@ -25,7 +27,15 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
 
     Raises:
         ValueError: values conflict with each other, the method or the machine.
+        TypeError: a setting is unknown. The message suggests a name.
     """
+
+    def __new__(cls, *args: Any, **settings: Any) -> SelfJudgeConfig:
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in names:
+                raise TypeError(f"{cls.__name__}: {unknown_key(name, names)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if isinstance(self.vllm_server_base_url, str):
@@ -49,6 +59,21 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
             not self.sync_ref_model,
             "sync_ref_model must be False: the judge is the frozen reference",
         )
+        require(
+            self.truncation_mode == "keep_start",
+            "truncation_mode must be keep_start: responses are never truncated, and long dialogues "
+            "lose their oldest turns",
+        )
+        require(
+            self.train_sampling_strategy in ("random", "sequential"),
+            f"train_sampling_strategy must be random or sequential, got "
+            f"{self.train_sampling_strategy}: responses are sampled during training, so their "
+            "lengths are not known before",
+        )
+        require(
+            not self.label_smoothing_factor,
+            "label_smoothing_factor must be 0: set label_smoothing, which DPO uses",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings for run.json and experiment trackers, with secrets masked."""
@@ -67,6 +92,7 @@ def as_self_judge_config(
     args: SelfJudgeConfig | TrainingArguments | None, model_name: str
 ) -> SelfJudgeConfig:
     """Returns `args` as a `SelfJudgeConfig`, with the method's defaults for missing settings."""
+    check_args(args, SelfJudgeConfig, DPOConfig)
     if isinstance(args, SelfJudgeConfig):
         return args
     if args is None:
@@ -97,5 +123,7 @@ def hub_options(config: SelfJudgeConfig) -> dict[str, Any]:
 
 
 def for_model(config: SelfJudgeConfig, model: Any) -> SelfJudgeConfig:
-    """Limits `max_length` to the model's context length."""
+    """Limits `max_length` to the model's context length, and adapts the data loaders."""
+    accelerate: Any = config.accelerator_config
+    accelerate.dispatch_batches = False  # it cannot split the lists of a batch among processes
     return with_values(config, max_length=clamp_to_context(model.config, config.max_length))

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 
 from self_judge.data.workers import workers_end_with_parent
 from self_judge.datatypes import Message
+from self_judge.errors import require_type
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.prompting.messages import content_of, lost, lost_column
@@ -106,6 +107,11 @@ class PromptPreparer:
                     break
                 messages = shorter
                 ids = self.encoder.encode_prompt(messages)
+        if not isinstance(context, str):
+            raise ValueError(
+                f"record {index} of the {self.dataset_name} dataset: 'context' must be text, got "
+                f"{type(context).__name__}"
+            )
         fits = self.budget is None or len(ids) <= self.budget
         prepared: dict[str, Any] = {
             "record": index,
@@ -117,25 +123,21 @@ class PromptPreparer:
         }
         if self.with_responses:
             for side in ("chosen", "rejected"):
-                prepared[f"{side}_ids"] = self._response_ids(row.get(side), query, messages)
+                where = f"record {index} of the {self.dataset_name} dataset: {side!r}"
+                response = _response(row.get(side), where)
+                prepared[f"{side}_ids"] = self._response_ids(response, query, messages)
         return prepared
 
     def _response_ids(
-        self, response: Any, query: str | None, messages: list[Message] | None
+        self, response: str | None, query: str | None, messages: list[Message] | None
     ) -> list[int] | None:
         """Returns the ids of a response and its end of turn, as if the policy had sampled them."""
         if response is None:
             return None
-        if not isinstance(response, str):
-            if what := lost(response[-1]):
-                raise ValueError(f"a response has {what}: only text can be encoded")
-            response = content_of(response[-1])
-        elif query is not None:
-            response = response.removeprefix(query)
         end = list(self.encoder.stop_token_ids[:1])
         eos = self.encoder.tokenizer.eos_token
-        if query is not None and eos:
-            response = response.removesuffix(eos)
+        if query is not None:
+            response = response.removeprefix(query).removesuffix(eos or "")
         if messages is not None:
             # The last trained span of the encoded dialogue is the answer as formatted by the chat
             # template, including its end-of-turn token.
@@ -168,7 +170,12 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
     Raises:
         ValueError: a row cannot be used, or no prompt fits into `max_length`.
     """
-    if {"record", "prompt_ids", "context"} <= set(next(iter(dataset))):
+    kinds = (Dataset, IterableDataset)
+    require_type(f"the {name} dataset", dataset, kinds, "a datasets.Dataset or IterableDataset")
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"the {name} dataset has no rows")
+    if {"record", "prompt_ids", "context"} <= set(first):
         return dataset
     prepare = PromptPreparer(
         encoder, args.max_length, args.max_new_tokens, name, with_responses=name != "train"
@@ -210,14 +217,31 @@ def _messages(prompt: Any, index: int, dataset_name: str) -> list[Message]:
     for message in prompt:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise ValueError(f"{where} has a message without a role and content: {message!r:.80}")
-        if what := lost(message):
-            raise ValueError(f"{where} has a message with {what}: only text can be encoded")
     if prompt[-1]["role"] != "user":
         raise ValueError(
             f"{where} ends with a message from {prompt[-1]['role']!r}; the last message must be "
             "from 'user'"
         )
-    return [Message(role=m["role"], content=content_of(m)) for m in prompt]
+    return [Message(role=m["role"], content=_text_of(m, where)) for m in prompt]
+
+
+def _response(given: Any, where: str) -> str | None:
+    """Returns the text of a response that is given as text or as messages."""
+    if given is None or isinstance(given, str):
+        return given
+    if not isinstance(given, list) or not given or not isinstance(given[-1], Mapping):
+        raise ValueError(f"{where} must be text or a non-empty list of messages")
+    return _text_of(given[-1], where)
+
+
+def _text_of(message: Mapping[str, Any], where: str) -> str:
+    if what := lost(message):
+        raise ValueError(f"{where} has a message with {what}: only text can be encoded")
+    text = content_of(message)
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise ValueError(f"{where} has a message whose content is {kind}: only text can be encoded")
+    return text
 
 
 def _without_oldest_exchange(messages: list[Message]) -> list[Message] | None:

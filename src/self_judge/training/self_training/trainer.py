@@ -20,8 +20,8 @@ results (`packing/fused_head.py`). `rollouts.py` samples and judges the pairs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,10 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOTrainer
-from trl.models.utils import unwrap_model_for_generation
 
+from self_judge.errors import require_type
 from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.lockstep import LockstepPacking, check_processes, max_over_ranks
-from self_judge.inference.sampling import Sampler, TransformersSampler
 from self_judge.judging.judge import Judge
 from self_judge.models import load_tokenizer
 from self_judge.packing.fused_head import BEFORE_FUSED_HEAD, pack_fused_head
@@ -45,11 +44,19 @@ from self_judge.packing.pass_size import pinned_tokens_per_pass
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import (
     encoder_as_taught,
+    has_judge_settings,
     resolve_judge,
     save_judge_settings,
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import keep_freed_memory, unwrapped
+from self_judge.training.arguments import (
+    check_has_rows,
+    check_names,
+    check_tokenizer,
+    model_or_name,
+    name_of,
+)
 from self_judge.training.callbacks import RunLog, StepClock
 from self_judge.training.fault_tolerance import FaultToleranceMixin
 from self_judge.training.lora_layers import lighten
@@ -70,6 +77,7 @@ from self_judge.training.self_training.config import (
     with_values,
 )
 from self_judge.training.self_training.logprob_averaging import LogProbAveraging
+from self_judge.training.self_training.policy import policy_sampler
 from self_judge.training.self_training.prompts import COLUMNS, SelfJudgeCollator, prepare_dataset
 from self_judge.training.self_training.rollout_log import (
     add_kl_estimate,
@@ -121,11 +129,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     model: Any
 
     _tag_names = ["trl", "dpo", "self-judge"]  # noqa: RUF012  as TRL declares it
-    _name = "SELF-JUDGE"
-    _paper = {  # noqa: RUF012
-        "title": "Aligning Large Language Models by On-Policy Self-Judgment",
-        "id": "2402.11253",
-    }
+    _name = "on-policy self-training (SELF-JUDGE)"
 
     def __init__(
         self,
@@ -158,7 +162,11 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     ) -> None:
         if processing_class is not None and tokenizer is not None:
             raise ValueError("pass either tokenizer or processing_class, not both")
-        name = model if isinstance(model, str) else str(model.config.name_or_path)
+        check_names(type(self).__name__, DPOTrainer, SelfJudgeConfig, trainer_arguments)
+        model = model_or_name("model", model)
+        if ref_model is not None:
+            ref_model = model_or_name("ref_model", ref_model)
+        name, judge_name = name_of(model), name_of(model if ref_model is None else ref_model)
         config = with_values(
             as_self_judge_config(args, name),
             disable_dropout=disable_dropout,
@@ -174,14 +182,20 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             ignore_index=ignore_index,
         )
         hub = hub_options(config)
+        quantized = trainer_arguments.get("quantization_config")
+        if isinstance(ref_model, str):
+            ref_model = load_by_name(ref_model, config, quantized, merge=True)
         if isinstance(model, str):
-            model = load_by_name(model, config, trainer_arguments, merge=peft_config is not None)
+            model = load_by_name(model, config, quantized, merge=peft_config is not None)
+            config.model_init_kwargs = None  # TRL would warn that it ignores them
+            trainer_arguments.pop("quantization_config", None)
         config = for_model(config, model)
         processing_class = processing_class or tokenizer or load_tokenizer(name, **hub)
+        check_tokenizer(processing_class)
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
         settings = resolve_judge(
-            name,
+            judge_name if has_judge_settings(judge_name) else name,
             judge_templates,
             token_id_a,
             token_id_b,
@@ -190,18 +204,21 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         )
         self.judge_templates = settings.templates
         # TRL's constructor prepares the dataset, which needs these attributes.
-        self.encoder = encoder or encoder_as_taught(processing_class, settings)
+        self.encoder = ChatEncoder.of(encoder or encoder_as_taught(processing_class, settings))
         letters = self.encoder.letter_ids(
             settings.templates, settings.token_id_a, settings.token_id_b
         )
         given = given_logits(model, ref_model, config, peft_config)
         if ref_model is None and peft_config is None and not isinstance(model, PeftModel):
             ref_model = reference_in_memory(model, config)
+        data_collator = data_collator or SelfJudgeCollator()
+        require_type("data_collator", data_collator, SelfJudgeCollator, "a SelfJudgeCollator")
+        check_has_rows("train", train_dataset)
         super().__init__(
             model=model,
             ref_model=ref_model,
             args=config,
-            data_collator=data_collator or SelfJudgeCollator(),
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -210,6 +227,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         )
         if given is not None:
             self.reference = ReferenceCheck(given, self.model, partial(reference_logits, self))
+        self.judge_folder = judge_name
         self._set_up(config, letters)
 
     def _set_up(self, config: SelfJudgeConfig, letters: tuple[int, int]) -> None:
@@ -231,9 +249,18 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         if config.packing != "off":
             tokens = pinned_tokens_per_pass(unwrapped(self.model), self.output_dir)
         one_pass = needs_one_pass(self.accelerator.distributed_type)
-        self.vllm = self._vllm_rollouts() if config.use_vllm else None
+        self.vllm: VLLMSync | None = None
+        if config.use_vllm:
+            self.vllm = VLLMSync(
+                self.model,
+                config,
+                self.accelerator,
+                self.encoder,
+                probe=probe_prompt(self.encoder, self.judge_templates),
+                separate_judge=self.ref_model is not None,
+            )
         # The judge is the frozen reference: a separate model, or the policy's own base. In the
-        # latter case, `_reference` disables the adapter while the judge runs.
+        # latter case, `active_reference` disables the adapter while the judge runs.
         here = self.ref_model if self.ref_model is not None else self.model
         self.judge = Judge(
             self.vllm.scorer() if self.vllm is not None and self.vllm.judges else here,
@@ -271,8 +298,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             self.judge,
             config,
             self.clock,
-            sampler=self._sampler,
-            reference=self._reference,
+            sampler=partial(policy_sampler, self),
+            reference=partial(active_reference, self),
             lockstep=lockstep,
         )
         self._step_batches: list[Any] = []
@@ -288,6 +315,11 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
         return prepare_dataset(dataset, self.encoder, args, dataset_name)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns Transformers' predictions for rows with `chosen` and `rejected`."""
+        prepared = self._prepare_dataset(test_dataset, self.processing_class, self.args, "test")
+        return super().predict(prepared, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -371,42 +403,6 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     def _roll_out(self, batches: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
         step = self.state.global_step
         return self.pipeline.roll_out(batches, step, last=step + 1 >= self.state.max_steps)
-
-    @contextmanager
-    def _sampler(self) -> Iterator[Sampler]:
-        """Provides a sampler for the current policy."""
-        if self.vllm is not None:
-            yield self.vllm.sampler(self._reference())
-            return
-        # In training mode with gradient checkpointing, generation would silently disable the KV
-        # cache.
-        checkpointing: dict[str, Any] = {}
-        if not BEFORE_FUSED_HEAD:  # earlier versions of TRL lack this argument
-            checkpointing["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
-        with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gather_deepspeed3_params=True, **checkpointing
-        ) as policy:
-            yield TransformersSampler(
-                policy,
-                self.encoder,
-                self.args.sampling(),
-                self.args.generation_batch_size,
-                batch_tokens=self.args.generation_batch_tokens,
-                max_over_ranks=self.max_over_ranks,
-            )
-
-    def _vllm_rollouts(self) -> VLLMSync:
-        return VLLMSync(
-            self.model,
-            self.args,
-            self.accelerator,
-            self.encoder,
-            probe=probe_prompt(self.encoder, self.judge_templates),
-            separate_judge=self.ref_model is not None,
-        )
-
-    def _reference(self) -> AbstractContextManager[None]:
-        return active_reference(self)
 
     # -- logs ------------------------------------------------------------------------------------
 
