@@ -57,6 +57,9 @@ def test_jsft_ends_with_the_judge_before_and_after_and_the_next_command(
         assert conclusion["text"] in said
     assert f"next: self-judge train CONFIG, with model.model_name_or_path: {output}" in said
     assert summary["tokens_per_second"] > 0
+    card = (output / "README.md").read_text()
+    assert f"before training: {before['accuracy']['value']:.1%} (95% interval" in card
+    assert f"after training: {after['accuracy']['value']:.1%} (95% interval" in card
 
 
 def test_measuring_the_judge_does_not_change_the_model(

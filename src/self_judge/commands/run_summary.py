@@ -161,6 +161,7 @@ class RunSummary:
     console: Console
     judge: JudgeAccuracy | None = None
     before: Mapping[str, Any] | None = field(default=None, init=False)
+    summary: dict[str, Any] = field(default_factory=dict, init=False)
     _begun: float = field(default_factory=time.time, init=False)
 
     def start(self, model: Any, *, resumed: bool) -> None:
@@ -177,8 +178,10 @@ class RunSummary:
             write_json(self.folder / SUMMARY, {"judge": {"before": self.before}})
         self._begun = time.time()
 
-    def finish(self, model: Any, next_command: str) -> None:
-        """Measures the judge after the last step, and writes and prints the summary.
+    def write(self, model: Any, next_command: str) -> None:
+        """Measures the judge after the last step, and writes the summary.
+
+        Call this method before the model is saved, because the model card shows the accuracy.
 
         Args:
             next_command: the command that continues with this run's model.
@@ -186,31 +189,36 @@ class RunSummary:
         seconds = time.time() - self._begun
         lines = list(read_lines(self.folder / METRICS))
         last = {key: value for line in lines for key, value in line.items()}
-        pace = _tokens_per_second([line for line in lines if line["time"] >= self._begun], last)
         conclusions = as_json(run_conclusions(self.folder))
         judged = None
         if self.judge is not None:
             after = self.judge.measure(model)
             judged = {"before": self.before, "after": after}
             conclusions += as_json(judge_gain(self.before or {}, after))
-        summary = {
+        self.summary = {
             "steps": last.get("step"),
             "seconds": round(seconds, 1),
-            "tokens_per_second": pace,
+            "tokens_per_second": _tokens_per_second(
+                [line for line in lines if line["time"] >= self._begun], last
+            ),
             "metrics": last,
             "judge": judged,
             "conclusions": conclusions,
             "next": next_command,
         }
-        write_json(self.folder / SUMMARY, masked(summary))
+        write_json(self.folder / SUMMARY, masked(self.summary))
+
+    def show(self) -> None:
+        """Prints the summary."""
+        summary, pace = self.summary, self.summary["tokens_per_second"]
         print_line(
             self.console,
-            f"{last.get('step', 0):,} steps in {timedelta(seconds=round(seconds))}"
+            f"{summary['steps'] or 0:,} steps in {timedelta(seconds=round(summary['seconds']))}"
             + (f", {pace:,.0f} tokens per second" if pace else "")
-            + f"; last logged: {shown_metrics(last)}",
+            + f"; last logged: {shown_metrics(summary['metrics'])}",
         )
-        print_conclusions(self.console, conclusions)
-        print_line(self.console, f"next: {next_command}")
+        print_conclusions(self.console, summary["conclusions"])
+        print_line(self.console, f"next: {summary['next']}")
 
 
 def _tokens_per_second(lines: Sequence[Mapping[str, Any]], last: Mapping[str, Any]) -> float | None:

@@ -122,9 +122,12 @@ def _run_jsft(run: JSFTRun, say: Say, console: Console | None) -> Path:
         accuracy = judge_accuracy(*judged, held_out, args, run.jsft_args.max_length, tokens, say)
     summary = RunSummary(output, _console(console), accuracy)
     _train(trainer, run, args, say, LiveProgress("JSFT", _console(console)), summary)
+    following = f"self-judge train CONFIG, with model.model_name_or_path: {output}"
+    _summarize(trainer, summary, following)
     save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
     say(f"JSFT model and judge.json: {output}")
-    _finish(trainer, summary, f"self-judge train CONFIG, with model.model_name_or_path: {output}")
+    if trainer.accelerator.is_main_process:
+        summary.show()
     return output
 
 
@@ -259,14 +262,13 @@ def _run_self_judge(run: SelfJudgeRun, say: Say, console: Console | None) -> Pat
         accuracy = judge_accuracy(*judged, held_out, args, args.max_length, tokens, say)
     summary = RunSummary(output, _console(console), accuracy)
     _train(trainer, run, args, say, LiveProgress("self-training", _console(console)), summary)
+    model = run.model.model_name_or_path
+    following = f"self-judge compare {output} {model} --judge {model} --prompts PROMPTS"
+    _summarize(trainer, summary, f"{following} --output DIR")
     trainer.save_model(str(output))
     say(f"policy: {output}")
-    model = run.model.model_name_or_path
-    _finish(
-        trainer,
-        summary,
-        f"self-judge compare {output} {model} --judge {model} --prompts PROMPTS --output DIR",
-    )
+    if trainer.accelerator.is_main_process:
+        summary.show()
     return output
 
 
@@ -285,11 +287,11 @@ def _examples(trainer: JSFTTrainer | SelfJudgeTrainer) -> float:
     return float(len(dataset) * args.num_train_epochs)
 
 
-def _finish(
+def _summarize(
     trainer: JSFTTrainer | SelfJudgeTrainer, summary: RunSummary, next_command: str
 ) -> None:
     if trainer.accelerator.is_main_process:
-        summary.finish(trainer.accelerator.unwrap_model(trainer.model), next_command)
+        summary.write(trainer.accelerator.unwrap_model(trainer.model), next_command)
     trainer.accelerator.wait_for_everyone()
 
 

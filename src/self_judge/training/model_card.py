@@ -20,7 +20,7 @@ from self_judge.prompting.judge_json import JUDGE_FILE, load_judge_settings
 from self_judge.runtime import unwrapped
 from self_judge.storage.atomic import loads
 from self_judge.storage.repository import same_path
-from self_judge.storage.run_dir import DATA, RESULTS
+from self_judge.storage.run_dir import DATA, RESULTS, SUMMARY
 
 CARD = "README.md"
 _VERSIONS = ("self-judge", "trl", "transformers", "torch", "datasets", "tokenizers")
@@ -99,6 +99,7 @@ def model_card(
         _data(output, dataset_name, sources),
         "## Judge",
         *_judge(folder, hub_id or str(saved_as), trainer.judge_folder or str(saved_as)),
+        *_measured(output),
         "## Versions",
         "\n".join(f"- {name}: {_version(name)}" for name in _VERSIONS),
         "## Citations",
@@ -118,13 +119,26 @@ def _judge(folder: Path, name: str, judge_folder: str) -> Iterator[str]:
     )
     yield _JUDGING.format(name=str(masked(name)))
     for results in judge_results(Path(judge_folder)):
-        accuracy = results["overall"]["accuracy"]
-        low, high = accuracy["ci95"]
         data = ", ".join(_code(source["path"]) for source in results["data"])
-        yield (
-            f"Accuracy of the judge {_code(judge_folder)} on {data}: {accuracy['value']:.1%} "
-            f"(95% interval {low:.1%} to {high:.1%}, {accuracy['n']:,} pairs)."
-        )
+        accuracy = _share(results["overall"]["accuracy"])
+        yield f"Accuracy of the judge {_code(judge_folder)} on {data}: {accuracy}."
+
+
+def _measured(output: Path) -> Iterator[str]:
+    """Yields the accuracy that the run measured on held-out pairs, if it did."""
+    try:
+        judge = loads((output / SUMMARY).read_bytes())["judge"]
+        shown = [_share(judge[side]["accuracy"]) for side in ("before", "after")]
+    except (LookupError, OSError, TypeError, ValueError):
+        return
+    yield f"Accuracy on held-out pairs before training: {shown[0]}; after training: {shown[1]}."
+
+
+def _share(accuracy: Mapping[str, Any]) -> str:
+    low, high = accuracy["ci95"]
+    return (
+        f"{accuracy['value']:.1%} (95% interval {low:.1%} to {high:.1%}, {accuracy['n']:,} pairs)"
+    )
 
 
 def judge_results(model: Path) -> list[Mapping[str, Any]]:
