@@ -68,8 +68,8 @@ _AFTER = (
     *(" a", " I'm", " Hello, you", " then\n\nB: c", " x  y", " x 12", " é", " 日本", " iPhone's"),
     *(" S.A.", " ll", " WORLD!\n"),
 )
-# The maximum length of all words whose ids are remembered, and of all middles and joints. Words
-# recur in all texts, but most middles recur only in the prompts of one record.
+# The maximum length of all recent words whose ids are remembered, and of all middles and joints.
+# Words recur in all texts, but most middles recur only in the prompts of one record.
 _KNOWN_CHARACTERS, _KNOWN_PIECE_CHARACTERS = 2**21, 2**17
 
 
@@ -95,7 +95,10 @@ class ContentTokenizer:
         self._head = functools.lru_cache(maxsize=64)(self._ids)
         self._anchors = self._find_anchors()
         self.anchor = self._anchors[0] if self._anchors else ""
-        self._known: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)  # per anchor
+        # The ids of words by anchor. If too many words are known, they become the older words, and
+        # those that recur are kept.
+        self._known: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+        self._older: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         self._known_characters = 0
         self._known_pieces: dict[str, tuple[int, ...]] = {}
         self._known_piece_characters = 0
@@ -220,11 +223,15 @@ class ContentTokenizer:
             return [known[word] for word in words]
         except KeyError:
             missing = [*dict.fromkeys(word for word in words if word not in known)]
+        older = self._older[anchor]
+        unknown = [word for word in missing if word not in older]
+        known.update((word, older[word]) for word in missing if word in older)
         # The garbage collector does not visit tuples of numbers.
-        known.update(zip(missing, map(tuple, self._encode_all(anchor, missing)), strict=True))
+        known.update(zip(unknown, map(tuple, self._encode_all(anchor, unknown)), strict=True))
         self._known_characters += sum(map(len, missing))
         if self._known_characters > _KNOWN_CHARACTERS:
-            self._known, self._known_characters = defaultdict(dict), 0
+            self._older, self._known = self._known, defaultdict(dict)
+            self._known_characters = 0
         return [known[word] for word in words]
 
     def _encode_all(self, anchor: str, texts: Sequence[str]) -> list[list[int]]:
