@@ -39,7 +39,7 @@ from self_judge.inference.lockstep import LockstepPacking, check_processes, max_
 from self_judge.inference.sampling import Sampler, TransformersSampler
 from self_judge.judging.judge import Judge
 from self_judge.models import load_tokenizer
-from self_judge.packing.fused_head import BEFORE_FUSED_HEAD, pack_fused_head
+from self_judge.packing.fused_head import FUSED_HEAD, pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.pass_size import pinned_tokens_per_pass
 from self_judge.prompting.chat_encoder import ChatEncoder
@@ -332,7 +332,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         with self.vllm.awake() if self.vllm is not None else nullcontext():
             rollouts = self._roll_out(batches)
         inputs = [self._preference_batch(own) for own in rollouts]
-        if not BEFORE_FUSED_HEAD and self._log_prob_hooks is None:
+        if FUSED_HEAD and self._log_prob_hooks is None:
             with self.clock.phase("reference"):
                 self._add_reference(rollouts, inputs)
         self.clock.rolled_out(self.pipeline.sampled_tokens)
@@ -381,7 +381,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         # In training mode with gradient checkpointing, generation would silently disable the KV
         # cache.
         checkpointing: dict[str, Any] = {}
-        if not BEFORE_FUSED_HEAD:  # earlier versions of TRL lack this argument
+        if FUSED_HEAD:  # TRL 1.14 lacks this argument
             checkpointing["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
         with unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=True, **checkpointing
