@@ -14,8 +14,7 @@ from xml.etree import ElementTree
 
 PAGE = Path(__file__).parent / "compatibility.md"
 PACKAGES = (
-    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy",
-    "scipy", "pyarrow", "omegaconf", "rich",
+    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "scipy",
 )  # fmt: skip
 
 
