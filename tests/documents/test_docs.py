@@ -6,12 +6,17 @@ import ast
 import dataclasses
 import importlib.util
 import re
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from packaging.requirements import Requirement
 from test_architecture import ORDER, PACKAGES, tree
 
+import compatibility
 import self_judge
 from conftest import ROOT
 from self_judge import Verdict
@@ -173,3 +178,34 @@ def test_pages_are_short_and_begin_with_their_purpose() -> None:
     assert len(ARCHITECTURE.split()) <= 2_000
     for name, text in pages.items():
         assert text.splitlines()[2].startswith("This page "), name
+
+
+def test_a_test_run_replaces_its_own_row_of_the_compatible_versions() -> None:
+    junit = (
+        '<testsuites><testsuite tests="12" failures="2" errors="1" skipped="4" '
+        'timestamp="2026-01-02T03:04:05"/></testsuites>'
+    )
+    line = compatibility.row("newest", junit)
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[1:3] + cells[4:7] == ["newest", "2026-01-02", "5", "3", "4"]
+    assert f"torch {torch.__version__}, " in cells[7]
+    page = compatibility.updated("| oldest | a |\n| newest | b |\nEnd.\n", line)
+    assert page == f"| oldest | a |\n{line}\nEnd.\n"
+    assert len(rows(compatibility.PAGE.read_text(encoding="utf-8"))) == 2
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_the_tested_versions_are_within_the_bounds(python: str) -> None:
+    def wanted(lines: Iterable[str]) -> list[Requirement]:
+        found = [Requirement(line) for line in lines]
+        return [r for r in found if not r.marker or r.marker.evaluate({"python_version": python})]
+
+    tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pins = wanted(line for line in text.splitlines() if not line.startswith("#"))
+    versions = {pin.name: str(pin.specifier).removeprefix("==") for pin in pins}
+    assert len(versions) == len(pins)  # one per package
+    for bound in wanted(chain(project["dependencies"], *project["optional-dependencies"].values())):
+        if bound.name in versions:
+            assert bound.specifier.contains(versions[bound.name]), bound

@@ -114,7 +114,7 @@ RUN_FILE = [
          "give a path relative to the working folder"),
     Case("an empty run file", lambda p: ["jsft", str(p.file("e.yaml", ""))],
          ("e.yaml: expected sections such as 'model:', found none",), "see configs/"),
-    Case("invalid YAML", lambda p: ["jsft", str(p.file("s.yaml", "a: [1"))],
+    Case("invalid YAML", lambda p: ["jsft", str(p.file("s.yaml", "model:\n  a: ]"))],
          ("s.yaml:2: not valid YAML",), "correct the line"),
     Case("YAML with code",
          lambda p: ["jsft", str(p.file("x.yaml", "model: !!python/object/apply:os.abort []"))],

@@ -14,6 +14,7 @@ from families import CONFIGS, SIZES, build
 from self_judge.inference import decoding, graphed_step
 from self_judge.inference.decoding import cache_bytes, decode, why_no_graphs, why_not_shared
 from self_judge.inference.prompt_cache import RoomyLayer
+from self_judge.runtime import cache_name
 
 STOP = 5
 PROMPTS = [[10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
@@ -170,7 +171,7 @@ def test_a_batch_takes_the_memory_of_its_cache_once(monkeypatch: pytest.MonkeyPa
             return torch.where(ends, STOP, super().__call__(ids_BT, logits_BV))
 
     def watch(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        layers = kwargs["past_key_values"].layers
+        layers = kwargs[cache_name(model)].layers
         if isinstance(layers[0], RoomyLayer):
             held = [states for layer in layers for states in (layer.keys, layer.values)]
             rows.append(len(held[0]))
@@ -193,7 +194,7 @@ def test_under_autocast_the_cache_holds_what_attention_computes_with(name: str) 
     model, types = build(name), set()
 
     def watch(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        layers = [x for x in kwargs["past_key_values"].layers if isinstance(x, RoomyLayer)]
+        layers = [x for x in kwargs[cache_name(model)].layers if isinstance(x, RoomyLayer)]
         types.update(states.dtype for layer in layers for states in (layer.keys, layer.values))
 
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -271,10 +272,11 @@ def test_an_adapter_is_sampled_with_and_without() -> None:
 
 def test_a_model_that_forgets_its_cache_is_caught_by_the_trial() -> None:
     class Forgets(hf.LlamaForCausalLM):
-        def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-            if past_key_values is not None and past_key_values.get_seq_length() > 4:
-                past_key_values.layers[0].values *= 0
-            return super().forward(*args, past_key_values=past_key_values, **kwargs)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get(cache_name(self))
+            if cache is not None and cache.get_seq_length() > 4:
+                cache.layers[0].values *= 0
+            return super().forward(*args, **kwargs)
 
     model = Forgets(CONFIGS["llama"]()).eval()
     model.load_state_dict(build("llama").state_dict())
@@ -293,7 +295,8 @@ def test_what_a_token_takes_in_the_cache_is_found_for_every_kind_of_attention(
 ) -> None:
     monkeypatch.setitem(CONFIGS, name, FAMILIES[name])
     model = build(name)
-    cache = model(torch.tensor([PROMPTS[0]], device=model.device), use_cache=True).past_key_values
+    output = model(torch.tensor([PROMPTS[0]], device=model.device), use_cache=True)
+    cache = output[cache_name(model)]
     held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     assert cache_bytes(model) == held / len(PROMPTS[0])
     if name == "llama":

@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from conftest import DEVICE, TEMPLATES, Make, weights
+from families import FUSED
 from self_judge import Comparison, Judge
 from self_judge.inference.decoding import why_not_shared
 from self_judge.inference.letter_scoring import TransformersScorer
@@ -94,6 +95,7 @@ def test_the_judge_of_a_training_in_bf16_is_the_judge_by_itself(
         torch.testing.assert_close(found_p.log(), expected_p.log(), rtol=0, atol=1e-4)
 
 
+@FUSED
 @pytest.mark.parametrize("trained", ["lora", "full"])
 @pytest.mark.parametrize("weights", [BF16, torch.float32], ids=str)
 def test_log_probabilities_of_a_training_in_bf16_are_as_precise_as_trls(

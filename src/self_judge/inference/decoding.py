@@ -23,7 +23,6 @@ method.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +46,14 @@ from self_judge.packing.exactness import (
     why_inexact,
 )
 from self_judge.packing.passes import attention, takes_positions
-from self_judge.runtime import padded, to_device, unwrapped, without_cudnn_attention
+from self_judge.runtime import (
+    cache_name,
+    padded,
+    takes,
+    to_device,
+    unwrapped,
+    without_cudnn_attention,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +138,8 @@ def decode(
     new_BT = torch.full((len(rows), max_new_tokens), pad, device=device)
     row_B = torch.arange(len(rows), device=device)
     unfinished_B = torch.ones(len(rows), dtype=torch.bool, device=device)
-    positions = takes_positions(unwrapped(model))
+    inner = unwrapped(model)
+    positions, name = takes_positions(inner), cache_name(inner)
     if graphs is None:
         graphs = max_over_ranks is None and why_no_graphs(model) is None
     leave_at = _LEAVE_GRAPHS_AT if graphs else _LEAVE_AT
@@ -173,8 +180,8 @@ def decode(
             if positions:
                 inputs["position_ids"] = lengths_B1 + step
             with _masks(any(len(prompts[of_row[row]]) < longest for row in rows)):
-                output = model(**inputs, past_key_values=cache, use_cache=True)
-            logits_BV, cache = output.logits[:, -1], output.past_key_values
+                output = model(**inputs, **{name: cache}, use_cache=True)
+            logits_BV, cache = output.logits[:, -1], getattr(output, name)
         new = new_BT.tolist()
     ends = [next((t + 1 for t, x in enumerate(ids) if x in stop), len(ids)) for ids in new]
     return [ids[:end] for ids, end in zip(new, ends, strict=True)]
@@ -352,14 +359,15 @@ def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[torch.
     """Returns the next-token logits `(B, V)` for each prompt, and the cache."""
     inner: Any = unwrapped(model)
     longest = max(map(len, prompts))
+    name = cache_name(inner)
     inputs: dict[str, Any] = padded(prompts, _device(model), "left")
     if takes_positions(inner):
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    if "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
+    if takes(inner, "logits_to_keep"):
         inputs["logits_to_keep"] = 1
     with _masks(min(map(len, prompts)) < longest):
-        output = model(**inputs, past_key_values=empty_cache(model), use_cache=True)
-    return output.logits[:, -1], output.past_key_values
+        output = model(**inputs, **{name: empty_cache(model)}, use_cache=True)
+    return output.logits[:, -1], getattr(output, name)
 
 
 def _device(model: nn.Module) -> torch.device:

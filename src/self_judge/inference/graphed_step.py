@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from self_judge.runtime import cache_name, unwrapped
+
 _TOKENS = 256  # the width of the cache view is rounded up to a multiple of this
 
 
@@ -78,8 +80,8 @@ class GraphedStep:
             input_ids=self.ids_BT.index_select(1, self.at_1),
             attention_mask=seen[:, None, None],
             position_ids=self.lengths_B1 + (self.at_1 - self.longest),
-            past_key_values=self.cache,
             use_cache=True,
+            **{cache_name(unwrapped(self.model)): self.cache},
         )
         return output.logits[:, -1]
 

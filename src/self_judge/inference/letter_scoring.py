@@ -6,7 +6,6 @@ in `vllm/protocol.py` uses an engine. Scorers do not depend on the meaning of th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from self_judge.runtime import (
     halve_or_raise,
     in_evaluation_mode,
     padded,
+    takes,
     unwrapped,
     without_cudnn_attention,
 )
@@ -157,15 +157,10 @@ def next_token_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) 
     inputs = padded(prompts, device)
     last_B = torch.tensor([n - 1 for n in lengths], device=device)
     rows_B = torch.arange(len(prompts), device=device)
-    if _takes_logits_to_keep(model):
+    if takes(unwrapped(model), "logits_to_keep"):
         # Prompts with 3, 5 and 3 tokens end at positions 2, 4 and 2. The head scores positions [2
         # 4] in every row, and the columns to read are 0, 1 and 0.
         kept, place_B = last_B.unique(return_inverse=True)
         logits_BUV = model(**inputs, use_cache=False, logits_to_keep=kept).logits
         return logits_BUV[rows_B, place_B]
     return model(**inputs).logits[rows_B, last_B]
-
-
-def _takes_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Returns whether the model inside all wrappers can apply its LM head to selected positions."""
-    return "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import trl
-from packaging.version import Version
 from torch import nn
+from trl.trainer import utils as trl_utils
 
 from self_judge.config.self_training import PackingChoice
 from self_judge.packing.packing import Packing
@@ -24,8 +23,8 @@ from self_judge.packing.passes import hidden_states_at
 from self_judge.packing.prefix_tree import Ints
 from self_judge.runtime import to_device, unwrapped
 
-# The last TRL version for Python 3.10 has no fused LM head, so its batches remain padded.
-BEFORE_FUSED_HEAD = Version(trl.__version__) < Version("1.16")
+# TRL 1.14, the last version for Python 3.10, has no fused LM head, so its batches remain padded.
+FUSED_HEAD = getattr(trl_utils, "add_fused_lm_head", None) is not None
 
 # The per-token outputs of TRL's fused head; see trl.trainer.utils.FusedCausalLMOutput.
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -57,7 +56,7 @@ def pack_fused_head(
     Raises:
         ValueError: a forced packing mode is not exact for this model.
     """
-    if choice == "off" or BEFORE_FUSED_HEAD:
+    if choice == "off" or not FUSED_HEAD:
         return None
     packing = Packing(model, choice, gradients=True, one_pass=one_pass, batch_tokens=batch_tokens)
     inner: Any = unwrapped(model)

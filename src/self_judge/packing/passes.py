@@ -6,7 +6,6 @@ checks whether it is exact for a model.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,7 +27,14 @@ from self_judge.packing.prefix_tree import (
     prefix_rows,
 )
 from self_judge.packing.segment_attention import attending_by_segments
-from self_judge.runtime import device_of, to_device, without_cudnn_attention
+from self_judge.runtime import (
+    CACHES,
+    cache_name,
+    device_of,
+    takes,
+    to_device,
+    without_cudnn_attention,
+)
 
 # With a dense mask, attention computes a score for every pair of tokens, at a lower rate than a
 # matrix product. These factors describe the slowdown (benchmarks/RESULTS.md). They were measured on
@@ -108,7 +114,7 @@ class Pass:
     @property
     def caches(self) -> bool:
         """Whether the model must be called with `use_cache`."""
-        return self.prefix is not None or "past_key_values" in self.inputs
+        return self.prefix is not None or any(name in self.inputs for name in CACHES)
 
 
 @contextmanager
@@ -126,7 +132,7 @@ def hidden_states_at(inner: Any, this: Pass) -> Iterator[dict[str, Any]]:
     segments = attending_by_segments(inner) if "prefix_segments" in inputs else nullcontext()
     with segments, without_cudnn_attention():
         if this.prefix is not None:
-            before, cache = _prefix_states(backbone, this.prefix)
+            before, cache = _prefix_states(inner, this.prefix)
             inputs |= cache
         with _selected(backbone, this.states, before, with_cache=this.prefix is not None):
             yield inputs
@@ -391,17 +397,17 @@ def pass_over(inputs: dict[str, Any], batch: Sequence[Row], asked: Wanted) -> Pa
 
 
 def _prefix_states(
-    backbone: nn.Module, prefix: Mapping[str, torch.Tensor]
+    inner: Any, prefix: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Computes the hidden states `(G, T, H)` of prefixes and a cache with one row per branch."""
     inputs = {k: v for k, v in prefix.items() if k != "branches"}
-    output = backbone(**inputs, use_cache=True)
-    for name in ("past_key_values", "cache_params"):
-        cache = getattr(output, name, None)
-        if cache is not None:
-            cache.reorder_cache(prefix["branches"])
-            return output.last_hidden_state, {name: cache}
-    raise ValueError("the model returned no cache")
+    output = inner.base_model(**inputs, use_cache=True)
+    name = cache_name(inner)
+    cache = getattr(output, name, None)
+    if cache is None:
+        raise ValueError("the model returned no cache")
+    cache.reorder_cache(prefix["branches"])
+    return output.last_hidden_state, {name: cache}
 
 
 @contextmanager
@@ -439,4 +445,4 @@ def attention(inner: Any) -> str:
 
 
 def takes_positions(inner: Any) -> bool:
-    return "position_ids" in inspect.signature(type(inner.base_model).forward).parameters
+    return takes(inner.base_model, "position_ids")

@@ -18,7 +18,7 @@ from self_judge.packing.chunked_prefill import Chunk, PrefixIndex, Segment, plan
 from self_judge.packing.passes import Pass, Shape, Wanted, pass_over, pass_tokens, stacked
 from self_judge.packing.prefix_tree import Ints, joined, prefix_rows
 from self_judge.packing.segment_attention import attending
-from self_judge.runtime import device_of, to_device
+from self_judge.runtime import cache_name, device_of, to_device
 
 
 def segment_passes(inner: Any, shape: Shape, asked: Wanted) -> Iterator[Pass]:
@@ -142,15 +142,16 @@ def chunked_passes(
         for chunk in chunks:
             inputs = _chunk_inputs(inner, chunk)
             cache = states.cache(chunk.past)
-            if prefix_cache is not None or len(chunk.past) or len(chunk.needed):
-                inputs["past_key_values"] = cache
+            stored = prefix_cache is not None or len(chunk.past) > 0 or len(chunk.needed) > 0
+            if stored:
+                inputs[cache_name(inner)] = cache
             yield Pass(
                 inputs,
                 to_device(torch.tensor(list(chunk.last.values())), device_of(inner)),
                 torch.tensor([asked.offsets[i] for i in chunk.last]),
             )
             held = states.numbers
-            if "past_key_values" in inputs:
+            if stored:
                 states.add(cache, np.arange(chunk.first, chunk.first + len(chunk.token_ids)))
             if prefix_cache is None:
                 states.only(chunk.needed)

@@ -115,6 +115,12 @@ class FaultToleranceMixin(HubMixin):
     _unsent: str | None = None
     _skipped = 0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = args[1] if len(args) > 1 else kwargs.get("args")
+        if config is not None:
+            set_seed(config.seed)  # TRL 1.14 does not seed a new adapter
+        super().__init__(*args, **kwargs)
+
     def _send_telemetry(self) -> None:
         """Sends nothing. TRL would otherwise report the types of the model and the machine."""
 

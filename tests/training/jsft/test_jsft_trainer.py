@@ -9,20 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
-from packaging.version import Version
 from trl import SFTConfig, SFTTrainer
 
 from conftest import DEVICE, placed, tiny_llama
+from families import FUSED
 from self_judge import ChatEncoder, JudgeAugmentedSFTCollator, JudgeTemplates
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
 from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.jsft.trainer import JSFTTrainer, PairSampler
-
-FUSED = pytest.mark.skipif(
-    Version(trl.__version__) < Version("1.16"), reason="needs the fused LM head of TRL 1.16"
-)
 
 
 @pytest.fixture

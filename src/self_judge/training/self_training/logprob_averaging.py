@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from trl.trainer import dpo_trainer
 
-from self_judge.packing.fused_head import BEFORE_FUSED_HEAD
+from self_judge.packing.fused_head import FUSED_HEAD
 
 
 class LogProbAveraging:
@@ -41,7 +41,7 @@ class LogProbAveraging:
         if average is None or average == (loss_type == "ipo"):
             return None
         units = cls(average)
-        if BEFORE_FUSED_HEAD:
+        if not FUSED_HEAD:
             return units
         for model in (trainer.model, trainer.ref_model):
             if model is not None:
@@ -62,8 +62,8 @@ class LogProbAveraging:
 
     @contextmanager
     def in_loss(self) -> Iterator[None]:
-        """Scales the results of the functions with which TRL computes a loss before TRL 1.16."""
-        if not BEFORE_FUSED_HEAD:
+        """Scales the results of the functions with which TRL 1.14 computes a loss."""
+        if FUSED_HEAD:
             yield
             return
         with ExitStack() as stack:

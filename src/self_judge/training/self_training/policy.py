@@ -12,7 +12,7 @@ from typing import Any
 from trl.models.utils import unwrap_model_for_generation
 
 from self_judge.inference.sampling import Sampler, TransformersSampler
-from self_judge.packing.fused_head import BEFORE_FUSED_HEAD
+from self_judge.packing.fused_head import FUSED_HEAD
 from self_judge.training.reference import active_reference
 
 
@@ -25,7 +25,7 @@ def policy_sampler(trainer: Any) -> Iterator[Sampler]:
     args = trainer.args
     # In training mode with gradient checkpointing, generation would silently disable the KV cache.
     checkpointing: dict[str, Any] = {}
-    if not BEFORE_FUSED_HEAD:  # earlier versions of TRL lack this argument
+    if FUSED_HEAD:  # TRL 1.14 lacks this argument
         checkpointing["gradient_checkpointing_kwargs"] = args.gradient_checkpointing_kwargs
     with unwrap_model_for_generation(
         trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=True, **checkpointing

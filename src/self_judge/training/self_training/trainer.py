@@ -38,7 +38,7 @@ from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.lockstep import LockstepPacking, check_processes, max_over_ranks
 from self_judge.judging.judge import Judge
 from self_judge.models import load_tokenizer
-from self_judge.packing.fused_head import BEFORE_FUSED_HEAD, pack_fused_head
+from self_judge.packing.fused_head import FUSED_HEAD, pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.pass_size import pinned_tokens_per_pass
 from self_judge.prompting.chat_encoder import ChatEncoder
@@ -364,7 +364,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         with self.vllm.awake() if self.vllm is not None else nullcontext():
             rollouts = self._roll_out(batches)
         inputs = [self._preference_batch(own) for own in rollouts]
-        if not BEFORE_FUSED_HEAD and self._log_prob_hooks is None:
+        if FUSED_HEAD and self._log_prob_hooks is None:
             with self.clock.phase("reference"):
                 self._add_reference(rollouts, inputs)
         self.clock.rolled_out(self.pipeline.sampled_tokens)
