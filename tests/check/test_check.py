@@ -216,6 +216,10 @@ def test_json_has_everything(base: Path, data: dict[str, Path], capsys: Any) -> 
     assert found["kind"] == "jsft"
     assert found["needs"]["memory"]["weights"] > 0
     assert found["samples"][0]["pieces"][0]["ids"]
+    assert found["level"] in ("amber", "green")
+    long = "jsft_args.max_length=20"
+    assert main(["check", JSFT, *given(base, data["hh"]), "--json", long]) == 1
+    assert json.loads(capsys.readouterr().out)["level"] == "red"
 
 
 def test_the_kind_of_a_run_is_told_by_its_content(tmp_path: Path) -> None:

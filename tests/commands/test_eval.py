@@ -18,6 +18,7 @@ from self_judge.cli import main
 from self_judge.commands.eval import JudgeEvaluation, run_eval
 from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.data.benchmarks import BenchmarkSource
+from self_judge.data.sources import load_preferences
 from self_judge.judging.voting import aggregate
 from self_judge.reporting.collect import collect
 
@@ -179,6 +180,25 @@ def test_several_sources_and_a_limit(benchmark: Path, saved_judge: Path, tmp_pat
         "bench/Natural": 1,
         "rewards.jsonl/chat": 3,
     }
+
+
+def test_only_held_out_records_of_training_data_are_evaluated(
+    benchmark: Path,
+    saved_judge: Path,
+    data: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for kind in ("hh", "preference", "ultrafeedback"):
+        output = tmp_path / kind
+        command = ["eval", str(data[kind]), "--model", str(saved_judge), "--output", str(output)]
+        assert main([*command, "--held-out", "0.2"]) == 0
+        held_out = load_preferences(str(data[kind]), subset="held_out", held_out=0.2).records
+        assert results(output)["overall"]["pairs"] == sum(len(r.pairs) for r in held_out) > 0
+        assert results(output)["skipped"]["record: not held out from training"] > 0
+    command = ["eval", str(benchmark), "--model", str(saved_judge), "--output", str(tmp_path / "b")]
+    assert main([*command, "--held-out", "0.2"]) == 2
+    assert "--held-out is only for preference data" in capsys.readouterr().err
 
 
 def loaded_by(page: str) -> list[str | None]:

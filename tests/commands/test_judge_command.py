@@ -52,7 +52,7 @@ def pairs(n: int) -> list[dict[str, Any]]:
 
 
 def test_every_line_comes_back_in_order_with_the_judges_verdict(
-    saved_judge: Path, tmp_path: Path
+    saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [
         *pairs(5),
@@ -70,6 +70,15 @@ def test_every_line_comes_back_in_order_with_the_judges_verdict(
     assert verdict["margin"] == pytest.approx(direct.margin, abs=1e-6)
     assert list(verdict["probabilities"]) == list(TEMPLATES)
     assert got[6]["verdict"]["undecidable_because"] == "an exact tie"
+    said = capsys.readouterr().err
+    preferred = [line["verdict"]["preferred"] for line in got]
+    assert f"{target}: 7 pairs" in said
+    assert (
+        f"a is preferred in {preferred.count('a')}, b in {preferred.count('b')}, neither in "
+        in said
+    )
+    assert "14% of the pairs have no verdict, most because an exact tie" in said
+    assert "the model rarely answers with a letter" in said  # it is not trained
 
 
 def test_killed_at_any_moment_and_started_again_it_writes_what_it_would_have(

@@ -17,7 +17,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_line_comes_back_in_order_with_its_winner(saved_judge: Path, tmp_path: Path) -> None:
+def test_every_line_comes_back_in_order_with_its_winner(
+    saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = [
         {"context": f"what is {i}?", "responses": [f"no {k}" for k in range(i + 1)], "id": i}
         for i in range(5)
@@ -33,6 +35,14 @@ def test_every_line_comes_back_in_order_with_its_winner(saved_judge: Path, tmp_p
     again = tmp_path / "again.jsonl"
     main(["tournament", str(source), str(again), "--model", str(saved_judge)])
     assert again.read_text() == target.read_text()
+    longer = sum(
+        len(line["response"]) > sum(map(len, line["responses"])) / len(line["responses"])
+        for line in got
+    )
+    assert (
+        f"the winner is longer than the mean response in {longer / 5:.0%}"
+        in capsys.readouterr().err.split(f"{again}: 5 tournaments with 15 responses")[1]
+    )
 
 
 def test_prompts_without_responses_are_answered_first(saved_judge: Path, tmp_path: Path) -> None:

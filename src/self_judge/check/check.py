@@ -94,10 +94,12 @@ class Report:
         return [f for f in self.findings if f.level == "problem"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Converts the report to plain data that JSON can represent."""
+        """Converts the report to plain JSON data."""
         found = dataclasses.asdict(self)
         found |= {"needs": found.pop("cost"), "samples": found.pop("examples")}
-        return {**found, "problems": len(self.problems)}
+        worst = self.findings[0].level if self.findings else "note"  # they are sorted
+        level = {"problem": "red", "warning": "amber", "note": "green"}[worst]
+        return {**found, "problems": len(self.problems), "level": level}
 
 
 def check(
@@ -147,8 +149,7 @@ def check(
     finally:
         if shown:
             enable_progress_bars()
-    order = {"problem": 0, "warning": 1, "note": 2}
-    report.findings.sort(key=lambda f: order[f.level])
+    report.findings.sort(key=lambda f: ("problem", "warning", "note").index(f.level))
     return report
 
 
@@ -353,8 +354,7 @@ def _units(
     rows: Sequence[dict[str, Any]], ignored: int, shared: bool
 ) -> list[tuple[int, int, int]]:
     """Returns (examples, tokens, trained tokens) for each set of examples that share a row."""
-    # If an example and its swapped version have 100 tokens each and share the first 70, the result
-    # is (2, 130, 2).
+    # Two examples of 100 tokens each that share the first 70 give (2, 130, 2).
     units: list[tuple[int, int, int]] = []
     for row, before in zip(rows, [None, *rows]):  # noqa: B905
         ids, trained = row["input_ids"], sum(x != ignored for x in row["labels"])

@@ -6,18 +6,24 @@ verdicts to the records of a file.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import PartialState
 from rich.console import Console
 
 from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import ResumableJob, Work, input_and_output, input_reader
+from self_judge.console import print_conclusions, say
 from self_judge.data.records import RecordRef
 from self_judge.data.sources import question_of
 from self_judge.datatypes import Comparison
-from self_judge.judging.voting import verdict_json
+from self_judge.evaluation.conclusions import as_json, judge_conclusions
+from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
+from self_judge.judging.voting import verdict_from_json, verdict_json
+from self_judge.storage.jsonl import entries_of, read_journal
 
 CHUNK = 64  # number of comparisons per write to disk; a killed process loses at most one chunk
 
@@ -127,7 +133,8 @@ def run_judge(
         for where, line in read():
             yield Item(_comparison(line, where, field), line)
 
-    total, _ = judge_in_bulk(
+    console = console or Console(stderr=True)
+    total, rate = judge_in_bulk(
         items,
         target,
         choice,
@@ -137,7 +144,30 @@ def run_judge(
         overwrite=overwrite,
         console=console,
     )
+    if PartialState().is_main_process and target.is_file():
+        _summarize(target, field, rate, console)
     return total
+
+
+def _summarize(target: Path, field: str, rate: float, console: Console) -> None:
+    """Prints what the verdicts in a file came to."""
+    tally, preferred = JudgeTally(()), Counter[str | None]()
+    with entries_of(target):
+        for line in read_journal(target):
+            verdict = verdict_from_json(line[field])
+            preferred[verdict.preferred] += 1
+            tally.add(JudgedPair("tie", verdict, None, (0, 0)))  # the pairs have no labels
+    report = tally.report()
+    agreement = report["order_agreement"]
+    say(
+        console,
+        f"{target}: {report['pairs']:,} pairs"
+        + (f", {rate:.2f} per second" if rate == rate else "")
+        + f"; a is preferred in {preferred['a']:,}, b in {preferred['b']:,}, neither in "
+        f"{preferred[None]:,}"
+        + (f"; orders agree in {agreement['value']:.0%}" if agreement else ""),
+    )
+    print_conclusions(console, as_json(judge_conclusions(report)))
 
 
 def _comparison(line: dict[str, Any], where: RecordRef, field: str) -> Comparison:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import PartialState
 from rich.console import Console
 
 from self_judge.commands.judge_choice import (
@@ -30,6 +31,7 @@ from self_judge.commands.resumable import (
     input_reader,
 )
 from self_judge.config.self_training import PackingChoice, SamplingSettings
+from self_judge.console import say
 from self_judge.data.records import RecordRef
 from self_judge.data.sources import question_of
 from self_judge.datatypes import Message, Response, stable_seed
@@ -39,6 +41,7 @@ from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import Bracket, judged_knockouts
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.thoughts import with_answers
+from self_judge.storage.jsonl import read_journal
 
 # Lines per chunk. The judge processes one round of all tournaments in a chunk together.
 CHUNK = 256
@@ -207,7 +210,30 @@ def run_tournament(
         things="lines",
         chunk=chunk,
     )
-    return lines.run(job.load, overwrite=overwrite, console=console)[0]
+    console = console or Console(stderr=True)
+    total, rate = lines.run(job.load, overwrite=overwrite, console=console)
+    if PartialState().is_main_process and target.is_file():
+        _summarize(target, rate, console)
+    return total
+
+
+def _summarize(target: Path, rate: float, console: Console) -> None:
+    """Prints what the tournaments in a file came to."""
+    lines = responses = unanswered = longer = by_lot = 0
+    for line in read_journal(target):
+        texts = line["responses"]
+        lines, responses = lines + 1, responses + len(texts)
+        unanswered += len(line.get("unanswered", ()))
+        longer += len(line["response"]) > sum(map(len, texts)) / len(texts)
+        by_lot += sum(match["by_lot"] for matches in line.get("bracket", ()) for match in matches)
+    say(
+        console,
+        f"{target}: {lines:,} tournaments with {responses:,} responses"
+        + (f", {rate:.2f} per second" if rate == rate else "")
+        + f"; the winner is longer than the mean response in {longer / lines:.0%}"
+        + (f"; {by_lot:,} matches were undecidable and drawn by lot" if by_lot else "")
+        + (f"; {unanswered:,} responses had no answer" if unanswered else ""),
+    )
 
 
 def played_line(

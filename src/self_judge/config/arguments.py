@@ -191,6 +191,8 @@ def _add_evaluation(commands: Commands) -> None:
     add("--data-dir", metavar="DIR", help="subfolder of DATA")
     add("--name", help="configuration name of a Hub dataset")
     add("--data-revision", metavar="REV", help="revision of a Hub dataset")
+    add("--held-out", type=float, default=0.0, metavar="F",
+        help="only the records that training holds out with dataset.held_out F")
     add("--max-pairs", type=int, metavar="N",
         help="use at most N pairs from each source, spread over its subsets")
     _add_columns(evaluate)

@@ -44,6 +44,8 @@ class BenchmarkSource:
         data_dir, name, revision: as in `files.read_raw`.
         columns: the data's own column names; see `records.map_columns`. The columns `context` or
             `prompt`, `response_a`, `response_b` and `label` (`a`, `b` or `tie`) form a comparison.
+        held_out: the fraction of preference data that training holds out (`dataset.held_out`), to
+            read only these records; 0 reads all.
     """
 
     path: str | InMemory
@@ -52,6 +54,11 @@ class BenchmarkSource:
     name: str | None = None
     revision: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    held_out: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1:
+            raise DataError(f"--held-out must be in [0, 1), got {self.held_out}")
 
 
 # A subset; and in the subset Ties of RewardBench 2, the kind of prompt.
@@ -153,7 +160,7 @@ def _comparisons(source: BenchmarkSource, skipped: Counter[str]) -> Iterator[Lab
         first = next(records, None)
         if first is None:
             raise DataError(f"{label}: there are no records")
-        select = reader_of_columns(first, label)
+        select = reader_of_columns(first, label, source.held_out)
         for index, record in enumerate(chain([first], records)):
             for found in usable(select(record, RecordRef(label, index))):
                 if isinstance(found, str):

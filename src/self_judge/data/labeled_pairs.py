@@ -14,7 +14,13 @@ from functools import partial
 from itertools import chain, combinations, product, takewhile
 from typing import Any, Literal
 
-from self_judge.data.records import RecordRef, judge_context, pair_problem
+from self_judge.data.records import (
+    RecordRef,
+    first_question,
+    is_held_out,
+    judge_context,
+    pair_problem,
+)
 from self_judge.data.sources import PARSERS, kind_of, question_of
 from self_judge.datatypes import Comparison, Message
 from self_judge.errors import DataError, UnusableRecordError
@@ -67,17 +73,27 @@ Found = Iterator[LabeledComparison | str]
 Reader = Callable[[Mapping[str, Any], RecordRef], Found]
 
 
-def reader_of_columns(record: Mapping[str, Any], label: str) -> Reader:
+def reader_of_columns(record: Mapping[str, Any], label: str, held_out: float = 0.0) -> Reader:
     """Detects the format of a source from one of its records, and returns the parser.
 
     A parser yields the record's pairs, and the reason for each skipped part as a string.
 
     Args:
         label: the name of the source for messages.
+        held_out: see `BenchmarkSource`.
 
     Raises:
-        DataError: the columns match no format.
+        DataError: the columns match no format, or `held_out` is set for a benchmark.
     """
+    if not held_out:
+        return _reader(record, label)
+    try:
+        return partial(_parsed, kind_of(record, label), held_out=held_out)
+    except DataError:
+        raise DataError(f"{label}: --held-out is only for preference data") from None
+
+
+def _reader(record: Mapping[str, Any], label: str) -> Reader:
     columns = record.keys()
     if {"output_1", "output_2", "label"} <= columns:
         return _llmbar
@@ -367,12 +383,15 @@ def _hhh(record: Mapping[str, Any], where: RecordRef) -> Found:
     yield from _parsed("preference", asked, where)
 
 
-def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef) -> Found:
+def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef, held_out: float = 0.0) -> Found:
     """Yields the pairs in a training record. A hash of the texts determines each pair's order."""
     parsed = PARSERS[kind](record, where.index, source=where.source)
     yield from parsed.skipped
     yield from (f"column {name!r}" for name in parsed.unused if name not in ("subset", "source"))
     if parsed.record is None:
+        return
+    if held_out and not is_held_out(first_question(parsed.record), held_out):
+        yield "record: not held out from training"
         return
     # RewardBench stores the name of the subset in `subset`, and HHH stores it in `source`.
     # UltraFeedback has no subsets.

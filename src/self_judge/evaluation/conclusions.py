@@ -52,8 +52,9 @@ def judge_conclusions(report: Mapping[str, Any]) -> list[Conclusion]:
     Args:
         report: the metrics from `JudgeTally.report`.
     """
-    found = [*_letters(report), *_position(report), *_undecidable(report), *_accuracy(report)]
-    return found or [Conclusion("red", "pairs", "no pair was judged: there is nothing to conclude")]
+    if not report.get("pairs"):
+        return [Conclusion("red", "pairs", "no pair was judged: there is nothing to conclude")]
+    return [*_letters(report), *_position(report), *_undecidable(report), *_accuracy(report)]
 
 
 def _letters(report: Mapping[str, Any]) -> Iterator[Conclusion]:
