@@ -170,6 +170,7 @@ def _add_tournament(commands: Commands) -> None:
     add("--model", required=True, metavar="MODEL", help="the judge")
     add("--policy", metavar="DIR", help="model that samples responses (default: the judge)")
     add("--n", type=int, default=16, help="number of responses to sample per prompt (default: 16)")
+    add("--max-prompts", type=int, metavar="N", help="use the first N prompts")
     _add_sampling(tournament)
     _add_columns(tournament)
     add("--brackets", action="store_true", help="also write each tournament's bracket")
