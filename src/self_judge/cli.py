@@ -148,7 +148,9 @@ def _init(arguments: argparse.Namespace) -> None:
 
 
 def _align(arguments: argparse.Namespace) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("RANK", "0") != "0":
+            return 2  # the first process says why
         raise ConfigError(
             "align starts its stages itself, training with one process per GPU: run self-judge "
             "align without a launcher, or launch the commands that self-judge init prints"

@@ -36,6 +36,7 @@ from self_judge.storage.run_dir import SUMMARY
 from self_judge.training.setup import this_machine
 
 NOTES = "align.json"  # the command and the inputs of each complete stage
+_ENDED = {0: "stopped", 130: "interrupted", 143: "interrupted"}  # 128 + SIGINT or SIGTERM
 _PATIENCE = 5.0  # seconds that a stage may take to end by itself after Ctrl-C
 
 
@@ -80,8 +81,8 @@ def run_align(job: InitJob, overrides: Sequence[str] = (), console: Console | No
             status = runner.start(stage.words)
             complete = status == 0 and _note(stage, folder)
             if not complete:
-                why = f"failed with exit status {status}" if status else "stopped"
-                tell(f"{title} {why}: run the same command again to continue from here")
+                how = _ENDED.get(status, f"failed with exit status {status}")
+                tell(f"{title} {how}: run the same command again to continue from here")
                 return status
             if runner.asked:
                 tell(f"stopped after {title}: run the same command again to continue from here")
@@ -164,12 +165,14 @@ def _is_trained(stage: Stage) -> bool:
     # The run may have been trained on this machine or on another one.
     run: Any = stage.run
     fitted, _ = fit_to_machine(run, this_machine())
-    changes = [list(changed_settings(stage.output, settings_json(r))) for r in (fitted, run)]
-    if not all(changes):
+    both = [list(changed_settings(stage.output, settings_json(r))) for r in (fitted, run)]
+    keys = {line.partition(" was ")[0] for line in both[1]}
+    changes = [line for line in both[0] if line.partition(" was ")[0] in keys]
+    if not changes:
         return True
-    more = f" (and {len(changes[0]) - 1} more)" if len(changes[0]) > 1 else ""
+    more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
     raise ConfigError(
-        f"{stage.title} is complete in {stage.output}, but {changes[0][0]}{more}: undo the change, "
+        f"{stage.title} is complete in {stage.output}, but {changes[0]}{more}: undo the change, "
         f"or remove {stage.output} to train again"
     )
 

@@ -80,6 +80,8 @@ def stages(folder: Path, overrides: Sequence[str] = ()) -> list[Stage]:
     prompts, pairs, best = folder / PROMPTS, folder / PAIRS, folder / BEST
     compared, evaluated = folder / COMPARED, folder / EVALUATED
     tokens = ["--max-new-tokens", str(train.self_judge_args.max_new_tokens)]
+    revision = ["--revision", jsft.model.revision] if jsft.model.revision else []
+    code = ["--trust-remote-code"] if jsft.model.trust_remote_code else []
     results = (evaluated / RESULTS, compared / RESULTS, best)
     return [
         Stage("JSFT", ["jsft", str(folder / JSFT), *given["jsft"]], judge, (), jsft),
@@ -88,6 +90,8 @@ def stages(folder: Path, overrides: Sequence[str] = ()) -> list[Stage]:
             [
                 *("eval", str(pairs), "--model", str(judge)),
                 *("--compare", jsft.model.model_name_or_path, "--templates", str(folder / JSFT)),
+                *revision,
+                *code,
                 *("--max-pairs", str(MOST), "--output", str(evaluated)),
             ],
             evaluated,
@@ -104,7 +108,7 @@ def stages(folder: Path, overrides: Sequence[str] = ()) -> list[Stage]:
             "comparison",
             [
                 *("compare", str(policy), str(judge), "--judge", str(judge)),
-                *("--prompts", str(prompts), "--max-prompts", str(MOST), *tokens),
+                *("--prompts", str(prompts), "--max-prompts", str(MOST), *tokens, *code),
                 *("--output", str(compared)),
             ],
             compared,
@@ -115,7 +119,7 @@ def stages(folder: Path, overrides: Sequence[str] = ()) -> list[Stage]:
             [
                 *("tournament", str(prompts), str(best), "--model", str(judge)),
                 *("--policy", str(policy), "--n", str(RESPONSES)),
-                *("--max-prompts", str(MOST_TOURNAMENTS), *tokens, "--brackets"),
+                *("--max-prompts", str(MOST_TOURNAMENTS), *tokens, *code, "--brackets"),
             ],
             best,
             (judge, policy, prompts),
