@@ -19,6 +19,7 @@ from test_init import table
 
 from self_judge.cli import main
 from self_judge.commands.align import run
+from self_judge.commands.align.stages import stages
 from self_judge.config.arguments import command_parser
 from self_judge.storage.jsonl import read_lines
 
@@ -213,6 +214,14 @@ def test_a_folder_with_other_settings_is_refused_in_one_line(
     assert main([*words, *more]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert started == []
+
+
+def test_the_judge_before_jsft_is_the_revision_that_jsft_starts_from(copied: Path) -> None:
+    file = copied / "jsft.yaml"
+    file.write_text(file.read_text().replace("model: {", "model: {revision: v2, "))
+    evaluation, comparison = (stages(copied)[number].words for number in (1, 3))
+    assert command_parser().parse(evaluation).revision == "v2"
+    assert command_parser().parse(comparison).revision is None  # of folders
 
 
 def test_several_processes_are_refused_in_one_line(
