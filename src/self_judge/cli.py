@@ -22,6 +22,7 @@ from self_judge.console import masked, neutral
 from self_judge.errors import ConfigError, check_data, check_file, check_model, is_data_name
 
 if TYPE_CHECKING:
+    from self_judge.commands.init import InitJob
     from self_judge.config.schema import JSFTRun, RunKind, SelfJudgeRun
 
 FilledT = TypeVar("FilledT")
@@ -128,14 +129,36 @@ def _check_run(run: JSFTRun | SelfJudgeRun) -> None:
         check_data(source.path)
 
 
-def _init(arguments: argparse.Namespace) -> None:
+def _init_job(arguments: argparse.Namespace) -> InitJob:
     from pathlib import Path
 
-    from self_judge.commands.init import InitJob, run_init
+    from self_judge.commands.init import InitJob
 
     ask = not arguments.yes and sys.stdin.isatty() and sys.stderr.isatty()
     columns = _columns(arguments)
-    run_init(_filled(InitJob, arguments, folder=Path(arguments.folder), columns=columns, ask=ask))
+    return _filled(InitJob, arguments, folder=Path(arguments.folder), columns=columns, ask=ask)
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    from self_judge.commands.init import print_next, run_init
+
+    job = _init_job(arguments)
+    run_init(job)
+    print_next(job.folder)
+
+
+def _align(arguments: argparse.Namespace) -> int:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("RANK", "0") != "0":
+            return 2  # the first process says why
+        raise ConfigError(
+            "align starts its stages itself, training with one process per GPU: run self-judge "
+            "align without a launcher, or launch the commands that self-judge init prints"
+        )
+
+    from self_judge.commands.align.run import run_align
+
+    return run_align(_init_job(arguments), arguments.overrides)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -209,6 +232,8 @@ def _resume_command(argv: Sequence[str]) -> str:
     kept = [a for a in argv[1:] if not a.startswith("training_args.resume_from_checkpoint=")]
     name = os.path.basename(argv[0])
     start = ["python", argv[0]] if name.endswith(".py") else [name]
+    if name == "__main__.py":
+        start = ["python", "-m", "self_judge"]
     return shlex.join([*start, *kept, override])
 
 
@@ -346,6 +371,7 @@ def _judge(arguments: argparse.Namespace) -> None:
 
 _RUN: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "init": _init,
+    "align": _align,
     "demo": _demo,
     "jsft": _train,
     "train": _train,

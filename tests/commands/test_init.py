@@ -46,7 +46,7 @@ def test_the_printed_commands_run_as_they_are(
     assert "prompt from 'question', chosen from 'good answer', rejected from 'bad answer'" in said
     commands = [shlex.split(line) for line in said.split("next:\n")[1].splitlines()]
     names = [words[1] for words in commands]
-    assert names == ["check", "jsft", "train", "compare", "tournament", "report"]
+    assert names == ["check", "jsft", "eval", "train", "compare", "tournament", "report"]
     more = {
         "jsft": SMALL,
         "train": (*SMALL, "self_judge_args.max_new_tokens=4"),

@@ -63,6 +63,22 @@ def test_prompts_without_responses_are_answered_first(saved_judge: Path, tmp_pat
         )
 
 
+def test_the_first_prompts_are_a_start_of_all(saved_judge: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    given = [{"context": f"what is {i}?", "responses": ["no", "yes"]} for i in range(4)]
+    source.write_text("\n".join(map(json.dumps, given)))
+    command = ["tournament", str(source), str(target), "--model", str(saved_judge)]
+    assert main([*command, "--max-prompts", "2"]) == 0
+    first = lines(target)
+    assert [line["context"] for line in first] == [entry["context"] for entry in given[:2]]
+    assert main(command) == 0
+    assert len(lines(target)) == 4
+    assert lines(target)[:2] == first
+    assert main([*command, "--max-prompts", "3"]) == 0  # there are more than enough
+    assert len(lines(target)) == 4
+    assert main([*command, "--max-prompts", "0"]) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

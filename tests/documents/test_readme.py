@@ -122,14 +122,27 @@ def test_files_and_dotted_names_that_a_document_mentions_exist(document: Path) -
             assert pkgutil.resolve_name(f"self_judge.{dotted}"), dotted
 
 
-def run_of(config: str, overrides: list[str], kind: RunKind) -> None:
+@pytest.fixture(scope="module")
+def my(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """The folder `my` of the README, as `self-judge init` writes it."""
+    folder = tmp_path_factory.mktemp("readme")
+    data = synthetic.write_dataset("preference", folder / "data.jsonl", 60, seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["init", "my", "--model", str(base), "--data", str(data)]) == 0
+    return folder
+
+
+def run_of(config: str | Path, overrides: list[str], kind: RunKind) -> None:
     """Reads the run file that a command names; the overrides must be understood as well."""
     assert load_run(ROOT / config, overrides, kind).training_args["output_dir"]
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_every_command_is_understood(words: list[str]) -> None:
+def test_every_command_is_understood(words: list[str], my: Path) -> None:
     program, *arguments = words
+    if program == "self-judge":
+        arguments = [str(my / word) if word.startswith("my/") else word for word in arguments]
     if program == "self-judge":
         parsed = command_parser().parse_args(arguments)
         if parsed.command in ("jsft", "train"):

@@ -25,6 +25,15 @@ from self_judge.check.check import Report, jsft_estimate, prepare, self_judge_es
 from self_judge.check.cost import Cost, device_for
 from self_judge.check.memory import GIB
 from self_judge.check.model_size import Size, empty_model, size_of
+from self_judge.commands.align.stages import (
+    FILES,
+    JSFT,
+    PAIRS,
+    PROMPTS,
+    SELF_JUDGE,
+    TEMPLATES,
+    stages,
+)
 from self_judge.config.hardware import fit_to_machine
 from self_judge.config.schema import load_run
 from self_judge.config.yaml import read_yaml
@@ -40,9 +49,6 @@ from self_judge.storage.jsonl import write_lines
 from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.setup import this_machine
 
-TEMPLATES, JSFT, SELF_JUDGE, PROMPTS = (
-    *("templates.yaml", "jsft.yaml", "self_judge.yaml", "held_out.jsonl"),
-)
 HELD_OUT = 0.1
 _SHIPPED = ("instructions", "hh", "uf_principles")  # the sources of templates, the first one first
 _DEFAULT = ("overall",)
@@ -79,13 +85,13 @@ class InitJob:
 
 
 def run_init(job: InitJob, console: Console | None = None) -> None:
-    """Writes `templates.yaml`, `jsft.yaml`, `self_judge.yaml` and `held_out.jsonl` to a folder.
+    """Writes the run files, the judge templates and the held-out data to a folder.
 
     Raises:
         ValueError: the model, the data or the principles cannot be used, or a file exists.
     """
     console = console or Console(stderr=True)
-    for name in (TEMPLATES, JSFT, SELF_JUDGE, PROMPTS):
+    for name in FILES:
         if (job.folder / name).exists():
             raise ConfigError(f"{job.folder / name} exists: choose another folder, or remove it")
     catalog = _catalog()
@@ -104,29 +110,28 @@ def run_init(job: InitJob, console: Console | None = None) -> None:
     for name, text in plan.files.items():
         with atomic_write(job.folder / name) as file:
             file.write(text)
-    held_out = [{"prompt": [dict(m) for m in record.prompt]} for record in data.held_out]
-    write_lines(job.folder / PROMPTS, held_out)
-    load_run(job.folder / JSFT, [], "jsft")
-    load_run(job.folder / SELF_JUDGE, [], "self_judge")
-    say(console, f"{plan.described}\nwritten to {job.folder}: {', '.join((*plan.files, PROMPTS))}")
+    prompts = [_line(record) for record in data.held_out]
+    write_lines(job.folder / PROMPTS, prompts)
+    pairs = [
+        {**_line(record), "chosen": pair.chosen, "rejected": pair.rejected}
+        for record in data.held_out
+        for pair in record.pairs
+    ]
+    write_lines(job.folder / PAIRS, pairs)
+    say(console, f"{plan.described}\nwritten to {job.folder}: {', '.join(FILES)}")
+    stages(job.folder)  # checks the run files
+
+
+def print_next(folder: Path, console: Console | None = None) -> None:
+    """Prints the commands that continue in a folder of run files."""
+    console = console or Console(stderr=True)
     say(console, "next:")
-    for command in _commands(job.folder):
-        say(console, f"  {shlex.join(command)}")
+    for words in (["check", str(folder / JSFT)], *(stage.words for stage in stages(folder))):
+        say(console, f"  {shlex.join(['self-judge', *words])}")
 
 
-def _commands(folder: Path) -> Iterator[list[str]]:
-    def at(name: str) -> str:
-        return str(folder / name)
-
-    start = ["self-judge"]
-    yield [*start, "check", at(JSFT)]
-    yield [*start, "jsft", at(JSFT)]
-    yield [*start, "train", at(SELF_JUDGE)]
-    judged = ["--judge", at("jsft"), "--prompts", at(PROMPTS), "--output", at("compared")]
-    yield [*start, "compare", at("policy"), at("jsft"), *judged]
-    best = [at(PROMPTS), at("best.jsonl"), "--model", at("jsft"), "--policy", at("policy")]
-    yield [*start, "tournament", *best, "--n", "8", "--brackets"]
-    yield [*start, "report", str(folder)]
+def _line(record: PreferenceRecord) -> dict[str, Any]:
+    return {"prompt": [dict(message) for message in record.prompt]}
 
 
 def _catalog() -> dict[str, dict[str, str]]:

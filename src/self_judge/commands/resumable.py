@@ -65,6 +65,7 @@ def input_reader(
     console: Console | None,
     used: Collection[str],
     columns: Mapping[str, str] | None = None,
+    max_records: int | None = None,
 ) -> Callable[[], Iterator[tuple[RecordRef, dict[str, Any]]]]:
     """Returns a function that yields the records of a file from the start at every call.
 
@@ -74,6 +75,7 @@ def input_reader(
     Args:
         used: the columns that the command uses, other than the prompt.
         columns: the file's own column names; see `map_columns`.
+        max_records: the number of records to read, from the start of the file; default: all.
 
     Raises (while reading):
         DataError: the file cannot be read, or a record cannot be written as JSON.
@@ -83,7 +85,8 @@ def input_reader(
     unused = UnusedText(str(source), used, tell)
 
     def read() -> Iterator[tuple[RecordRef, dict[str, Any]]]:
-        for where, record in read_records(str(source), columns):
+        records = itertools.islice(read_records(str(source), columns), max_records)
+        for where, record in records:
             try:
                 line = as_json(record)
             except (TypeError, ValueError, RecursionError) as error:

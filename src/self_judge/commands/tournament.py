@@ -61,9 +61,10 @@ class TournamentJob:
         n: number of responses per prompt.
         seed: seed for sampling, brackets and random winners.
         brackets: whether to write the principles, the matches and the judge's probabilities.
+        max_prompts: the number of records to use, from the start of the file; default: all.
 
     Raises:
-        ValueError: n is below 1.
+        ValueError: a number is below 1.
     """
 
     model: str
@@ -80,10 +81,12 @@ class TournamentJob:
     packing: PackingChoice = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
+    max_prompts: int | None = None
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"--n must be at least 1, got {self.n}")
+        for option, value in (("--n", self.n), ("--max-prompts", self.max_prompts)):
+            if value is not None and value < 1:
+                raise ValueError(f"{option} must be at least 1, got {value}")
 
     @functools.cached_property
     def judge(self) -> JudgeChoice:
@@ -197,7 +200,8 @@ def run_tournament(
             the target was written for another input or with other settings.
     """
     source, target = input_and_output(source, target)
-    read = input_reader(source, console, ("context", "responses"), columns)
+    used = ("context", "responses")
+    read = input_reader(source, console, used, columns, job.max_prompts)
     encoder = job.policy_encoder or job.judge.encoder
     world_size = RankShards.here(target, chunk).world_size
     lines = ResumableJob(
@@ -209,6 +213,7 @@ def run_tournament(
         title="tournament",
         things="lines",
         chunk=chunk,
+        may_be_longer=job.max_prompts is not None,  # a line does not depend on the number of lines
     )
     console = console or Console(stderr=True)
     total, rate = lines.run(job.load, overwrite=overwrite, console=console)

@@ -349,10 +349,10 @@ def _train(
     """Trains the model. `resume_from_checkpoint: true` resumes from the latest complete one."""
     output = Path(str(args.output_dir))
     resume: str | None = _checkpoint(output, args.resume_from_checkpoint, say)
-    this = masked(json.loads(json.dumps(dataclasses.asdict(run), default=str)))
+    this = settings_json(run)
     if resume is not None:
         say(f"resuming from {resume}")
-        for line in _changes(output, this):
+        for line in changed_settings(output, this):
             say(f"warning: {line}")
     trainer.run_log.run_file = this
     # Packing tests a sharded model at the first batch, because all processes must run the test
@@ -388,7 +388,13 @@ def _checkpoint(output: Path, wanted: str | bool | None, say: Say) -> str | None
     return str(found) if found is not None else None
 
 
-def _changes(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
+def settings_json(run: JSFTRun | SelfJudgeRun) -> dict[str, Any]:
+    """Returns a run's settings as they are written to `run.json`."""
+    settings: dict[str, Any] = masked(json.loads(json.dumps(dataclasses.asdict(run), default=str)))
+    return settings
+
+
+def changed_settings(output: Path, this: Mapping[str, Any]) -> Iterator[str]:
     """Yields a message for each setting that differs from those in `run.json`."""
     try:
         before = dict(loads((output / RUN).read_bytes())["run_file"])

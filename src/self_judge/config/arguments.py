@@ -109,15 +109,23 @@ def command_parser() -> Parser:
 
 def _add_init(commands: Commands) -> None:
     init = commands.add_parser("init", help="write run files for your model and data")
-    add = init.add_argument
-    add("folder", metavar="DIR", help="folder for the files and the runs")
-    add("--model", required=True, metavar="MODEL", help="a folder, or a model ID on the Hub")
-    add("--data", required=True, metavar="DATA",
-        help="preference data: a file, a folder, or a dataset ID on the Hub")
-    _add_columns(init)
-    add("--principles", nargs="+", default=(), metavar="NAME",
-        help="what to judge by, from the shipped templates (default: overall)")
-    add("--yes", action="store_true", help="do not ask; take the defaults")
+    init.add_argument("folder", metavar="DIR", help="folder for the files and the runs")
+    align = commands.add_parser(
+        "align", help="run the whole method on your model and data; resumes where it stopped"
+    )
+    align.add_argument("overrides", nargs="*", metavar="key.path=value",
+        help="override any value in the run files that have this section")
+    align.add_argument("--output", required=True, metavar="DIR", dest="folder",
+        help="folder for the run files, the runs and the report")
+    for command in (init, align):
+        add = command.add_argument
+        add("--model", required=True, metavar="MODEL", help="a folder, or a model ID on the Hub")
+        add("--data", required=True, metavar="DATA",
+            help="preference data: a file, a folder, or a dataset ID on the Hub")
+        _add_columns(command)
+        add("--principles", nargs="+", default=(), metavar="NAME",
+            help="what to judge by, from the shipped templates (default: overall)")
+        add("--yes", action="store_true", help="do not ask; take the defaults")
 
 
 def _add_runs(commands: Commands) -> None:
@@ -170,6 +178,7 @@ def _add_tournament(commands: Commands) -> None:
     add("--model", required=True, metavar="MODEL", help="the judge")
     add("--policy", metavar="DIR", help="model that samples responses (default: the judge)")
     add("--n", type=int, default=16, help="number of responses to sample per prompt (default: 16)")
+    add("--max-prompts", type=int, metavar="N", help="use the first N prompts")
     _add_sampling(tournament)
     _add_columns(tournament)
     add("--brackets", action="store_true", help="also write each tournament's bracket")
