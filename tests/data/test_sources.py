@@ -604,6 +604,16 @@ def without_annotations() -> dict[str, Any]:
             },
             "field 'prompt': ends with role 'assistant', expected 'user'",
         ),
+        (
+            select_preference,
+            {"prompt": "\ud800", "chosen": "x", "rejected": "y"},
+            "field 'prompt': is not valid Unicode: it contains an unpaired surrogate",
+        ),
+        (
+            select_preference,
+            {"prompt": "\ud800", "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            "field 'prompt': is not valid Unicode: it contains an unpaired surrogate",
+        ),
     ],
 )
 def test_a_malformed_record_is_an_error_that_names_source_record_and_field(
