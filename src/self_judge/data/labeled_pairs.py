@@ -14,7 +14,13 @@ from functools import partial
 from itertools import chain, combinations, product, takewhile
 from typing import Any, Literal
 
-from self_judge.data.records import RecordRef, judge_context, pair_problem
+from self_judge.data.records import (
+    RecordRef,
+    judge_context,
+    pair_problem,
+    question_columns,
+    unused_text,
+)
 from self_judge.data.sources import PARSERS, kind_of, question_of
 from self_judge.datatypes import Comparison, Message
 from self_judge.errors import DataError, UnusableRecordError
@@ -124,6 +130,10 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
+def _unused(record: Mapping[str, Any], *used: str) -> Iterator[str]:
+    return (f"column {name!r}" for name in unused_text(record, used))
+
+
 def usable(found: Found) -> Found:
     """Yields what a parser finds. An unusable record becomes the reason for skipping it."""
     try:
@@ -145,6 +155,8 @@ def _labeled(record: Mapping[str, Any], where: RecordRef) -> Found:
     a, b = (where.text(record, name).strip() for name in ("response_a", "response_b"))
     subset = record.get("subset")
     yield _pair(where, context.strip(), a, b, label, subset if isinstance(subset, str) else "")
+    asked = question_columns(record)
+    yield from _unused(record, *asked, "response_a", "response_b", "label", "subset")
 
 
 def _llmbar(record: Mapping[str, Any], where: RecordRef) -> Found:
@@ -152,8 +164,10 @@ def _llmbar(record: Mapping[str, Any], where: RecordRef) -> Found:
     if label not in (1, 2):
         raise where.error("label", f"expected 1 or 2, got {record['label']!r}")
     a, b = where.text(record, "output_1").strip(), where.text(record, "output_2").strip()
-    context = where.text(record, "input" if "input" in record else "instruction").strip()
+    asked = "input" if "input" in record else "instruction"
+    context = where.text(record, asked).strip()
     yield _pair(where, context, a, b, "a" if label == 1 else "b")
+    yield from _unused(record, asked, "output_1", "output_2", "label")
 
 
 def _pandalm(record: Mapping[str, Any], where: RecordRef) -> Found:
@@ -176,6 +190,7 @@ def _pandalm(record: Mapping[str, Any], where: RecordRef) -> Found:
         for name in ("response1", "response2")
     )
     yield _pair(where, "\n\n".join(asked), a, b, labels[vote])
+    yield from _unused(record, "instruction", "input", "response1", "response2", *_ANNOTATORS)
 
 
 def _judge_bench(record: Mapping[str, Any], where: RecordRef) -> Found:
@@ -189,6 +204,7 @@ def _judge_bench(record: Mapping[str, Any], where: RecordRef) -> Found:
     a, b = where.text(record, "response_A").strip(), where.text(record, "response_B").strip()
     question = where.text(record, "question").strip()
     yield _pair(where, question, a, b, label, subset, "JudgeBench")
+    yield from _unused(record, "question", "response_A", "response_B", "label", "source")
 
 
 def _votes_on_conversations(record: Mapping[str, Any], where: RecordRef) -> Found:
@@ -206,6 +222,7 @@ def _votes_on_conversations(record: Mapping[str, Any], where: RecordRef) -> Foun
             raise where.error(name, f"expected a question and an answer for turn {turn or 1}")
         sides.append(messages)
     yield _vote(where, sides, label, f"turn {turn}" if turn else "")
+    yield from _unused(record, "conversation_a", "conversation_b", "winner", "turn")
 
 
 def _turn(record: Mapping[str, Any], where: RecordRef) -> int | None:
@@ -246,6 +263,7 @@ def _votes_on_responses(record: Mapping[str, Any], where: RecordRef) -> Found:
         given = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)]
         sides.append(where.messages(given, name))
     yield _vote(where, sides, label, "")
+    yield from _unused(record, *names, *(["winner"] if "winner" in record else _VOTES))
 
 
 def _listed(record: Mapping[str, Any], name: str, where: RecordRef) -> list[Any]:
@@ -309,6 +327,7 @@ def _rm_bench(record: Mapping[str, Any], where: RecordRef) -> Found:
         yield replace(
             _ranked(where, question, better, worse, subset), benchmark="RM-Bench", part=part
         )
+    yield from _unused(record, "prompt", "chosen", "rejected", "domain")
 
 
 def _reward_bench_2(record: Mapping[str, Any], where: RecordRef) -> Found:
@@ -335,6 +354,7 @@ def _reward_bench_2(record: Mapping[str, Any], where: RecordRef) -> Found:
         yield replace(ranked, benchmark="RewardBench 2", part=part)
     for a, b in combinations(chosen, 2):
         yield _pair(where, question, a, b, "tie", subset, "RewardBench 2", part)
+    yield from _unused(record, "prompt", "chosen", "rejected", "subset", *(["id"] if part else []))
 
 
 def _texts(record: Mapping[str, Any], name: str, where: RecordRef) -> list[str]:
@@ -358,7 +378,8 @@ def _hhh_targets(record: Mapping[str, Any], where: RecordRef) -> Found:
         raise where.error("targets.labels", f"expected one 0 and one 1, got {labels}")
     better, worse = (choices[labels.index(value)] for value in (1, 0))
     asked = {"prompt": where.text(record, "input"), "chosen": better, "rejected": worse}
-    yield from _parsed("preference", {**record, **asked}, where)
+    others = {name: value for name, value in record.items() if name not in ("input", "targets")}
+    yield from _parsed("preference", {**others, **asked}, where)
 
 
 def _hhh(record: Mapping[str, Any], where: RecordRef) -> Found:
