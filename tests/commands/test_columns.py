@@ -143,6 +143,10 @@ def test_eval_reads_mapped_columns_and_labels(saved_judge: Path, tmp_path: Path)
         (["prompt"], "columns: expected name=column, got 'prompt'"),
         (["prompt="], "columns: expected name=column, got 'prompt='"),
         (["prompt=a", "prompt=b"], "columns: 'prompt' is given twice"),
+        (
+            ["prompt=the question", "response_a=good", "response_b=good"],
+            "in.jsonl: columns: 'good' is given for two names",
+        ),
         (["respons_a=a"], "columns.respons_a: unknown; did you mean response_a?"),
         (["prompt=nothing"], "in.jsonl, line 1, field 'nothing': is missing (columns.prompt)"),
     ],

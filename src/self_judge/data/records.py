@@ -80,6 +80,9 @@ def map_columns(
     mapped = {f"{name} (replaced)" if name in renamed else name: v for name, v in others.items()}
     mapped.update({name: record[column] for name, column in renamed.items()})
     labels = {columns[name]: label for name, label in LABELS.items() if name in columns}
+    if len({*renamed.values()}) + len(labels) < len(columns):
+        twice = next(c for c, n in Counter(columns.values()).items() if n > 1)
+        raise DataError(f"{where.source}: columns: {twice!r} is given for two names")
     if labels:
         value = str(where.value(mapped, "label"))
         if value not in labels:
