@@ -113,7 +113,7 @@ def _lines(error: BaseException) -> list[str]:
 
 
 # Endings of files, which names on the Hub do not have.
-_DATA = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz")
+_DATA = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".bz2", ".xz")
 _FILES = (*_DATA, ".yaml", ".yml", ".safetensors")
 
 
