@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ from self_judge.storage.jsonl import (
     read_journal,
     read_lines,
     settings_path,
+    write_lines,
 )
 
 SETTINGS = {"model": "m", "max_length": None}
@@ -166,3 +168,14 @@ def test_a_full_disk_is_named_and_the_lines_before_it_stay(tmp_path: Path) -> No
         signal.signal(signal.SIGXFSZ, before)
     with open_journal(path, SETTINGS) as again:
         assert list(again.read()) == [{"x": 0}]
+
+
+def test_a_file_never_takes_the_place_of_a_folder_or_a_device(tmp_path: Path) -> None:
+    folder, pipe = tmp_path / "folder", tmp_path / "pipe"
+    folder.mkdir()
+    os.mkfifo(pipe)
+    for path in (folder, pipe):
+        with pytest.raises(ValueError, match="is not a regular file: choose another output"):
+            write_lines(path, [{"x": 1}])
+    assert folder.is_dir()
+    assert pipe.is_fifo()

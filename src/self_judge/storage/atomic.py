@@ -41,7 +41,12 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
     Args:
         path: the final file. Missing folders are created. The old content remains until the block
             ends, and is kept if the block raises an error.
+
+    Raises:
+        ValueError: the path is a folder or a device, such as /dev/null, which must not be replaced.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is not a regular file: choose another output")
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(path.name + ".part")
     try:
