@@ -270,3 +270,16 @@ def test_datasets_in_memory_are_evaluated_and_a_source_counts_once(
     command = ["eval", *twice, "--model", str(saved_judge), "--output", str(tmp_path / "two")]
     assert main(command) == 2
     assert "x.jsonl: the source is given twice" in capsys.readouterr().err
+
+
+def test_data_without_a_pair_to_judge_is_named_with_the_reasons(
+    saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = {"prompt": "q", "response_a": "x", "response_b": "x", "label": "a"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(same))
+    model = ["--model", str(saved_judge), "--output", str(tmp_path / "out")]
+    assert main(["eval", str(tmp_path / "x.jsonl"), *model]) == 2
+    reason = "x.jsonl: no pair can be judged (pair: identical responses: 1)"
+    assert reason in capsys.readouterr().err
+    assert main(["eval", "", *model]) == 2
+    assert "data is empty: give a value" in capsys.readouterr().err

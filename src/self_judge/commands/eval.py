@@ -169,6 +169,7 @@ def _judged(
 ) -> float | None:
     def items() -> Iterator[Item]:
         skipped.clear()
+        used = False
         for pair in evaluation.read(skipped):
             shown = (pair.comparison.response_a, pair.comparison.response_b)
             line = {
@@ -176,6 +177,11 @@ def _judged(
                 "characters": [len(answer_of(text) or "") for text in shown],
             }
             yield Item(pair.comparison, line)
+            used = True
+        if not used:
+            found = "; ".join(f"{why}: {count:,}" for why, count in skipped.items())
+            named = ", ".join(source.label for source in evaluation.sources)
+            raise ValueError(f"{named}: no pair can be judged ({found})")
 
     _, rate = judge_in_bulk(
         items,
