@@ -106,6 +106,9 @@ def _print_completion(arguments: argparse.Namespace) -> None:
 def _check_inputs(arguments: argparse.Namespace) -> None:
     """Finds missing inputs of the commands that load models, before the slow import of torch."""
     given = vars(arguments)
+    for name, value in given.items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise ConfigError(f"{name} is empty: give a value")
     files = [given.get("input")]
     if given.get("templates"):
         files.append(str(find_file(given["templates"])))

@@ -113,7 +113,7 @@ def _lines(error: BaseException) -> list[str]:
 
 
 # Endings of files, which names on the Hub do not have.
-_DATA = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz")
+_DATA = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".bz2", ".xz")
 _FILES = (*_DATA, ".yaml", ".yml", ".safetensors")
 
 
@@ -149,6 +149,8 @@ def check_model(name_or_path: str | os.PathLike[str], remedy: str = "") -> None:
 
 
 def check_data(path: str | os.PathLike[str]) -> None:
-    """Raises `DataError` if the argument is clearly a local path that does not exist."""
+    """Raises `DataError` if the argument is empty, or a local path that does not exist."""
+    if not str(path):
+        raise DataError("the path of the data is empty: name a file, a folder or a dataset")
     if is_missing(path):
         raise DataError(f"{path}: no such file or folder (working folder: {Path.cwd()})")

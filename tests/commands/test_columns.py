@@ -68,6 +68,35 @@ def test_tournament_reads_mapped_columns(
         assert line["response"] == row["all"][line["winner"]]
 
 
+def test_columns_that_others_stand_in_for_are_named(
+    saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = {"response_a": "the capital", "response_b": "no", "responses": ["x", "y"]}
+    source = write(tmp_path / "in.jsonl", {"prompt": "asked", "context": "seen", **pair})
+    model = ["--model", str(saved_judge)]
+    assert main(["judge", source, str(tmp_path / "out.jsonl"), *model]) == 0
+    said = capsys.readouterr().err
+    assert "in.jsonl: unused columns with text: prompt, response_a, response_b\n" in said
+
+
+def test_a_tournament_names_the_columns_that_it_replaces_and_keeps_no_old_bracket(
+    saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = {"response": "old", "winner": 5, "bracket": [["old"]], "unanswered": [0]}
+    row = {"prompt": "what?", "responses": ["the capital", "no"], "note": "kept", **old}
+    source, target = write(tmp_path / "in.jsonl", row, row), tmp_path / "out.jsonl"
+    command = ["tournament", source, str(target), "--model", str(saved_judge)]
+    for _ in range(2):
+        assert main(command) == 0
+        said = capsys.readouterr().err
+        names = "bracket, response, unanswered, winner"
+        assert said.count(f"in.jsonl, line 1: the output has new values in {names}") == 1
+        assert "in.jsonl: unused columns with text: note\n" in said
+    for line in lines(target):
+        assert line["response"] == line["responses"][line["winner"]]
+        assert line.keys() == {"prompt", "responses", "note", "response", "winner"}
+
+
 def test_compare_reads_mapped_prompts_and_responses(
     saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +112,9 @@ def test_compare_reads_mapped_prompts_and_responses(
     said = capsys.readouterr().out
     assert "p.jsonl: unused columns with text: aside" in said
     assert "a.jsonl: unused columns with text: note" in said
+    write(tmp_path / "b.jsonl", *[{"output": row["bad"]} for row in rows(4)])
+    assert main([*command, "response=reply", "--overwrite"]) == 2
+    assert "b.jsonl, line 4, field 'response': more than 3 responses" in capsys.readouterr().err
     pairs = lines(output / "pairs.jsonl")
     assert [(p["response_a"], p["response_b"]) for p in pairs] == [
         (row["good"], row["bad"]) for row in rows()
@@ -111,6 +143,10 @@ def test_eval_reads_mapped_columns_and_labels(saved_judge: Path, tmp_path: Path)
         (["prompt"], "columns: expected name=column, got 'prompt'"),
         (["prompt="], "columns: expected name=column, got 'prompt='"),
         (["prompt=a", "prompt=b"], "columns: 'prompt' is given twice"),
+        (
+            ["prompt=the question", "response_a=good", "response_b=good"],
+            "in.jsonl: columns: 'good' is given for two names",
+        ),
         (["respons_a=a"], "columns.respons_a: unknown; did you mean response_a?"),
         (["prompt=nothing"], "in.jsonl, line 1, field 'nothing': is missing (columns.prompt)"),
     ],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from conftest import TEMPLATES
 from report_pages import embedded
@@ -287,3 +288,31 @@ def test_memory_does_not_grow_with_the_number_of_pairs(
     peak(64)  # what is imported and cached once
     few, many = peak(1_000), peak(10_000)
     assert many < few + 200_000, f"{few:,} bytes with 1,000 pairs, {many:,} with 10,000"
+
+
+def test_datasets_in_memory_are_evaluated_and_a_source_counts_once(
+    saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"q{i}", "chosen": "x", "rejected": "y"} for i in range(2)]
+    sources = [BenchmarkSource(Dataset.from_list(rows)), BenchmarkSource(str(tmp_path / "x.jsonl"))]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = run_eval(JudgeChoice(str(saved_judge)), JudgeEvaluation(sources), tmp_path / "out")
+    assert [source["path"] for source in told["data"]] == ["dataset in memory", sources[1].path]
+    assert list(told["subsets"]) == ["dataset in memory", "x.jsonl"]
+    twice = [str(sources[1].path)] * 2
+    command = ["eval", *twice, "--model", str(saved_judge), "--output", str(tmp_path / "two")]
+    assert main(command) == 2
+    assert "x.jsonl: the source is given twice" in capsys.readouterr().err
+
+
+def test_data_without_a_pair_to_judge_is_named_with_the_reasons(
+    saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = {"prompt": "q", "response_a": "x", "response_b": "x", "label": "a"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(same))
+    model = ["--model", str(saved_judge), "--output", str(tmp_path / "out")]
+    assert main(["eval", str(tmp_path / "x.jsonl"), *model]) == 2
+    reason = "x.jsonl: no pair can be judged (pair: identical responses: 1)"
+    assert reason in capsys.readouterr().err
+    assert main(["eval", "", *model]) == 2
+    assert "data is empty: give a value" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,43 @@ def test_lora_is_chosen_where_full_fine_tuning_does_not_fit(
     assert start(tmp_path / "my", base, data) == 0
     run = load_run(tmp_path / "my/jsft.yaml", [], "jsft")
     assert (run.peft_config is not None) == lora == run.jsft_args.merge_adapter
+
+
+def test_a_model_without_a_chat_template_gets_turn_markers_and_unused_columns_are_named(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "base"
+    shutil.copytree(base, model)
+    (model / "chat_template.jinja").unlink()
+    data = table(tmp_path / "mine.csv", ("prompt", "chosen", "rejected"), 12)
+    head, *rows = data.read_text().splitlines()
+    data.write_text("\n".join([f"{head},aside", *(f"{row},text" for row in rows)]))
+    assert start(tmp_path / "my", model, data) == 0
+    assert load_run(tmp_path / "my/jsft.yaml", [], "jsft").templates.user
+    assert "unused column: aside: 12" in capsys.readouterr().err
+
+
+def test_what_cannot_become_a_run_is_refused_in_one_line(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = table(tmp_path / "mine.csv", ("prompt", "chosen", "rejected"), 12)
+    short = tmp_path / "short"
+    shutil.copytree(base, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    (short / "generation_config.json").unlink()
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "word " * 9000, "chosen": "x is", "rejected": "y"}))
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"prompt": "\\ud800", "chosen": "x is", "rejected": "y"}\n')
+    cases = [
+        (data, base, data, f"{data}: is not a folder: choose another one"),
+        (tmp_path / "a", short, data, "its context of 64 tokens is too short for the responses in"),
+        (tmp_path / "b", base, long, f"{long}, with {base}: jsft_args.max_length: no training"),
+        (tmp_path / "${c}", base, data, "'${' begins a reference in run files: rename it"),
+        (tmp_path / "d", base, odd, f"{odd}, record 0, field 'prompt': is not valid Unicode"),
+    ]
+    for folder, model, records, message in cases:
+        assert start(folder, model, records) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not (folder / "jsft.yaml").exists()

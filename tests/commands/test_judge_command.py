@@ -233,6 +233,8 @@ def test_a_copy_has_the_same_fingerprint_and_an_adapter_knows_its_base(
         json.dumps({"base_model_name_or_path": str(saved_judge)})
     )
     before = fingerprint(str(adapter))
+    (adapter / "best.jsonl.settings.json").write_text("{}")  # an output beside the weights
+    assert fingerprint(str(adapter)) == before
     (saved_judge / "config.json").write_text("{}")
     assert fingerprint(str(adapter)) != before
 

@@ -115,6 +115,38 @@ def test_hh_dialogues_and_skipped_pairs_are_counted(file: Path) -> None:
     assert skipped == {"pair: identical responses": 1}
 
 
+_DIALOGUE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
+_OTHER = [_DIALOGUE[0], {"role": "assistant", "content": "y"}]
+_AB = {"response_a": "x", "response_b": "y"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"input": "q", "output_1": "x", "output_2": "y", "label": 1},
+        {
+            **{"instruction": "q", "response1": "x", "response2": "y"},
+            **{"annotator1": 1, "annotator2": 1, "annotator3": 0},
+        },
+        {"question": "q", "response_A": "x", "response_B": "y", "label": "A>B", "source": "s"},
+        {"conversation_a": _DIALOGUE, "conversation_b": _OTHER, "winner": "model_a"},
+        {"prompt": "q", **_AB, "winner": "model_a"},
+        {"prompt": "q", **_AB, "label": "a", "subset": "s"},
+        {"prompt": "q", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"], "domain": "chat"},
+        {"prompt": "q", "chosen": ["x"], "rejected": ["y"], "subset": "Math"},
+        {"prompt": "q", "chosen": ["x"], "rejected": ["y"], "subset": "Ties", "id": "ref:1"},
+        {"input": "q", "targets": {"choices": ["x", "y"], "labels": [1, 0]}},
+        {"instruction": "q", "chosen": "x", "rejected": "y"},
+    ],
+)
+def test_every_benchmark_names_the_columns_with_text_that_it_does_not_use(
+    record: dict[str, Any], file: Path
+) -> None:
+    skipped: Counter[str] = Counter()
+    assert read(file, {**record, "aside": "text", "number": 1}, skipped=skipped)
+    assert skipped == {"column 'aside'": 1}
+
+
 def test_a_folder_of_folders_has_a_subset_each(tmp_path: Path) -> None:
     for name in ("Natural", "Adversarial/Manual"):
         (tmp_path / name).mkdir(parents=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import copy
 import gzip
 import json
+import lzma
 import random
 import re
 import subprocess
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from conftest import SHARED
@@ -604,6 +608,16 @@ def without_annotations() -> dict[str, Any]:
             },
             "field 'prompt': ends with role 'assistant', expected 'user'",
         ),
+        (
+            select_preference,
+            {"prompt": "\ud800", "chosen": "x", "rejected": "y"},
+            "field 'prompt': is not valid Unicode: it contains an unpaired surrogate",
+        ),
+        (
+            select_preference,
+            {"prompt": "\ud800", "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            "field 'prompt': is not valid Unicode: it contains an unpaired surrogate",
+        ),
     ],
 )
 def test_a_malformed_record_is_an_error_that_names_source_record_and_field(
@@ -624,8 +638,9 @@ def rows(n: int) -> list[dict[str, str]]:
 
 def write(path: Path, text: str) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress(text.encode()))
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix)
+    if compress is not None:
+        path.write_bytes(compress(text.encode()))
     else:
         path.write_text(text)
     return str(path)
@@ -637,7 +652,10 @@ def lines(n: int) -> str:
 
 @pytest.mark.parametrize(
     "kind",
-    ["x.json", "x.json.gz", "x.jsonl", "x.jsonl.gz", "x.parquet", "lines.json", "saved", "splits"],
+    [
+        *("x.json", "x.json.gz", "x.jsonl", "x.jsonl.gz", "x.jsonl.bz2", "x.json.xz"),
+        *("x.parquet", "lines.json", "saved", "splits"),
+    ],
 )
 def test_every_local_kind_of_file_gives_the_same_records(tmp_path: Path, kind: str) -> None:
     path = tmp_path / kind
@@ -745,12 +763,36 @@ BROKEN = {
         lambda d: str((d / "x.jsonl.gz", (d / "x.jsonl.gz").write_text(lines(1)))[0]),
         "not a valid gzip file",
     ),
+    "no bzip2": (
+        lambda d: str((d / "x.json.bz2", (d / "x.json.bz2").write_text(lines(1)))[0]),
+        "x.json.bz2: not a valid bz2 file",
+    ),
+    "no xz": (
+        lambda d: str((d / "x.csv.xz", (d / "x.csv.xz").write_text(lines(1)))[0]),
+        "x.csv.xz: not a valid xz file",
+    ),
+    "zstd": (
+        lambda d: write(d / "x.jsonl.zst", lines(1)),
+        "written by save_to_disk: convert or decompress the file",
+    ),
+    "a key twice": (
+        lambda d: write(d / "x.jsonl", lines(1) + '{"prompt": "q", "prompt": "r"}\n'),
+        "x.jsonl, line 2: not JSON (the key 'prompt' appears twice in an object)",
+    ),
+    "a key of a message twice": (
+        lambda d: write(d / "x.json", '[{"prompt": {"content": "q", "content": "r"}}]'),
+        "x.json: not JSON (the key 'content' appears twice in an object)",
+    ),
+    "a column of Parquet twice": (
+        lambda d: twice(d / "x.parquet"),
+        "x.parquet: two columns have the same name: ['prompt', 'prompt']",
+    ),
     "no UTF-8": (
         lambda d: str((d / "x.jsonl", (d / "x.jsonl").write_bytes(b'{"a": "\xff"}'))[0]),
         "not UTF-8 text",
     ),
     "no parquet": (lambda d: write(d / "x.parquet", "PAR"), "not a valid parquet file"),
-    "empty folder": (lambda d: str(d), "no data file (.json, .json.gz, .jsonl, .jsonl.gz, .parq"),
+    "empty folder": (lambda d: str(d), "no data file (.json, .jsonl, .csv, .tsv, .parquet (text"),
     "no such split": (
         lambda d: str((d, write(d / "test.jsonl", lines(1)))[0]),
         "no file for split 'train'; found splits: test",
@@ -764,6 +806,13 @@ BROKEN = {
         "x.jsonl: cannot detect the kind of data from the columns ['messages']; expected chosen",
     ),
 }
+
+
+def twice(path: Path) -> str:
+    names = ["prompt", "prompt"]
+    table = pyarrow.Table.from_arrays([pyarrow.array(["q"])] * 2, names=names)
+    pyarrow.parquet.write_table(table, path)
+    return str(path)
 
 
 @pytest.mark.parametrize("what", BROKEN)

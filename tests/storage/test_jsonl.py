@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from self_judge.storage.jsonl import (
     read_journal,
     read_lines,
     settings_path,
+    write_lines,
 )
 
 SETTINGS = {"model": "m", "max_length": None}
@@ -143,3 +147,35 @@ def test_what_a_reader_passes_over_is_said_by_its_caller(tmp_path: Path) -> None
     (kept,) = parse_lines(['{"x": NaN}\n'], path)
     assert kept[0] == 1
     assert math.isnan(kept[1]["x"])
+
+
+def test_a_full_disk_is_named_and_the_lines_before_it_stay(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill() -> None:
+        with open_journal(path, SETTINGS) as new:
+            new.append([{"x": 0}])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+            new.append([{"x": "long" * 500}])
+
+    try:
+        with pytest.raises(OSError, match=r"x\.jsonl"):
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    with open_journal(path, SETTINGS) as again:
+        assert list(again.read()) == [{"x": 0}]
+
+
+def test_a_file_never_takes_the_place_of_a_folder_or_a_device(tmp_path: Path) -> None:
+    folder, pipe = tmp_path / "folder", tmp_path / "pipe"
+    folder.mkdir()
+    os.mkfifo(pipe)
+    for path in (folder, pipe):
+        with pytest.raises(ValueError, match="is not a regular file: choose another output"):
+            write_lines(path, [{"x": 1}])
+    assert folder.is_dir()
+    assert pipe.is_fifo()

@@ -144,7 +144,7 @@ def check(
     disable_progress_bars()
     try:
         _look(prepare(report, run, local, there, device, sharding), examples)
-    except _RefusedError as refused:
+    except RefusedError as refused:
         report.findings.append(_refusal(*refused.args))
     finally:
         if shown:
@@ -153,7 +153,7 @@ def check(
     return report
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
     """Raised to end the check early. The arguments are the run's rejected part and the error."""
 
 
@@ -165,7 +165,7 @@ def _or_refused(about: str, make: Callable[..., T], *args: Any, **kwargs: Any) -
     try:
         return make(*args, **kwargs)
     except (ValueError, TypeError) as error:
-        raise _RefusedError(about, error) from error
+        raise RefusedError(about, error) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ judging and statistics.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +30,7 @@ from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
 from self_judge.console import ends, masked, number, print_conclusions, say, table
 from self_judge.data.files import reader_of
-from self_judge.data.records import UnusedText, map_columns
+from self_judge.data.records import UnusedText, map_columns, prompt_columns
 from self_judge.data.sources import prompt_of, read_prompts, read_records
 from self_judge.datatypes import Comparison, Message, Verdict, stable_seed
 from self_judge.evaluation.conclusions import as_json, comparison_conclusions
@@ -95,7 +94,7 @@ class ComparisonJob:
         path = self.source
         columns = {k: v for k, v in self.columns.items() if k not in _RESPONSE_FIELDS}
         # `_read_responses` reports the columns of files of responses.
-        unused = UnusedText(path, (), partial(say, console)) if self.prompts else None
+        unused = UnusedText(path, prompt_columns, partial(say, console)) if self.prompts else None
         prompts = read_prompts(path, max_records=self.max_prompts, columns=columns, unused=unused)
         if not prompts:
             raise ValueError(f"{self.source}: there are no prompts")
@@ -146,8 +145,11 @@ def run_compare(
     if (output / VERDICTS).exists():
         raise ValueError(f"{output} contains a judge evaluation: choose another output folder")
     for policy in filter(is_responses, job.policies):
-        unused = UnusedText(policy, _RESPONSE_FIELDS, partial(say, console))
-        _read_responses(Path(policy), prompts, job.columns, unused)  # find mistakes before sampling
+        unused = UnusedText(policy, _used, partial(say, console))
+        whole = job.max_prompts is None
+        _read_responses(
+            Path(policy), prompts, job.columns, unused, whole
+        )  # find mistakes before sampling
     encoders = {policy: encoder_of(policy) for policy in job.policies if not is_responses(policy)}
     for (where, _), prompt in zip(read_records(job.source), prompts, strict=False):
         for encoder in encoders.values():
@@ -249,23 +251,40 @@ def _sample(
     answers.run(load, overwrite=overwrite)
 
 
+def _response_field(line: Mapping[str, Any]) -> str:
+    return next((name for name in _RESPONSE_FIELDS if name in line), _RESPONSE_FIELDS[0])
+
+
+def _used(line: Mapping[str, Any]) -> list[str]:
+    return [*prompt_columns(line), _response_field(line)]
+
+
 def _read_responses(
     file: Path,
     prompts: Sequence[Sequence[Message]],
     columns: Mapping[str, str],
     unused: UnusedText | None = None,
+    whole: bool = False,
 ) -> list[dict[str, Any]]:
-    """Reads `{"text", "finished"}` for each prompt, and checks any prompts in the file."""
+    """Reads `{"text", "finished"}` for each prompt, and checks any prompts in the file.
+
+    Args:
+        whole: whether to refuse a file with more responses than there are prompts.
+    """
     found: list[dict[str, Any]] = []
-    for where, raw in itertools.islice(read_records(str(file)), len(prompts)):
+    for where, raw in read_records(str(file)):
+        if len(found) == len(prompts):
+            if whole:
+                more = f"more than {len(prompts):,} responses for {len(prompts):,} prompts"
+                raise where.error("response", f"{more}: give the prompts of this file")
+            break
         # A file of responses may lack the prompts, and its columns may have the usual names.
         unnamed = not any(name in raw for name in _RESPONSE_FIELDS)
         own = {k: v for k, v in columns.items() if v in raw or (k == "response" and unnamed)}
         line = map_columns(raw, own, where)
         if unused is not None:
             unused.add(line)
-        name = next((n for n in _RESPONSE_FIELDS if n in line), _RESPONSE_FIELDS[0])
-        text = where.text(line, name)
+        text = where.text(line, _response_field(line))
         prompt = prompt_of(line, where)
         if prompt is not None and prompt != list(prompts[where.index]):
             raise where.error("prompt", "differs from the prompt at the same index")

@@ -59,6 +59,9 @@ class JudgeEvaluation:
     def __post_init__(self) -> None:
         if self.max_pairs is not None and self.max_pairs < 1:
             raise ValueError(f"--max-pairs must be at least 1, got {self.max_pairs}")
+        for number, source in enumerate(self.sources):
+            if source in self.sources[:number]:
+                raise ValueError(f"{source.label}: the source is given twice")
 
     @cached_property
     def _shares(self) -> list[Share | None]:
@@ -70,7 +73,7 @@ class JudgeEvaluation:
         for source, share in zip(self.sources, self._shares, strict=True):
             for pair in read_comparisons(source, skipped, share):
                 if len(self.sources) > 1:
-                    named = "/".join(p for p in (Path(source.path).name, pair.subset) if p)
+                    named = "/".join(p for p in (Path(source.label).name, pair.subset) if p)
                     pair = replace(pair, subset=named)
                 yield pair
 
@@ -103,7 +106,7 @@ def run_eval(
     output, console = Path(output), console or Console()
     compared = output / "compared" / VERDICTS
     files = [output / RESULTS, output / VERDICTS, compared]
-    refuse_overwriting(files, [source.path for source in evaluation.sources])
+    refuse_overwriting(files, [source.label for source in evaluation.sources])
     if (output / PAIRS).exists():
         raise ValueError(f"{output} contains a policy comparison: choose another output folder")
     if isinstance(compare, Path):
@@ -135,7 +138,7 @@ def _results(
         "kind": "judge evaluation",
         "version": __version__,
         "judge": choice.settings(),
-        "data": [asdict(source) for source in evaluation.sources],
+        "data": [asdict(replace(source, path=source.label)) for source in evaluation.sources],
         "skipped": dict(skipped),
         "pairs_per_second": rate,
         **_tallied(output / VERDICTS, choice.judge_templates().principles),
@@ -166,6 +169,7 @@ def _judged(
 ) -> float | None:
     def items() -> Iterator[Item]:
         skipped.clear()
+        used = False
         for pair in evaluation.read(skipped):
             shown = (pair.comparison.response_a, pair.comparison.response_b)
             line = {
@@ -173,6 +177,11 @@ def _judged(
                 "characters": [len(answer_of(text) or "") for text in shown],
             }
             yield Item(pair.comparison, line)
+            used = True
+        if not used:
+            found = "; ".join(f"{why}: {count:,}" for why, count in skipped.items())
+            named = ", ".join(source.label for source in evaluation.sources)
+            raise ValueError(f"{named}: no pair can be judged ({found})")
 
     _, rate = judge_in_bulk(
         items,

@@ -21,7 +21,7 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from rich.prompt import Prompt
 
-from self_judge.check.check import Report, jsft_estimate, prepare, self_judge_estimate
+from self_judge.check.check import RefusedError, Report, jsft_estimate, prepare, self_judge_estimate
 from self_judge.check.cost import Cost, device_for
 from self_judge.check.memory import GIB
 from self_judge.check.model_size import Size, empty_model, size_of
@@ -54,6 +54,7 @@ _SHIPPED = ("instructions", "hh", "uf_principles")  # the sources of templates, 
 _DEFAULT = ("overall",)
 _SAMPLED = 100  # the number of records that are encoded to measure lengths
 _LENGTHS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16_384, 32_768)
+_LEFT_OUT = ("skipped ", "removed ", "unused ")  # counts of what is not in the records
 _FITS = 0.85  # of the device's memory
 # Usual names of columns, for data without the names of TRL.
 _GUESSES = {
@@ -91,6 +92,11 @@ def run_init(job: InitJob, console: Console | None = None) -> None:
         ValueError: the model, the data or the principles cannot be used, or a file exists.
     """
     console = console or Console(stderr=True)
+    for name in (str(job.folder.resolve()), job.model, job.data, *job.columns.values()):
+        if "${" in name:
+            raise ConfigError(f"{name}: '${{' begins a reference in run files: rename it")
+    if job.folder.exists() and not job.folder.is_dir():
+        raise ConfigError(f"{job.folder}: is not a folder: choose another one")
     for name in FILES:
         if (job.folder / name).exists():
             raise ConfigError(f"{job.folder / name} exists: choose another folder, or remove it")
@@ -105,6 +111,8 @@ def run_init(job: InitJob, console: Console | None = None) -> None:
     say(console, model.described)
     data = _Data(job, console)
     say(console, data.described)
+    for what, count in data.left_out.items():
+        say(console, f"{what}: {count:,}")
     disable_progress_bars()
     plan = _plan(job, model, data, {name: catalog[name] for name in principles}, console)
     for name, text in plan.files.items():
@@ -167,6 +175,7 @@ class _Data:
     def __init__(self, job: InitJob, console: Console) -> None:
         self.path = str(Path(job.data).resolve()) if Path(job.data).exists() else job.data
         self.columns = dict(job.columns)
+        self.left_out: dict[str, int] = {}
         try:
             self.records = self._load("all")
         except DataError:
@@ -182,6 +191,8 @@ class _Data:
     def _load(self, subset: Any) -> list[PreferenceRecord]:
         source = {"path": self.path, "columns": self.columns}
         found: PreferenceData = load_preferences(source, subset=subset, held_out=HELD_OUT)
+        if subset == "all":
+            self.left_out = {k: n for k, n in found.counts.items() if k.startswith(_LEFT_OUT)}
         return list(found.records)
 
     @cached_property
@@ -262,11 +273,20 @@ def _plan(
         "self_judge_batch": _power_of_two(len(data.records) // 20, 8, 64),
         "epochs": 1 if examples > 5000 else 3,
     }
+    if shared["max_length"] <= new_tokens:
+        raise ConfigError(
+            f"{job.model}: its context of {context:,} tokens is too short for the responses in "
+            f"{job.data}, which have up to {response:,} tokens: choose another model"
+        )
     device = device_for(None, this_machine())
 
     def peak(chosen: _Choice) -> int:
         files = _files(job, model, data, templates, chosen)
-        return max(cost.memory.peak for cost in _costs(files, sample, len(data.records)))
+        try:
+            return max(cost.memory.peak for cost in _costs(files, sample, len(data.records)))
+        except RefusedError as refused:
+            about, error = refused.args
+            raise ConfigError(f"{job.data}, with {job.model}: {about}: {error}") from None
 
     def fits(chosen: _Choice) -> bool:
         return not device.memory or peak(chosen) < _FITS * device.memory
@@ -333,7 +353,10 @@ def _costs(
         jsft: Any = load_run(Path(folder) / JSFT, [], "jsft")
         # The JSFT model does not exist yet.
         base = [f"model.model_name_or_path={json.dumps(jsft.model.model_name_or_path)}"]
-        base.append(f"templates.judge={json.dumps(jsft.templates.judge)}")
+        base += [
+            f"templates.{name}={json.dumps(getattr(jsft.templates, name))}"
+            for name in ("judge", "user", "assistant")
+        ]
         self_judge: Any = load_run(Path(folder) / SELF_JUDGE, base, "self_judge")
     for run in (jsft, self_judge):
         fitted, _ = fit_to_machine(run, machine)

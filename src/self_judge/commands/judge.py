@@ -17,7 +17,7 @@ from rich.console import Console
 from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import ResumableJob, Work, input_and_output, input_reader
 from self_judge.console import print_conclusions, say
-from self_judge.data.records import RecordRef
+from self_judge.data.records import RecordRef, question_columns
 from self_judge.data.sources import question_of
 from self_judge.datatypes import Comparison
 from self_judge.evaluation.conclusions import as_json, judge_conclusions
@@ -126,8 +126,7 @@ def run_judge(
         ValueError: a line cannot be used; the message names the file, line number and field.
     """
     source, target = input_and_output(source, target)
-    used = ("context", "response_a", "response_b", "responses")
-    read = input_reader(source, console, used, columns)
+    read = input_reader(source, console, _used, columns)
 
     def items() -> Iterator[Item]:
         for where, line in read():
@@ -168,6 +167,11 @@ def _summarize(target: Path, field: str, rate: float, console: Console) -> None:
         + (f"; orders agree in {agreement['value']:.0%}" if agreement else ""),
     )
     print_conclusions(console, as_json(judge_conclusions(report)))
+
+
+def _used(line: Mapping[str, Any]) -> list[str]:
+    listed = line.get("responses") is not None
+    return question_columns(line) + (["responses"] if listed else ["response_a", "response_b"])
 
 
 def _comparison(line: dict[str, Any], where: RecordRef, field: str) -> Comparison:

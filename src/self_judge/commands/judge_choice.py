@@ -28,6 +28,7 @@ from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.chat_template import CLOCK
 from self_judge.prompting.judge_json import (
+    JUDGE_FILE,
     JudgeSettings,
     encoder_as_taught,
     load_judge_settings,
@@ -36,7 +37,11 @@ from self_judge.prompting.judge_json import (
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.storage.repository import repository_file
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
+# The files that a model is loaded from. Outputs of commands may lie next to them.
+_FILES = (
+    *("*.safetensors", "*.bin", "*.jinja", "*.model", "*config.json", "*token*.json"),
+    *("vocab.json", "*.index.json", "chat_template.json", JUDGE_FILE),
+)
 _SLICES, _SLICE_BYTES = 64, 65536
 
 
@@ -195,7 +200,7 @@ def fingerprint(model: str, revision: str | None = None) -> str | None:
         base = adapter and fingerprint(str(adapter.base_model_name_or_path), adapter.revision)
         return _hash(commit.encode(), str(base).encode()) if base else commit
     parts: list[bytes] = []
-    for file in sorted({f for pattern in _WEIGHTS for f in folder.glob(pattern)}):
+    for file in sorted({f for pattern in _FILES for f in folder.glob(pattern)}):
         size = file.stat().st_size
         parts += [file.name.encode(), str(size).encode()]
         step = max(_SLICE_BYTES, size // _SLICES)

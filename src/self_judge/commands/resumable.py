@@ -63,9 +63,10 @@ def input_and_output(source: str | Path, target: str | Path) -> tuple[Path, Path
 def input_reader(
     source: Path,
     console: Console | None,
-    used: Collection[str],
+    used: Callable[[Mapping[str, Any]], Collection[str]],
     columns: Mapping[str, str] | None = None,
     max_records: int | None = None,
+    added: Collection[str] = (),
 ) -> Callable[[], Iterator[tuple[RecordRef, dict[str, Any]]]]:
     """Returns a function that yields the records of a file from the start at every call.
 
@@ -73,16 +74,24 @@ def input_reader(
     A message names each column whose values change, and one names the text columns that are unused.
 
     Args:
-        used: the columns that the command uses, other than the prompt.
+        used: returns the columns that the command uses of a record.
         columns: the file's own column names; see `map_columns`.
         max_records: the number of records to read, from the start of the file; default: all.
+        added: the columns that the output gets, whatever the file has there. A message names those
+            that the file has.
 
     Raises (while reading):
         DataError: the file cannot be read, or a record cannot be written as JSON.
     """
-    told: set[str] = set()
+    told: set[tuple[str, str]] = set()
     tell = partial(say, console or Console(stderr=True))
     unused = UnusedText(str(source), used, tell)
+
+    def tell_once(names: Collection[str], where: RecordRef, what: str) -> None:
+        new = {(name, what) for name in names} - told
+        told.update(new)
+        if new and RankShards.here(source, 1).rank == 0:
+            tell(f"{where}: " + what.format(", ".join(sorted(name for name, _ in new))))
 
     def read() -> Iterator[tuple[RecordRef, dict[str, Any]]]:
         records = itertools.islice(read_records(str(source), columns), max_records)
@@ -91,13 +100,17 @@ def input_reader(
                 line = as_json(record)
             except (TypeError, ValueError, RecursionError) as error:
                 raise DataError(f"{where}: {error}") from None
-            changed = {name for name in record if line.get(name) != record[name]} - told
-            if changed and RankShards.here(source, 1).rank == 0:
-                tell(
-                    f"{where}: JSON has no form for values in {', '.join(sorted(changed))}; the "
-                    "output has null for NaN and infinity, ISO text for times, Base64 for bytes",
-                )
-            told.update(changed)
+            tell_once(
+                {name for name in record if line.get(name) != record[name]},
+                where,
+                "JSON has no form for values in {}; the output has null for NaN and infinity, "
+                "ISO text for times, Base64 for bytes",
+            )
+            tell_once(
+                {name for name in added if line.get(name) is not None},
+                where,
+                "the output has new values in {} instead of those in the input",
+            )
             unused.add(line)
             yield where, line
         unused.report()

@@ -32,7 +32,7 @@ from self_judge.commands.resumable import (
 )
 from self_judge.config.self_training import PackingChoice, SamplingSettings
 from self_judge.console import say
-from self_judge.data.records import RecordRef
+from self_judge.data.records import RecordRef, prompt_columns, question_columns
 from self_judge.data.sources import question_of
 from self_judge.datatypes import Message, Response, stable_seed
 from self_judge.inference.sampling import TransformersSampler
@@ -45,7 +45,7 @@ from self_judge.storage.jsonl import read_journal
 
 # Lines per chunk. The judge processes one round of all tournaments in a chunk together.
 CHUNK = 256
-ADDED = ("responses", "winner", "response", "unanswered", "principles", "bracket")
+ADDED = ("winner", "response", "unanswered", "principles", "bracket")
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,7 @@ def run_tournament(
             the target was written for another input or with other settings.
     """
     source, target = input_and_output(source, target)
-    used = ("context", "responses")
-    read = input_reader(source, console, used, columns, job.max_prompts)
+    read = input_reader(source, console, _used, columns, job.max_prompts, ADDED)
     encoder = job.policy_encoder or job.judge.encoder
     world_size = RankShards.here(target, chunk).world_size
     lines = ResumableJob(
@@ -249,10 +248,11 @@ def played_line(
 ) -> dict[str, Any]:
     """Returns the line plus the winner and, if `principles` is given, the bracket.
 
-    The key `unanswered` lists the indices of responses without an answer, if there are any.
+    The line's own values of these keys are left out. The key `unanswered` lists the indices of
+    responses without an answer, if there are any.
     """
     written = {
-        **line,
+        **{name: value for name, value in line.items() if name not in ADDED},
         "responses": list(responses),
         "winner": bracket.winner,
         "response": responses[bracket.winner],
@@ -266,11 +266,17 @@ def played_line(
     return written
 
 
+def _used(line: Mapping[str, Any]) -> list[str]:
+    """Returns the columns that a tournament uses, or replaces in its output."""
+    sampled = prompt_columns(line) if line.get("responses") is None else []
+    return [*question_columns(line), *sampled, "responses", *ADDED]
+
+
 def _is_line_of(written: Mapping[str, Any], entry: Entry) -> bool:
     given = {
         name: value
         for name, value in entry.line.items()
-        if name not in ADDED or (name == "responses" and value is not None)
+        if name not in ADDED and (name != "responses" or value is not None)
     }
     return {name: written.get(name) for name in given} == given
 

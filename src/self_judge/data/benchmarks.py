@@ -60,6 +60,11 @@ class BenchmarkSource:
         if not 0 <= self.held_out < 1:
             raise DataError(f"--held-out must be in [0, 1), got {self.held_out}")
 
+    @property
+    def label(self) -> str:
+        """The path, or a name for a dataset in memory."""
+        return "dataset in memory" if in_memory(self.path) else str(self.path)
+
 
 # A subset; and in the subset Ties of RewardBench 2, the kind of prompt.
 _Stratum = tuple[str, str]
@@ -107,7 +112,7 @@ def share_of(source: BenchmarkSource, max_pairs: int) -> Share:
     if sizes and not taken_pairs:
         least = min(all_of[0] for all_of in sizes.values())
         raise DataError(
-            f"{source.path}: max_pairs {max_pairs} is less than the {least} pairs of one record: "
+            f"{source.label}: max_pairs {max_pairs} is less than the {least} pairs of one record: "
             f"use at least {least}"
         )
     left_out: Counter[str] = Counter()
@@ -173,9 +178,9 @@ def _comparisons(source: BenchmarkSource, skipped: Counter[str]) -> Iterator[Lab
 def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, Iterator[dict[str, Any]]]]:
     """Yields (label for messages, subset, records) for each file or split."""
     if in_memory(source.path):
-        yield "dataset in memory", "", read_raw(source.path, columns=source.columns)
+        yield source.label, "", read_raw(source.path, columns=source.columns)
         return
-    path = str(source.path)
+    path = source.label
     local = Path(path).expanduser()
     root = local / source.data_dir if source.data_dir else local
     files = _files_without_splits(root, source.splits)

@@ -238,6 +238,7 @@ def _standard(
         given = before_thought(given, chosen, rejected)
     elif not isinstance(given, str):
         raise where.expected("text or messages", given, "prompt")
+    where.text({"prompt": given}, "prompt")
     if given and chosen.startswith(given) and rejected.startswith(given):
         chosen, rejected = chosen[len(given) :], rejected[len(given) :]
     prompt: list[Message] = [{"role": "user", "content": given.strip()}]
@@ -265,7 +266,7 @@ def _whole_dialogue(given: Any, response: Any, field: str, where: RecordRef) -> 
     The response may repeat the whole prompt or only its end, or it may contain its own prompt.
     """
     if isinstance(given, str):
-        given = [{"role": "user", "content": given}]
+        given = [{"role": "user", "content": where.text({"prompt": given}, "prompt")}]
     if isinstance(response, str):
         response = [{"role": "assistant", "content": response}]
     prompt = [] if given is None else where.messages(given, "prompt")

@@ -5,8 +5,10 @@ Each record is a plain dictionary. This module does not interpret its contents.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import re
 import sys
 import zlib
@@ -138,8 +140,8 @@ def read_numbered(file: Path) -> Iterator[tuple[int | None, Record]]:
     read = reader_of(file)
     if read is None:
         raise DataError(
-            f"{file}: unknown file type; supported types are {', '.join(FORMATS)} and folders "
-            "written by save_to_disk"
+            f"{file}: unknown file type; supported types are {_TYPES} and folders written by "
+            "save_to_disk: convert or decompress the file"
         )
     _refuse_pointer(file)
     numbered: Iterator[tuple[int | None, Record]] = (
@@ -168,17 +170,26 @@ def _named_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except EOFError:
-        raise DataError(f"{file}: the gzip file is truncated; download it again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{file}: not a valid gzip file ({error})") from None
+        raise DataError(f"{file}: the {_kind(file)} file is truncated; download it again") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason}, byte {error.start})") from None
+        raise DataError(
+            f"{file}: not UTF-8 text ({error.reason}, byte {error.start}); convert it with iconv, "
+            "or decompress it"
+        ) from None
+    except (OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk, not the content
+            raise
+        raise DataError(f"{file}: not a valid {_kind(file)} file ({error})") from None
+
+
+def _kind(file: Path) -> str:
+    return {".gz": "gzip"}.get(suffix := file.suffix.lower(), suffix[1:])
 
 
 def _open_text(file: Path, newline: str | None = None) -> IO[str]:
-    if file.name.lower().endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8-sig", newline=newline)
-    return file.open(encoding="utf-8-sig", newline=newline)
+    opened: Any = _COMPRESSED.get(file.suffix.lower(), open)
+    text: IO[str] = opened(file, "rt", encoding="utf-8-sig", newline=newline)
+    return text
 
 
 def _numbered_lines(file: Path) -> Iterator[tuple[int, Record]]:
@@ -220,6 +231,9 @@ def _read_parquet(file: Path) -> Iterator[Record]:
 
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if len({*names}) < len(names):
+                raise DataError(f"{file}: two columns have the same name: {names}")
             for batch in table.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
     except pyarrow.ArrowInvalid as error:
@@ -250,21 +264,21 @@ def _read_table(file: Path, delimiter: str) -> Iterator[Record]:
 
 FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".json": _read_json,
-    ".json.gz": _read_json,
     ".jsonl": _read_lines,
-    ".jsonl.gz": _read_lines,
-    ".parquet": _read_parquet,
     ".csv": partial(_read_table, delimiter=","),
-    ".csv.gz": partial(_read_table, delimiter=","),
     ".tsv": partial(_read_table, delimiter="\t"),
-    ".tsv.gz": partial(_read_table, delimiter="\t"),
+    ".parquet": _read_parquet,
 }
+# The formats of text may be compressed: ".jsonl.gz".
+_COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_TYPES = f"{', '.join(FORMATS)} (text also with {', '.join(_COMPRESSED)})"
 
 
 def reader_of(file: Path) -> Callable[[Path], Iterator[Record]] | None:
     """Returns the reader for a file name, or `None` for an unknown file type."""
-    name = file.name.lower()
-    return next((read for suffix, read in FORMATS.items() if name.endswith(suffix)), None)
+    inner, last = ("", "", *(suffix.lower() for suffix in file.suffixes))[-2:]
+    compressed = last in _COMPRESSED and inner != ".parquet"
+    return FORMATS.get(inner if compressed else last)
 
 
 def _looks_local(path: str) -> bool:
@@ -305,7 +319,7 @@ def _named_splits(folder: Path) -> dict[Path, str | None]:
     if not files:
         folders = sorted(f.name for f in folder.iterdir() if f.is_dir())
         known = f"; set data_dir to one of its folders: {', '.join(folders)}" if folders else ""
-        raise DataError(f"{folder}: no data file ({', '.join(FORMATS)}) in this folder{known}")
+        raise DataError(f"{folder}: no data file ({_TYPES}) in this folder{known}")
     splits = {file: split_of(file) for file in files}
     # If no file name contains a split, all files belong to the training split.
     return splits if any(splits.values()) else dict.fromkeys(files, "train")

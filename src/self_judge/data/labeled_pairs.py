@@ -20,6 +20,8 @@ from self_judge.data.records import (
     is_held_out,
     judge_context,
     pair_problem,
+    question_columns,
+    unused_text,
 )
 from self_judge.data.sources import PARSERS, kind_of, question_of
 from self_judge.datatypes import Comparison, Message
@@ -74,7 +76,7 @@ Reader = Callable[[Mapping[str, Any], RecordRef], Found]
 
 
 def reader_of_columns(record: Mapping[str, Any], label: str, held_out: float = 0.0) -> Reader:
-    """Detects the format of a source from one of its records, and returns the parser.
+    """Returns the parser for the format of a source, detected from one of its records.
 
     A parser yields the record's pairs, and the reason for each skipped part as a string.
 
@@ -85,15 +87,11 @@ def reader_of_columns(record: Mapping[str, Any], label: str, held_out: float = 0
     Raises:
         DataError: the columns match no format, or `held_out` is set for a benchmark.
     """
-    if not held_out:
-        return _reader(record, label)
-    try:
-        return partial(_parsed, kind_of(record, label), held_out=held_out)
-    except DataError:
-        raise DataError(f"{label}: --held-out is only for preference data") from None
-
-
-def _reader(record: Mapping[str, Any], label: str) -> Reader:
+    if held_out:
+        try:
+            return partial(_parsed, kind_of(record, label), held_out=held_out)
+        except DataError:
+            raise DataError(f"{label}: --held-out is only for preference data") from None
     columns = record.keys()
     if {"output_1", "output_2", "label"} <= columns:
         return _llmbar
@@ -107,7 +105,9 @@ def _reader(record: Mapping[str, Any], label: str) -> Reader:
         return _votes_on_responses
     if {"response_a", "response_b", "label"} <= columns:
         return _labeled
-    if {"prompt", "chosen", "rejected"} <= columns and _is_texts(record["chosen"]):
+    texts = record.get("chosen")
+    of_texts = isinstance(texts, list) and set(map(type, texts)) == {str}
+    if of_texts and {"prompt", "rejected"} <= columns:
         return _reader_of_lists(columns, label)
     if {"input", "targets"} <= columns:
         return _hhh_targets
@@ -136,8 +136,8 @@ def _reader_of_lists(columns: Collection[str], label: str) -> Reader:
     )
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+def _unused(record: Mapping[str, Any], *used: str) -> Iterator[str]:
+    return (f"column {name!r}" for name in unused_text(record, used))
 
 
 def usable(found: Found) -> Found:
@@ -161,6 +161,8 @@ def _labeled(record: Mapping[str, Any], where: RecordRef) -> Found:
     a, b = (where.text(record, name).strip() for name in ("response_a", "response_b"))
     subset = record.get("subset")
     yield _pair(where, context.strip(), a, b, label, subset if isinstance(subset, str) else "")
+    asked = question_columns(record)
+    yield from _unused(record, *asked, "response_a", "response_b", "label", "subset")
 
 
 def _llmbar(record: Mapping[str, Any], where: RecordRef) -> Found:
@@ -168,8 +170,10 @@ def _llmbar(record: Mapping[str, Any], where: RecordRef) -> Found:
     if label not in (1, 2):
         raise where.error("label", f"expected 1 or 2, got {record['label']!r}")
     a, b = where.text(record, "output_1").strip(), where.text(record, "output_2").strip()
-    context = where.text(record, "input" if "input" in record else "instruction").strip()
+    asked = "input" if "input" in record else "instruction"
+    context = where.text(record, asked).strip()
     yield _pair(where, context, a, b, "a" if label == 1 else "b")
+    yield from _unused(record, asked, "output_1", "output_2", "label")
 
 
 def _pandalm(record: Mapping[str, Any], where: RecordRef) -> Found:
@@ -192,6 +196,7 @@ def _pandalm(record: Mapping[str, Any], where: RecordRef) -> Found:
         for name in ("response1", "response2")
     )
     yield _pair(where, "\n\n".join(asked), a, b, labels[vote])
+    yield from _unused(record, "instruction", "input", "response1", "response2", *_ANNOTATORS)
 
 
 def _judge_bench(record: Mapping[str, Any], where: RecordRef) -> Found:
@@ -205,6 +210,7 @@ def _judge_bench(record: Mapping[str, Any], where: RecordRef) -> Found:
     a, b = where.text(record, "response_A").strip(), where.text(record, "response_B").strip()
     question = where.text(record, "question").strip()
     yield _pair(where, question, a, b, label, subset, "JudgeBench")
+    yield from _unused(record, "question", "response_A", "response_B", "label", "source")
 
 
 def _votes_on_conversations(record: Mapping[str, Any], where: RecordRef) -> Found:
@@ -222,6 +228,7 @@ def _votes_on_conversations(record: Mapping[str, Any], where: RecordRef) -> Foun
             raise where.error(name, f"expected a question and an answer for turn {turn or 1}")
         sides.append(messages)
     yield _vote(where, sides, label, f"turn {turn}" if turn else "")
+    yield from _unused(record, "conversation_a", "conversation_b", "winner", "turn")
 
 
 def _turn(record: Mapping[str, Any], where: RecordRef) -> int | None:
@@ -262,6 +269,7 @@ def _votes_on_responses(record: Mapping[str, Any], where: RecordRef) -> Found:
         given = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)]
         sides.append(where.messages(given, name))
     yield _vote(where, sides, label, "")
+    yield from _unused(record, *names, *(["winner"] if "winner" in record else _VOTES))
 
 
 def _listed(record: Mapping[str, Any], name: str, where: RecordRef) -> list[Any]:
@@ -325,6 +333,7 @@ def _rm_bench(record: Mapping[str, Any], where: RecordRef) -> Found:
         yield replace(
             _ranked(where, question, better, worse, subset), benchmark="RM-Bench", part=part
         )
+    yield from _unused(record, "prompt", "chosen", "rejected", "domain")
 
 
 def _reward_bench_2(record: Mapping[str, Any], where: RecordRef) -> Found:
@@ -351,6 +360,7 @@ def _reward_bench_2(record: Mapping[str, Any], where: RecordRef) -> Found:
         yield replace(ranked, benchmark="RewardBench 2", part=part)
     for a, b in combinations(chosen, 2):
         yield _pair(where, question, a, b, "tie", subset, "RewardBench 2", part)
+    yield from _unused(record, "prompt", "chosen", "rejected", "subset", *(["id"] if part else []))
 
 
 def _texts(record: Mapping[str, Any], name: str, where: RecordRef) -> list[str]:
@@ -374,7 +384,8 @@ def _hhh_targets(record: Mapping[str, Any], where: RecordRef) -> Found:
         raise where.error("targets.labels", f"expected one 0 and one 1, got {labels}")
     better, worse = (choices[labels.index(value)] for value in (1, 0))
     asked = {"prompt": where.text(record, "input"), "chosen": better, "rejected": worse}
-    yield from _parsed("preference", {**record, **asked}, where)
+    others = {name: value for name, value in record.items() if name not in ("input", "targets")}
+    yield from _parsed("preference", {**others, **asked}, where)
 
 
 def _hhh(record: Mapping[str, Any], where: RecordRef) -> Found:
@@ -431,10 +442,8 @@ def _pair(
     # Empty responses are kept, because people rated them.
     if problem := pair_problem(a, b):
         return f"pair: {problem}"
-    comparison = Comparison(context, a, b)
-    return LabeledComparison(
-        comparison, label, subset, None, where.source, where.index, benchmark, part
-    )
+    pair = Comparison(context, a, b)
+    return LabeledComparison(pair, label, subset, None, where.source, where.index, benchmark, part)
 
 
 def _digest(*parts: str) -> bytes:

@@ -80,6 +80,9 @@ def map_columns(
     mapped = {f"{name} (replaced)" if name in renamed else name: v for name, v in others.items()}
     mapped.update({name: record[column] for name, column in renamed.items()})
     labels = {columns[name]: label for name, label in LABELS.items() if name in columns}
+    if len({*renamed.values()}) + len(labels) < len(columns):
+        twice = next(c for c, n in Counter(columns.values()).items() if n > 1)
+        raise DataError(f"{where.source}: columns: {twice!r} is given for two names")
     if labels:
         value = str(where.value(mapped, "label"))
         if value not in labels:
@@ -99,6 +102,11 @@ def prompt_columns(record: Mapping[str, Any]) -> list[str]:
     return [*own, "input"] if name == "instruction" else [*own]
 
 
+def question_columns(record: Mapping[str, Any]) -> list[str]:
+    """Returns the columns of a record that form the question that the judge sees."""
+    return ["context"] if record.get("context") is not None else prompt_columns(record)
+
+
 def unused_text(record: Mapping[str, Any], used: Collection[str]) -> list[str]:
     """Returns the names of columns that contain text and are not in `used`."""
     return [name for name, value in record.items() if name not in used and _has_text(value)]
@@ -116,11 +124,16 @@ class UnusedText:
 
     Args:
         source: the source, for the line.
-        used: the columns that the command uses, other than the prompt (see `prompt_columns`).
+        used: returns the columns that the command uses of a record; see `prompt_columns`.
         say: prints the line.
     """
 
-    def __init__(self, source: str, used: Collection[str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        source: str,
+        used: Callable[[Mapping[str, Any]], Collection[str]],
+        say: Callable[[str], None],
+    ) -> None:
         self._source = source
         self._used = used
         self._say: Callable[[str], None] | None = say
@@ -129,8 +142,7 @@ class UnusedText:
     def add(self, record: Mapping[str, Any]) -> None:
         """Notes the unused text columns of a record."""
         if self._say is not None:
-            used = (*self._used, *prompt_columns(record))
-            self._found.update(unused_text(record, used))
+            self._found.update(unused_text(record, self._used(record)))
 
     def report(self) -> None:
         """Prints the line if there are unused text columns. Later calls do nothing."""

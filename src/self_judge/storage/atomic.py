@@ -41,7 +41,12 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
     Args:
         path: the final file. Missing folders are created. The old content remains until the block
             ends, and is kept if the block raises an error.
+
+    Raises:
+        ValueError: the path is a folder or a device, such as /dev/null, which must not be replaced.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is not a regular file: choose another output")
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(path.name + ".part")
     try:
@@ -69,20 +74,28 @@ def loads(text: str | bytes, *, nan_is_null: bool = False) -> Any:
 
     Raises:
         ValueError: the text is not JSON, is not UTF-8, is nested too deeply, or contains a number
-            with thousands of digits.
+            with thousands of digits or an object with a key twice.
     """
     numbers: dict[str, Any] = {}
     if nan_is_null:
         numbers = dict.fromkeys(("parse_constant", "parse_float"), _finite)
         numbers["parse_int"] = lambda digits: int(digits) if len(digits) < 300 else None
     try:
-        return json.loads(text, **numbers)
+        return json.loads(text, object_pairs_hook=_with_unique_keys, **numbers)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError as error:
         if "set_int_max_str_digits" in str(error):
             raise ValueError("a number has too many digits") from None
         raise
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # `json` would drop all but the last value
+        twice = next(name for name, _ in pairs if [n for n, _ in pairs].count(name) > 1)
+        raise ValueError(f"the key {twice!r} appears twice in an object")
+    return found
 
 
 def _finite(number: str) -> float | None:

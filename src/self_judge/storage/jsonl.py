@@ -179,9 +179,10 @@ class Journal:
             self._note()
         text = "".join(json.dumps(as_json(row), ensure_ascii=False) + "\n" for row in rows)
         # Lone surrogates in the data become JSON escapes, because UTF-8 cannot encode them.
+        left = memoryview(text.encode("utf-8", "backslashreplace"))
         with naming(self.path):
-            self._file.write(text.encode("utf-8", "backslashreplace"))
-            self._file.flush()
+            while left:
+                left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         self.lines += len(rows)
         self.timed += len(rows)
@@ -260,7 +261,8 @@ def open_journal(
     own = not os.path.lexists(path)
     lock = path.with_name(path.name + ".lock")
     taken = f"{path} is being written by another process ({{owner}})"
-    with only_writer(lock, taken, JournalError), path.open("ab") as file:
+    # Without a buffer, because closing a buffer that cannot be written fails without the path.
+    with only_writer(lock, taken, JournalError), path.open("ab", buffering=0) as file:
         journal = Journal(path, file, settings)
         if noted is not None:
             journal.lines = _repair(path, file)
