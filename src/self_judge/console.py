@@ -131,6 +131,14 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | No
     return drawn
 
 
+def facts(named: Mapping[str, str]) -> Table:
+    """Returns names and values, one pair per line, without a frame. Both may come from data."""
+    drawn = Table.grid(padding=(0, 2))
+    for name, value in named.items():
+        drawn.add_row(Text(neutral(name), "dim"), Text(neutral(value)))
+    return drawn
+
+
 def print_conclusions(console: Console, conclusions: Iterable[Mapping[str, str]]) -> None:
     """Prints the conclusions from `as_json`, one per line, with their levels in color."""
     for conclusion in conclusions:

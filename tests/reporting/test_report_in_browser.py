@@ -85,14 +85,20 @@ def test_the_report_of_a_demo_opens_with_all_its_parts(
 ) -> None:
     page = opened(report_of(demo, to=tmp_path))
     titles = page.locator("nav a").all_text_contents()
-    assert titles == ["Runs", "Curves", "Pairs", "Tournaments", "Judge", "Configuration"]
+    results = ["Conclusions", "Gold scores", "Runs", "Curves", "Pairs", "Tournaments", "Judge"]
+    assert titles == [*results, "Configuration"]
+    gold = page.locator("#gold")
+    assert gold.locator("tbody th").all_text_contents()[:2] == ["JSFT", "self-trained"]
+    assert gold.locator("article").count() == 3
+    assert gold.locator("article .gold").count() == 9
+    assert page.locator("#pairs article").first.locator(".gold").count() == 2
     charts = page.locator("figure.chart")
     assert charts.count() >= 15
     # Every chart has a curve, drawn by Plotly, and says in words what it shows.
     assert page.locator("figure.chart .plot:has(.scatterlayer .trace)").count() == charts.count()
     label = page.locator("[data-chart=judge-margin] .plot").get_attribute("aria-label")
     assert label.startswith("Judge margin. demo/self_judge: ")
-    assert page.locator("article.pair").count() == 10
+    assert page.locator("#pairs article").count() == 10
     assert page.locator("#judge .plot .trace").count() >= 1
     assert "self_judge_args" not in page.locator("#configuration").inner_text()
 

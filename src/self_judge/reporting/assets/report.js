@@ -82,11 +82,11 @@
 
   // One row per item, in the item's color. On a phone, each row is a card. Columns:
   // title, item → contents.
-  function cardTable(heading, things, columns, classOf = () => "number") {
+  function cardTable(heading, things, columns, classOf = () => "number", dots = true) {
     return el("div", { class: "scroll" }, el("table", { class: "cards" },
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, heading), columns.map(([title]) => el("th", { scope: "col", class: "number" }, title)))),
       el("tbody", {}, things.map((thing, i) => el("tr", {},
-        el("th", { scope: "row" }, el("span", { class: "name" }, el("span", { class: "dot", style: { background: color(i) } }), thing.name)),
+        el("th", { scope: "row" }, el("span", { class: "name" }, dots && el("span", { class: "dot", style: { background: color(i) } }), thing.name)),
         columns.map(([title, contents]) => {
           const inside = contents(thing);
           return el("td", { class: classOf(inside), "data-label": title }, inside);
@@ -300,10 +300,16 @@
     longer: ["chosen longer first", (p, q) => (q.chosen_tokens - q.rejected_tokens) - (p.chosen_tokens - p.rejected_tokens)],
   };
 
-  function response(side, text, tokens, finished, needle) {
+  const said = (text, needle) => el("p", { class: "text" }, text === "" ? el("span", { class: "muted" }, "(empty)") : marked(text, needle));
+
+  // The gold score of a response in words, which only the demo has.
+  const goldOf = (score, reasons) => known(score) && el("p", { class: "gold" }, `gold ${score.toFixed(2)}`, reasons && `: ${reasons}`);
+
+  function response(side, pair, needle) {
+    const of = (name) => pair[`${side}_${name}`];
     return el("div", { class: side }, el("p", { class: "label" }, el("b", {}, side),
-      known(tokens) && ` · ${count(tokens, "token")}`, finished === false && ", cut at the limit"),
-      el("p", { class: "text" }, text === "" ? el("span", { class: "muted" }, "(empty)") : marked(text, needle)));
+      known(of("tokens")) && ` · ${count(of("tokens"), "token")}`, of("finished") === false && ", cut at the limit"),
+      said(pair[side], needle), goldOf(of("gold_score"), of("gold_reasons")));
   }
 
   const runsWithPairs = new Set(data.pairs.map((p) => p.run)).size;
@@ -317,8 +323,7 @@
         pair.orders_agree === true && el("span", { class: "tag" }, "orders agree")),
       el("div", { class: "context", tabindex: "0", role: "group", "aria-label": "context" }, el("p", { class: "label" }, "context"),
         el("p", { class: "text" }, marked(pair.context, needle))),
-      el("div", { class: "two" }, response("chosen", pair.chosen, pair.chosen_tokens, pair.chosen_finished, needle),
-        response("rejected", pair.rejected, pair.rejected_tokens, pair.rejected_finished, needle)),
+      el("div", { class: "two" }, response("chosen", pair, needle), response("rejected", pair, needle)),
       verdictTable(pair.probabilities, pair.principles, "chosen", "rejected"),
       pair.prompt && el("details", { class: "quiet" }, el("summary", {}, "the policy's prompt"), el("pre", {}, pair.prompt)));
   }
@@ -416,8 +421,8 @@
       const bracket = played[Number(select.value)];
       const detail = el("div", { "aria-live": "polite" });
       let opened = null;
-      const gold = (i) => (bracket.gold_scores ? ` · gold score ${number(bracket.gold_scores[i])}` : "");
-      const side = (i, name, className) => el("div", { class: className }, el("p", { class: "label" }, el("b", {}, name), gold(i)), el("p", { class: "text" }, bracket.responses[i] || "(empty)"));
+      const gold = (i) => bracket.gold_scores && goldOf(bracket.gold_scores[i], (bracket.gold_reasons || [])[i]);
+      const side = (i, name, className) => el("div", { class: className }, el("p", { class: "label" }, el("b", {}, name)), said(bracket.responses[i]), gold(i));
       const open = (m, button) => {
         const same = opened === button;
         if (opened) opened.setAttribute("aria-expanded", "false");
@@ -438,8 +443,7 @@
         el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "bracket" },
           bracketTree(bracket, open)),
         detail,
-        el("h3", {}, `winner: response ${bracket.winner + 1}${gold(bracket.winner)}`),
-        el("p", { class: "text" }, bracket.responses[bracket.winner] || "(empty)"));
+        el("h3", {}, `winner: response ${bracket.winner + 1}`), said(bracket.responses[bracket.winner]), gold(bracket.winner));
     }
     select.addEventListener("change", show);
     section("tournaments", "Tournaments", "The matches between a model's own responses, with their swap-averaged scores. Select a match to see both texts and the judge's probabilities.",
@@ -571,6 +575,24 @@
       plot, cardTable("a against b", data.comparisons, columns));
   }
 
+  // -- gold scores of the demo -------------------------------------------------------------------
+
+  function goldScores() {
+    const score = ({ mean: m }) => [el("span", { class: "bar" }, m.mean.toFixed(3), el("i", { "aria-hidden": "true" }, el("b", { style: { width: `${100 * m.mean}%` } }))),
+      el("small", {}, m.ci95.map((x) => x.toFixed(3)).join(" – "))];
+    for (const { name, gold, win_rate_vs_jsft: wins, rubric, examples } of data.gold) {
+      const rows = [["JSFT", gold.jsft], ["self-trained", gold.self_judge, wins],
+        ...Object.entries(gold.self_judge_rejection).filter(([n]) => n !== "1").map(([n, e]) => [`self-trained, best of ${n}`, e])]
+        .map(([label, mean, rate]) => ({ name: label, mean, rate }));
+      section("gold", data.gold.length > 1 ? `Gold scores of ${name}` : "Gold scores", `${rubric} The mean score on held-out prompts is between 0 and 1.`,
+        cardTable("answers by", rows, [["gold score", score], ["win rate against JSFT", (r) => ranged(r.rate)]],
+          (inside) => (inside === "–" ? "none" : ""), false),
+        el("h3", {}, `The first ${examples.length} held-out prompts`),
+        examples.map(({ prompt, answers }) => el("article", { class: "pair" }, el("div", { class: "context" }, said(prompt)),
+          el("div", { class: "two three" }, answers.map((a) => el("div", {}, el("p", { class: "label" }, el("b", {}, a.by)), said(a.text), goldOf(a.gold_score, a.gold_reasons)))))));
+    }
+  }
+
   // -- conclusions -------------------------------------------------------------------------------
 
   function conclusions() {
@@ -630,6 +652,7 @@
     data.brackets.length && count(data.brackets.length, "tournament"), `created ${data.made}`].filter(Boolean).join(" · ");
   document.title = ["self-judge report", ...data.runs.map((r) => r.name)].join(" · ");
   conclusions();
+  goldScores();
   if (data.runs.length) section("runs", "Runs", "The last logged values, with the first logged values below them.", runsTable());
   if (data.notes.length) main.append(el("ul", { class: "notes" }, data.notes.map((note) => el("li", {}, note))));
   charts();
