@@ -46,6 +46,7 @@ from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.prompting.thoughts import answer_of
+from self_judge.reporting.page import report_on
 from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import entries_of, read_journal
 from self_judge.storage.repository import refuse_overwriting
@@ -203,6 +204,7 @@ def _results(
         say(console, f"undecidable, {reason}: {count:,}")
     print_conclusions(console, results["conclusions"])
     say(console, f"written to {output}: {RESULTS}, {PAIRS}")
+    report_on(output / RESULTS, console)
     return results
 
 

@@ -63,6 +63,7 @@ class ReportData:
         brackets: tournaments with their contexts and responses.
         gold: the gold scores of demos, with answers before and after training.
         judges: the quality, bias and reliability of judges on labeled pairs.
+        benchmarks: the metrics that benchmarks define for themselves, by subset.
         paired: the differences in accuracy between two judges on the same pairs.
         comparisons: win rates of one policy against another.
         conclusions: the conclusions on each result, with its name under `about`.
@@ -74,6 +75,7 @@ class ReportData:
     brackets: list[Line] = field(default_factory=list)
     gold: list[Line] = field(default_factory=list)
     judges: list[Line] = field(default_factory=list)
+    benchmarks: list[Line] = field(default_factory=list)
     paired: list[Line] = field(default_factory=list)
     comparisons: list[Line] = field(default_factory=list)
     conclusions: list[Line] = field(default_factory=list)
@@ -412,6 +414,16 @@ def _add_reports(name: str, results: Line, data: ReportData) -> None:
     _conclude(titled, judge_conclusions(results["overall"]), data)
     for subset, numbers in (results.get("subsets") or {}).items():
         data.judges.append(_judge(f"{name} · {subset}", numbers))
+    benchmarks = results.get("benchmarks")
+    # Results from other programs may also have this key.
+    for benchmark, own in benchmarks.items() if isinstance(benchmarks, dict) else ():
+        if not isinstance(own, dict) or not isinstance(own.get("subsets"), dict):
+            continue
+        subsets = {"all": own["overall"], **own["subsets"]}
+        rows = [{"name": name, "metrics": m} for name, m in subsets.items() if name]
+        data.benchmarks.append(
+            {"name": f"{benchmark}: {titled}", "rows": rows, "unpaired": own.get("unpaired")}
+        )
 
 
 def _model(results: Line) -> str | None:

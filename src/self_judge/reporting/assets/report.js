@@ -29,6 +29,8 @@
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const color = (i) => `var(--run-${i % 8})`;
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  // A long path or name may break after a slash or an underscore.
+  const breakable = (name) => name.split(/(?<=[/_])/).flatMap((part) => [part, el("wbr")]);
   const known = (x) => x !== undefined && x !== null;
   const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 
@@ -55,6 +57,20 @@
     for (const [value, text] of pairs) select.append(el("option", { value }, text));
     return select;
   };
+
+  // Functions that show the pair or the tournament with an id, and return whether there is one.
+  const finders = [];
+
+  const link = (id, what) => el("a", { href: `#${id}`, class: "link", "aria-label": `link to this ${what}` }, "link");
+
+  function openLinked() {
+    const id = location.hash.slice(1);
+    document.querySelector(".linked")?.classList.remove("linked");
+    if (!finders.some((find) => find(id))) return;
+    const node = document.getElementById(id);
+    node.classList.add("linked");
+    node.scrollIntoView();
+  }
 
   // -- runs --------------------------------------------------------------------------------------
 
@@ -86,7 +102,7 @@
     return el("div", { class: "scroll" }, el("table", { class: "cards" },
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, heading), columns.map(([title]) => el("th", { scope: "col", class: "number" }, title)))),
       el("tbody", {}, things.map((thing, i) => el("tr", {},
-        el("th", { scope: "row" }, el("span", { class: "name" }, dots && el("span", { class: "dot", style: { background: color(i) } }), thing.name)),
+        el("th", { scope: "row" }, el("span", { class: "name" }, dots && el("span", { class: "dot", style: { background: color(i) } }), el("span", {}, breakable(thing.name)))),
         columns.map(([title, contents]) => {
           const inside = contents(thing);
           return el("td", { class: classOf(inside), "data-label": title }, inside);
@@ -312,15 +328,23 @@
       said(pair[side], needle), goldOf(of("gold_score"), of("gold_reasons")));
   }
 
+  // The ids depend only on the pairs, so that a link also works on a later page of the same run.
+  const perId = new Map();
+  for (const pair of data.pairs) {
+    const id = `pair-${pair.run + 1}-${pair.step}-${pair.record}`;
+    perId.set(id, (perId.get(id) || 0) + 1);
+    pair.id = perId.get(id) > 1 ? `${id}-${perId.get(id)}` : id;
+  }
+
   const runsWithPairs = new Set(data.pairs.map((p) => p.run)).size;
 
   function pairCard(pair, needle) {
-    return el("article", { class: "pair" },
+    return el("article", { class: "pair", id: pair.id },
       el("header", {}, el("strong", {}, `step ${pair.step}`), el("span", {}, `prompt ${pair.record}`),
         runsWithPairs > 1 && el("span", { class: "name" }, el("span", { class: "dot", style: { background: color(pair.run) } }), data.runs[pair.run].name),
         pair.decided ? el("span", {}, `margin ${number(pair.margin)}`) : el("span", { class: "tag bad" }, `undecidable: ${pair.undecidable_because}`),
         pair.orders_agree === false && el("span", { class: "tag bad" }, "orders disagree"),
-        pair.orders_agree === true && el("span", { class: "tag" }, "orders agree")),
+        pair.orders_agree === true && el("span", { class: "tag" }, "orders agree"), link(pair.id, "pair")),
       el("div", { class: "context", tabindex: "0", role: "group", "aria-label": "context" }, el("p", { class: "label" }, "context"),
         el("p", { class: "text" }, marked(pair.context, needle))),
       el("div", { class: "two" }, response("chosen", pair, needle), response("rejected", pair, needle)),
@@ -372,6 +396,17 @@
         labelled("step", pick.step), labelled("outcome", pick.outcome), labelled("sorted by", pick.order)),
       status, list, more);
     filter();
+    finders.push((id) => {
+      const pair = data.pairs.find((p) => p.id === id);
+      if (!pair) return false;
+      if (!found.includes(pair)) {
+        search.value = "";
+        Object.values(pick).forEach((select) => { select.selectedIndex = 0; });
+        filter();
+      }
+      while (found.indexOf(pair) >= until) extend();
+      return true;
+    });
   }
 
   // -- tournaments -------------------------------------------------------------------------------
@@ -438,8 +473,10 @@
             el("p", { class: "muted" }, "There are no probabilities, because the texts are equal, the pair is too long, or a thought has no answer.")));
         detail.scrollIntoView({ block: "nearest" });
       };
+      box.classList.remove("linked");
+      box.id = `tournament-${Number(select.value) + 1}`;
       box.replaceChildren(
-        el("div", { class: "context" }, el("p", { class: "label" }, "context"), el("p", { class: "text" }, bracket.context)),
+        el("div", { class: "context" }, el("p", { class: "label" }, "context ", link(box.id, "tournament")), el("p", { class: "text" }, bracket.context)),
         el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "bracket" },
           bracketTree(bracket, open)),
         detail,
@@ -451,6 +488,13 @@
         el("div", { class: "chips" }, el("button", { type: "button", on: { click: () => step(-1) } }, "Previous"),
           el("button", { type: "button", on: { click: () => step(1) } }, "Next"))), box);
     show();
+    finders.push((id) => {
+      const at = played.findIndex((_, i) => id === `tournament-${i + 1}`);
+      if (at < 0) return false;
+      select.value = String(at);
+      show();
+      return true;
+    });
   }
 
   // -- the judge ---------------------------------------------------------------------------------
@@ -506,6 +550,11 @@
     section("judge", "Judge", "Results on labeled pairs. On the dotted line, the judge's confidence equals its accuracy; below it, the judge is overconfident. Bars and ranges are 95 % intervals.",
       drawn.length > 0 && plot,
       cardTable("judge", data.judges, columns),
+      data.benchmarks.map(({ name, rows, unpaired }) => {
+        const metrics = [...new Set(rows.flatMap((row) => Object.keys(row.metrics)))];
+        return [el("h4", {}, breakable(name)), cardTable("subset", rows, metrics.map((m) => [m, (row) => ranged(row.metrics[m])]), undefined, false),
+          unpaired && el("p", { class: "muted" }, `Ties: ${count(unpaired, "prompt")} without a counterpart do not count`)];
+      }),
       baselines(),
       table("Position and length", data.judges, biases),
       alone.length > 1 && table("Accuracy of each principle alone", data.judges, alone),
@@ -599,7 +648,7 @@
     if (!data.conclusions.length) return;
     const about = [...new Set(data.conclusions.map((c) => c.about))];
     section("conclusions", "Conclusions", "The rules are in docs/judging.md. Red: do not use this result as it is. Amber: look closer.",
-      about.map((name) => [el("h4", {}, name), el("ul", { class: "conclusions" }, data.conclusions.filter((c) => c.about === name)
+      about.map((name) => [el("h4", {}, breakable(name)), el("ul", { class: "conclusions" }, data.conclusions.filter((c) => c.about === name)
         .map((c) => el("li", { class: c.level }, el("b", {}, c.level), el("span", {}, c.text))))]));
   }
 
@@ -648,9 +697,11 @@
 
   // ----------------------------------------------------------------------------------------------
 
+  const results = [...data.comparisons, ...(data.runs.length ? [] : data.judges.slice(0, 1))].map((thing) => thing.name);
   document.getElementById("made").textContent = [data.runs.length && count(data.runs.length, "run"),
-    data.brackets.length && count(data.brackets.length, "tournament"), `created ${data.made}`].filter(Boolean).join(" · ");
-  document.title = ["self-judge report", ...data.runs.map((r) => r.name)].join(" · ");
+    data.brackets.length && count(data.brackets.length, "tournament"),
+    ...results, `created ${data.made}`].filter(Boolean).join(" · ");
+  document.title = ["self-judge report", ...data.runs.map((r) => r.name), ...results].join(" · ");
   conclusions();
   goldScores();
   if (data.runs.length) section("runs", "Runs", "The last logged values, with the first logged values below them.", runsTable());
@@ -663,6 +714,8 @@
   configuration();
   document.getElementById("footer").textContent = `self_judge ${data.version} · plotly.js ${Plotly.version} · this page does not load or send data over a network`;
   redraw();
+  addEventListener("hashchange", openLinked);
+  openLinked();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   root.dataset.ready = "true";
 })();
