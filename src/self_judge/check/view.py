@@ -17,7 +17,7 @@ from self_judge.check.check import Report
 from self_judge.check.cost import Cost
 from self_judge.check.examples import Example
 from self_judge.check.memory import GIB
-from self_judge.console import facts, neutral, table
+from self_judge.console import Facts, neutral, table
 
 _KINDS = {"jsft": "judge-augmented SFT", "self_judge": "self-training"}
 _TRAINED, _CONTROL, _QUIET = "bold black on green", "cyan", "dim"
@@ -33,7 +33,7 @@ def show(report: Report, console: Console, *, plain: bool = False) -> None:
         plain: mark trained tokens with «…» instead of a color.
     """
     _heading(console, f"{report.config}: {_KINDS[report.kind]}")
-    console.print(facts(report.about))
+    console.print(Facts(report.about))
     _data(report, console)
     if report.figures or report.letters:
         _figures(report, console)
@@ -148,7 +148,7 @@ def _cost(cost: Cost, console: Console) -> None:
         "memory": f"at most {_gib(memory.peak)}, in the {memory.largest_phase} phase{there}",
         "": ", ".join(f"{name} {_gib(n)}" for name, n in parts.items()),
     }
-    console.print(facts(shown))
+    console.print(Facts(shown))
     how = "counted" if cost.activations_counted else "estimated by a rule of thumb"
     text = f"Parameters are counted, and activations are {how}. Assumed: {cost.assumed}. "
     _line(console, text + "Evaluation, saving and loading are not included.", _QUIET)

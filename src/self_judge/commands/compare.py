@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from self_judge import __version__
 from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
@@ -29,7 +28,7 @@ from self_judge.commands.judge_choice import (
 )
 from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import ends, masked, number, print_conclusions, say, table
+from self_judge.console import NumberTable, ends, masked, number, print_conclusions, say, table
 from self_judge.data.files import reader_of
 from self_judge.data.records import UnusedText, map_columns
 from self_judge.data.sources import prompt_of, read_prompts, read_records
@@ -341,7 +340,7 @@ def _win(verdict: Verdict) -> float:
     return {"a": 1.0, "b": 0.0, None: 0.5}[verdict.preferred]
 
 
-def _table(results: Mapping[str, Any]) -> Table:
+def _table(results: Mapping[str, Any]) -> NumberTable:
     a, b = results["policies"]
     both = results["both_orders"]
 

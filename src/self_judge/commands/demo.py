@@ -20,14 +20,13 @@ import torch
 from datasets import Dataset
 from datasets.utils import logging as datasets_logging
 from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
 from self_judge.commands.tournament import played_line
 from self_judge.commands.train import jsft_trainer, save_jsft
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import ends, facts, number, say, table
+from self_judge.console import Facts, NumberTable, ends, number, say, table
 from self_judge.data import synthetic, toy_world
 from self_judge.datatypes import Comparison, PreferenceRecord, Side, Verdict, stable_seed
 from self_judge.evaluation.statistics import (
@@ -354,7 +353,7 @@ def _interval(estimate: Estimate, name: str) -> dict[str, Any]:
     return {name: estimate.value, "ci95": [estimate.low, estimate.high]}
 
 
-def _table(summary: dict[str, Any]) -> Table:
+def _table(summary: dict[str, Any]) -> NumberTable:
     judge, gold = summary["judge"], summary["gold"]
 
     def row(name: str, entry: dict[str, Any], key: str = "mean") -> tuple[str, str, str]:
@@ -388,7 +387,7 @@ def _print_examples(examples: Sequence[dict[str, Any]], console: Console) -> Non
             for a in example["answers"]
         }
         console.print()
-        console.print(facts({"prompt": example["prompt"], **answers}))
+        console.print(Facts({"prompt": example["prompt"], **answers}))
     console.print()
 
 
