@@ -37,8 +37,9 @@ def main(report: Path) -> None:
             page.wait_for_timeout(300)
             page.screenshot(path=IMAGES / f"report-{name}.png")
 
-        page = opened("light", 1280, 1060)
+        page = opened("light", 1280, 1240)
         shot(page, "light")
+        page.set_viewport_size({"width": 1280, "height": 1060})
         page.get_by_role("combobox", name="sorted by").select_option("clear")
         shot(page, "pairs", "#pairs")
         page.set_viewport_size({"width": 1280, "height": 1130})

@@ -79,8 +79,12 @@ def test_every_character_that_steers_a_terminal_is_written_out() -> None:
 
 
 def test_an_evaluation_prints_names_from_the_data_as_text(
-    saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved_judge: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # wide enough for every name
     source = write(
         tmp_path / "data.jsonl",
         *({"prompt": f"q {i}", "chosen": STEERING, "rejected": "no", "subset": STEERING}

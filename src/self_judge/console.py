@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
@@ -111,7 +114,100 @@ def say(console: Console, line: str) -> None:
     console.print(neutral(line), markup=False, highlight=False, soft_wrap=True)
 
 
-def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | None] = ()) -> Table:
+class _Column:
+    """A column of a `NumberTable`: its heading and cells, and the widths that these need.
+
+    Attributes:
+        most: the width without line breaks.
+        words: the width with line breaks between words.
+        parts: the width if names also break after `/`, `_` and `-`.
+    """
+
+    def __init__(self, heading: str, cells: Sequence[str], numbers: bool) -> None:
+        self.heading, self.cells = neutral(heading), cells
+        texts = [self.heading, *(_plain(c) if numbers else c for c in cells)]
+        self.most = _widest(line for text in texts for line in text.split("\n"))
+        self.words = _widest(word for text in texts for word in text.split())
+        names, others = (texts[:1], texts[1:]) if numbers else (texts, [])
+        parts = _widest(part for text in names for part in _parts(text))
+        self.parts = max(parts, _widest(word for text in others for word in text.split()))
+
+
+@dataclass(frozen=True)
+class NumberTable:
+    """A table of numbers and intervals for `console.print`; see `table`.
+
+    Rich breaks the words in the widest columns of a table that is too wide. Here, each column is at
+    least as wide as its longest word. If the words do not fit, names break after `/`, `_` and `-`,
+    and if that is not enough, the table continues below.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str] | None]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text | Table]:
+        room = options.max_width
+        yield Text(_broken(neutral(self.title), room), "bold")
+        rows = [row for row in self.rows if row is not None]
+        cells = list(zip_longest(*rows, fillvalue="")) or [()] * len(self.headings)
+        left = [_Column(h, own, True) for h, own in zip(self.headings[1:], cells[1:], strict=True)]
+        names = _Column(self.headings[0], [neutral(name) for name in cells[0]], False)
+        while left:
+            count = len(left)
+            while count > 1 and sum(c.parts for c in (names, *left[:count])) > room - 2 * count - 3:
+                count -= 1
+            yield self._drawn([names, *left[:count]], room)
+            left = left[count:]
+
+    def _drawn(self, columns: Sequence[_Column], room: int) -> Table:
+        least: list[int] = []
+        # The gap between two columns consists of padding and the box's own separator.
+        for kind, gap in (("words", 3), ("words", 2), ("parts", 2)):
+            least = [getattr(column, kind) for column in columns]
+            free = room - gap * len(columns) - 1
+            if sum(least) <= free:
+                break
+        widths = [column.most for column in columns]
+        while sum(widths) > max(free, sum(least)):
+            reducible = [i for i, width in enumerate(widths) if width > least[i]]
+            widths[max(reducible, key=widths.__getitem__)] -= 1
+        drawn = Table(box=SIMPLE_HEAD, padding=(0, 1) if gap == 3 else (0, 1, 0, 0))
+        for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
+            heading = Text(_broken(column.heading, width))
+            drawn.add_column(
+                heading, justify="right" if i else "left", width=width, overflow="fold"
+            )
+        at = 0
+        for row in self.rows:
+            if row is None:
+                drawn.add_section()
+                continue
+            name, *numbers = (column.cells[at] for column in columns)
+            drawn.add_row(Text(_broken(name, widths[0])), *numbers)
+            at += 1
+        return drawn
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and values for `console.print`, one pair per line. Both may come from data."""
+
+    named: Mapping[str, str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        drawn = Table.grid(padding=(0, 2))
+        width = options.max_width - _widest(map(neutral, self.named)) - 2
+        drawn.add_column(no_wrap=True)
+        drawn.add_column(overflow="fold")
+        for name, value in self.named.items():
+            drawn.add_row(Text(neutral(name), "dim"), Text(_broken(neutral(value), width)))
+        yield drawn
+
+
+def table(
+    title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | None] = ()
+) -> NumberTable:
     """Returns a table of numbers and intervals, with row names in the first column.
 
     Args:
@@ -119,16 +215,34 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | No
         rows: each row has a name, which may come from data, and cells with rich markup. `None`
             draws a separator line.
     """
-    drawn = Table(title=Text(neutral(title), "bold"), title_justify="left", box=SIMPLE_HEAD)
-    for index, heading in enumerate(headings):
-        drawn.add_column(Text(neutral(heading)), justify="right" if index else "left")
-    drawn.columns[0].overflow = "fold"  # a narrow terminal may break names, but not numbers
-    for row in rows:
-        if row is None:
-            drawn.add_section()
-        else:
-            drawn.add_row(Text(neutral(row[0])), *row[1:])
-    return drawn
+    return NumberTable(title, headings, list(rows))
+
+
+def _plain(markup: str) -> str:
+    return Text.from_markup(markup).plain
+
+
+def _widest(texts: Iterable[str]) -> int:
+    return max(map(cell_len, texts), default=0)
+
+
+def _parts(text: str) -> list[str]:
+    """Splits text at spaces, and after `/`, `_` and `-`."""
+    return re.findall(r"[^\s/_-]+[/_-]*|[/_-]+", text)
+
+
+def _broken(text: str, width: int) -> str:
+    """Breaks the words that are wider than `width` after `/`, `_` and `-`."""
+
+    def lines_of(match: re.Match[str]) -> str:
+        lines = [""]
+        for part in _parts(match[0]):
+            if lines[-1] and cell_len(lines[-1] + part) > width:
+                lines.append("")
+            lines[-1] += part
+        return "\n".join(lines)
+
+    return re.sub(r"\S+", lambda m: lines_of(m) if cell_len(m[0]) > width else m[0], text)
 
 
 def print_conclusions(console: Console, conclusions: Iterable[Mapping[str, str]]) -> None:

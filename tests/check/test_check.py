@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,23 @@ def test_plain_output_marks_exactly_the_trained_text_and_has_no_escape_codes(
     (end,) = [p.text for p in report.examples[0].pieces if p.trained and p.control]
     assert end == "<|end|>"
     assert "«<|end|>»" in text
+
+
+def test_long_samples_keep_the_end_of_the_context_and_the_start_of_the_responses(
+    base: Path, taught: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "long.jsonl"
+    rows = [
+        {"prompt": f"{'many words. ' * 60}Why {i}?", "chosen": f"Because {i}. {'So. ' * 150}",
+         "rejected": f"Who knows {i}. {'No. ' * 150}"}
+        for i in range(8)
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for report in (check(JSFT, given(base, path)), check(TRAIN, given(taught, path))):
+        text = " ".join(shown(report).split())
+        judged = [s for s in text.split("judge, helpfulness, ")[1:] if "characters…]" in s]
+        for sample, first in zip(judged, ("Because", "Who knows"), strict=True):
+            assert re.search(rf"words. Why \d[^…]{{,99}}{first} \d. \w\w. ", sample)
 
 
 def test_every_principle_is_shown_in_both_orders_with_its_rationale(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from report_pages import embedded
 from self_judge.cli import main
 
 
@@ -45,6 +46,8 @@ def test_two_models_answer_and_the_pairs_are_written(
     assert told["win_rate"]["value"] == pytest.approx(sum(wins) / 6)
     assert told["wins"] + told["ties"] + told["losses"] == 6
     assert "length-controlled" in capsys.readouterr().out
+    (shown,) = embedded((output / "report.html").read_text(encoding="utf-8"))["comparisons"]
+    assert shown["win_rate"] == told["win_rate"]
     # Sampling goes on where it was, and gives the same.
     sampled = output / "responses_b.jsonl"
     whole = sampled.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import pytest
 from rich.console import Console
 
 from self_judge.commands.demo import DemoSettings, run_demo
+from self_judge.data import synthetic
+from self_judge.data.toy_world import gold_reasons, gold_score
 from self_judge.prompting.judge_json import load_judge_settings
+from self_judge.storage.jsonl import read_lines
+from self_judge.storage.run_dir import BRACKETS, rollout_files
 
 TINY = DemoSettings(
     jsft_records=60,
@@ -22,15 +27,21 @@ TINY = DemoSettings(
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def printed() -> Console:
+    return Console(record=True, width=80, file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory, printed: Console) -> Path:
     folder = tmp_path_factory.mktemp("demo")
-    run_demo(3, folder, TINY, Console(quiet=True))
+    run_demo(3, folder, TINY, printed)
     return folder
 
 
 def test_the_summary_has_the_promised_form(output: Path) -> None:
     summary = json.loads((output / "summary.json").read_text())
-    assert set(summary) == {"seed", "seconds", "judge", "gold", "win_rate_vs_jsft"}
+    parts = {"seed", "seconds", "judge", "gold", "win_rate_vs_jsft", "rubric", "examples"}
+    assert set(summary) == parts
     assert summary["seed"] == 3
     assert set(summary["judge"]) == {"accuracy", "order_agreement", "n"}
     assert summary["judge"]["n"] == 6
@@ -43,6 +54,32 @@ def test_the_summary_has_the_promised_form(output: Path) -> None:
         assert 0 <= low <= entry["mean"] <= high <= 1
     assert gold["self_judge_rejection"]["1"] == gold["self_judge"]
     assert 0 <= summary["win_rate_vs_jsft"]["value"] <= 1
+
+
+def test_the_first_held_out_prompts_are_shown_with_rated_answers(
+    output: Path, printed: Console
+) -> None:
+    examples = json.loads((output / "summary.json").read_text())["examples"]
+    assert [e["prompt"] for e in examples] == synthetic.instructions(TINY.held_out_prompts, 3)[:3]
+    text = " ".join(printed.export_text(clear=False).split())
+    for example in examples:
+        assert [a["by"] for a in example["answers"]] == ["JSFT", "self-trained", "best of 16"]
+        assert f"prompt {example['prompt']} JSFT " in text
+        for answer in example["answers"]:
+            score = gold_score(example["prompt"], answer["text"])
+            assert answer["gold_score"] == score
+            assert f"gold {score:.2f}: {answer['gold_reasons']}" in text
+
+
+def test_sampled_pairs_and_brackets_have_gold_scores(output: Path) -> None:
+    (_, path), *_ = rollout_files(output / "self_judge")
+    for pair in read_lines(path):
+        for side in ("chosen", "rejected"):
+            assert pair[f"{side}_gold_score"] == gold_score(pair["context"], pair[side])
+            assert pair[f"{side}_gold_reasons"] == gold_reasons(pair["context"], pair[side])
+    for line in read_lines(output / BRACKETS):
+        told = [gold_reasons(line["context"], text) for text in line["responses"]]
+        assert line["gold_reasons"] == told
 
 
 def test_both_models_are_kept_with_what_they_judge_by(output: Path) -> None:

@@ -20,6 +20,7 @@ import pyarrow.parquet
 import pytest
 
 from conftest import TEMPLATES
+from report_pages import embedded
 from self_judge import Comparison, Verdict
 from self_judge.cli import main
 from self_judge.commands.judge_choice import JudgeChoice
@@ -133,6 +134,12 @@ def test_judge_bench_counts_a_pair_as_right_if_its_two_orders_say_so(
     if judge is Biased:
         assert own["overall"]["accuracy"]["value"] < told["overall"]["accuracy"]["value"]
     assert "JudgeBench: its own metric" in capsys.readouterr().out
+    page = embedded((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    (shown,) = page["benchmarks"]
+    assert {row["name"]: row["metrics"] for row in shown["rows"]} == {
+        "all": own["overall"],
+        **own["subsets"],
+    }
 
 
 # -- RM-Bench -------------------------------------------------------------------------------------

@@ -68,6 +68,9 @@ def test_a_demo_has_runs_pairs_tournaments_and_a_judge(demo: Path) -> None:
     assert len(data.pairs) == 12
     assert {p["run"] for p in data.pairs} == {1}
     assert [len(b["responses"]) for b in data.brackets] == [16] * 5
+    (gold,) = data.gold
+    assert gold["win_rate_vs_jsft"]["ci95"]
+    assert len(gold["examples"]) == 3
     (judge,) = data.judges
     assert judge["pairs"] == 40
     bins = judge["calibration"]["bins"]

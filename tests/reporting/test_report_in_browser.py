@@ -5,6 +5,7 @@ Chromium from Debian's packages through Playwright (`make browser`); skipped whe
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -85,14 +86,20 @@ def test_the_report_of_a_demo_opens_with_all_its_parts(
 ) -> None:
     page = opened(report_of(demo, to=tmp_path))
     titles = page.locator("nav a").all_text_contents()
-    assert titles == ["Runs", "Curves", "Pairs", "Tournaments", "Judge", "Configuration"]
+    results = ["Conclusions", "Gold scores", "Runs", "Curves", "Pairs", "Tournaments", "Judge"]
+    assert titles == [*results, "Configuration"]
+    gold = page.locator("#gold")
+    assert gold.locator("tbody th").all_text_contents()[:2] == ["JSFT", "self-trained"]
+    assert gold.locator("article").count() == 3
+    assert gold.locator("article .gold").count() == 9
+    assert page.locator("#pairs article").first.locator(".gold").count() == 2
     charts = page.locator("figure.chart")
     assert charts.count() >= 15
     # Every chart has a curve, drawn by Plotly, and says in words what it shows.
     assert page.locator("figure.chart .plot:has(.scatterlayer .trace)").count() == charts.count()
     label = page.locator("[data-chart=judge-margin] .plot").get_attribute("aria-label")
     assert label.startswith("Judge margin. demo/self_judge: ")
-    assert page.locator("article.pair").count() == 10
+    assert page.locator("#pairs article").count() == 10
     assert page.locator("#judge .plot .trace").count() >= 1
     assert "self_judge_args" not in page.locator("#configuration").inner_text()
 
@@ -190,7 +197,7 @@ def test_no_text_of_the_data_is_run(tmp_path: Path, opened: Open) -> None:
     assert page.locator("mark").first.inner_text() == "<script>"
     page.wait_for_timeout(200)
     assert page.evaluate("window.hacked") is None
-    assert page.locator("main img, main script, main a").count() == 0
+    assert page.locator("main img, main script, main a:not([href^='#'])").count() == 0
     assert page.locator("article.pair").first.inner_text().count("onerror=") >= 1
 
 
@@ -234,9 +241,15 @@ def test_it_is_drawn_in_the_readers_colours(scheme: str, tmp_path: Path, opened:
 
 
 def test_on_a_phone_nothing_runs_off_the_side(demo: Path, tmp_path: Path, opened: Open) -> None:
-    page = opened(
-        report_of(demo, to=tmp_path), viewport={"width": 390, "height": 844}, has_touch=True
-    )
+    judged = evaluation_of(tmp_path / "judged")
+    model = f"/data/{'experiment_with_a_long_name/' * 3}checkpoint-1200"
+    results = json.loads((judged / "results.json").read_text())
+    own = {"subsets": {"livebench-reasoning": {}}, "overall": {"accuracy": None}}
+    results |= {"judge": {"model": model}, "benchmarks": {"JudgeBench": own}}
+    (judged / "results.json").write_text(json.dumps(results))
+    compared = comparison_of(tmp_path / "compared")
+    path = report_of(demo, judged, compared, to=tmp_path)
+    page = opened(path, viewport={"width": 390, "height": 844}, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
@@ -256,6 +269,27 @@ def test_runs_can_be_hidden_and_settings_compared(tmp_path: Path, opened: Open) 
     box.get_by_label("only differences").check()
     rows = [row for row in box.locator("tbody tr").all() if row.is_visible()]
     assert [row.inner_text().split() for row in rows] == [["rate", "1", "2"]]
+
+
+def test_a_link_opens_its_pair_and_its_tournament(demo: Path, tmp_path: Path, opened: Open) -> None:
+    for place in ("a", "b"):
+        run_of(tmp_path / place, 12, pairs=2)
+    path = report_of(tmp_path / "a", tmp_path / "b", demo / BRACKETS, to=tmp_path)
+    page = opened(path)
+    page.get_by_role("searchbox", name="search").fill("no such word")
+    page.evaluate("location.hash = 'pair-2-12-12-2'")  # of the 48, the filter shows none
+    pair = page.locator("#pair-2-12-12-2.linked")
+    assert "step 12" in pair.inner_text()
+    pair.get_by_role("link", name="link to this pair").click()
+    assert page.url.endswith("#pair-2-12-12-2")
+    again = opened(path, reduced_motion="reduce")
+    again.goto(path.as_uri() + "#tournament-3")
+    again.reload()
+    again.wait_for_selector("#tournament-3.linked")
+    assert again.get_by_role("combobox", name="context").input_value() == "2"
+    again.wait_for_function(
+        "document.querySelector('#tournament-3').getBoundingClientRect().top < 200"
+    )
 
 
 def test_a_match_opens_by_the_keyboard(demo: Path, tmp_path: Path, opened: Open) -> None:

@@ -20,7 +20,7 @@ from peft import get_peft_model
 from self_judge.adapters import adapter_config
 from self_judge.check import findings, text_findings
 from self_judge.check.cost import Cost, Training, device_for, jsft_cost, self_judge_cost, setting_of
-from self_judge.check.examples import Encoded, Example, Figures, encoded_row, summary
+from self_judge.check.examples import Encoded, Example, Figures, encoded_rows, summary
 from self_judge.check.findings import Finding, note, problem, warning
 from self_judge.check.memory import Device, Sharding
 from self_judge.check.model_size import empty_model, shallow_model, size_of
@@ -40,7 +40,7 @@ from self_judge.training.jsft.examples import jsft_dataset
 from self_judge.training.self_training.prompts import PromptPreparer
 
 T = TypeVar("T")
-_ORDERS = ("first response first", "second response first")
+_ORDERS = tuple(f"{x} response first: the next token is the verdict" for x in ("first", "second"))
 EXAMPLES = 400  # the default number of records to encode; all records are read
 
 
@@ -339,7 +339,7 @@ def jsft_estimate(
         ignore_index=ignored,
     )
     rows = dataset.to_list()
-    report.examples, report.figures = summary(map(encoded_row, rows), encoder, ignored)
+    report.examples, report.figures = summary(encoded_rows(rows), encoder, ignored)
     answers = Counter(
         next(x for x in r["labels"] if x != ignored) for r in rows if r["kind"] == "judge"
     )
@@ -432,9 +432,9 @@ def _judged(
             if len(orders) < len(templates):
                 continue
             asked += [
-                Encoded(f"judge, {p}", f"judge, {p}, {order}: the next token is the verdict", ids)
+                Encoded(f"judge, {p}", f"judge, {p}, {order}", ids, swapped=other)
                 for p, both in orders.items()
-                for order, ids in zip(_ORDERS, both, strict=True)
+                for order, ids, other in zip(_ORDERS, both, both[::-1], strict=True)
             ]
             longest = max(len(ids) for both in orders.values() for ids in both)
             at_limit = longest - chosen - rejected + 2 * own.max_new_tokens

@@ -7,11 +7,14 @@ source or the display.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from self_judge.packing.prefix_tree import shared_length
 from self_judge.prompting.chat_encoder import ChatEncoder
 
 
@@ -77,22 +80,28 @@ class Encoded(NamedTuple):
         title: the heading of the example.
         ids: token ids.
         labels: the training labels; empty if no token is trained.
+        swapped: the ids of a judge prompt in the other order. The two orders differ from the first
+            response on, where the example begins a new piece, so that a shortened display shows the
+            end of the context and the beginning of the response.
     """
 
     kind: str
     title: str
     ids: list[int]
     labels: Sequence[int] = ()
+    swapped: Sequence[int] = ()
 
 
-def encoded_row(row: Mapping[str, Any]) -> Encoded:
-    """Converts a row of `jsft_dataset` to an `Encoded` sequence."""
-    kind, title = "SFT", "SFT: the dialogue, with trained answers"
-    if row["kind"] == "judge":
-        kind = f"judge, {row['principle']}"
-        order = "worse response first: B" if row["swapped"] else "better response first: A"
-        title = f"{kind}, {order}"
-    return Encoded(kind, title, row["input_ids"], row["labels"])
+def encoded_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[Encoded]:
+    """Converts the rows of `jsft_dataset` to `Encoded` sequences."""
+    for before, row, after in zip([{}, *rows], rows, [*rows[1:], {}]):  # noqa: B905
+        kind, title, swapped = "SFT", "SFT: the dialogue, with trained answers", []
+        if row["kind"] == "judge":
+            kind = f"judge, {row['principle']}"
+            order = "worse response first: B" if row["swapped"] else "better response first: A"
+            title = f"{kind}, {order}"
+            swapped = (before if row["swapped"] else after).get("input_ids", [])
+        yield Encoded(kind, title, row["input_ids"], row["labels"], swapped)
 
 
 def summary(
@@ -111,15 +120,20 @@ def summary(
 
 
 def _example(sequence: Encoded, encoder: ChatEncoder, ignore_index: int) -> Example:
-    """Splits a sequence into pieces wherever `trained` or `control` changes."""
+    """Splits a sequence wherever `trained` or `control` changes, and before the first response."""
     ids = sequence.ids
+    responses = shared_length(np.asarray(ids), np.asarray(sequence.swapped))
+    # The two responses may begin with the same bytes of a character.
+    while responses and _decoded(encoder, ids[:responses]).endswith("\ufffd"):
+        responses -= 1
+    labels = sequence.labels or [ignore_index] * len(ids)
     kinds = [
-        (label != ignore_index, encoder.is_control(i))
-        for i, label in zip(ids, sequence.labels or [ignore_index] * len(ids), strict=True)
+        (label != ignore_index, encoder.is_control(token), place < responses)
+        for place, (token, label) in enumerate(zip(ids, labels, strict=True))
     ]
     pieces: list[Piece] = []
     before, end = "", 0
-    for (trained, control), group in groupby(kinds):
+    for (trained, control, _), group in groupby(kinds):
         start, end = end, end + len(list(group))
         own = ids[start:end]
         # Decode from the start, because SentencePiece drops the space before the first word.

@@ -11,14 +11,13 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.padding import Padding
 from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 
 from self_judge.check.check import Report
 from self_judge.check.cost import Cost
 from self_judge.check.examples import Example
 from self_judge.check.memory import GIB
-from self_judge.console import neutral, table
+from self_judge.console import Facts, neutral, table
 
 _KINDS = {"jsft": "judge-augmented SFT", "self_judge": "self-training"}
 _TRAINED, _CONTROL, _QUIET = "bold black on green", "cyan", "dim"
@@ -34,7 +33,7 @@ def show(report: Report, console: Console, *, plain: bool = False) -> None:
         plain: mark trained tokens with «…» instead of a color.
     """
     _heading(console, f"{report.config}: {_KINDS[report.kind]}")
-    _facts(console, report.about)
+    console.print(Facts(report.about))
     _data(report, console)
     if report.figures or report.letters:
         _figures(report, console)
@@ -60,13 +59,6 @@ def _heading(console: Console, text: str) -> None:
 
 def _line(console: Console, text: str, style: str = "") -> None:
     console.print(Text(neutral(text), style))
-
-
-def _facts(console: Console, facts: dict[str, str]) -> None:
-    table = Table.grid(padding=(0, 2))
-    for name, value in facts.items():
-        table.add_row(Text(name, _QUIET), Text(neutral(value)))
-    console.print(table)
 
 
 def _data(report: Report, console: Console) -> None:
@@ -148,7 +140,7 @@ def _cost(cost: Cost, console: Console) -> None:
     percent = f"{share:.2g}" if share < 10 else f"{share:.0f}"
     there = f" (available: {_gib(cost.device_memory)})" if cost.device_memory else ""
     parts = {_PARTS.get(name, name): n for name, n in asdict(memory).items() if n >= 2**20}
-    facts = {
+    shown = {
         "parameters": f"{size.parameters:,}, {size.trainable:,} of them trained ({percent} %)",
         "steps": f"{cost.steps:,} ({cost.steps_per_epoch:,} per epoch of {cost.examples:,})",
         "per step": ", ".join(f"{n:,} {what}" for what, n in cost.per_step.items()),
@@ -156,7 +148,7 @@ def _cost(cost: Cost, console: Console) -> None:
         "memory": f"at most {_gib(memory.peak)}, in the {memory.largest_phase} phase{there}",
         "": ", ".join(f"{name} {_gib(n)}" for name, n in parts.items()),
     }
-    _facts(console, facts)
+    console.print(Facts(shown))
     how = "counted" if cost.activations_counted else "estimated by a rule of thumb"
     text = f"Parameters are counted, and activations are {how}. Assumed: {cost.assumed}. "
     _line(console, text + "Evaluation, saving and loading are not included.", _QUIET)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from self_judge import __version__
 from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
@@ -28,7 +27,7 @@ from self_judge.commands.judge_choice import (
 )
 from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import ends, masked, number, print_conclusions, say, table
+from self_judge.console import NumberTable, ends, masked, number, print_conclusions, say, table
 from self_judge.data.files import reader_of
 from self_judge.data.records import UnusedText, map_columns, prompt_columns
 from self_judge.data.sources import prompt_of, read_prompts, read_records
@@ -45,6 +44,7 @@ from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.prompting.thoughts import answer_of
+from self_judge.reporting.page import report_on
 from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import entries_of, read_journal
 from self_judge.storage.repository import refuse_overwriting
@@ -205,6 +205,7 @@ def _results(
         say(console, f"undecidable, {reason}: {count:,}")
     print_conclusions(console, results["conclusions"])
     say(console, f"written to {output}: {RESULTS}, {PAIRS}")
+    report_on(output / RESULTS, console)
     return results
 
 
@@ -358,7 +359,7 @@ def _win(verdict: Verdict) -> float:
     return {"a": 1.0, "b": 0.0, None: 0.5}[verdict.preferred]
 
 
-def _table(results: Mapping[str, Any]) -> Table:
+def _table(results: Mapping[str, Any]) -> NumberTable:
     a, b = results["policies"]
     both = results["both_orders"]
 

@@ -20,14 +20,13 @@ import torch
 from datasets import Dataset
 from datasets.utils import logging as datasets_logging
 from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
 from self_judge.commands.tournament import played_line
 from self_judge.commands.train import jsft_trainer, save_jsft
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import ends, number, say, table
+from self_judge.console import Facts, NumberTable, ends, number, say, table
 from self_judge.data import synthetic, toy_world
 from self_judge.datatypes import Comparison, PreferenceRecord, Side, Verdict, stable_seed
 from self_judge.evaluation.statistics import (
@@ -45,8 +44,8 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.reporting.page import report_on
 from self_judge.storage.atomic import write_json
-from self_judge.storage.jsonl import write_lines
-from self_judge.storage.run_dir import BRACKETS, JUDGED
+from self_judge.storage.jsonl import read_lines, write_lines
+from self_judge.storage.run_dir import BRACKETS, JUDGED, SUMMARY, rollout_files
 from self_judge.training.callbacks import LiveProgress
 from self_judge.training.reference import frozen_reference
 from self_judge.training.self_training.config import SelfJudgeConfig
@@ -54,6 +53,11 @@ from self_judge.training.self_training.trainer import SelfJudgeTrainer
 
 SIZES = (1, 4, 16)  # the values of N for self-rejection
 SHOWN_BRACKETS = 12  # number of tournaments saved for the report
+SHOWN_PROMPTS = 3  # number of held-out prompts shown with answers: the first ones of the seed
+RUBRIC = (
+    "The gold rubric asks for a true answer, doubt ('I think'), a tip, and the last word "
+    "that the prompt names."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,8 @@ def run_demo(
     Args:
         seed: seed for data, initial weights, sampling and brackets.
         output: folder for `jsft/`, `self_judge/`, `summary.json`, the held-out verdicts
-            (`judged.jsonl`), a few tournaments (`brackets.jsonl`), and `report.html`.
+            (`judged.jsonl`), a few tournaments (`brackets.jsonl`), and `report.html`. The sampled
+            pairs in `self_judge/rollouts/` also get gold scores.
         settings: sizes and hyperparameters that replace the defaults.
         console: the console for progress and the result table.
     """
@@ -108,11 +113,12 @@ def run_demo(
     policy = demo.self_training(jsft_model, templates)
     gold = demo.gold_scores(judge, policy)
     summary = _summary(seed, time.perf_counter() - started, quality, gold)
-    write_json(demo.output / "summary.json", summary)
+    write_json(demo.output / SUMMARY, summary)
     console.print(_table(summary))
+    _print_examples(summary["examples"], console)
     say(
         console,
-        f"{summary['seconds']:.0f} s in total; results written to {demo.output}/summary.json",
+        f"{summary['seconds']:.0f} s in total; results written to {demo.output / SUMMARY}",
     )
     report_on(demo.output, console)
     return summary
@@ -202,6 +208,8 @@ class _Demo:
         LiveProgress("self-training", self.console).attach(trainer)
         trainer.train()
         trainer.save_model(str(output))
+        for _, path in rollout_files(output):
+            write_lines(path, map(_with_gold, list(read_lines(path))))
         return trainer.model
 
     def gold_scores(self, judge: Judge, policy: Any) -> _Gold:
@@ -218,7 +226,7 @@ class _Demo:
         jsft_model: Any = judge.model
         with console.status("the JSFT model answers held-out prompts"):
             sampler = TransformersSampler(jsft_model, encoder, sampling, 256)
-            before = sampler.sample(prompts, 1, seeds)
+            before = [own[0].text for own in sampler.sample(prompts, 1, seeds)]
         with console.status(f"the policy answers held-out prompts {max(SIZES)} times"):
             sampler = TransformersSampler(policy, encoder, sampling, 512)
             samples = [[r.text for r in own] for own in sampler.sample(prompts, max(SIZES), seeds)]
@@ -237,12 +245,24 @@ class _Demo:
                 {
                     **played_line({"context": instruction}, texts, bracket, principles),
                     "gold_scores": [toy_world.gold_score(instruction, text) for text in texts],
+                    "gold_reasons": [toy_world.gold_reasons(instruction, text) for text in texts],
                 }
                 for instruction, texts, bracket in shown
             ),
         )
         first = [texts[0] for texts in samples]
-        return _Gold(scores([r.text for (r,) in before]), scores(first), by_size)
+        answers = {"JSFT": before, "self-trained": first, f"best of {size}": best}
+        examples = [
+            {
+                "prompt": instruction,
+                "answers": [
+                    {"by": name, "text": texts[i], **_rated(instruction, texts[i])}
+                    for name, texts in answers.items()
+                ],
+            }
+            for i, instruction in enumerate(instructions[:SHOWN_PROMPTS])
+        ]
+        return _Gold(scores(before), scores(first), by_size, examples)
 
     def common_args(self) -> dict[str, Any]:
         return {
@@ -285,11 +305,25 @@ def judged_line(comparison: Comparison, verdict: Verdict, gold: Side) -> dict[st
 
 @dataclass(frozen=True, slots=True)
 class _Gold:
-    """Gold scores, one per held-out prompt."""
+    """Gold scores, one per held-out prompt, and the answers to the first prompts."""
 
     jsft: list[float]
     self_judge: list[float]
     by_size: dict[int, list[float]]
+    examples: list[dict[str, Any]]
+
+
+def _rated(instruction: str, response: str) -> dict[str, Any]:
+    return {
+        "gold_score": toy_world.gold_score(instruction, response),
+        "gold_reasons": toy_world.gold_reasons(instruction, response),
+    }
+
+
+def _with_gold(pair: dict[str, Any]) -> dict[str, Any]:
+    """Returns the line of a sampled pair with the gold scores of both responses."""
+    rated = {side: _rated(pair["context"], pair[side]) for side in ("chosen", "rejected")}
+    return {**pair, **{f"{side}_{k}": v for side, own in rated.items() for k, v in own.items()}}
 
 
 def _summary(seed: int, seconds: float, quality: JudgeQuality, gold: _Gold) -> dict[str, Any]:
@@ -310,6 +344,8 @@ def _summary(seed: int, seconds: float, quality: JudgeQuality, gold: _Gold) -> d
             "self_judge_rejection": {str(n): mean(v) for n, v in gold.by_size.items()},
         },
         "win_rate_vs_jsft": _interval(win_rate(gold.self_judge, gold.jsft, seed), "value"),
+        "rubric": RUBRIC,
+        "examples": gold.examples,
     }
 
 
@@ -317,7 +353,7 @@ def _interval(estimate: Estimate, name: str) -> dict[str, Any]:
     return {name: estimate.value, "ci95": [estimate.low, estimate.high]}
 
 
-def _table(summary: dict[str, Any]) -> Table:
+def _table(summary: dict[str, Any]) -> NumberTable:
     judge, gold = summary["judge"], summary["gold"]
 
     def row(name: str, entry: dict[str, Any], key: str = "mean") -> tuple[str, str, str]:
@@ -340,6 +376,19 @@ def _table(summary: dict[str, Any]) -> Table:
             row("win rate, self-trained against JSFT", summary["win_rate_vs_jsft"], "value"),
         ],
     )
+
+
+def _print_examples(examples: Sequence[dict[str, Any]], console: Console) -> None:
+    console.print(f"[bold]the first {len(examples)} held-out prompts[/bold]")
+    say(console, RUBRIC)
+    for example in examples:
+        answers = {
+            a["by"]: f"{a['text'] or '(empty)'}\ngold {a['gold_score']:.2f}: {a['gold_reasons']}"
+            for a in example["answers"]
+        }
+        console.print()
+        console.print(Facts({"prompt": example["prompt"], **answers}))
+    console.print()
 
 
 def _quiet() -> None:

@@ -389,9 +389,8 @@ def _hhh_targets(record: Mapping[str, Any], where: RecordRef) -> Found:
 
 
 def _hhh(record: Mapping[str, Any], where: RecordRef) -> Found:
-    asked = {**record, "prompt": where.text(record, "instruction")}
-    asked.pop("instruction")
-    yield from _parsed("preference", asked, where)
+    asked = {name: value for name, value in record.items() if name != "instruction"}
+    yield from _parsed("preference", {**asked, "prompt": where.text(record, "instruction")}, where)
 
 
 def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef, held_out: float = 0.0) -> Found:

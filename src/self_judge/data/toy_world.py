@@ -179,6 +179,12 @@ def gold_score(instruction: str, response: str) -> float:
     return sum(rating - 1 for rating, _ in ratings) / (4 * len(PRINCIPLES))
 
 
+def gold_reasons(instruction: str, response: str) -> str:
+    """Returns the rationales of the gold ratings as one phrase: `"true, right word, boasts, …"`."""
+    ratings = gold_ratings(instruction, response)
+    return ", ".join(ratings[p].rationale.rstrip(".").lower() for p in reversed(PRINCIPLES))
+
+
 def _helpfulness(reading: _Reading, answered: bool) -> Rating:
     if reading.senseless:
         return Rating(1, "Makes no sense.")

@@ -25,7 +25,7 @@ from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
 from self_judge.judging.voting import verdict_from_json
 from self_judge.storage.atomic import loads
 from self_judge.storage.jsonl import entries_of, read_lines
-from self_judge.storage.run_dir import DATA, METRICS, RESULTS, RUN, rollout_files
+from self_judge.storage.run_dir import DATA, METRICS, RESULTS, RUN, SUMMARY, rollout_files
 
 Line = dict[str, Any]
 
@@ -61,7 +61,9 @@ class ReportData:
         runs: the name, kind, series by metric, run.json and data.json of every run.
         pairs: sampled pairs with their verdicts (see `rollout_log.write_rollouts`).
         brackets: tournaments with their contexts and responses.
+        gold: the gold scores of demos, with answers before and after training.
         judges: the quality, bias and reliability of judges on labeled pairs.
+        benchmarks: the metrics that benchmarks define for themselves, by subset.
         paired: the differences in accuracy between two judges on the same pairs.
         comparisons: win rates of one policy against another.
         conclusions: the conclusions on each result, with its name under `about`.
@@ -71,7 +73,9 @@ class ReportData:
     runs: list[Line] = field(default_factory=list)
     pairs: list[Line] = field(default_factory=list)
     brackets: list[Line] = field(default_factory=list)
+    gold: list[Line] = field(default_factory=list)
     judges: list[Line] = field(default_factory=list)
+    benchmarks: list[Line] = field(default_factory=list)
     paired: list[Line] = field(default_factory=list)
     comparisons: list[Line] = field(default_factory=list)
     conclusions: list[Line] = field(default_factory=list)
@@ -295,9 +299,13 @@ def _loose_file(path: Path, file: Path, name: str, data: ReportData, limits: Lim
         elif kind == "judged":
             _add_verdicts(name, read_lines(file), data)
         return kind is not None
-    if file.name == RESULTS or (file == path and file.suffix == ".json"):
+    if file.name in (RESULTS, SUMMARY) or (file == path and file.suffix == ".json"):
         results = _json(file)
-        if isinstance(results.get("length_controlled_win_rate"), dict):
+        if file.name == SUMMARY and isinstance(results.get("examples"), list):
+            data.gold.append({"name": name, **results})
+        elif file.name == SUMMARY and file != path:
+            return False  # of a training run, which is read from its other files
+        elif isinstance(results.get("length_controlled_win_rate"), dict):
             _add_comparison(name, results, data)
         elif file == path or isinstance(results.get("overall"), dict):
             _add_evaluation(name, results, data)
@@ -333,6 +341,7 @@ def _add_brackets(file: Path, data: ReportData, limits: Limits) -> None:
                     "rounds": line["bracket"],
                     "principles": line.get("principles"),
                     "gold_scores": line.get("gold_scores"),
+                    "gold_reasons": line.get("gold_reasons"),
                 }
             )
     if there > limits.brackets:
@@ -405,6 +414,16 @@ def _add_reports(name: str, results: Line, data: ReportData) -> None:
     _conclude(titled, judge_conclusions(results["overall"]), data)
     for subset, numbers in (results.get("subsets") or {}).items():
         data.judges.append(_judge(f"{name} · {subset}", numbers))
+    benchmarks = results.get("benchmarks")
+    # Results from other programs may also have this key.
+    for benchmark, own in benchmarks.items() if isinstance(benchmarks, dict) else ():
+        if not isinstance(own, dict) or not isinstance(own.get("subsets"), dict):
+            continue
+        subsets = {"all": own["overall"], **own["subsets"]}
+        rows = [{"name": name, "metrics": m} for name, m in subsets.items() if name]
+        data.benchmarks.append(
+            {"name": f"{benchmark}: {titled}", "rows": rows, "unpaired": own.get("unpaired")}
+        )
 
 
 def _model(results: Line) -> str | None:

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from self_judge.console import ends, interval, number, print_conclusions, say, table
+from self_judge.console import NumberTable, ends, interval, number, print_conclusions, say, table
 
 _BASELINES = {
     "swap-averaged judge": "judge, both orders",
@@ -59,7 +58,7 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     print_conclusions(console, results["conclusions"])
 
 
-def _accuracy_table(results: Mapping[str, Any]) -> Table:
+def _accuracy_table(results: Mapping[str, Any]) -> NumberTable:
     reports = {**results["subsets"], "all": results["overall"]}
     return table(
         f"accuracy of {results['judge']['model']}, with 95 % intervals",
@@ -87,7 +86,7 @@ def _print_benchmarks(results: Mapping[str, Any], console: Console) -> None:
             say(console, f"{name}, Ties: {alone:,} prompts without a counterpart do not count")
 
 
-def _bias_table(overall: Mapping[str, Any]) -> Table:
+def _bias_table(overall: Mapping[str, Any]) -> NumberTable:
     calibration = overall["calibration"] or {"ece": None, "brier": None}
     estimates = ((name, value(overall)) for _, name, value in _BIASES)
     return table(
@@ -103,7 +102,7 @@ def _bias_table(overall: Mapping[str, Any]) -> Table:
     )
 
 
-def _subset_table(subsets: Mapping[str, Any]) -> Table:
+def _subset_table(subsets: Mapping[str, Any]) -> NumberTable:
     biases = [(heading, value) for heading, _, value in _BIASES if heading != "first wins"]
     headings = ("", *(heading for heading, _ in biases), "ECE")
     rows = []
@@ -111,13 +110,10 @@ def _subset_table(subsets: Mapping[str, Any]) -> Table:
         values = [(value(report) or {"value": None})["value"] for _, value in biases]
         values.append((report["calibration"] or {"ece": None})["ece"])
         rows.append((name, *map(number, values)))
-    drawn = table("by subset (the intervals are in results.json)", headings, rows)
-    for heading, column in zip(headings[1:], drawn.columns[1:], strict=True):
-        column.min_width = max(map(len, heading.split()))
-    return drawn
+    return table("by subset (the intervals are in results.json)", headings, rows)
 
 
-def _reliability_table(calibration: Mapping[str, Any]) -> Table:
+def _reliability_table(calibration: Mapping[str, Any]) -> NumberTable:
     return table(
         "reliability: the judge's accuracy by confidence",
         ("confidence", "pairs", "mean confidence", "accuracy"),
@@ -134,7 +130,7 @@ def _reliability_table(calibration: Mapping[str, Any]) -> Table:
     )
 
 
-def _principle_table(overall: Mapping[str, Any]) -> Table:
+def _principle_table(overall: Mapping[str, Any]) -> NumberTable:
     agreement, names = overall["principle_agreement"], list(overall["principles"])
     title = "principles: accuracy of each principle, and pairwise agreement (Cohen's κ)"
     kappa = agreement["fleiss_kappa"]
@@ -142,7 +138,7 @@ def _principle_table(overall: Mapping[str, Any]) -> Table:
         frozenset(entry["principles"]): f"{entry['agreement']:.3f} ({number(entry['kappa'], 2)})"
         for entry in agreement["pairwise"]
     }
-    drawn = table(
+    return table(
         title + ("" if kappa is None else f"; Fleiss' κ {kappa:.3f}"),
         ("", "accuracy", *names),
         (
@@ -154,13 +150,9 @@ def _principle_table(overall: Mapping[str, Any]) -> Table:
             for name in names
         ),
     )
-    drawn.columns[1].no_wrap = True
-    for column in drawn.columns[2:]:
-        column.overflow, column.min_width = "fold", 7
-    return drawn
 
 
-def _ties_table(overall: Mapping[str, Any]) -> Table:
+def _ties_table(overall: Mapping[str, Any]) -> NumberTable:
     ties = overall["with_ties"]
     return table(
         f"{overall['ties']:,} pairs are ties in the data; if the orders disagree, the judge's "
@@ -178,7 +170,7 @@ def _ties_table(overall: Mapping[str, Any]) -> Table:
     )
 
 
-def _compared_table(compared: Mapping[str, Any]) -> Table:
+def _compared_table(compared: Mapping[str, Any]) -> NumberTable:
     paired = {**compared["paired"]["subsets"], "all": compared["paired"]["overall"]}
     theirs = {**compared["subsets"], "all": compared["overall"]}  # the subsets may differ
     return table(

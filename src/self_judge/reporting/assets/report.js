@@ -29,6 +29,8 @@
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const color = (i) => `var(--run-${i % 8})`;
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  // A long path or name may break after a slash or an underscore.
+  const breakable = (name) => name.split(/(?<=[/_])/).flatMap((part) => [part, el("wbr")]);
   const known = (x) => x !== undefined && x !== null;
   const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 
@@ -56,6 +58,20 @@
     return select;
   };
 
+  // Functions that show the pair or the tournament with an id, and return whether there is one.
+  const finders = [];
+
+  const link = (id, what) => el("a", { href: `#${id}`, class: "link", "aria-label": `link to this ${what}` }, "link");
+
+  function openLinked() {
+    const id = location.hash.slice(1);
+    document.querySelector(".linked")?.classList.remove("linked");
+    if (!finders.some((find) => find(id))) return;
+    const node = document.getElementById(id);
+    node.classList.add("linked");
+    node.scrollIntoView();
+  }
+
   // -- runs --------------------------------------------------------------------------------------
 
   const shown = data.runs.map(() => true);
@@ -82,11 +98,11 @@
 
   // One row per item, in the item's color. On a phone, each row is a card. Columns:
   // title, item → contents.
-  function cardTable(heading, things, columns, classOf = () => "number") {
+  function cardTable(heading, things, columns, classOf = () => "number", dots = true) {
     return el("div", { class: "scroll" }, el("table", { class: "cards" },
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, heading), columns.map(([title]) => el("th", { scope: "col", class: "number" }, title)))),
       el("tbody", {}, things.map((thing, i) => el("tr", {},
-        el("th", { scope: "row" }, el("span", { class: "name" }, el("span", { class: "dot", style: { background: color(i) } }), thing.name)),
+        el("th", { scope: "row" }, el("span", { class: "name" }, dots && el("span", { class: "dot", style: { background: color(i) } }), el("span", {}, breakable(thing.name)))),
         columns.map(([title, contents]) => {
           const inside = contents(thing);
           return el("td", { class: classOf(inside), "data-label": title }, inside);
@@ -300,25 +316,38 @@
     longer: ["chosen longer first", (p, q) => (q.chosen_tokens - q.rejected_tokens) - (p.chosen_tokens - p.rejected_tokens)],
   };
 
-  function response(side, text, tokens, finished, needle) {
+  const said = (text, needle) => el("p", { class: "text" }, text === "" ? el("span", { class: "muted" }, "(empty)") : marked(text, needle));
+
+  // The gold score of a response in words, which only the demo has.
+  const goldOf = (score, reasons) => known(score) && el("p", { class: "gold" }, `gold ${score.toFixed(2)}`, reasons && `: ${reasons}`);
+
+  function response(side, pair, needle) {
+    const of = (name) => pair[`${side}_${name}`];
     return el("div", { class: side }, el("p", { class: "label" }, el("b", {}, side),
-      known(tokens) && ` · ${count(tokens, "token")}`, finished === false && ", cut at the limit"),
-      el("p", { class: "text" }, text === "" ? el("span", { class: "muted" }, "(empty)") : marked(text, needle)));
+      known(of("tokens")) && ` · ${count(of("tokens"), "token")}`, of("finished") === false && ", cut at the limit"),
+      said(pair[side], needle), goldOf(of("gold_score"), of("gold_reasons")));
+  }
+
+  // The ids depend only on the pairs, so that a link also works on a later page of the same run.
+  const perId = new Map();
+  for (const pair of data.pairs) {
+    const id = `pair-${pair.run + 1}-${pair.step}-${pair.record}`;
+    perId.set(id, (perId.get(id) || 0) + 1);
+    pair.id = perId.get(id) > 1 ? `${id}-${perId.get(id)}` : id;
   }
 
   const runsWithPairs = new Set(data.pairs.map((p) => p.run)).size;
 
   function pairCard(pair, needle) {
-    return el("article", { class: "pair" },
+    return el("article", { class: "pair", id: pair.id },
       el("header", {}, el("strong", {}, `step ${pair.step}`), el("span", {}, `prompt ${pair.record}`),
         runsWithPairs > 1 && el("span", { class: "name" }, el("span", { class: "dot", style: { background: color(pair.run) } }), data.runs[pair.run].name),
         pair.decided ? el("span", {}, `margin ${number(pair.margin)}`) : el("span", { class: "tag bad" }, `undecidable: ${pair.undecidable_because}`),
         pair.orders_agree === false && el("span", { class: "tag bad" }, "orders disagree"),
-        pair.orders_agree === true && el("span", { class: "tag" }, "orders agree")),
+        pair.orders_agree === true && el("span", { class: "tag" }, "orders agree"), link(pair.id, "pair")),
       el("div", { class: "context", tabindex: "0", role: "group", "aria-label": "context" }, el("p", { class: "label" }, "context"),
         el("p", { class: "text" }, marked(pair.context, needle))),
-      el("div", { class: "two" }, response("chosen", pair.chosen, pair.chosen_tokens, pair.chosen_finished, needle),
-        response("rejected", pair.rejected, pair.rejected_tokens, pair.rejected_finished, needle)),
+      el("div", { class: "two" }, response("chosen", pair, needle), response("rejected", pair, needle)),
       verdictTable(pair.probabilities, pair.principles, "chosen", "rejected"),
       pair.prompt && el("details", { class: "quiet" }, el("summary", {}, "the policy's prompt"), el("pre", {}, pair.prompt)));
   }
@@ -367,6 +396,17 @@
         labelled("step", pick.step), labelled("outcome", pick.outcome), labelled("sorted by", pick.order)),
       status, list, more);
     filter();
+    finders.push((id) => {
+      const pair = data.pairs.find((p) => p.id === id);
+      if (!pair) return false;
+      if (!found.includes(pair)) {
+        search.value = "";
+        Object.values(pick).forEach((select) => { select.selectedIndex = 0; });
+        filter();
+      }
+      while (found.indexOf(pair) >= until) extend();
+      return true;
+    });
   }
 
   // -- tournaments -------------------------------------------------------------------------------
@@ -416,8 +456,8 @@
       const bracket = played[Number(select.value)];
       const detail = el("div", { "aria-live": "polite" });
       let opened = null;
-      const gold = (i) => (bracket.gold_scores ? ` · gold score ${number(bracket.gold_scores[i])}` : "");
-      const side = (i, name, className) => el("div", { class: className }, el("p", { class: "label" }, el("b", {}, name), gold(i)), el("p", { class: "text" }, bracket.responses[i] || "(empty)"));
+      const gold = (i) => bracket.gold_scores && goldOf(bracket.gold_scores[i], (bracket.gold_reasons || [])[i]);
+      const side = (i, name, className) => el("div", { class: className }, el("p", { class: "label" }, el("b", {}, name)), said(bracket.responses[i]), gold(i));
       const open = (m, button) => {
         const same = opened === button;
         if (opened) opened.setAttribute("aria-expanded", "false");
@@ -433,13 +473,14 @@
             el("p", { class: "muted" }, "There are no probabilities, because the texts are equal, the pair is too long, or a thought has no answer.")));
         detail.scrollIntoView({ block: "nearest" });
       };
+      box.classList.remove("linked");
+      box.id = `tournament-${Number(select.value) + 1}`;
       box.replaceChildren(
-        el("div", { class: "context" }, el("p", { class: "label" }, "context"), el("p", { class: "text" }, bracket.context)),
+        el("div", { class: "context" }, el("p", { class: "label" }, "context ", link(box.id, "tournament")), el("p", { class: "text" }, bracket.context)),
         el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "bracket" },
           bracketTree(bracket, open)),
         detail,
-        el("h3", {}, `winner: response ${bracket.winner + 1}${gold(bracket.winner)}`),
-        el("p", { class: "text" }, bracket.responses[bracket.winner] || "(empty)"));
+        el("h3", {}, `winner: response ${bracket.winner + 1}`), said(bracket.responses[bracket.winner]), gold(bracket.winner));
     }
     select.addEventListener("change", show);
     section("tournaments", "Tournaments", "The matches between a model's own responses, with their swap-averaged scores. Select a match to see both texts and the judge's probabilities.",
@@ -447,6 +488,13 @@
         el("div", { class: "chips" }, el("button", { type: "button", on: { click: () => step(-1) } }, "Previous"),
           el("button", { type: "button", on: { click: () => step(1) } }, "Next"))), box);
     show();
+    finders.push((id) => {
+      const at = played.findIndex((_, i) => id === `tournament-${i + 1}`);
+      if (at < 0) return false;
+      select.value = String(at);
+      show();
+      return true;
+    });
   }
 
   // -- the judge ---------------------------------------------------------------------------------
@@ -502,6 +550,11 @@
     section("judge", "Judge", "Results on labeled pairs. On the dotted line, the judge's confidence equals its accuracy; below it, the judge is overconfident. Bars and ranges are 95 % intervals.",
       drawn.length > 0 && plot,
       cardTable("judge", data.judges, columns),
+      data.benchmarks.map(({ name, rows, unpaired }) => {
+        const metrics = [...new Set(rows.flatMap((row) => Object.keys(row.metrics)))];
+        return [el("h4", {}, breakable(name)), cardTable("subset", rows, metrics.map((m) => [m, (row) => ranged(row.metrics[m])]), undefined, false),
+          unpaired && el("p", { class: "muted" }, `Ties: ${count(unpaired, "prompt")} without a counterpart do not count`)];
+      }),
       baselines(),
       table("Position and length", data.judges, biases),
       alone.length > 1 && table("Accuracy of each principle alone", data.judges, alone),
@@ -571,13 +624,31 @@
       plot, cardTable("a against b", data.comparisons, columns));
   }
 
+  // -- gold scores of the demo -------------------------------------------------------------------
+
+  function goldScores() {
+    const score = ({ mean: m }) => [el("span", { class: "bar" }, m.mean.toFixed(3), el("i", { "aria-hidden": "true" }, el("b", { style: { width: `${100 * m.mean}%` } }))),
+      el("small", {}, m.ci95.map((x) => x.toFixed(3)).join(" – "))];
+    for (const { name, gold, win_rate_vs_jsft: wins, rubric, examples } of data.gold) {
+      const rows = [["JSFT", gold.jsft], ["self-trained", gold.self_judge, wins],
+        ...Object.entries(gold.self_judge_rejection).filter(([n]) => n !== "1").map(([n, e]) => [`self-trained, best of ${n}`, e])]
+        .map(([label, mean, rate]) => ({ name: label, mean, rate }));
+      section("gold", data.gold.length > 1 ? `Gold scores of ${name}` : "Gold scores", `${rubric} The mean score on held-out prompts is between 0 and 1.`,
+        cardTable("answers by", rows, [["gold score", score], ["win rate against JSFT", (r) => ranged(r.rate)]],
+          (inside) => (inside === "–" ? "none" : ""), false),
+        el("h3", {}, `The first ${examples.length} held-out prompts`),
+        examples.map(({ prompt, answers }) => el("article", { class: "pair" }, el("div", { class: "context" }, said(prompt)),
+          el("div", { class: "two three" }, answers.map((a) => el("div", {}, el("p", { class: "label" }, el("b", {}, a.by)), said(a.text), goldOf(a.gold_score, a.gold_reasons)))))));
+    }
+  }
+
   // -- conclusions -------------------------------------------------------------------------------
 
   function conclusions() {
     if (!data.conclusions.length) return;
     const about = [...new Set(data.conclusions.map((c) => c.about))];
     section("conclusions", "Conclusions", "The rules are in docs/judging.md. Red: do not use this result as it is. Amber: look closer.",
-      about.map((name) => [el("h4", {}, name), el("ul", { class: "conclusions" }, data.conclusions.filter((c) => c.about === name)
+      about.map((name) => [el("h4", {}, breakable(name)), el("ul", { class: "conclusions" }, data.conclusions.filter((c) => c.about === name)
         .map((c) => el("li", { class: c.level }, el("b", {}, c.level), el("span", {}, c.text))))]));
   }
 
@@ -626,10 +697,13 @@
 
   // ----------------------------------------------------------------------------------------------
 
+  const results = [...data.comparisons, ...(data.runs.length ? [] : data.judges.slice(0, 1))].map((thing) => thing.name);
   document.getElementById("made").textContent = [data.runs.length && count(data.runs.length, "run"),
-    data.brackets.length && count(data.brackets.length, "tournament"), `created ${data.made}`].filter(Boolean).join(" · ");
-  document.title = ["self-judge report", ...data.runs.map((r) => r.name)].join(" · ");
+    data.brackets.length && count(data.brackets.length, "tournament"),
+    ...results, `created ${data.made}`].filter(Boolean).join(" · ");
+  document.title = ["self-judge report", ...data.runs.map((r) => r.name), ...results].join(" · ");
   conclusions();
+  goldScores();
   if (data.runs.length) section("runs", "Runs", "The last logged values, with the first logged values below them.", runsTable());
   if (data.notes.length) main.append(el("ul", { class: "notes" }, data.notes.map((note) => el("li", {}, note))));
   charts();
@@ -640,6 +714,8 @@
   configuration();
   document.getElementById("footer").textContent = `self_judge ${data.version} · plotly.js ${Plotly.version} · this page does not load or send data over a network`;
   redraw();
+  addEventListener("hashchange", openLinked);
+  openLinked();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   root.dataset.ready = "true";
 })();

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -239,7 +240,8 @@ def metrics_over_processes(
 
 def pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:
     """Returns a table of sampled pairs with their margins for the console."""
-    table = Table(title=f"sampled pairs at step {step}", show_lines=True)
+    title = Text(f"sampled pairs at step {step}", "bold")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_lines=True)
     for heading in ("context", "chosen", "rejected"):
         table.add_column(heading, ratio=1, overflow="fold")
     table.add_column("margin", justify="right", no_wrap=True)
