@@ -95,6 +95,7 @@ def test_a_second_call_skips_what_is_complete_and_prints_what_came_out(
     best = list(read_lines(copied / "best.jsonl"))
     assert said.out.count("  self-trained, best of 8: ") == len(best) == 2  # prompts are held out
     assert "amber self-training: 58 training prompts: the policy may memorize them" in said.out
+    assert "amber self-trained (a) against JSFT (b): with 2 prompts" in said.out
     assert "red   judge: the model rarely answers with a letter" in said.out
     commands = said.out.split("each stage alone:\n")[1].splitlines()
     parsed = [command_parser().parse(line.split()[1:]) for line in commands]
@@ -111,30 +112,31 @@ def test_a_second_call_skips_what_is_complete_and_prints_what_came_out(
 
 def test_stopped_by_sigterm_in_training_the_same_command_ends_as_if_nothing_had_been(
     words: list[str],
-    whole: Path,
+    copied: Path,
     started: list[str],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    whole = left(copied)
+    for name in ("policy", "compared"):
+        shutil.rmtree(copied / name)
+    for name in ("best.jsonl", "best.jsonl.settings.json", "report.html"):
+        (copied / name).unlink()
     step, steps = torch.optim.AdamW.step, [0]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         steps[0] += 1
-        if steps[0] in (2, 5):  # in each run, the second step of three
+        if steps[0] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     assert main(words) == 0
-    assert "1/6 JSFT stopped: run the same command again" in capsys.readouterr().err
-    assert main(words) == 0
     assert "3/6 self-training stopped: run the same command again" in capsys.readouterr().err
+    assert started == ["train"]
     assert main(words) == 0
-    rest = ["compare", "tournament", "report"]
-    assert started == ["jsft", "jsft", "eval", "train", "train", *rest]
-    assert left(tmp_path / "my") == left(whole / "my")
+    assert started == ["train", "train", "compare", "tournament", "report"]
+    assert left(copied) == whole
 
 
 def test_a_stage_that_fails_ends_the_call_with_its_status(
@@ -146,14 +148,16 @@ def test_a_stage_that_fails_ends_the_call_with_its_status(
     assert "4/6 comparison failed with exit status 7: run the same" in capsys.readouterr().err
 
 
-def test_stages_that_ran_by_hand_are_complete(
-    words: list[str], copied: Path, started: list[str]
+def test_training_by_hand_is_complete_and_other_commands_find_their_own_lines(
+    words: list[str], copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = left(copied)
     (copied / "align.json").unlink()
+    started: list[str] = []
+    monkeypatch.setattr(run.Runner, "start", lambda runner, words: started.append(words[0]) or 0)
     assert main(words) == 0
-    assert started == ["eval", "compare", "tournament", "report"]  # these find their own lines
-    assert left(copied) == before
+    assert started == ["eval", "compare", "tournament", "report"]
+    assert main(words) == 0
+    assert len(started) == 4
 
 
 @pytest.mark.parametrize(

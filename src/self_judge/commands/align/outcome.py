@@ -54,7 +54,7 @@ def print_outcome(folder: Path, stages: Sequence[Stage], console: Console) -> No
     for stage in stages:
         if stage.run is not None:
             conclusions += [(stage.title, c) for c in as_json(run_conclusions(stage.output))]
-    conclusions += [("comparison", c) for c in compared["conclusions"]]
+    conclusions += [("self-trained (a) against JSFT (b)", c) for c in compared["conclusions"]]
     conclusions.sort(key=lambda pair: LEVELS.index(pair[1]["level"]))
     print_conclusions(console, ({**c, "text": f"{about}: {c['text']}"} for about, c in conclusions))
     if (folder / PAGE).exists():
