@@ -53,7 +53,9 @@ def test_the_help_of_training_shows_commands_that_are_understood(
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 80
     examples = [
-        line.split("  #")[0].split()[1:] for line in said.splitlines() if "configs/" in line
+        line.split("  #")[0].split()[1:]
+        for line in said.splitlines()
+        if line.startswith("  self-judge ")
     ]
     assert {words[0] for words in examples} == {command, "check"}
     for words in examples:
