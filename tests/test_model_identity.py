@@ -46,6 +46,7 @@ from self_judge.prompting.judge_json import load_judge_settings, save_judge_sett
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.training.fault_tolerance import NotFiniteError
 from self_judge.training.jsft.trainer import JSFTTrainer
+from self_judge.training.reference import active_reference
 
 IDS = torch.tensor([[5, 60, 70, 80, 90]])
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -421,7 +422,7 @@ def test_an_adapter_that_can_be_turned_off_leaves_the_judge_as_it_was(
     before = logits(model)
     trainer = make(peft_config=config, save_strategy="steps", save_steps=1)
     trainer.train()
-    with trainer._reference():
+    with active_reference(trainer):
         assert torch.equal(logits(trainer.model), before)
 
 
@@ -455,7 +456,7 @@ def test_a_model_that_was_trained_before_is_trained_again_against_what_it_is_now
     now = logits(model)
     trainer = make(model=model, peft_config=LoraConfig(**LORA) if adapter else None, max_steps=3)
     trainer.train()
-    with trainer._reference():
+    with active_reference(trainer):
         judge = trainer.ref_model if trainer.ref_model is not None else trainer.model
         torch.testing.assert_close(logits(judge), now, rtol=0, atol=0)
 

@@ -267,6 +267,7 @@ class Fake:
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_memory_does_not_grow_with_the_number_of_pairs(
     saved_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

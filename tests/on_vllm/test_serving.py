@@ -24,6 +24,7 @@ from self_judge import ChatEncoder, Judge, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.config.self_training import SamplingSettings
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
+from self_judge.training.reference import active_reference
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -92,7 +93,7 @@ def test_a_whole_self_training_step_goes_through_a_server(
     assert isinstance(trainer.judge.scorer, VLLMScorer)
     # The policy that the training ended with samples there as it does here.
     assert trainer.vllm is not None
-    policy = trainer.vllm.sampler(trainer._reference())
+    policy = trainer.vllm.sampler(active_reference(trainer))
     greedy = SamplingSettings(max_new_tokens=12, temperature=0.0)
     prompts = [encoder.encode_prompt([{"role": "user", "content": asked}]) for asked in ASKED]
     there = VLLMSampler(policy.engine, encoder, greedy, policy.adapter)

@@ -20,6 +20,7 @@ from self_judge import ChatEncoder, Judge, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.config.self_training import SamplingSettings
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
+from self_judge.training.reference import active_reference
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -70,7 +71,7 @@ def test_a_whole_self_training_step_goes_through_the_engine(
             )
         assert isinstance(trainer.judge.scorer, VLLMScorer) == lora
         # The policy that the training ended with samples in the engine as it does here.
-        there = trainer.vllm.sampler(trainer._reference())
+        there = trainer.vllm.sampler(active_reference(trainer))
         there = VLLMSampler(there.engine, encoder, GREEDY, there.adapter)
         prompts = [encoder.encode_prompt([{"role": "user", "content": asked}]) for asked in ASKED]
         here = TransformersSampler(trainer.model, encoder, GREEDY).sample(prompts)

@@ -224,6 +224,7 @@ def test_killed_anywhere_the_same_command_ends_as_if_nothing_had_been(
     assert not (output / UNFINISHED).exists()
 
 
+@pytest.mark.slow  # the fast tests kill runs at every point of a step and of a checkpoint
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_twenty_moments_a_run_ends_as_if_nothing_had_been(
