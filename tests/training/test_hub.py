@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from datasets import load_dataset
 from huggingface_hub import snapshot_download
 
 from bad_input import JSFT, TRAIN, Place
@@ -111,6 +113,32 @@ def test_a_policy_is_pushed_with_its_adapter_its_judge_and_every_checkpoint(
     assert "library_name: peft" in card
     describes_the_run(card, folder, place, place.saved, "SELF-JUDGE")
     assert judged_by_the_card(card).startswith("Verdict(preferred=")
+
+
+def test_sampled_pairs_are_pushed_as_a_dataset_where_asked(hub: FakeHub, place: Place) -> None:
+    words = ("training_args.max_steps=2", "self_judge_args.push_pairs=true")
+    folder = run(place, TRAIN, *words)
+    remote = hub.files[f"{USER}/mine-pairs"]
+    card = remote.pop("README.md").decode()
+    remote.pop(".gitattributes")
+    assert sorted(remote) == ["step-000001.jsonl", "step-000002.jsonl"]
+    for name, content in remote.items():
+        assert content == (folder / "rollouts" / name).read_bytes()
+    assert yaml.safe_load(card.split("---")[1])["configs"][0]["data_files"] == "step-*.jsonl"
+    assert f"https://huggingface.co/{USER}/mine" in card
+    assert "lee2024aligning" in card
+    pairs = load_dataset("json", data_files=str(folder / "rollouts" / "step-*.jsonl"))["train"]
+    assert {"context", "chosen", "rejected", "probabilities"} <= set(pairs.column_names)
+    assert not [
+        name for name, c in {**remote, "card": card.encode()}.items() if TOKEN.encode() in c
+    ]
+
+
+def test_pairs_are_not_pushed_without_a_push(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(place.run("self_judge_args.push_pairs=true", config=TRAIN)) == 2
+    assert "push_pairs requires push_to_hub and save_rollouts" in capsys.readouterr().err
 
 
 def test_the_card_of_a_policy_has_its_judges_accuracy_where_it_was_evaluated(

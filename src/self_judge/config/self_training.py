@@ -169,6 +169,9 @@ class SelfTrainingSettings:
     save_rollouts: bool = _field(
         True, "Write pairs and verdicts to output_dir/rollouts, one file per step."
     )
+    push_pairs: bool = _field(
+        False, "With push_to_hub, push the saved pairs as a dataset, with the suffix -pairs."
+    )
     rollout_files: int | None = _field(
         200, "Keep the files for at most N evenly spaced steps and for the last step."
     )

@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import upload_folder
+from huggingface_hub import create_repo, upload_file, upload_folder
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
 from self_judge.storage.atomic import MANIFEST, UNFINISHED, atomic_files, atomic_write
-from self_judge.training.model_card import CARD, model_card
+from self_judge.training.model_card import CARD, model_card, pairs_card
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -36,9 +36,11 @@ class HubMixin(Base):
 
     Attributes:
         judge_folder: the folder of the judge, if it is another model than the one that is trained.
+        pairs_folder: the folder of sampled pairs to push as a dataset, if any.
     """
 
     judge_folder: str | None = None
+    pairs_folder: Path | None = None
 
     def create_model_card(  # type: ignore[override]
         self,
@@ -94,7 +96,18 @@ class HubMixin(Base):
         """Pushes the output folder as it is; see `push_to_hub`."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
+        if self.pairs_folder is not None:
+            self._push_pairs(self.pairs_folder, token or self.args.hub_token)
         return self._upload(commit_message, not blocking, token, revision)
+
+    def _push_pairs(self, folder: Path, token: str | None) -> None:
+        """Pushes the pairs that self-training saved, and a card, as a dataset."""
+        name = f"{self.hub_model_id}-pairs"
+        private = self.args.hub_private_repo
+        create_repo(name, repo_type="dataset", exist_ok=True, private=private, token=token)
+        settings: Any = {"repo_id": name, "repo_type": "dataset", "token": token}
+        upload_file(path_or_fileobj=pairs_card(self).encode(), path_in_repo=CARD, **settings)
+        upload_folder(folder_path=folder, allow_patterns="step-*.jsonl", **settings)
 
     def _save_complete(self, target: Path) -> None:
         raise NotImplementedError

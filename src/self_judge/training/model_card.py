@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import DatasetCardData, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
@@ -106,6 +106,25 @@ def model_card(
         _CITATIONS,
     ]
     return f"---\n{card.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def pairs_card(trainer: Any) -> str:
+    """Returns the card of the dataset of pairs that a run of self-training sampled and judged."""
+    header = DatasetCardData(
+        task_categories=["text-generation"],
+        tags=["preference", "dpo", "self-judge"],
+        configs=[{"config_name": "default", "data_files": "step-*.jsonl"}],
+    )
+    parts = [
+        f"# Pairs sampled by {trainer.hub_model_id}",
+        "Each line is a pair of responses that the policy sampled in self-training "
+        "([paper](https://arxiv.org/abs/2402.11253)) and that the initial model judged in both "
+        f"orders: `context`, `chosen`, `rejected`, and the judge's `probabilities`. The policy is "
+        f"{_linked(str(trainer.hub_model_id))}.",
+        "## Citations",
+        _CITATIONS,
+    ]
+    return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _judge(folder: Path, name: str, judge_folder: str) -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from hypothesis import strategies as st
 
 from self_judge import Comparison, Verdict
 from self_judge.datatypes import Response
+from self_judge.judging.voting import aggregate
 from self_judge.training.self_training.rollout_log import (
     rollout_metrics,
     rollout_totals,
+    show_pairs,
     write_rollouts,
 )
 from self_judge.training.self_training.rollouts import (
@@ -344,3 +348,30 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(path, interrupted(), step=2)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_sampled_pairs_reach_the_tracker_as_a_table(
+    tracker: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logged: list[dict[str, Any]] = []
+    stand_in: Any = types.ModuleType(tracker)
+    stand_in.Table = lambda dataframe: dataframe.to_dict("records")
+    stand_in.log = logged.append
+    monkeypatch.setitem(sys.modules, tracker, stand_in)
+    verdict = aggregate([((0.6, 0.3), (0.3, 0.6))])
+    answers = (Response((1,), "yes", True), Response((2,), "no", True))
+    pairs = [
+        Rollout(0, (1,), "why?", *answers, verdict, True),
+        Rollout(0, (1,), "hub_token=abcdefghijklmnop", *answers, None, False),
+    ]
+    show_pairs(pairs, 7, [tracker])
+    ((name, rows),) = logged[0].items()
+    assert (name, len(logged), len(rows)) == ("pairs", 1, 2)
+    assert rows[0] == {
+        "step": 7, "context": "why?", "chosen": "yes", "rejected": "no", "margin": verdict.margin
+    }  # fmt: skip
+    assert rows[1]["context"] == "hub_token=***"
+    assert "sampled pairs at step 7" in capsys.readouterr().out
+    show_pairs(pairs, 8, ["tensorboard"])
+    assert len(logged) == 1

@@ -56,6 +56,10 @@ class SelfJudgeConfig(SelfTrainingSettings, DPOConfig):
             "precompute_ref_log_probs must be False: responses are sampled during training",
         )
         require(
+            not self.push_pairs or (self.push_to_hub and self.save_rollouts),
+            "push_pairs requires push_to_hub and save_rollouts",
+        )
+        require(
             not self.sync_ref_model,
             "sync_ref_model must be False: the judge is the frozen reference",
         )

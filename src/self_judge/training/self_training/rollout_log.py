@@ -5,19 +5,22 @@ This module reads judged pairs. It does not sample, judge or train.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from self_judge.console import neutral
+from self_judge.console import masked, neutral
 from self_judge.prompting.thoughts import NO_ANSWER
 from self_judge.storage.atomic import atomic_write
 from self_judge.storage.run_dir import rollout_file, thin_rollouts
@@ -236,6 +239,25 @@ def metrics_over_processes(
     metrics["completions/min_length"] = extremes[:, 0].min().item()
     metrics["completions/max_length"] = extremes[:, 1].max().item()
     return metrics, over_all["broken"] == over_all["pairs"]
+
+
+def show_pairs(rollouts: Sequence[Rollout], step: int, report_to: Sequence[str]) -> None:
+    """Prints sampled pairs, and logs them as a table to W&B and Trackio, as TRL does."""
+    Console().print(pairs_table(rollouts[:4], step))
+    rows = [
+        {
+            "step": step,
+            "context": r.context,
+            "chosen": r.chosen.judged,
+            "rejected": r.rejected.judged,
+            "margin": r.verdict.margin if r.decided and r.verdict else None,
+        }
+        for r in rollouts
+    ]
+    for name in ("wandb", "trackio"):
+        if name in report_to:  # so the trainer's callback has imported it and begun a run
+            tracker = importlib.import_module(name)
+            tracker.log({"pairs": tracker.Table(dataframe=pd.DataFrame(masked(rows)))})
 
 
 def pairs_table(rollouts: Sequence[Rollout], step: int) -> Table:

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOTrainer
 
@@ -50,6 +49,7 @@ from self_judge.prompting.judge_json import (
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import keep_freed_memory, unwrapped
+from self_judge.storage.run_dir import ROLLOUTS
 from self_judge.training.arguments import (
     check_has_rows,
     check_names,
@@ -83,7 +83,7 @@ from self_judge.training.self_training.rollout_log import (
     add_kl_estimate,
     keep_rollouts,
     metrics_over_processes,
-    pairs_table,
+    show_pairs,
 )
 from self_judge.training.self_training.rollouts import (
     Rollout,
@@ -243,6 +243,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False)
         self.output_dir = str(config.output_dir)
+        self.pairs_folder = Path(self.output_dir) / ROLLOUTS if config.push_pairs else None
         self.max_skipped_steps = config.max_skipped_steps
         self.on_saved = self._save_judge_settings
         tokens = None
@@ -420,7 +421,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.log_completions and self._shown and self.model.training:
             if self.accelerator.is_main_process:
-                Console().print(pairs_table(self._shown[:4], self.state.global_step))
+                show_pairs(self._shown, self.state.global_step, self.args.report_to or ())
             self._shown = []
         # The KL divergence cannot be estimated from averaged or reweighted log-probabilities.
         if self.model.training and self.args.ld_alpha is None and not self._averages():
