@@ -15,7 +15,7 @@ EXTRAS_READY := $(EXTRAS_VENV)/.ready
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz test-slow test-vllm test-extras test-oldest test-newest browser mutants lint types api real gpu clean
+.PHONY: help setup demo test coverage fuzz test-slow test-vllm test-extras test-oldest test-newest browser mutants lint types api real gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,8 +44,11 @@ $(TOKENIZERS) .venv-oldest/share/tokenizers .venv-newest/share/tokenizers: %/sha
 demo: $(READY)  ## run the whole method in the built-in synthetic world (takes minutes)
 	$(BIN)/self-judge demo
 
-test: $(READY) $(TOKENIZERS) lint types  ## run ruff, mypy and all fast tests, and report the coverage of src/
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not vllm' --cov --cov-report=term:skip-covered
+test: $(READY) $(TOKENIZERS) lint types  ## run ruff, mypy and all fast tests
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not vllm' $(ARGS)
+
+coverage: ARGS := --cov --cov-report=term:skip-covered
+coverage: test  ## run `make test` with the coverage of src/, which takes a third longer
 
 fuzz: $(READY)  ## feed 2,000 broken files of every kind to the commands (takes minutes)
 	PYTHONPATH=tests $(BIN)/python tests/helpers/fuzz.py --cases $(CASES) --seed $(SEED)

@@ -57,6 +57,7 @@ def test_a_dry_run_goes_through_every_part_and_finds_what_is_known_on_a_cpu(tmp_
     assert all("[" in own for own in accuracies), "with its interval"
 
 
+@pytest.mark.slow
 def test_a_part_that_overruns_its_limit_is_ended_and_the_next_one_runs(tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text(
         "import subprocess\n\n\ndef endless(check):\n"

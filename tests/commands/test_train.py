@@ -224,24 +224,22 @@ def test_bad_input_gets_one_line_and_exit_status_2(
     assert message in error
 
 
+@pytest.mark.parametrize("stage", ["jsft", pytest.param("self_judge", marks=pytest.mark.slow)])
 def test_accelerate_launch_starts_both_scripts_with_the_shipped_files(
-    base: Path, data: dict[str, Path], tmp_path: Path
+    stage: str, base: Path, saved_judge: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
-    def launch(stage: str, section: str, model: Path, *more: str) -> Path:
-        output = tmp_path / stage
-        command = [
-            str(Path(sys.executable).parent / "accelerate"),
-            "launch",
-            f"--config_file=configs/{stage}_accelerate.yaml",
-            f"train_{stage}.py",
-            f"--config=configs/hh_{stage}.yaml",
-            *small(section, output, model, data["hh"]),
-            *more,
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return output
-
-    model = launch("jsft", "jsft_args", base)
-    policy = launch("self_judge", "self_judge_args", model, "self_judge_args.max_new_tokens=4")
-    assert load_judge_settings(policy) is not None
+    output = tmp_path / "run"
+    model = base if stage == "jsft" else saved_judge
+    more = [] if stage == "jsft" else ["self_judge_args.max_new_tokens=4"]
+    command = [
+        str(Path(sys.executable).parent / "accelerate"),
+        "launch",
+        f"--config_file=configs/{stage}_accelerate.yaml",
+        f"train_{stage}.py",
+        f"--config=configs/hh_{stage}.yaml",
+        *small(f"{stage}_args", output, model, data["hh"]),
+        *more,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert load_judge_settings(output) is not None

@@ -83,7 +83,7 @@ TWO = {"per_device_train_batch_size": 2}
     ("file", "asked"),
     [
         pytest.param("ddp", {}, id="ddp"),
-        pytest.param("fsdp2", {"sharded": True}, id="fsdp2"),
+        pytest.param("fsdp2", {"sharded": True}, id="fsdp2", marks=pytest.mark.slow),
         pytest.param("ddp", {"lora": True}, id="ddp-lora", marks=pytest.mark.slow),
         pytest.param("fsdp2", {"sharded": True, "lora": True}, id="fsdp2-lora",
                      marks=pytest.mark.slow),

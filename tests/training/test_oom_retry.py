@@ -112,7 +112,7 @@ def test_a_prompt_that_alone_fills_the_memory_is_the_error_that_it_is(
         judge.compare([Comparison("what?", "this", "that")])
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_update_is_done_in_parts_with_the_same_gradient(
     accumulation: int,
     make: Make,
