@@ -113,8 +113,7 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
     names = _names(folders)
     for folder, name in zip(folders, names, strict=True):
         with entries_of(folder / METRICS):
-            data.runs.append(_run(folder, name, limits))
-            _conclude(name, run_conclusions(folder), data)
+            data.runs.append(_run(folder, name, data, limits))
     _sample_pairs(folders, data, limits)
     for run in data.runs:
         if run["averaged"] > 1:
@@ -154,15 +153,21 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def run_conclusions(folder: Path) -> list[Conclusion]:
     """Returns the conclusions on a training run, from its folder."""
-    series = {key: values for key, (_, values) in _points(folder)[0].items()}
-    counts = _json(folder / DATA).values()
-    prompts = sum(c.get("records", 0) for c in counts if isinstance(c, dict))
+    return _run_conclusions(_points(folder)[0], _json(folder / DATA))
+
+
+Points = dict[str, tuple[list[int], list[float | None]]]
+
+
+def _run_conclusions(points: Points, counts: Line) -> list[Conclusion]:
+    series = {key: values for key, (_, values) in points.items()}
+    prompts = sum(c.get("records", 0) for c in counts.values() if isinstance(c, dict))
     return training_conclusions(series, prompts or None)
 
 
-def _points(folder: Path) -> tuple[dict[str, tuple[list[int], list[float | None]]], int]:
+def _points(folder: Path) -> tuple[Points, int]:
     """Returns the steps and values of each logged metric, and the number of logs."""
-    points: dict[str, tuple[list[int], list[float | None]]] = {}
+    points: Points = {}
     logs = 0
     for line in read_lines(folder / METRICS):
         logs += "train_runtime" not in line
@@ -177,8 +182,10 @@ def _points(folder: Path) -> tuple[dict[str, tuple[list[int], list[float | None]
     return points, logs
 
 
-def _run(folder: Path, name: str, limits: Limits) -> Line:
+def _run(folder: Path, name: str, data: ReportData, limits: Limits) -> Line:
     points, logs = _points(folder)
+    counts = _json(folder / DATA)
+    _conclude(name, _run_conclusions(points, counts), data)
     lengths = points.get("completions/mean_length")
     if lengths and lengths[1][0]:
         # In the first step, the policy equals the reference.
@@ -199,7 +206,7 @@ def _run(folder: Path, name: str, limits: Limits) -> Line:
             key: _thinned(steps, values, limits.points) for key, (steps, values) in points.items()
         },
         "about": about,
-        "data": _json(folder / DATA),
+        "data": counts,
     }
 
 
