@@ -20,11 +20,11 @@ from transformers import TrainingArguments
 
 from self_judge.console import masked, print_conclusions
 from self_judge.console import say as print_line
-from self_judge.data.records import judge_context
 from self_judge.data.sources import PreferenceData
 from self_judge.datatypes import Comparison, PreferenceRecord, stable_seed
 from self_judge.evaluation.conclusions import as_json, judge_gain
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
+from self_judge.evaluation.statistics import labeled_comparisons
 from self_judge.judging.judge import Judge
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_prompt import encode_orders
@@ -129,12 +129,8 @@ def _drawn(
 
     Times are estimated from numbers of tokens, so the pairs do not depend on the machine.
     """
-    pairs = [
-        (Comparison(judge_context(record), pair.chosen, pair.rejected), pair.principle)
-        for record in records
-        for pair in record.pairs
-        if pair.principle is None or pair.principle in templates
-    ]
+    every = labeled_comparisons(records)
+    pairs = [(pair, label) for pair, label in every if label is None or label in templates]
     random.Random(stable_seed(seed, "judge accuracy")).shuffle(pairs)
     left = SHARE * _PASSES_PER_STEP * trained_tokens
     drawn: list[LabeledPair] = []

@@ -7,7 +7,7 @@ lengths.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -174,15 +174,21 @@ def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
     )
 
 
+def labeled_comparisons(
+    records: Iterable[PreferenceRecord],
+) -> Iterator[tuple[Comparison, str | None]]:
+    """Yields each pair with the better response as `a`, and the principle of its label."""
+    for record in records:
+        for pair in record.pairs:
+            context = judge_context(record)
+            yield Comparison(context, pair.chosen, pair.rejected), pair.principle
+
+
 def evaluate_judge(
     judge: Judge, records: Sequence[PreferenceRecord], *, progress: bool = False
 ) -> JudgeQuality:
     """Computes a judge's agreement with the labels, which may apply to a single principle."""
-    cases = [
-        (Comparison(judge_context(r), p.chosen, p.rejected), p.principle)
-        for r in records
-        for p in r.pairs
-    ]
+    cases = list(labeled_comparisons(records))
     verdicts = judge.compare([comparison for comparison, _ in cases], progress=progress)
     principles = judge.templates.principles
     return judge_quality(
