@@ -107,9 +107,8 @@ def _check_inputs(arguments: argparse.Namespace) -> None:
     """Finds missing inputs of the commands that load models, before the slow import of torch."""
     given = vars(arguments)
     for name, value in given.items():
-        if name not in ("section", "dtype") and "" in (
-            value if isinstance(value, list) else [value]
-        ):
+        values = value if isinstance(value, list) else [value]
+        if name not in ("section", "dtype") and "" in values:
             raise ConfigError(f"{name} is empty: give a value")
     files = [given.get("input")]
     if given.get("templates"):

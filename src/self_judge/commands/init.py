@@ -12,7 +12,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ from self_judge.commands.align.stages import (
     PROMPTS,
     SELF_JUDGE,
     TEMPLATES,
+    absolute,
     stages,
 )
 from self_judge.config.hardware import fit_to_machine
 from self_judge.config.schema import load_run
 from self_judge.config.yaml import read_yaml
 from self_judge.console import say
+from self_judge.data.records import first_question, is_held_out
 from self_judge.data.sources import PreferenceData, load_preferences, read_records
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ConfigError, DataError
@@ -155,7 +157,7 @@ class _Model:
     """The model's tokenizer and size."""
 
     def __init__(self, name: str) -> None:
-        self.name = str(Path(name).resolve()) if Path(name).is_dir() else name
+        self.name = absolute(name)
         self.tokenizer = load_tokenizer(name)
         self.size: Size = size_of(empty_model(name))
 
@@ -173,31 +175,27 @@ class _Data:
     """The records, with the columns that they are read from."""
 
     def __init__(self, job: InitJob, console: Console) -> None:
-        self.path = str(Path(job.data).resolve()) if Path(job.data).exists() else job.data
+        self.path = absolute(job.data)
         self.columns = dict(job.columns)
         self.left_out: dict[str, int] = {}
         try:
-            self.records = self._load("all")
+            self.records = self._load()
         except DataError:
             guessed = {} if self.columns else _guessed(job, console)
             if not guessed:
                 raise
             self.columns = guessed
-            self.records = self._load("all")
+            self.records = self._load()
         self.pairs = [pair for record in self.records for pair in record.pairs]
         if not self.pairs:
             raise DataError(f"{job.data}: there are no pairs to train a judge on")
+        self.held_out = [r for r in self.records if is_held_out(first_question(r), HELD_OUT)]
 
-    def _load(self, subset: Any) -> list[PreferenceRecord]:
+    def _load(self) -> list[PreferenceRecord]:
         source = {"path": self.path, "columns": self.columns}
-        found: PreferenceData = load_preferences(source, subset=subset, held_out=HELD_OUT)
-        if subset == "all":
-            self.left_out = {k: n for k, n in found.counts.items() if k.startswith(_LEFT_OUT)}
+        found: PreferenceData = load_preferences(source, subset="all", held_out=HELD_OUT)
+        self.left_out = {k: n for k, n in found.counts.items() if k.startswith(_LEFT_OUT)}
         return list(found.records)
-
-    @cached_property
-    def held_out(self) -> list[PreferenceRecord]:
-        return self._load("held_out")
 
     @property
     def described(self) -> str:
@@ -280,6 +278,7 @@ def _plan(
         )
     device = device_for(None, this_machine())
 
+    @cache
     def peak(chosen: _Choice) -> int:
         files = _files(job, model, data, templates, chosen)
         try:

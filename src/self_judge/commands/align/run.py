@@ -22,7 +22,16 @@ from typing import Any
 from rich.console import Console
 
 from self_judge.commands.align.outcome import print_outcome
-from self_judge.commands.align.stages import FILES, JSFT, PAIRS, PROMPTS, REPORT, Stage, stages
+from self_judge.commands.align.stages import (
+    FILES,
+    JSFT,
+    PAIRS,
+    PROMPTS,
+    REPORT,
+    Stage,
+    absolute,
+    stages,
+)
 from self_judge.commands.init import InitJob, run_init
 from self_judge.commands.judge_choice import fingerprint
 from self_judge.commands.train import changed_settings, settings_json
@@ -103,8 +112,8 @@ def _check_same(job: InitJob) -> None:
     run = load_run(folder / JSFT, [], "jsft")
     source = run.dataset.sources[0]
     asked: dict[str, tuple[Any, Any]] = {
-        "--model": (run.model.model_name_or_path, _absolute(job.model)),
-        "--data": (source.path, _absolute(job.data)),
+        "--model": (run.model.model_name_or_path, absolute(job.model)),
+        "--data": (source.path, absolute(job.data)),
     }
     if job.columns:
         asked["--columns"] = (source.columns, dict(job.columns))
@@ -116,10 +125,6 @@ def _check_same(job: InitJob) -> None:
                 f"{folder / JSFT} has {before}, but {option} is {given}: choose another --output, "
                 "or remove the run files and the results"
             )
-
-
-def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 # -- complete stages -----------------------------------------------------------------------------

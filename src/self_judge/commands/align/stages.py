@@ -133,6 +133,11 @@ def stages(folder: Path, overrides: Sequence[str] = ()) -> list[Stage]:
     ]
 
 
+def absolute(name: str) -> str:
+    """Returns the absolute path of a model or of data, or the name if there is no such path."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
 def _output(folder: Path, name: str, run: JSFTRun | SelfJudgeRun) -> Path:
     output = Path(str(run.training_args["output_dir"]))
     if not output.resolve().is_relative_to(folder.resolve()):
