@@ -381,7 +381,7 @@ def started(argv: list[str], folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def until(true: Any, seconds: float = 60) -> None:
+def until(true: Any, seconds: float = 150) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
