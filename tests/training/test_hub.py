@@ -176,3 +176,20 @@ def test_a_trainer_in_python_writes_and_pushes_a_card_with_the_names_it_is_given
     assert "- tiny\n" in card
     assert "a LlamaForCausalLM in memory" in card
     assert "None" not in card
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_the_model_and_its_pairs_are_as_private_as_push_to_hub_says(
+    hub: FakeHub, make: Make, private: bool
+) -> None:
+    trainer: Any = make(max_steps=1, push_to_hub=True, push_pairs=True, hub_token=TOKEN)
+    trainer.hub_model_id = None  # `push_to_hub` creates the repository, as for a trainer without it
+    trainer.train()
+    hub.said.clear()
+    trainer.push_to_hub(private=private)
+    created = [json.loads(b) for b in hub.said if b.startswith(b'{"name"')]
+    expected = "private" if private else "public"
+    assert [(c["name"], c["visibility"]) for c in created] == [
+        ("run", expected),
+        ("run-pairs", expected),
+    ]

@@ -78,8 +78,10 @@ class HubMixin(Base):
         Returns:
             The commit, or a future with `blocking=False`; `None` on other processes than the first.
         """
+        if private is not None:  # also for the repository of the pairs
+            self.args.hub_private_repo = private
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            self.init_hf_repo(token=token)
         self._save_complete(Path(str(self.args.output_dir)))
         if not self.is_world_process_zero():
             return None
