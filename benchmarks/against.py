@@ -290,7 +290,7 @@ def report(
         seconds = [t["seconds"] for t in own[1:]]
         medians.append(statistics.median(seconds))
         print(f"  {name:<14} {medians[-1]:7.2f} s (of {len(seconds)}: {min(seconds):.2f}–"
-              f"{max(seconds):.2f}), {100 * flops / rate / medians[-1]:.0f} % of the floor, "
+              f"{max(seconds):.2f}), {100 * flops / rate / medians[-1]:.0f}% of the floor, "
               f"{statistics.median(t['busy'] for t in own[1:]):.1f} s of all cores, "
               f"{own[-1]['faults'] / 1e6:.2f} million page faults, "
               f"{own[-1]['peak']:.2f} GiB peak")  # fmt: skip

@@ -99,7 +99,7 @@ def share(hits: int, n: int) -> str:
     if not n:
         return "–"
     e = proportion(hits, n)
-    return f"{hits}/{n}: {100 * e.value:.0f} % [{100 * e.low:.0f}, {100 * e.high:.0f}]"
+    return f"{hits}/{n}: {100 * e.value:.0f}% [{100 * e.low:.0f}, {100 * e.high:.0f}]"
 
 
 def measured(judge: Judge, pairs: Sequence[Comparison]) -> None:

@@ -47,7 +47,7 @@ def main() -> None:
         peak, spent = map(float, output.rsplit("measured", 1)[1].split())
         need = _estimate(given, **setting)
         print(
-            f"{name:<32}{peak:12.2f}{need:12.2f}{spent:12.1f}   ({100 * (need / peak - 1):+.0f} %)"
+            f"{name:<32}{peak:12.2f}{need:12.2f}{spent:12.1f}   ({100 * (need / peak - 1):+.0f}%)"
         )
 
 

@@ -127,7 +127,7 @@ def main() -> None:
             point = step_seconds(given, encoder, {**BASE, axis: value})
             results[axis].append({"value": value, **point})
             total = sum(point[phase] for phase in PHASES)
-            shares = ", ".join(f"{p} {100 * point[p] / total:.0f} %" for p in PHASES)
+            shares = ", ".join(f"{p} {100 * point[p] / total:.0f}%" for p in PHASES)
             print(f"{axis} {value}: {total:.2f} s, {point['rate']:.1f} tokens/s; {shares}")
         for phase in (*PHASES, "step"):
             seconds = [

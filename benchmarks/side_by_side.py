@@ -283,6 +283,6 @@ def report(
     print(f"  ratio {median[theirs] / median[ours]:.2f}{allowed}")
     print(f"  memory ratio {memory[ours] / memory[theirs]:.2f}")
     if floor is not None:
-        print(f"  floor {floor:.2f} s; {100 * floor / median[ours]:.0f} % of it reached")
+        print(f"  floor {floor:.2f} s; {100 * floor / median[ours]:.0f}% of it reached")
     for note in notes:
         print(f"  {note}")

@@ -45,7 +45,7 @@ def table(summary: dict[str, Any]) -> str:
         [
             f"Seed {summary['seed']}, {summary['seconds']:.0f} s on {machine()}:",
             "",
-            "| on held-out prompts | value | 95 % interval |",
+            "| on held-out prompts | value | 95% interval |",
             "|---|---|---|",
             row(f"judge accuracy ({judge['n']} pairs)", judge["accuracy"]),
             row("judge order agreement", judge["order_agreement"]),

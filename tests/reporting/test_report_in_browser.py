@@ -129,7 +129,7 @@ def test_an_evaluation_is_drawn_beside_its_baselines_and_the_other_judge(
     assert "judged · all against <i>old</i>" in section.inner_text()
     label = section.locator(".baselines").get_attribute("aria-label")
     assert label.startswith(
-        "Accuracy compared with baselines. judged (new): swap-averaged judge 80 %"
+        "Accuracy compared with baselines. judged (new): swap-averaged judge 80%"
     )
 
 

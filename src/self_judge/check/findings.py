@@ -445,5 +445,5 @@ def _share(
 ) -> Iterator[Finding]:
     """Yields a finding if `count / of` is larger than `least`."""
     if of and count > least * of:
-        share = f"{count:,} of {of:,} ({100 * count / of:.0f} %)"
+        share = f"{count:,} of {of:,} ({100 * count / of:.0f}%)"
         yield Finding(level, about, f"{share} {text}")

@@ -73,8 +73,8 @@ def _data(report: Report, console: Console) -> None:
     if report.chosen_longer is not None:
         _line(
             console,
-            f"in {100 * report.chosen_longer:.0f} % of the training pairs, the better response is "
-            "longer (50 % means no length bias)",
+            f"in {100 * report.chosen_longer:.0f}% of the training pairs, the better response is "
+            "longer (50% means no length bias)",
         )
 
 
@@ -89,7 +89,7 @@ def _figures(report: Report, console: Console) -> None:
     if report.counts:
         _line(console, ", ".join(f"{n:,} {what}" for what, n in report.counts.items() if n))
     if report.figures:
-        lengths = ("median", "90 %", "99 %", "longest")
+        lengths = ("median", "90%", "99%", "longest")
         headings = ("tokens", "count", *lengths, "trained", "BOS", "ends")
         rows = [
             (
@@ -141,7 +141,7 @@ def _cost(cost: Cost, console: Console) -> None:
     there = f" (available: {_gib(cost.device_memory)})" if cost.device_memory else ""
     parts = {_PARTS.get(name, name): n for name, n in asdict(memory).items() if n >= 2**20}
     shown = {
-        "parameters": f"{size.parameters:,}, {size.trainable:,} of them trained ({percent} %)",
+        "parameters": f"{size.parameters:,}, {size.trainable:,} of them trained ({percent}%)",
         "steps": f"{cost.steps:,} ({cost.steps_per_epoch:,} per epoch of {cost.examples:,})",
         "per step": ", ".join(f"{n:,} {what}" for what, n in cost.per_step.items()),
         "tokens trained": f"{cost.tokens:,} in total; shared tokens are counted once",

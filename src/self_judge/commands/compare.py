@@ -371,7 +371,7 @@ def _table(results: Mapping[str, Any]) -> NumberTable:
 
     return table(
         f"a: {a}\nb: {b}\njudge: {results['judge']['model']}, {results['prompts']:,} prompts",
-        ("", "value", "95 % interval", "wins / ties / losses"),
+        ("", "value", "95% interval", "wins / ties / losses"),
         [
             (*row("win rate of a", results["win_rate"]), counts(results)),
             row("win rate of a, length-controlled", results["length_controlled_win_rate"]),

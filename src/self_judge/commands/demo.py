@@ -361,7 +361,7 @@ def _table(summary: dict[str, Any]) -> NumberTable:
 
     return table(
         "on held-out prompts",
-        ("", "value", "95 % interval"),
+        ("", "value", "95% interval"),
         [
             (f"judge accuracy ({judge['n']} pairs)", number(judge["accuracy"])),
             ("judge order agreement", number(judge["order_agreement"])),

@@ -125,7 +125,7 @@ def _drawn(
     trained_tokens: float,
     seed: int,
 ) -> list[LabeledPair]:
-    """Draws at most 200 pairs that can be judged twice in 5 % of the run's time.
+    """Draws at most 200 pairs that can be judged twice in 5% of the run's time.
 
     Times are estimated from numbers of tokens, so the pairs do not depend on the machine.
     """

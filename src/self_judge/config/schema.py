@@ -198,7 +198,7 @@ class JSFTArgs:
             plain model. Otherwise, only the adapter is saved.
         max_skipped_steps: stop after this number of consecutive steps without a finite gradient.
         judge_accuracy: whether to measure the judge's accuracy on held-out pairs before and after
-            training, with at most 200 pairs and about 5 % of the run's time.
+            training, with at most 200 pairs and about 5% of the run's time.
     """
 
     max_length: int = 2048

@@ -15,9 +15,9 @@ from typing import Any, Literal
 Level = Literal["red", "amber", "green"]
 LEVELS: tuple[Level, ...] = ("red", "amber", "green")  # from worst to best
 
-# Zheng et al. (2023, arXiv 2306.05685, Table 2): GPT-4 contradicts itself in 35 % of swapped pairs.
+# Zheng et al. (2023, arXiv 2306.05685, Table 2): GPT-4 contradicts itself in 35% of swapped pairs.
 POSITION = 0.35
-FEW = 100  # with 100 pairs, a 95 % interval is about ±10 points wide
+FEW = 100  # with 100 pairs, a 95% interval is about ±10 points wide
 _WEAK = 0.6
 _Z = 1.96
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FILE = "batch_shape.json"
 ASKED = "SELF_JUDGE_TOKENS_PER_PASS"
 # Maps the minimum hidden size to the number of tokens in a pass. On two CPU cores, the matrices of
-# SmolLM2-135M (hidden size 576) keep the cores busy at 512 tokens. Judging is 8 % faster with
+# SmolLM2-135M (hidden size 576) keep the cores busy at 512 tokens. Judging is 8% faster with
 # passes of 1,024 tokens, and 2,048 tokens bring no further gain. Tiny models need 2,048 tokens to
 # keep the cores busy. The numbers for other devices are estimates.
 _ON_CPU = {0: 4096, 256: 1024}
@@ -98,7 +98,7 @@ def _by_width(inner: nn.Module, figures: dict[int, int]) -> int:
 
 
 def measured_tokens_per_pass(inner: nn.Module, measure: Measure | None = None) -> int:
-    """Returns twice the token count at which the matrix products reach 95 % of their peak rate.
+    """Returns twice the token count at which the matrix products reach 95% of their peak rate.
 
     The factor of two covers the fixed cost of a pass. A new measurement may give a different
     number, and therefore different rounding.

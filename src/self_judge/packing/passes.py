@@ -38,7 +38,7 @@ from self_judge.runtime import (
 
 # With a dense mask, attention computes a score for every pair of tokens, at a lower rate than a
 # matrix product. These factors describe the slowdown (benchmarks/RESULTS.md). They were measured on
-# two CPU cores with SmolLM2-135M, and on an H200 in bfloat16, where a factor of 1.0 is within 4 %
+# two CPU cores with SmolLM2-135M, and on an H200 in bfloat16, where a factor of 1.0 is within 4%
 # of the best speed for the shape of a 1B model. A higher factor leads to more and smaller passes.
 _DENSE_ATTENTION = {"cpu": 2.0}
 _DENSE_ATTENTION_ELSEWHERE = 1.0

@@ -68,7 +68,7 @@ def shared_length(a: Ints, b: Ints) -> int:
 
 
 # Two sequences that share at least one twentieth of their tokens are kept in one row. Repeating a
-# shorter prefix increases the number of tokens by less than 5 %.
+# shorter prefix increases the number of tokens by less than 5%.
 _LEAST_SHARED = 20
 
 
@@ -316,7 +316,7 @@ def _filled(
     trees: Sequence[Row], batch_tokens: int, attention_cost: float, *, one: bool
 ) -> list[Row]:
     """Packs trees into rows with the cheapest common length; a single row needs no padding."""
-    # Try increasing row lengths, from the longest tree upward in steps of 10 %. Trees of 4, 2 and 2
+    # Try increasing row lengths, from the longest tree upward in steps of 10%. Trees of 4, 2 and 2
     # tokens fill two rows of 4, without padding and with less attention than in one row of 8.
     lengths = [len(tree) for tree in trees]
     total, longest = sum(lengths), lengths[0]

@@ -61,7 +61,7 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
 def _accuracy_table(results: Mapping[str, Any]) -> NumberTable:
     reports = {**results["subsets"], "all": results["overall"]}
     return table(
-        f"accuracy of {results['judge']['model']}, with 95 % intervals",
+        f"accuracy of {results['judge']['model']}, with 95% intervals",
         ("", "pairs", *_BASELINES.values()),
         (
             (name, f"{report['pairs']:,}", *(interval(report["baselines"][n]) for n in _BASELINES))
@@ -91,7 +91,7 @@ def _bias_table(overall: Mapping[str, Any]) -> NumberTable:
     estimates = ((name, value(overall)) for _, name, value in _BIASES)
     return table(
         "position, length and calibration, all pairs",
-        ("", "value", "95 % interval", "pairs"),
+        ("", "value", "95% interval", "pairs"),
         [
             *((name, number(e["value"]), ends(e), f"{e['n']:,}") for name, e in estimates if e),
             ("undecidable", number(overall["undecidable"]["share"])),

@@ -47,7 +47,7 @@ def print_outcome(folder: Path, stages: Sequence[Stage], console: Console) -> No
                 "win rate against JSFT, length-controlled", compared["length_controlled_win_rate"]
             ),
         ]
-    console.print(table("on held-out data", ("", "value", "95 % interval"), rows))
+    console.print(table("on held-out data", ("", "value", "95% interval"), rows))
     for line in _examples(folder):
         say(console, line)
     conclusions = [("judge", c) for c in judged]

@@ -36,8 +36,8 @@
 
   function number(x, format) {
     if (!known(x)) return "–";
-    if (format === "percent") return `${(100 * x).toFixed(Math.abs(x) < 0.0995 && x !== 0 ? 1 : 0)} %`;
-    if (format === "change") return `${x >= 1 ? "+" : "−"}${Math.abs(100 * (x - 1)).toFixed(0)} %`;
+    if (format === "percent") return `${(100 * x).toFixed(Math.abs(x) < 0.0995 && x !== 0 ? 1 : 0)}%`;
+    if (format === "change") return `${x >= 1 ? "+" : "−"}${Math.abs(100 * (x - 1)).toFixed(0)}%`;
     const size = Math.abs(x);
     if (Number.isInteger(x) && size < 1e7) return x.toLocaleString("en");
     if (size !== 0 && (size < 1e-3 || size >= 1e5)) return x.toExponential(1);
@@ -547,7 +547,7 @@
       ["only the other judge right", (p) => number(p.only_other_right)], ["McNemar’s p", (p) => number(p.mcnemar_p)],
     ];
     const table = (title, things, shown) => things.length > 0 && shown.length > 0 && [el("h3", {}, title), cardTable("judge", things, shown)];
-    section("judge", "Judge", "Results on labeled pairs. On the dotted line, the judge's confidence equals its accuracy; below it, the judge is overconfident. Bars and ranges are 95 % intervals.",
+    section("judge", "Judge", "Results on labeled pairs. On the dotted line, the judge's confidence equals its accuracy; below it, the judge is overconfident. Bars and ranges are 95% intervals.",
       drawn.length > 0 && plot,
       cardTable("judge", data.judges, columns),
       data.benchmarks.map(({ name, rows, unpaired }) => {
@@ -620,7 +620,7 @@
     const columns = [["prompts", (c) => number(c.prompts)], ...RATES.map(([key, label]) => [label, (c) => ranged(of(c, key))]),
       ["wins / ties / losses", (c) => `${c.wins} / ${c.ties} / ${c.losses}`], ["orders agree", (c) => ranged(c.order_agreement)],
       ["characters, a / b", (c) => `${Math.round(c.characters.a.value)} / ${Math.round(c.characters.b.value)}`]];
-    section("policies", "Policies compared", "Both policies answer the same prompts, and the judge decides which answer is better. Left of the dotted line, b wins. Ranges are 95 % intervals; the last row of the chart is the result of always preferring the longer answer.",
+    section("policies", "Policies compared", "Both policies answer the same prompts, and the judge decides which answer is better. Left of the dotted line, b wins. Ranges are 95% intervals; the last row of the chart is the result of always preferring the longer answer.",
       plot, cardTable("a against b", data.comparisons, columns));
   }
 
