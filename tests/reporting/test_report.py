@@ -257,8 +257,10 @@ def comparison_of(folder: Path, responses: str = "It is long.") -> Path:
     with (folder / "pairs.jsonl").open("w") as file:
         for i in range(20):
             p = [0.7, 0.2] if i % 4 else [0.2, 0.7]
-            verdict = {"undecidable_because": None, "probabilities": {"x": [p, p[::-1]]}}
-            line = {"response_a": responses, "response_b": "No." * (i % 5 + 1)}
+            told = {"preferred": "a" if i % 4 else "b", "margin": 0.5, "orders_agree": True}
+            verdict = {**told, "undecidable_because": None, "probabilities": {"x": [p, p[::-1]]}}
+            asked = {"index": i, "prompt": [{"role": "user", "content": f"why {i}?"}]}
+            line = {**asked, "response_a": responses, "response_b": "No." * (i % 5 + 1)}
             file.write(json.dumps({**line, "verdict": verdict, "finished": [True, None]}) + "\n")
     results = {"policies": ["new", "<b>old</b>"], **outcome(folder / "pairs.jsonl")}
     (folder / "results.json").write_text(json.dumps(results))
@@ -273,6 +275,14 @@ def test_policies_that_were_compared_are_shown(
     assert shown["name"] == "new against <b>old</b>"
     assert (shown["wins"], shown["ties"], shown["losses"]) == (15, 0, 5)
     assert shown["win_rate"]["value"] == 0.75
+    first = shown["pairs"][0]
+    assert (first["context"], first["a"], first["preferred"]) == ("why 0?", "It is long.", "b")
+    assert (first["principles"], first["probabilities"]) == (["x"], [[[0.2, 0.7], [0.7, 0.2]]])
+    few = Limits(pairs=3, characters=2)
+    (shorter,) = collect([folder], few).comparisons
+    assert [pair["b"] for pair in shorter["pairs"]] == [
+        f"No … [{n:,} more characters]" for n in (1, 4, 7)
+    ]
     assert cli.main(["report", str(folder)]) == 0
     assert "(1 comparison)" in capsys.readouterr().err
     (folder / "results.json").write_text('{"length_controlled_win_rate": {}}')

@@ -114,6 +114,12 @@ def test_policies_that_were_compared_are_drawn_and_their_names_are_text(
     label = section.locator(".plot").get_attribute("aria-label")
     assert "win rate 75" in label
     assert "15 / 0 / 5" in section.inner_text()
+    assert section.locator("article").count() == 10
+    section.get_by_role("button", name="Show more").click()
+    assert section.locator("article").count() == 20
+    section.locator("select").select_option("b wins")
+    assert "5 of 20 prompts" in section.inner_text()
+    assert "b · preferred" in section.locator("article").first.inner_text()
 
 
 def test_an_evaluation_is_drawn_beside_its_baselines_and_the_other_judge(

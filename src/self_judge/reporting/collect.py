@@ -23,9 +23,10 @@ from self_judge.evaluation.conclusions import (
 )
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
 from self_judge.judging.voting import verdict_from_json
+from self_judge.reporting.compared_pairs import compared_pairs, cut
 from self_judge.storage.atomic import loads
 from self_judge.storage.jsonl import entries_of, read_lines
-from self_judge.storage.run_dir import DATA, METRICS, RESULTS, RUN, SUMMARY, rollout_files
+from self_judge.storage.run_dir import DATA, METRICS, PAIRS, RESULTS, RUN, SUMMARY, rollout_files
 
 Line = dict[str, Any]
 
@@ -65,7 +66,7 @@ class ReportData:
         judges: the quality, bias and reliability of judges on labeled pairs.
         benchmarks: the metrics that benchmarks define for themselves, by subset.
         paired: the differences in accuracy between two judges on the same pairs.
-        comparisons: win rates of one policy against another.
+        comparisons: win rates of one policy against another, with the first judged answers.
         conclusions: the conclusions on each result, with its name under `about`.
         notes: messages about omitted or averaged data.
     """
@@ -276,13 +277,8 @@ def _pair(line: Line, run: int, limits: Limits) -> Line:
     kept = dict(line)
     for name in ("context", "prompt", "chosen", "rejected"):
         if isinstance(kept.get(name), str):
-            kept[name] = _cut(kept[name], limits.characters)
+            kept[name] = cut(kept[name], limits.characters)
     return {"run": run, **kept}
-
-
-def _cut(text: str, most: int) -> str:
-    left = len(text) - most
-    return text if left <= 0 else f"{text[:most]} … [{left:,} more characters]"
 
 
 # -- tournaments and judges ----------------------------------------------------------------------
@@ -314,6 +310,8 @@ def _loose_file(path: Path, file: Path, name: str, data: ReportData, limits: Lim
             return False  # of a training run, which is read from its other files
         elif isinstance(results.get("length_controlled_win_rate"), dict):
             _add_comparison(name, results, data)
+            pairs = compared_pairs(file.with_name(PAIRS), limits.pairs, limits.characters)
+            data.comparisons[-1]["pairs"] = pairs
         elif file == path or isinstance(results.get("overall"), dict):
             _add_evaluation(name, results, data)
         else:
@@ -342,8 +340,8 @@ def _add_brackets(file: Path, data: ReportData, limits: Limits) -> None:
             data.brackets.append(
                 {
                     "source": file.name,
-                    "context": _cut(_context(line), limits.characters),
-                    "responses": [_cut(r, limits.characters) for r in line["responses"]],
+                    "context": cut(_context(line), limits.characters),
+                    "responses": [cut(r, limits.characters) for r in line["responses"]],
                     "winner": line["winner"],
                     "rounds": line["bracket"],
                     "principles": line.get("principles"),

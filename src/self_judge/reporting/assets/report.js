@@ -200,7 +200,10 @@
         return el("span", {}, el("i", { style: byLine ? { borderColor: color(place + j) } : { borderTopStyle: BORDERS[j % 4], borderColor: "var(--muted)" } }), label);
       }) : []));
       plot.setAttribute("aria-label", `${spec.title}. ${said.join("; ") || "nothing shown"}.`);
-      Plotly.react(plot, traces, layout(spec), CONFIG);
+      const drawing = layout(spec);
+      // Otherwise, a few steps get ticks between them, whose rounded labels repeat.
+      if (traces.every(({ x }) => x[x.length - 1] < 8)) drawing.xaxis.dtick = 1;
+      Plotly.react(plot, traces, drawing, CONFIG);
     });
     return figure;
   }
@@ -621,7 +624,49 @@
       ["wins / ties / losses", (c) => `${c.wins} / ${c.ties} / ${c.losses}`], ["orders agree", (c) => ranged(c.order_agreement)],
       ["characters, a / b", (c) => `${Math.round(c.characters.a.value)} / ${Math.round(c.characters.b.value)}`]];
     section("policies", "Policies compared", "Both policies answer the same prompts, and the judge decides which answer is better. Left of the dotted line, b wins. Ranges are 95% intervals; the last row of the chart is the result of always preferring the longer answer.",
-      plot, cardTable("a against b", data.comparisons, columns));
+      plot, cardTable("a against b", data.comparisons, columns), data.comparisons.map(answers));
+  }
+
+  const WINS = {
+    all: ["every prompt", () => true],
+    a: ["a wins", (p) => p.preferred === "a"],
+    b: ["b wins", (p) => p.preferred === "b"],
+    orders: ["orders disagree", (p) => p.orders_agree === false],
+    undecidable: ["undecidable", (p) => !p.preferred],
+  };
+
+  // The answers of both policies, the first prompts first.
+  function answers(comparison) {
+    if (!comparison.pairs.length) return null;
+    const pick = options(el("select", {}), Object.entries(WINS).map(([k, [text]]) => [k, text]));
+    const status = el("p", { class: "muted", role: "status", "aria-live": "polite" });
+    const list = el("div", {});
+    const more = el("button", { type: "button" }, "Show more");
+    const side = (pair, name, at) => el("div", { class: at ? "rejected" : "chosen" },
+      el("p", { class: "label" }, el("b", {}, name), pair.preferred === name && " · preferred", pair.finished[at] === false && " · cut at the limit"), said(pair[name]));
+    const card = (pair) => el("article", { class: "pair" },
+      el("header", {}, el("strong", {}, `prompt ${pair.index + 1}`),
+        pair.preferred ? el("span", {}, `margin ${number(Math.abs(pair.margin))}`) : el("span", { class: "tag bad" }, `undecidable: ${pair.undecidable_because}`),
+        el("span", { class: pair.orders_agree ? "tag" : "tag bad" }, pair.orders_agree ? "orders agree" : "orders disagree")),
+      el("div", { class: "context", tabindex: "0", role: "group", "aria-label": "context" }, el("p", { class: "label" }, "context"), said(pair.context)),
+      el("div", { class: "two" }, side(pair, "a", 0), side(pair, "b", 1)),
+      verdictTable(pair.probabilities, pair.principles, "a", "b"));
+    let found = [];
+    function extend() {
+      const from = list.childElementCount;
+      list.append(...found.slice(from, from + PAGE).map(card));
+      more.hidden = list.childElementCount >= found.length;
+    }
+    function filter() {
+      found = comparison.pairs.filter(WINS[pick.value][1]);
+      status.textContent = `${found.length.toLocaleString("en")} of ${count(comparison.prompts, "prompt")}`;
+      list.replaceChildren();
+      extend();
+    }
+    more.addEventListener("click", extend);
+    pick.addEventListener("change", filter);
+    filter();
+    return [el("h3", {}, `Answers of ${comparison.name}`), el("div", { class: "controls" }, labelled("outcome", pick)), status, list, more];
   }
 
   // -- gold scores of the demo -------------------------------------------------------------------
