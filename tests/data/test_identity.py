@@ -268,13 +268,24 @@ def test_messages_in_a_table_are_messages(tmp_path: Path) -> None:
     assert parts(load_preferences({"path": str(path), "columns": columns})) == LEARNED
 
 
+def test_a_table_with_semicolons_is_read_like_one_with_commas(tmp_path: Path) -> None:
+    rows = [{"prompt": "a, b;\n c?", "chosen": 'ja, "ä"', "rejected": "no"}]
+    for delimiter in ",;":
+        path = tmp_path / "x.csv"
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            table = csv.DictWriter(file, rows[0], delimiter=delimiter)
+            table.writeheader()
+            table.writerows(rows)
+        assert list(read_raw(str(path))) == rows
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a,b\n1,2\n1\n", "x.csv, line 3: expected 2 values, as in the header"),
         ('a,b\n"1\n1",2\n1,2,3\n', "x.csv, line 4: expected 2 values"),
-        ("a,a\n1,2\n", "x.csv, line 1: a column has no name of its own"),
-        ("a,\n1,2\n", "x.csv, line 1: a column has no name of its own"),
+        ("a,b,a\n1,2,3\n", "x.csv, line 1: two columns are named 'a'; rename one"),
+        ("a,\n1,2\n", "x.csv, line 1: a column has no name: name or remove it"),
         ('a,b\n1,2\n"1"x,2\n', "x.csv, line 3: not a valid table"),
         ('a,b\n1,"2\n', "x.csv, line 2: not a valid table (unexpected end of data)"),
         ("a,b\n", "x.csv: the file has no records"),

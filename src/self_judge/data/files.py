@@ -12,6 +12,7 @@ import lzma
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from csv import DictReader, field_size_limit
@@ -141,7 +142,7 @@ def read_numbered(file: Path) -> Iterator[tuple[int | None, Record]]:
     if read is None:
         raise DataError(
             f"{file}: unknown file type; supported types are {_TYPES} and folders written by "
-            "save_to_disk: convert or decompress the file"
+            "save_to_disk: convert or decompress the file, or save a spreadsheet as CSV"
         )
     _refuse_pointer(file)
     numbered: Iterator[tuple[int | None, Record]] = (
@@ -173,8 +174,8 @@ def _named_errors(file: Path) -> Iterator[None]:
         raise DataError(f"{file}: the {_kind(file)} file is truncated; download it again") from None
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{file}: not UTF-8 text ({error.reason}, byte {error.start}); convert it with iconv, "
-            "or decompress it"
+            f"{file}: not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8, for "
+            "example with iconv -f WINDOWS-1252 -t UTF-8, or decompress it"
         ) from None
     except (OSError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk, not the content
@@ -241,15 +242,23 @@ def _read_parquet(file: Path) -> Iterator[Record]:
 
 
 def _read_table(file: Path, delimiter: str) -> Iterator[Record]:
-    """Reads a CSV or TSV file with a header. All values are text."""
+    """Reads a CSV or TSV file with a header. All values are text.
+
+    Spreadsheets write CSV with semicolons in many countries, which the header shows.
+    """
     field_size_limit(2**31 - 1)  # the default limit of 128 KiB is too small for some dialogues
     with _open_text(file, newline="") as text:
+        names = text.readline()
+        text.seek(0)
+        delimiter = ";" if delimiter == "," not in names and ";" in names else delimiter
         rows = DictReader(text, delimiter=delimiter, strict=True)
         line = 1
         try:
             header = list(rows.fieldnames or ())
-            if len({*header, ""}) <= len(header):
-                raise DataError(f"{file}, line 1: a column has no name of its own: {header}")
+            if twice := [name for name, n in Counter(header).items() if n > 1 or not name]:
+                problem = f"two columns are named {twice[0]!r}; rename one"
+                problem = problem if twice[0] else "a column has no name: name or remove it"
+                raise DataError(f"{file}, line 1: {problem}")
             line = rows.line_num + 1
             for row in rows:
                 if None in row or None in row.values():

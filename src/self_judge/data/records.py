@@ -42,13 +42,17 @@ def parse_columns(given: Sequence[str]) -> dict[str, str]:
     """Parses `name=column` arguments of a command line; see `map_columns`.
 
     Raises:
-        DataError: an argument has no `=`, or a name is given twice.
+        DataError: an argument is not `name=column`, or a name is given twice.
     """
     columns: dict[str, str] = {}
     for argument in given:
         name, equals, column = argument.partition("=")
         if not (name and equals and column):
             raise DataError(f"columns: expected name=column, got {argument!r:.80}")
+        if column in COLUMNS and name not in (*COLUMNS, *LABELS):
+            raise DataError(f"columns: {argument} is the wrong way round: write {column}={name}")
+        if any(f",{other}=" in column for other in COLUMNS):
+            raise DataError(f"columns: separate the columns with spaces: {argument!r:.80}")
         if name in columns:
             raise DataError(f"columns: {name!r} is given twice")
         columns[name] = column

@@ -281,8 +281,8 @@ def kind_of(record: Mapping[str, Any], label: str) -> Literal["hh", "ultrafeedba
         return "preference"
     raise DataError(
         f"{label}: cannot detect the kind of data from the columns {sorted(map(str, record))}; "
-        "expected chosen and rejected (HH dialogues, or TRL preference data with or without "
-        "prompt), or instruction and completions (UltraFeedback); map other names, as in columns: "
+        "expected chosen and rejected (HH or TRL preference data), or instruction and completions "
+        "(UltraFeedback); map other names: --columns prompt=question, in a run file columns: "
         "{prompt: question}"
     )
 
