@@ -14,12 +14,20 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from self_judge.config.arguments import OVERRIDES, Parser, command_parser
 from self_judge.config.yaml import find_file
 from self_judge.console import masked, neutral
-from self_judge.errors import ConfigError, check_data, check_file, check_model, is_data_name
+from self_judge.errors import (
+    ConfigError,
+    ModelError,
+    check_data,
+    check_file,
+    check_model,
+    is_data_name,
+)
 
 if TYPE_CHECKING:
     from self_judge.commands.init import InitJob
@@ -104,7 +112,10 @@ def _print_completion(arguments: argparse.Namespace) -> None:
 
 
 def _check_inputs(arguments: argparse.Namespace) -> None:
-    """Finds missing inputs of the commands that load models, before the slow import of torch."""
+    """Finds mistakes in the inputs of the commands that load models.
+
+    Importing torch is slow, so this comes first.
+    """
     given = vars(arguments)
     for name, value in given.items():
         values = value if isinstance(value, list) else [value]
@@ -122,6 +133,34 @@ def _check_inputs(arguments: argparse.Namespace) -> None:
     for check, paths in ((check_file, files), (check_data, data), (check_model, models)):
         for path in filter(None, paths):
             check(path)
+    if given.get("columns"):
+        _columns(arguments)
+    if arguments.command in ("init", "align"):
+        _check_first_record(arguments)
+    for name in ("model", "policy", "judge", "compare", "policy_a", "policy_b"):
+        model = given.get(name)
+        if model and model in models and not given.get("servers"):
+            own = name in ("model", "judge", "compare")
+            _check_name(model, given.get("revision") if own else None)
+
+
+def _check_name(model: str, revision: str | None) -> None:
+    """Finds a model that is neither a folder nor in the Hub's cache, without a connection."""
+    if not os.path.exists(model):
+        from self_judge.storage.repository import not_on_hub
+
+        if problem := not_on_hub(model, revision):
+            raise ModelError(f"{model} {problem}")
+
+
+def _check_first_record(arguments: argparse.Namespace) -> None:
+    """Finds data that cannot be read, and columns that it does not have, for new run files."""
+    from self_judge.commands.align.stages import FILES
+    from self_judge.data.files import read_raw
+
+    begun = any((Path(arguments.folder) / name).exists() for name in FILES)
+    if os.path.exists(arguments.data) and not begun:
+        next(read_raw(arguments.data, columns=_columns(arguments)))
 
 
 def _check_run(run: JSFTRun | SelfJudgeRun) -> None:
@@ -131,11 +170,10 @@ def _check_run(run: JSFTRun | SelfJudgeRun) -> None:
     check_model(run.model.model_name_or_path, "" if isinstance(run, JSFTRun) else JSFT_FIRST)
     for source in (*run.dataset.sources, *run.dataset.eval):
         check_data(source.path)
+    _check_name(run.model.model_name_or_path, run.model.revision)
 
 
 def _init_job(arguments: argparse.Namespace) -> InitJob:
-    from pathlib import Path
-
     from self_judge.commands.init import InitJob
 
     ask = not arguments.yes and sys.stdin.isatty() and sys.stderr.isatty()
@@ -144,6 +182,10 @@ def _init_job(arguments: argparse.Namespace) -> InitJob:
 
 
 def _init(arguments: argparse.Namespace) -> None:
+    from self_judge.commands.align.stages import refuse_existing
+
+    refuse_existing(Path(arguments.folder))  # before the slow import of torch
+
     from self_judge.commands.init import print_next, run_init
 
     job = _init_job(arguments)

@@ -218,3 +218,20 @@ def test_a_run_whose_prompts_are_all_held_out_names_held_out(
     line = capsys.readouterr().err.splitlines()[-1]
     assert "all 3 usable records are held out (held_out 0.999999)" in line
     assert "set held_out to 0" in line
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ("the_question=prompt", "the_question=prompt is the wrong way round: write prompt=the_qu"),
+        ("prompt=q,chosen=c,rejected=r", "separate the columns with spaces: 'prompt=q,chosen=c"),
+    ],
+)
+def test_columns_that_are_written_in_another_way_are_told_the_right_one(
+    columns: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "in.jsonl", *rows())
+    model = ["--model", "no/model", "--columns", columns]
+    assert main(["judge", source, str(tmp_path / "out.jsonl"), *model]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"self-judge: error: columns: {told}")

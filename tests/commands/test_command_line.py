@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,20 @@ def test_a_misspelled_word_is_told_the_right_one(
     assert told in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("option", ["--columns chosen=a prompt=b", "--principles a b"])
+def test_overrides_may_follow_an_option_with_several_values(option: str) -> None:
+    words = f"align --model m --data d --output o {option}"
+    plain = command_parser().parse(words.split())
+    more = ["training_args.max_steps=1", "peft_config=null"]
+    for parsed in (
+        command_parser().parse([*words.split(), *more]),
+        command_parser().parse([*words.split(), *more[:1], "--yes", *more[1:]]),
+    ):
+        assert parsed.columns == plain.columns
+        assert parsed.principles == plain.principles
+        assert sorted(parsed.overrides) == sorted(more)
+
+
 @pytest.mark.parametrize("words", ["--debug jsft nope.yaml", "jsft nope.yaml --debug"])
 def test_debug_is_understood_before_and_after_the_command(words: str) -> None:
     with pytest.raises(ValueError, match="no such file"):
@@ -62,8 +77,12 @@ def test_the_help_of_training_shows_commands_that_are_understood(
         assert command_parser().parse(words).command == words[0]
 
 
-def test_missing_inputs_are_found_before_torch_is_imported(tmp_path: Path) -> None:
+def test_mistakes_in_inputs_are_found_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("{}")
+    (tmp_path / "my.csv").write_text("question,good,bad\na,b,c\n")
+    (tmp_path / "twice.csv").write_text("a,a\n1,2\n")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "jsft.yaml").write_text("mine")
     told = {
         "judge nope.jsonl o --model m": "nope.jsonl: no such file",
         "judge . o --model m": ".: is not a regular file",
@@ -74,6 +93,12 @@ def test_missing_inputs_are_found_before_torch_is_imported(tmp_path: Path) -> No
         "eval no.jsonl --model m --output o": "no.jsonl: no such file or folder (working folder",
         "compare a.jsonl m --judge m --output o": "a.jsonl: no such file or folder",
         "jsft nope.yaml": "nope.yaml: no such file",
+        "judge in.jsonl o --model no/such": "no/such is not a folder here, and not in the Hub's",
+        "compare in.jsonl no/such --judge m --output o": "m is not a folder here, and not in the",
+        f"jsft {RUN} model.model_name_or_path=no/such": "no/such is not a folder here, and not",
+        "init new --model . --data twice.csv": "twice.csv, line 1: two columns are named 'a'",
+        "init new --model . --data my.csv --columns prompt=q": "my.csv, record 0, field 'q': is mi",
+        "init old --model . --data my.csv": "old/jsft.yaml exists: choose another folder",
         f"jsft {RUN} model.model_name_or_path=./m": "./m: there is no such folder",
         f"check {RUN} dataset.sources.0.path=a.jsonl": "a.jsonl: no such file or folder",
     }
@@ -85,6 +110,7 @@ def test_missing_inputs_are_found_before_torch_is_imported(tmp_path: Path) -> No
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(list(told))],
         capture_output=True, text=True, check=True, cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.stdout == "{2} False\n"
     for line, expected in zip(done.stderr.splitlines(), told.values(), strict=True):
@@ -142,6 +168,6 @@ def test_without_a_connection_a_name_is_looked_up_once_and_refused_in_one_line(
         repository._connection_problem.cache_clear()
     assert len(asked) == 1
     assert capfd.readouterr().err == (
-        "self-judge: error: cannot load a tokenizer from no/such: it is not a folder here, and not "
-        "in the Hub's cache: the Hub cannot be reached (Name or service not known)\n"
+        "self-judge: error: no/such is not a folder here, and not in the Hub's cache: the Hub "
+        "cannot be reached (Name or service not known)\n"
     )

@@ -99,5 +99,5 @@ def test_responses_to_other_or_fewer_prompts_are_refused(
     for option in ("--sampling-batch-size", "--max-prompts", "--batch-size", "--max-length"):
         assert main(["compare", str(a), str(a), *judge, option, "0"]) == 2
         assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
-    assert main(["compare", "m", "m", *judge]) == 2
+    assert main(["compare", str(saved_judge), str(saved_judge), *judge]) == 2
     assert "--prompts FILE" in capsys.readouterr().err

@@ -33,6 +33,7 @@ from self_judge.commands.align.stages import (
     SELF_JUDGE,
     TEMPLATES,
     absolute,
+    refuse_existing,
     stages,
 )
 from self_judge.config.hardware import fit_to_machine
@@ -97,11 +98,7 @@ def run_init(job: InitJob, console: Console | None = None) -> None:
     for name in (str(job.folder.resolve()), job.model, job.data, *job.columns.values()):
         if "${" in name:
             raise ConfigError(f"{name}: '${{' begins a reference in run files: rename it")
-    if job.folder.exists() and not job.folder.is_dir():
-        raise ConfigError(f"{job.folder}: is not a folder: choose another one")
-    for name in FILES:
-        if (job.folder / name).exists():
-            raise ConfigError(f"{job.folder / name} exists: choose another folder, or remove it")
+    refuse_existing(job.folder)
     catalog = _catalog()
     principles = tuple(job.principles) or _DEFAULT
     unknown = [name for name in principles if name not in catalog]

@@ -19,6 +19,11 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 PACKING = ("auto", "tree", "cache", "padding", "off")  # must equal PackingChoice
 CONFIG = "the run's YAML file, or the name of a shipped file, such as hh_jsft"
 OVERRIDES = "override any value in the run file: key.path=value"
+# The sections of run files.
+_SECTIONS = (
+    *("model", "dataset", "templates", "peft_config"),
+    *("jsft_args", "self_judge_args", "training_args"),
+)
 
 
 _EXAMPLES = """\
@@ -42,8 +47,9 @@ class Parser(argparse.ArgumentParser):
         ):
             message = f"unrecognized arguments: {' '.join(rest)}"
             self.error(f"{message}{_meant(rest, arguments.parser.format_help())}")
-        if rest:
+        if "overrides" in arguments:
             arguments.overrides += rest
+            _move_overrides(arguments)
         return arguments
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
@@ -58,6 +64,21 @@ class Parser(argparse.ArgumentParser):
         elif "required" in message:
             message += _meant(self._given, self.format_help())
         super().error(neutral(message))
+
+
+def _move_overrides(arguments: argparse.Namespace) -> None:
+    """Moves overrides that follow an option with several values to the overrides."""
+    for name in ("columns", "principles"):
+        given = getattr(arguments, name, ())
+        moved = [value for value in given if _is_override(value)]
+        if moved:
+            setattr(arguments, name, [value for value in given if value not in moved])
+            arguments.overrides += moved
+
+
+def _is_override(value: str) -> bool:
+    key, equals, _ = value.partition("=")
+    return bool(equals) and key.partition(".")[0] in _SECTIONS
 
 
 def _meant(arguments: Iterable[str], text: str) -> str:

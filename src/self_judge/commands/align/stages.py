@@ -133,6 +133,15 @@ def stages(folder: Path, overrides: Sequence[str] = ()) -> list[Stage]:
     ]
 
 
+def refuse_existing(folder: Path) -> None:
+    """Raises `ConfigError` if `init` cannot write to a folder, or would overwrite a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is not a folder: choose another one")
+    for name in FILES:
+        if (folder / name).exists():
+            raise ConfigError(f"{folder / name} exists: choose another folder, or remove it")
+
+
 def absolute(name: str) -> str:
     """Returns the absolute path of a model or of data, or the name if there is no such path."""
     return str(Path(name).resolve()) if Path(name).exists() else name
