@@ -6,6 +6,7 @@ import csv
 import json
 import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,11 +55,29 @@ def test_the_printed_commands_run_as_they_are(
         "compare": ("--max-new-tokens", "4"),
         "tournament": ("--max-new-tokens", "4", "--n", "2"),
     }
-    for words in commands[1:]:
+    for words, following in pairwise([*commands[1:], []]):
         assert main([*words[1:], *more.get(words[1], ())]) == 0, capsys.readouterr().err
+        if words[1] in ("jsft", "train"):
+            assert capsys.readouterr().err.endswith(f"next: {shlex.join(following)}\n")
     held_out = list(read_lines(Path("my/held_out.jsonl")))
     assert len(list(read_lines(Path("my/best.jsonl")))) == len(held_out) > 0
     assert Path("my/report.html").is_file()
+
+
+@pytest.mark.parametrize(("rows", "told"), [(60, True), (400, False)])
+def test_few_held_out_records_and_lengths_that_tell_the_label_are_named(
+    rows: int, told: bool, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "mine.jsonl"
+    with data.open("w") as file:
+        for i in range(rows):
+            rejected = "no" if told or i % 2 else "no, it is not"
+            line = {"prompt": f"why {i}?", "chosen": "it is so", "rejected": rejected}
+            file.write(json.dumps(line) + "\n")
+    assert start(tmp_path / "my", base, data) == 0
+    said = capsys.readouterr().err
+    assert ("held out, too few for reliable figures (use more data)" in said) == told
+    assert ("the judge may learn length alone (balance the lengths)" in said) == told
 
 
 def test_held_out_prompts_are_those_that_training_holds_out(base: Path, tmp_path: Path) -> None:

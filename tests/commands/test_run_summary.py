@@ -55,7 +55,7 @@ def test_jsft_ends_with_the_judge_before_and_after_and_the_next_command(
     assert summary["conclusions"][0]["level"] == "red"  # three steps teach nothing
     for conclusion in summary["conclusions"]:
         assert conclusion["text"] in said
-    assert f"next: self-judge train CONFIG, with model.model_name_or_path: {output}" in said
+    assert f"next: self-judge train CONFIG model.model_name_or_path={output}\n" in said
     assert summary["tokens_per_second"] > 0
     card = (output / "README.md").read_text()
     assert f"before training: {before['accuracy']['value']:.1%} (95% interval" in card
@@ -105,7 +105,7 @@ def test_self_training_measures_its_judge_on_request(
     ("override", "reason"),
     [
         ("dataset.held_out=0", "nothing is held out: set dataset.held_out or dataset.eval"),
-        ("dataset.max_eval_records=2", "it needs 3 held-out pairs"),
+        ("dataset.max_eval_records=2", "it needs 3 held-out pairs, and there are 2: raise dataset"),
     ],
 )
 def test_a_run_says_why_the_judge_is_not_measured(

@@ -58,6 +58,7 @@ _DEFAULT = ("overall",)
 _SAMPLED = 100  # the number of records that are encoded to measure lengths
 _LENGTHS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16_384, 32_768)
 _LEFT_OUT = ("skipped ", "removed ", "unused ")  # counts of what is not in the records
+_FEW = 20  # held-out records
 _FITS = 0.85  # of the device's memory
 # Usual names of columns, for data without the names of TRL.
 _GUESSES = {
@@ -197,12 +198,14 @@ class _Data:
     @property
     def described(self) -> str:
         longer = sum(len(p.chosen) > len(p.rejected) for p in self.pairs) / len(self.pairs)
+        few = ", too few for reliable figures (use more data)" if len(self.held_out) < _FEW else ""
+        alone = ", so the judge may learn length alone (balance the lengths)"
         mapped = ", ".join(f"{name} from {column!r}" for name, column in self.columns.items())
         return (
             f"data: {self.path}, {len(self.records):,} records with {len(self.pairs):,} pairs"
             + (f" ({mapped})" if mapped else "")
-            + f"; {len(self.held_out):,} records are held out; the better response is longer in "
-            f"{longer:.0%} of the pairs"
+            + f"; {len(self.held_out):,} records are held out{few}; the better response is longer "
+            f"in {longer:.0%} of the pairs{alone if not 0.2 < longer < 0.8 else ''}"
         )
 
 

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from self_judge.console import masked, print_conclusions
 from self_judge.console import say as print_line
 from self_judge.data.sources import PreferenceData
-from self_judge.datatypes import Comparison, PreferenceRecord, stable_seed
+from self_judge.datatypes import Comparison, stable_seed
 from self_judge.evaluation.conclusions import as_json, judge_gain
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
 from self_judge.evaluation.statistics import labeled_comparisons
@@ -105,20 +105,21 @@ def judge_accuracy(
     elif held_out is None:
         reason = "nothing is held out: set dataset.held_out or dataset.eval"
     else:
-        records = held_out.records
-        pairs = _drawn(records, encoder, templates, max_length, trained_tokens, args.seed)
+        every = labeled_comparisons(held_out.records)
+        usable = [(pair, label) for pair, label in every if label is None or label in templates]
+        pairs = _drawn(usable, encoder, templates, max_length, trained_tokens, args.seed)
         if len(pairs) >= MIN_PAIRS:
             return JudgeAccuracy(encoder, templates, letters, pairs, max_length)
-        reason = (
-            f"it needs {MIN_PAIRS} held-out pairs, and only {len(pairs)} can be judged in "
-            f"{SHARE:.0%} of the run's time"
-        )
+        there = f"there are {len(usable)}: raise dataset.held_out, or evaluate other pairs"
+        if len(usable) >= MIN_PAIRS:
+            there = f"only {len(pairs)} can be judged in {SHARE:.0%} of the run's time: evaluate"
+        reason = f"it needs {MIN_PAIRS} held-out pairs, and {there} with self-judge eval"
     say(f"judge accuracy is not measured: {reason}")
     return None
 
 
 def _drawn(
-    records: Sequence[PreferenceRecord],
+    usable: Sequence[LabeledPair],
     encoder: ChatEncoder,
     templates: JudgeTemplates,
     max_length: int | None,
@@ -129,8 +130,7 @@ def _drawn(
 
     Times are estimated from numbers of tokens, so the pairs do not depend on the machine.
     """
-    every = labeled_comparisons(records)
-    pairs = [(pair, label) for pair, label in every if label is None or label in templates]
+    pairs = list(usable)
     random.Random(stable_seed(seed, "judge accuracy")).shuffle(pairs)
     left = SHARE * _PASSES_PER_STEP * trained_tokens
     drawn: list[LabeledPair] = []

@@ -232,7 +232,7 @@ def _summarize(target: Path, rate: float, console: Console) -> None:
         by_lot += sum(match["by_lot"] for matches in line.get("bracket", ()) for match in matches)
     say(
         console,
-        f"{target}: {lines:,} tournaments with {responses:,} responses"
+        f"{target}: {lines:,} tournament{'s' if lines > 1 else ''} with {responses:,} responses"
         + (f", {rate:.2f} per second" if rate == rate else "")
         + f"; the winner is longer than the mean response in {longer / lines:.0%}"
         + (f"; {by_lot:,} matches were undecidable and drawn by lot" if by_lot else "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from self_judge.adapters import FILES, check_mergeable
+from self_judge.commands.align.stages import next_words
 from self_judge.commands.run_summary import RunSummary, judge_accuracy
 from self_judge.config.hardware import Run, fit_to_machine, threads_for
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
@@ -122,8 +124,8 @@ def _run_jsft(run: JSFTRun, say: Say, console: Console | None) -> Path:
         accuracy = judge_accuracy(*judged, held_out, args, run.jsft_args.max_length, tokens, say)
     summary = RunSummary(output, _console(console), accuracy)
     _train(trainer, run, args, say, LiveProgress("JSFT", _console(console)), summary)
-    following = f"self-judge train CONFIG, with model.model_name_or_path: {output}"
-    _summarize(trainer, summary, following)
+    words = ["train", "CONFIG", f"model.model_name_or_path={output}"]
+    _summarize(trainer, summary, words)
     save_jsft(trainer, encoder, templates, merge=run.jsft_args.merge_adapter)
     say(f"JSFT model and judge.json: {output}")
     if trainer.accelerator.is_main_process:
@@ -263,8 +265,8 @@ def _run_self_judge(run: SelfJudgeRun, say: Say, console: Console | None) -> Pat
     summary = RunSummary(output, _console(console), accuracy)
     _train(trainer, run, args, say, LiveProgress("self-training", _console(console)), summary)
     model = run.model.model_name_or_path
-    following = f"self-judge compare {output} {model} --judge {model} --prompts PROMPTS"
-    _summarize(trainer, summary, f"{following} --output DIR")
+    words = ["compare", str(output), model, "--judge", model, "--prompts", "PROMPTS"]
+    _summarize(trainer, summary, [*words, "--output", "DIR"])
     trainer.save_model(str(output))
     say(f"policy: {output}")
     if trainer.accelerator.is_main_process:
@@ -288,10 +290,11 @@ def _examples(trainer: JSFTTrainer | SelfJudgeTrainer) -> float:
 
 
 def _summarize(
-    trainer: JSFTTrainer | SelfJudgeTrainer, summary: RunSummary, next_command: str
+    trainer: JSFTTrainer | SelfJudgeTrainer, summary: RunSummary, following: list[str]
 ) -> None:
     if trainer.accelerator.is_main_process:
-        summary.write(trainer.accelerator.unwrap_model(trainer.model), next_command)
+        command = shlex.join(["self-judge", *(next_words(summary.folder) or following)])
+        summary.write(trainer.accelerator.unwrap_model(trainer.model), command)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from self_judge.config.schema import JSFTRun, SelfJudgeRun, load_run
@@ -131,6 +133,18 @@ def stages(folder: Path, overrides: Sequence[str] = ()) -> list[Stage]:
             results,
         ),
     ]
+
+
+def next_words(output: Path) -> list[str] | None:
+    """Returns the command that follows the training of a model in a folder of `init`, if it is."""
+    folder = output.parent
+    if not all((folder / name).is_file() for name in FILES):
+        return None
+    with suppress(ConfigError):
+        for stage, following in pairwise(stages(folder)):
+            if stage.output.resolve() == output.resolve():
+                return following.words
+    return None
 
 
 def refuse_existing(folder: Path) -> None:
