@@ -506,3 +506,22 @@ def test_a_tokenizer_that_cannot_end_an_answer_is_refused(model: Any) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"there is no stop token.*eos_token"):
         sampler(model, ChatEncoder(tokenizer))
+
+
+# -- the model's context ---------------------------------------------------------------------------
+
+
+def test_sampling_beyond_the_models_context_is_told_once(
+    model: Any, encoder: ChatEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = model.config.max_position_embeddings = 32
+    within = sampler(model, encoder, max_new_tokens=context - 8)
+    within.sample(PROMPTS)
+    assert not caplog.messages
+    beyond = sampler(model, encoder, max_new_tokens=context - 7)
+    for _ in range(2):
+        beyond.sample(PROMPTS)
+    assert caplog.messages == [
+        "a prompt of 8 tokens and max_new_tokens 25 exceed the model's context of 32 tokens: lower "
+        "max_new_tokens, or leave out long prompts"
+    ]

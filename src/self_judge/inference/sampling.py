@@ -6,6 +6,7 @@ contain the tokens exactly as sampled. This module does not interpret prompts or
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -34,6 +35,8 @@ from self_judge.runtime import (
     to_device,
     without_cudnn_attention,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Sampler(Protocol):
@@ -146,6 +149,7 @@ class TransformersSampler:
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
         self.max_over_ranks = max_over_ranks
+        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         keep_freed_memory(device_of(model))
 
     @torch.no_grad()
@@ -174,6 +178,7 @@ class TransformersSampler:
             ValueError: `n` is below 1, a prompt is empty, or the number of seeds is wrong.
         """
         drawn_from = rows_to_sample(prompts, n, seeds)
+        self._check_context(max(map(len, prompts), default=0))
         responses: list[list[Response]] = [[] for _ in prompts]
         bar = tqdm(total=n * len(prompts), desc="sampling", unit="resp", disable=not progress)
         with in_evaluation_mode(self.model), without_cudnn_attention(), bar:
@@ -215,6 +220,18 @@ class TransformersSampler:
                 bar.update(count)
                 number += 1
         return responses
+
+    def _check_context(self, longest: int) -> None:
+        """Logs once if a response may become longer than the model's context allows."""
+        if self._context is not None and longest + self.settings.max_new_tokens > self._context:
+            logger.warning(
+                "a prompt of %d tokens and max_new_tokens %d exceed the model's context of %d "
+                "tokens: lower max_new_tokens, or leave out long prompts",
+                longest,
+                self.settings.max_new_tokens,
+                self._context,
+            )
+            self._context = None
 
     def _batches(self, lengths: Sequence[int], n: int) -> list[list[tuple[int, range]]]:
         """Returns batches of (prompt index, sample range) within the limits, longest first."""
