@@ -82,7 +82,7 @@ def _position(report: Mapping[str, Any]) -> Iterator[Conclusion]:
         "position",
         f"position decides {_percent(share)} of the pairs: both orders prefer the response at the "
         "same position. "
-        + ("Do not use this judge without more JSFT" if most else "Compare more training pairs"),
+        + ("Do not use this judge without more JSFT" if most else "Train the judge on more pairs"),
     )
 
 
@@ -122,13 +122,17 @@ def _accuracy(report: Mapping[str, Any]) -> Iterator[Conclusion]:
         )
     elif longer and longer["value"] > high:
         yield Conclusion(
-            "red", "length", f"{shown} is below choosing the longer response, {longer['value']:.3f}"
+            "red",
+            "length",
+            f"{shown} is below choosing the longer response, {longer['value']:.3f}: train the "
+            "judge on more pairs with a shorter better response",
         )
     elif longer and longer["value"] >= low:
         yield Conclusion(
             "amber",
             "length",
-            f"{shown} is not above choosing the longer response, {longer['value']:.3f}",
+            f"{shown} is not above choosing the longer response, {longer['value']:.3f}: evaluate "
+            "more pairs with a shorter better response",
         )
     else:
         beside = f" and above choosing the longer response, {longer['value']:.3f}" if longer else ""
@@ -218,7 +222,13 @@ def comparison_conclusions(results: Mapping[str, Any]) -> list[Conclusion]:
     elif high < 0.5:
         found.append(Conclusion("red", "win rate", f"{shown}: the judge prefers b"))
     else:
-        found.append(Conclusion("amber", "win rate", f"{shown}: no difference is shown"))
+        found.append(
+            Conclusion(
+                "amber",
+                "win rate",
+                f"{shown}: no difference is shown. Compare more prompts, or train longer",
+            )
+        )
     agreement = results["order_agreement"]
     if agreement["value"] < 1 - POSITION:
         found.append(
@@ -264,7 +274,7 @@ def training_conclusions(series: Series, prompts: int | None = None) -> list[Con
             Conclusion(
                 "amber",
                 "few prompts",
-                f"{prompts:,} training prompts: the policy may memorize them",
+                f"{prompts:,} training prompts: the policy may memorize them. Use more",
             )
         )
     return found
