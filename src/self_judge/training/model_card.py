@@ -161,10 +161,11 @@ def _share(accuracy: Mapping[str, Any]) -> str:
 
 
 def judge_results(model: Path) -> list[Mapping[str, Any]]:
-    """Returns the evaluations of a judge that lie in its folder, and are newer than its weights."""
+    """Returns the evaluations in or beside a judge's folder that are newer than its weights."""
     weights = [path.stat().st_mtime for path in model.glob("*.safetensors")]
     found = []
-    for path in sorted({*model.glob(RESULTS), *model.glob(f"*/{RESULTS}")}):
+    beside = model.resolve().parent.glob(f"*/{RESULTS}")  # as in a folder of `init`
+    for path in sorted({*model.glob(RESULTS), *model.glob(f"*/{RESULTS}"), *beside}):
         try:
             results = loads(path.read_bytes())
             own = results["kind"] == "judge evaluation" and results["overall"]["accuracy"]
