@@ -252,6 +252,13 @@ def test_keys_of_a_section(section: str, line: str, capsys: pytest.CaptureFixtur
     assert max(map(len, said)) <= 80
 
 
+def test_keys_finds_a_key_by_its_last_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "max_length"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    keys = [line.partition(" ")[0] for line in said if not line.startswith(" ")]
+    assert keys == ["jsft_args.max_length", "self_judge_args.max_length"]
+
+
 @pytest.mark.parametrize(
     ("section", "meant"),
     [("trainin_args", "training_args"), ("jsft_args.max_lenght", "jsft_args.max_length")],

@@ -186,7 +186,8 @@ class _Data:
             self.records = self._load()
         self.pairs = [pair for record in self.records for pair in record.pairs]
         if not self.pairs:
-            raise DataError(f"{job.data}: there are no pairs to train a judge on")
+            why = "".join(f"; {what}: {count:,}" for what, count in self.left_out.items())
+            raise DataError(f"{job.data}: there are no pairs to train a judge on{why}")
         self.held_out = [r for r in self.records if is_held_out(first_question(r), HELD_OUT)]
 
     def _load(self) -> list[PreferenceRecord]:

@@ -185,7 +185,7 @@ def _add_keys(commands: Commands) -> None:
     """Adds the commands that describe run files."""
     keys = commands.add_parser("keys", help="list the keys of run files with their defaults")
     keys.add_argument("section", nargs="?", default="", metavar="SECTION",
-        help="a section, such as jsft_args or training_args, or the start of a key")
+        help="a section, such as jsft_args or training_args, the start of a key, or its last name")
     commands.add_parser("schema", help="print a JSON schema of run files, for editors")
 
 

@@ -88,10 +88,10 @@ def library_keys(section: str) -> list[Key]:
 
 
 def described(section: str = "") -> str:
-    """Describes the keys whose paths start with `section`, in lines of at most 80 columns.
+    """Describes the keys whose paths start or end with `section`, in lines of at most 80 columns.
 
     Raises:
-        ConfigError: no key starts with it.
+        ConfigError: there is no such key.
     """
     keys = run_keys()
     top = section.partition(".")[0]
@@ -99,7 +99,7 @@ def described(section: str = "") -> str:
         keys = library_keys(top)
     chosen = [k for k in keys if f"{k.path}.".startswith(f"{section}.") or not section]
     if not chosen:
-        chosen = [k for k in keys if k.path.startswith(section)]
+        chosen = [k for k in keys if k.path.startswith(section) or k.path.endswith(f".{section}")]
     if not chosen:
         sections = list(dict.fromkeys(k.path.partition(".")[0] for k in run_keys()))
         paths = [k.path for k in keys] if "." in section else [*sections, *_LIBRARIES]
