@@ -193,7 +193,7 @@ def test_several_splits_are_subsets(tmp_path: Path) -> None:
     [
         (
             {"input": "q", "output_1": "x", "output_2": "y", "label": 3},
-            "record 0, field 'label': expected 1 or 2, got 3",
+            "line 1, field 'label': expected 1 or 2, got 3",
         ),
         ({"a": 1}, "cannot detect the kind of data from the columns .* LLMBar"),
         ({"input": "q", "targets": {"choices": ["x"], "labels": [1]}}, "one 0 and one 1"),
@@ -228,7 +228,7 @@ def test_several_splits_are_subsets(tmp_path: Path) -> None:
         ),
         (
             {"question": "q", "response_A": "x", "response_B": "y", "label": "A"},
-            "record 0, field 'label': expected 'A>B' or 'B>A', got 'A'",
+            "line 1, field 'label': expected 'A>B' or 'B>A', got 'A'",
         ),
         (
             {"prompt": "q", "chosen": ["x"] * 3, "rejected": ["y"] * 2, "domain": "chat"},

@@ -446,5 +446,5 @@ def test_labels_are_mapped_by_their_values(values: tuple[str, str, str], tmp_pat
     texts = {(p.comparison.context, p.comparison.response_a) for p in found}
     assert texts == {("Why?", "Because.")}
     del labels["label.tie"]
-    with pytest.raises(DataError, match=r"record 2, field 'label': is .*, expected one of"):
+    with pytest.raises(DataError, match=r"line 3, field 'label': is .*, expected one of"):
         list(read_comparisons(BenchmarkSource(path, columns={**columns, **labels})))

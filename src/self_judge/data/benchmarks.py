@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from self_judge.data.files import (
     InMemory,
@@ -26,6 +26,7 @@ from self_judge.data.files import (
 )
 from self_judge.data.labeled_pairs import LabeledComparison, reader_of_columns, usable
 from self_judge.data.records import RecordRef
+from self_judge.data.sources import read_records
 from self_judge.errors import DataError
 
 _SHARD = re.compile(r"-\d+-of-\d+$")
@@ -165,9 +166,9 @@ def _comparisons(source: BenchmarkSource, skipped: Counter[str]) -> Iterator[Lab
         first = next(records, None)
         if first is None:
             raise DataError(f"{label}: there are no records")
-        select = reader_of_columns(first, label, source.held_out)
-        for index, record in enumerate(chain([first], records)):
-            for found in usable(select(record, RecordRef(label, index))):
+        select = reader_of_columns(first[1], label, source.held_out)
+        for where, record in chain([first], records):
+            for found in usable(select(record, where)):
                 if isinstance(found, str):
                     skipped[found] += 1
                 else:
@@ -175,17 +176,20 @@ def _comparisons(source: BenchmarkSource, skipped: Counter[str]) -> Iterator[Lab
                     yield replace(found, subset=named)
 
 
-def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, Iterator[dict[str, Any]]]]:
-    """Yields (label for messages, subset, records) for each file or split."""
+_Records: TypeAlias = Iterator[tuple[RecordRef, dict[str, Any]]]
+
+
+def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, _Records]]:
+    """Yields (label for messages, subset, records with their places) for each file or split."""
     if in_memory(source.path):
-        yield source.label, "", read_raw(source.path, columns=source.columns)
+        yield source.label, "", read_records(source.path, source.columns)
         return
     path = source.label
     local = Path(path).expanduser()
     root = local / source.data_dir if source.data_dir else local
     files = _files_without_splits(root, source.splits)
     for file, subset in files.items():
-        yield str(file), subset, read_raw(str(file), columns=source.columns)
+        yield str(file), subset, read_records(str(file), source.columns)
     if files:
         return
     label = "/".join(part for part in (path, source.name, source.data_dir) if part)
@@ -198,10 +202,16 @@ def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, Iterator[dict[st
         columns=source.columns,
     )
     if local.is_file():
-        yield label, "", read()
+        unfit = label != path or source.revision  # options that `read_raw` refuses for a file
+        yield label, "", _placed(label, read()) if unfit else read_records(path, source.columns)
         return
     for split in source.splits:
-        yield f"{label}[{split}]", split if len(source.splits) > 1 else "", read(split=split)
+        part = f"{label}[{split}]"
+        yield part, split if len(source.splits) > 1 else "", _placed(part, read(split=split))
+
+
+def _placed(label: str, records: Iterator[dict[str, Any]]) -> _Records:
+    return ((RecordRef(label, index), record) for index, record in enumerate(records))
 
 
 def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[Path, str]:

@@ -34,7 +34,12 @@ _PROMPTS = {"input", "instruction", "query", "question"}
 
 
 def select_hh(
-    record: Mapping[str, Any], index: int, *, with_pairs: bool = True, source: str = "hh"
+    record: Mapping[str, Any],
+    index: int,
+    *,
+    with_pairs: bool = True,
+    source: str = "hh",
+    line: int | None = None,
 ) -> Parsed:
     """Parses an HH record, in which `chosen` and `rejected` are whole dialogues as text.
 
@@ -44,7 +49,7 @@ def select_hh(
     Raises:
         DataError: a field is missing, is not text, or is not a dialogue that starts with "Human:".
     """
-    where = RecordRef(source, index)
+    where = RecordRef(source, index, line)
     chosen_text = where.text(record, "chosen")
     chosen = _dialogue(chosen_text, where, "chosen")
     prompt, demonstration, problem = _split_dialogue(chosen)
@@ -131,7 +136,12 @@ def _response_problem(text: str) -> str:
 
 
 def select_preference(
-    record: Mapping[str, Any], index: int, *, with_pairs: bool = True, source: str = "preference"
+    record: Mapping[str, Any],
+    index: int,
+    *,
+    with_pairs: bool = True,
+    source: str = "preference",
+    line: int | None = None,
 ) -> Parsed:
     """Parses a TRL preference record with `chosen`, `rejected` and optionally `prompt`.
 
@@ -148,7 +158,7 @@ def select_preference(
             or another column may contain the prompt.
         UnusableRecordError: the record or a message contains tools or images.
     """
-    where = RecordRef(source, index)
+    where = RecordRef(source, index, line)
     record = _from_openai(record, where)
     where.refuse_lost_columns(record)
     chosen, rejected = (

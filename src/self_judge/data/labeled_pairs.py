@@ -395,7 +395,7 @@ def _hhh(record: Mapping[str, Any], where: RecordRef) -> Found:
 
 def _parsed(kind: str, record: Mapping[str, Any], where: RecordRef, held_out: float = 0.0) -> Found:
     """Yields the pairs in a training record. A hash of the texts determines each pair's order."""
-    parsed = PARSERS[kind](record, where.index, source=where.source)
+    parsed = PARSERS[kind](record, where.index, source=where.source, line=where.line)
     yield from parsed.skipped
     yield from (f"column {name!r}" for name in parsed.unused if name not in ("subset", "source"))
     if parsed.record is None:

@@ -41,6 +41,7 @@ def select_ultrafeedback(
     rationales: bool = False,
     with_pairs: bool = True,
     source: str = "ultrafeedback",
+    line: int | None = None,
 ) -> Parsed:
     """Parses an UltraFeedback record, which has an instruction and rated completions.
 
@@ -59,7 +60,7 @@ def select_ultrafeedback(
     Raises:
         DataError: a field is missing or has the wrong type.
     """
-    where = RecordRef(source, index)
+    where = RecordRef(source, index, line)
     instruction = where.text(record, "instruction").strip()
     completions = where.items(record, "completions")
     if not instruction:
