@@ -130,10 +130,10 @@ def test_a_judge_file_without_a_date_is_warned_of(
 # -- data that was rendered before -----------------------------------------------------------------
 
 
-def pairs(path: Path, spoiled: dict[int, dict[str, str]]) -> Path:
+def pairs(path: Path, spoiled: dict[int, dict[str, str]], count: int = 8) -> Path:
     rows = [
         {"prompt": f"What is {i}?", "chosen": f"{i} is a number.", "rejected": f"{i} is a < b."}
-        for i in range(8)
+        for i in range(count)
     ]
     for i, changes in spoiled.items():
         rows[i] |= changes
@@ -181,3 +181,15 @@ def test_plain_data_with_brackets_is_not_warned_of(base: Path, tmp_path: Path) -
     harmless = {"chosen": "<b>a</b> | [x] <think>", "rejected": "user assistant [INST <|"}
     source = pairs(tmp_path / "plain.jsonl", {2: harmless})
     assert "rendered already" not in "\n".join(told(check(JSFT, given(base, source)), "warning"))
+
+
+@pytest.mark.parametrize(("longer", "warned"), [(24, True), (12, False), (1, True)])
+def test_lengths_that_tell_the_better_response_are_warned_of(
+    longer: int, warned: bool, base: Path, tmp_path: Path
+) -> None:
+    rejected = {i: {"chosen": "yes", "rejected": "n" if i < longer else "n" * 9} for i in range(24)}
+    source = pairs(tmp_path / "x.jsonl", rejected, 24)
+    said = [x for x in told(check(JSFT, given(base, source)), "warning") if "length alone" in x]
+    share = {24: "100%", 1: "4%"}.get(longer)
+    assert len(said) == warned
+    assert all(f"longer in {share} of the pairs, so the judge may learn" in x for x in said)

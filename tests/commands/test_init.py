@@ -77,7 +77,7 @@ def test_few_held_out_records_and_lengths_that_tell_the_label_are_named(
     assert start(tmp_path / "my", base, data) == 0
     said = capsys.readouterr().err
     assert ("held out, too few for reliable figures (use more data)" in said) == told
-    assert ("the judge may learn length alone (balance the lengths)" in said) == told
+    assert ("so the judge may learn length alone: balance the lengths" in said) == told
 
 
 def test_held_out_prompts_are_those_that_training_holds_out(base: Path, tmp_path: Path) -> None:

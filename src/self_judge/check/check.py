@@ -312,11 +312,11 @@ def _records(
     train, held_out = setup.load_data(run, lambda line: None)
     report.sources = train.counts_by_source
     report.held_out = held_out.counts_by_source if held_out else {}
-    pairs = [p for r in train.records for p in r.pairs]
-    if pairs:
-        report.chosen_longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs)
+    report.chosen_longer = text_findings.chosen_longer(train.records)
     report.findings += findings.data_findings(train, held_out, run.dataset)
     report.findings += text_findings.rendered_findings(train.records, encoder)
+    if report.kind == "jsft":
+        report.findings += text_findings.length_findings(train.records)
     report.records = len(train.records)
     report.encoded = count = min(examples or report.records, report.records)
     return [train.records[i * report.records // count] for i in range(count)]

@@ -1,4 +1,4 @@
-"""Checks for chat templates that read the clock, and for data that already has turn markers.
+"""Checks for templates that read the clock, data with turn markers, and lengths that tell labels.
 
 As in `findings.py`, each function yields findings.
 """
@@ -14,6 +14,8 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.chat_template import CLOCK
 from self_judge.prompting.judge_json import load_judge_settings
 from self_judge.training.setup import already_rendered
+
+_MANY = 20  # with fewer pairs, the lengths may be chance
 
 
 def clock_findings(encoder: ChatEncoder, run: JSFTRun | SelfJudgeRun) -> Iterator[Finding]:
@@ -45,3 +47,22 @@ def rendered_findings(
     rendered = already_rendered(records, encoder)
     if rendered is not None:
         yield warning("dataset.sources", rendered)
+
+
+def chosen_longer(records: Sequence[PreferenceRecord]) -> float | None:
+    """Returns the share of pairs in which the better response is longer."""
+    longer = [len(pair.chosen) > len(pair.rejected) for r in records for pair in r.pairs]
+    return sum(longer) / len(longer) if longer else None
+
+
+def length_findings(records: Sequence[PreferenceRecord]) -> Iterator[Finding]:
+    """Checks whether the lengths of responses alone tell the better one."""
+    longer = chosen_longer(records)
+    if longer is None or sum(len(record.pairs) for record in records) < _MANY:
+        return
+    if not 0.1 < longer < 0.9:
+        yield warning(
+            "dataset.sources",
+            f"the better response is longer in {longer:.0%} of the pairs, so the judge may learn "
+            "length alone: balance the lengths",
+        )

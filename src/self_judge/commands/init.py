@@ -25,6 +25,7 @@ from self_judge.check.check import RefusedError, Report, jsft_estimate, prepare,
 from self_judge.check.cost import Cost, device_for
 from self_judge.check.memory import GIB
 from self_judge.check.model_size import Size, empty_model, size_of
+from self_judge.check.text_findings import chosen_longer, length_findings
 from self_judge.commands.align.stages import (
     FILES,
     JSFT,
@@ -198,15 +199,14 @@ class _Data:
 
     @property
     def described(self) -> str:
-        longer = sum(len(p.chosen) > len(p.rejected) for p in self.pairs) / len(self.pairs)
         few = ", too few for reliable figures (use more data)" if len(self.held_out) < _FEW else ""
-        alone = ", so the judge may learn length alone (balance the lengths)"
+        lengths = f"the better response is longer in {chosen_longer(self.records):.0%} of the pairs"
+        lengths = next((finding.text for finding in length_findings(self.records)), lengths)
         mapped = ", ".join(f"{name} from {column!r}" for name, column in self.columns.items())
         return (
             f"data: {self.path}, {len(self.records):,} records with {len(self.pairs):,} pairs"
             + (f" ({mapped})" if mapped else "")
-            + f"; {len(self.held_out):,} records are held out{few}; the better response is longer "
-            f"in {longer:.0%} of the pairs{alone if not 0.2 < longer < 0.8 else ''}"
+            + f"; {len(self.held_out):,} records are held out{few}; {lengths}"
         )
 
 
