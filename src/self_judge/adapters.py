@@ -6,6 +6,7 @@ This module does not depend on data or training.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
@@ -190,6 +192,21 @@ def _untie_adapted(model: PeftModel) -> None:
             if holders[id(weight)] > 1:
                 own = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
                 setattr(base, name, own)
+
+
+def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the weights of a model without its adapters, under the names of the plain model."""
+    # model.layers.0.q_proj.base_layer.weight      -> model.layers.0.q_proj.weight
+    # model.layers.0.q_proj.lora_A.default.weight  -> (left out)
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    inside = r"(?:(?:token_adapter\.)?base_layer|original_module)\."
+    adapted = [re.escape(n) for n, module in model.named_modules() if isinstance(module, kinds)]
+    own = re.compile(rf"(?:{'|'.join(adapted)})\.(?!{inside})" if adapted else "(?!)")
+    return {
+        re.sub(rf"(?<=\.){inside}", "", name): tensor
+        for name, tensor in model.state_dict().items()
+        if not own.match(name)
+    }
 
 
 def check_mergeable(model: PeftModel) -> None:

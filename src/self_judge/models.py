@@ -5,11 +5,13 @@ This module handles files and weights. It does not depend on data, prompts or th
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import os
 import shlex
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
-from self_judge.adapters import adapter_chain, adapter_config, listed, merged, with_adapter
+from self_judge.adapters import (
+    adapter_chain,
+    adapter_config,
+    base_weights,
+    listed,
+    merged,
+    with_adapter,
+)
 from self_judge.errors import ModelError, in_a_line, is_missing
 from self_judge.runtime import own_device, unwrapped
 from self_judge.storage.atomic import loads
@@ -158,15 +168,60 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
             raise
         raise ModelError(f"cannot load a model from {name}: {why(name, error)}") from error
     model, report = loaded
+    for what, names in _differing(report):
+        raise ModelError(
+            f"the model {name} {what} weights: {listed(names)}. Its files are incomplete, or "
+            "do not match its config.json"
+        )
+    return model
+
+
+def _differing(report: Mapping[str, Any]) -> Iterator[tuple[str, set[str]]]:
+    """Yields the missing and the unexpected weights in a report of Transformers, if any."""
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     surplus = {key for key in report["unexpected_keys"] if not key.endswith(_BUFFERS)}
     for what, names in (("lacks", missing), ("has unexpected", surplus)):
         if names:
-            raise ModelError(
-                f"the model {name} {what} weights: {listed(names)}. Its files are incomplete, or "
-                "do not match its config.json"
-            )
-    return model
+            yield what, names
+
+
+def built_again(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the model that a model's configuration and weights give, without its adapters.
+
+    Both share the weights, except for those that loading would convert to the model's dtype.
+
+    Raises:
+        ModelError: the configuration does not describe the weights, or not which are tied.
+    """
+    told = "the model in memory does not match its configuration, so it could not be loaded again"
+    loaded: Any
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded = type(model).from_pretrained(
+            None,
+            config=copy.deepcopy(model.config),
+            state_dict=base_weights(model),
+            dtype=model.dtype,
+            device_map=None if model.device.type == "cpu" else {"": model.device},
+            output_loading_info=True,
+        )
+    except Exception as error:
+        if should_reduce_batch_size(error):
+            raise
+        raise ModelError(f"{told}: {in_a_line(error)}") from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+    built, report = loaded
+    for what, names in _differing(report):
+        raise ModelError(f"{told}: it {what} weights: {listed(names)}")
+    holders: dict[int, str] = {}
+    for name, parameter in built.named_parameters():
+        other = holders.setdefault(parameter.data_ptr(), name)
+        if other != name and parameter.numel():
+            raise ModelError(f"{told}: {other} and {name} are the same weights in memory alone")
+    return built
 
 
 def check_files(name_or_path: str | os.PathLike[str]) -> None:

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import transformers.training_args
+from peft import LoraConfig, get_peft_model
 
 from conftest import CHATML, ROOT, TEMPLATES, Make, byte_bpe, tiny_llama, wrap
 from self_judge import ChatEncoder, Judge, JudgeTemplates, SelfJudgeConfig
 from self_judge import tournament_rejection_sampling as play
 from self_judge.inference.sampling import stop_tokens
 from self_judge.models import load_model, load_tokenizer
+from self_judge.training.saved_weights import rehearse_saving
 
 JSFT = str(ROOT / "configs" / "hh_jsft.yaml")
 TRAIN = str(ROOT / "configs" / "hh_self_judge.yaml")
@@ -153,8 +155,6 @@ RUN_FILE = [
     setting("text for a boolean", "training_args.bf16=perhaps",
             "training_args.bf16: expected true or false or null, got text 'perhaps'",
             ""),
-    setting("text for an adapter's number", "peft_config.r=many",
-            "peft_config.r: expected a whole number, got text 'many'", ""),
     setting("an unknown choice", "jsft_args.packing=trie",
             "jsft_args.packing: expected one of auto, tree, cache, padding, off", ""),
     setting("an unknown optimizer", "training_args.optim=adamw_touch",
@@ -278,10 +278,6 @@ DATA = [
          lambda p: p.on("e.jsonl", {"prompt": "x", "chosen": "", "rejected": "n"}),
          ("e.jsonl: no record could be used", "skipped record: empty response: 1"),
          ""),
-    Case("only whitespace responses",
-         lambda p: p.on("w.jsonl", {"prompt": "x", "chosen": " \n", "rejected": "n"}),
-         ("w.jsonl: no record could be used", "skipped record: empty response: 1"),
-         ""),
     Case("a folder without data", lambda p: p.run(source=_empty(p)),
          ("nothing: no data file (",), "name the file"),
     Case("an unknown file type", lambda p: p.run(source=p.file("x.docx", b"hello")),
@@ -342,6 +338,23 @@ WORDING = [
          "change the end of the lead-in"),
 ]  # fmt: skip
 
+
+def _shorter(model: Any) -> Any:
+    model.model.layers = model.model.layers[:1]
+    return model
+
+
+def _relu(model: Any) -> Any:
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    return model
+
+
+def _unfrozen(model: Any) -> Any:
+    adapter = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model.model.norm.weight.requires_grad_(True)
+    return adapter
+
+
 MODELS = [
     Case("a missing model", lambda p: p.run(f"model.model_name_or_path={p.folder / 'none'}"),
          ("there is no such folder",), "correct the path"),
@@ -371,6 +384,16 @@ MODELS = [
          "or pass --templates FILE"),
     Case("a broken judge.json", lambda p: Judge.from_pretrained(_broken(p)),
          ("judge.json is not a judge file written by JSFT",), "copy it from the checkpoint"),
+    Case("a model that differs from its configuration",
+         lambda p: p.make(model=_shorter(tiny_llama(441))).train(),
+         ("in memory does not match its configuration",), "change config.json, and load"),
+    Case("a model that is saved as another one",
+         lambda p: p.make(model=_relu(tiny_llama(441))).train(),
+         ("would be another one after it is saved and loaded",),
+         ""),
+    Case("an adapter beside other trained weights",
+         lambda p: rehearse_saving(_unfrozen(tiny_llama(441))),
+         ("is not part of the adapter and would not be saved",), "freeze it"),
     Case("a frozen model",
          lambda p: p.make(model=tiny_llama(441).requires_grad_(False)),
          ("no parameter of the model requires gradients",), "model.requires_grad_(True)"),
@@ -384,8 +407,6 @@ def _without_bf16(p: Place) -> SelfJudgeConfig:
 
 
 LIBRARY = [
-    Case("an empty judge batch in Python", lambda p: _judge(p, batch_size=0),
-         ("judge batch size must be at least 1, got 0",), ""),
     Case("not a comparison", lambda p: _judge(p).compare([("x", "a", "b")]),
          ("comparison 0 is of type tuple: pass Comparison(context, response_a, response_b)",),
          ""),
@@ -394,9 +415,6 @@ LIBRARY = [
          ("1 contexts, 2 lists of responses",), "one list of responses per context"),
     Case("no responses", lambda p: play(judge=_judge(p), contexts=["x"], responses=[[]]),
          ("context 0 has no responses to choose from",), ""),
-    Case("an unknown loss in Python",
-         lambda p: SelfJudgeConfig(str(p.folder), loss_type="sigmod"),
-         ("loss_type sigmod: unknown; did you mean sigmoid?",), ""),
     Case("an unsupported precision", _without_bf16,
          ("Your setup doesn't support bf16",),
          "bf16=False; the commands replace it"),

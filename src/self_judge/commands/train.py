@@ -50,7 +50,12 @@ from self_judge.training.callbacks import LiveProgress
 from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
 from self_judge.training.jsft.trainer import JSFTTrainer
 from self_judge.training.reference import probe_logits
-from self_judge.training.saved_weights import check_configuration, check_merged, check_saved
+from self_judge.training.saved_weights import (
+    check_configuration,
+    check_loading,
+    check_merged,
+    check_saved,
+)
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from self_judge.training.setup import (
     Say,
@@ -207,6 +212,7 @@ def save_jsft(
             expected = None if quantized else probe_logits(model)
             plain = merged_in_full(model)
             check_merged(plain, expected)
+            check_loading(plain)
             plain.save_pretrained(folder)
             check_saved(plain, folder)
             apply_umask(folder)

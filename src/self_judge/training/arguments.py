@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from self_judge.config.yaml import unknown_key
+from self_judge.console import masked
 from self_judge.errors import require_type
 
 _JUDGE = "judge_templates: the model judges its own responses"
@@ -99,3 +101,15 @@ def check_has_rows(name: str, dataset: Any) -> None:
     """Raises `ValueError` for an empty dataset in memory, on which TRL ends with StopIteration."""
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError(f"the {name} dataset has no rows")
+
+
+@contextmanager
+def without_secrets(args: TrainingArguments) -> Iterator[None]:
+    """Masks access tokens and passwords in the arguments while they are saved with the model."""
+    before = {k: v for k, v in vars(args).items() if isinstance(v, (str, list, dict))}
+    hidden = {name: value for name, value in masked(before).items() if value != before[name]}
+    try:
+        vars(args).update(hidden)
+        yield
+    finally:
+        vars(args).update({name: before[name] for name in hidden})

@@ -59,10 +59,12 @@ from self_judge.storage.atomic import (
 )
 from self_judge.storage.repository import same_path
 from self_judge.storage.run_dir import only_training
+from self_judge.training.arguments import without_secrets
 from self_judge.training.callbacks import stopping
 from self_judge.training.hub import HubMixin
 from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
 from self_judge.training.saved_weights import (
+    check_loading,
     check_optimizer,
     check_same_adapter,
     check_same_optimizer,
@@ -71,11 +73,11 @@ from self_judge.training.saved_weights import (
     check_state,
     data_fingerprint,
     not_finite,
+    rehearse_saving,
     remove_old_adapter,
     resuming,
     same_data,
     save_fingerprints,
-    without_secrets,
 )
 
 logger = logging.getLogger(__name__)
@@ -148,7 +150,8 @@ class FaultToleranceMixin(HubMixin):
             if self.is_world_process_zero():
                 clear_unfinished(folder)
             self._skipped = 0
-            self._before_training(Path(found) if found else None)
+            with without_cudnn_attention():
+                self._before_training(Path(found) if found else None)
             # Transformers sets the seed only in the constructor. Random numbers drawn since then
             # would change the run.
             set_seed(self.args.seed)
@@ -171,6 +174,7 @@ class FaultToleranceMixin(HubMixin):
                 self.reference = ReferenceCheck(probe_logits(model), model)
         if self.reference is not None:
             self.reference.before_training()
+        rehearse_saving(model)
         if checkpoint is None:
             return
         with resuming(checkpoint):
@@ -280,6 +284,9 @@ class FaultToleranceMixin(HubMixin):
         with _writing(target):
             self._final_folder = target
             self._write_model(str(staging))
+        if self.args.should_save and not is_sharded(self.args):
+            model: Any = self.accelerator.unwrap_model(self.model)
+            check_loading(model, staging if isinstance(model, PeftModel) else None)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with _writing(target):

@@ -301,3 +301,22 @@ def _changed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     finally:
         for values, pattern in flips:
             values.bitwise_xor_(pattern)
+
+
+@contextmanager
+def perturbed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Adds noise within the `with` block and restores the exact values afterwards.
+
+    Unlike the values of `_changed`, these values have usual magnitudes. They need a copy.
+    """
+    kept = [parameter.detach().clone() for parameter in parameters]
+    try:
+        for seed, (parameter, values) in enumerate(zip(parameters, kept, strict=True)):
+            generator = torch.Generator(values.device).manual_seed(seed)
+            noise = torch.empty_like(values, dtype=torch.float32).normal_(generator=generator)
+            size = values.float().square().mean().sqrt().item() / 10 or 0.02
+            parameter.data.add_((size * noise).to(values.dtype))
+        yield
+    finally:
+        for parameter, values in zip(parameters, kept, strict=True):
+            parameter.data.copy_(values)

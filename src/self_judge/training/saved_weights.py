@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import operator
 import pickle
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from self_judge.adapters import FILES, adapter_config, saved_shapes
-from self_judge.console import masked
+from self_judge.adapters import (
+    FILES,
+    Adapter,
+    adapter_config,
+    base_weights,
+    merged,
+    saved_shapes,
+    with_adapter,
+)
 from self_judge.errors import CheckpointError, ModelError, in_a_line
+from self_judge.models import built_again
 from self_judge.runtime import unwrapped
 from self_judge.storage.atomic import loads, write_json
-from self_judge.storage.repository import refuse_overwriting
-from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
+from self_judge.storage.repository import refuse_overwriting, repository_file
+from self_judge.training.reference import (
+    ReferenceCheck,
+    is_sharded,
+    perturbed,
+    probe_logits,
+)
+
+logger = logging.getLogger(__name__)
 
 # Settings that change the meaning of an adapter's weights, but not their names or shapes.
 _SCALES = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out",
@@ -72,6 +91,11 @@ def check_start(args: TrainingArguments, model: nn.Module) -> None:
     if is_sharded(args):
         return
     if isinstance(model, PeftModel):
+        if isinstance(inner.get_output_embeddings(), TrainableTokensWrapper):
+            raise ModelError(
+                "peft_config.trainable_token_indices would not reach the head of a model with tied "
+                "embeddings, whose weight TRL reads directly: use modules_to_save: [embed_tokens]"
+            )
         check_base(model)
     else:
         check_configuration(model)
@@ -107,32 +131,39 @@ def check_configuration(model: nn.Module) -> None:
 
 
 def check_base(model: PeftModel) -> None:
-    """Compares some weights in memory with those in the files of a new adapter's base model.
+    """Compares rows of all weights in memory with those in the files of an adapter's base model.
+
+    Bases that are adapters, and weights in 4 bits, are not compared.
 
     Raises:
         ModelError: the weights differ, so the saved adapter would not fit its base model.
     """
     config: Any = model.active_peft_config
-    base: Any = unwrapped(model)
-    folder = Path(str(config.base_model_name_or_path or ""))
+    name, base = str(config.base_model_name_or_path or ""), unwrapped(model)
     known = getattr(config, "init_lora_weights", None) in _REPEATABLE
-    if known or not (folder / "config.json").is_file() or adapter_config(folder) is not None:
+    if known or not name or adapter_config(name, config.revision) is not None:
         return
-    if getattr(base, "quantization_method", None) is not None:
-        return
-    memory = {n.replace(".base_layer", ""): p for n, p in base.named_parameters()}
-    files = sorted(folder.glob("model*.safetensors"))
-    named = [(name, file) for file in files for name in saved_shapes(file) if name in memory]
-    for name, file in named[:: max(1, len(named) // 16)]:
-        own = memory[name]
+    found = repository_file(name, "config.json", config.revision)
+    memory = base_weights(base) if found else {}
+    # Weights beside those in 4 bits may have been rounded twice.
+    rounded = getattr(base, "quantization_method", None) is not None
+    for file in sorted(found.parent.glob("model*.safetensors")) if found else ():
         with safe_open(file, "pt") as weights:
-            saved = weights.get_tensor(name)
-        if saved.shape == own.shape and not torch.equal(saved.to(own.dtype), own.detach().cpu()):
-            raise ModelError(
-                f"the adapter would name {folder} as its base model, but the base model in memory "
-                f"differs from the weights saved there (in {name}): save the model and load it "
-                "from the new folder first, or choose another init_lora_weights"
-            )
+            for weight in memory.keys() & set(weights.keys()):
+                own, saved = memory[weight], weights.get_slice(weight)
+                if saved.get_shape() != list(own.shape) or not own.is_floating_point():
+                    continue
+                last = len(own) - 1 if own.dim() > 1 else 0
+                for row in {0, last // 2, last} if last > 0 else (slice(None),):
+                    there, here = saved[row].to(own.dtype), own[row].detach().cpu()
+                    if torch.equal(there, here) or (rounded and torch.allclose(there, here, 1e-2)):
+                        continue
+                    raise ModelError(
+                        f"the adapter would name {name} as its base model, but the base model in "
+                        f"memory differs from the weights saved there (in {weight}): save the "
+                        "model and load it from the new folder first, or choose another "
+                        "init_lora_weights"
+                    )
 
 
 def remove_old_adapter(model: nn.Module, folder: Path) -> None:
@@ -144,7 +175,7 @@ def remove_old_adapter(model: nn.Module, folder: Path) -> None:
 def check_saved(model: nn.Module, folder: Path) -> None:
     """Compares saved weights with those in memory, one tensor at a time.
 
-    Weights that Transformers stores under other names are not compared.
+    Weights that Transformers stores in other pieces (experts) have the same sum of squares.
 
     Args:
         model: a plain model or a `PeftModel` that is not sharded.
@@ -156,10 +187,10 @@ def check_saved(model: nn.Module, folder: Path) -> None:
     adapter = isinstance(model, PeftModel)
     memory: Mapping[str, torch.Tensor]
     memory = get_peft_model_state_dict(model) if adapter else unwrapped(model).state_dict()
-    found, strange = set[str](), False
+    found, renamed = set[str](), 0.0
     for name, tensor in _saved(folder, "adapter_model*" if adapter else "model*"):
         if name not in memory:
-            strange = True
+            renamed += _squares(tensor)
             continue
         found.add(name)
         own = memory[name].detach()
@@ -169,11 +200,16 @@ def check_saved(model: nn.Module, folder: Path) -> None:
             )
     stored = {memory[name].data_ptr() for name in found}
     lacking = [n for n, t in memory.items() if n not in found and t.data_ptr() not in stored]
-    if lacking and not strange:
+    size = sum(_squares(memory[name]) for name in lacking)
+    if not math.isclose(size, renamed, rel_tol=1e-6):
         raise ModelError(
-            f"{folder} was not saved correctly: {len(lacking)} trained weights are missing "
-            f"(first: {lacking[0]})"
+            f"{folder} was not saved correctly: {len(lacking)} trained weights are missing or "
+            f"differ (first: {lacking[0] if lacking else 'a weight that is not trained'})"
         )
+
+
+def _squares(tensor: torch.Tensor) -> float:
+    return float(tensor.detach().double().square().sum())
 
 
 def check_merged(merged: nn.Module, expected: torch.Tensor | None) -> None:
@@ -196,6 +232,88 @@ def check_merged(merged: nn.Module, expected: torch.Tensor | None) -> None:
         raise ModelError(
             "merging the adapter changed the model: the relative difference of its logits is "
             f"{off:.1e}, so nothing is saved. Set jsft_args.merge_adapter: false"
+        )
+
+
+def rehearse_saving(model: nn.Module) -> None:
+    """Checks, before training, that the trained model can be saved, and loaded unchanged.
+
+    Noise is added to the weights of an adapter meanwhile, because a new adapter changes nothing.
+
+    Raises:
+        ModelError: a trained weight would not be saved, or see `check_loading`.
+    """
+    if not isinstance(model, PeftModel):
+        check_loading(model)
+        return
+    if model.active_adapters != ["default"]:
+        raise ModelError(
+            f"the active adapters are {', '.join(model.active_adapters)}, but only the adapter "
+            "'default' would be saved: load the adapter to train under this name, and no other"
+        )
+    config: Any = model.active_peft_config
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    saved = {t.data_ptr() for t in get_peft_model_state_dict(model).values()}
+    lost = [name for name, p in trained.items() if p.numel() and p.data_ptr() not in saved]
+    if lost and not config.is_prompt_learning:  # prompts are computed from the trained weights
+        raise ModelError(
+            f"{lost[0]} is trained, but it is not part of the adapter and would not be saved: "
+            "freeze it, or add its module to peft_config.modules_to_save"
+        )
+    with perturbed(list(trained.values())), tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        check_loading(model, Path(folder))
+
+
+@torch.no_grad()
+def check_loading(model: nn.Module, folder: Path | None = None) -> None:
+    """Compares the logits of a model with those that it has after it is saved and loaded.
+
+    The model is built again from its configuration, with the weights in memory. An adapter is
+    loaded from its file and merged, as `load_model` does, into copies of the weights it adapts.
+    Models in 4 bits, and models of classes that are not from Transformers, are not compared.
+
+    Args:
+        folder: the folder with the model's adapter, if it has one.
+
+    Raises:
+        ModelError: the logits differ, or loading fails.
+    """
+    inner: Any = unwrapped(model)
+    config: Any = model.active_peft_config if isinstance(model, PeftModel) else None
+    computed = getattr(config, "init_lora_weights", None) in _REPEATABLE
+    replicated = getattr(config, "layer_replication", None)  # has no base of its own in memory
+    quantized = getattr(inner, "quantization_method", None) is not None
+    foreign = not type(inner).__module__.startswith("transformers")  # also of remote code
+    if computed or replicated or quantized or foreign:
+        return
+    expected = probe_logits(model)
+    try:
+        loaded: Any = built_again(inner)
+        if folder is not None:
+            adapter = Adapter(str(folder), None, str(config.base_model_name_or_path))
+            loaded = with_adapter(loaded, adapter, trainable=False)
+            for layer in (m for m in loaded.modules() if isinstance(m, BaseTunerLayer)):
+                for parameter in layer.get_base_layer().parameters():
+                    parameter.data = parameter.data.clone()
+            with suppress(ModelError):  # `check_mergeable` refuses to merge some adapters
+                loaded = built_again(merged(loaded))
+        off = ReferenceCheck(expected, loaded).moved(probe_logits(loaded))
+    except (RuntimeError, MemoryError) as error:
+        if not should_reduce_batch_size(error):
+            raise
+        logger.warning("there is too little memory to check that the model can be loaded again")
+        clear_device_cache(garbage_collection=True)
+        return
+    if off is not None:
+        remedy = (
+            "train it under its saved settings, or choose another peft_config"
+            if folder
+            else "change its configuration instead of its modules"
+        )
+        raise ModelError(
+            "the trained model would be another one after it is saved and loaded: the relative "
+            f"difference of the logits is {off:.1e}. Load the model again and {remedy}"
         )
 
 
@@ -329,15 +447,3 @@ def _fingerprints(checkpoint: Path) -> dict[str, Any]:
 def _name(optimizer: Any) -> str | None:
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps the optimizer
     return None if inner is None else type(inner).__name__
-
-
-@contextmanager
-def without_secrets(args: TrainingArguments) -> Iterator[None]:
-    """Masks access tokens and passwords in the arguments while they are saved with the model."""
-    before = {k: v for k, v in vars(args).items() if isinstance(v, (str, list, dict))}
-    hidden = {name: value for name, value in masked(before).items() if value != before[name]}
-    try:
-        vars(args).update(hidden)
-        yield
-    finally:
-        vars(args).update({name: before[name] for name in hidden})
