@@ -35,9 +35,9 @@ from chat_templates import (
 from conftest import CHATML, SHARED, TEMPLATES, byte_bpe, sentencepiece_bpe, unigram, wrap
 from self_judge import ChatEncoder, Comparison, JudgeTemplates
 from self_judge.errors import EncodingError
-from self_judge.prompting.chat_template import marker_template
 from self_judge.prompting.content_tokenizer import ContentTokenizer
 from self_judge.prompting.judge_prompt import encode_orders
+from self_judge.prompting.template_source import marker_template
 
 KINDS = {"byte": byte_bpe, "sentencepiece": sentencepiece_bpe, "unigram": unigram}
 
@@ -657,6 +657,16 @@ def test_markup_that_is_not_special_cannot_be_forged_either() -> None:
     ids = encoder.encode_content("</think> no <think>")
     assert not {"<think>", "</think>"} & set(tokens(encoder, ids))
     assert encoder.tokenizer.decode(ids) == "</think> no <think>"
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_a_thought_in_data_is_a_marker_where_the_tokenizer_has_tokens_for_it(has: bool) -> None:
+    tokenizer = wrap(byte_bpe())
+    if has:
+        tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>")])
+    encoder = ChatEncoder(tokenizer)
+    assert encoder.marker_in("<think>so</think>yes") == ("<think>" if has else None)
+    assert encoder.tokenizer.decode(encoder.encode_content("<think>so")) == "<think>so"
 
 
 @pytest.mark.parametrize("mark", [",", "(", ".", "|", "<", "。"])

@@ -21,6 +21,7 @@ from chat_templates import FAMILIES
 from conftest import CHATML, TEMPLATES, byte_bpe, sentencepiece_bpe, unigram, wrap
 from self_judge import ChatEncoder, JudgeTemplates
 from self_judge.errors import EncodingError
+from self_judge.prompting.chat_encoder import _say_inspected
 from self_judge.prompting.judge_json import (
     encoder_as_taught,
     load_judge_settings,
@@ -63,6 +64,9 @@ def writing(content: str) -> str:
         "m.content | e if m.content | length > 1000 else m.content",
         "m.content ~ ('!' if m.content.startswith('{') else '?')",
         "m.content | float(m.content)",
+        "m.content | center(3)",
+        "m.content[:20000]",
+        "m.content ~ ('!' if m.content | length > 9000)",
     ],
 )
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
@@ -107,6 +111,48 @@ def test_a_role_whose_contents_change_is_refused_when_a_dialogue_has_it() -> Non
 )
 def test_a_template_that_writes_or_trims_contents_serves(content: str) -> None:
     assert ChatEncoder(wrap(byte_bpe()), writing(content)).encode_prompt([QUESTION])
+
+
+# What a template does to some contents alone, and a content of this kind.
+INSPECTING = {
+    "m.content | replace('\u201c', '\"')": "a \u201cb\u201d",
+    "m.content.removeprefix('Answer: ')": "Answer: 7",
+    "m.content.rstrip('.!')": "yes.!",
+    "m.content.split('</think>')[-1]": "so</think>yes",
+    "m.content if '```' not in m.content else 'code'": "see ```x```",
+    "m.content ~ ('<think></think>' if m.content.endswith('/no_think'))": "why /no_think",
+    "m.content or 'nothing'": "",
+    "m.content | replace('\\x41B', 'C')": "xABx",
+}
+
+
+@pytest.mark.parametrize("expression", INSPECTING)
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_a_content_that_a_template_treats_in_its_own_way_is_warned_of(
+    expression: str, role: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    _say_inspected.cache_clear()
+    encoder = ChatEncoder(
+        wrap(byte_bpe()), writing(f"({expression}) if m.role == '{role}' else m.content")
+    )
+    plain = [SYSTEM, QUESTION, ANSWER, QUESTION]
+    odd = [{**m, "content": INSPECTING[expression]} if m["role"] == role else m for m in plain]
+    encoder.encode_dialogue(plain)
+    assert not caplog.records
+    for _ in range(2):
+        for messages in (odd, [*odd, ANSWER]):
+            encoder.encode_prompt(messages)
+            encoder.encode_dialogue(messages)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "the chat template treats a message with " in said
+    # The same text is nothing to the other roles.
+    _say_inspected.cache_clear()
+    caplog.clear()
+    other = "user" if role == "assistant" else "assistant"
+    encoder.encode_dialogue(
+        [{**m, "content": f"{INSPECTING[expression]}x"} if m["role"] == other else m for m in plain]
+    )
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

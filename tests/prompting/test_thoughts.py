@@ -41,6 +41,9 @@ USER = [{"role": "user", "content": "what is the capital of France?"}]
         ("<|channel>thought\nHm.", "Hm.", None),
         ("<thinking>\nHm.\n</thinking>\n\nParis.", "Hm.", "Paris."),
         ("<|begin_of_thought|>\nHm.\n<|end_of_thought|>\n\nParis.", "Hm.", "Paris."),
+        ("<reasoning>\nHm.\n</reasoning>\nParis.", "Hm.", "Paris."),
+        ("<longcat_think>Hm.</longcat_think>Paris.", "Hm.", "Paris."),
+        ("<|inner_prefix|>Hm.<|inner_suffix|>Paris.", "Hm.", "Paris."),
         ("Hm. So.</think>\n\nParis.", "Hm. So.", "Paris."),  # the end of a paragraph
         ("Hm. So.</think> \n \n\nParis.\n\nYes.", "Hm. So.", "Paris.\n\nYes."),
         # Answers that speak of thoughts, and do not open with one.

@@ -27,9 +27,10 @@ from self_judge.datatypes import Message
 from self_judge.inference.decoding import why_not_shared
 from self_judge.packing.packing import Packing
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.chat_template import CLOCK, common_length
+from self_judge.prompting.chat_template import common_length
 from self_judge.prompting.judge_json import load_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.prompting.template_source import CLOCK
 from self_judge.runtime import device_of, unwrapped
 from self_judge.storage.atomic import LAST, latest_complete
 from self_judge.training.jsft.examples import CUT, NO_FIT, NO_ROOM

@@ -11,8 +11,8 @@ from self_judge.check.findings import Finding, note, warning
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
 from self_judge.datatypes import PreferenceRecord
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.chat_template import CLOCK
 from self_judge.prompting.judge_json import load_judge_settings
+from self_judge.prompting.template_source import CLOCK
 from self_judge.training.setup import already_rendered
 
 _MANY = 20  # with fewer pairs, the lengths may be chance

@@ -26,7 +26,6 @@ from self_judge.inference.vllm.protocol import VLLMScorer
 from self_judge.judging.judge import Judge
 from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.chat_template import CLOCK
 from self_judge.prompting.judge_json import (
     JUDGE_FILE,
     JudgeSettings,
@@ -35,6 +34,7 @@ from self_judge.prompting.judge_json import (
     resolve_judge,
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.prompting.template_source import CLOCK
 from self_judge.storage.repository import repository_file
 
 # The files that a model is loaded from. Outputs of commands may lie next to them.

@@ -18,6 +18,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,23 +27,17 @@ from typing import TYPE_CHECKING, Any
 
 from self_judge.datatypes import Message
 from self_judge.errors import EncodingError
-from self_judge.prompting.chat_template import (
-    CLOCK,
-    ChatLayouts,
-    Ending,
-    Slot,
-    adds_bos,
-    marker_template,
-    own_template,
-    system_into_user,
-)
+from self_judge.prompting.chat_template import ChatLayouts, Ending, Slot, system_into_user
 from self_judge.prompting.content_tokenizer import ContentTokenizer
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompting.letter_tokens import letter_ids
 from self_judge.prompting.messages import content_of, lost, reasoning_key
+from self_judge.prompting.template_source import CLOCK, adds_bos, marker_template, own_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # The role of a message must be a plain word, so that it cannot spell a control token.
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
@@ -69,7 +64,8 @@ class ChatEncoder:
     - A token never spans content and structure ("?\\n" is one token in Llama 3's vocabulary).
     - If the template rejects or drops system messages, the system text moves to the start of the
       first user message.
-    - If the template branches on the content of a message, the branch for plain words is used.
+    - If the template branches on the content of a message, the branch for plain words is used, and
+      a warning is logged.
     - If the template reads the clock, it gets midnight on a fixed date.
 
     Control tokens are special tokens, added tokens that look like markup, and all added tokens that
@@ -239,7 +235,11 @@ class ChatEncoder:
             turns.append({"role": role, "content": content})
         if not self._layouts.takes_system and turns[0]["role"] == "system":
             turns = system_into_user(turns)
-        layout = self._layouts.of(tuple([turn["role"] for turn in turns]), ending)
+        roles = tuple([turn["role"] for turn in turns])
+        layout = self._layouts.of(roles, ending)
+        contents = [turn["content"] for turn in turns]
+        if what := self._layouts.inspected(roles, contents, ending == "prompt"):
+            _say_inspected(what)
         ids: list[int] = []
         mask: list[int] = []
         ends_turn = False
@@ -264,6 +264,16 @@ class ChatEncoder:
             if token_id in self._text.control:
                 return position + 1
         return 0
+
+
+@functools.lru_cache(maxsize=64)
+def _say_inspected(what: str) -> None:
+    """Logs each warning only once."""
+    logger.warning(
+        "the chat template treats a message with %s in another way than plain words: such messages "
+        "are encoded like plain words",
+        what,
+    )
 
 
 def _plain_json(values: Mapping[str, Any]) -> dict[str, Any]:

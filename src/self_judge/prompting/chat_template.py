@@ -19,32 +19,25 @@ The three endings differ only in the last part:
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
-import json
 import random
 import re
-import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import jinja2
 from jinja2.exceptions import TemplateError as JinjaError
 
 from self_judge.datatypes import Message
 from self_judge.errors import EncodingError, in_a_line
 from self_judge.prompting.content_tokenizer import ContentTokenizer
+from self_judge.prompting.template_source import CLOCK, at_date, literals_in, written_in
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 Ending = Literal["closed", "prompt", "open"]
-
-# The name of the function from which chat templates get the date. Transformers provides the
-# function. As a key of `chat_template_kwargs`, this name sets the date, in ISO format.
-CLOCK = "strftime_now"
 
 
 class ContentChangedError(EncodingError):
@@ -72,7 +65,14 @@ _PROBES = (
     " \n\t\u00a0# is it \u00a0\t\n ",
     "0042.0",
     '{"a": ["#"]}',
-    "word " * 500 + _ODD,
+    "#",
+    "word " * 8000 + _ODD,
+)
+# Chats in which a template may inspect contents (see `ChatLayouts.inspected`).
+_INSPECTED_SHAPES = (
+    (("user", "assistant", "user"), True),
+    (("user", "assistant"), False),
+    (("system", "user"), True),
 )
 # A template is code. For example, it may call a method of an undefined value or divide by zero.
 _TEMPLATE_ERRORS = (
@@ -163,6 +163,7 @@ class ChatLayouts:
         self.of = functools.lru_cache(maxsize=512)(self._layout)
         self._pieces(("user",), True)  # every usable template renders a user turn
         self._guard_structure(chat_template)
+        self._literals = literals_in(chat_template)
         self.of(("user",), "prompt")
         self.takes_system = True
         try:
@@ -187,6 +188,44 @@ class ChatLayouts:
         # content.
         return min(found, key=_characters, default=None)
 
+    def inspected(
+        self, roles: tuple[str, ...], contents: Sequence[str], generation: bool
+    ) -> str | None:
+        """Returns what in the contents makes the template write them in another way, or `None`.
+
+        A layout has the template's branch for plain words. Another branch needs one of the texts
+        in the template itself ("/no_think"), or an empty message.
+        """
+        found = next(filter(None, map(self._inspecting.search, contents)), None)
+        if found is None and all(map(str.strip, contents)):
+            return None
+        with contextlib.suppress(ContentChangedError):
+            self._compare_rendered(roles, contents, generation)
+            return None
+        return repr(found[0]) if found else "no text"
+
+    @functools.cached_property
+    def _inspecting(self) -> re.Pattern[str]:
+        found = filter(self._is_inspected, self._literals)
+        return re.compile("|".join(map(re.escape, found)) or "(?!)")
+
+    def _is_inspected(self, literal: str) -> bool:
+        for roles, generation in _INSPECTED_SHAPES:
+            for text in (literal, f"x {literal}", f"{literal} x"):
+                try:
+                    self._compare_rendered(roles, [text] * len(roles), generation)
+                except ContentChangedError:
+                    return True
+                except EncodingError:  # some templates reject some roles
+                    break
+        return False
+
+    def _compare_rendered(
+        self, roles: tuple[str, ...], contents: Sequence[str], generation: bool
+    ) -> None:
+        rendered = self._rendered(roles, contents, generation)
+        self._compare(roles, self._pieces(roles, generation), contents, rendered)
+
     def _guard_structure(self, chat_template: str) -> None:
         """Prevents message content from producing the tokens that the template writes."""
         ids: set[int] = set()
@@ -195,16 +234,7 @@ class ChatLayouts:
                 with contextlib.suppress(EncodingError):  # some templates reject some roles
                     for piece in self._pieces(roles, generation):
                         ids |= set(self._structure(piece)) if isinstance(piece, str) else set()
-        # "data" is text outside of {{ }} and {% %}, and "string" is quoted text inside them. A key,
-        # such as 'content' in message['content'], is not written.
-        lexed = [(kind, text) for _, kind, text in jinja2.Environment().lex(chat_template)]
-        after = [*lexed[1:], ("", "")]
-        written = "\0".join(
-            text
-            for (kind, text), (_, following) in zip(lexed, after, strict=True)
-            if kind == "data" or (kind == "string" and following != "]")
-        )
-        self._text.guard(ids, written)
+        self._text.guard(ids, written_in(chat_template))
 
     def _layout(self, roles: tuple[str, ...], ending: Ending) -> Layout:
         *pieces, tail = self._pieces(roles, ending == "prompt")
@@ -365,35 +395,6 @@ def _trimmed(before: str) -> tuple[str, str | None]:
     return before[: -len(_NEWLINES)], ""
 
 
-def at_date(chat_template: str, date: str) -> str:
-    """Returns the template with its clock fixed at midnight on `date` ("2026-03-01").
-
-    Raises:
-        EncodingError: `date` is not a date in ISO format.
-    """
-    try:
-        moment = datetime.datetime.combine(datetime.date.fromisoformat(date), datetime.time())
-    except (TypeError, ValueError) as error:
-        raise EncodingError(
-            f"chat_template_kwargs.{CLOCK} must be a date such as '2026-03-01', got {date!r:.40}"
-        ) from error
-    # Transformers does not pass functions to templates. A macro with the same name therefore
-    # replaces each directive in the format: "%d %b" -> "01 %b" -> "01 Mar".
-    written = {f"%{x}": moment.strftime(f"%{x}") for x in string.ascii_letters}
-    written = {directive: text for directive, text in written.items() if text != directive}
-    without_zero = {f"%-{x[1]}": text.lstrip("0 ") or "0" for x, text in written.items()}
-    steps = [("%%", "\1"), *written.items(), *without_zero.items()]
-    return (
-        "{%- macro " + CLOCK + "(format) -%}{%- set now = namespace(text=format) -%}"
-        "{%- for directive, text in " + json.dumps(steps) + " -%}"
-        "{%- set now.text = now.text | replace(directive, text) -%}{%- endfor -%}"
-        "{%- if '%' in now.text -%}{{ raise_exception('the date format ' ~ format ~ ' is not "
-        "supported: use directives such as %d or %-d') }}{%- endif -%}"
-        # Jinja drops this newline after the tag, but the template still starts on a new line.
-        "{{ now.text | replace('\1', '%') }}{%- endmacro %}\n" + chat_template
-    )
-
-
 def system_into_user(messages: Sequence[Message]) -> list[Message]:
     """Moves the system text to the first user turn, for templates without a system role."""
     system, *rest = messages
@@ -405,41 +406,3 @@ def system_into_user(messages: Sequence[Message]) -> list[Message]:
     content = f"{system['content']}\n\n{rest[first]['content']}"
     rest[first] = Message(role="user", content=content)
     return rest
-
-
-def marker_template(user_marker: str, assistant_marker: str, with_bos: bool) -> str:
-    """Returns a chat template with plain-text turn markers and an EOS token after every answer."""
-
-    def quoted(text: str) -> str:
-        return json.dumps(text, ensure_ascii=False)  # Jinja does not decode escaped surrogate pairs
-
-    def turn(marker: str) -> str:
-        spaced = marker if marker[-1:].isspace() else marker + " "
-        return "{{ " + quoted(spaced) + " + message['content'] }}"
-
-    opening = "{{ " + quoted(assistant_marker.rstrip(" ")) + " }}"
-    return (
-        ("{{ bos_token }}" if with_bos else "")
-        + "{% for message in messages %}"
-        + "{% if message['role'] == 'system' %}{{ message['content'] }}"
-        + "{% elif message['role'] == 'user' %}"
-        + turn(user_marker)
-        + "{% else %}"
-        + turn(assistant_marker)
-        + "{{ eos_token }}{% endif %}{% endfor %}"
-        + "{% if add_generation_prompt %}"
-        + opening
-        + "{% endif %}"
-    )
-
-
-def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    template = tokenizer.chat_template
-    if isinstance(template, dict):  # as in Transformers, use the template named "default"
-        return template.get("default")
-    return template
-
-
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]

@@ -36,6 +36,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, product
 from typing import TYPE_CHECKING
 
+from self_judge.prompting.thoughts import THOUGHT_MARKERS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -134,6 +136,7 @@ class ContentTokenizer:
                 control.setdefault(token_id, text)
         self._set_control(control)
         markers = {self.control[i] for i in used & self.control.keys()}
+        markers |= THOUGHT_MARKERS & {*self.control.values()}
         own = [re.escape(t.strip()) for t in sorted(markers) if re.search(r"[^\w\s]", t)]
         self._marker_pattern = re.compile("|".join([*own, _FOREIGN_MARKERS]))
 

@@ -37,10 +37,14 @@ _MARKERS = (
     ("<|channel>thought", "<channel|>"),  # Gemma 4
     ("<thinking>", "</thinking>"),  # Reflection
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # Sky-T1
+    ("<reasoning>", "</reasoning>"),  # Reka Flash 3
+    ("<longcat_think>", "</longcat_think>"),  # LongCat-Flash
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
     ("<|channel|>commentary<|message|>", "<|channel|>final<|message|>"),  # gpt-oss, with a preamble
 )
+THOUGHT_MARKERS = frozenset(marker for pair in _MARKERS for marker in pair)
 # A closing marker on its own line or at the end of a paragraph.
 _END = r"(?m)(?:^[ \t]*{0}[ \t]*$|{0}(?=[ \t]*\n[ \t]*\n))"
 # The assistant's turns in a dialogue as text (see `judge_templates.dialogue_text`).

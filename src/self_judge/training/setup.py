@@ -30,7 +30,6 @@ from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ConfigError
 from self_judge.models import load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.chat_template import CLOCK
 from self_judge.prompting.judge_json import (
     JUDGE_FILE,
     JudgeSettings,
@@ -39,6 +38,7 @@ from self_judge.prompting.judge_json import (
     resolve_judge,
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
+from self_judge.prompting.template_source import CLOCK
 from self_judge.storage.atomic import LAST, latest_complete
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import DATA, METRICS, RUN
@@ -288,7 +288,7 @@ def already_rendered(records: Sequence[PreferenceRecord], encoder: ChatEncoder) 
     return (
         f"{len(found):,} of {len(records):,} records have turn markers in their texts. The first "
         f"is {found[0]}. These records seem to be rendered already, and the model would learn the "
-        "markers as plain text: use the original messages"
+        "markers as plain text: use the original messages, without thoughts"
     )
 
 
