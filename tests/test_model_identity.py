@@ -502,6 +502,18 @@ def test_a_model_with_broken_weights_is_never_written(make: Make, tmp_path: Path
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_a_model_that_could_not_be_saved_for_its_weights_is_not_trained(
+    make: Make, model: Any
+) -> None:
+    """A row of a token that no example has shows in no loss."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-1] = math.nan
+    trainer = make(model=model)
+    with pytest.raises(ModelError, match=r"contains NaN or infinity .*embed_tokens"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "beta", "num_train_epochs"])
 @pytest.mark.parametrize("value", [math.inf, math.nan, -math.inf])
 def test_settings_that_are_not_finite_are_refused(name: str, value: float, make: Make) -> None:
@@ -690,6 +702,36 @@ def test_no_command_writes_over_its_input_by_a_link(
     assert main(["judge", str(pairs), str(other), "--model", str(saved_judge)]) != 0
     assert "would overwrite the input" in capsys.readouterr().err
     assert pairs.read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["judge", "tournament"])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_no_command_writes_over_a_part_of_its_model(
+    command: str, file: str, saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "Hi", "responses": ["a", "b"]}\n')
+    (tmp_path / "link").symlink_to(saved_judge)
+    before = (saved_judge / file).read_bytes()
+    target = str(tmp_path / "link" / file)
+    assert main([command, str(pairs), target, "--model", str(saved_judge), "--overwrite"]) != 0
+    assert "would overwrite the input" in capsys.readouterr().err
+    assert (saved_judge / file).read_bytes() == before
+    inside = str(saved_judge / "out.jsonl")
+    assert main([command, str(pairs), inside, "--model", str(saved_judge)]) == 0
+
+
+def test_a_report_is_not_written_over_what_it_shows(
+    saved_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text('{"prompt": "Hi", "chosen": "a", "rejected": "b"}\n')
+    assert main(["eval", str(data), "--model", str(saved_judge), "--output", str(run)]) == 0
+    before = (run / "results.json").read_bytes()
+    for given in (run, run / "results.json"):
+        assert main(["report", str(given), "--output", str(run / "results.json")]) != 0
+        assert "would overwrite the input" in capsys.readouterr().err
+    assert (run / "results.json").read_bytes() == before
 
 
 def test_an_evaluation_is_not_written_over_its_data(

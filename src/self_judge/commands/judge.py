@@ -125,7 +125,7 @@ def run_judge(
     Raises:
         ValueError: a line cannot be used; the message names the file, line number and field.
     """
-    source, target = input_and_output(source, target)
+    source, target = input_and_output(source, target, [choice.model])
     read = input_reader(source, console, _used, columns)
 
     def items() -> Iterator[Item]:

@@ -48,15 +48,17 @@ FoundT = TypeVar("FoundT")
 Work = Callable[[list[ItemT]], list[dict[str, Any]]]
 
 
-def input_and_output(source: str | Path, target: str | Path) -> tuple[Path, Path]:
+def input_and_output(
+    source: str | Path, target: str | Path, models: Iterable[str | None] = ()
+) -> tuple[Path, Path]:
     """Checks the input and output paths and returns both as `Path` objects.
 
     Raises:
-        ValueError: the input does not exist, or the output would overwrite it.
+        ValueError: the input does not exist, or the output would overwrite it or a model.
     """
     source, target = Path(source), Path(target)
     check_file(source)
-    refuse_overwriting([target, settings_path(target)], [source])
+    refuse_overwriting([target, settings_path(target)], [source, *filter(None, models)])
     return source, target
 
 

@@ -199,7 +199,7 @@ def run_tournament(
         ValueError: a line cannot be used (the message names the file, line number and field), or
             the target was written for another input or with other settings.
     """
-    source, target = input_and_output(source, target)
+    source, target = input_and_output(source, target, [job.model, job.policy])
     read = input_reader(source, console, _used, columns, job.max_prompts, ADDED)
     encoder = job.policy_encoder or job.judge.encoder
     world_size = RankShards.here(target, chunk).world_size

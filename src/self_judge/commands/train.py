@@ -33,6 +33,7 @@ from self_judge.config.self_training import PackingChoice
 from self_judge.console import masked, say
 from self_judge.data.workers import workers_end_with_parent
 from self_judge.datatypes import PreferenceRecord
+from self_judge.errors import ModelError
 from self_judge.models import (
     apply_umask,
     check_vocabulary,
@@ -55,6 +56,7 @@ from self_judge.training.saved_weights import (
     check_loading,
     check_merged,
     check_saved,
+    not_finite,
 )
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from self_judge.training.setup import (
@@ -119,6 +121,8 @@ def _run_jsft(run: JSFTRun, say: Say, console: Console | None) -> Path:
     if run.jsft_args.merge_adapter and isinstance(trainer.model, PeftModel):
         check_configuration(trainer.model)
         check_mergeable(trainer.model)
+        if broken := not_finite(trainer.model, trained_only=False):
+            raise ModelError(f"the base model contains NaN or infinity (first: {broken[0]})")
     output = Path(str(args.output_dir))
     _save_json(output / DATA, data.counts_by_source)
     accuracy = None

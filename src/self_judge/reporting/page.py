@@ -26,6 +26,7 @@ from self_judge.console import masked, say
 from self_judge.reporting.charts import charts_json
 from self_judge.reporting.collect import Limits, ReportData, collect
 from self_judge.storage.atomic import atomic_write
+from self_judge.storage.repository import refuse_overwriting
 
 
 def write_report(
@@ -52,6 +53,8 @@ def write_report(
     data = collect(sources, limits)
     first = sources[0] if sources[0].is_dir() else sources[0].parent
     target = Path(output) if output is not None else first / "report.html"
+    inputs = (p for s in sources for p in ([s] if s.is_file() else s.rglob("*.json*")))
+    refuse_overwriting([target], [*inputs, *sources])
     with atomic_write(target) as file:
         file.write(page(data))
     console = console or Console(stderr=True)

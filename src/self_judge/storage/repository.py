@@ -16,6 +16,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from self_judge.errors import is_missing
 
+# The files that a model consists of, among other files in its folder.
+_MODEL_FILES = (
+    "*.safetensors", "*.index.json", "*config.json", "token*", "special_tokens_map.json",
+    "vocab*", "merges.txt", "added_tokens.json", "*.jinja", "*.py", "judge.json",
+)  # fmt: skip
+
 
 def same_path(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     """Returns whether two paths refer to the same file or folder, directly or through links."""
@@ -28,11 +34,15 @@ def same_path(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> boo
 def refuse_overwriting(
     outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str | os.PathLike[str]]
 ) -> None:
-    """Raises `ValueError` if an output is also an input, directly or through links."""
+    """Raises `ValueError` if an output is also an input, directly or through links.
+
+    If an input is a model's folder, the files of the model are inputs as well.
+    """
     inputs = list(inputs)
     for output in outputs:
         for given in inputs:
-            if same_path(output, given):
+            parts = [p for pattern in _MODEL_FILES for p in Path(given).glob(pattern)]
+            if any(same_path(output, part) for part in (given, *parts)):
                 raise ValueError(f"{output}: the output would overwrite the input {given}")
 
 

@@ -90,6 +90,8 @@ def check_start(args: TrainingArguments, model: nn.Module) -> None:
     refuse_overwriting([str(args.output_dir)], filter(None, [inner.name_or_path]))
     if is_sharded(args):
         return
+    if broken := not_finite(model):
+        raise ModelError(f"the given model contains NaN or infinity (first: {broken[0]})")
     if isinstance(model, PeftModel):
         if isinstance(inner.get_output_embeddings(), TrainableTokensWrapper):
             raise ModelError(
@@ -306,11 +308,8 @@ def check_loading(model: nn.Module, folder: Path | None = None) -> None:
         clear_device_cache(garbage_collection=True)
         return
     if off is not None:
-        remedy = (
-            "train it under its saved settings, or choose another peft_config"
-            if folder
-            else "change its configuration instead of its modules"
-        )
+        of_model = "change its configuration instead of its modules"
+        remedy = "choose another peft_config" if folder else of_model
         raise ModelError(
             "the trained model would be another one after it is saved and loaded: the relative "
             f"difference of the logits is {off:.1e}. Load the model again and {remedy}"
