@@ -109,14 +109,25 @@ def test_a_configuration_of_another_depth_is_refused(folder: Path, changes: dict
 
 
 @pytest.mark.parametrize("changes", [{"intermediate_size": 40}, {"vocab_size": 99}])
-def test_a_configuration_of_another_width_is_one_line(
+def test_a_configuration_of_another_width_is_one_line_that_names_weights(
     folder: Path, changes: dict[str, Any]
 ) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    with pytest.raises(ModelError, match="cannot load a model from") as error:
+    named = "mlp" if "intermediate_size" in changes else "embed_tokens"
+    with pytest.raises(ModelError, match=f"has other shapes of weights: .*{named}") as error:
         load_model(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_the_weights_of_two_saves_is_refused(folder: Path, tokenizer: Any) -> None:
+    """Transformers would read the older file, and none of the shards."""
+    later = tiny_llama(len(tokenizer), seed=4)
+    later.save_pretrained(folder, max_shard_size="20KB")
+    with pytest.raises(ModelError, match="has two sets of weights"):
+        load_model(folder)
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(logits(load_model(folder)), logits(later))
 
 
 def test_commands_name_missing_weights_in_one_line(

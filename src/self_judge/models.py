@@ -161,8 +161,11 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
     Transformers only warns about missing weights and initializes them randomly.
     """
     loaded: Any
+    _refuse_two_models(Path(name))
+    # Weights of other shapes would otherwise be an error that does not name them.
+    options = {"ignore_mismatched_sizes": True, **options, "output_loading_info": True}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
+        loaded = AutoModelForCausalLM.from_pretrained(name, **options)
     except Exception as error:  # a damaged file can raise any error in the libraries
         if should_reduce_batch_size(error):
             raise
@@ -177,12 +180,30 @@ def _load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
 
 
 def _differing(report: Mapping[str, Any]) -> Iterator[tuple[str, set[str]]]:
-    """Yields the missing and the unexpected weights in a report of Transformers, if any."""
-    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    """Yields the missing, unexpected and mismatched weights in a report of Transformers."""
+    other = {key for key, *_ in report["mismatched_keys"]}
+    missing = {*report["missing_keys"]} - other
     surplus = {key for key in report["unexpected_keys"] if not key.endswith(_BUFFERS)}
-    for what, names in (("lacks", missing), ("has unexpected", surplus)):
+    found = (("lacks", missing), ("has unexpected", surplus), ("has other shapes of", other))
+    for what, names in found:
         if names:
             yield what, names
+
+
+def _refuse_two_models(folder: Path) -> None:
+    """Raises `ModelError` for a folder with weights in one file and, of another save, in shards."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not (single.is_file() and index.is_file()):
+        return
+    try:
+        shards = {*loads(index.read_bytes())["weight_map"].values()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return  # the index is not used
+    if single.name not in shards and all((folder / shard).is_file() for shard in shards):
+        raise ModelError(
+            f"{folder} has two sets of weights, {single.name} and {len(shards)} shards with "
+            f"{index.name}: remove the older one"
+        )
 
 
 def built_again(model: PreTrainedModel) -> PreTrainedModel:
@@ -203,6 +224,7 @@ def built_again(model: PreTrainedModel) -> PreTrainedModel:
             config=copy.deepcopy(model.config),
             state_dict=base_weights(model),
             dtype=model.dtype,
+            ignore_mismatched_sizes=True,
             device_map=None if model.device.type == "cpu" else {"": model.device},
             output_loading_info=True,
         )
