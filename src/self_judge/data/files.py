@@ -175,7 +175,7 @@ def _named_errors(file: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file}: not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8, for "
-            "example with iconv -f WINDOWS-1252 -t UTF-8, or decompress it"
+            "example with iconv -f WINDOWS-1252 (or UTF-16) -t UTF-8, or decompress it"
         ) from None
     except (OSError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk, not the content
