@@ -22,6 +22,7 @@ _NAMES_OF = {
     "inference.sampling": ("TransformersSampler",),
     "judging.judge": ("Judge",),
     "judging.tournament": ("Bracket", "tournament_rejection_sampling"),
+    "judging.reward": ("PairwiseReward",),
     "judging.voting": ("aggregate",),
     "training.jsft.examples": ("JudgeAugmentedSFTCollator", "jsft_dataset"),
     "training.jsft.trainer": ("JSFTTrainer",),

@@ -44,7 +44,7 @@ def launched(file: str, processes: int, *words: str) -> subprocess.CompletedProc
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
     environment |= {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join(str(ROOT / f) for f in ("src", "tests", "tests/helpers")),
         "OMP_NUM_THREADS": "1",
     }
     if file.startswith("zero"):
