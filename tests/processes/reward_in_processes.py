@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from self_judge import Judge, PairwiseReward
 from self_judge.data import synthetic
@@ -33,8 +33,8 @@ def given(schemes: tuple[Scheme, ...]) -> dict[str, Any]:
     }
 
 
-def trained(out: Path, per_device: int) -> dict[str, Any]:
-    """One step and one evaluation of GRPO, and every group as the reward function saw it."""
+def trained(out: Path, per_device: int, rloo: bool) -> dict[str, Any]:
+    """One step and one evaluation, and every group as the reward function saw it."""
     tokenizer = synthetic.tiny_tokenizer()
     model = synthetic.tiny_model(tokenizer, 0, hidden_size=16, layers=1, heads=2)
     templates = synthetic.judge_templates(principles=False, overall=True)
@@ -49,12 +49,13 @@ def trained(out: Path, per_device: int) -> dict[str, Any]:
     rows = [
         {"prompt": [{"role": "user", "content": text}]} for text in synthetic.instructions(5, 0)
     ]
-    args = GRPOConfig(
+    config, trainer_class = (RLOOConfig, RLOOTrainer) if rloo else (GRPOConfig, GRPOTrainer)
+    args = config(
         str(out), max_steps=1, per_device_train_batch_size=per_device, num_generations=2,
         per_device_eval_batch_size=per_device, max_completion_length=6, use_cpu=True, bf16=False,
-        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
+        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, beta=0.0,
     )  # fmt: skip
-    trainer = GRPOTrainer(
+    trainer: Any = trainer_class(
         model=model, reward_funcs=watched, args=args, processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows),
     )  # fmt: skip
@@ -65,9 +66,7 @@ def trained(out: Path, per_device: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     asked, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
-    done = (
-        trained(folder, asked["per_device"]) if "per_device" in asked else given(asked["schemes"])
-    )
+    done = trained(folder, **asked) if "rloo" in asked else given(asked["schemes"])
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").write_text(json.dumps(done, default=str))

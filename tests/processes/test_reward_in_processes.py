@@ -34,11 +34,13 @@ def test_two_processes_give_the_rewards_of_one_and_judge_each_group_once(tmp_pat
     assert len(two["rewards"]["all_pairs"]) == len(PROMPTS)
 
 
-@pytest.mark.parametrize(("processes", "per_device"), [(1, 4), (2, 3)])
-def test_grpo_trains_and_evaluates_with_groups_that_a_batch_splits(
-    tmp_path: Path, processes: int, per_device: int
+@pytest.mark.parametrize(
+    ("processes", "per_device", "rloo"), [(1, 4, False), (1, 4, True), (2, 3, False)]
+)
+def test_trl_trains_and_evaluates_with_groups_that_a_batch_splits(
+    tmp_path: Path, processes: int, per_device: int, rloo: bool
 ) -> None:
-    done = result(tmp_path, processes, per_device=per_device)
+    done = result(tmp_path, processes, per_device=per_device, rloo=rloo)
     groups = 0
     for batch in done["seen"]:
         for _, members in itertools.groupby(batch, key=lambda row: row[0]):
