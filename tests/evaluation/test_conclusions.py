@@ -16,6 +16,7 @@ from self_judge.evaluation.conclusions import (
     training_conclusions,
 )
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
+from self_judge.evaluation.statistics import proportion
 from self_judge.judging.voting import aggregate
 
 
@@ -56,6 +57,22 @@ def test_chance_is_red_and_too_few_pairs_are_amber(
     right: float, pairs: int, expected: dict[str, str]
 ) -> None:
     assert levels(right, pairs=pairs) == expected
+
+
+@pytest.mark.parametrize(("right", "needed"), [(1.0, 10), (0.0, 10), (0.6, 100), (0.5, 9610)])
+def test_the_number_of_pairs_to_evaluate_is_one_at_which_this_accuracy_excludes_chance(
+    right: float, needed: int
+) -> None:
+    tally = JudgeTally(("x",))
+    for i in range(1 if right in (0, 1) else 10):
+        ours = i < 10 * right
+        given = verdict(0.9, 0.1) if ours else verdict(0.1, 0.9)
+        tally.add(JudgedPair("a", given, None, (1, 1)))
+    (said,) = [c.text for c in judge_conclusions(tally.report()) if c.rule == "chance"]
+    assert said.endswith(f"evaluate at least {needed:,} pairs")
+    if right != 0.5:
+        estimate = proportion(right * needed, needed)
+        assert not estimate.low <= 0.5 <= estimate.high
 
 
 def test_a_judge_that_does_not_answer_with_letters_is_named() -> None:

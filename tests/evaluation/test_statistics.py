@@ -47,6 +47,12 @@ def test_a_tie_counts_half_a_win() -> None:
     assert win_rate([1, 2, 3, 0], [0, 2, 3, 1]).value == 0.5
 
 
+def test_two_wins_of_two_do_not_exclude_chance() -> None:
+    won = win_rate([1, 1], [0, 0])
+    assert (won.value, won.low, won.high) == (1.0, proportion(2, 2).low, 1.0)
+    assert won.low < 0.5
+
+
 def test_judge_quality_counts_what_was_decided_and_how() -> None:
     verdicts = [verdict(0.2, 0.2), verdict(0.3, -0.1), verdict(-0.2, -0.2), verdict(0.1, -0.1)]
     quality = judge_quality(verdicts)

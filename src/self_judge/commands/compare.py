@@ -39,6 +39,7 @@ from self_judge.evaluation.statistics import (
     bootstrap_mean,
     length_controlled_win_rate,
     proportion,
+    with_width,
 )
 from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.chat_encoder import ChatEncoder
@@ -325,7 +326,7 @@ def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
     longer = sum(1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in differences)
     return {
         "prompts": len(plain),
-        "win_rate": estimate_json(bootstrap_mean(plain, seed)),
+        "win_rate": estimate_json(with_width(bootstrap_mean(plain, seed))),
         "wins": plain.count(1.0),
         "ties": plain.count(0.5),
         "losses": plain.count(0.0),
@@ -335,7 +336,7 @@ def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
             "characters_sd": controlled.scale,
         },
         "both_orders": {
-            "win_rate": estimate_json(bootstrap_counts(consistent, seed)),
+            "win_rate": estimate_json(with_width(bootstrap_counts(consistent, seed))),
             "wins": consistent[1.0],
             "ties": consistent[0.5],
             "losses": consistent[0.0],

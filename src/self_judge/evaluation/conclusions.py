@@ -165,9 +165,12 @@ def _few(n: int, what: str) -> Conclusion:
 
 
 def _pairs_needed(value: float) -> int:
-    """Returns the number of pairs at which the interval around this accuracy excludes chance."""
+    """Returns the number of pairs at which the interval around this accuracy excludes chance.
+
+    A Wilson interval excludes 0.5 if the accuracy is 1.96 standard errors of chance away from it.
+    """
     distance = max(abs(value - 0.5), 0.01)
-    return math.ceil(_Z**2 * value * (1 - value) / distance**2 / 10) * 10
+    return math.ceil(_Z**2 / 4 / distance**2 / 10) * 10
 
 
 def _percent(estimate: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from scipy.stats import binomtest
 
 from self_judge.datatypes import Verdict
-from self_judge.evaluation.statistics import Estimate, bootstrap_counts, proportion
+from self_judge.evaluation.statistics import Estimate, bootstrap_counts, proportion, with_width
 from self_judge.judging.voting import under_principle
 
 Label = Literal["a", "b", "tie"]
@@ -364,7 +364,7 @@ class PairedTally:
         theirs_only = sum(c for (x, y), c in self.cells.items() if y == 1 and x < 1)
         discordant = ours_only + theirs_only
         return {
-            "difference": estimate_json(bootstrap_counts(differences)),
+            "difference": estimate_json(with_width(bootstrap_counts(differences), lowest=-1.0)),
             "only_this_right": ours_only,
             "only_other_right": theirs_only,
             "mcnemar_p": binomtest(ours_only, discordant).pvalue if discordant else 1.0,

@@ -129,10 +129,26 @@ def bootstrap_strata(strata: Sequence[Mapping[float, int]], seed: int = 0) -> Es
     return Estimate(mean / len(strata), float(low), float(high), total)
 
 
+def with_width(estimate: Estimate, lowest: float = 0.0, highest: float = 1.0) -> Estimate:
+    """Returns a bootstrap estimate, with a Wilson interval if its own is a point.
+
+    If all values are equal, resampling them shows no spread, although another value may differ.
+
+    Args:
+        lowest, highest: the range of the values.
+    """
+    if estimate.low < estimate.high:
+        return estimate
+    span = highest - lowest
+    share = proportion((estimate.value - lowest) / span * estimate.n, estimate.n)
+    low, high = lowest + span * share.low, lowest + span * share.high
+    return Estimate(estimate.value, low, high, estimate.n)
+
+
 def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Estimate:
     """Returns the fraction of prompts on which `ours` is higher. A tie counts as half a win."""
     wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
-    return bootstrap_mean(wins, seed)
+    return with_width(bootstrap_mean(wins, seed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +258,9 @@ def length_controlled_win_rate(
     length = np.tanh(difference / scale) if scale else np.zeros_like(difference)
     theta, slope = fit(won, length)
     value = float(expit(theta))
-    if len(won) == 1:
-        return LengthControlled(Estimate(value, 0.0, 1.0, 1), slope, scale)
+    if len(set(wins)) == 1:
+        point = Estimate(value, value, value, len(won))
+        return LengthControlled(with_width(point), slope, scale)
     interval = bootstrap(
         (won, length),
         lambda w, x: expit(fit(w, x)[0]),
