@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_init import table
 
 from self_judge.cli import main
@@ -138,6 +139,55 @@ def test_stopped_by_sigterm_in_training_the_same_command_ends_as_if_nothing_had_
     assert main(words) == 0
     assert started == ["train", "train", "compare", "tournament", "report"]
     assert left(copied) == whole
+
+
+def other_labels(data: Path) -> None:
+    rows = data.read_text().splitlines()
+    data.write_text("\n".join([rows[0].replace("good,bad", "bad,good"), *rows[1:]]))
+
+
+def other_weights(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    save_file({k: v + 1 for k, v in weights.items()}, base / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(("change", "name"), [(other_labels, "my.csv"), (other_weights, "base")])
+def test_data_or_a_model_with_other_contents_are_refused(
+    change: Callable[[Path], None],
+    name: str,
+    words: list[str],
+    whole: Path,
+    copied: Path,
+    started: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, data = (copied.parent / n for n in ("base", "my.csv"))
+    shutil.copytree(words[2], model)
+    shutil.copy(words[4], data)
+    for file in ("jsft.yaml", "self_judge.yaml"):
+        text = (copied / file).read_text().replace(words[2], str(model))
+        (copied / file).write_text(text.replace(words[4], str(data)))
+    (copied / "align.json").unlink()
+    given = ["align", "--model", str(model), "--data", str(data), *words[5:]]
+    for file in ("jsft", "policy"):
+        settings = copied / file / "run.json"
+        text = settings.read_text().replace(words[2], str(model))
+        settings.write_text(text.replace(words[4], str(data)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Runner, "start", lambda runner, words: 1)
+        assert main(given) == 1
+    change(copied.parent / name)
+    assert main(given) == 2
+    assert f"{copied.parent / name} changed since the first call in my" in capsys.readouterr().err
+    assert started == []
+
+
+def test_a_finished_stage_that_is_run_again_by_hand_stays_complete(
+    words: list[str], copied: Path, started: list[str]
+) -> None:
+    (copied / "jsft" / "training_args.bin").write_bytes(b"of another call")
+    assert main(words) == 0
+    assert started == []
 
 
 def test_a_stage_that_fails_ends_the_call_with_its_status(

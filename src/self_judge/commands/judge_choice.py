@@ -200,7 +200,8 @@ def fingerprint(model: str, revision: str | None = None) -> str | None:
         base = adapter and fingerprint(str(adapter.base_model_name_or_path), adapter.revision)
         return _hash(commit.encode(), str(base).encode()) if base else commit
     parts: list[bytes] = []
-    for file in sorted({f for pattern in _FILES for f in folder.glob(pattern)}):
+    found = {f for pattern in _FILES for f in folder.glob(pattern)}
+    for file in sorted(found - {folder / "training_args.bin"}):
         size = file.stat().st_size
         parts += [file.name.encode(), str(size).encode()]
         step = max(_SLICE_BYTES, size // _SLICES)

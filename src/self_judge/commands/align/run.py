@@ -44,7 +44,8 @@ from self_judge.storage.atomic import loads, write_json
 from self_judge.storage.run_dir import SUMMARY
 from self_judge.training.setup import this_machine
 
-NOTES = "align.json"  # the command and the inputs of each complete stage
+NOTES = "align.json"  # the given model and data, and the command and inputs of complete stages
+_GIVEN = "given"
 _ENDED = {0: "stopped", 130: "interrupted", 143: "interrupted"}  # 128 + SIGINT or SIGTERM
 _PATIENCE = 5.0  # seconds that a stage may take to end by itself after Ctrl-C
 
@@ -61,8 +62,8 @@ def run_align(job: InitJob, overrides: Sequence[str] = (), console: Console | No
         console: the console for the stages; what came out is printed to standard output.
 
     Raises:
-        ValueError: the folder belongs to another model or other data, or a complete stage had
-            other settings or inputs.
+        ValueError: the folder belongs to another model or other data, these have changed, or a
+            complete stage had other settings or inputs.
     """
     console = console or Console(stderr=True)
     tell = partial(say, console)
@@ -73,7 +74,11 @@ def run_align(job: InitJob, overrides: Sequence[str] = (), console: Console | No
         run_init(job, console)
     for name in (PROMPTS, PAIRS):
         if not (folder / name).stat().st_size:
-            raise DataError(f"{folder / name} is empty, because the data has too few records")
+            raise DataError(
+                f"{folder / name} is empty, because the data has too few records: use more, and "
+                "another --output"
+            )
+    _check_unchanged(job)
     todo = stages(folder, overrides)
     runner = Runner()
     with runner.terminable():
@@ -125,6 +130,23 @@ def _check_same(job: InitJob) -> None:
                 f"{folder / JSFT} has {before}, but {option} is {given}: choose another --output, "
                 "or remove the run files and the results"
             )
+
+
+def _check_unchanged(job: InitJob) -> None:
+    """Refuses to continue if the contents of the model or of the data are other ones.
+
+    The run files and the held-out data are made from these contents.
+    """
+    notes = _notes(job.folder)
+    now = {"--model": fingerprint(job.model), "--data": _digest(Path(job.data))}
+    before = notes.setdefault(_GIVEN, now)
+    for option, given in (("--model", job.model), ("--data", job.data)):
+        if before.get(option) != now[option]:
+            raise ConfigError(
+                f"{given} changed since the first call in {job.folder}: choose another --output, "
+                "or remove the run files and the results"
+            )
+    write_json(job.folder / NOTES, notes)
 
 
 # -- complete stages -----------------------------------------------------------------------------
@@ -205,11 +227,12 @@ def _note(stage: Stage, folder: Path) -> bool:
     return True
 
 
-def _notes(folder: Path) -> dict[str, Any]:
+def _notes(folder: Path) -> dict[str, dict[str, Any]]:
     try:
-        return dict(loads((folder / NOTES).read_bytes()))
+        notes = dict(loads((folder / NOTES).read_bytes()))
     except (OSError, TypeError, ValueError):
         return {}
+    return {title: note for title, note in notes.items() if isinstance(note, dict)}
 
 
 def _described(stage: Stage) -> dict[str, Any]:
@@ -221,7 +244,17 @@ def _described(stage: Stage) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str | None:
-    return hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest() if path.exists() else None
+    """Returns a hash of a file, or of all files in a folder; `None` if there is no such path."""
+    if not path.exists():
+        return None
+    digest = hashlib.blake2b(digest_size=12)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(str(file.relative_to(path)).encode())
+            with file.open("rb") as reader:
+                while block := reader.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
 
 
 # -- processes -----------------------------------------------------------------------------------
