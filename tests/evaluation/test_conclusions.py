@@ -93,6 +93,17 @@ def test_a_judge_below_the_length_heuristic_is_named() -> None:
     assert levels(0.9, lengths=longer)["length"] == "amber"
 
 
+def test_labels_without_a_better_response_are_red() -> None:
+    tally = JudgeTally(("x",))
+    tally.add(JudgedPair("tie", verdict(0.9, 0.1), None, (1, 1)))
+    assert [(c.level, c.rule) for c in judge_conclusions(tally.report())] == [("red", "labels")]
+
+
+def test_metrics_that_are_not_finite_do_not_end_a_run() -> None:
+    nothing = [float("nan")] * 8
+    assert training_conclusions({"judge/margin": nothing, "rewards/accuracies": nothing}) == []
+
+
 def test_no_judged_pair_is_red() -> None:
     assert [c.level for c in judge_conclusions(JudgeTally(("x",)).report())] == ["red"]
 

@@ -104,6 +104,9 @@ def _undecidable(report: Mapping[str, Any]) -> Iterator[Conclusion]:
 def _accuracy(report: Mapping[str, Any]) -> Iterator[Conclusion]:
     accuracy = report.get("accuracy")
     if not accuracy:
+        yield Conclusion(
+            "red", "labels", "no label names the better response, so there is no accuracy"
+        )
         return
     (low, high), n, value = accuracy["ci95"], accuracy["n"], accuracy["value"]
     shown = f"accuracy {value:.3f} ({low:.3f} to {high:.3f}, {n:,} pairs)"
@@ -340,7 +343,8 @@ def _policy_drift(series: Series) -> Iterator[Conclusion]:
             f"the policy is {divergence[1]:.0f} nats from the initial model: read its responses, "
             "and raise beta or lower the learning rate",
         )
-    rewards = [v for v in series.get("rewards/accuracies", ()) if v is not None]
+    logged = series.get("rewards/accuracies", ())
+    rewards = [v for v in logged if v is not None and math.isfinite(v)]
     rewards = rewards[len(rewards) // 2 :]
     if "judge/margin" in series and len(rewards) >= 4:
         mean = statistics.fmean(rewards)
