@@ -11,9 +11,11 @@ import pytest
 import yaml
 
 from conftest import ROOT
+from run_overrides import given
 from self_judge.cli import main
 from self_judge.config.schema import load_run
 from self_judge.config.trainer_keys import SOURCES, library_fields
+from self_judge.data import synthetic
 
 QUESTION = "{context} {response_a} {response_b}"
 CHAT = (
@@ -142,6 +144,22 @@ def test_an_older_key_that_cannot_be_kept_is_an_error(
     original.write_text(ORIGINAL.replace(*change))
     assert main(["jsft", str(original)]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("training_args.max_steps=0", "max_steps must be above 0, or -1 for all epochs, got 0"),
+        ("training_args.num_train_epochs=0", "num_train_epochs must be above 0, got 0"),
+    ],
+)
+def test_a_run_without_a_step_is_refused(
+    wrong: str, told: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = synthetic.write_dataset("preference", tmp_path / "pairs.jsonl", 20, seed=1)
+    output = f"training_args.output_dir={tmp_path / 'run'}"
+    assert main(["jsft", "hh_jsft", *given(base, data), output, wrong]) == 2
+    assert f"error: training_args.{told}" in capsys.readouterr().err
 
 
 WRONG = """\

@@ -117,6 +117,13 @@ def _training_config(
         raise ConfigError(
             f"training_args.learning_rate must be at least 0, got {training['learning_rate']}"
         )
+    # Transformers trains one step with `max_steps: 0`, and none with `num_train_epochs: 0`.
+    if training.get("max_steps") == 0:
+        raise ConfigError("training_args.max_steps must be above 0, or -1 for all epochs, got 0")
+    if training.get("max_steps", -1) < 0 and training.get("num_train_epochs", 1) <= 0:
+        raise ConfigError(
+            f"training_args.num_train_epochs must be above 0, got {training['num_train_epochs']}"
+        )
     try:
         return config_class(**training, **own)
     except ValueError as error:
