@@ -76,15 +76,27 @@ def test_measuring_the_judge_does_not_change_the_model(
 
 
 def test_a_resumed_run_keeps_the_accuracy_from_before_its_first_step(
-    base: Path, source: Path, tmp_path: Path
+    base: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saving = ("training_args.save_steps=1", "training_args.learning_rate=0.01")
     whole = run("jsft", base, source, tmp_path / "whole", *saving)
     parts = tmp_path / "parts"
     run("jsft", base, source, parts, *saving, "training_args.max_steps=2")
+    capsys.readouterr()
     resumed = run("jsft", base, source, parts, *saving)
+    assert "\n3 steps; this call took 0:00:0" in capsys.readouterr().err
     assert resumed["judge"]["before"] == whole["judge"]["before"]
     assert resumed["judge"]["before"] != resumed["judge"]["after"]
+
+
+def test_a_finished_run_that_is_started_again_has_no_pace(
+    saved_judge: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saving = ("training_args.save_steps=1", "training_args.resume_from_checkpoint=true")
+    assert run("train", saved_judge, source, tmp_path / "run", *saving)["tokens_per_second"] > 0
+    again = run("train", saved_judge, source, tmp_path / "run", *saving)
+    assert (again["steps"], again["tokens_per_second"]) == (3, None)
+    assert "\n3 steps; this call took 0:00:0" in capsys.readouterr().err
 
 
 def test_self_training_measures_its_judge_on_request(

@@ -158,6 +158,7 @@ class RunSummary:
     judge: JudgeAccuracy | None = None
     before: Mapping[str, Any] | None = field(default=None, init=False)
     summary: dict[str, Any] = field(default_factory=dict, init=False)
+    _resumed: bool = field(default=False, init=False)
     _begun: float = field(default_factory=time.time, init=False)
 
     def start(self, model: Any, *, resumed: bool) -> None:
@@ -172,7 +173,7 @@ class RunSummary:
         elif self.judge is not None:
             self.before = self.judge.measure(model)
             write_json(self.folder / SUMMARY, {"judge": {"before": self.before}})
-        self._begun = time.time()
+        self._begun, self._resumed = time.time(), resumed
 
     def write(self, model: Any, next_command: str) -> None:
         """Measures the judge after the last step, and writes the summary.
@@ -195,7 +196,7 @@ class RunSummary:
             "steps": last.get("step"),
             "seconds": round(seconds, 1),
             "tokens_per_second": _tokens_per_second(
-                [line for line in lines if line["time"] >= self._begun], last
+                [line for line in lines if line["time"] >= self._begun]
             ),
             "metrics": last,
             "judge": judged,
@@ -209,7 +210,8 @@ class RunSummary:
         summary, pace = self.summary, self.summary["tokens_per_second"]
         print_line(
             self.console,
-            f"{summary['steps'] or 0:,} steps in {timedelta(seconds=round(summary['seconds']))}"
+            f"{summary['steps'] or 0:,} steps{'; this call took' if self._resumed else ' in'} "
+            f"{timedelta(seconds=round(summary['seconds']))}"
             + (f", {pace:,.0f} tokens per second" if pace else "")
             + f"; last logged: {shown_metrics(summary['metrics'])}",
         )
@@ -217,10 +219,11 @@ class RunSummary:
         print_line(self.console, f"next: {summary['next']}")
 
 
-def _tokens_per_second(lines: Sequence[Mapping[str, Any]], last: Mapping[str, Any]) -> float | None:
+def _tokens_per_second(lines: Sequence[Mapping[str, Any]]) -> float | None:
     """Returns the pace of this call: logged by self-training, and counted by TRL in JSFT."""
-    if "tokens_per_second/step" in last:
-        return round(last["tokens_per_second/step"], 1)
+    paces = [line["tokens_per_second/step"] for line in lines if "tokens_per_second/step" in line]
+    if paces:
+        return round(float(paces[-1]), 1)
     counted = [line for line in lines if "num_tokens" in line]
     if len(counted) < 2 or counted[-1]["time"] <= counted[0]["time"]:
         return None
