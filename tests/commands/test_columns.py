@@ -223,6 +223,7 @@ def test_a_run_whose_prompts_are_all_held_out_names_held_out(
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
+        ("promt=prompt", "promt: unknown; did you mean prompt?"),
         ("the_question=prompt", "the_question=prompt is the wrong way round: write prompt=the_qu"),
         ("prompt=q,chosen=c,rejected=r", "separate the columns with spaces: 'prompt=q,chosen=c"),
     ],

@@ -141,6 +141,23 @@ def test_columns_that_cannot_be_guessed_are_asked_for_only_in_a_terminal(
     assert source.columns == dict(zip(("prompt", "chosen", "rejected"), columns, strict=True))
 
 
+@pytest.mark.parametrize("wrong", ["unaccepted", "not chosen", "nonPreferred"])
+def test_a_negated_name_is_not_that_of_the_better_response(
+    wrong: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = table(tmp_path / "mine.csv", ("question", wrong, "worse"))
+    assert start(tmp_path / "my", base, data) == 2
+    assert "cannot detect the kind of data" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_once(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = table(tmp_path / "mine.csv", ("prompt", "chosen", "rejected"))
+    assert start(data / "my", base, data) == 2
+    assert f"error: {data}: is not a folder: choose another one\n" in capsys.readouterr().err
+
+
 def test_data_without_pairs_is_refused(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

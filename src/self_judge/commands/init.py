@@ -41,7 +41,7 @@ from self_judge.config.hardware import fit_to_machine
 from self_judge.config.schema import load_run
 from self_judge.config.yaml import read_yaml
 from self_judge.console import say
-from self_judge.data.records import first_question, is_held_out
+from self_judge.data.records import first_question, is_held_out, is_named
 from self_judge.data.sources import PreferenceData, load_preferences, read_records
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ConfigError, DataError
@@ -216,8 +216,7 @@ def _guessed(job: InitJob, console: Console) -> dict[str, str]:
     texts = [str(name) for name, value in raw.items() if isinstance(value, str)]
     columns: dict[str, str] = {}
     for name, usual in _GUESSES.items():
-        fitting = [c for c in texts if any(word in c.lower() for word in usual)]
-        fitting = [c for c in fitting if c not in columns.values()]
+        fitting = [c for c in texts if c not in columns.values() and is_named(c, usual)]
         if len(fitting) == 1:
             columns[name] = fitting[0]
         elif job.ask and texts:

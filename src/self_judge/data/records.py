@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from self_judge.config.yaml import unknown_key
@@ -50,6 +51,8 @@ def parse_columns(given: Sequence[str]) -> dict[str, str]:
         if not (name and equals and column):
             raise DataError(f"columns: expected name=column, got {argument!r:.80}")
         if column in COLUMNS and name not in (*COLUMNS, *LABELS):
+            if get_close_matches(name, COLUMNS, cutoff=0.8):
+                raise DataError(f"columns: {unknown_key(name, COLUMNS)}")
             raise DataError(f"columns: {argument} is the wrong way round: write {column}={name}")
         if any(f",{other}=" in column for other in COLUMNS):
             raise DataError(f"columns: separate the columns with spaces: {argument!r:.80}")
@@ -57,6 +60,15 @@ def parse_columns(given: Sequence[str]) -> dict[str, str]:
             raise DataError(f"columns: {name!r} is given twice")
         columns[name] = column
     return columns
+
+
+def is_named(column: str, usual: Sequence[str]) -> bool:
+    """Returns whether a word in a column's name begins with a usual name, and none is a negation.
+
+    "better answer" and "chosenText" are named as usual, but "unaccepted" and "not chosen" are not.
+    """
+    words = [word.lower() for word in re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])", column)]
+    return not {"not", "non", "no"} & {*words} and any(w.startswith(tuple(usual)) for w in words)
 
 
 def map_columns(

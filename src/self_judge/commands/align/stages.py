@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -149,8 +150,11 @@ def next_words(output: Path) -> list[str] | None:
 
 def refuse_existing(folder: Path) -> None:
     """Raises `ConfigError` if `init` cannot write to a folder, or would overwrite a file."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: is not a folder: choose another one")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{there}: is not a folder: choose another one")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"{there}: is not writable: choose another folder")
     for name in FILES:
         if (folder / name).exists():
             raise ConfigError(f"{folder / name} exists: choose another folder, or remove it")
