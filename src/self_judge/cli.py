@@ -63,7 +63,9 @@ def train_main(kind: RunKind, argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=f"Start a {kind} run from a YAML file.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
     parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=OVERRIDES)
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDES
+    )
     arguments = parser.parse_args(argv)
     arguments.kind = kind
     return _guarded(_train, arguments, arguments.debug)

@@ -171,3 +171,9 @@ def test_without_a_connection_a_name_is_looked_up_once_and_refused_in_one_line(
         "self-judge: error: no/such is not a folder here, and not in the Hub's cache: the Hub "
         "cannot be reached (Name or service not known)\n"
     )
+
+
+def test_only_what_is_missing_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["jsft", "--debug"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG\n")

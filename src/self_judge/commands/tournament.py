@@ -223,18 +223,23 @@ def run_tournament(
 
 def _summarize(target: Path, rate: float, console: Console) -> None:
     """Prints what the tournaments in a file came to."""
-    lines = responses = unanswered = longer = by_lot = 0
+    lines = responses = unanswered = longer = contested = by_lot = 0
     for line in read_journal(target):
         texts = line["responses"]
         lines, responses = lines + 1, responses + len(texts)
         unanswered += len(line.get("unanswered", ()))
+        contested += len(texts) > 1
         longer += len(line["response"]) > sum(map(len, texts)) / len(texts)
         by_lot += sum(match["by_lot"] for matches in line.get("bracket", ()) for match in matches)
     say(
         console,
         f"{target}: {lines:,} tournament{'s' if lines > 1 else ''} with {responses:,} responses"
         + (f", {rate:.2f} per second" if rate == rate else "")
-        + f"; the winner is longer than the mean response in {longer / lines:.0%}"
+        + (
+            f"; the winner is longer than the mean response in {longer / contested:.0%}"
+            if contested
+            else ""
+        )
         + (f"; {by_lot:,} matches were undecidable and drawn by lot" if by_lot else "")
         + (f"; {unanswered:,} responses had no answer" if unanswered else ""),
     )

@@ -134,7 +134,7 @@ def _add_init(commands: Commands) -> None:
     align = commands.add_parser(
         "align", help="run the whole method on your model and data; resumes where it stopped"
     )
-    align.add_argument("overrides", nargs="*", metavar="key.path=value",
+    align.add_argument("overrides", nargs="*", default=[], metavar="key.path=value",
         help="override any value in the run files that have this section")
     align.add_argument("--output", required=True, metavar="DIR", dest="folder",
         help="folder for the run files, the runs and the report")
@@ -167,7 +167,9 @@ def _add_runs(commands: Commands) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("config", metavar="CONFIG", help=CONFIG)
-        command.add_argument("overrides", nargs="*", metavar="key.path=value", help=OVERRIDES)
+        command.add_argument(
+            "overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDES
+        )
         command.set_defaults(kind=kind)
     add = command.add_argument  # of check
     add("--examples", type=int, default=400, metavar="N",
