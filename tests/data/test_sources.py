@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -929,6 +930,26 @@ def test_a_source_of_which_nothing_can_be_used_is_an_error_with_the_reasons() ->
 def test_a_source_that_makes_no_sense_is_an_error(source: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_preferences(source)
+
+
+def test_a_data_frame_is_not_read_as_the_names_of_its_columns() -> None:
+    frame = pandas.DataFrame([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(DataError, match="got DataFrame"):
+        load_preferences(frame)
+
+
+def test_an_empty_path_is_not_the_working_folder() -> None:
+    with pytest.raises(DataError, match="the path of the data is empty"):
+        load_preferences("")
+
+
+def test_a_list_of_records_keeps_columns_that_the_first_record_lacks() -> None:
+    given = [
+        {"chosen": [user("hello"), assistant("a")], "rejected": [user("hello"), assistant("b")]},
+        {"prompt": [user("why?")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+    ]
+    questions = [record.prompt[-1]["content"] for record in load_preferences(given).records]
+    assert questions == ["hello", "why?"]
 
 
 def test_rows_for_self_training_have_prompt_context_and_the_given_pair() -> None:

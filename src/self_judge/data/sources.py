@@ -31,7 +31,7 @@ from self_judge.data.records import (
 )
 from self_judge.data.ultrafeedback import select_ultrafeedback
 from self_judge.datatypes import Message, PreferenceRecord
-from self_judge.errors import ConfigError, DataError, UnusableRecordError, suggesting
+from self_judge.errors import ConfigError, DataError, UnusableRecordError, check_data, suggesting
 from self_judge.prompting.judge_templates import dialogue_text
 
 _FIELDS = {f.name for f in fields(Source)}
@@ -108,14 +108,16 @@ def load_preferences(
         DataError: a source cannot be read, a record is malformed, or no records can be used. The
             held-out subset may be empty.
     """
-    alone = isinstance(sources, str | os.PathLike | Mapping) or in_memory(sources)
-    listed = [sources] if alone or not isinstance(sources, Iterable) else list(sources)
+    # A data frame is iterable, but over the names of its columns.
+    many = isinstance(sources, Sequence | Iterator) and not isinstance(sources, str)
+    listed: list[Any] = [*cast("Any", sources)] if many and not in_memory(sources) else [sources]
     if not listed:
         raise DataError("no source of preference data is given")
     if all(isinstance(s, Mapping) and not in_memory(s) and not _FIELDS & set(s) for s in listed):
         from datasets import Dataset
 
-        listed = [Dataset.from_list(listed)]
+        every = {key: None for record in listed for key in record}
+        listed = [Dataset.from_list([{**every, **record} for record in listed])]
     data = PreferenceData([])
     for number, source in enumerate(map(_source_of, listed)):
         label = _label_of(source, number)
@@ -161,13 +163,14 @@ def _source_of(given: Any) -> Source:
         given = {"path": given}
     if not (isinstance(given, str | Mapping) or in_memory(given)):
         raise DataError(
-            f"a source is a path, a mapping with the fields of Source or a datasets.Dataset, got "
-            f"{type(given).__name__}"
+            "a source is a path, a mapping with the fields of Source, a list of records or a "
+            f"datasets.Dataset, got {type(given).__name__}"
         )
     fields = dict(given) if isinstance(given, Mapping) and not in_memory(given) else {"path": given}
     dataset = fields.get("path")
-    if isinstance(dataset, os.PathLike):
+    if isinstance(dataset, str | os.PathLike):
         fields["path"] = os.fspath(dataset)
+        check_data(fields["path"])
     if in_memory(dataset):
         fields["path"] = "in memory"
     try:
