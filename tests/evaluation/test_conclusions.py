@@ -136,6 +136,7 @@ def compared(rate: float, controlled: float, **more: object) -> dict[str, str]:
         "order_agreement": estimate(0.9),
         "undecidable": 0.0,
         "undecidable_because": {},
+        "longer_wins_all": estimate(0.6),
         **more,
     }
     return {c.rule: c.level for c in comparison_conclusions(results)}
@@ -151,6 +152,10 @@ def test_a_comparison_says_which_policy_won_and_why_to_doubt_it() -> None:
     cut = {"a": estimate(0.4), "b": estimate(1.0)}
     assert compared(0.7, 0.7, finished=cut)["cut responses"] == "amber"
     assert compared(0.7, 0.7, prompts=30)["few prompts"] == "amber"
+    assert compared(0.7, 0.7, longer_wins_all=estimate(0.02)) == {
+        "win rate": "green",
+        "longer": "amber",
+    }
 
 
 STEADY = {

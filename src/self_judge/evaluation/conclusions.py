@@ -235,6 +235,17 @@ def comparison_conclusions(results: Mapping[str, Any]) -> list[Conclusion]:
                 f"{shown}: no difference is shown. Compare more prompts, or train longer",
             )
         )
+    longer = results["longer_wins_all"]["value"]
+    if prompts > 1 and not 0.05 <= longer <= 0.95:
+        found.append(
+            Conclusion(
+                "amber",
+                "longer",
+                f"{'a' if longer > 0.5 else 'b'} is longer for {max(longer, 1 - longer):.0%} of "
+                "the prompts, so the win rate at equal length is a guess: compare with a judge "
+                "without length bias",
+            )
+        )
     agreement = results["order_agreement"]
     if agreement["value"] < 1 - POSITION:
         found.append(
