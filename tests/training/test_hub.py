@@ -44,7 +44,7 @@ def same_files(folder: Path, remote: dict[str, bytes]) -> bool:
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
         if path.is_file()
-        and not str(path.relative_to(folder)).startswith(("_", "checkpoint-", "."))
+        and not str(path.relative_to(folder)).startswith(("_", "checkpoint-", ".", "rollouts/"))
     }
     remote = {name: content for name, content in remote.items() if name != ".gitattributes"}
     assert sorted(local) == sorted(remote)

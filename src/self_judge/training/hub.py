@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
 from self_judge.storage.atomic import MANIFEST, UNFINISHED, atomic_files, atomic_write
+from self_judge.storage.run_dir import ROLLOUTS
 from self_judge.training.model_card import CARD, model_card, pairs_card
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-_IGNORED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{UNFINISHED}/*", "*.part"]
+# The sampled pairs contain the prompts; `push_pairs` pushes them as a dataset.
+_IGNORED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{UNFINISHED}/*", "*.part", f"{ROLLOUTS}/*"]
 # Files on the Hub that a push removes if the folder does not have them: with the adapter of an
 # earlier push, a merged model would load as an adapter.
 _OF_A_MODEL = ["adapter_*", "model*.safetensors", "model.safetensors.index.json"]
