@@ -194,6 +194,9 @@ def test_the_command_writes_one_file_into_the_first_folder(
     run = run_of(tmp_path / "run", 1)
     assert write_report([run], console=QUIET) == run / "report.html"
     assert write_report([demo / BRACKETS], tmp_path / "b.html", console=QUIET).is_file()
+    twice = [str(demo), str(demo / "."), "--pairs", "5", "-o", str(tmp_path / "c.html")]
+    assert cli.main(["report", *twice]) == 0
+    assert "2 runs, 5 pairs, 5 tournaments, 1 judge" in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_evaluation_is_shown_with_its_subsets(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
     limits = limits or Limits()
     data = ReportData()
     folders: list[Path] = []
-    for path in paths:
+    for path in {path.resolve(): path for path in paths}.values():
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
         found = _folders(path)
