@@ -162,6 +162,15 @@ def test_a_run_without_a_step_is_refused(
     assert f"error: training_args.{told}" in capsys.readouterr().err
 
 
+def test_an_output_folder_that_is_a_file_is_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = synthetic.write_dataset("preference", tmp_path / "pairs.jsonl", 20, seed=1)
+    output = f"training_args.output_dir={data}"
+    assert main(["jsft", "hh_jsft", *given(base, data), output]) == 2
+    assert f"error: training_args.output_dir {data} is a file" in capsys.readouterr().err
+
+
 WRONG = """\
 extends: base.yaml
 model:

@@ -216,6 +216,8 @@ def output_folder(run: JSFTRun | SelfJudgeRun) -> Path:
     folder = run.training_args.get("output_dir")
     if not isinstance(folder, str) or not folder.strip():
         raise ConfigError(f"training_args.output_dir must be the path of a folder, got {folder!r}")
+    if Path(folder).is_file():
+        raise ConfigError(f"training_args.output_dir {folder} is a file: name a folder")
     return Path(folder)
 
 
