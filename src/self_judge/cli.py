@@ -146,13 +146,13 @@ def _check_inputs(arguments: argparse.Namespace) -> None:
             _check_name(model, given.get("revision") if own else None)
 
 
-def _check_name(model: str, revision: str | None) -> None:
+def _check_name(model: str, revision: str | None, remedy: str = "") -> None:
     """Finds a model that is neither a folder nor in the Hub's cache, without a connection."""
     if not os.path.exists(model):
         from self_judge.storage.repository import not_on_hub
 
         if problem := not_on_hub(model, revision):
-            raise ModelError(f"{model} {problem}")
+            raise ModelError(f"{model} {problem}" + (remedy and f"; {remedy}"))
 
 
 def _check_first_record(arguments: argparse.Namespace) -> None:
@@ -169,10 +169,11 @@ def _check_run(run: JSFTRun | SelfJudgeRun) -> None:
     """Finds a missing model and missing data of a run, before the slow import of torch."""
     from self_judge.config.schema import JSFT_FIRST, JSFTRun
 
-    check_model(run.model.model_name_or_path, "" if isinstance(run, JSFTRun) else JSFT_FIRST)
+    remedy = "" if isinstance(run, JSFTRun) else JSFT_FIRST
+    check_model(run.model.model_name_or_path, remedy)
     for source in (*run.dataset.sources, *run.dataset.eval):
         check_data(source.path)
-    _check_name(run.model.model_name_or_path, run.model.revision)
+    _check_name(run.model.model_name_or_path, run.model.revision, remedy)
 
 
 def _init_job(arguments: argparse.Namespace) -> InitJob:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ def collect(paths: Sequence[Path], limits: Limits | None = None) -> ReportData:
     limits = limits or Limits()
     data = ReportData()
     folders: list[Path] = []
-    for path in {path.resolve(): path for path in paths}.values():
+    for path in {os.path.realpath(path): path for path in paths}.values():
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
         found = _folders(path)
