@@ -15,7 +15,7 @@ EXTRAS_READY := $(EXTRAS_VENV)/.ready
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage fuzz test-slow test-vllm test-extras test-oldest test-newest browser mutants lint types api real gpu clean
+.PHONY: help setup demo test coverage fuzz test-slow test-vllm test-extras test-oldest test-newest browser mutants lint types api real gpu studies studies-quick clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -131,6 +131,12 @@ real: $(READY)  ## run JSFT, judging, self-training and a tournament with SmolLM
 
 gpu: $(READY)  ## check exactness, speed and SmolLM2 on a CUDA GPU (benchmarks/gpu)
 	$(BIN)/python benchmarks/gpu $(ARGS)
+
+studies: $(READY)  ## run the missing seeds of all studies, and write docs/evidence.md (takes hours)
+	$(BIN)/python studies $(ARGS)
+
+studies-quick: $(READY)  ## run all arms of all studies in a small world (takes minutes)
+	$(BIN)/python studies --quick
 
 clean:  ## remove environments and caches
 	rm -rf $(VENV) $(VLLM_VENV) $(EXTRAS_VENV) .venv-oldest .venv-newest .mypy_cache .ruff_cache .pytest_cache build src/*.egg-info

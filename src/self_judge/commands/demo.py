@@ -96,21 +96,17 @@ def run_demo(
     """
     started = time.perf_counter()
     console = console or Console()
-    demo = _Demo(seed, Path(output), settings or DemoSettings(), console)
-    _quiet()
+    demo = Demo(seed, Path(output), settings or DemoSettings(), console)
+    quiet()
     console.print(
         "[bold]self_judge demo[/bold]: a tiny model learns to answer and to judge, and then aligns "
         f"itself with its own judgments (seed {seed})"
     )
     jsft_model = demo.jsft()
-    # The model learned to judge under each principle and overall. Use only the overall template,
-    # because it needs two prompts per pair instead of eight.
-    templates = synthetic.judge_templates(principles=False, overall=True)
-    reference, batch_size = frozen_reference(jsft_model), demo.settings.judge_batch
-    judge = Judge(reference, demo.encoder, templates, batch_size=batch_size)
+    judge = demo.judge(jsft_model)
     with console.status("judging held-out pairs"):
         quality = demo.judge_quality(judge)
-    policy = demo.self_training(jsft_model, templates)
+    policy = demo.self_training(jsft_model)
     gold = demo.gold_scores(judge, policy)
     summary = _summary(seed, time.perf_counter() - started, quality, gold)
     write_json(demo.output / SUMMARY, summary)
@@ -125,18 +121,41 @@ def run_demo(
 
 
 @dataclass
-class _Demo:
-    """The steps of the demo, which write their files to `output`."""
+class Demo:
+    """The steps of the demo, which write their files to `output`. The studies use them, too."""
 
     seed: int
     output: Path
     settings: DemoSettings
     console: Console
     encoder: ChatEncoder = field(default_factory=lambda: ChatEncoder(synthetic.tiny_tokenizer()))
+    # The model learns to judge under each principle and overall. The demo judges with the overall
+    # template alone, because it needs two prompts per pair instead of eight.
+    templates: JudgeTemplates = field(
+        default_factory=lambda: synthetic.judge_templates(principles=False, overall=True)
+    )
 
-    def jsft(self) -> Any:
-        """Trains a model to answer and to judge."""
+    def records(self) -> list[PreferenceRecord]:
+        """Returns the records for JSFT, each with an overall pair and some pairs for principles."""
+        return [
+            _taught_pairs(r, self.settings.pairs_per_record, self.seed)
+            for r in synthetic.records(self.settings.jsft_records, self.seed, writers=2)
+        ]
+
+    def jsft(
+        self,
+        records: Sequence[PreferenceRecord] | None = None,
+        templates: JudgeTemplates | None = None,
+    ) -> Any:
+        """Trains a model to answer and to judge.
+
+        Args:
+            records: default: `records()`.
+            templates: the templates of the judge examples; default: all principles and overall.
+        """
         settings, output = self.settings, self.output / "jsft"
+        records = self.records() if records is None else records
+        templates = templates or synthetic.judge_templates(overall=True)
         model = synthetic.tiny_model(self.encoder.tokenizer, self.seed)  # type: ignore[arg-type]
         args = SFTConfig(
             str(output),
@@ -151,59 +170,52 @@ class _Demo:
             logging_steps=10,
             **self.common_args(),
         )
-        records = [
-            _taught_pairs(r, settings.pairs_per_record, self.seed)
-            for r in synthetic.records(settings.jsft_records, self.seed, writers=2)
-        ]
-        templates = synthetic.judge_templates(overall=True)
         trainer = jsft_trainer(model, self.encoder, templates, records, None, args, max_length=512)
         LiveProgress("JSFT         ", self.console).attach(trainer)
         trainer.train()
         save_jsft(trainer, self.encoder, templates, merge=False)
         return load_model(output, device="auto")
 
+    def judge(self, model: Any) -> Judge:
+        """Returns a judge that is a frozen copy of the model."""
+        frozen, batch_size = frozen_reference(model), self.settings.judge_batch
+        return Judge(frozen, self.encoder, self.templates, batch_size=batch_size)
+
+    def held_out_pairs(self) -> list[Comparison]:
+        """Returns overall pairs for held-out prompts, with the better response first."""
+        records = synthetic.records(self.settings.held_out_pairs, self.seed, "test", writers=2)
+        pairs = [next(p for p in record.pairs if p.principle is None) for record in records]
+        return [
+            Comparison(record.prompt[-1]["content"], pair.chosen, pair.rejected)
+            for record, pair in zip(records, pairs, strict=True)
+        ]
+
     def judge_quality(self, judge: Judge) -> JudgeQuality:
-        """Judges pairs for held-out prompts with the overall template."""
-        items = []
-        for record in synthetic.records(self.settings.held_out_pairs, self.seed, "test", writers=2):
-            pair = next(p for p in record.pairs if p.principle is None)
-            items.append(Comparison(record.prompt[-1]["content"], pair.chosen, pair.rejected))
+        """Judges the held-out pairs."""
+        items = self.held_out_pairs()
         verdicts = judge.compare(items)
         judged = (judged_line(c, v, gold="a") for c, v in zip(items, verdicts, strict=True))
         write_lines(self.output / JUDGED, judged)
         return judge_quality(verdicts)
 
-    def self_training(self, jsft_model: Any, templates: JudgeTemplates) -> Any:
-        """Trains a policy on its own overall judgments."""
-        settings, output = self.settings, self.output / "self_judge"
-        count = settings.prompts_per_step * settings.steps
-        prompts = [
-            {"prompt": [{"role": "user", "content": record.prompt[-1]["content"]}]}
-            for record in synthetic.records(count, stable_seed(self.seed, "prompts"))
-        ]
-        args = SelfJudgeConfig(
-            str(output),
-            max_steps=settings.steps,
-            per_device_train_batch_size=settings.prompts_per_step,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=0.1,
-            beta=settings.beta,
-            max_new_tokens=settings.max_new_tokens,
-            top_p=1.0,
-            max_length=512,
-            generation_batch_size=256,
-            judge_batch_size=settings.judge_batch,
-            logging_steps=1,
-            **self.common_args(),
-        )
-        trainer = SelfJudgeTrainer(
+    def prompts(self) -> Dataset:
+        """Returns the prompts for self-training."""
+        count = self.settings.prompts_per_step * self.settings.steps
+        records = synthetic.records(count, stable_seed(self.seed, "prompts"))
+        return Dataset.from_list([{"prompt": list(record.prompt)} for record in records])
+
+    def self_training(
+        self, jsft_model: Any, trainer_class: type[SelfJudgeTrainer] = SelfJudgeTrainer
+    ) -> Any:
+        """Trains a policy on its own judgments."""
+        output = self.output / "self_judge"
+        trainer = trainer_class(
             model=jsft_model,
-            args=args,
+            args=self.self_training_args(),
             processing_class=self.encoder.tokenizer,
             encoder=self.encoder,
-            judge_templates=templates,
-            train_dataset=Dataset.from_list(prompts),
+            judge_templates=self.templates,
+            train_dataset=self.prompts(),
         )
         LiveProgress("self-training", self.console).attach(trainer)
         trainer.train()
@@ -211,6 +223,26 @@ class _Demo:
         for _, path in rollout_files(output):
             write_lines(path, map(_with_gold, list(read_lines(path))))
         return trainer.model
+
+    def self_training_args(self, **changed: Any) -> SelfJudgeConfig:
+        """Returns the settings of self-training."""
+        settings = self.settings
+        values = {
+            "max_steps": settings.steps,
+            "per_device_train_batch_size": settings.prompts_per_step,
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 0.1,
+            "beta": settings.beta,
+            "max_new_tokens": settings.max_new_tokens,
+            "top_p": 1.0,
+            "max_length": 512,
+            "generation_batch_size": 256,
+            "judge_batch_size": settings.judge_batch,
+            "logging_steps": 1,
+            **self.common_args(),
+        }
+        return SelfJudgeConfig(str(self.output / "self_judge"), **values | changed)
 
     def gold_scores(self, judge: Judge, policy: Any) -> _Gold:
         """Computes gold scores for the JSFT model, the policy and self-rejection."""
@@ -391,7 +423,7 @@ def _print_examples(examples: Sequence[dict[str, Any]], console: Console) -> Non
     console.print()
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silences the libraries' progress bars and messages, which would break the demo's display."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()

@@ -1,0 +1,53 @@
+"""Runs the studies: `python studies [STUDY ...]`. docs/evidence.md shows their results.
+
+python studies                       all studies, five seeds
+python studies learning --seeds 3    one study
+python studies --quick               two seeds of a small world, to check that all arms run
+python studies --report              only write docs/evidence.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import evidence
+import judging
+import learning
+import self_rejection
+import world
+from study import run
+
+STUDIES = {module.STUDY.name: module.STUDY for module in (learning, judging, self_rejection)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python studies", description=__doc__.split("\n")[0])
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="two seeds of a small world")
+    parser.add_argument("--report", action="store_true", help="only write docs/evidence.md")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/studies"), help="folder for models"
+    )
+    given = parser.parse_args(arguments)
+    if unknown := set(given.studies) - set(STUDIES):
+        parser.error(
+            f"unknown study {', '.join(sorted(unknown))}: choose from {', '.join(STUDIES)}"
+        )
+    if not given.report:
+        settings = world.QUICK if given.quick else None
+        make = partial(world.World, settings=settings, folder=given.output)
+        for name in given.studies or STUDIES:
+            run(
+                STUDIES[name], make, range(2 if given.quick else given.seeds), jobs=given.jobs,
+                results=given.output / f"{name}.jsonl" if given.quick else None,
+            )  # fmt: skip
+    if not given.quick:
+        evidence.write(STUDIES.values())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Writes docs/evidence.md from the results of the studies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import self_rejection
+from study import RESULTS, Study, interval, lines
+
+PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
+Line = Mapping[str, Any]
+
+
+def write(studies: Iterable[Study]) -> None:
+    """Writes docs/evidence.md, with a section for each study that has results."""
+    page = [
+        "# Evidence",
+        "This page shows the results of `make studies`. All intervals are 95% intervals over seeds "
+        "and prompts (hierarchical bootstrap). Differences are paired within a seed. The results "
+        "and the machines are in `studies/results`.",
+    ]
+    for study in studies:
+        if study.results.exists():
+            page += [f"## {study.name.replace('_', ' ').capitalize()}", study.question]
+            page.append(_TABLES[study.name]())
+    PAGE.write_text("\n\n".join(page) + "\n", encoding="utf-8")
+
+
+def by_arm(study: str) -> dict[str, list[Line]]:
+    """Returns the lines of each arm, in the order of the seeds."""
+    found: dict[str, list[Line]] = {}
+    for line in sorted(lines(RESULTS / f"{study}.jsonl"), key=lambda line: line["seed"]):
+        found.setdefault(line["arm"], []).append(line)
+    return found
+
+
+def learning() -> str:
+    arms = by_arm("learning")
+    paper = {line["seed"]: line["gold"] for line in arms.get("on-policy, frozen judge", [])}
+    rows = []
+    for arm, own in arms.items():
+        paired = [_minus(x["gold"], paper[x["seed"]]) for x in own if x["seed"] in paper]
+        same = arm == "on-policy, frozen judge"
+        rows.append(
+            (
+                arm,
+                _interval([x["gold"] for x in own]),
+                "" if same or not paired else _interval(paired, "+.3f"),
+                _mean(own, "true"),
+                _mean(own, "length", ".1f"),
+                _mean(own, "kl", ".2f"),
+                _mean(own, "judged_right"),
+                f"{sum(x['seconds'] for x in own) / len(own):.0f}",
+            )
+        )
+    head = ("", "gold score", "minus on-policy, frozen", "true", "tokens", "KL", "judges", "s")
+    return _table(head, rows, _seeds(arms))
+
+
+def judging() -> str:
+    arms = by_arm("judging")
+    shared = {line["seed"]: line["judged_right"] for line in arms.get("JSFT", [])}
+    rows = []
+    for arm, own in arms.items():
+        judged = [x for x in own if "judged_right" in x]
+        paired = [_minus(x["judged_right"], shared[x["seed"]]) for x in judged]
+        answers = [x["gold"] for x in own if "gold" in x]
+        agreement = [x["order_agreement"] for x in own if "order_agreement" in x]
+        rows.append(
+            (
+                arm,
+                _interval([x["judged_right"] for x in judged]) if judged else "",
+                _interval(paired, "+.3f") if judged and arm != "JSFT" else "",
+                f"{sum(agreement) / len(agreement):.3f}" if agreement else "",
+                _interval(answers) if answers else "",
+            )
+        )
+    head = ("", "accuracy", "minus JSFT", "orders agree", "gold score of answers")
+    return _table(head, rows, _seeds(arms))
+
+
+def rejection() -> str:
+    arms = by_arm("self_rejection")
+    sizes = [str(n) for n in self_rejection.SIZES]
+    rows = []
+    for arm, own in arms.items():
+        for way in own[0]["gold_by_n"] if own else ():
+            values = [x["gold_by_n"][way] for x in own]
+            cells = (_interval([v[n] for v in values]) if n in values[0] else "" for n in sizes)
+            rows.append((f"{way} ({arm})", *cells))
+    return _table(("", *(f"N = {n}" for n in sizes)), rows, _seeds(arms))
+
+
+def _seeds(arms: Mapping[str, Sequence[Line]]) -> str:
+    counts = sorted({len(own) for own in arms.values()})
+    return f"Seeds per arm: {', '.join(map(str, counts)) or 'none yet'}."
+
+
+def _minus(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
+def _interval(values: Sequence[Sequence[float]], form: str = ".3f") -> str:
+    mean, low, high = interval(values)
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def _mean(own: Sequence[Line], key: str, form: str = ".3f") -> str:
+    values = [x[key] for x in own if key in x]
+    flat = [v for x in values for v in (x if isinstance(x, list) else [x])]
+    return f"{sum(flat) / len(flat):{form}}" if flat else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    both = (head, ["---"] * len(head), *rows)
+    return "\n".join([note, "", *("| " + " | ".join(row) + " |" for row in both)])
+
+
+_TABLES: dict[str, Callable[[], str]] = {
+    "learning": learning,
+    "judging": judging,
+    "self_rejection": rejection,
+}

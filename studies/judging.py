@@ -1,0 +1,133 @@
+"""What makes a judge: JSFT against its parts, a reward model, principles and rationales.
+
+All arms train the same tiny model on the same records for one epoch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import LlamaForSequenceClassification, PrinterCallback
+from trl import RewardConfig, RewardTrainer
+
+from self_judge.data import synthetic
+from self_judge.evaluation.statistics import judge_quality
+from study import Study
+from world import World
+
+
+def jsft(world: World) -> dict[str, Any]:
+    model, seconds = world.taught("shared")
+    return {**world.measured(model), **_judged(world, model), "jsft_seconds": seconds}
+
+
+def judge_only(world: World) -> dict[str, Any]:
+    demo = world.demo("judge-only")
+    records = [dataclasses.replace(r, demonstration=None) for r in demo.records()]
+    return _judged(world, demo.jsft(records))
+
+
+def answer_only(world: World) -> dict[str, Any]:
+    demo = world.demo("answer-only")
+    return world.measured(demo.jsft([dataclasses.replace(r, pairs=()) for r in demo.records()]))
+
+
+def principles(world: World) -> dict[str, Any]:
+    """The shared JSFT model, which judges under four principles that vote."""
+    return _judged(world, world.jsft(), templates=synthetic.judge_templates())
+
+
+def rationales(world: World) -> dict[str, Any]:
+    """JSFT with rationales after the letter, which judges by the overall question."""
+    model = _with_rationales(world)
+    return {**world.measured(model), **_judged(world, model)}
+
+
+def principles_and_rationales(world: World) -> dict[str, Any]:
+    return _judged(world, _with_rationales(world), templates=synthetic.judge_templates())
+
+
+def reward_model(world: World) -> dict[str, Any]:
+    """TRL's reward model from the same initial weights, on the same overall pairs."""
+    demo, settings = world.demo("reward-model"), world.settings
+    base = synthetic.tiny_model(demo.encoder.tokenizer, world.seed)  # type: ignore[arg-type]
+    config = base.config
+    config.num_labels = 1
+    model = LlamaForSequenceClassification(config)
+    model.model.load_state_dict(base.model.state_dict())
+    rows = [
+        {
+            "prompt": list(record.prompt),
+            "chosen": [{"role": "assistant", "content": pair.chosen}],
+            "rejected": [{"role": "assistant", "content": pair.rejected}],
+        }
+        for record in demo.records()
+        for pair in record.pairs[:1]
+    ]
+    args = RewardConfig(
+        str(demo.output),
+        num_train_epochs=3,  # one epoch has a third of the judge examples, which are in both orders
+        per_device_train_batch_size=settings.jsft_batch,
+        learning_rate=settings.jsft_learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        max_length=512,
+        **demo.common_args(),
+    )
+    trainer = RewardTrainer(
+        model, args=args, train_dataset=Dataset.from_list(rows),
+        processing_class=demo.encoder.tokenizer,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    model.eval()
+    rewards = []
+    pairs = demo.held_out_pairs()
+    for pair in pairs:
+        ids = [
+            demo.encoder.tokenizer.apply_chat_template(
+                [
+                    {"role": "user", "content": pair.context},
+                    {"role": "assistant", "content": response},
+                ],
+                return_dict=False,
+            )
+            for response in (pair.response_a, pair.response_b)
+        ]
+        with torch.no_grad():
+            rewards.append([model(torch.tensor([own])).logits.item() for own in ids])
+    return {"judged_right": [0.5 if a == b else float(a > b) for a, b in rewards]}
+
+
+def _with_rationales(world: World) -> Any:
+    """JSFT with rationales. Overall pairs have none, because only principles have rationales."""
+    templates = synthetic.judge_templates(overall=True, rationales=True)
+    return world.taught("rationales", None, templates)[0]
+
+
+def _judged(world: World, model: Any, **fields: Any) -> dict[str, Any]:
+    demo = world.demo("judge", **fields)
+    verdicts = demo.judge(model).compare(demo.held_out_pairs())
+    return {
+        "judged_right": [{"a": 1.0, None: 0.5, "b": 0.0}[v.preferred] for v in verdicts],
+        "order_agreement": judge_quality(verdicts).order_agreement,
+    }
+
+
+STUDY = Study(
+    "judging",
+    "Does JSFT judge as well as a model that only judges and as a reward model, does judging cost "
+    "answers, and do principles and rationales help?",
+    {
+        "JSFT": jsft,
+        "judge only": judge_only,
+        "answer only": answer_only,
+        "reward model": reward_model,
+        "JSFT, principles": principles,
+        "JSFT with rationales": rationales,
+        "JSFT with rationales, principles": principles_and_rationales,
+    },
+)

@@ -1,0 +1,205 @@
+"""What a policy learns from: own pairs or given ones, and who judges.
+
+Every arm trains the JSFT model of its seed with the same loss, learning rate, number of steps and
+pairs per step. Only the pairs and the judge differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+
+from self_judge.config.self_training import SamplingSettings
+from self_judge.data import synthetic
+from self_judge.datatypes import Comparison, stable_seed
+from self_judge.inference.letter_scoring import TransformersScorer
+from self_judge.inference.sampling import TransformersSampler
+from self_judge.judging.reward import PairwiseReward, Scheme
+from self_judge.training.self_training.trainer import SelfJudgeTrainer
+from study import Study
+from world import World
+
+
+class JudgedByThePolicy(SelfJudgeTrainer):
+    """Self-training in which the policy judges its own responses with its current weights."""
+
+    def _set_up(self, *arguments: Any) -> None:
+        super()._set_up(*arguments)
+        rows = self.args.judge_batch_size
+        self.judge.scorer = TransformersScorer(self.model, rows, self.args.packing)
+
+
+def jsft(world: World) -> dict[str, Any]:
+    model, seconds = world.taught("shared")
+    return {**world.measured(model), **_judging(world, model), "jsft_seconds": seconds}
+
+
+def on_policy(world: World) -> dict[str, Any]:
+    return _self_trained(world, "on-policy", SelfJudgeTrainer)
+
+
+def current_judge(world: World) -> dict[str, Any]:
+    return _self_trained(world, "current-judge", JudgedByThePolicy)
+
+
+def off_policy(world: World) -> dict[str, Any]:
+    """DPO on pairs that the JSFT model sampled and judged once, before training."""
+    demo, model = world.demo("off-policy"), world.jsft()
+    rows = demo.prompts()["prompt"]
+    sampling = SamplingSettings(max_new_tokens=world.settings.max_new_tokens)
+    sampler = TransformersSampler(model, demo.encoder, sampling, 256)
+    prompts = [demo.encoder.encode_prompt(messages) for messages in rows]
+    seeds = [stable_seed(world.seed, "off-policy", i) for i in range(len(prompts))]
+    sampled = sampler.sample(prompts, 2, seeds)
+    items = [
+        Comparison(messages[-1]["content"], a.text, b.text)
+        for messages, (a, b) in zip(rows, sampled, strict=True)
+    ]
+    verdicts = world.judge.compare(items)
+    pairs = [
+        (messages, *((a, b) if verdict.preferred == "a" else (b, a)))
+        for messages, (a, b), verdict in zip(rows, sampled, verdicts, strict=True)
+        if verdict.preferred is not None and a.text != b.text
+    ]
+    return {
+        **_trained_on(
+            world, model, [(m, chosen.text, rejected.text) for m, chosen, rejected in pairs]
+        ),
+        "sampled_tokens": sum(len(r.ids) for own in sampled for r in own),
+    }
+
+
+def offline(world: World) -> dict[str, Any]:
+    """DPO on the labeled pairs of the data, for the same prompts."""
+    settings = world.settings
+    count = settings.prompts_per_step * settings.steps
+    records = synthetic.records(count, stable_seed(world.seed, "prompts"), writers=2)
+    pairs = [(list(r.prompt), r.pairs[0].chosen, r.pairs[0].rejected) for r in records]
+    return _trained_on(world, world.jsft(), pairs)
+
+
+def _self_trained(world: World, arm: str, trainer_class: type[SelfJudgeTrainer]) -> dict[str, Any]:
+    demo, trained = world.demo(arm), []
+
+    class Kept(trainer_class):  # type: ignore[misc,valid-type]
+        def train(self, *arguments: Any, **named: Any) -> Any:
+            trained.append(self)
+            return super().train(*arguments, **named)
+
+    policy = demo.self_training(world.jsft(), Kept)
+    logs = [log for log in trained[0].state.log_history if "judge/margin" in log]
+    pairs = 2 * world.settings.prompts_per_step
+    return {
+        **world.measured(policy),
+        **_judging(world, policy),
+        "sampled_tokens": round(sum(pairs * log["completions/mean_length"] for log in logs)),
+        "order_agreement": [round(log["judge/order_agreement"], 4) for log in logs],
+        "mean_length": [round(log["completions/mean_length"], 2) for log in logs],
+    }
+
+
+def grpo(scheme: Scheme) -> Callable[[World], dict[str, Any]]:
+    """GRPO with pairwise rewards in groups of 8, with as many responses per step as the others."""
+
+    def arm(world: World) -> dict[str, Any]:
+        demo, settings = world.demo("grpo"), world.settings
+        responses = 2 * settings.prompts_per_step
+        args = GRPOConfig(
+            str(demo.output),
+            max_steps=settings.steps,
+            per_device_train_batch_size=responses,
+            num_generations=8,
+            max_completion_length=settings.max_new_tokens,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=0.1,
+            beta=0.04,
+            logging_steps=1,
+            **demo.common_args(),
+        )
+        judged: list[int] = []
+        compare = world.judge.compare
+
+        def counted(comparisons: Any, **named: Any) -> Any:
+            judged.append(len(comparisons))
+            return compare(comparisons, **named)
+
+        world.judge.compare = counted  # type: ignore[method-assign]
+        trainer = GRPOTrainer(
+            model=world.jsft(),
+            reward_funcs=PairwiseReward(world.judge, scheme),  # type: ignore[arg-type]
+            args=args,
+            processing_class=demo.encoder.tokenizer,
+            train_dataset=demo.prompts(),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        del world.judge.compare
+        logs = [log for log in trainer.state.log_history if "completions/mean_length" in log]
+        return {
+            **world.measured(trainer.model),
+            **_judging(world, trainer.model),
+            "sampled_tokens": round(
+                sum(responses * log["completions/mean_length"] for log in logs)
+            ),
+            "matches": sum(judged),
+        }
+
+    return arm
+
+
+def _trained_on(world: World, model: Any, pairs: list[tuple[Any, str, str]]) -> dict[str, Any]:
+    demo, settings = world.demo("dpo"), world.settings
+    rows = [
+        {
+            "prompt": prompt,
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        for prompt, chosen, rejected in pairs
+    ]
+    args = DPOConfig(
+        str(demo.output),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.prompts_per_step,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=0.1,
+        beta=settings.beta,
+        max_length=512,
+        **demo.common_args(),
+    )
+    trainer = DPOTrainer(
+        model, args=args, train_dataset=Dataset.from_list(rows),
+        processing_class=demo.encoder.tokenizer,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return {**world.measured(trainer.model), **_judging(world, trainer.model), "pairs": len(pairs)}
+
+
+def _judging(world: World, model: Any) -> dict[str, Any]:
+    """Returns how often the model itself, as a judge, prefers the better held-out response."""
+    verdicts = world.shared.judge(model).compare(world.shared.held_out_pairs())
+    return {"judged_right": [{"a": 1.0, None: 0.5, "b": 0.0}[v.preferred] for v in verdicts]}
+
+
+STUDY = Study(
+    "learning",
+    "Does a policy learn more from its own fresh responses than from given ones, and is the frozen "
+    "initial model the better judge?",
+    {
+        "JSFT": jsft,
+        "on-policy, frozen judge": on_policy,
+        "on-policy, current judge": current_judge,
+        "off-policy": off_policy,
+        "offline": offline,
+        "GRPO, all pairs": grpo("all_pairs"),
+        "GRPO, swiss": grpo("swiss"),
+        "GRPO, knockout": grpo("knockout"),
+    },
+)

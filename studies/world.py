@@ -1,0 +1,148 @@
+"""The synthetic world of one seed: its JSFT model, and how the studies measure a policy.
+
+All arms of a seed share its JSFT model. The model is kept under outputs/studies, so that studies
+that run one after another train it once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from trl.trainer.utils import selective_log_softmax
+
+from self_judge.commands import demo
+from self_judge.config.self_training import SamplingSettings
+from self_judge.data import synthetic, toy_world
+from self_judge.datatypes import Response, stable_seed
+from self_judge.inference.sampling import TransformersSampler
+from self_judge.judging.judge import Judge
+from self_judge.models import load_model
+
+QUICK = demo.DemoSettings(
+    jsft_records=300, steps=2, prompts_per_step=16, held_out_pairs=40, held_out_prompts=24
+)
+
+
+class World:
+    """The world of one seed.
+
+    Args:
+        seed: the seed of data, weights, sampling and brackets, as in `self-judge demo --seed`.
+        settings: sizes and hyperparameters; default: those of the demo.
+        folder: where models are kept.
+    """
+
+    def __init__(
+        self, seed: int, settings: demo.DemoSettings | None = None, folder: Path | None = None
+    ) -> None:
+        self.seed, self.settings = seed, settings or demo.DemoSettings()
+        self.folder = (folder or Path("outputs/studies")) / self._version() / str(seed)
+        self.console = Console(file=io.StringIO())
+        demo.quiet()
+
+    def _version(self) -> str:
+        """A hash of everything that determines the JSFT model, so that no old model is used."""
+        sources = "".join(inspect.getsource(module) for module in (toy_world, synthetic, demo))
+        return hashlib.sha256((sources + repr(self.settings)).encode()).hexdigest()[:12]
+
+    def demo(self, arm: str, **fields: Any) -> demo.Demo:
+        """Returns the steps of the demo, with a folder for this arm."""
+        return demo.Demo(self.seed, self.folder / arm, self.settings, self.console, **fields)
+
+    @cached_property
+    def shared(self) -> demo.Demo:
+        return self.demo("shared")
+
+    def taught(self, arm: str, *arguments: Any) -> tuple[Any, float]:
+        """Runs `Demo.jsft` unless its model exists.
+
+        Returns:
+            A fresh copy of the model, which the caller may train, and the seconds of JSFT.
+        """
+        demo = self.demo(arm)
+        seconds = demo.output / "seconds"
+        if not seconds.exists():
+            started = time.perf_counter()
+            demo.jsft(*arguments)
+            seconds.write_text(str(time.perf_counter() - started))
+        return load_model(demo.output / "jsft", device="auto"), float(seconds.read_text())
+
+    def jsft(self) -> Any:
+        """Returns a fresh copy of the JSFT model that all arms share."""
+        return self.taught("shared")[0]
+
+    @cached_property
+    def judge(self) -> Judge:
+        return self.shared.judge(self.jsft())
+
+    @cached_property
+    def instructions(self) -> list[str]:
+        return synthetic.instructions(self.settings.held_out_prompts, self.seed)
+
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        encode = self.shared.encoder.encode_prompt
+        return [encode([{"role": "user", "content": text}]) for text in self.instructions]
+
+    def answers(self, model: Any, n: int = 1) -> list[list[Response]]:
+        """Samples `n` responses to every held-out prompt, with the same seeds for every arm."""
+        sampling = SamplingSettings(max_new_tokens=self.settings.max_new_tokens)
+        seeds = [stable_seed(self.seed, "held-out", i) for i in range(len(self.prompts))]
+        sampler = TransformersSampler(model, self.shared.encoder, sampling, 256)
+        return sampler.sample(self.prompts, n, seeds)
+
+    def gold(self, texts: Sequence[str]) -> list[float]:
+        """Returns the gold score of one response per held-out prompt."""
+        pairs = zip(self.instructions, texts, strict=True)
+        return [toy_world.gold_score(instruction, text) for instruction, text in pairs]
+
+    def measured(self, model: Any) -> dict[str, Any]:
+        """Returns gold scores, lengths and the KL divergence from the JSFT model."""
+        own = self.answers(model)
+        first = [responses[0] for responses in own]
+        ids = [r.ids for r in first]
+        divergence = self.log_probs(model, ids) - self.log_probs(self.judge.model, ids)
+        truth = [
+            toy_world.gold_ratings(i, r.text)["truthfulness"].rating == 5
+            for i, r in zip(self.instructions, first, strict=True)
+        ]
+        return {
+            "gold": self.gold([r.text for r in first]),
+            "true": [int(t) for t in truth],
+            "length": [len(r.ids) for r in first],
+            "kl": round(divergence.mean().item(), 4),
+        }
+
+    @torch.no_grad()
+    def log_probs(
+        self,
+        model: Any,
+        responses: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] | None = None,
+        rows: int = 256,
+    ) -> torch.Tensor:
+        """Returns log π(response | prompt) of one response per prompt, shape `(N,)`."""
+        model.eval()
+        prompts = self.prompts if prompts is None else prompts
+        sums = []
+        for start in range(0, len(prompts), rows):
+            pairs = list(zip(prompts, responses, strict=True))[start : start + rows]
+            ids = [[*prompt, *response] for prompt, response in pairs]
+            width = max(map(len, ids))
+            ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+            logits = model(ids_BT, attention_mask=torch.ones_like(ids_BT)).logits[:, :-1].float()
+            log_probs_BT = selective_log_softmax(logits, ids_BT[:, 1:])
+            at = torch.arange(1, width)
+            first = torch.tensor([[len(prompt)] for prompt, _ in pairs])
+            end = torch.tensor([[len(row)] for row in ids])
+            sums.append((log_probs_BT * ((at >= first) & (at < end))).sum(1))
+        return torch.cat(sums)

@@ -1,0 +1,94 @@
+"""The studies: every arm runs in a small world, continues, and is read with honest intervals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "studies"))  # the studies are scripts, not a package
+
+import study
+from study import Study, interval, lines, run
+
+
+def counted(made: list[tuple[int, str]]) -> Study:
+    def arm(name: str) -> Any:
+        def of(world: int) -> dict[str, Any]:
+            made.append((world, name))
+            return {"gold": [world / 10, 0.5]}
+
+        return of
+
+    return Study("counted", "Does it count?", {"one": arm("one"), "two": arm("two")})
+
+
+def test_arms_that_have_a_line_are_not_run_again(tmp_path: Path) -> None:
+    made: list[tuple[int, str]] = []
+    path = tmp_path / "counted.jsonl"
+    run(counted(made), int, [0, 1], results=path)
+    run(counted(made), int, [0, 1, 2], results=path)
+    assert made == [(0, "one"), (0, "two"), (1, "one"), (1, "two"), (2, "one"), (2, "two")]
+    assert [(x["seed"], x["arm"]) for x in lines(path)] == made
+    manifest = [json.loads(x) for x in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert [m["lines"] for m in manifest] == [4, 2]
+    assert manifest[0]["versions"]["torch"]
+
+
+def test_a_line_that_a_kill_cut_off_is_computed_again(tmp_path: Path) -> None:
+    made: list[tuple[int, str]] = []
+    path = tmp_path / "counted.jsonl"
+    run(counted(made), int, [0], results=path)
+    path.write_text(path.read_text()[:-9])
+    run(counted(made), int, [0], results=path)
+    assert made == [(0, "one"), (0, "two"), (0, "two")]
+    assert [x["arm"] for x in lines(path)] == ["one", "two"]
+
+
+def test_the_interval_covers_the_spread_of_seeds_and_not_only_of_prompts() -> None:
+    """Five seeds with means 0.3 to 0.7: prompts alone would give an interval of ±0.02."""
+    values = [np.full(1000, m) for m in (0.3, 0.4, 0.5, 0.6, 0.7)]
+    mean, low, high = interval([own.tolist() for own in values])
+    assert mean == pytest.approx(0.5)
+    assert high - low > 0.2
+    same = [np.random.default_rng(s).random(1000).tolist() for s in range(5)]
+    mean, low, high = interval(same)
+    assert 0.4 < low < mean < high < 0.6
+    assert high - low < 0.06
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    """The truth is 0, and seeds and prompts vary. With five seeds, a bootstrap is narrow."""
+    generator, inside = np.random.default_rng(0), 0
+    resamples = 60
+    for _ in range(resamples):
+        effects = generator.normal(0, 0.1, 5)
+        values = [generator.normal(effect, 0.3, 50).tolist() for effect in effects]
+        _, low, high = interval(values)
+        inside += low <= 0 <= high
+    assert inside / resamples > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_arms_of_all_studies_run_in_a_small_world(tmp_path: Path) -> None:
+    def results() -> list[str]:
+        return [path.read_text() for path in sorted(study.RESULTS.glob("*.jsonl"))]
+
+    before = results()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(ROOT / "studies"), "--quick", "--output", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("learning", "judging", "self_rejection"):
+        found = lines(tmp_path / f"{name}.jsonl")
+        assert {line["seed"] for line in found} == {0, 1}
+    assert results() == before  # a check of the arms is no result
