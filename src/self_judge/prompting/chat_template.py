@@ -25,7 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from jinja2.exceptions import TemplateError as JinjaError
 
@@ -33,9 +33,6 @@ from self_judge.datatypes import Message
 from self_judge.errors import EncodingError, in_a_line
 from self_judge.prompting.content_tokenizer import ContentTokenizer
 from self_judge.prompting.template_source import CLOCK, at_date, literals_in, written_in
-
-if TYPE_CHECKING:
-    pass
 
 Ending = Literal["closed", "prompt", "open"]
 
