@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
@@ -38,12 +38,17 @@ def refuse_overwriting(
 
     If an input is a model's folder, the files of the model are inputs as well.
     """
-    inputs = list(inputs)
+    parts = [(given, part) for given in inputs for part in (given, *_model_files(given))]
     for output in outputs:
-        for given in inputs:
-            parts = [p for pattern in _MODEL_FILES for p in Path(given).glob(pattern)]
-            if any(same_path(output, part) for part in (given, *parts)):
+        for given, part in parts:
+            if same_path(output, part):
                 raise ValueError(f"{output}: the output would overwrite the input {given}")
+
+
+def _model_files(path: str | os.PathLike[str]) -> Iterator[Path]:
+    if os.path.isdir(path):
+        for pattern in _MODEL_FILES:
+            yield from Path(path).glob(pattern)
 
 
 def repository_file(
