@@ -9,14 +9,13 @@ import dataclasses
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import LlamaForSequenceClassification, PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
 from self_judge.data import synthetic
 from self_judge.evaluation.statistics import judge_quality
 from study import Study
-from world import World
+from world import World, preference_dataset, right
 
 
 def jsft(world: World) -> dict[str, Any]:
@@ -56,17 +55,15 @@ def reward_model(world: World) -> dict[str, Any]:
     base = synthetic.tiny_model(demo.encoder.tokenizer, world.seed)  # type: ignore[arg-type]
     config = base.config
     config.num_labels = 1
-    model = LlamaForSequenceClassification(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(world.seed)  # of the new head
+        model = LlamaForSequenceClassification(config)
     model.model.load_state_dict(base.model.state_dict())
-    rows = [
-        {
-            "prompt": list(record.prompt),
-            "chosen": [{"role": "assistant", "content": pair.chosen}],
-            "rejected": [{"role": "assistant", "content": pair.rejected}],
-        }
+    pairs = (
+        (list(record.prompt), pair.chosen, pair.rejected)
         for record in demo.records()
         for pair in record.pairs[:1]
-    ]
+    )
     args = RewardConfig(
         str(demo.output),
         num_train_epochs=3,  # one epoch has a third of the judge examples, which are in both orders
@@ -78,15 +75,14 @@ def reward_model(world: World) -> dict[str, Any]:
         **demo.common_args(),
     )
     trainer = RewardTrainer(
-        model, args=args, train_dataset=Dataset.from_list(rows),
+        model, args=args, train_dataset=preference_dataset(pairs),
         processing_class=demo.encoder.tokenizer,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     model.eval()
     rewards = []
-    pairs = demo.held_out_pairs()
-    for pair in pairs:
+    for pair in demo.held_out_pairs():
         ids = [
             demo.encoder.tokenizer.apply_chat_template(
                 [
@@ -112,7 +108,7 @@ def _judged(world: World, model: Any, **fields: Any) -> dict[str, Any]:
     demo = world.demo("judge", **fields)
     verdicts = demo.judge(model).compare(demo.held_out_pairs())
     return {
-        "judged_right": [{"a": 1.0, None: 0.5, "b": 0.0}[v.preferred] for v in verdicts],
+        "judged_right": right(verdicts),
         "order_agreement": judge_quality(verdicts).order_agreement,
     }
 

@@ -6,22 +6,21 @@ pairs per step. Only the pairs and the judge differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from datasets import Dataset
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from self_judge.config.self_training import SamplingSettings
 from self_judge.data import synthetic
-from self_judge.datatypes import Comparison, stable_seed
+from self_judge.datatypes import Comparison, Verdict, stable_seed
 from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.reward import PairwiseReward, Scheme
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from study import Study
-from world import World
+from world import World, preference_dataset, right
 
 
 class JudgedByThePolicy(SelfJudgeTrainer):
@@ -31,6 +30,16 @@ class JudgedByThePolicy(SelfJudgeTrainer):
         super()._set_up(*arguments)
         rows = self.args.judge_batch_size
         self.judge.scorer = TransformersScorer(self.model, rows, self.args.packing)
+
+
+class Counted(PairwiseReward):
+    """The reward function, which counts the matches that the judge was asked."""
+
+    matches = 0
+
+    def _compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        self.matches += len(comparisons)
+        return super()._compare(comparisons)
 
 
 def jsft(world: World) -> dict[str, Any]:
@@ -83,19 +92,12 @@ def offline(world: World) -> dict[str, Any]:
 
 
 def _self_trained(world: World, arm: str, trainer_class: type[SelfJudgeTrainer]) -> dict[str, Any]:
-    demo, trained = world.demo(arm), []
-
-    class Kept(trainer_class):  # type: ignore[misc,valid-type]
-        def train(self, *arguments: Any, **named: Any) -> Any:
-            trained.append(self)
-            return super().train(*arguments, **named)
-
-    policy = demo.self_training(world.jsft(), Kept)
-    logs = [log for log in trained[0].state.log_history if "judge/margin" in log]
+    trainer = world.demo(arm).self_training(world.jsft(), trainer_class)
+    logs = [log for log in trainer.state.log_history if "judge/margin" in log]
     pairs = 2 * world.settings.prompts_per_step
     return {
-        **world.measured(policy),
-        **_judging(world, policy),
+        **world.measured(trainer.model),
+        **_judging(world, trainer.model),
         "sampled_tokens": round(sum(pairs * log["completions/mean_length"] for log in logs)),
         "order_agreement": [round(log["judge/order_agreement"], 4) for log in logs],
         "mean_length": [round(log["completions/mean_length"], 2) for log in logs],
@@ -110,35 +112,22 @@ def grpo(scheme: Scheme) -> Callable[[World], dict[str, Any]]:
         responses = 2 * settings.prompts_per_step
         args = GRPOConfig(
             str(demo.output),
-            max_steps=settings.steps,
             per_device_train_batch_size=responses,
             num_generations=8,
             max_completion_length=settings.max_new_tokens,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=0.1,
             beta=0.04,
-            logging_steps=1,
-            **demo.common_args(),
+            **demo.policy_args(),
         )
-        judged: list[int] = []
-        compare = world.judge.compare
-
-        def counted(comparisons: Any, **named: Any) -> Any:
-            judged.append(len(comparisons))
-            return compare(comparisons, **named)
-
-        world.judge.compare = counted  # type: ignore[method-assign]
+        reward = Counted(world.judge, scheme)
         trainer = GRPOTrainer(
             model=world.jsft(),
-            reward_funcs=PairwiseReward(world.judge, scheme),  # type: ignore[arg-type]
+            reward_funcs=reward,  # type: ignore[arg-type]
             args=args,
             processing_class=demo.encoder.tokenizer,
             train_dataset=demo.prompts(),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        del world.judge.compare
         logs = [log for log in trainer.state.log_history if "completions/mean_length" in log]
         return {
             **world.measured(trainer.model),
@@ -146,7 +135,7 @@ def grpo(scheme: Scheme) -> Callable[[World], dict[str, Any]]:
             "sampled_tokens": round(
                 sum(responses * log["completions/mean_length"] for log in logs)
             ),
-            "matches": sum(judged),
+            "matches": reward.matches,
         }
 
     return arm
@@ -154,27 +143,15 @@ def grpo(scheme: Scheme) -> Callable[[World], dict[str, Any]]:
 
 def _trained_on(world: World, model: Any, pairs: list[tuple[Any, str, str]]) -> dict[str, Any]:
     demo, settings = world.demo("dpo"), world.settings
-    rows = [
-        {
-            "prompt": prompt,
-            "chosen": [{"role": "assistant", "content": chosen}],
-            "rejected": [{"role": "assistant", "content": rejected}],
-        }
-        for prompt, chosen, rejected in pairs
-    ]
     args = DPOConfig(
         str(demo.output),
-        max_steps=settings.steps,
         per_device_train_batch_size=settings.prompts_per_step,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=0.1,
         beta=settings.beta,
         max_length=512,
-        **demo.common_args(),
+        **demo.policy_args(),
     )
     trainer = DPOTrainer(
-        model, args=args, train_dataset=Dataset.from_list(rows),
+        model, args=args, train_dataset=preference_dataset(pairs),
         processing_class=demo.encoder.tokenizer,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -185,7 +162,7 @@ def _trained_on(world: World, model: Any, pairs: list[tuple[Any, str, str]]) -> 
 def _judging(world: World, model: Any) -> dict[str, Any]:
     """Returns how often the model itself, as a judge, prefers the better held-out response."""
     verdicts = world.shared.judge(model).compare(world.shared.held_out_pairs())
-    return {"judged_right": [{"a": 1.0, None: 0.5, "b": 0.0}[v.preferred] for v in verdicts]}
+    return {"judged_right": right(verdicts)}
 
 
 STUDY = Study(

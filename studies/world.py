@@ -10,19 +10,20 @@ import hashlib
 import inspect
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from rich.console import Console
 from trl.trainer.utils import selective_log_softmax
 
 from self_judge.commands import demo
 from self_judge.config.self_training import SamplingSettings
 from self_judge.data import synthetic, toy_world
-from self_judge.datatypes import Response, stable_seed
+from self_judge.datatypes import Response, Verdict, stable_seed
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.judge import Judge
 from self_judge.models import load_model
@@ -30,6 +31,25 @@ from self_judge.models import load_model
 QUICK = demo.DemoSettings(
     jsft_records=300, steps=2, prompts_per_step=16, held_out_pairs=40, held_out_prompts=24
 )
+
+
+def right(verdicts: Iterable[Verdict]) -> list[float]:
+    """Returns 1 for each verdict that prefers response `a`, 0.5 if it is undecidable, else 0."""
+    return [{"a": 1.0, None: 0.5, "b": 0.0}[verdict.preferred] for verdict in verdicts]
+
+
+def preference_dataset(pairs: Iterable[tuple[Any, str, str]]) -> Dataset:
+    """Returns a dataset for TRL from (prompt as messages, chosen, rejected)."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": prompt,
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+            for prompt, chosen, rejected in pairs
+        ]
+    )
 
 
 class World:

@@ -106,7 +106,7 @@ def run_demo(
     judge = demo.judge(jsft_model)
     with console.status("judging held-out pairs"):
         quality = demo.judge_quality(judge)
-    policy = demo.self_training(jsft_model)
+    policy = demo.self_training(jsft_model).model
     gold = demo.gold_scores(judge, policy)
     summary = _summary(seed, time.perf_counter() - started, quality, gold)
     write_json(demo.output / SUMMARY, summary)
@@ -206,8 +206,8 @@ class Demo:
 
     def self_training(
         self, jsft_model: Any, trainer_class: type[SelfJudgeTrainer] = SelfJudgeTrainer
-    ) -> Any:
-        """Trains a policy on its own judgments."""
+    ) -> SelfJudgeTrainer:
+        """Trains a policy on its own judgments, and returns the trainer."""
         output = self.output / "self_judge"
         trainer = trainer_class(
             model=jsft_model,
@@ -222,27 +222,33 @@ class Demo:
         trainer.save_model(str(output))
         for _, path in rollout_files(output):
             write_lines(path, map(_with_gold, list(read_lines(path))))
-        return trainer.model
+        return trainer
 
-    def self_training_args(self, **changed: Any) -> SelfJudgeConfig:
+    def self_training_args(self) -> SelfJudgeConfig:
         """Returns the settings of self-training."""
         settings = self.settings
-        values = {
-            "max_steps": settings.steps,
-            "per_device_train_batch_size": settings.prompts_per_step,
-            "learning_rate": settings.learning_rate,
+        return SelfJudgeConfig(
+            str(self.output / "self_judge"),
+            per_device_train_batch_size=settings.prompts_per_step,
+            beta=settings.beta,
+            max_new_tokens=settings.max_new_tokens,
+            top_p=1.0,
+            max_length=512,
+            generation_batch_size=256,
+            judge_batch_size=settings.judge_batch,
+            **self.policy_args(),
+        )
+
+    def policy_args(self) -> dict[str, Any]:
+        """Returns the settings with which any trainer of TRL trains a policy of this size."""
+        return {
+            "max_steps": self.settings.steps,
+            "learning_rate": self.settings.learning_rate,
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 0.1,
-            "beta": settings.beta,
-            "max_new_tokens": settings.max_new_tokens,
-            "top_p": 1.0,
-            "max_length": 512,
-            "generation_batch_size": 256,
-            "judge_batch_size": settings.judge_batch,
             "logging_steps": 1,
             **self.common_args(),
         }
-        return SelfJudgeConfig(str(self.output / "self_judge"), **values | changed)
 
     def gold_scores(self, judge: Judge, policy: Any) -> _Gold:
         """Computes gold scores for the JSFT model, the policy and self-rejection."""
