@@ -81,6 +81,16 @@ class Verdict:
             math.fsum(second[1] - second[0] for _, second in self.probabilities),
         )
 
+    @property
+    def log_odds(self) -> float:
+        """log(s(a) / s(b)), which is positive if response `a` has the higher score.
+
+        It is 0 if the judge cannot decide. Scores below 1e-9 count as 1e-9.
+        """
+        if self.preferred is None:
+            return 0.0
+        return math.log(max(self.score_a, 1e-9) / max(self.score_b, 1e-9))
+
     def swapped(self) -> Verdict:
         """Returns the verdict on the swapped comparison."""
         other: dict[Side | None, Side | None] = {"a": "b", "b": "a", None: None}

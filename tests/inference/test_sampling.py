@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import random
 from typing import Any
 
 import pytest
@@ -316,6 +318,24 @@ def test_sampling_keeps_attention_from_cudnn(
     assert len(allowed) > 1
     assert not any(allowed)
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_log_probs_are_those_of_each_response_alone_in_float64(
+    model: Any, encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = random.Random(0)
+    prompts = [[g.randrange(1, 40) for _ in range(g.randrange(1, 9))] for _ in range(5)]
+    own = sampler(model, encoder, max_new_tokens=7)
+    responses = own.sample(prompts, 3, seeds=4)
+    monkeypatch.setattr(sampling, "_LOGITS", 40 * own._vocabulary)  # several batches
+    found = own.log_probs(prompts, responses)
+    exact = copy.deepcopy(model).double()
+    for prompt, texts, sums in zip(prompts, responses, found, strict=True):
+        for response, log_prob in zip(texts, sums, strict=True):
+            ids = torch.tensor([[*prompt, *response.ids]])
+            log_p_TV = exact(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            expected = log_p_TV.gather(-1, ids[0, len(prompt) :, None]).sum().item()
+            assert log_prob == pytest.approx(expected, abs=1e-4)
 
 
 def test_more_samples_begin_with_the_same_ones(model: Any, encoder: ChatEncoder) -> None:

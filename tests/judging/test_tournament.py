@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 from contextlib import nullcontext
 from typing import Any
@@ -78,6 +79,46 @@ def test_a_judge_with_an_order_of_its_own_finds_the_best_and_the_worst(
         assert [own[b.winner] for own, b in zip(values, brackets, strict=True)] == [
             extreme(own) for own in values
         ]
+
+
+# -- a prior on the responses ----------------------------------------------------------------------
+
+
+def test_a_prior_without_preference_changes_no_bracket() -> None:
+    responses = [[str(k * 7 % 11) for k in range(9)], ["1", "1", "0"]]
+    flat = [[-3.5] * len(own) for own in responses]
+    assert play(ByValue(), *responses, priors=flat) == play(ByValue(), *responses)
+
+
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=9, unique=True), st.integers(0, 99))
+def test_a_match_goes_to_the_higher_sum_of_log_odds_and_prior(
+    prior: list[float], seed: int
+) -> None:
+    responses = [str(k) for k in range(len(prior))]
+    (bracket,) = play(ByValue(), responses, priors=[prior], seed=seed)
+    for match in matches(bracket):
+        if match.b is not None:
+            assert match.verdict is not None
+            odds = math.log(match.verdict.score_a / match.verdict.score_b)
+            ahead = odds + prior[match.a] - prior[match.b]
+            assert match.winner == (match.a if ahead > 0 else match.b)
+
+
+def test_a_prior_decides_what_the_judge_cannot() -> None:
+    (bracket,) = play(Undecided(), ["x", "y", "z"], priors=[[0.0, 2.0, 1.0]])
+    assert bracket.winner == 1
+    assert not any(match.by_lot for match in matches(bracket))
+
+
+@pytest.mark.parametrize(
+    ("prior", "said"),
+    [([[0.0]], "one number for each"), ([[0.0, math.nan]], "not finite"), ([], "one number for")],
+)
+def test_a_prior_that_does_not_fit_is_refused(prior: list[list[float]], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        tournament_rejection_sampling(
+            judge=ByValue(), contexts=["c"], responses=[["1", "2"]], prior=prior
+        )
 
 
 def test_only_the_named_entrants_take_part() -> None:

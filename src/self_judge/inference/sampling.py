@@ -149,6 +149,7 @@ class TransformersSampler:
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
         self.max_over_ranks = max_over_ranks
+        self._vocabulary = model.config.get_text_config().vocab_size
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         keep_freed_memory(device_of(model))
 
@@ -220,6 +221,41 @@ class TransformersSampler:
                 bar.update(count)
                 number += 1
         return responses
+
+    @torch.no_grad()
+    def log_probs(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Response]]
+    ) -> list[list[float]]:
+        """Returns log π(response | prompt) for sampled responses, summed over the sampled ids.
+
+        The probabilities are the model's own, without temperature and truncation. Each response
+        takes a row of a padded batch.
+
+        Args:
+            prompts: the token ids of each prompt, as in `sample`.
+            responses: the responses to each prompt, as returned by `sample`.
+        """
+        pairs = [
+            (list(prompt), list(response.ids))
+            for prompt, own in zip(prompts, responses, strict=True)
+            for response in own
+        ]
+        device, sums = next(self.model.parameters()).device, [0.0] * len(pairs)
+        order = sorted(range(len(pairs)), key=lambda k: -len(pairs[k][0]) - len(pairs[k][1]))
+        with in_evaluation_mode(self.model), without_cudnn_attention():
+            while order:
+                # Logits have the size of the vocabulary, so a batch is limited by its tokens.
+                longest = len(pairs[order[0]][0]) + len(pairs[order[0]][1])
+                rows = max(1, min(self.batch_size, _LOGITS // (longest * self._vocabulary)))
+                batch, order = order[:rows], order[rows:]
+                inputs = padded([pairs[k][0] + pairs[k][1] for k in batch], device)
+                logits_BTV = self.model(**inputs, use_cache=False).logits
+                for logits_TV, k in zip(logits_BTV, batch, strict=True):
+                    start, ids = len(pairs[k][0]), to_device(torch.tensor(pairs[k][1]), device)
+                    log_p_TV = logits_TV[start - 1 : start - 1 + len(ids)].float().log_softmax(-1)
+                    sums[k] = log_p_TV.gather(-1, ids[:, None]).sum().item()
+        rest = iter(sums)
+        return [[next(rest) for _ in own] for own in responses]
 
     def _check_context(self, longest: int) -> None:
         """Logs once if a response may become longer than the model's context allows."""
@@ -302,6 +338,7 @@ class TransformersSampler:
         return output_BT[:, longest:].tolist()
 
 
+_LOGITS = 2**28  # the maximum number of logits in a batch of `log_probs`: 1 GiB in float32
 # The default for `batch_tokens` if the size of the model's KV cache is unknown.
 _CACHE_TOKENS = 65_536
 _CPU_CACHE = 4 * 2**30  # bytes

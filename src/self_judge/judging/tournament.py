@@ -25,6 +25,7 @@ works.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -54,7 +55,7 @@ class Match:
 
     Attributes:
         a, b: the two entrants; `b` is `None` for a bye.
-        winner: the entrant that advances.
+        winner: the entrant that advances. With a prior, it may differ from the judge's choice.
         verdict: the verdict, with entrant `a` as response `a`; `None` for a bye or equal responses.
         by_lot: whether the winner was drawn at random from the seed, because the responses are
             equal or the judge could not decide.
@@ -94,6 +95,7 @@ def knockouts(
     entrants: Sequence[Sequence[int]] | None = None,
     seek: Seek = "best",
     known: dict[tuple[int, int, int], Verdict] | None = None,
+    priors: Sequence[Sequence[float]] | None = None,
 ) -> list[Bracket]:
     """Runs one knockout per context. All matches in a round are judged together.
 
@@ -108,11 +110,14 @@ def knockouts(
             drawn at random.
         seek: with `"worst"`, the loser of each match advances.
         known: verdicts by (context, a, b). They are reused, and new verdicts are added.
+        priors: for each context, the prior log odds of each response (see
+            `tournament_rejection_sampling`).
 
     Raises:
-        ValueError: a context has no responses, or the lists differ in length.
+        ValueError: a context has no responses, the lists differ in length, or a prior is not
+            finite.
     """
-    _check(contexts, responses, seeds)
+    _check(contexts, responses, seeds, priors)
     known = {} if known is None else known
     of_context: list[dict[tuple[int, int], Verdict]] = [{} for _ in contexts]
     for (i, a, b), verdict in known.items():
@@ -127,6 +132,7 @@ def knockouts(
                 entrants=None if entrants is None else entrants[i],
                 seek=seek,
                 known=of_context[i],
+                prior=None if priors is None else priors[i],
             )
             for i, own in enumerate(responses)
         ],
@@ -144,11 +150,12 @@ def knockout_steps(
     entrants: Sequence[int] | None = None,
     seek: Seek = "best",
     known: dict[tuple[int, int], Verdict] | None = None,
+    prior: Sequence[float] | None = None,
 ) -> Steps[Bracket]:
     """Runs one knockout in steps: yields the comparisons of each round and receives the verdicts.
 
     Args:
-        context, responses, seed, entrants, seek, known: as in `knockouts`, for one context.
+        context, responses, seed, entrants, seek, known, prior: as in `knockouts`, for one context.
 
     Raises:
         ValueError: there are no entrants.
@@ -174,7 +181,7 @@ def knockout_steps(
         ]
         verdicts = yield [Comparison(context, responses[a], responses[b]) for a, b in asked]
         known.update(zip(asked, verdicts, strict=True))
-        rounds.append(tuple(_match(a, b, responses, known, lots, seek) for a, b in pairs))
+        rounds.append(tuple(_match(a, b, responses, known, lots, seek, prior) for a, b in pairs))
         standing = [match.winner for match in rounds[-1]]
     return Bracket(tuple(rounds), standing[0])
 
@@ -205,7 +212,10 @@ _MATCHES_TOGETHER = 128
 
 
 def _check(
-    contexts: Sequence[str], responses: Sequence[Sequence[str]], seeds: Sequence[int]
+    contexts: Sequence[str],
+    responses: Sequence[Sequence[str]],
+    seeds: Sequence[int],
+    priors: Sequence[Sequence[float]] | None = None,
 ) -> None:
     if not len(contexts) == len(responses) == len(seeds):
         raise ValueError(
@@ -220,6 +230,12 @@ def _check(
         require_type(f"contexts[{i}]", contexts[i], str, "text (see dialogue_text)")
         for k, response in enumerate(own):
             require_type(f"responses[{i}][{k}]", response, str, "text")
+    if priors is None:
+        return
+    if [len(own) for own in priors] != [len(own) for own in responses]:
+        raise ValueError("prior must contain one number for each response to each context")
+    if not all(math.isfinite(value) for own in priors for value in own):
+        raise ValueError("prior contains a value that is not finite")
 
 
 def judged_knockouts(
@@ -228,6 +244,7 @@ def judged_knockouts(
     responses: Sequence[Sequence[str]],
     *,
     seeds: Sequence[int],
+    priors: Sequence[Sequence[float]] | None = None,
     progress: bool = False,
 ) -> list[Bracket]:
     """Runs `knockouts` with a judge, which computes shared prompt prefixes once for all rounds.
@@ -238,7 +255,7 @@ def judged_knockouts(
     Raises:
         ValueError: as in `knockouts`.
     """
-    _check(contexts, responses, seeds)
+    _check(contexts, responses, seeds, priors)
     brackets: list[Bracket] = []
     start = 0
     while start < len(contexts):
@@ -252,6 +269,7 @@ def judged_knockouts(
                 contexts[start:stop],
                 responses[start:stop],
                 seeds=seeds[start:stop],
+                priors=None if priors is None else priors[start:stop],
             )
         start = stop
     return brackets
@@ -264,6 +282,7 @@ def _match(
     known: Mapping[tuple[int, int], Verdict],
     lots: random.Random,
     seek: Seek,
+    prior: Sequence[float] | None,
 ) -> Match:
     if b is None:
         return Match(a, None, a)
@@ -271,10 +290,14 @@ def _match(
     if texts[a] != texts[b]:
         given = known.get((a, b))
         verdict = given if given is not None else known[b, a].swapped()
-    if verdict is None or verdict.preferred is None:
+    preferred = verdict and verdict.preferred
+    if verdict is not None and prior is not None:
+        odds = verdict.log_odds + prior[a] - prior[b]
+        preferred = "a" if odds > 0 else "b" if odds < 0 else None
+    if preferred is None:
         # An undecided match must not favor a position in the draw.
         return Match(a, b, lots.choice((a, b)), verdict, by_lot=True)
-    a_advances = (verdict.preferred == "a") == (seek == "best")
+    a_advances = (preferred == "a") == (seek == "best")
     return Match(a, b, a if a_advances else b, verdict)
 
 
@@ -311,6 +334,7 @@ def tournament_rejection_sampling(
     *,
     seed: int = 0,
     judge: Judge | None = None,
+    prior: Sequence[Sequence[float]] | None = None,
     return_brackets: bool = False,
     progress: bool = False,
 ) -> list[str] | tuple[list[str], list[Bracket]]:
@@ -330,6 +354,12 @@ def tournament_rejection_sampling(
         judge_batch_size: see `batch_size` of `Judge`.
         seed: determines the draw, and the random winners of undecided matches.
         judge: a `Judge` to use instead of `model`, `tokenizer` and `judge_templates`.
+        prior: for each response to each context, prior log odds, which are added to the judge's
+            log odds in every match. The larger N, the more often the judge overrates one of the
+            responses. The prior λ log π(response) then favors what the policy itself considers
+            likely; `TransformersSampler.log_probs` returns log π. Between 0.1 and 1, λ made little
+            difference for answers of one to three sentences; log π of longer responses differs by
+            more, so they need a smaller λ. By default, as in the paper, only the judge decides.
         return_brackets: whether to also return one `Bracket` per context.
         progress: whether to show a progress bar for each round.
 
@@ -337,8 +367,8 @@ def tournament_rejection_sampling(
         One response per context, and the brackets if `return_brackets` is set.
 
     Raises:
-        ValueError: a context has no responses (the message contains the context), or the lists
-            differ in length.
+        ValueError: a context has no responses (the message contains the context), the lists differ
+            in length, or a prior is not finite.
     """
     if contexts is None or responses is None or isinstance(contexts, str):
         raise TypeError(
@@ -370,6 +400,7 @@ def tournament_rejection_sampling(
         contexts,
         responses,
         seeds=[stable_seed(seed, i) for i in range(len(contexts))],
+        priors=prior,
         progress=progress,
     )
     winners = [own[b.winner] for own, b in zip(responses, brackets, strict=True)]
