@@ -20,7 +20,7 @@ from datasets import Dataset
 from rich.console import Console
 from trl.trainer.utils import selective_log_softmax
 
-from self_judge.commands import demo
+from self_judge.commands.demo import steps
 from self_judge.config.self_training import SamplingSettings
 from self_judge.data import synthetic, toy_world
 from self_judge.datatypes import Response, Verdict, stable_seed
@@ -28,7 +28,7 @@ from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.judge import Judge
 from self_judge.models import load_model
 
-QUICK = demo.DemoSettings(
+QUICK = steps.DemoSettings(
     jsft_records=300, steps=2, prompts_per_step=16, held_out_pairs=40, held_out_prompts=24
 )
 
@@ -62,24 +62,24 @@ class World:
     """
 
     def __init__(
-        self, seed: int, settings: demo.DemoSettings | None = None, folder: Path | None = None
+        self, seed: int, settings: steps.DemoSettings | None = None, folder: Path | None = None
     ) -> None:
-        self.seed, self.settings = seed, settings or demo.DemoSettings()
+        self.seed, self.settings = seed, settings or steps.DemoSettings()
         self.folder = (folder or Path("outputs/studies")) / self._version() / str(seed)
         self.console = Console(file=io.StringIO())
-        demo.quiet()
+        steps.quiet()
 
     def _version(self) -> str:
         """A hash of everything that determines the JSFT model, so that no old model is used."""
-        sources = "".join(inspect.getsource(module) for module in (toy_world, synthetic, demo))
+        sources = "".join(inspect.getsource(module) for module in (toy_world, synthetic, steps))
         return hashlib.sha256((sources + repr(self.settings)).encode()).hexdigest()[:12]
 
-    def demo(self, arm: str, **fields: Any) -> demo.Demo:
+    def demo(self, arm: str, **fields: Any) -> steps.Demo:
         """Returns the steps of the demo, with a folder for this arm."""
-        return demo.Demo(self.seed, self.folder / arm, self.settings, self.console, **fields)
+        return steps.Demo(self.seed, self.folder / arm, self.settings, self.console, **fields)
 
     @cached_property
-    def shared(self) -> demo.Demo:
+    def shared(self) -> steps.Demo:
         return self.demo("shared")
 
     def taught(self, arm: str, *arguments: Any) -> tuple[Any, float]:

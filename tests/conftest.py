@@ -341,7 +341,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a demo in small: JSFT, self-training, labeled verdicts, tournaments."""
     from rich.console import Console
 
-    from self_judge.commands.demo import DemoSettings, run_demo
+    from self_judge.commands.demo.run import run_demo
+    from self_judge.commands.demo.steps import DemoSettings
 
     folder = tmp_path_factory.mktemp("report") / "demo"
     settings = DemoSettings(

@@ -211,7 +211,7 @@ def _align(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from self_judge.commands.demo import run_demo
+    from self_judge.commands.demo.run import run_demo
 
     run_demo(seed=arguments.seed, output=arguments.output)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from self_judge.commands.demo import DemoSettings, run_demo
+from self_judge.commands.demo.run import run_demo
+from self_judge.commands.demo.steps import DemoSettings
 from self_judge.data import synthetic
 from self_judge.data.toy_world import gold_reasons, gold_score
 from self_judge.prompting.judge_json import load_judge_settings
@@ -40,7 +41,8 @@ def output(tmp_path_factory: pytest.TempPathFactory, printed: Console) -> Path:
 
 def test_the_summary_has_the_promised_form(output: Path) -> None:
     summary = json.loads((output / "summary.json").read_text())
-    parts = {"seed", "seconds", "judge", "gold", "win_rate_vs_jsft", "rubric", "examples"}
+    parts = {"seed", "seconds", "judge", "gold", "win_rate_vs_jsft"}
+    parts |= {"rubric", "examples"}
     assert set(summary) == parts
     assert summary["seed"] == 3
     assert set(summary["judge"]) == {"accuracy", "order_agreement", "n"}
@@ -48,7 +50,8 @@ def test_the_summary_has_the_promised_form(output: Path) -> None:
     gold = summary["gold"]
     assert set(gold) == {"jsft", "self_judge", "self_judge_rejection"}
     assert set(gold["self_judge_rejection"]) == {"1", "4", "16"}
-    means = [gold["jsft"], gold["self_judge"], *gold["self_judge_rejection"].values()]
+    means = [gold["jsft"], gold["self_judge"]]
+    means += [*gold["self_judge_rejection"].values()]
     for entry in means:
         low, high = entry["ci95"]
         assert 0 <= low <= entry["mean"] <= high <= 1

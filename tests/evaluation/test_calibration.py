@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from self_judge import Comparison
-from self_judge.commands.demo import judged_line
+from self_judge.commands.demo.steps import judged_line
 from self_judge.datatypes import Verdict
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
 from self_judge.judging.voting import aggregate

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from test_report import HOSTILE, comparison_of, evaluation_of, run_of
 
-from self_judge.commands.demo import run_demo
+from self_judge.commands.demo.run import run_demo
 from self_judge.reporting.page import write_report
 from self_judge.storage.run_dir import BRACKETS, append_line
 

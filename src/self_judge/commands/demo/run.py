@@ -1,0 +1,209 @@
+"""Runs the steps of the demo, and evaluates the models and self-rejection with the gold rubric."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from self_judge.commands.demo.steps import Demo, DemoSettings, quiet, rated
+from self_judge.commands.tournament import played_line
+from self_judge.config.self_training import SamplingSettings
+from self_judge.console import Facts, NumberTable, ends, number, say, table
+from self_judge.data import synthetic, toy_world
+from self_judge.datatypes import stable_seed
+from self_judge.evaluation.statistics import (
+    Estimate,
+    JudgeQuality,
+    bootstrap_mean,
+    win_rate,
+)
+from self_judge.inference.sampling import TransformersSampler
+from self_judge.judging.judge import Judge
+from self_judge.judging.tournament import judged_knockouts
+from self_judge.reporting.page import report_on
+from self_judge.storage.atomic import write_json
+from self_judge.storage.jsonl import write_lines
+from self_judge.storage.run_dir import BRACKETS, SUMMARY
+
+SIZES = (1, 4, 16)  # the values of N for self-rejection
+SHOWN_BRACKETS = 12  # number of tournaments saved for the report
+SHOWN_PROMPTS = 3  # number of held-out prompts shown with answers: the first ones of the seed
+RUBRIC = (
+    "The gold rubric asks for a true answer, doubt ('I think'), a tip, and the last word "
+    "that the prompt names."
+)
+
+
+def run_demo(
+    seed: int = 0,
+    output: str | Path = "outputs/demo",
+    settings: DemoSettings | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Runs the demo and returns the contents of `output/summary.json`.
+
+    Args:
+        seed: seed for data, initial weights, sampling and brackets.
+        output: folder for `jsft/`, `self_judge/`, `summary.json`, the held-out verdicts
+            (`judged.jsonl`), a few tournaments (`brackets.jsonl`), and `report.html`. The sampled
+            pairs in `self_judge/rollouts/` also get gold scores.
+        settings: sizes and hyperparameters that replace the defaults.
+        console: the console for progress and the result table.
+    """
+    started = time.perf_counter()
+    console = console or Console()
+    demo = Demo(seed, Path(output), settings or DemoSettings(), console)
+    quiet()
+    console.print(
+        "[bold]self_judge demo[/bold]: a tiny model learns to answer and to judge, and then aligns "
+        f"itself with its own judgments (seed {seed})"
+    )
+    jsft_model = demo.jsft()
+    judge = demo.judge(jsft_model)
+    with console.status("judging held-out pairs"):
+        quality = demo.judge_quality(judge)
+    policy = demo.self_training(jsft_model).model
+    gold = _gold_scores(demo, judge, policy)
+    summary = _summary(seed, time.perf_counter() - started, quality, gold)
+    write_json(demo.output / SUMMARY, summary)
+    console.print(_table(summary))
+    _print_examples(summary["examples"], console)
+    say(
+        console,
+        f"{summary['seconds']:.0f} s in total; results written to {demo.output / SUMMARY}",
+    )
+    report_on(demo.output, console)
+    return summary
+
+
+@dataclass(frozen=True, slots=True)
+class _Gold:
+    """Gold scores, one per held-out prompt, and the answers to the first prompts."""
+
+    jsft: list[float]
+    self_judge: list[float]
+    by_size: dict[int, list[float]]
+    examples: list[dict[str, Any]]
+
+
+def _gold_scores(demo: Demo, judge: Judge, policy: Any) -> _Gold:
+    """Returns gold scores of the JSFT model, the policy and self-rejection."""
+    seed, encoder, console = demo.seed, demo.encoder, demo.console
+    instructions = synthetic.instructions(demo.settings.held_out_prompts, seed)
+    prompts = [encoder.encode_prompt([{"role": "user", "content": i}]) for i in instructions]
+    sampling = SamplingSettings(max_new_tokens=demo.settings.max_new_tokens)
+    seeds = [stable_seed(seed, "held-out", i) for i in range(len(prompts))]
+
+    def scores(texts: Sequence[str]) -> list[float]:
+        return [toy_world.gold_score(i, t) for i, t in zip(instructions, texts, strict=True)]
+
+    jsft_model: Any = judge.model
+    with console.status("the JSFT model answers held-out prompts"):
+        sampler = TransformersSampler(jsft_model, encoder, sampling, 256)
+        before = [own[0].text for own in sampler.sample(prompts, 1, seeds)]
+    with console.status(f"the policy answers held-out prompts {max(SIZES)} times"):
+        sampler = TransformersSampler(policy, encoder, sampling, 512)
+        samples = [[r.text for r in own] for own in sampler.sample(prompts, max(SIZES), seeds)]
+    by_size = {}
+    for size in SIZES:
+        with console.status(f"self-rejection among {size}"):
+            own = [texts[:size] for texts in samples]
+            brackets = judged_knockouts(judge, instructions, own, seeds=seeds)
+            best = [texts[b.winner] for texts, b in zip(own, brackets, strict=True)]
+        by_size[size] = scores(best)
+    principles = judge.templates.principles
+    shown = zip(instructions, own, brackets[:SHOWN_BRACKETS], strict=False)  # for the largest N
+    write_lines(
+        demo.output / BRACKETS,
+        (
+            {
+                **played_line({"context": instruction}, texts, bracket, principles),
+                "gold_scores": [toy_world.gold_score(instruction, text) for text in texts],
+                "gold_reasons": [toy_world.gold_reasons(instruction, text) for text in texts],
+            }
+            for instruction, texts, bracket in shown
+        ),
+    )
+    first = [texts[0] for texts in samples]
+    answers = {"JSFT": before, "self-trained": first, f"best of {size}": best}
+    examples = [
+        {
+            "prompt": instruction,
+            "answers": [
+                {"by": name, "text": texts[i], **rated(instruction, texts[i])}
+                for name, texts in answers.items()
+            ],
+        }
+        for i, instruction in enumerate(instructions[:SHOWN_PROMPTS])
+    ]
+    return _Gold(scores(before), scores(first), by_size, examples)
+
+
+def _summary(seed: int, seconds: float, quality: JudgeQuality, gold: _Gold) -> dict[str, Any]:
+    def mean(values: list[float]) -> dict[str, Any]:
+        return _interval(bootstrap_mean(values, seed), "mean")
+
+    return {
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "judge": {
+            "accuracy": quality.accuracy.value,
+            "order_agreement": quality.order_agreement,
+            "n": quality.accuracy.n,
+        },
+        "gold": {
+            "jsft": mean(gold.jsft),
+            "self_judge": mean(gold.self_judge),
+            "self_judge_rejection": {str(n): mean(v) for n, v in gold.by_size.items()},
+        },
+        "win_rate_vs_jsft": _interval(win_rate(gold.self_judge, gold.jsft, seed), "value"),
+        "rubric": RUBRIC,
+        "examples": gold.examples,
+    }
+
+
+def _interval(estimate: Estimate, name: str) -> dict[str, Any]:
+    return {name: estimate.value, "ci95": [estimate.low, estimate.high]}
+
+
+def _table(summary: dict[str, Any]) -> NumberTable:
+    judge, gold = summary["judge"], summary["gold"]
+
+    def row(name: str, entry: dict[str, Any], key: str = "mean") -> tuple[str, str, str]:
+        return name, number(entry[key]), ends(entry)
+
+    return table(
+        "on held-out prompts",
+        ("", "value", "95% interval"),
+        [
+            (f"judge accuracy ({judge['n']} pairs)", number(judge["accuracy"])),
+            ("judge order agreement", number(judge["order_agreement"])),
+            None,
+            row("gold score: JSFT", gold["jsft"]),
+            row("gold score: self-trained", gold["self_judge"]),
+            *(
+                row(f"gold score: self-trained, best of {n}", entry)
+                for n, entry in gold["self_judge_rejection"].items()
+            ),
+            None,
+            row("win rate, self-trained against JSFT", summary["win_rate_vs_jsft"], "value"),
+        ],
+    )
+
+
+def _print_examples(examples: Sequence[dict[str, Any]], console: Console) -> None:
+    console.print(f"[bold]the first {len(examples)} held-out prompts[/bold]")
+    say(console, RUBRIC)
+    for example in examples:
+        answers = {
+            a["by"]: f"{a['text'] or '(empty)'}\ngold {a['gold_score']:.2f}: {a['gold_reasons']}"
+            for a in example["answers"]
+        }
+        console.print()
+        console.print(Facts({"prompt": example["prompt"], **answers}))
+    console.print()
