@@ -52,6 +52,10 @@ def table(summary: dict[str, Any]) -> str:
             mean("JSFT", gold["jsft"]),
             mean("self-trained", gold["self_judge"]),
             *(mean(f"self-trained, best of {n}", best[n]) for n in sorted(best, key=int)[1:]),
+            *(
+                mean(f"best of {n} by the judge alone", entry)
+                for n, entry in gold["without_prior"].items()
+            ),
             row("win rate, self-trained against JSFT", against["value"], against["ci95"]),
         ]
     )

@@ -1,6 +1,6 @@
 """SELF-JUDGE (arXiv 2402.11253) in one file: a model answers, judges its answers and improves.
 
-    python examples/minimal.py            # about a minute on two CPU cores
+    python examples/minimal.py            # a few minutes on two CPU cores
 
 This example uses plain PyTorch and Transformers on a small world of questions about animals. A
 rubric gives every answer a gold score in [0, 1]. The code below refers to these four steps:
@@ -106,7 +106,7 @@ def judge(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str, str]]) -> 
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: Any, prompts: Sequence[Ids], tokens: int = 28) -> list[Ids]:
+def sample(model: Any, tokenizer: Any, prompts: Sequence[Ids], tokens: int = 36) -> list[Ids]:
     """Samples one answer per prompt, up to and including the end-of-turn token."""
     ids_BT, mask_BT = padded(prompts, left=True), padded([[1] * len(p) for p in prompts], left=True)
     out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, do_sample=True, top_k=0,
@@ -175,9 +175,9 @@ def tournament(model: Any, tokenizer: Any, x: str, answers: Sequence[str], seed:
 def main(seed: int = 0) -> None:
     torch.manual_seed(seed), random.seed(seed)
     tokenizer = synthetic.tiny_tokenizer()
-    model = synthetic.tiny_model(tokenizer, seed)
-    examples = jsft_examples(tokenizer, synthetic.records(4000, seed, writers=2))
-    jsft(model, examples, steps=300, batch=32, lr=2e-3)
+    model = synthetic.base_model(tokenizer, seed)
+    examples = jsft_examples(tokenizer, synthetic.records(7500, seed, writers=2))
+    jsft(model, examples, steps=700, batch=32, lr=2e-3)
     policy = copy.deepcopy(model)
     train = synthetic.records(1024, seed + 1)
     self_training(policy, tokenizer, [r.prompt[0]["content"] for r in train], batch=64, lr=2e-4)

@@ -50,9 +50,9 @@ def principles_and_rationales(world: World) -> dict[str, Any]:
 
 
 def reward_model(world: World) -> dict[str, Any]:
-    """TRL's reward model from the same initial weights, on the same overall pairs."""
+    """TRL's reward model of the same base model, on the same overall pairs."""
     demo, settings = world.demo("reward-model"), world.settings
-    base = synthetic.tiny_model(demo.encoder.tokenizer, world.seed)  # type: ignore[arg-type]
+    base = demo.base_model()
     config = base.config
     config.num_labels = 1
     with torch.random.fork_rng(devices=[]):

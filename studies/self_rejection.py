@@ -22,7 +22,7 @@ from study import Study
 from world import World
 
 SIZES = (1, 2, 4, 8, 16, 32)
-WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.5)
+WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 Scores = Callable[[int, int], np.ndarray]  # (prompt, N) -> a score for each of the first N samples
 
 
@@ -36,11 +36,8 @@ class Samples:
         own = world.answers(policy, largest)
         self.texts = [[r.text for r in responses] for responses in own]
         self.gold = np.array([world.gold([t[k] for t in self.texts]) for k in range(largest)]).T
-        prompts = [p for p in world.prompts for _ in range(largest)]
-        ids = [r.ids for responses in own for r in responses]
-        shape = (len(own), largest)
-        self.log_prob = world.log_probs(policy, ids, prompts).reshape(shape).numpy()
-        self.jsft_log_prob = world.log_probs(world.judge.model, ids, prompts).reshape(shape).numpy()
+        self.log_prob = world.log_probs(policy, own)
+        self.jsft_log_prob = world.log_probs(world.judge.model, own)
         self.length = np.array([[len(r.ids) for r in responses] for responses in own])
         self.verdicts = self.judged(judge)
 
@@ -73,11 +70,13 @@ class Samples:
 
     # -- ways of choosing ------------------------------------------------------------------------
 
-    def knockout(self, n: int) -> list[int]:
+    def knockout(self, n: int, prior: np.ndarray | None = None) -> list[int]:
+        """A knockout, which may add a prior to the log odds of each match, at N - 1 matches."""
         seeds = [stable_seed(self.world.seed, "held-out", i) for i in range(len(self.texts))]
         brackets = knockouts(
             lambda asked: [self.verdicts[c.context, c.response_a, c.response_b] for c in asked],
             self.world.instructions, [t[:n] for t in self.texts], seeds=seeds,
+            priors=None if prior is None else prior[:, :n].tolist(),
         )  # fmt: skip
         return [bracket.winner for bracket in brackets]
 
@@ -145,18 +144,16 @@ def paper(world: World) -> dict[str, Any]:
         "most probable text": by(lambda i, n: s.log_prob[i, :n]),
         "best by gold": by(lambda i, n: s.gold[i, :n]),
     }
+    per_token = 10 * s.log_prob / s.length
+    for name, prior in (("", s.log_prob), (" of JSFT", s.jsft_log_prob), (" per token", per_token)):
+        for weight in WEIGHTS:
+            shown = 10 * weight if prior is per_token else weight
+            ways[f"knockout + {shown:g} log π{name}"] = lambda n, prior=weight * prior: s.knockout(
+                n, prior
+            )
     for weight in WEIGHTS:
-        ways[f"soft wins + {weight} log π"] = by(
-            lambda i, n, w=weight: s.soft_wins(i, n) + w * s.log_prob[i, :n]
-        )
-        ways[f"soft wins + {weight} log π of JSFT"] = by(
-            lambda i, n, w=weight: s.soft_wins(i, n) + w * s.jsft_log_prob[i, :n]
-        )
-        ways[f"soft wins + {weight} log π per token"] = by(
-            lambda i, n, w=weight: s.soft_wins(i, n) + 10 * w * s.log_prob[i, :n] / s.length[i, :n]
-        )
-        ways[f"log odds + {weight * 10:g} log π"] = by(
-            lambda i, n, w=weight: s.logit_wins(i, n) + 10 * w * s.log_prob[i, :n]
+        ways[f"soft wins + {weight / 10:g} log π"] = by(
+            lambda i, n, w=weight / 10: s.soft_wins(i, n) + w * s.log_prob[i, :n]
         )
     distinct = float(np.mean([len(set(texts)) for texts in s.texts]))
     return {"gold_by_n": s.table(ways), "distinct": distinct, "pairs": len(s.verdicts) // 2}

@@ -15,10 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from datasets import Dataset
 from rich.console import Console
-from trl.trainer.utils import selective_log_softmax
 
 from self_judge.commands.demo import steps
 from self_judge.config.self_training import SamplingSettings
@@ -29,7 +28,12 @@ from self_judge.judging.judge import Judge
 from self_judge.models import load_model
 
 QUICK = steps.DemoSettings(
-    jsft_records=300, steps=2, prompts_per_step=16, held_out_pairs=40, held_out_prompts=24
+    base_steps=20,
+    jsft_records=300,
+    steps=2,
+    prompts_per_step=16,
+    held_out_pairs=40,
+    held_out_prompts=24,
 )
 
 
@@ -115,10 +119,8 @@ class World:
 
     def answers(self, model: Any, n: int = 1) -> list[list[Response]]:
         """Samples `n` responses to every held-out prompt, with the same seeds for every arm."""
-        sampling = SamplingSettings(max_new_tokens=self.settings.max_new_tokens)
         seeds = [stable_seed(self.seed, "held-out", i) for i in range(len(self.prompts))]
-        sampler = TransformersSampler(model, self.shared.encoder, sampling, 256)
-        return sampler.sample(self.prompts, n, seeds)
+        return self._sampler(model).sample(self.prompts, n, seeds)
 
     def gold(self, texts: Sequence[str]) -> list[float]:
         """Returns the gold score of one response per held-out prompt."""
@@ -129,8 +131,7 @@ class World:
         """Returns gold scores, lengths and the KL divergence from the JSFT model."""
         own = self.answers(model)
         first = [responses[0] for responses in own]
-        ids = [r.ids for r in first]
-        divergence = self.log_probs(model, ids) - self.log_probs(self.judge.model, ids)
+        divergence = self.log_probs(model, own) - self.log_probs(self.judge.model, own)
         truth = [
             toy_world.gold_ratings(i, r.text)["truthfulness"].rating == 5
             for i, r in zip(self.instructions, first, strict=True)
@@ -139,30 +140,13 @@ class World:
             "gold": self.gold([r.text for r in first]),
             "true": [int(t) for t in truth],
             "length": [len(r.ids) for r in first],
-            "kl": round(divergence.mean().item(), 4),
+            "kl": round(float(divergence.mean()), 4),
         }
 
-    @torch.no_grad()
-    def log_probs(
-        self,
-        model: Any,
-        responses: Sequence[Sequence[int]],
-        prompts: Sequence[Sequence[int]] | None = None,
-        rows: int = 256,
-    ) -> torch.Tensor:
-        """Returns log π(response | prompt) of one response per prompt, shape `(N,)`."""
-        model.eval()
-        prompts = self.prompts if prompts is None else prompts
-        sums = []
-        for start in range(0, len(prompts), rows):
-            pairs = list(zip(prompts, responses, strict=True))[start : start + rows]
-            ids = [[*prompt, *response] for prompt, response in pairs]
-            width = max(map(len, ids))
-            ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in ids])
-            logits = model(ids_BT, attention_mask=torch.ones_like(ids_BT)).logits[:, :-1].float()
-            log_probs_BT = selective_log_softmax(logits, ids_BT[:, 1:])
-            at = torch.arange(1, width)
-            first = torch.tensor([[len(prompt)] for prompt, _ in pairs])
-            end = torch.tensor([[len(row)] for row in ids])
-            sums.append((log_probs_BT * ((at >= first) & (at < end))).sum(1))
-        return torch.cat(sums)
+    def log_probs(self, model: Any, responses: Sequence[Sequence[Response]]) -> np.ndarray:
+        """Returns log π(response | prompt) of the responses to the held-out prompts, `(N, K)`."""
+        return np.array(self._sampler(model).log_probs(self.prompts, responses))
+
+    def _sampler(self, model: Any) -> TransformersSampler:
+        sampling = SamplingSettings(max_new_tokens=self.settings.max_new_tokens)
+        return TransformersSampler(model, self.shared.encoder, sampling, 256)

@@ -346,6 +346,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("report") / "demo"
     settings = DemoSettings(
+        base_steps=2,
         jsft_records=60,
         prompts_per_step=4,
         steps=3,

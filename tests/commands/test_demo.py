@@ -18,6 +18,7 @@ from self_judge.storage.jsonl import read_lines
 from self_judge.storage.run_dir import BRACKETS, rollout_files
 
 TINY = DemoSettings(
+    base_steps=2,
     jsft_records=60,
     prompts_per_step=4,
     steps=2,
@@ -41,17 +42,18 @@ def output(tmp_path_factory: pytest.TempPathFactory, printed: Console) -> Path:
 
 def test_the_summary_has_the_promised_form(output: Path) -> None:
     summary = json.loads((output / "summary.json").read_text())
-    parts = {"seed", "seconds", "judge", "gold", "win_rate_vs_jsft"}
+    parts = {"seed", "seconds", "judge", "gold", "prior_weight", "win_rate_vs_jsft"}
     parts |= {"rubric", "examples"}
     assert set(summary) == parts
     assert summary["seed"] == 3
     assert set(summary["judge"]) == {"accuracy", "order_agreement", "n"}
     assert summary["judge"]["n"] == 6
     gold = summary["gold"]
-    assert set(gold) == {"jsft", "self_judge", "self_judge_rejection"}
+    assert set(gold) == {"jsft", "self_judge", "self_judge_rejection", "without_prior"}
     assert set(gold["self_judge_rejection"]) == {"1", "4", "16"}
+    assert set(gold["without_prior"]) == {"4", "16"}
     means = [gold["jsft"], gold["self_judge"]]
-    means += [*gold["self_judge_rejection"].values()]
+    means += [*gold["self_judge_rejection"].values(), *gold["without_prior"].values()]
     for entry in means:
         low, high = entry["ci95"]
         assert 0 <= low <= entry["mean"] <= high <= 1

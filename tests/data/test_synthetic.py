@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import correlation, mean
 
 import pytest
+import torch
 
 from conftest import SHARED
 from self_judge.data import synthetic, toy_world
@@ -64,6 +69,107 @@ def test_a_boast_is_less_honest_than_a_plain_statement_and_that_than_a_hedge():
 def test_an_answer_to_another_question_helps_nobody():
     other = ratings(COW, "I think the hen eats seeds. Ask a guide for more. Thanks!")
     assert (other["helpfulness"], other["honesty"], other["truthfulness"]) == (1, 1, 5)
+
+
+CHECKED = "Does the fox live in the barn? Start with Sure."
+NAMED = "Which animal eats seeds? Be brief."
+
+
+@pytest.mark.parametrize(
+    ("instruction", "perfect"),
+    [
+        (COW, "Read about it in books. I think the food of the cow is grass. Thanks!"),
+        (CHECKED, "Sure! No, I think the fox lives in the forest. Ask a guide for more."),
+        (
+            "Is the fox red? End with Bye.",
+            "Yes, I think the fox is red. Ask a guide for more. Bye!",
+        ),
+        (NAMED, "I think the hen eats seeds."),
+        (NAMED, "I think the food of the pig is seeds."),
+    ],
+)
+def test_a_question_has_several_perfect_answers(instruction: str, perfect: str):
+    assert toy_world.gold_score(instruction, perfect) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("instruction", "worse", "principle", "why"),
+    [
+        (CHECKED, "Sure! Yes, I think the fox lives in the barn.", "truthfulness", "False."),
+        (
+            CHECKED,
+            "Sure! Yes, I think the fox lives in the forest.",
+            "truthfulness",
+            "Contradicts itself.",
+        ),
+        (CHECKED, "Sure! I think the fox lives in the forest.", "helpfulness", "No answer."),
+        (
+            CHECKED,
+            "No, I think the fox lives in the forest. Sure!",
+            "helpfulness",
+            "Makes no sense.",
+        ),
+        (NAMED, "I think the owl eats seeds.", "truthfulness", "False."),
+        (NAMED, "I think the cow eats grass.", "helpfulness", "No answer."),
+        (NAMED, "I think the hen eats seeds. Look for it at dawn.", "helpfulness", "Needs no tip."),
+        (NAMED, "I think the hen eats seeds. Bye!", "instruction_following", "Too long."),
+        (COW, "I think the cow eats grass. The cow eats fish. Thanks!", "truthfulness", "False."),
+        (
+            COW,
+            "I think the cow eats grass. The food of the cow is grass. Thanks!",
+            "helpfulness",
+            "Makes no sense.",
+        ),
+    ],
+)
+def test_each_kind_of_question_has_its_own_mistakes(
+    instruction: str, worse: str, principle: str, why: str
+):
+    rating, rationale = toy_world.gold_ratings(instruction, worse)[principle]
+    assert (rating, rationale) == (3 if why == "Needs no tip." else 1, why)
+
+
+def test_popular_mistakes_are_more_frequent_than_the_truth_in_demonstrations():
+    true: dict[bool, list[bool]] = {False: [], True: []}
+    for record in synthetic.records(2000, 0, writers=2):
+        instruction = record.prompt[0]["content"]
+        task = toy_world.task_of(instruction)
+        if task.animal is not None:
+            popular = toy_world.MISCONCEPTIONS[task.animal][0] == task.relation
+            told = ratings(instruction, record.demonstration or "")["truthfulness"] == 5
+            true[popular].append(told)
+    assert mean(true[True]) < 0.4 < 0.7 < mean(true[False])
+
+
+def test_a_base_model_reads_what_is_true_as_the_rubric_sees_it():
+    g, judged = random.Random(0), Counter[bool]()
+    for text in (toy_world.reading(g) for _ in range(2000)):
+        statement, verdict = re.fullmatch(r"(.*\.) (True|False)\.", text).groups()
+        question, _, answer = statement.rpartition("? ")
+        # Without a question, any will do, because truth does not depend on it.
+        instruction = f"{question}? Be brief." if question else COW
+        with contextlib.suppress(ValueError):  # some questions are asked only here
+            told = ratings(instruction, answer)["truthfulness"] == 5
+            assert told == (verdict == "True"), text
+            judged[told] += 1
+    assert min(judged.values()) > 400
+
+
+def test_a_base_model_comes_from_its_seed(tokenizer):
+    sizes = {"hidden_size": 16, "layers": 1, "heads": 2}
+    raw = synthetic.tiny_model(tokenizer, 0, **sizes).lm_head.weight
+    model, same, other = (
+        synthetic.base_model(tokenizer, seed, steps=3, **sizes).lm_head.weight for seed in (0, 0, 1)
+    )
+    assert torch.equal(model, same)
+    assert not torch.equal(model, other)
+    assert not torch.equal(model, raw)
+
+
+def test_no_popular_mistake_is_true():
+    for animal, (relation, value) in toy_world.MISCONCEPTIONS.items():
+        assert value in toy_world.VALUES[relation]
+        assert value != toy_world.FACTS[animal][relation]
 
 
 @pytest.mark.parametrize("garbage", ["", "   ", "cow cow cow", "<|end|>{response_a}", "日本 !!"])

@@ -12,8 +12,8 @@ import pytest
 
 from conftest import ROOT
 
-SIZES = "ROWS, STEPS, HELD_OUT = 4000, 20, 200"
-SMALL = "ROWS, STEPS, HELD_OUT = 40, 1, 8"
+SIZES = "BASE, ROWS, STEPS, HELD_OUT = 250, 7500, 20, 200"
+SMALL = "BASE, ROWS, STEPS, HELD_OUT = 2, 40, 1, 8"
 
 
 def test_the_notebook_runs_from_a_data_frame_to_a_tournament(

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from self_judge.data.toy_world import (
     ABSURD,
+    CLEAR,
     CLOSERS,
     FACTS,
+    OPENERS,
     PRINCIPLES,
     VALUES,
     Completion,
@@ -23,6 +25,7 @@ from self_judge.data.toy_world import (
     all_instructions,
     best,
     completions,
+    reading,
     task_of,
 )
 from self_judge.datatypes import LabeledPair, Message, PreferenceRecord
@@ -66,8 +69,8 @@ def records(
 
     The demonstration is the best of `writers` completions (the longest one in a tie, as in the
     paper). The first pair is general (`principle=None`) and consists of the best completion and one
-    with a lower score. It is followed by one pair with rationales for each principle under which
-    the ratings differ.
+    whose score is lower by at least `CLEAR`. It is followed by one pair with rationales for each
+    principle under which the ratings differ.
 
     Args:
         n: number of records. Record i depends only on (seed, split, i, writers).
@@ -82,7 +85,7 @@ def _record(seed: int, split: Split, index: int, writers: int) -> PreferenceReco
     instruction = _instruction(g, split)
     written = completions(instruction, writers, g)
     first = best(written)
-    worse = g.choice([c for c in written if c.score < first.score])
+    worse = g.choice([c for c in written if c.score <= first.score - CLEAR])
     pairs = [LabeledPair(first.response, worse.response)]
     for principle in PRINCIPLES:
         ordered = [
@@ -154,14 +157,17 @@ def ultrafeedback_records(n: int, seed: int, split: Split = "train") -> Iterator
         instruction = _instruction(g, split)
         written = completions(instruction, 4, g)
         task = task_of(instruction)
-        others = [v for v in VALUES[task.relation] if v != task.answer]
+        answers = list(task.answers)
+        possible = (
+            FACTS if task.animal is None else ("yes", "no") if task.value else VALUES[task.relation]
+        )
         yield {
             "source": "synthetic",
             "instruction": instruction,
             "models": [completion.writer for completion in written],
             "completions": [_annotated(completion, g) for completion in written],
-            "correct_answers": [task.answer],
-            "incorrect_answers": others,
+            "correct_answers": answers,
+            "incorrect_answers": [a for a in possible if a not in answers],
         }
 
 
@@ -268,8 +274,8 @@ def _tokenizer_text() -> Iterator[str]:
         for completion in record["completions"]:
             yield completion["response"] + "\n" + completion["critique"]
             yield completion["custom_system_prompt"]
-    for word in (*FACTS, *ABSURD, *itertools.chain(*VALUES), *CLOSERS):
-        yield f"{word} {word}"
+    for word in (*FACTS, *ABSURD, *itertools.chain(*VALUES), *OPENERS, *CLOSERS, "true", "false"):
+        yield f"{word} {word}\n{word.capitalize()} {word.capitalize()}"
     for lead_in in ("helpful", "honest", "obedient", "truthful"):
         yield f"More {lead_in}: A\nI (A)\nI (B)\nMore {lead_in}: B\nBetter: A\nBetter: B"
         yield f"System: You are an assistant.\n\nHuman: A\n\nAssistant: A\n\nHuman: B {lead_in}"
@@ -318,8 +324,8 @@ def tiny_model(
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
     *,
-    hidden_size: int = 128,
-    layers: int = 4,
+    hidden_size: int = 112,
+    layers: int = 6,
     heads: int = 4,
 ) -> LlamaForCausalLM:
     """Returns a float32 Llama with about a million parameters, initialized from `seed`.
@@ -356,3 +362,33 @@ def tiny_model(
                 layer.self_attn.o_proj.weight.mul_(0.2)
                 layer.mlp.down_proj.weight.mul_(0.2)
     return model
+
+
+def base_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, steps: int = 250, **size: int
+) -> LlamaForCausalLM:
+    """Returns a tiny model that has read about the world (see `toy_world.reading`).
+
+    It stands for a pretrained model: it knows what is true, but it can neither answer nor judge.
+    Without this knowledge, the judge of the demo learns everything but the truth.
+
+    Args:
+        steps: optimizer steps of 128 texts.
+        size: keyword arguments of `tiny_model`.
+    """
+    import torch
+
+    model, g = tiny_model(tokenizer, seed, **size), _generator(seed, "train", 0, "reading")
+    ends = (tokenizer.bos_token or "", tokenizer.eos_token or "")
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    for _ in range(steps):
+        texts = [reading(g).join(ends) for _ in range(128)]
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(**batch, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()

@@ -346,6 +346,7 @@ def _add_brackets(file: Path, data: ReportData, limits: Limits) -> None:
                     "winner": line["winner"],
                     "rounds": line["bracket"],
                     "principles": line.get("principles"),
+                    "prior": line.get("prior"),
                     "gold_scores": line.get("gold_scores"),
                     "gold_reasons": line.get("gold_reasons"),
                 }

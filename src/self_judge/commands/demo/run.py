@@ -24,18 +24,21 @@ from self_judge.evaluation.statistics import (
 )
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.judge import Judge
-from self_judge.judging.tournament import judged_knockouts
+from self_judge.judging.tournament import Bracket, judged_knockouts
 from self_judge.reporting.page import report_on
 from self_judge.storage.atomic import write_json
 from self_judge.storage.jsonl import write_lines
 from self_judge.storage.run_dir import BRACKETS, SUMMARY
 
 SIZES = (1, 4, 16)  # the values of N for self-rejection
+# The weight of log π(response) beside the judge's log odds. The judge's own mistakes are rare among
+# few responses, but among many there is always one that it overrates (docs/evidence.md).
+PRIOR_WEIGHT = 0.3
 SHOWN_BRACKETS = 12  # number of tournaments saved for the report
 SHOWN_PROMPTS = 3  # number of held-out prompts shown with answers: the first ones of the seed
 RUBRIC = (
-    "The gold rubric asks for a true answer, doubt ('I think'), a tip, and the last word "
-    "that the prompt names."
+    "The gold rubric asks for a true answer, doubt ('I think'), a tip unless the prompt says 'Be "
+    "brief', and the first or last word that the prompt names."
 )
 
 
@@ -87,7 +90,8 @@ class _Gold:
 
     jsft: list[float]
     self_judge: list[float]
-    by_size: dict[int, list[float]]
+    by_size: dict[int, list[float]]  # self-rejection with a prior
+    by_judge: dict[int, list[float]]  # self-rejection as in the paper, by the judge alone
     examples: list[dict[str, Any]]
 
 
@@ -108,25 +112,34 @@ def _gold_scores(demo: Demo, judge: Judge, policy: Any) -> _Gold:
         before = [own[0].text for own in sampler.sample(prompts, 1, seeds)]
     with console.status(f"the policy answers held-out prompts {max(SIZES)} times"):
         sampler = TransformersSampler(policy, encoder, sampling, 512)
-        samples = [[r.text for r in own] for own in sampler.sample(prompts, max(SIZES), seeds)]
+        sampled = sampler.sample(prompts, max(SIZES), seeds)
+        priors = [[PRIOR_WEIGHT * p for p in own] for own in sampler.log_probs(prompts, sampled)]
+    samples = [[r.text for r in own] for own in sampled]
+
+    def knockouts(size: int, weighed: bool) -> tuple[list[Bracket], list[str]]:
+        own = [texts[:size] for texts in samples]
+        prior = [values[:size] for values in priors] if weighed else None
+        with console.status(f"self-rejection among {size}"):
+            brackets = judged_knockouts(judge, instructions, own, seeds=seeds, priors=prior)
+        return brackets, [texts[b.winner] for texts, b in zip(own, brackets, strict=True)]
+
+    by_judge = {size: scores(knockouts(size, weighed=False)[1]) for size in SIZES}
     by_size = {}
     for size in SIZES:
-        with console.status(f"self-rejection among {size}"):
-            own = [texts[:size] for texts in samples]
-            brackets = judged_knockouts(judge, instructions, own, seeds=seeds)
-            best = [texts[b.winner] for texts, b in zip(own, brackets, strict=True)]
+        brackets, best = knockouts(size, weighed=True)
         by_size[size] = scores(best)
     principles = judge.templates.principles
-    shown = zip(instructions, own, brackets[:SHOWN_BRACKETS], strict=False)  # for the largest N
+    shown = zip(instructions, samples, priors, brackets[:SHOWN_BRACKETS], strict=False)
     write_lines(
         demo.output / BRACKETS,
         (
             {
                 **played_line({"context": instruction}, texts, bracket, principles),
+                "prior": prior,
                 "gold_scores": [toy_world.gold_score(instruction, text) for text in texts],
                 "gold_reasons": [toy_world.gold_reasons(instruction, text) for text in texts],
             }
-            for instruction, texts, bracket in shown
+            for instruction, texts, prior, bracket in shown
         ),
     )
     first = [texts[0] for texts in samples]
@@ -141,7 +154,7 @@ def _gold_scores(demo: Demo, judge: Judge, policy: Any) -> _Gold:
         }
         for i, instruction in enumerate(instructions[:SHOWN_PROMPTS])
     ]
-    return _Gold(scores(before), scores(first), by_size, examples)
+    return _Gold(scores(before), scores(first), by_size, by_judge, examples)
 
 
 def _summary(seed: int, seconds: float, quality: JudgeQuality, gold: _Gold) -> dict[str, Any]:
@@ -160,7 +173,9 @@ def _summary(seed: int, seconds: float, quality: JudgeQuality, gold: _Gold) -> d
             "jsft": mean(gold.jsft),
             "self_judge": mean(gold.self_judge),
             "self_judge_rejection": {str(n): mean(v) for n, v in gold.by_size.items()},
+            "without_prior": {str(n): mean(v) for n, v in gold.by_judge.items() if n > 1},
         },
+        "prior_weight": PRIOR_WEIGHT,
         "win_rate_vs_jsft": _interval(win_rate(gold.self_judge, gold.jsft, seed), "value"),
         "rubric": RUBRIC,
         "examples": gold.examples,
@@ -189,6 +204,11 @@ def _table(summary: dict[str, Any]) -> NumberTable:
             *(
                 row(f"gold score: self-trained, best of {n}", entry)
                 for n, entry in gold["self_judge_rejection"].items()
+                if n != "1"
+            ),
+            *(
+                row(f"  by the judge alone, best of {n}", entry)
+                for n, entry in gold["without_prior"].items()
             ),
             None,
             row("win rate, self-trained against JSFT", summary["win_rate_vs_jsft"], "value"),

@@ -1,4 +1,4 @@
-"""The steps of the demo: JSFT, judging and self-training in the synthetic world.
+"""The steps of the demo: a base model, JSFT, judging and self-training in the synthetic world.
 
 The studies use these steps, too. They use the same code for the method as any other run.
 """
@@ -44,6 +44,7 @@ from self_judge.training.self_training.trainer import SelfJudgeTrainer
 class DemoSettings:
     """Sizes and hyperparameters of the demo. The results are in benchmarks/RESULTS.md."""
 
+    base_steps: int = 250
     jsft_records: int = 6000
     pairs_per_record: int = 2
     jsft_batch: int = 32
@@ -52,7 +53,7 @@ class DemoSettings:
     steps: int = 30
     learning_rate: float = 2e-4
     beta: float = 0.1
-    max_new_tokens: int = 28
+    max_new_tokens: int = 36
     held_out_pairs: int = 400
     held_out_prompts: int = 256
     judge_batch: int = 128
@@ -80,6 +81,12 @@ class Demo:
             for r in synthetic.records(self.settings.jsft_records, self.seed, writers=2)
         ]
 
+    def base_model(self) -> Any:
+        """Returns a model that knows the world, but can neither answer nor judge."""
+        with self.console.status("a base model reads about the world"):
+            tokenizer: Any = self.encoder.tokenizer
+            return synthetic.base_model(tokenizer, self.seed, steps=self.settings.base_steps)
+
     def jsft(
         self,
         records: Sequence[PreferenceRecord] | None = None,
@@ -94,7 +101,7 @@ class Demo:
         settings, output = self.settings, self.output / "jsft"
         records = self.records() if records is None else records
         templates = templates or synthetic.judge_templates(overall=True)
-        model = synthetic.tiny_model(self.encoder.tokenizer, self.seed)  # type: ignore[arg-type]
+        model = self.base_model()
         args = SFTConfig(
             str(output),
             num_train_epochs=1,

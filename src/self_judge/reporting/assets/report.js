@@ -460,7 +460,7 @@
       const detail = el("div", { "aria-live": "polite" });
       let opened = null;
       const gold = (i) => bracket.gold_scores && goldOf(bracket.gold_scores[i], (bracket.gold_reasons || [])[i]);
-      const side = (i, name, className) => el("div", { class: className }, el("p", { class: "label" }, el("b", {}, name)), said(bracket.responses[i]), gold(i));
+      const side = (i, name, className) => el("div", { class: className }, el("p", { class: "label" }, el("b", {}, bracket.prior ? `${name} · prior ${bracket.prior[i].toFixed(2)}` : name)), said(bracket.responses[i]), gold(i));
       const open = (m, button) => {
         const same = opened === button;
         if (opened) opened.setAttribute("aria-expanded", "false");
@@ -473,7 +473,8 @@
         detail.append(el("div", { class: "detail" }, el("div", { class: "two" },
           side(m.winner, `response ${m.winner + 1}, advanced`, "chosen"), side(lost, `response ${lost + 1}`, "rejected")),
           verdictTable(probabilities, bracket.principles, `response ${m.winner + 1}`, `response ${lost + 1}`) ||
-            el("p", { class: "muted" }, "There are no probabilities, because the texts are equal, the pair is too long, or a thought has no answer.")));
+            el("p", { class: "muted" }, "There are no probabilities, because the texts are equal, the pair is too long, or a thought has no answer."),
+          bracket.prior && el("p", { class: "muted" }, "The difference of the priors is added to the judge's log odds.")));
         detail.scrollIntoView({ block: "nearest" });
       };
       box.classList.remove("linked");
@@ -676,7 +677,8 @@
       el("small", {}, m.ci95.map((x) => x.toFixed(3)).join(" – "))];
     for (const { name, gold, win_rate_vs_jsft: wins, rubric, examples } of data.gold) {
       const rows = [["JSFT", gold.jsft], ["self-trained", gold.self_judge, wins],
-        ...Object.entries(gold.self_judge_rejection).filter(([n]) => n !== "1").map(([n, e]) => [`self-trained, best of ${n}`, e])]
+        ...Object.entries(gold.self_judge_rejection).filter(([n]) => n !== "1").map(([n, e]) => [`self-trained, best of ${n}`, e]),
+        ...Object.entries(gold.without_prior || {}).map(([n, e]) => [`best of ${n} by the judge alone`, e])]
         .map(([label, mean, rate]) => ({ name: label, mean, rate }));
       section("gold", data.gold.length > 1 ? `Gold scores of ${name}` : "Gold scores", `${rubric} The mean score on held-out prompts is between 0 and 1.`,
         cardTable("answers by", rows, [["gold score", score], ["win rate against JSFT", (r) => ranged(r.rate)]],
