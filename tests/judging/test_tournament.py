@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from conftest import TEMPLATES
 from self_judge import Comparison, Judge, JudgeTemplates, Verdict, tournament_rejection_sampling
 from self_judge.datatypes import stable_seed
-from self_judge.judging.tournament import Bracket, Match, judged_knockouts, knockouts, pairings
+from self_judge.judging.tournament import (
+    Bracket,
+    Match,
+    judged_knockouts,
+    knockout_steps,
+    knockouts,
+    pairings,
+)
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import save_judge_settings
 from value_judges import ByValue, Undecided
@@ -421,3 +428,19 @@ def test_an_entrant_with_a_bye_plays_in_the_next_round(n: int) -> None:
         for before, after in itertools.pairwise(rounds):
             for rested in (m.a for m in before if m.b is None):
                 assert rested in {k for m in after if m.b is not None for k in (m.a, m.b)}
+
+
+# -- in steps --------------------------------------------------------------------------------------
+
+
+def test_a_knockout_in_steps_is_the_same_knockout() -> None:
+    """A caller that judges by itself, such as a server, gets the bracket of `knockouts`."""
+    texts = ["3", "5", "1", "4", "2"]
+    steps, judge = knockout_steps("context 0", texts, stable_seed(7, 0)), ByValue()
+    asked = [next(steps)]
+    for _ in range(2):
+        asked.append(steps.send(judge(asked[-1])))
+    with pytest.raises(StopIteration) as end:
+        steps.send(judge(asked[-1]))
+    assert [len(comparisons) for comparisons in asked] == [2, 1, 1]
+    assert [end.value.value] == play(ByValue(), texts, seed=7)

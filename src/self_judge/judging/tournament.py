@@ -27,9 +27,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -43,6 +43,9 @@ from self_judge.prompting.thoughts import with_answers
 
 Compare = Callable[[list[Comparison]], list[Verdict]]
 Seek = Literal["best", "worst"]
+ResultT = TypeVar("ResultT")
+Steps: TypeAlias = Generator[list[Comparison], Sequence[Verdict], ResultT]
+"""A game in steps: it yields the comparisons to judge, and receives their verdicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,29 +114,89 @@ def knockouts(
     """
     _check(contexts, responses, seeds)
     known = {} if known is None else known
-    generators = [random.Random(seed) for seed in seeds]
-    standing: list[list[int]] = []
-    for i, own in enumerate(responses):
-        drawn = list((with_answers(own) or range(len(own))) if entrants is None else entrants[i])
-        if not drawn:
-            raise ValueError(f"context {i} has no entrants: {contexts[i]!r:.80}")
-        generators[i].shuffle(drawn)
-        standing.append(drawn)
-    rounds: list[list[tuple[Match, ...]]] = [[] for _ in contexts]
-    # In the drawing above, `standing` is [0 1 3 2 4], then [4 1 3], then [3 1], then [1]. Contexts
-    # with fewer responses finish earlier.
-    while any(len(entered) > 1 for entered in standing):
-        paired = [pairings(e) if len(e) > 1 else [] for e in standing]
-        _judge_unknown(compare, contexts, responses, paired, known)
-        for i, pairs in enumerate(paired):
-            if not pairs:
-                continue
-            played = tuple(
-                _match(i, a, b, responses[i], known, generators[i], seek) for a, b in pairs
+    of_context: list[dict[tuple[int, int], Verdict]] = [{} for _ in contexts]
+    for (i, a, b), verdict in known.items():
+        of_context[i][a, b] = verdict
+    brackets = in_lockstep(
+        compare,
+        [
+            knockout_steps(
+                contexts[i],
+                own,
+                seeds[i],
+                entrants=None if entrants is None else entrants[i],
+                seek=seek,
+                known=of_context[i],
             )
-            rounds[i].append(played)
-            standing[i] = [match.winner for match in played]
-    return [Bracket(tuple(r), s[0]) for r, s in zip(rounds, standing, strict=True)]
+            for i, own in enumerate(responses)
+        ],
+    )
+    for i, verdicts in enumerate(of_context):
+        known.update({(i, a, b): verdict for (a, b), verdict in verdicts.items()})
+    return brackets
+
+
+def knockout_steps(
+    context: str,
+    responses: Sequence[str],
+    seed: int,
+    *,
+    entrants: Sequence[int] | None = None,
+    seek: Seek = "best",
+    known: dict[tuple[int, int], Verdict] | None = None,
+) -> Steps[Bracket]:
+    """Runs one knockout in steps: yields the comparisons of each round and receives the verdicts.
+
+    Args:
+        context, responses, seed, entrants, seek, known: as in `knockouts`, for one context.
+
+    Raises:
+        ValueError: there are no entrants.
+    """
+    known = {} if known is None else known
+    lots = random.Random(seed)
+    standing = list((with_answers(responses) or range(len(responses))) if entrants is None
+                    else entrants)  # fmt: skip
+    if not standing:
+        raise ValueError(f"context {context!r:.80} has no entrants")
+    lots.shuffle(standing)
+    rounds: list[tuple[Match, ...]] = []
+    # In the drawing above, `standing` is [0 1 3 2 4], then [4 1 3], then [3 1], then [1].
+    while len(standing) > 1:
+        pairs = pairings(standing)
+        asked = [
+            (a, b)
+            for a, b in pairs
+            if b is not None
+            and (a, b) not in known
+            and (b, a) not in known
+            and responses[a] != responses[b]  # equal responses are not judged
+        ]
+        verdicts = yield [Comparison(context, responses[a], responses[b]) for a, b in asked]
+        known.update(zip(asked, verdicts, strict=True))
+        rounds.append(tuple(_match(a, b, responses, known, lots, seek) for a, b in pairs))
+        standing = [match.winner for match in rounds[-1]]
+    return Bracket(tuple(rounds), standing[0])
+
+
+def in_lockstep(compare: Compare, games: Sequence[Steps[ResultT]]) -> list[ResultT]:
+    """Runs several games, such as `knockout_steps`, and judges each step of all games together."""
+    results: dict[int, ResultT] = {}
+    verdicts: dict[int, Sequence[Verdict] | None] = dict.fromkeys(range(len(games)))
+    while verdicts:
+        asked: dict[int, list[Comparison]] = {}
+        for i, received in verdicts.items():
+            try:
+                asked[i] = next(games[i]) if received is None else games[i].send(received)
+            except StopIteration as end:  # shorter games finish earlier
+                results[i] = end.value
+        comparisons = [comparison for own in asked.values() for comparison in own]
+        judged = list(compare(comparisons) if comparisons else ())
+        if len(judged) != len(comparisons):
+            raise ValueError(f"{len(judged)} verdicts for {len(comparisons)} comparisons")
+        rest = iter(judged)
+        verdicts = {i: [next(rest) for _ in own] for i, own in asked.items()}
+    return [results[i] for i in range(len(games))]
 
 
 # Contexts are processed in groups, because the shared prefixes of a group remain in memory for all
@@ -194,36 +257,11 @@ def judged_knockouts(
     return brackets
 
 
-def _judge_unknown(
-    compare: Compare,
-    contexts: Sequence[str],
-    responses: Sequence[Sequence[str]],
-    paired: Sequence[Sequence[tuple[int, int | None]]],
-    known: dict[tuple[int, int, int], Verdict],
-) -> None:
-    asked = [
-        (i, a, b)
-        for i, pairs in enumerate(paired)
-        for a, b in pairs
-        if b is not None
-        and (i, a, b) not in known
-        and (i, b, a) not in known
-        and responses[i][a] != responses[i][b]  # equal responses are not judged
-    ]
-    if not asked:
-        return
-    verdicts = compare(
-        [Comparison(contexts[i], responses[i][a], responses[i][b]) for i, a, b in asked]
-    )
-    known.update(zip(asked, verdicts, strict=True))
-
-
 def _match(
-    context: int,
     a: int,
     b: int | None,
     texts: Sequence[str],
-    known: Mapping[tuple[int, int, int], Verdict],
+    known: Mapping[tuple[int, int], Verdict],
     lots: random.Random,
     seek: Seek,
 ) -> Match:
@@ -231,8 +269,8 @@ def _match(
         return Match(a, None, a)
     verdict = None
     if texts[a] != texts[b]:
-        given = known.get((context, a, b))
-        verdict = given if given is not None else known[context, b, a].swapped()
+        given = known.get((a, b))
+        verdict = given if given is not None else known[b, a].swapped()
     if verdict is None or verdict.preferred is None:
         # An undecided match must not favor a position in the draw.
         return Match(a, b, lots.choice((a, b)), verdict, by_lot=True)
