@@ -12,11 +12,13 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from self_judge.commands.judge_choice import JudgeChoice, encoder_of
+from self_judge.adapters import adapter_config
+from self_judge.commands.judge_choice import JudgeChoice, encoder_of, fingerprint
 from self_judge.console import say
 from self_judge.errors import ConfigError
 from self_judge.models import load_model
@@ -139,6 +141,8 @@ def served_name(choice: JudgeChoice, job: ServeJob) -> str:
 
 
 def _backend(choice: JudgeChoice, job: ServeJob, on_batch: Callable[[str, int], object]) -> Backend:
+    if choice.servers:
+        return _replicas(choice, job)
     from self_judge.serving.in_process import InProcess
 
     judge = choice.load()
@@ -146,6 +150,24 @@ def _backend(choice: JudgeChoice, job: ServeJob, on_batch: Callable[[str, int], 
         return InProcess(judge, judge.model, judge.encoder, on_batch=on_batch)
     policy = load_model(job.policy, device="auto", dtype=choice.dtype)
     return InProcess(judge, policy, encoder_of(job.policy), on_batch=on_batch)
+
+
+def _replicas(choice: JudgeChoice, job: ServeJob) -> Backend:
+    from self_judge.serving.replicas import Replicas, VLLMReplicas
+
+    adapter: dict[str, Any] = {}
+    if job.policy is not None:
+        if adapter_config(job.policy) is None:
+            raise ConfigError(
+                f"--policy {job.policy} is not a LoRA adapter: with --vllm-server, the replicas "
+                "load the policy as an adapter of MODEL. Serve a whole model as MODEL itself"
+            )
+        name = f"self-judge-{fingerprint(job.policy)}"  # other weights have another name
+        adapter = {"adapter": Path(job.policy), "adapter_name": name}
+    engine: Any = VLLMReplicas(choice.servers, request_timeout=job.deadline, **adapter)
+    judge = choice.load(engine)
+    encoder = judge.encoder if job.policy is None else encoder_of(job.policy)
+    return Replicas(engine, judge, encoder, job.max_concurrency)
 
 
 def is_loopback(host: str) -> bool:
