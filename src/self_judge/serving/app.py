@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _LARGEST_BODY = 4 << 20  # bytes
 KEEP_ALIVE = 5.0  # seconds between comments in a stream, so that no proxy closes it
+_UNREAD = (401, 403, 413, 415)  # errors for which the body is not read
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -65,7 +66,7 @@ class App:
         keep_alive: float = KEEP_ALIVE,
     ) -> None:
         self.engine, self.name, self.keep_alive = engine, name, keep_alive
-        self._key = None if key is None else _digest(key)
+        self._key = None if key is None else _digest(key.encode())
         self.started = int(time.time())
 
     def starlette(self) -> Starlette:
@@ -175,15 +176,16 @@ class App:
             self.engine.metrics.gone.inc()
             return Response(status_code=499)  # nobody reads it
         shown = error_shown(error)
-        return _json(shown.body(), shown.status, shown.headers)
+        # The body may be unread, and another request cannot follow it.
+        closes = {"Connection": "close"} if shown.status in _UNREAD else {}
+        return _json(shown.body(), shown.status, {**shown.headers, **closes})
 
     def _check_sender(self, request: Request) -> None:
         if self._key is not None:
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
             # Digests have one length, so the time of the comparison does not tell that of the key.
-            if not hmac.compare_digest(_digest(given.strip()), self._key) or (
-                scheme.lower() != "bearer"
-            ):
+            digest = _digest(given.strip().encode("latin-1"))  # the bytes as they were sent
+            if not hmac.compare_digest(digest, self._key) or scheme.lower() != "bearer":
                 raise RequestError(
                     "the API key is missing or wrong: send Authorization: Bearer KEY",
                     status=401,
@@ -341,5 +343,5 @@ def _dumps(body: Any) -> str:
     return json.dumps(body, allow_nan=False)  # ASCII, so lone surrogates are no problem
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

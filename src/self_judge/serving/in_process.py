@@ -121,6 +121,8 @@ class InProcess:
     # -- in the thread of the models ---------------------------------------------------------------
 
     def _run(self) -> None:
+        self._shares = why_not_shared(self.model) is None
+        self._most_tokens = cache_tokens(self.model)  # of a batch
         while True:
             with self._work:
                 while not (self._rows or self._games or self._stopping):
@@ -144,7 +146,7 @@ class InProcess:
             return
         self.on_batch("rows", len(rows))
         try:
-            if why_not_shared(self.model) is None:
+            if self._shares:
                 decode_rows(self.model, self.encoder, self.stop_ids, rows, self._over)
             else:
                 self._generate(rows)
@@ -165,7 +167,6 @@ class InProcess:
         """Takes the rows of the next batch, and drops those that were given up."""
         rows: list[Row] = []
         longest = most = 0
-        limit = cache_tokens(self.model)
         while len(rows) < self.batch_size:
             with self._work:
                 row = self._rows.popleft() if self._rows else None
@@ -176,7 +177,7 @@ class InProcess:
                 self._over(row)
                 continue
             longest, most = max(longest, len(row.work.prompt)), max(most, row.most)
-            if rows and (len(rows) + 1) * (longest + most) > limit:
+            if rows and (len(rows) + 1) * (longest + most) > self._most_tokens:
                 with self._work:
                     self._rows.appendleft(row)
                 break
