@@ -38,9 +38,11 @@ def running(app: Any) -> Iterator[str]:
 
 
 @contextmanager
-def served(folder: Path, *, servers: Any = (), **job: Any) -> Iterator[SimpleNamespace]:
+def served(
+    folder: Path, *, servers: Any = (), templates: str | None = None, **job: Any
+) -> Iterator[SimpleNamespace]:
     """Serves a judge: `url`, `name`, and `client`, which validates strictly and never retries."""
-    app = application(JudgeChoice(str(folder), servers=servers), ServeJob(**job))
+    app = application(JudgeChoice(str(folder), templates, servers=servers), ServeJob(**job))
     with running(app) as url:
         client = openai.OpenAI(
             base_url=f"{url}/v1",

@@ -96,6 +96,24 @@ def test_a_killed_replica_loses_no_request_and_is_used_again_when_it_answers(
             eventually(lambda: create(**asked(here.name)) and len(dying.requests) > before)
 
 
+def test_a_replica_whose_engine_died_is_left_out(saved_judge: Path) -> None:
+    """vLLM answers with status 500 while its engine dies, and with 503 while it is busy."""
+    with serving(FakeVLLM()) as dead, serving(FakeVLLM()) as other:
+        with served(saved_judge, servers=[dead.url, other.url]) as here:
+            dead.failures = [503, 500]
+            answers = [here.client.chat.completions.create(**asked(here.name, i)) for i in range(6)]
+            assert not dead.failures
+            assert all(answer.self_judge["complete"] == 4 for answer in answers)
+
+
+def test_a_rejected_request_is_an_error_and_the_replica_stays(saved_judge: Path) -> None:
+    with serving(FakeVLLM()) as fake, served(saved_judge, servers=[fake.url]) as here:
+        fake.failures = [400]
+        with pytest.raises(openai.InternalServerError, match="cannot answer"):
+            here.client.chat.completions.create(**asked(here.name))
+        assert here.client.chat.completions.create(**asked(here.name)).choices
+
+
 def test_without_a_replica_the_answer_is_503_until_one_is_back(saved_judge: Path) -> None:
     with serving(FakeVLLM()) as fake, served(saved_judge, servers=[fake.url]) as here:
         fake.broken = True

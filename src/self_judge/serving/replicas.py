@@ -243,8 +243,11 @@ class VLLMReplicas:
             finally:
                 replica.busy -= 1
             why = f"HTTP {status}: {error_message(content)}"
-            if status not in _BUSY:
+            if status not in _BUSY and status < 500:
                 raise EngineError(f"{replica.shown} rejected a request: {why}")
+            if status not in _BUSY:  # vLLM answers so while its engine dies
+                replica.leave_out(why)
+                continue
             preferred = None
             await asyncio.sleep(self.retry_wait * 2 ** min(attempt, 4))
         raise EngineError(f"the vLLM servers are too busy: {why}")
@@ -351,8 +354,8 @@ class Replicas:
 
         def read(choice: Mapping[str, Any], url: str) -> tuple[list[int], Any]:
             ids = sampled_ids(choice, url, work.settings.max_new_tokens)
-            scored = None if work.top_logprobs is None else _logprobs(choice, ids)
-            return ids, scored
+            top = work.top_logprobs
+            return ids, None if top is None else _logprobs(choice, ids, top)
 
         adapter = self.engine.adapter_name
         ((ids, logprobs),) = await self.engine.complete(body, adapter, 1, read, replica)
@@ -384,17 +387,13 @@ class Replicas:
         return None  # nobody waits for the result
 
 
-def _logprobs(choice: Mapping[str, Any], ids: Sequence[int]) -> list[TokenLogprob]:
+def _logprobs(choice: Mapping[str, Any], ids: Sequence[int], top: int) -> list[TokenLogprob]:
     """Returns the log-probabilities of a sampled choice."""
     given = choice["logprobs"]
-    own, tops = given["token_logprobs"], given["top_logprobs"] or [{}] * len(ids)
-    return [
-        TokenLogprob(
-            token,
-            float(logprob),
-            tuple(
-                (int(name.removeprefix("token_id:")), float(value)) for name, value in top.items()
-            ),
-        )
-        for token, logprob, top in zip(ids, own, tops, strict=True)
-    ]
+    listed = given["top_logprobs"] or [{}] * len(ids)
+    found = []
+    for token, logprob, likely in zip(ids, given["token_logprobs"], listed, strict=True):
+        pairs = [(int(name.removeprefix("token_id:")), float(p)) for name, p in likely.items()]
+        pairs.sort(key=lambda pair: -pair[1])  # vLLM adds the sampled token to the likeliest
+        found.append(TokenLogprob(token, float(logprob), tuple(pairs[:top])))
+    return found
