@@ -14,6 +14,9 @@ from self_judge import (
     TransformersSampler,
     tournament_rejection_sampling,
 )
+from self_judge.data import synthetic
+from self_judge.data.toy_world import gold_score
+from self_judge.models import load_model
 from self_judge.prompting.judge_templates import dialogue_text
 from served import MESSAGES, served, streamed
 
@@ -45,6 +48,26 @@ def test_the_winner_is_that_of_the_library_with_the_same_seed(saved_judge: Path)
             assert other.self_judge["responses"] == texts
             assert texts[other.self_judge["winner"]] == best
             assert len(other.self_judge["bracket"]) == (n - 1).bit_length()
+
+
+def test_the_demo_has_the_same_gold_score_over_http_as_in_the_library(demo: Path) -> None:
+    judge: Any = Judge.from_pretrained(demo / "jsft")
+    policy: Any = load_model(demo / "self_judge")
+    sampler = TransformersSampler(policy, judge.encoder, SamplingSettings(max_new_tokens=6))
+    with served(demo / "jsft", policy=str(demo / "self_judge")) as here:
+        for seed, asked in enumerate(synthetic.instructions(5, 3)):
+            messages: Any = [{"role": "user", "content": asked}]
+            (sampled,) = sampler.sample([judge.encoder.encode_prompt(messages)], 4, seed)
+            texts = [[response.judged for response in sampled]]
+            (best,) = tournament_rejection_sampling(
+                judge=judge, contexts=[asked], responses=texts, seed=seed
+            )
+            answer = here.client.chat.completions.create(
+                model=f"{here.name}:best-of-4", messages=messages, seed=seed, max_tokens=6
+            )
+            text = answer.choices[0].message.content
+            assert gold_score(asked, text) == gold_score(asked, best)
+            assert text == best
 
 
 def test_the_plain_name_gives_samples_without_a_tournament(saved_judge: Path) -> None:
