@@ -346,3 +346,28 @@ def test_a_separate_policy_samples_and_the_judge_judges(saved_judge: Path, base:
             model=f"{base}:best-of-3", messages=MESSAGES, max_tokens=5, seed=1
         )
         assert answer.self_judge["judged"]["comparisons"] == 2
+
+
+def test_a_short_request_does_not_wait_for_the_end_of_a_long_one(judge: Any) -> None:
+    with gated(judge, Limits()) as here, ThreadPoolExecutor(2) as pool:
+        long = body(4, 5, max_tokens=300, temperature=1.5, repetition_penalty=1.1, logprobs=True)
+        alone = post(here.url, long).json()
+        here.gate.slow = 0.005
+        here.batches.clear()
+        waiting = pool.submit(post, here.url, long)
+        eventually(lambda: here.batches)
+        begun = here.gate.passes
+        short = [post(here.url, body(2, seed)) for seed in range(3)]
+        assert [answer.status_code for answer in short] == [200] * 3
+        assert not waiting.done()
+        assert here.gate.passes - begun < 300
+        # The long one was paused for the samples and the matches of each short one, ...
+        assert len(here.batches) > 6
+        here.gate.slow = 0
+        assert waiting.result().json()["choices"][0]["message"] == alone["choices"][0]["message"]
+        # ... and continued where it was.
+        tokens = [
+            [(entry["token"], round(entry["logprob"], 2)) for entry in given["content"]]
+            for given in (a["choices"][0]["logprobs"] for a in (waiting.result().json(), alone))
+        ]
+        assert tokens[0] == tokens[1]

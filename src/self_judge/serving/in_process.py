@@ -41,9 +41,9 @@ class InProcess:
     """Samples from `model` and judges with `judge`, in batches over all requests.
 
     Rows wait in order of arrival. A batch takes as many as `batch_size` and the memory for keys and
-    values allow; rows that arrive later wait for its end. Between two batches, the games of all
-    requests are played in lockstep, each round in one call to the judge. Their shared prefixes stay
-    in memory until the last of them ends.
+    values allow. It pauses for rows and games that arrive later (see `rows.py`). Between two
+    batches, the games of all requests are played in lockstep, each round in one call to the judge.
+    Their shared prefixes stay in memory until the last of them ends.
 
     Args:
         judge: a judge with a Transformers model.
@@ -80,6 +80,10 @@ class InProcess:
     async def start(self) -> None:
         """See `Backend.start`."""
         keep_freed_memory(next(self.model.parameters()).device)
+        # Try out how to sample and judge now, instead of during the first request.
+        self._shares = await asyncio.to_thread(lambda: why_not_shared(self.model) is None)
+        self._most_tokens = await asyncio.to_thread(cache_tokens, self.model)  # of a batch
+        await asyncio.to_thread(lambda: self.judge.packing.decision)
         self._thread.start()
 
     async def stop(self) -> None:
@@ -121,15 +125,14 @@ class InProcess:
     # -- in the thread of the models ---------------------------------------------------------------
 
     def _run(self) -> None:
-        self._shares = why_not_shared(self.model) is None
-        self._most_tokens = cache_tokens(self.model)  # of a batch
         while True:
             with self._work:
                 while not (self._rows or self._games or self._stopping):
                     self._work.wait()
                 if self._stopping:
                     return
-                self._gather()
+                if not any(row.tokens for row in self._rows):  # rows that paused do not wait
+                    self._gather()
             if self._games:
                 self._play()
             if self._rows:
@@ -147,9 +150,10 @@ class InProcess:
         self.on_batch("rows", len(rows))
         try:
             if self._shares:
-                decode_rows(self.model, self.encoder, self.stop_ids, rows, self._over)
+                args = (self.model, self.encoder, self.stop_ids, rows)
+                left = decode_rows(*args, self._over, self._has_waiting)
             else:
-                self._generate(rows)
+                left = self._generate(rows)
         except Exception as error:
             left = [row for row in rows if not row.over]
             try:
@@ -159,9 +163,12 @@ class InProcess:
                 for work in {row.work for row in left}:
                     self._fail(work, reason)
                 return
-            with self._work:  # each response has its own seed, so it does not change
-                again = [Row(row.work, row.k, row.seed) for row in left]
-                self._rows.extendleft(reversed(again))
+        with self._work:
+            self._rows.extendleft(reversed(left))
+
+    def _has_waiting(self, remaining: int) -> bool:
+        """Returns whether work waits that a batch of `remaining` rows should pause for."""
+        return bool(self._games) or (bool(self._rows) and remaining < self.batch_size)
 
     def _batch(self) -> list[Row]:
         """Takes the rows of the next batch, and drops those that were given up."""
@@ -176,7 +183,7 @@ class InProcess:
                 row.over = True
                 self._over(row)
                 continue
-            longest, most = max(longest, len(row.work.prompt)), max(most, row.most)
+            longest, most = max(longest, len(row.prompt)), max(most, row.left)
             if rows and (len(rows) + 1) * (longest + most) > self._most_tokens:
                 with self._work:
                     self._rows.appendleft(row)
@@ -184,7 +191,7 @@ class InProcess:
             rows.append(row)
         return rows
 
-    def _generate(self, rows: Sequence[Row]) -> None:
+    def _generate(self, rows: Sequence[Row]) -> list[Row]:
         """Samples with the model's own `generate`, one request after the other."""
         for work in dict.fromkeys(row.work for row in rows):
             own = [row for row in rows if row.work is work]
@@ -195,6 +202,7 @@ class InProcess:
                 work.sampled_tokens += len(sampled[row.k].ids)
                 work.complete(row.k, sampled[row.k])
                 self._over(row)
+        return []
 
     def _over(self, row: Row) -> None:
         work = row.work

@@ -11,9 +11,14 @@ This module handles token ids and logits. It does not depend on threads, queues 
 #   row 0 (max 2) A  B  end            the stop token after the maximum is not part of the response
 #   row 1         C  D  E    end       the model ended this row itself
 #   row 2 (gone)  F  G  end            given up after step 1
+#
+# A batch pauses for work that waits: all its rows are ended like this, and those that are not
+# complete continue in the next batch with their tokens as a part of the prompt. Because that
+# computes the prompts again, a batch pauses only after it has run for several times as long.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,10 +36,17 @@ from self_judge.serving.work import Sampling, TokenLogprob
 # On a GPU, reading the tokens waits for the device.
 _READ_EVERY = {"cpu": 1}
 _READ_EVERY_ELSEWHERE = 8
+_PAUSE_AFTER = 4  # times the seconds that the batch's prompts took
 
 
 class Row:
-    """One response to sample, and its tokens so far."""
+    """One response to sample, and its tokens so far.
+
+    Attributes:
+        work, k, seed: the request's responses, the index of this one, and its seed.
+        tokens, logprobs: what has been sampled.
+        over: whether the row is complete or given up.
+    """
 
     def __init__(self, work: Sampling, k: int, seed: int) -> None:
         self.work, self.k, self.seed = work, k, seed
@@ -46,6 +58,16 @@ class Row:
     def most(self) -> int:
         return self.work.settings.max_new_tokens
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before the next one."""
+        return (*self.work.prompt, *self.tokens)
+
+    @property
+    def left(self) -> int:
+        """The maximum number of tokens that are left to sample."""
+        return self.most - len(self.tokens)
+
 
 def decode_rows(
     model: Any,
@@ -53,19 +75,24 @@ def decode_rows(
     stop: Sequence[int],
     rows: Sequence[Row],
     over: Callable[[Row], object],
-) -> None:
+    pause: Callable[[int], bool],
+) -> list[Row]:
     """Samples all rows in one batch; equal prompts are computed once.
 
     Args:
         stop: the stop tokens.
         over: called as soon as a row is complete (its response is in `work.samples`) or given up.
+        pause: returns whether work waits that could join a batch with this number of rows.
+
+    Returns:
+        The rows that continue in another batch, because this one has paused.
     """
     of_prompt: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
-        of_prompt.setdefault(row.work.prompt, []).append(row)
+        of_prompt.setdefault(row.prompt, []).append(row)
     ordered = [row for own in of_prompt.values() for row in own]
     pad = encoder.tokenizer.pad_token_id
-    draw = _MixedRows(ordered, encoder, stop, next(model.parameters()).device, over)
+    draw = _MixedRows(ordered, encoder, stop, next(model.parameters()).device, over, pause)
     with torch.no_grad(), in_evaluation_mode(model):
         decode(
             model,
@@ -74,9 +101,10 @@ def decode_rows(
             draw,
             stop=stop,
             pad=stop[0] if pad is None else pad,
-            max_new_tokens=max(row.most for row in rows),
+            max_new_tokens=max(row.left for row in rows),
         )
     draw.read()
+    return [row for row in rows if not row.over]
 
 
 class _MixedRows:
@@ -93,14 +121,17 @@ class _MixedRows:
         stop: Sequence[int],
         device: torch.device,
         over: Callable[[Row], object],
+        pause: Callable[[int], bool],
     ) -> None:
         self.rows, self.encoder, self.stop, self.device = list(rows), encoder, stop, device
-        self.over = over
+        self.over, self.pause = over, pause
         self.step = 0
+        self.started, self.first_read, self.paused = time.monotonic(), 0.0, False
         self.every = _READ_EVERY.get(device.type, _READ_EVERY_ELSEWHERE)
         self.unread: list[torch.Tensor] = []  # the tokens of the last steps
         self.unread_logprobs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        longest = max(len(row.work.prompt) for row in rows)
+        self.left = [row.left for row in rows]
+        longest = max(len(row.prompt) for row in rows)
         groups: dict[SamplingSettings, list[int]] = {}
         for place, row in enumerate(rows):  # the sampler does not use the maximum length
             groups.setdefault(replace(row.work.settings, max_new_tokens=1), []).append(place)
@@ -109,7 +140,8 @@ class _MixedRows:
                 SeededTokenSampler(
                     settings,
                     self._on_device([rows[place].seed for place in places]),
-                    self._on_device([longest - len(rows[place].work.prompt) for place in places]),
+                    self._on_device([longest - len(rows[place].prompt) for place in places]),
+                    self._on_device([len(rows[place].tokens) for place in places]),
                 ),
                 places,
             )
@@ -125,11 +157,11 @@ class _MixedRows:
     def _place(self) -> None:
         """Updates what depends on which rows are left."""
         self.places = [self._on_device(places) for _, places in self.groups]
-        self.most_B = self._on_device([row.most for row in self.rows])
+        self.left_B = self._on_device(self.left)
         self._end()
 
     def _end(self) -> None:
-        ends = [row.over for row in self.rows]
+        ends = [row.over or self.paused for row in self.rows]
         self.ended_B = to_device(torch.tensor(ends), self.device)
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
@@ -139,7 +171,7 @@ class _MixedRows:
             token_B = ids_BT.new_empty(len(ids_BT))
             for (draw, _), places_B in zip(self.groups, self.places, strict=True):
                 token_B[places_B] = draw(ids_BT[places_B], logits_BV[places_B])
-        token_B = torch.where(self.ended_B | (self.most_B <= self.step), self.stop[0], token_B)
+        token_B = torch.where(self.ended_B | (self.left_B <= self.step), self.stop[0], token_B)
         if self.scored:
             logprobs_BV = logits_BV.float().log_softmax(-1)
             top = logprobs_BV.topk(max(1, self.top))
@@ -155,6 +187,7 @@ class _MixedRows:
         self.read()
         left = rows.tolist()
         self.rows = [self.rows[place] for place in left]
+        self.left = [self.left[place] for place in left]
         moved = {place: to for to, place in enumerate(left)}
         groups = []
         for draw, places in self.groups:
@@ -172,6 +205,8 @@ class _MixedRows:
         tokens_TB = torch.stack(self.unread).tolist()
         logprobs = [[part.tolist() for part in parts] for parts in self.unread_logprobs]
         self.unread, self.unread_logprobs = [], []
+        if self.paused:  # these are the stop tokens that end the batch
+            return
         changed = False
         for place, row in enumerate(self.rows):
             if row.over:
@@ -188,8 +223,16 @@ class _MixedRows:
             if row.over or row.work.given_up():
                 row.over = changed = True
                 self.over(row)
-        if changed:
+        self.paused = self._pauses()
+        if changed or self.paused:
             self._end()
+
+    def _pauses(self) -> bool:
+        now = time.monotonic()
+        self.first_read = self.first_read or now
+        remaining = sum(not row.over for row in self.rows)
+        ran, prompts = now - self.first_read, self.first_read - self.started
+        return remaining > 0 and ran >= _PAUSE_AFTER * prompts and self.pause(remaining)
 
     def _ends(self, row: Row, token: int) -> bool:
         """Adds a token to a row, and returns whether the row is now complete."""
