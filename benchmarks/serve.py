@@ -2,7 +2,8 @@
 
 All sides answer the same prompts with one model in this process, by turns: the function of the
 command `tournament` on all prompts at once; `serve` for concurrent clients; and `serve` with
-`--max-concurrency 1` for the same clients. Clients and server share the process's threads.
+`--max-concurrency 1` for the same clients. Clients and server share the process, so its processor
+time includes that of the clients; on a busy machine, only this time can be compared.
 
     python benchmarks/serve.py [--model DIR] [--prompts 48] [--n 4] [--tokens 24] [--clients 16]
 """
@@ -100,21 +101,27 @@ def main() -> None:
             f"serve, {given.clients} clients": lambda: ask(together),
             "serve, one request at a time": lambda: ask(singly),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for turn in range(given.rounds + 1):
             for name, work in sides.items():
-                begun = time.perf_counter()
+                begun = time.perf_counter(), time.process_time()
                 work()
-                if turn:
-                    seconds[name].append(time.perf_counter() - begun)
+                spent = time.perf_counter() - begun[0], time.process_time() - begun[1]
+                seconds[name] += [spent] if turn else []
     print(f"{len(asked)} prompts, best of {given.n}, {given.tokens} tokens: {given.model}, "
           f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, "
           f"torch {torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
-    command, served, single = (statistics.median(own) for own in seconds.values())
-    for name, own in seconds.items():
-        rate = len(asked) / statistics.median(own)
-        print(f"  {name:<28} {rate:7.2f} prompts/s ({min(own):.2f}–{max(own):.2f} s)")
-    print(f"  serve / command {command / served:.2f}; serve / one at a time {single / served:.2f}")
+    for place, clock in enumerate(("wall clock", "processor")):
+        medians = [statistics.median(own[place] for own in s) for s in seconds.values()]
+        for name, own in seconds.items():
+            times = [both[place] for both in own]
+            rate = len(asked) / statistics.median(times)
+            print(
+                f"  {name:<28} {rate:7.2f} prompts/s ({min(times):.2f}–{max(times):.2f} s, {clock})"
+            )
+        command, served, single = medians
+        print(f"  serve / command {command / served:.2f}; "
+              f"serve / one at a time {single / served:.2f} ({clock})")  # fmt: skip
 
 
 if __name__ == "__main__":

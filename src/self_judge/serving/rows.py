@@ -36,7 +36,7 @@ from self_judge.serving.work import Sampling, TokenLogprob
 # On a GPU, reading the tokens waits for the device.
 _READ_EVERY = {"cpu": 1}
 _READ_EVERY_ELSEWHERE = 8
-_PAUSE_AFTER = 4  # times the seconds that the batch's prompts took
+_PAUSE_AFTER = 8  # times the seconds that the batch's prompts took
 
 
 class Row:
