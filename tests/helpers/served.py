@@ -22,7 +22,8 @@ MESSAGES: list[Any] = [{"role": "user", "content": "what is it?"}]
 @contextmanager
 def running(app: Any) -> Iterator[str]:
     """Runs an ASGI application and gives its URL."""
-    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="on")
+    options: Any = {"log_level": "critical", "lifespan": "on", "timeout_keep_alive": 300}
+    config = uvicorn.Config(app, port=0, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -101,7 +101,7 @@ def run_serve(choice: JudgeChoice, job: ServeJob, console: Console | None = None
         log_level="warning",
         lifespan="on",
         server_header=False,
-        timeout_keep_alive=30,
+        timeout_keep_alive=75,  # longer than that of proxies, so that they close first
     )
     shown = console or Console(stderr=True)
 
