@@ -174,6 +174,11 @@ def test_the_bracket_is_played_over_what_is_complete_at_the_deadline(saved_judge
         assert len(beside["responses"]) == 2
         assert answer.choices[0].message.content == beside["responses"][beside["winner"]]
         eventually(lambda: slow.aborted == slow.held == 2)
+        given: Any = asked(here.name, extra_body=own, n=3, stream=True)
+        chunks = streamed(here.client.chat.completions.create(**given))[1]
+        ends = {c.index: c.finish_reason for chunk in chunks for c in chunk.choices}
+        assert ends.keys() == {0, 1, 2}  # also of the choice that is missing
+        assert all(ends.values())
 
 
 def test_the_policy_is_an_adapter_that_the_replicas_load(

@@ -75,9 +75,11 @@ class Completion:
                 yield self._chunk(i, {"content": text}, None, logprobs)
                 logprobs = None  # those of the whole choice come with its first text
             last = self._chunk(i, {}, _finish_reason(sample), logprobs)
-            if i == len(answer.choices) - 1:
+            if i == 0:
                 last["self_judge"] = self._beside(answer)
             yield last
+        for i in range(len(answer.choices), answer.prepared.request.choices):
+            yield self._chunk(i, {}, "length")  # its role was sent before the deadline passed
         if include_usage:
             chunk = {"object": "chat.completion.chunk", "choices": [], "usage": _usage(answer)}
             yield {**self.shared, **chunk}
