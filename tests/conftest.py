@@ -215,15 +215,20 @@ def model(tokenizer: Any) -> LlamaForCausalLM:
     return tiny_llama(len(tokenizer))
 
 
-@pytest.fixture
-def saved_judge(model: Any, tokenizer: Any, tmp_path: Path) -> Path:
-    """A model trained with JSFT, as a folder."""
-    folder = tmp_path / "judge"
-    model.save_pretrained(folder)
+def saved_as_judge(folder: Path) -> Path:
+    """Saves a tiny model as JSFT does."""
+    tokenizer = wrap(byte_bpe())
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     encoder, templates = ChatEncoder(tokenizer), JudgeTemplates(TEMPLATES)
     save_judge_settings(folder, encoder, templates, encoder.letter_ids(templates))
     return folder
+
+
+@pytest.fixture
+def saved_judge(tmp_path: Path) -> Path:
+    """A model trained with JSFT, as a folder."""
+    return saved_as_judge(tmp_path / "judge")
 
 
 @pytest.fixture(scope="session")

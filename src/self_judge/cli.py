@@ -418,6 +418,13 @@ def _judge(arguments: argparse.Namespace) -> None:
     _leave_process_group()
 
 
+def _serve(arguments: argparse.Namespace) -> None:
+    from self_judge.commands.judge_choice import JudgeChoice
+    from self_judge.serving.command import ServeJob, run_serve
+
+    run_serve(_filled(JudgeChoice, arguments), _filled(ServeJob, arguments))
+
+
 _RUN: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "init": _init,
     "align": _align,
@@ -432,6 +439,7 @@ _RUN: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "eval": _eval,
     "compare": _compare,
     "judge": _judge,
+    "serve": _serve,
 }
 
 

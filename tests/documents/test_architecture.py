@@ -20,7 +20,7 @@ PACKAGE = Path(self_judge.__file__).parent
 ORDER = (
     *("datatypes", "errors", "console", "storage", "prompting", "config", "data"),
     *("runtime", "adapters", "models", "packing", "inference", "judging", "training", "evaluation"),
-    *("reporting", "check", "commands", "cli", "__main__"),
+    *("reporting", "check", "commands", "serving", "cli", "__main__"),
 )
 LIGHT = ORDER[: ORDER.index("data") + 1]  # import without torch
 NAMES_AT_THE_ENTRANCE = 23

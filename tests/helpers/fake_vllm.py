@@ -45,6 +45,7 @@ class FakeVLLM:
         self.failures: list[int] = []
         self.broken = False
         self.url = ""
+        self.current = threading.local()  # `connection`: that of the request in this thread
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.requests]
@@ -89,7 +90,12 @@ class FakeVLLM:
                 choices.append({"index": index, "logprobs": {"top_logprobs": [top]}})
             else:
                 first = (sum(prompt) + body["seed"] + 3 * (model != self.model)) % 5
-                choices.append({"index": index, "token_ids": [first, first + 1, STOP]})
+                ids = [first, first + 1, STOP]
+                choice: dict[str, Any] = {"index": index, "token_ids": ids}
+                if body.get("logprobs") is not None:
+                    tops = [{f"token_id:{t}": -0.5} for t in ids] if body["logprobs"] else None
+                    choice["logprobs"] = {"token_logprobs": [-0.5] * 3, "top_logprobs": tops}
+                choices.append(choice)
         return 200, {"choices": choices[::-1]}  # in whatever order they were finished
 
 
@@ -115,6 +121,7 @@ def _handler(fake: FakeVLLM) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             fake.requests.append((self.path, body))
+            fake.current.connection = self.connection
             status = fake.failures.pop(0) if fake.failures else 200
             if status == 0 or (fake.broken and self.path == "/v1/completions"):
                 self.close_connection = True

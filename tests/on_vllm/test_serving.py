@@ -1,12 +1,14 @@
-"""A self-training step of SmolLM2-135M through `vllm serve` on this machine, for real."""
+"""SmolLM2-135M on `vllm serve` on this machine, for real: a self-training step, and `serve`."""
 
 from __future__ import annotations
 
 import copy
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,27 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
+import httpx
 import torch
 from datasets import Dataset
+from openai import APITimeoutError
 from peft import LoraConfig
 
 from on_vllm.conftest import ASKED, LORA, PAIRS, TEMPLATES
-from self_judge import ChatEncoder, Judge, SelfJudgeConfig, SelfJudgeTrainer
+from self_judge import (
+    ChatEncoder,
+    Judge,
+    SelfJudgeConfig,
+    SelfJudgeTrainer,
+    tournament_rejection_sampling,
+)
+from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.config.self_training import SamplingSettings
 from self_judge.inference.sampling import TransformersSampler
+from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.training.reference import active_reference
+from served import served, streamed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -100,3 +113,35 @@ def test_a_whole_self_training_step_goes_through_a_server(
     here = TransformersSampler(trainer.model, encoder, greedy).sample(prompts)
     assert there.sample(prompts) == here
     assert here != TransformersSampler(base, encoder, greedy).sample(prompts)
+
+
+def test_the_gateway_gives_the_winner_of_the_library_and_aborts_what_nobody_waits_for(
+    url: str, smollm2: Path
+) -> None:
+    choice = JudgeChoice(str(smollm2), "instructions", servers=[url])
+    judge = choice.load()
+    sampler = VLLMSampler(VLLMServers([url]), judge.encoder, SamplingSettings(12))
+    messages: Any = [{"role": "user", "content": ASKED[0]}]
+    (sampled,) = sampler.sample([judge.encoder.encode_prompt(messages)], 4, 3)
+    texts = [response.judged for response in sampled]
+    (best,) = tournament_rejection_sampling(
+        judge=judge, contexts=[ASKED[0]], responses=[texts], seed=3
+    )
+    with served(smollm2, templates="instructions", servers=[url]) as here:
+        create = here.client.chat.completions.create
+        given: Any = {"model": f"{here.name}:best-of-4", "messages": messages, "seed": 3}
+        whole = create(**given, max_tokens=12, logprobs=True, top_logprobs=2)
+        assert whole.choices[0].message.content == best
+        assert all(len(entry.top_logprobs) == 2 for entry in whole.choices[0].logprobs.content)
+        assert streamed(create(**given, max_tokens=12, stream=True))[0] == {0: best}
+        with pytest.raises(APITimeoutError):
+            here.client.with_options(timeout=3).chat.completions.create(
+                **given, max_tokens=400, temperature=1.5
+            )
+        for _ in range(50):
+            page = httpx.get(f"{url}/metrics").text
+            running = re.findall(r"^vllm:num_requests_running.* (\S+)$", page, re.MULTILINE)
+            if set(running) == {"0.0"}:
+                break
+            time.sleep(0.2)
+        assert set(running) == {"0.0"}

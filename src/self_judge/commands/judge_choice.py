@@ -22,7 +22,7 @@ from self_judge.datatypes import Message
 from self_judge.errors import ConfigError, EncodingError
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.client import VLLMServers
-from self_judge.inference.vllm.protocol import VLLMScorer
+from self_judge.inference.vllm.protocol import Engine, VLLMScorer
 from self_judge.judging.judge import Judge
 from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
@@ -118,11 +118,17 @@ class JudgeChoice:
         wanted = (args.chat, args.chat_template_kwargs, (args.user, args.assistant)) if args else ()
         return encoder_as_taught(tokenizer, settings, *wanted)
 
-    def load(self) -> Judge:
-        """Loads the judge onto this process's device, or connects to the servers."""
+    def load(self, engine: Engine | None = None) -> Judge:
+        """Loads the judge onto this process's device, or connects to the servers.
+
+        Args:
+            engine: an engine that runs the model instead.
+        """
         settings = self._resolved[1]
         hub: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        scorer: Any = VLLMScorer(VLLMServers(self.servers)) if self.servers else None
+        if engine is None and self.servers:
+            engine = VLLMServers(self.servers)
+        scorer: Any = VLLMScorer(engine) if engine else None
         return Judge(
             scorer or load_model(self.model, device="auto", dtype=self.dtype, **hub),
             self.encoder,

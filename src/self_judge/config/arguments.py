@@ -120,6 +120,7 @@ def command_parser() -> Parser:
     add("-o", "--output", metavar="FILE", help="HTML page (default: report.html in the first DIR)")
     add("--pairs", type=int, default=400, help="maximum number of pairs on the page (default: 400)")
     _add_evaluation(commands)
+    _add_serve(commands)
     parser.set_defaults(parser=parser)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
@@ -254,6 +255,29 @@ def _add_evaluation(commands: Commands) -> None:
     _add_judge(judge)
 
 
+def _add_serve(commands: Commands) -> None:
+    serve = commands.add_parser(
+        "serve", help="answer OpenAI's API by one sample, or by the best of N (self-rejection)"
+    )
+    add = serve.add_argument
+    add("model", metavar="MODEL", help="the judge")
+    add("--policy", metavar="DIR", help="model that samples responses (default: the judge)")
+    add("--host", default="127.0.0.1",
+        help="address to listen at (default: 127.0.0.1; any other needs a key)")
+    add("--port", type=int, default=8000, help="port to listen at (default: 8000; 0: any free one)")
+    add("--api-key", metavar="KEY",
+        help="key that requests must have (better: the environment variable SELF_JUDGE_API_KEY)")
+    add("--max-n", type=int, default=16, metavar="N",
+        help="maximum number of responses per request (default: 16)")
+    add("--max-concurrency", type=int, default=64, metavar="N",
+        help="number of requests in work at the same time (default: 64)")
+    add("--queue", type=int, default=256, metavar="N",
+        help="number of requests that wait; further ones get status 429 (default: 256)")
+    add("--deadline", type=float, default=600.0, metavar="SECONDS",
+        help="maximum time per request (default: 600)")
+    _add_model(serve)
+
+
 def _add_columns(command: argparse.ArgumentParser) -> None:
     command.add_argument("--columns", nargs="+", default=(), metavar="NAME=COLUMN",
         help="the data's own column names, such as prompt=question (see docs/data.md)")
@@ -270,6 +294,15 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 def _add_judge(
     command: argparse.ArgumentParser, things: str = "pairs", chunk: int = 64
 ) -> None:
+    """Adds the options of the commands in which a judge reads a file."""
+    _add_model(command)
+    add = command.add_argument
+    add("--chunk", type=int, default=chunk, metavar="N",
+        help=f"number of {things} per write to disk (default: {chunk})")
+    add("--overwrite", action="store_true", help="start from scratch instead of resuming")
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
     """Adds the options that all commands with a judge share."""
     add = command.add_argument
     add("--templates", metavar="FILE",
@@ -284,6 +317,3 @@ def _add_judge(
     add("--max-length", type=int, metavar="N", help="maximum number of tokens in a judge prompt")
     add("--vllm-server", dest="servers", nargs="+", default=(), metavar="URL",
         help="URLs of `vllm serve MODEL` replicas that run the model instead of this process")
-    add("--chunk", type=int, default=chunk, metavar="N",
-        help=f"number of {things} per write to disk (default: {chunk})")
-    add("--overwrite", action="store_true", help="start from scratch instead of resuming")

@@ -30,14 +30,22 @@ from self_judge.config.self_training import SamplingSettings
 
 
 class SeededTokenSampler:
-    """Draws the next token for each row with the given settings; see `decoding.TokenSampler`."""
+    """Draws the next token for each row with the given settings; see `decoding.TokenSampler`.
+
+    Args:
+        begun_B: the number of tokens that each row sampled earlier, if it is continued.
+    """
 
     def __init__(
-        self, settings: SamplingSettings, seeds_B: torch.Tensor, padding_B: torch.Tensor
+        self,
+        settings: SamplingSettings,
+        seeds_B: torch.Tensor,
+        padding_B: torch.Tensor,
+        begun_B: torch.Tensor | None = None,
     ) -> None:
         s = settings
         self.penalty = RepetitionPenalty(s.repetition_penalty, padding_B)
-        self.gumbel = SeededGumbel(seeds_B)
+        self.gumbel = SeededGumbel(seeds_B, begun_B)
         self.processors = LogitsProcessorList()
         if s.repetition_penalty != 1.0:
             self.processors.append(self.penalty)
@@ -58,7 +66,7 @@ class SeededTokenSampler:
 
     def keep(self, rows: torch.Tensor) -> None:
         self.penalty.padding_B = self.penalty.padding_B[rows]
-        self.gumbel.seeds_B = self.gumbel.seeds_B[rows]
+        self.gumbel.keep(rows)
 
 
 class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
@@ -106,27 +114,35 @@ class SeededGumbel(LogitsProcessor):
     The noise is a function of (seed, step, token), so rows do not need a generator state.
     """
 
-    def __init__(self, seeds_B: torch.Tensor) -> None:
-        self.seeds_B = seeds_B
+    def __init__(self, seeds_B: torch.Tensor, begun_B: torch.Tensor | None = None) -> None:
+        self.seeds_B, self.begun_B = seeds_B, begun_B
         self.step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        noise_BV = seeded_gumbel(self.seeds_B, self.step, scores.size(-1))
+        step = self.step if self.begun_B is None else self.begun_B[:, None] + self.step
+        noise_BV = seeded_gumbel(self.seeds_B, step, scores.size(-1))
         self.step += 1
         return scores.float() + noise_BV
 
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keeps the given rows and drops all others."""
+        self.seeds_B = self.seeds_B[rows]
+        self.begun_B = None if self.begun_B is None else self.begun_B[rows]
 
-def seeded_gumbel(seeds_B: torch.Tensor, step: int, size: int) -> torch.Tensor:
+
+def seeded_gumbel(seeds_B: torch.Tensor, step: int | torch.Tensor, size: int) -> torch.Tensor:
     """Generates float32 Gumbel noise `(B, size)` with a counter-based generator (splitmix64).
 
     Args:
         seeds_B: the int64 seeds.
-        step: the index of the decoding step. The noise is different at every step.
+        step: the index of the decoding step, or that of each row `(B, 1)`. The noise is different
+            at every step.
         size: the number of values per row.
     """
     # seed, step, token  ->  64 mixed bits  ->  uniform u in (0, 1)  ->  -log(-log(1 - u))
     # The step remains a CPU scalar, which avoids a synchronization with the device.
-    rows_B1 = _mix_(seeds_B[:, None] + _mix_(torch.tensor(step)))
+    steps = step if isinstance(step, torch.Tensor) else torch.tensor(step)
+    rows_B1 = _mix_(seeds_B[:, None] + _mix_(steps.clone()))
     index_V = torch.arange(size, device=seeds_B.device)
     bits_BV = _mix_(rows_B1 + index_V * -7046029254386353131)  # 2^64 / golden ratio, as int64
     # Adding 0.5 centers the 32-bit integer in its interval, so u is never 0 and the noise is

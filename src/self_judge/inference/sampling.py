@@ -275,7 +275,7 @@ class TransformersSampler:
         # of up to 10 new tokens. A batch has at most 4 responses and 60 tokens. A row for the
         # prompt with 20 tokens needs 30 tokens, so two rows fit.
         #   [prompt 1, samples 0 1] [prompt 1, sample 2] [prompt 2, samples 0 1 2] [prompt 0, ...]
-        limit = self.batch_tokens or _cache_tokens(self.model)
+        limit = self.batch_tokens or cache_tokens(self.model)
         batches: list[list[tuple[int, range]]] = []
         room = 0  # the number of responses that still fit in the last batch
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -344,7 +344,7 @@ _CACHE_TOKENS = 65_536
 _CPU_CACHE = 4 * 2**30  # bytes
 
 
-def _cache_tokens(model: torch.nn.Module) -> int:
+def cache_tokens(model: torch.nn.Module) -> int:
     per_token = cache_bytes(model) if why_not_shared(model) is None else None
     if per_token is None:
         return _CACHE_TOKENS

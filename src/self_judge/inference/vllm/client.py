@@ -6,7 +6,6 @@ on the meaning of the prompts.
 
 from __future__ import annotations
 
-import math
 import queue
 import shutil
 import tempfile
@@ -28,7 +27,12 @@ from self_judge.inference.vllm.protocol import (
     request_parameters,
     scoring_parameters,
 )
-from self_judge.inference.vllm.server import Server, ServerDownError
+from self_judge.inference.vllm.server import (
+    Server,
+    ServerDownError,
+    letter_logprobs,
+    sampled_ids,
+)
 
 WorkT = TypeVar("WorkT")
 
@@ -110,16 +114,7 @@ class VLLMServers:
             return server.complete(body, adapter, 1, read)[0]
 
         def read(choice: Mapping[str, Any], url: str) -> list[int]:
-            if choice.get("token_ids") is None:
-                raise EngineError(f"{url} returns no token ids: it needs vLLM 0.28 or newer")
-            ids = list(choice["token_ids"])
-            most = self.vocabulary or 1 << 31
-            wrong = [i for i in ids if type(i) is not int or not 0 <= i < most]
-            if wrong:
-                raise ValueError(f"{wrong[0]!r:.60} is not a token id of the model")
-            if len(ids) > settings.max_new_tokens:
-                raise ValueError(f"a response has {len(ids)} of {settings.max_new_tokens} tokens")
-            return ids
+            return sampled_ids(choice, url, settings.max_new_tokens, self.vocabulary)
 
         return self._shared_out(one, list(requests), lambda _: done(1))
 
@@ -134,7 +129,7 @@ class VLLMServers:
             return server.complete(body, adapter, len(chunk), read)
 
         def read(choice: Mapping[str, Any], url: str) -> list[float]:
-            return _logprobs(choice, token_ids, url)
+            return letter_logprobs(choice, token_ids, url)
 
         size = self.prompts_per_request
         chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
@@ -252,21 +247,6 @@ class VLLMServers:
         if failures:
             raise failures[0]
         return answers
-
-
-def _logprobs(choice: Mapping[str, Any], token_ids: Sequence[int], url: str) -> list[float]:
-    """Returns the log-probabilities of the given tokens at the first position in a choice."""
-    top = choice["logprobs"]["top_logprobs"][0]
-    missing = next((t for t in token_ids if f"token_id:{t}" not in top), None)
-    if missing is not None:
-        raise EngineError(
-            f"{url} does not return the log-probability of token {missing}: it needs vLLM 0.28 or "
-            "newer (logprob_token_ids)"
-        )
-    found = [float(top[f"token_id:{token}"]) for token in token_ids]
-    if not all(map(math.isfinite, found)):
-        raise ValueError(f"log-probabilities {found}")
-    return found
 
 
 def _save_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:

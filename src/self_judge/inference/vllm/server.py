@@ -6,12 +6,13 @@ This module does not depend on the meaning of prompts or choices.
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from self_judge.console import masked, neutral
@@ -31,7 +32,7 @@ class ServerDownError(EngineError):
     """Raised when a server does not answer, or its answers cannot be used."""
 
 
-class _UnusableError(Exception):
+class UnusableError(Exception):
     """Raised when a server's answer cannot be used."""
 
 
@@ -67,7 +68,7 @@ class Server:
                 status, content = self._ask("GET", "/v1/models", min(10.0, max(0.1, left)))
                 if status == 200:
                     break
-                why = f"HTTP {status}: {_message(content)}"
+                why = f"HTTP {status}: {error_message(content)}"
                 if 300 <= status < 400:
                     raise EngineError(f"{self.shown} cannot be used: {why}")
             except (requests.RequestException, TimeoutError) as error:
@@ -78,14 +79,7 @@ class Server:
                     "correct vllm_server_base_url"
                 )
             time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
-        try:
-            base = next(card for card in loads(content)["data"] if not card.get("parent"))
-            self.model, self.root = str(base["id"]), str(base.get("root") or base["id"])
-            self.max_model_length = operator.index(base["max_model_len"])
-        except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
-            raise EngineError(
-                f"{self.shown} lists no base model at /v1/models: is it a vLLM server?"
-            ) from error
+        self.model, self.root, self.max_model_length = base_model(content, self.shown)
 
     def complete(
         self,
@@ -102,15 +96,7 @@ class Server:
         """
 
         def parsed(content: bytes) -> list[ChoicesT]:
-            try:
-                choices = sorted(loads(content)["choices"], key=lambda choice: choice["index"])
-                if [choice["index"] for choice in choices] != list(range(count)):
-                    raise ValueError(f"{len(choices)} choices for {count} prompts")
-                return [read(choice, self.shown) for choice in choices]
-            except EngineError:
-                raise
-            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-                raise _UnusableError(f"the answer cannot be used ({in_a_line(error)})") from None
+            return choices_of(content, count, read, self.shown)
 
         return self.post("/v1/completions", {**body, "model": adapter or self.model}, read=parsed)
 
@@ -140,10 +126,10 @@ class Server:
                 status, content = self._ask("POST", path, self.timeout, body)
                 if status == 200:
                     return read(content)
-            except (requests.RequestException, TimeoutError, _UnusableError) as error:
+            except (requests.RequestException, TimeoutError, UnusableError) as error:
                 why = _reason(error)
                 continue
-            why = f"HTTP {status}: {_message(content)}"
+            why = f"HTTP {status}: {error_message(content)}"
             if status not in _BUSY:
                 break
         else:
@@ -205,7 +191,84 @@ class Server:
                 logger.warning("vLLM server %s", told)
 
 
-def _message(content: bytes) -> str:
+def base_model(content: bytes, shown: str) -> tuple[str, str, int]:
+    """Returns the name, the source and the maximum length of the model in `/v1/models`.
+
+    Raises:
+        EngineError: there is no such model.
+    """
+    try:
+        base = next(card for card in loads(content)["data"] if not card.get("parent"))
+        root = str(base.get("root") or base["id"])
+        return str(base["id"]), root, operator.index(base["max_model_len"])
+    except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise EngineError(
+            f"{shown} lists no base model at /v1/models: is it a vLLM server?"
+        ) from error
+
+
+def choices_of(
+    content: bytes, count: int, read: Callable[[Mapping[str, Any], str], ChoicesT], shown: str
+) -> list[ChoicesT]:
+    """Returns the result of `read` for each of the `count` choices in a completion, in order.
+
+    Raises:
+        UnusableError: the completion cannot be read.
+        EngineError: as `read`.
+    """
+    try:
+        choices = sorted(loads(content)["choices"], key=lambda choice: choice["index"])
+        if [choice["index"] for choice in choices] != list(range(count)):
+            raise ValueError(f"{len(choices)} choices for {count} prompts")
+        return [read(choice, shown) for choice in choices]
+    except EngineError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UnusableError(f"the answer cannot be used ({in_a_line(error)})") from None
+
+
+def sampled_ids(
+    choice: Mapping[str, Any], url: str, longest: int, vocabulary: int | None = None
+) -> list[int]:
+    """Returns the token ids of a sampled choice.
+
+    Raises:
+        EngineError: the server is too old.
+        ValueError: these are no token ids, or more than `longest`.
+    """
+    if choice.get("token_ids") is None:
+        raise EngineError(f"{url} returns no token ids: it needs vLLM 0.28 or newer")
+    ids = list(choice["token_ids"])
+    most = vocabulary or 1 << 31
+    wrong = [i for i in ids if type(i) is not int or not 0 <= i < most]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r:.60} is not a token id of the model")
+    if len(ids) > longest:
+        raise ValueError(f"a response has {len(ids)} of {longest} tokens")
+    return ids
+
+
+def letter_logprobs(choice: Mapping[str, Any], token_ids: Sequence[int], url: str) -> list[float]:
+    """Returns the log-probabilities of the given tokens at the first position in a choice.
+
+    Raises:
+        EngineError: the server is too old.
+        ValueError: these are no log-probabilities.
+    """
+    top = choice["logprobs"]["top_logprobs"][0]
+    missing = next((t for t in token_ids if f"token_id:{t}" not in top), None)
+    if missing is not None:
+        raise EngineError(
+            f"{url} does not return the log-probability of token {missing}: it needs vLLM 0.28 or "
+            "newer (logprob_token_ids)"
+        )
+    found = [float(top[f"token_id:{token}"]) for token in token_ids]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"log-probabilities {found}")
+    return found
+
+
+def error_message(content: bytes) -> str:
     """Returns vLLM's reason for an error: its `error.message`, or the text of the answer."""
     try:
         body = loads(content)
@@ -220,6 +283,6 @@ def _reason(error: Exception) -> str:
     inner: BaseException = error
     while cause := inner.__cause__ or (None if inner.__suppress_context__ else inner.__context__):
         inner = cause
-    if isinstance(inner, _UnusableError):
+    if isinstance(inner, UnusableError):
         return str(inner)
     return f"{type(inner).__name__}: {str(inner).splitlines()[0] if str(inner) else 'no details'}"
