@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.config.schema import (
     JSFTRun,
     SelfJudgeRun,
@@ -26,6 +25,7 @@ from self_judge.config.trainer_keys import (
     check_training_values,
 )
 from self_judge.errors import ConfigError
+from self_judge.judging.choice import JudgeChoice
 
 CONFIGS = ROOT / "configs"
 JSFT_FILES = ("hh_jsft", "uf_jsft", "uf_jsft_pr")

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from self_judge import __version__
 from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
-from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import RankShards
 from self_judge.console import masked, say
 from self_judge.data.benchmarks import BenchmarkSource, Share, read_comparisons, share_of
@@ -26,6 +25,7 @@ from self_judge.data.labeled_pairs import LabeledComparison
 from self_judge.evaluation.benchmark_metrics import BenchmarkTally
 from self_judge.evaluation.conclusions import as_json, judge_conclusions
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
+from self_judge.judging.choice import JudgeChoice
 from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.thoughts import answer_of
 from self_judge.reporting.eval_tables import print_results
@@ -141,7 +141,7 @@ def _results(
         "data": [asdict(replace(source, path=source.label)) for source in evaluation.sources],
         "skipped": dict(skipped),
         "pairs_per_second": rate,
-        **_tallied(output / VERDICTS, choice.judge_templates().principles),
+        **_tallied(output / VERDICTS, choice.principles),
     }
     results["conclusions"] = as_json(judge_conclusions(results["overall"]))
     if theirs is not None:
@@ -153,10 +153,14 @@ def _results(
     return results
 
 
-def compared_judge(choice: JudgeChoice, other: str) -> JudgeChoice | Path:
-    """Interprets `--compare` as the folder of a finished evaluation or as a judge to run."""
+def compared_judge(other: str, **settings: Any) -> JudgeChoice | Path:
+    """Interprets `--compare` as the folder of a finished evaluation or as a judge to run.
+
+    Args:
+        settings: see `JudgeChoice.of`.
+    """
     folder = Path(other)
-    return folder if (folder / VERDICTS).is_file() else replace(choice, model=other)
+    return folder if (folder / VERDICTS).is_file() else JudgeChoice.of(other, **settings)
 
 
 def _judged(

@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from self_judge.datatypes import Comparison, Verdict, stable_seed
 from self_judge.errors import require_type, suggesting
 from self_judge.judging.judge import Judge
+from self_judge.judging.panel import AnyJudge
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompting.thoughts import with_answers
@@ -160,7 +161,7 @@ def _check(
 
 
 def judged_knockouts(
-    judge: Judge,
+    judge: AnyJudge,
     contexts: Sequence[str],
     responses: Sequence[Sequence[str]],
     *,
@@ -272,7 +273,7 @@ def tournament_rejection_sampling(
     judge_batch_size: int = 8,
     *,
     seed: int = 0,
-    judge: Judge | None = None,
+    judge: AnyJudge | None = None,
     return_brackets: bool = False,
     progress: bool = False,
 ) -> list[str] | tuple[list[str], list[Bracket]]:

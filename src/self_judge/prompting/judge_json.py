@@ -1,6 +1,6 @@
 """The settings of a judge, and the file judge.json that stores them with a model.
 
-`resolve_judge` selects the templates, letters and chat template. Values that the caller passes
+`resolve_settings` selects the templates, letters and chat template. Values that the caller passes
 override those that the model was trained with.
 """
 
@@ -88,7 +88,7 @@ def has_judge_settings(name_or_path: str | os.PathLike[str], revision: str | Non
     return bool(name_or_path) and repository_file(name_or_path, JUDGE_FILE, revision) is not None
 
 
-def resolve_judge(
+def resolve_settings(
     name_or_path: str | os.PathLike[str] | None,
     templates: JudgeTemplates | Mapping[str, Any] | None = None,
     token_id_a: int | None = None,

@@ -35,7 +35,7 @@ from self_judge.prompting.judge_json import (
     JudgeSettings,
     encoder_as_taught,
     load_judge_settings,
-    resolve_judge,
+    resolve_settings,
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompting.template_source import CLOCK
@@ -169,7 +169,7 @@ def self_judge_chat_setup(run: SelfJudgeRun) -> tuple[ChatEncoder, JudgeSettings
     Raises:
         ValueError: neither the run file nor the model folder has judge templates.
     """
-    settings = resolve_judge(
+    settings = resolve_settings(
         run.model.model_name_or_path,
         run.templates.judge_templates(),
         run.self_judge_args.token_id_a,

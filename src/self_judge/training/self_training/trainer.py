@@ -44,7 +44,7 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import (
     encoder_as_taught,
     has_judge_settings,
-    resolve_judge,
+    resolve_settings,
     save_judge_settings,
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
@@ -194,7 +194,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         check_tokenizer(processing_class)
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
-        settings = resolve_judge(
+        settings = resolve_settings(
             judge_name if has_judge_settings(judge_name) else name,
             judge_templates,
             token_id_a,
