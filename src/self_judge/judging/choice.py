@@ -18,9 +18,8 @@ from urllib.parse import urlsplit
 import yaml
 
 from self_judge.adapters import fingerprint, short_hash
-from self_judge.config.judges import JudgeArgs, JudgeMember
 from self_judge.config.schema import TemplateArgs
-from self_judge.config.self_training import PackingChoice
+from self_judge.config.self_training import JudgeArgs, JudgeMember, PackingChoice
 from self_judge.config.yaml import build, read_yaml
 from self_judge.console import masked
 from self_judge.errors import ConfigError, is_judge_file
@@ -170,7 +169,9 @@ class JudgeChoice(JudgeArgs):
         return args, resolve_settings(own, given, revision=self.revision, remedy=_REMEDY)
 
     def judge_templates(self) -> JudgeTemplates:
-        return self._resolved[1].templates
+        """Returns the templates of this judge, or of the first judge that a panel names."""
+        own = next((m for m in self.members.values() if m is not None), self)
+        return own._resolved[1].templates
 
     @property
     def principles(self) -> tuple[str, ...]:
