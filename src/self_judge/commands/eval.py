@@ -7,6 +7,7 @@ results.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -141,6 +142,7 @@ def _results(
         "data": [asdict(replace(source, path=source.label)) for source in evaluation.sources],
         "skipped": dict(skipped),
         "pairs_per_second": rate,
+        "thought_tokens_per_pair": _thought_tokens(output / VERDICTS),
         **_tallied(output / VERDICTS, choice.principles),
     }
     results["conclusions"] = as_json(judge_conclusions(results["overall"]))
@@ -225,6 +227,12 @@ def _tallied(verdicts: Path, principles: Sequence[str]) -> dict[str, Any]:
     return {**_reports(tallies), "benchmarks": own.report()}
 
 
+def _thought_tokens(verdicts: Path) -> float | None:
+    """Returns the mean number of tokens that the judge's thoughts about a pair have."""
+    given = [line["verdict"].get("thought_tokens", 0.0) for line in read_journal(verdicts)]
+    return math.fsum(given) / len(given) if any(given) else None
+
+
 def _reports(tallies: dict[str, Any]) -> dict[str, Any]:
     overall = tallies.pop(_ALL).report()
     return {"overall": overall, "subsets": {name: t.report() for name, t in tallies.items()}}
@@ -256,4 +264,9 @@ def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
             ]
         for name in dict.fromkeys((_ALL, ours["subset"] or _ALL)):
             paired.setdefault(name, PairedTally()).add(credits[0], credits[1])
-    return {"judge": settings, **_tallied(theirs, principles), "paired": _reports(paired)}
+    return {
+        "judge": settings,
+        "thought_tokens_per_pair": _thought_tokens(theirs),
+        **_tallied(theirs, principles),
+        "paired": _reports(paired),
+    }
