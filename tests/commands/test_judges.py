@@ -14,7 +14,7 @@ from conftest import TEMPLATES, tiny_llama
 from fake_openai import FakeOpenAI, serving
 from fake_vllm import FakeVLLM
 from fake_vllm import serving as serving_vllm
-from judging import PAIRS
+from judge_pairs import PAIRS
 from self_judge import ChatEncoder, Judge
 from self_judge.cli import main
 

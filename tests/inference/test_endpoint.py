@@ -13,7 +13,7 @@ import torch
 
 from conftest import tiny_llama
 from fake_openai import FakeOpenAI, serving
-from judging import ASKED, PAIRS, distance
+from judge_pairs import ASKED, PAIRS, distance
 from self_judge import ChatEncoder, Judge
 from self_judge.errors import EngineError
 from self_judge.inference.remote.endpoint import EndpointScorer

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from judging import ASKED, PAIRS
+from judge_pairs import ASKED, PAIRS
 from self_judge import ChatEncoder, Judge
 from self_judge.config.self_training import SamplingSettings
 from self_judge.inference.sampling import TransformersSampler

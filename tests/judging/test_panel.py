@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from judging import ASKED, PAIRS
+from judge_pairs import ASKED, PAIRS
 from self_judge import ChatEncoder, Comparison, Judge, aggregate
 from self_judge.judging.panel import InitialModel, Panel
 

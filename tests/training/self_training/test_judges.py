@@ -98,6 +98,19 @@ def test_without_templates_only_another_judge_can_judge(make: Make, other: Judge
             make(judge=judge, judge_templates=None)
 
 
+def test_a_scorer_judges_under_the_templates_of_the_run(
+    make: Make, model: Any, other: Judge
+) -> None:
+    trainer = make(model=copy.deepcopy(model), judge=other.scorer, max_steps=1)
+    assert trainer.judge.scorer is other.scorer
+    assert trainer.judge.principles == tuple(TEMPLATES)
+    trainer.train()
+    with pytest.raises(ValueError, match="pass judge_templates, or start from a model trained"):
+        make(judge=other.scorer, judge_templates=None)
+    with pytest.raises(TypeError, match="judge must be a Judge, a Panel or a LetterScorer"):
+        make(judge="outputs/jsft")
+
+
 def test_a_panel_logs_the_votes_of_each_member(make: Make, other: Judge, tmp_path: Path) -> None:
     panel = Panel({"initial": InitialModel(), "other": other, "again": other})
     trainer = make(judge=panel, max_steps=1)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from self_judge.errors import CheckpointError
-from self_judge.inference.letter_scoring import TransformersScorer
+from self_judge.errors import CheckpointError, require_type
+from self_judge.inference.letter_scoring import LetterScorer, TransformersScorer
 from self_judge.inference.lockstep import LockstepPacking
 from self_judge.judging.judge import Judge
 from self_judge.judging.panel import INITIAL, AnyJudge, InitialModel, Panel
@@ -28,7 +28,19 @@ from self_judge.prompting.judge_templates import JudgeTemplates
 # What identifies a judge. Other settings, such as its dtype, may change when a run resumes.
 _WHO = ("model", "weights", "revision", "endpoint", "templates", "principles", "thought_tokens")
 
-Given = Judge | Panel | InitialModel | None
+Given = Judge | Panel | InitialModel | LetterScorer | None
+
+
+def is_scorer(judge: object) -> bool:
+    """Returns whether a judge is a `LetterScorer`, which judges under the templates of the run."""
+    return callable(getattr(judge, "letter_probabilities", None)) and not isinstance(judge, Judge)
+
+
+def check_judge_type(judge: object) -> None:
+    """Raises `TypeError` if the trainer's argument is not a judge."""
+    if not is_scorer(judge):
+        types = (Judge, Panel, InitialModel, type(None))
+        require_type("judge", judge, types, "a Judge, a Panel or a LetterScorer")
 
 
 def needs_initial(judge: Given) -> bool:
@@ -52,7 +64,8 @@ def own_settings(
     Raises:
         ValueError: the initial model judges, but has no templates.
     """
-    if templates is None and not needs_initial(judge) and not has_judge_settings(name, revision):
+    asked = needs_initial(judge) or is_scorer(judge)
+    if templates is None and not asked and not has_judge_settings(name, revision):
         return None
     return resolve_settings(
         name,
@@ -76,9 +89,12 @@ def judge_in_training(
     Raises:
         ValueError: the model is sharded, but the initial model thinks or is in a panel.
     """
-    if not needs_initial(given):
-        assert isinstance(given, Judge | Panel)
+    if isinstance(given, Judge | Panel) and not needs_initial(given):
         return given, None
+    if given is not None and not isinstance(given, Judge | Panel | InitialModel):
+        length = trainer.args.max_length
+        return Judge(given, trainer.encoder, trainer.judge_templates, max_length=length), None
+    assert not isinstance(given, Judge)
     sharded = trainer.max_over_ranks is not None
     if sharded and given is not None:
         raise ValueError(

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOTrainer
 
 from self_judge.errors import require_type
+from self_judge.inference.letter_scoring import LetterScorer
 from self_judge.inference.lockstep import check_processes, max_over_ranks
 from self_judge.judging.judge import Judge
 from self_judge.judging.panel import InitialModel, Panel
@@ -72,6 +73,7 @@ from self_judge.training.self_training.config import (
     with_values,
 )
 from self_judge.training.self_training.judges import (
+    check_judge_type,
     check_same_judge,
     judge_in_training,
     judged_by,
@@ -120,7 +122,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         judge_templates: `{principle: {system, user, assistant}}`; default: the `judge.json` that
             JSFT saved with the model.
         token_id_a, token_id_b: expected letter ids, which are compared with the tokenizer's ids.
-        judge: who judges; default: the frozen initial model. It does not change the reference.
+        judge: who judges; default: the frozen initial model. The reference stays the same.
         ref_model: the reference, and the judge if `judge` is unset; default: a frozen copy of the
             given model, or the model with its new adapter disabled.
         encoder: a `ChatEncoder`, for a chat template other than the tokenizer's or the saved one.
@@ -147,7 +149,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         encoder: ChatEncoder | None = None,
-        judge: Judge | Panel | InitialModel | None = None,
+        judge: Judge | Panel | InitialModel | LetterScorer | None = None,
         judge_templates: JudgeTemplates | Mapping[str, Any] | None = None,
         token_id_a: int | None = None,
         token_id_b: int | None = None,
@@ -169,7 +171,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             raise ValueError("pass either tokenizer or processing_class, not both")
         check_names(type(self).__name__, DPOTrainer, SelfJudgeConfig, trainer_arguments)
         model = model_or_name("model", model)
-        require_type("judge", judge, (Judge, Panel, InitialModel, type(None)), "a Judge or a Panel")
+        check_judge_type(judge)
         if ref_model is not None:
             ref_model = model_or_name("ref_model", ref_model)
         name, judge_name = name_of(model), name_of(model if ref_model is None else ref_model)
