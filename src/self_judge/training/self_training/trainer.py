@@ -267,6 +267,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
                 probe=probe_prompt(self.encoder, self.judge_templates),
                 separate_judge=self.ref_model is not None or not needs_initial(self.given_judge),
             )
+        self.max_over_ranks = max_over_ranks(self.accelerator)
+        self.judge, lockstep = judge_in_training(self, self.given_judge, tokens)
         # Both models use packing. The policy's packing, which is set last, determines whether a
         # whole step can be computed at once.
         self.packing: Packing | None = None
@@ -275,8 +277,6 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
                 self.packing = pack_fused_head(
                     own, config.packing, one_pass=one_pass, batch_tokens=tokens
                 )
-        self.max_over_ranks = max_over_ranks(self.accelerator)
-        self.judge, lockstep = judge_in_training(self, self.given_judge, tokens)
         self.clock = StepClock(self.accelerator, self._metrics["train"])
         self.add_callback(self.clock)
         self.pipeline = RolloutPipeline(
