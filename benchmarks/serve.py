@@ -26,10 +26,10 @@ import torch
 import transformers
 import uvicorn
 
-from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.tournament import Entry, TournamentJob
 from self_judge.config.self_training import SamplingSettings
 from self_judge.data.sources import load_preferences
+from self_judge.judging.choice import JudgeChoice
 from self_judge.judging.judge import Judge
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.serving.app import App

@@ -13,13 +13,16 @@ from functools import partial
 from pathlib import Path
 
 import evidence
+import judges
 import judging
 import learning
 import self_rejection
 import world
 from study import run
 
-STUDIES = {module.STUDY.name: module.STUDY for module in (learning, judging, self_rejection)}
+STUDIES = {
+    module.STUDY.name: module.STUDY for module in (learning, judging, self_rejection, judges)
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -81,6 +81,30 @@ def judging() -> str:
     return _table(head, rows, _seeds(arms))
 
 
+def judges() -> str:
+    arms = by_arm("judges")
+    own = {line["seed"]: line["gold"] for line in arms.get("self, frozen", [])}
+    rows = []
+    for arm, found in arms.items():
+        paired = [_minus(x["gold"], own[x["seed"]]) for x in found if x["seed"] in own]
+        judged = [x["judge_right"] for x in found if "judge_right" in x]
+        rows.append(
+            (
+                arm,
+                _interval([x["gold"] for x in found]),
+                "" if arm == "self, frozen" or not paired else _interval(paired, "+.3f"),
+                _interval(judged) if judged else "",
+                _mean(found, "order_agreement"),
+                _mean(found, "length", ".1f"),
+                _mean(found, "kl", ".2f"),
+                f"{sum(x['seconds'] for x in found) / len(found):.0f}",
+            )
+        )
+    head = ("", "gold score", "minus self, frozen", "judge's accuracy", "orders agree", "tokens",
+            "KL", "s")  # fmt: skip
+    return _table(head, rows, _seeds(arms))
+
+
 def rejection() -> str:
     arms = by_arm("self_rejection")
     sizes = [str(n) for n in self_rejection.SIZES]
@@ -122,4 +146,5 @@ _TABLES: dict[str, Callable[[], str]] = {
     "learning": learning,
     "judging": judging,
     "self_rejection": rejection,
+    "judges": judges,
 }

@@ -48,11 +48,11 @@ def jsft(world: World) -> dict[str, Any]:
 
 
 def on_policy(world: World) -> dict[str, Any]:
-    return _self_trained(world, "on-policy", SelfJudgeTrainer)
+    return self_trained(world, "on-policy", SelfJudgeTrainer)
 
 
 def current_judge(world: World) -> dict[str, Any]:
-    return _self_trained(world, "current-judge", JudgedByThePolicy)
+    return self_trained(world, "current-judge", JudgedByThePolicy)
 
 
 def off_policy(world: World) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def offline(world: World) -> dict[str, Any]:
     return _trained_on(world, world.jsft(), pairs)
 
 
-def _self_trained(world: World, arm: str, trainer_class: type[SelfJudgeTrainer]) -> dict[str, Any]:
+def self_trained(world: World, arm: str, trainer_class: type[SelfJudgeTrainer]) -> dict[str, Any]:
     trainer = world.demo(arm).self_training(world.jsft(), trainer_class)
     logs = [log for log in trainer.state.log_history if "judge/margin" in log]
     pairs = 2 * world.settings.prompts_per_step

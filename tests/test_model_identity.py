@@ -32,13 +32,13 @@ from trl import SFTConfig
 from conftest import CHATML, DEVICE, ROOT, SMALL, TEMPLATES, Make, tiny_llama, weights
 from letter_models import gpt2
 from self_judge import Judge, SelfJudgeConfig, SelfJudgeTrainer
-from self_judge.adapters import merged
+from self_judge.adapters import fingerprint, merged
 from self_judge.check.check import check
 from self_judge.cli import main
-from self_judge.commands.judge_choice import fingerprint
 from self_judge.commands.tournament import TournamentJob
 from self_judge.config.self_training import SamplingSettings
 from self_judge.errors import CheckpointError, ModelError
+from self_judge.judging.choice import JudgeChoice
 from self_judge.models import load_model, load_tokenizer
 from self_judge.prompting import chat_encoder
 from self_judge.prompting.chat_encoder import ChatEncoder
@@ -796,8 +796,10 @@ def test_a_tournament_names_the_dates_of_its_judge_and_of_its_policy(
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
     dated.save_pretrained(policy)
-    job = TournamentJob(str(saved_judge), SamplingSettings(max_new_tokens=4), str(policy))
+    job = TournamentJob(
+        JudgeChoice(str(saved_judge)), SamplingSettings(max_new_tokens=4), str(policy)
+    )
     settings = job.settings()
     assert "date" not in settings
     assert settings["policy_date"] == datetime.date.today().isoformat()
-    assert "policy_date" not in TournamentJob(str(saved_judge), job.sampling).settings()
+    assert "policy_date" not in TournamentJob(job.judge, job.sampling).settings()

@@ -20,7 +20,9 @@ _NAMES_OF = {
     "data.sources": ("load_preferences", "to_self_judge_rows"),
     "models": ("load_model", "load_tokenizer"),
     "inference.sampling": ("TransformersSampler",),
+    "judging.choice": ("JudgeChoice", "resolve_judge"),
     "judging.judge": ("Judge",),
+    "judging.panel": ("Panel",),
     "judging.tournament": ("Bracket", "tournament_rejection_sampling"),
     "judging.reward": ("PairwiseReward",),
     "judging.voting": ("aggregate",),
@@ -33,7 +35,6 @@ _NAMES_OF = {
     "commands.compare": ("ComparisonJob", "run_compare"),
     "commands.eval": ("JudgeEvaluation", "run_eval"),
     "commands.judge": ("run_judge",),
-    "commands.judge_choice": ("JudgeChoice",),
     "commands.tournament": ("TournamentJob", "run_tournament"),
 }
 _HOME_OF = {name: module for module, names in _NAMES_OF.items() for name in names}

@@ -1,10 +1,11 @@
-"""Loads and merges PEFT adapters, and finds their base models.
+"""Loads and merges PEFT adapters, finds their base models, and identifies weights.
 
 This module does not depend on data or training.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter
@@ -242,3 +243,53 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     return plain
+
+
+# -- identity --------------------------------------------------------------------------------------
+
+# The files that a model is loaded from. Outputs of commands may lie next to them.
+_FILES = (
+    *("*.safetensors", "*.bin", "*.jinja", "*.model", "*config.json", "*token*.json"),
+    *("vocab.json", "*.index.json", "chat_template.json", "judge.json"),
+)
+_SLICES, _SLICE_BYTES = 64, 65536
+
+
+def fingerprint(model: str, revision: str | None = None) -> str | None:
+    """Returns a hash that identifies the weights in a folder, or the commit of a model on the Hub.
+
+    The hash covers each file's name and size, and about 64 evenly spaced slices of its contents.
+    Training changes every slice, and reading a large model completely would take minutes.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        adapter = adapter_config(model, revision)
+        file = repository_file(model, "adapter_config.json" if adapter else "config.json", revision)
+        if file is None:
+            return None
+        commit = file.parent.name  # the cache keeps one folder per commit
+        base = adapter and fingerprint(str(adapter.base_model_name_or_path), adapter.revision)
+        return short_hash(commit.encode(), str(base).encode()) if base else commit
+    parts: list[bytes] = []
+    found = {f for pattern in _FILES for f in folder.glob(pattern)}
+    for file in sorted(found - {folder / "training_args.bin"}):
+        size = file.stat().st_size
+        parts += [file.name.encode(), str(size).encode()]
+        step = max(_SLICE_BYTES, size // _SLICES)
+        with file.open("rb") as reader:
+            for start in range(0, size, step):
+                reader.seek(start)
+                parts.append(reader.read(_SLICE_BYTES))
+    if config := adapter_config(folder):
+        base = fingerprint(str(config.base_model_name_or_path), config.revision)
+        parts.append(str(base).encode())
+    return short_hash(*parts)
+
+
+def short_hash(*parts: bytes) -> str:
+    """Returns a hash of texts, in which their boundaries count."""
+    digest = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()

@@ -17,21 +17,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from self_judge.config.arguments import OVERRIDES, Parser, command_parser
-from self_judge.config.yaml import find_file
+from self_judge.config.arguments import JUDGING, OVERRIDES, Parser, command_parser
+from self_judge.config.inputs import check_inputs, check_names, check_run
 from self_judge.console import masked, neutral
-from self_judge.errors import (
-    ConfigError,
-    ModelError,
-    check_data,
-    check_file,
-    check_model,
-    is_data_name,
-)
+from self_judge.errors import ConfigError
 
 if TYPE_CHECKING:
     from self_judge.commands.init import InitJob
-    from self_judge.config.schema import JSFTRun, RunKind, SelfJudgeRun
+    from self_judge.config.schema import RunKind
 
 FilledT = TypeVar("FilledT")
 
@@ -114,45 +107,12 @@ def _print_completion(arguments: argparse.Namespace) -> None:
 
 
 def _check_inputs(arguments: argparse.Namespace) -> None:
-    """Finds mistakes in the inputs of the commands that load models.
-
-    Importing torch is slow, so this comes first.
-    """
-    given = vars(arguments)
-    for name, value in given.items():
-        values = value if isinstance(value, list) else [value]
-        if name not in ("section", "dtype") and "" in values:
-            raise ConfigError(f"{name} is empty: give a value")
-    files = [given.get("input")]
-    if given.get("templates"):
-        files.append(str(find_file(given["templates"])))
-    listed = given.get("data", ())
-    data = [*([listed] if isinstance(listed, str) else listed), given.get("prompts")]
-    models = [given.get(name) for name in ("model", "policy", "judge", "compare")]
-    for policy in (given.get("policy_a"), given.get("policy_b")):
-        # A policy is a model or a file of responses.
-        (data if policy and is_data_name(policy) else models).append(policy)
-    for check, paths in ((check_file, files), (check_data, data), (check_model, models)):
-        for path in filter(None, paths):
-            check(path)
-    if given.get("columns"):
+    check_inputs(vars(arguments))
+    if vars(arguments).get("columns"):
         _columns(arguments)
     if arguments.command in ("init", "align"):
         _check_first_record(arguments)
-    for name in ("model", "policy", "judge", "compare", "policy_a", "policy_b"):
-        model = given.get(name)
-        if model and model in models and not given.get("servers"):
-            own = name in ("model", "judge", "compare")
-            _check_name(model, given.get("revision") if own else None)
-
-
-def _check_name(model: str, revision: str | None, remedy: str = "") -> None:
-    """Finds a model that is neither a folder nor in the Hub's cache, without a connection."""
-    if not os.path.exists(model):
-        from self_judge.storage.repository import not_on_hub
-
-        if problem := not_on_hub(model, revision):
-            raise ModelError(f"{model} {problem}" + (remedy and f"; {remedy}"))
+    check_names(vars(arguments))
 
 
 def _check_first_record(arguments: argparse.Namespace) -> None:
@@ -163,17 +123,6 @@ def _check_first_record(arguments: argparse.Namespace) -> None:
     begun = any((Path(arguments.folder) / name).exists() for name in FILES)
     if os.path.exists(arguments.data) and not begun:
         next(read_raw(arguments.data, columns=_columns(arguments)))
-
-
-def _check_run(run: JSFTRun | SelfJudgeRun) -> None:
-    """Finds a missing model and missing data of a run, before the slow import of torch."""
-    from self_judge.config.schema import JSFT_FIRST, JSFTRun
-
-    remedy = "" if isinstance(run, JSFTRun) else JSFT_FIRST
-    check_model(run.model.model_name_or_path, remedy)
-    for source in (*run.dataset.sources, *run.dataset.eval):
-        check_data(source.path)
-    _check_name(run.model.model_name_or_path, run.model.revision, remedy)
 
 
 def _init_job(arguments: argparse.Namespace) -> InitJob:
@@ -223,10 +172,10 @@ def _train(arguments: argparse.Namespace) -> None:
     said: list[str] = []
     if arguments.kind == "jsft":
         jsft = load_run(arguments.config, arguments.overrides, "jsft", said.append)
-        _check_run(jsft)
+        check_run(jsft)
     else:
         self_judge = load_run(arguments.config, arguments.overrides, "self_judge", said.append)
-        _check_run(self_judge)
+        check_run(self_judge)
 
     import torch
     from accelerate import PartialState
@@ -293,7 +242,7 @@ def _check(arguments: argparse.Namespace) -> int:
     # Check the file before the slow import of torch, so that mistakes are reported immediately.
     given: tuple[str, list[str]] = (arguments.config, arguments.overrides)
     said: list[str] = []
-    _check_run(load_run(*given, kind_of_run(*given), said.append))
+    check_run(load_run(*given, kind_of_run(*given), said.append))
     _say_lines(said)
 
     import logging
@@ -356,6 +305,11 @@ def _columns(arguments: argparse.Namespace) -> dict[str, str]:
     return parse_columns(arguments.columns)
 
 
+def _judging(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of `_add_judge` that are settings of a judge."""
+    return {name: vars(arguments)[name] for name in JUDGING}
+
+
 def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"chunk": arguments.chunk, "overwrite": arguments.overwrite}
 
@@ -363,8 +317,11 @@ def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
 def _tournament(arguments: argparse.Namespace) -> None:
     from self_judge.commands.tournament import TournamentJob, run_tournament
     from self_judge.config.self_training import SamplingSettings
+    from self_judge.judging.choice import JudgeChoice
 
-    job = _filled(TournamentJob, arguments, sampling=_filled(SamplingSettings, arguments))
+    judge = JudgeChoice.of(arguments.judge, **_judging(arguments))
+    sampling = _filled(SamplingSettings, arguments)
+    job = _filled(TournamentJob, arguments, judge=judge, sampling=sampling)
     columns = _columns(arguments)
     run_tournament(arguments.input, arguments.output, job, columns=columns, **_bulk(arguments))
     _leave_process_group()
@@ -372,20 +329,20 @@ def _tournament(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from self_judge.commands.eval import JudgeEvaluation, compared_judge, run_eval
-    from self_judge.commands.judge_choice import JudgeChoice
     from self_judge.data.benchmarks import BenchmarkSource
+    from self_judge.judging.choice import JudgeChoice
 
     splits = tuple(name.strip() for name in arguments.split.split(",") if name.strip())
     own = {
         "splits": splits, "revision": arguments.data_revision, "columns": _columns(arguments)
     }  # fmt: skip
     sources = [_filled(BenchmarkSource, arguments, path=path, **own) for path in arguments.data]
-    choice = _filled(JudgeChoice, arguments)
+    asked = _judging(arguments)
     run_eval(
-        choice,
+        JudgeChoice.of(arguments.judge, **asked),
         _filled(JudgeEvaluation, arguments, sources=sources),
         arguments.output,
-        compare=arguments.compare and compared_judge(choice, arguments.compare),
+        compare=arguments.compare and compared_judge(arguments.compare, **asked),
         overwrite=arguments.overwrite,
     )
     _leave_process_group()
@@ -393,8 +350,8 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from self_judge.commands.compare import ComparisonJob, run_compare
-    from self_judge.commands.judge_choice import JudgeChoice
     from self_judge.config.self_training import SamplingSettings
+    from self_judge.judging.choice import JudgeChoice
 
     job = _filled(
         ComparisonJob,
@@ -403,23 +360,23 @@ def _compare(arguments: argparse.Namespace) -> None:
         columns=_columns(arguments),
         sampling=_filled(SamplingSettings, arguments),
     )
-    judge = _filled(JudgeChoice, arguments, model=arguments.judge)
+    judge = JudgeChoice.of(arguments.judge, **_judging(arguments))
     run_compare(job, judge, arguments.output, **_bulk(arguments))
     _leave_process_group()
 
 
 def _judge(arguments: argparse.Namespace) -> None:
     from self_judge.commands.judge import run_judge
-    from self_judge.commands.judge_choice import JudgeChoice
+    from self_judge.judging.choice import JudgeChoice
 
-    choice = _filled(JudgeChoice, arguments)
+    choice = JudgeChoice.of(arguments.judge, **_judging(arguments))
     own = {"field": arguments.field, "columns": _columns(arguments)}
     run_judge(arguments.input, arguments.output, choice, **own, **_bulk(arguments))
     _leave_process_group()
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from self_judge.commands.judge_choice import JudgeChoice
+    from self_judge.judging.choice import JudgeChoice
     from self_judge.serving.command import ServeJob, run_serve
 
     run_serve(_filled(JudgeChoice, arguments), _filled(ServeJob, arguments))

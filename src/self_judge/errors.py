@@ -122,11 +122,22 @@ def is_data_name(name: str) -> bool:
     return name.lower().endswith(_DATA)
 
 
+def is_judge_file(name: str) -> bool:
+    """Returns whether the name has the ending of a file of settings, such as those of a judge."""
+    return name.lower().endswith((".yaml", ".yml"))
+
+
 def is_missing(name_or_path: str | os.PathLike[str]) -> bool:
     """Returns whether the argument is clearly a local path that does not exist."""
     name = str(name_or_path)
     local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(_FILES)
     return local and not Path(name).expanduser().exists()
+
+
+def check_judge(judge: str) -> None:
+    """Raises an error if a judge is a file of settings or a model that does not exist."""
+    if not judge.startswith("{"):
+        (check_file if is_judge_file(judge) else check_model)(judge)
 
 
 def check_file(path: str | os.PathLike[str]) -> None:

@@ -18,9 +18,9 @@ from report_pages import embedded
 from self_judge import Comparison, Verdict
 from self_judge.cli import main
 from self_judge.commands.eval import JudgeEvaluation, run_eval
-from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.data.benchmarks import BenchmarkSource
 from self_judge.data.sources import load_preferences
+from self_judge.judging.choice import JudgeChoice
 from self_judge.judging.voting import aggregate
 from self_judge.reporting.collect import collect
 
@@ -259,6 +259,8 @@ def test_without_plotly_there_are_numbers_and_a_word_on_what_to_install(
 
 class Fake:
     """A judge that costs nothing: the longer response wins in one order, the first in the other."""
+
+    thought_tokens = 0
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         return [

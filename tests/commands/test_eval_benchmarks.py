@@ -23,7 +23,7 @@ from conftest import TEMPLATES
 from report_pages import embedded
 from self_judge import Comparison, Verdict
 from self_judge.cli import main
-from self_judge.commands.judge_choice import JudgeChoice
+from self_judge.judging.choice import JudgeChoice
 from self_judge.judging.voting import aggregate
 
 Records = list[dict[str, Any]]

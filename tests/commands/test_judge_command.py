@@ -22,16 +22,17 @@ import yaml
 from conftest import TEMPLATES
 from fake_vllm import FakeVLLM, serving
 from self_judge import Comparison, Judge, Verdict
+from self_judge.adapters import fingerprint
 from self_judge.cli import main
 from self_judge.commands.compare import ComparisonJob
 from self_judge.commands.eval import JudgeEvaluation
 from self_judge.commands.judge import run_judge
-from self_judge.commands.judge_choice import JudgeChoice, fingerprint
 from self_judge.commands.resumable import RankShards
 from self_judge.commands.tournament import TournamentJob
-from self_judge.config.arguments import PACKING, command_parser
+from self_judge.config.arguments import JUDGING, PACKING, command_parser
 from self_judge.config.self_training import PackingChoice, SamplingSettings
 from self_judge.data.benchmarks import BenchmarkSource
+from self_judge.judging.choice import JudgeChoice
 from self_judge.judging.voting import aggregate, verdict_from_json, verdict_json
 
 
@@ -248,13 +249,13 @@ def test_the_command_offers_every_way_of_packing() -> None:
     [
         (
             "tournament x y --model m",
-            "input output columns",
+            "input output judge columns",
             (JudgeChoice, TournamentJob, SamplingSettings),
         ),
-        ("judge x y --model m", "input output field columns", (JudgeChoice,)),
+        ("judge x y --model m", "input output judge field columns", (JudgeChoice,)),
         (
             "eval x --model m --output o",
-            "data output split data_revision compare",
+            "data output judge split data_revision compare",
             (JudgeChoice, JudgeEvaluation, BenchmarkSource),
         ),
         (
@@ -280,7 +281,7 @@ def test_every_value_of_a_command_is_taken_by_what_it_runs(
 )
 def test_every_command_that_judges_takes_the_same_judge_options(command: str) -> None:
     judge = vars(command_parser().parse_args(["judge", "x", "y", "--model", "m"]))
-    wanted = {field.name for field in dataclasses.fields(JudgeChoice)} - {"model"}
+    wanted = set(JUDGING)
     assert wanted <= judge.keys()
     other = vars(command_parser().parse_args(command.split()))
     assert {name: other[name] for name in wanted} == {name: judge[name] for name in wanted}
@@ -394,6 +395,8 @@ def test_a_hundred_thousand_pairs_need_no_more_memory_than_a_thousand(
     saved_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Quick:
+        thought_tokens = 0
+
         def compare(self, comparisons: list[Comparison]) -> list[Verdict]:
             return [aggregate([((0.6, 0.3), (0.2, 0.7))] * 2) for _ in comparisons]
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.config.schema import (
     JSFTRun,
     SelfJudgeRun,
@@ -26,6 +25,7 @@ from self_judge.config.trainer_keys import (
     check_training_values,
 )
 from self_judge.errors import ConfigError
+from self_judge.judging.choice import JudgeChoice
 
 CONFIGS = ROOT / "configs"
 JSFT_FILES = ("hh_jsft", "uf_jsft", "uf_jsft_pr")
@@ -176,7 +176,7 @@ def test_self_judge_args_mean_what_the_trainers_settings_of_the_same_name_mean()
 
     of_the_trainer = {f.name: f.default for f in fields(SelfJudgeConfig)}
     of_the_trainer["loss_type"] = "sigmoid"  # a list there, and the same loss
-    of_the_run = {"token_id_a", "token_id_b", "global_batch_size", "judge_accuracy"}
+    of_the_run = {"token_id_a", "token_id_b", "global_batch_size", "judge_accuracy", "judge"}
     for f in fields(SelfJudgeArgs):
         if f.name not in of_the_run:
             assert (f.name, f.default) == (f.name, of_the_trainer[f.name])

@@ -20,7 +20,7 @@ import compatibility
 import self_judge
 from conftest import ROOT
 from self_judge import Verdict
-from self_judge.config import schema
+from self_judge.config import schema, self_training
 
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -35,6 +35,7 @@ LISTS: dict[str, type] = {
     "### `templates`": schema.TemplateArgs,
     "### `jsft_args`": schema.JSFTArgs,
     "### `self_judge_args`": schema.SelfJudgeArgs,
+    "#### Who judges, under `judge`": self_training.JudgeArgs,
 }
 
 
@@ -81,7 +82,7 @@ def test_every_key_of_a_run_file_is_listed_with_its_default(heading: str) -> Non
 def test_every_settings_class_and_section_is_described() -> None:
     settings = {
         c
-        for name, c in vars(schema).items()
+        for name, c in {**vars(schema), **vars(self_training)}.items()
         if name.endswith(("Args", "Source")) and dataclasses.is_dataclass(c)
     }
     assert settings == set(LISTS.values())

@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import uvicorn
 
-from self_judge.commands.judge_choice import JudgeChoice
+from self_judge.judging.choice import JudgeChoice
 from self_judge.serving.command import ServeJob, application
 
 MESSAGES: list[Any] = [{"role": "user", "content": "what is it?"}]
@@ -43,7 +43,7 @@ def served(
     folder: Path, *, servers: Any = (), templates: str | None = None, **job: Any
 ) -> Iterator[SimpleNamespace]:
     """Serves a judge: `url`, `name`, and `client`, which validates strictly and never retries."""
-    app = application(JudgeChoice(str(folder), templates, servers=servers), ServeJob(**job))
+    app = application(JudgeChoice(str(folder), templates, list(servers)), ServeJob(**job))
     with running(app) as url:
         client = openai.OpenAI(
             base_url=f"{url}/v1",

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from self_judge import Judge, PairwiseReward
 from self_judge.data import synthetic
+from self_judge.judging.panel import Panel
 from self_judge.judging.reward import Scheme
 from value_judges import ValueScorer, value_judge
 
@@ -49,6 +50,13 @@ def test_rewards_are_shares_of_a_constant_and_equal_responses_get_equal_ones(
     for text, reward in zip(group, own, strict=True):
         by_text.setdefault(text, set()).add(round(reward, 9))
     assert all(len(given) == 1 for given in by_text.values())
+
+
+def test_a_panel_rewards_as_its_majority_judges() -> None:
+    knowing = {name: value_judge() for name in ("one", "two")}
+    panel = Panel({**knowing, "three": value_judge(knows=False)})
+    low, high, middle = PairwiseReward(panel)(["p"] * 3, ["1", "9", "5"])
+    assert low < middle < high
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -205,7 +213,7 @@ def test_a_wrong_entry_is_named_by_its_place(
 def test_an_unknown_scheme_and_a_model_in_place_of_a_judge_are_refused() -> None:
     with pytest.raises(ValueError, match="scheme must be one of all_pairs, knockout, swiss"):
         PairwiseReward(value_judge(), "elo")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="judge must be a Judge or a model folder"):
+    with pytest.raises(TypeError, match="judge must be a Judge, a Panel or a model folder"):
         PairwiseReward(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
 
 

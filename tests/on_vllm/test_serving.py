@@ -31,11 +31,11 @@ from self_judge import (
     SelfJudgeTrainer,
     tournament_rejection_sampling,
 )
-from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.config.self_training import SamplingSettings
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
+from self_judge.judging.choice import JudgeChoice
 from self_judge.training.reference import active_reference
 from served import served, streamed
 
@@ -118,7 +118,7 @@ def test_a_whole_self_training_step_goes_through_a_server(
 def test_the_gateway_gives_the_winner_of_the_library_and_aborts_what_nobody_waits_for(
     url: str, smollm2: Path
 ) -> None:
-    choice = JudgeChoice(str(smollm2), "instructions", servers=[url])
+    choice = JudgeChoice(str(smollm2), "instructions", server=[url])
     judge = choice.load()
     sampler = VLLMSampler(VLLMServers([url]), judge.encoder, SamplingSettings(12))
     messages: Any = [{"role": "user", "content": ASKED[0]}]

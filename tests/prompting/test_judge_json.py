@@ -11,9 +11,9 @@ import pytest
 
 from conftest import CHATML, ROOT, TEMPLATES, Make
 from self_judge import ChatEncoder, Judge, JudgeTemplates
-from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.config.schema import load_run
 from self_judge.errors import ModelError
+from self_judge.judging.choice import JudgeChoice
 from self_judge.prompting.judge_json import (
     encoder_as_taught,
     load_judge_settings,

@@ -17,10 +17,10 @@ import pytest
 from fake_vllm import FakeVLLM, serving
 from letter_models import with_adapter
 from self_judge import SamplingSettings, tournament_rejection_sampling
-from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.errors import ConfigError, EngineError
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMSampler
+from self_judge.judging.choice import JudgeChoice
 from self_judge.prompting.judge_templates import dialogue_text
 from served import MESSAGES, served, streamed
 
@@ -40,7 +40,7 @@ def asked(name: str, i: int = 0, **more: Any) -> dict[str, Any]:
 def test_the_winner_is_that_of_the_library_on_the_same_servers(saved_judge: Path) -> None:
     with serving(FakeVLLM()) as one, serving(FakeVLLM()) as two:
         urls = [one.url, two.url]
-        judge = JudgeChoice(str(saved_judge), servers=urls).load()
+        judge = JudgeChoice(str(saved_judge), server=urls).load()
         sampler = VLLMSampler(VLLMServers(urls), judge.encoder, SamplingSettings(5))
         with served(saved_judge, servers=urls) as here:
             for seed in range(4):

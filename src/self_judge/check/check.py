@@ -20,7 +20,14 @@ from peft import get_peft_model
 from self_judge.adapters import adapter_config
 from self_judge.check import findings, text_findings
 from self_judge.check.cost import Cost, Training, device_for, jsft_cost, self_judge_cost, setting_of
-from self_judge.check.examples import Encoded, Example, Figures, encoded_rows, summary
+from self_judge.check.examples import (
+    Encoded,
+    Example,
+    Figures,
+    encoded_rows,
+    shared_units,
+    summary,
+)
 from self_judge.check.findings import Finding, note, problem, warning
 from self_judge.check.memory import Device, Sharding
 from self_judge.check.model_size import empty_model, shallow_model, size_of
@@ -28,6 +35,7 @@ from self_judge.config.hardware import Machine, fit_to_machine
 from self_judge.config.schema import JSFTRun, SelfJudgeRun, kind_of_run, load_run
 from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, PreferenceRecord
+from self_judge.judging.choice import JudgeChoice
 from self_judge.models import check_files, check_vocabulary
 from self_judge.packing.prefix_tree import shared_length
 from self_judge.prompting.chat_encoder import ChatEncoder
@@ -176,6 +184,8 @@ class Prepared:
         run: the run, adapted to the requested `machine`.
         training: the model, its device and the settings. The trainer's arguments are for the local
             machine, because arguments for another machine cannot be validated here.
+        judge: the settings of the initial model as a judge, or else those of the other judge.
+        choice: the judge, if it is another one than the initial model.
     """
 
     report: Report
@@ -184,6 +194,7 @@ class Prepared:
     training: Training
     encoder: ChatEncoder
     judge: JudgeSettings
+    choice: JudgeChoice | None
 
 
 def prepare(
@@ -215,9 +226,12 @@ def prepare(
         model = _or_refused("peft_config", get_peft_model, model, adapter)
     make = setup.jsft_chat_setup if jsft else setup.self_judge_chat_setup
     encoder, judge = _or_refused("templates", make, run)
+    choice = None if jsft else _or_refused("self_judge_args.judge", setup.judge_choice, run, judge)
+    if judge is None and choice is not None:  # another judge judges
+        judge = JudgeSettings(choice.judge_templates())
     setting = setting_of(run, args, machine, sharding, model)
     training = Training(model, args, setting, device)
-    return Prepared(report, run, machine, training, encoder, judge)
+    return Prepared(report, run, machine, training, encoder, judge, choice)
 
 
 def _look(prepared: Prepared, examples: int) -> None:
@@ -238,7 +252,9 @@ def _look(prepared: Prepared, examples: int) -> None:
     found += findings.setting_findings(run, args)
     found += findings.chat_findings(encoder)
     found += text_findings.clock_findings(encoder, run)
-    if isinstance(run, SelfJudgeRun):
+    if prepared.choice is not None:
+        found += text_findings.other_judge_findings(prepared.choice)
+    elif isinstance(run, SelfJudgeRun):
         found += findings.judge_findings(
             templates, encoder, run.model.model_name_or_path, run.model.revision
         )
@@ -253,7 +269,8 @@ def _look(prepared: Prepared, examples: int) -> None:
             for x, i in zip("AB", letters, strict=True)
         ]
     except ValueError as error:
-        found.append(_refusal("letters", error))
+        if prepared.choice is None or prepared.choice.needs_initial:
+            found.append(_refusal("letters", error))
     records = _records(report, run, encoder, examples)
     if letters is None:
         return
@@ -346,25 +363,8 @@ def jsft_estimate(
     report.letter_counts = {x: answers[i] for x, i in zip("AB", letters, strict=True)}
     report.findings += findings.example_findings(report.counts, report.letter_counts)
     total = round(len(rows) * report.records / report.encoded)
-    units = _units(rows, ignored, shared=own.packing != "off")
+    units = shared_units(rows, ignored, shared=own.packing != "off")
     return jsft_cost(prepared.training, units, total)
-
-
-def _units(
-    rows: Sequence[dict[str, Any]], ignored: int, shared: bool
-) -> list[tuple[int, int, int]]:
-    """Returns (examples, tokens, trained tokens) for each set of examples that share a row."""
-    # Two examples of 100 tokens each that share the first 70 give (2, 130, 2).
-    units: list[tuple[int, int, int]] = []
-    for row, before in zip(rows, [None, *rows]):  # noqa: B905
-        ids, trained = row["input_ids"], sum(x != ignored for x in row["labels"])
-        if row["swapped"] and before and shared:
-            n, tokens, scored = units[-1]
-            own = len(ids) - shared_length(np.asarray(before["input_ids"]), np.asarray(ids))
-            units[-1] = (n + 1, tokens + own, scored + trained)
-        else:
-            units.append((1, len(ids), trained))
-    return units
 
 
 def self_judge_estimate(prepared: Prepared, records: Sequence[PreferenceRecord]) -> Cost | None:

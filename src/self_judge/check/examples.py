@@ -119,6 +119,23 @@ def summary(
     )
 
 
+def shared_units(
+    rows: Sequence[dict[str, Any]], ignored: int, shared: bool
+) -> list[tuple[int, int, int]]:
+    """Returns (examples, tokens, trained tokens) for each set of examples that share a row."""
+    # Two examples of 100 tokens each that share the first 70 give (2, 130, 2).
+    units: list[tuple[int, int, int]] = []
+    for row, before in zip(rows, [None, *rows]):  # noqa: B905
+        ids, trained = row["input_ids"], sum(x != ignored for x in row["labels"])
+        if row["swapped"] and before and shared:
+            n, tokens, scored = units[-1]
+            own = len(ids) - shared_length(np.asarray(before["input_ids"]), np.asarray(ids))
+            units[-1] = (n + 1, tokens + own, scored + trained)
+        else:
+            units.append((1, len(ids), trained))
+    return units
+
+
 def _example(sequence: Encoded, encoder: ChatEncoder, ignore_index: int) -> Example:
     """Splits a sequence wherever `trained` or `control` changes, and before the first response."""
     ids = sequence.ids

@@ -1,21 +1,37 @@
-"""Checks for templates that read the clock, data with turn markers, and lengths that tell labels.
+"""Checks the clock, turn markers in data, lengths that tell labels, and other judges.
 
 As in `findings.py`, each function yields findings.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
-from self_judge.check.findings import Finding, note, warning
+from self_judge.check.findings import Finding, note, problem, warning
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
 from self_judge.datatypes import PreferenceRecord
+from self_judge.judging.choice import JudgeChoice
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import load_judge_settings
 from self_judge.prompting.template_source import CLOCK
 from self_judge.training.setup import already_rendered
 
 _MANY = 20  # with fewer pairs, the lengths may be chance
+
+
+def other_judge_findings(choice: JudgeChoice) -> Iterator[Finding]:
+    """Names the judges of a run, and checks that the keys of their endpoints exist."""
+    where = "self_judge_args.judge"
+    yield note(
+        where,
+        f"judged by {', '.join(choice.members)}. The estimates do not include the memory, the time "
+        "and the thoughts of judges other than the initial model",
+    )
+    for name, member in choice.members.items():
+        variable = member and member.api_key_env
+        if variable and not os.environ.get(variable):
+            yield problem(where, f"{name}: the environment variable {variable} has no key: set it")
 
 
 def clock_findings(encoder: ChatEncoder, run: JSFTRun | SelfJudgeRun) -> Iterator[Finding]:

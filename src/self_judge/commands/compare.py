@@ -16,15 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from self_judge import __version__
+from self_judge.adapters import fingerprint
 from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
-from self_judge.commands.judge_choice import (
-    JudgeChoice,
-    check_prompt,
-    date_of,
-    encoder_of,
-    fingerprint,
-    load_sampler,
-)
+from self_judge.commands.policies import check_prompt, encoder_of, load_sampler
 from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
 from self_judge.console import NumberTable, ends, masked, number, print_conclusions, say, table
@@ -41,6 +35,7 @@ from self_judge.evaluation.statistics import (
     proportion,
     with_width,
 )
+from self_judge.judging.choice import JudgeChoice, date_of
 from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import dialogue_text

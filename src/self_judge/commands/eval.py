@@ -7,6 +7,7 @@ results.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,6 @@ from rich.console import Console
 
 from self_judge import __version__
 from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
-from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import RankShards
 from self_judge.console import masked, say
 from self_judge.data.benchmarks import BenchmarkSource, Share, read_comparisons, share_of
@@ -26,6 +26,7 @@ from self_judge.data.labeled_pairs import LabeledComparison
 from self_judge.evaluation.benchmark_metrics import BenchmarkTally
 from self_judge.evaluation.conclusions import as_json, judge_conclusions
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally, PairedTally, credit
+from self_judge.judging.choice import JudgeChoice
 from self_judge.judging.voting import verdict_from_json
 from self_judge.prompting.thoughts import answer_of
 from self_judge.reporting.eval_tables import print_results
@@ -141,7 +142,8 @@ def _results(
         "data": [asdict(replace(source, path=source.label)) for source in evaluation.sources],
         "skipped": dict(skipped),
         "pairs_per_second": rate,
-        **_tallied(output / VERDICTS, choice.judge_templates().principles),
+        "thought_tokens_per_pair": _thought_tokens(output / VERDICTS),
+        **_tallied(output / VERDICTS, choice.principles),
     }
     results["conclusions"] = as_json(judge_conclusions(results["overall"]))
     if theirs is not None:
@@ -153,10 +155,14 @@ def _results(
     return results
 
 
-def compared_judge(choice: JudgeChoice, other: str) -> JudgeChoice | Path:
-    """Interprets `--compare` as the folder of a finished evaluation or as a judge to run."""
+def compared_judge(other: str, **settings: Any) -> JudgeChoice | Path:
+    """Interprets `--compare` as the folder of a finished evaluation or as a judge to run.
+
+    Args:
+        settings: see `JudgeChoice.of`.
+    """
     folder = Path(other)
-    return folder if (folder / VERDICTS).is_file() else replace(choice, model=other)
+    return folder if (folder / VERDICTS).is_file() else JudgeChoice.of(other, **settings)
 
 
 def _judged(
@@ -221,6 +227,12 @@ def _tallied(verdicts: Path, principles: Sequence[str]) -> dict[str, Any]:
     return {**_reports(tallies), "benchmarks": own.report()}
 
 
+def _thought_tokens(verdicts: Path) -> float | None:
+    """Returns the mean number of tokens that the judge's thoughts about a pair have."""
+    given = [line["verdict"].get("thought_tokens", 0.0) for line in read_journal(verdicts)]
+    return math.fsum(given) / len(given) if any(given) else None
+
+
 def _reports(tallies: dict[str, Any]) -> dict[str, Any]:
     overall = tallies.pop(_ALL).report()
     return {"overall": overall, "subsets": {name: t.report() for name, t in tallies.items()}}
@@ -252,4 +264,9 @@ def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
             ]
         for name in dict.fromkeys((_ALL, ours["subset"] or _ALL)):
             paired.setdefault(name, PairedTally()).add(credits[0], credits[1])
-    return {"judge": settings, **_tallied(theirs, principles), "paired": _reports(paired)}
+    return {
+        "judge": settings,
+        "thought_tokens_per_pair": _thought_tokens(theirs),
+        **_tallied(theirs, principles),
+        "paired": _reports(paired),
+    }

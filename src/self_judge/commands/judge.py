@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from rich.console import Console
 
-from self_judge.commands.judge_choice import JudgeChoice
 from self_judge.commands.resumable import ResumableJob, Work, input_and_output, input_reader
 from self_judge.console import print_conclusions, say
 from self_judge.data.records import RecordRef, question_columns
@@ -22,6 +21,7 @@ from self_judge.data.sources import question_of
 from self_judge.datatypes import Comparison
 from self_judge.evaluation.conclusions import as_json, judge_conclusions
 from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
+from self_judge.judging.choice import JudgeChoice
 from self_judge.judging.voting import verdict_from_json, verdict_json
 from self_judge.storage.jsonl import entries_of, read_journal
 
@@ -65,15 +65,19 @@ def judge_in_bulk(
         ValueError: an item cannot be used, or the existing file was written for other items or
             settings.
     """
-    principles = choice.judge_templates().principles
+    principles = choice.principles
 
     def load() -> Work[Item]:
         judge = choice.load()
 
         def judged(batch: list[Item]) -> list[dict[str, Any]]:
+            before = judge.thought_tokens
             verdicts = judge.compare([item.comparison for item in batch])
+            # Verdicts share thoughts about equal prompts, so each gets the mean of its chunk.
+            tokens = (judge.thought_tokens - before) / len(batch)
+            cost = {"thought_tokens": round(tokens, 1)} if tokens else {}
             return [
-                {**item.line, field: verdict_json(verdict, principles)}
+                {**item.line, field: {**verdict_json(verdict, principles), **cost}}
                 for item, verdict in zip(batch, verdicts, strict=True)
             ]
 
@@ -125,7 +129,7 @@ def run_judge(
     Raises:
         ValueError: a line cannot be used; the message names the file, line number and field.
     """
-    source, target = input_and_output(source, target, [choice.model])
+    source, target = input_and_output(source, target, choice.models)
     read = input_reader(source, console, _used, columns)
 
     def items() -> Iterator[Item]:

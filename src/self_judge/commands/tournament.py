@@ -15,14 +15,8 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from rich.console import Console
 
-from self_judge.commands.judge_choice import (
-    JudgeChoice,
-    check_prompt,
-    date_of,
-    encoder_of,
-    fingerprint,
-    load_sampler,
-)
+from self_judge.adapters import fingerprint
+from self_judge.commands.policies import check_prompt, encoder_of, load_sampler
 from self_judge.commands.resumable import (
     RankShards,
     ResumableJob,
@@ -30,14 +24,15 @@ from self_judge.commands.resumable import (
     input_and_output,
     input_reader,
 )
-from self_judge.config.self_training import PackingChoice, SamplingSettings
+from self_judge.config.self_training import SamplingSettings
 from self_judge.console import say
 from self_judge.data.records import RecordRef, prompt_columns, question_columns
 from self_judge.data.sources import question_of
 from self_judge.datatypes import Message, Response, stable_seed
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
-from self_judge.judging.judge import Judge
+from self_judge.judging.choice import JudgeChoice, date_of
+from self_judge.judging.panel import AnyJudge, Panel
 from self_judge.judging.tournament import Bracket, judged_knockouts
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.thoughts import with_answers
@@ -53,11 +48,9 @@ class TournamentJob:
     """The judge, the policy and the settings of tournaments.
 
     Args:
-        model: the judge, a folder or a model ID on the Hub.
+        judge: the judge.
         sampling: sampling parameters for the responses.
         policy: the model to sample from; default: the judge, on its servers if there are any.
-        batch_size, max_length, servers, templates, dtype, packing, revision, trust_remote_code:
-            see `JudgeChoice`.
         n: number of responses per prompt.
         seed: seed for sampling, brackets and random winners.
         brackets: whether to write the principles, the matches and the judge's probabilities.
@@ -67,31 +60,18 @@ class TournamentJob:
         ValueError: a number is below 1.
     """
 
-    model: str
+    judge: JudgeChoice
     sampling: SamplingSettings
     policy: str | None = None
-    batch_size: int = 8
-    max_length: int | None = None
-    servers: Sequence[str] = ()
     n: int = 16
     seed: int = 0
     brackets: bool = False
-    templates: str | None = None
-    dtype: str = "auto"
-    packing: PackingChoice = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
     max_prompts: int | None = None
 
     def __post_init__(self) -> None:
         for option, value in (("--n", self.n), ("--max-prompts", self.max_prompts)):
             if value is not None and value < 1:
                 raise ValueError(f"{option} must be at least 1, got {value}")
-
-    @functools.cached_property
-    def judge(self) -> JudgeChoice:
-        names = [field.name for field in dataclasses.fields(JudgeChoice)]
-        return JudgeChoice(**{name: getattr(self, name) for name in names})
 
     @functools.cached_property
     def policy_encoder(self) -> ChatEncoder | None:
@@ -126,7 +106,7 @@ class TournamentJob:
                 responses,
                 seeds=[stable_seed(self.seed, entry.number) for entry in entries],
             )
-            principles = judge.templates.principles if self.brackets else None
+            principles = judge.principles if self.brackets else None
             return [
                 played_line(entry.line, texts, bracket, principles)
                 for entry, texts, bracket in zip(entries, responses, knockouts, strict=True)
@@ -134,13 +114,15 @@ class TournamentJob:
 
         return played
 
-    def _sampler(self, judge: Judge) -> TransformersSampler | VLLMSampler:
+    def _sampler(self, judge: AnyJudge) -> TransformersSampler | VLLMSampler:
         if self.policy is not None and self.policy_encoder is not None:
             return load_sampler(self.policy, self.policy_encoder, self.sampling)
+        encoder = self.judge.encoder  # or an error, if the judge cannot answer
+        assert not isinstance(judge, Panel)
         if isinstance(judge.scorer, VLLMScorer):
-            return VLLMSampler(judge.scorer.engine, judge.encoder, self.sampling)
+            return VLLMSampler(judge.scorer.engine, encoder, self.sampling)
         model: Any = judge.model
-        return TransformersSampler(model, judge.encoder, self.sampling)
+        return TransformersSampler(model, encoder, self.sampling)
 
     def _with_samples(
         self, entries: list[Entry], sampler: Callable[[], TransformersSampler | VLLMSampler]
@@ -199,9 +181,9 @@ def run_tournament(
         ValueError: a line cannot be used (the message names the file, line number and field), or
             the target was written for another input or with other settings.
     """
-    source, target = input_and_output(source, target, [job.model, job.policy])
+    source, target = input_and_output(source, target, [*job.judge.models, job.policy])
     read = input_reader(source, console, _used, columns, job.max_prompts, ADDED)
-    encoder = job.policy_encoder or job.judge.encoder
+    encoder = functools.cache(lambda: job.policy_encoder or job.judge.encoder)
     world_size = RankShards.here(target, chunk).world_size
     lines = ResumableJob(
         lambda: (_entry(line, where, encoder) for where, line in read()),
@@ -303,11 +285,11 @@ def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
     ]
 
 
-def _entry(line: dict[str, Any], where: RecordRef, encoder: ChatEncoder) -> Entry:
+def _entry(line: dict[str, Any], where: RecordRef, encoder: Callable[[], ChatEncoder]) -> Entry:
     context, messages = question_of(line, where)
     if line.get("responses") is not None:
         return Entry(line, where.index + 1, context, where.texts(line, "responses"), messages)
     if messages is None:
         raise where.error("responses", "is missing, and so is a 'prompt' to sample responses for")
-    check_prompt(encoder, messages, where)
+    check_prompt(encoder(), messages, where)
     return Entry(line, where.index + 1, context, None, messages)

@@ -34,6 +34,7 @@ from self_judge.console import masked, say
 from self_judge.data.workers import workers_end_with_parent
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ModelError
+from self_judge.judging.choice import resolve_judge
 from self_judge.models import (
     apply_umask,
     check_vocabulary,
@@ -64,6 +65,7 @@ from self_judge.training.setup import (
     already_rendered,
     jsft_chat_setup,
     jsft_config,
+    judge_choice,
     load_data,
     lora_config,
     output_folder,
@@ -246,6 +248,8 @@ def _run_self_judge(run: SelfJudgeRun, say: Say, console: Console | None) -> Pat
     args = self_judge_config(run)
     set_seed(args.seed)
     encoder, settings = self_judge_chat_setup(run)
+    choice = judge_choice(run, settings)
+    judge = None if choice is None else resolve_judge(choice)
     data, held_out = load_data(run, say)
     _warn_of_texts(encoder, data.records, say)
     if held_out is None:
@@ -258,24 +262,27 @@ def _run_self_judge(run: SelfJudgeRun, say: Say, console: Console | None) -> Pat
         args=args,
         processing_class=encoder.tokenizer,
         encoder=encoder,
-        judge_templates=settings.templates,
+        judge=judge,
+        judge_templates=settings.templates if settings else None,
         train_dataset=Dataset.from_list(prompt_rows(data.records)),
         eval_dataset=Dataset.from_list(pair_rows(held_out.records)) if held_out else None,
         peft_config=lora_config(run.peft_config),
-        token_id_a=settings.token_id_a,
-        token_id_b=settings.token_id_b,
+        token_id_a=settings.token_id_a if settings else None,
+        token_id_b=settings.token_id_b if settings else None,
     )
     output = Path(str(args.output_dir))
     _save_json(output / DATA, data.counts_by_source)
     accuracy = None
-    if run.self_judge_args.judge_accuracy:
-        judged = encoder, settings.templates, trainer.judge.letter_ids
+    if run.self_judge_args.judge_accuracy and settings and trainer.letters:
+        judged = encoder, settings.templates, trainer.letters
         tokens = 2.0 * args.max_new_tokens * _examples(trainer)  # a lower estimate
         accuracy = judge_accuracy(*judged, held_out, args, args.max_length, tokens, say)
     summary = RunSummary(output, _console(console), accuracy)
     _train(trainer, run, args, say, LiveProgress("self-training", _console(console)), summary)
     model = run.model.model_name_or_path
-    words = ["compare", str(output), model, "--judge", model, "--prompts", "PROMPTS"]
+    names = choice.models if choice else [model]
+    words = ["compare", str(output), model, "--judge", *(names[:1] or ["JUDGE"])]
+    words += ["--prompts", "PROMPTS"]
     _summarize(trainer, summary, [*words, "--output", "DIR"])
     trainer.save_model(str(output))
     say(f"policy: {output}")

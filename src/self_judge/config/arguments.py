@@ -18,6 +18,12 @@ from self_judge.console import neutral
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 PACKING = ("auto", "tree", "cache", "padding", "off")  # must equal PackingChoice
 CONFIG = "the run's YAML file, or the name of a shipped file, such as hh_jsft"
+JUDGE = "the judge: a model, or a YAML file or {key: value} with the keys of self_judge_args.judge"
+# The options of `_add_judge` that are settings of a judge.
+JUDGING = (
+    *("templates", "dtype", "packing", "revision", "trust_remote_code", "batch_size"),
+    *("max_length", "server"),
+)
 OVERRIDES = "override any value in the run file: key.path=value"
 # The sections of run files.
 _SECTIONS = (
@@ -199,7 +205,7 @@ def _add_tournament(commands: Commands) -> None:
     add = tournament.add_argument
     add("input", metavar="IN", help="file of contexts and responses, or prompts")
     add("output", metavar="OUT.jsonl", help="output file, with one line per record")
-    add("--model", required=True, metavar="MODEL", help="the judge")
+    add("--judge", "--model", dest="judge", required=True, metavar="JUDGE", help=JUDGE)
     add("--policy", metavar="DIR", help="model that samples responses (default: the judge)")
     add("--n", type=int, default=16, help="number of responses to sample per prompt (default: 16)")
     add("--max-prompts", type=int, metavar="N", help="use the first N prompts")
@@ -216,9 +222,9 @@ def _add_evaluation(commands: Commands) -> None:
     add("data", nargs="+", metavar="DATA",
         help="LLMBar, PandaLM, HHH, JudgeBench, RM-Bench, RewardBench (2), MT-Bench or "
         "arena votes, HH, or any preference data, as files, folders or dataset IDs on the Hub")
-    add("--model", required=True, metavar="MODEL", help="the judge")
+    add("--judge", "--model", dest="judge", required=True, metavar="JUDGE", help=JUDGE)
     add("--output", required=True, metavar="DIR", help="output folder")
-    add("--compare", metavar="MODEL",
+    add("--compare", metavar="JUDGE",
         help="judge to compare with, or the --output folder of its evaluation")
     add("--split", default="test", metavar="NAME[,NAME…]", help="dataset splits (default: test)")
     add("--data-dir", metavar="DIR", help="subfolder of DATA")
@@ -236,7 +242,7 @@ def _add_evaluation(commands: Commands) -> None:
     for name in ("policy_a", "policy_b"):
         add(name, metavar=name.upper(), help="a model to sample from, or a file of responses")
     add("--prompts", metavar="FILE", help="file of prompts to answer")
-    add("--judge", required=True, metavar="MODEL", help="the judge")
+    add("--judge", required=True, metavar="JUDGE", help=JUDGE)
     add("--output", required=True, metavar="DIR", help="output folder")
     add("--max-prompts", type=int, metavar="N", help="use the first N prompts")
     _add_columns(compare)
@@ -249,7 +255,7 @@ def _add_evaluation(commands: Commands) -> None:
     add = judge.add_argument
     add("input", metavar="IN", help="file with a context or prompt and two responses per record")
     add("output", metavar="OUT.jsonl", help="output file, with one line per record")
-    add("--model", required=True, metavar="MODEL", help="the judge")
+    add("--judge", "--model", dest="judge", required=True, metavar="JUDGE", help=JUDGE)
     add("--field", default="verdict", help="key of the verdict in an output line")
     _add_columns(judge)
     _add_judge(judge)
@@ -315,5 +321,5 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=8, metavar="N",
         help="prompts per forward pass without packing (default: 8)")
     add("--max-length", type=int, metavar="N", help="maximum number of tokens in a judge prompt")
-    add("--vllm-server", dest="servers", nargs="+", default=(), metavar="URL",
+    add("--vllm-server", dest="server", nargs="+", metavar="URL",
         help="URLs of `vllm serve MODEL` replicas that run the model instead of this process")

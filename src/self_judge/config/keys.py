@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from self_judge.config.older_names import OLD_NAMES
 from self_judge.config.schema import JSFTArgs, JSFTRun, SelfJudgeRun, Source
-from self_judge.config.self_training import SelfJudgeArgs
+from self_judge.config.self_training import JudgeArgs, JudgeMember, SelfJudgeArgs
 from self_judge.config.trainer_keys import library_fields
 from self_judge.config.yaml import type_name, unknown_key
 from self_judge.errors import ConfigError
@@ -31,6 +31,8 @@ _LIBRARIES = {
     "training_args": {"jsft": "SFTConfig", "train": "DPOConfig"},
     "peft_config": {"jsft, train": "LoraConfig"},
 }
+# Classes in lists, and sections that may be null: with the index of an item in the paths of keys.
+_NESTED = {"sources": (Source, ".0"), "judge": (JudgeArgs, ""), "panel": (JudgeMember, ".0")}
 _SECTION_HELP = {
     "training_args": "The fields of trl.SFTConfig (jsft) and trl.DPOConfig (train).",
     "peft_config": "The fields of peft.LoraConfig; null means full fine-tuning.",
@@ -160,8 +162,9 @@ def _keys_of(cls: type, where: str) -> Iterator[Key]:
             default = field.default_factory()
         text = "required" if default is dataclasses.MISSING else json.dumps(default).strip('"')
         yield Key(path, type_name(hint), text, helps.get(field.name, ""), _schema(hint))
-        if field.name == "sources":
-            yield from _keys_of(Source, f"{path}.0.")
+        if field.name in _NESTED:
+            kind, item = _NESTED[field.name]
+            yield from _keys_of(kind, f"{path}{item}.")
 
 
 def _helps(cls: type) -> dict[str, str]:

@@ -319,6 +319,8 @@ def converted(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
             return value
     elif origin in (typing.Union, types.UnionType):
         for option in args:
+            if dataclasses.is_dataclass(option) and isinstance(value, dict):
+                return built(typing.cast(type, option), value, where, problems)
             container = typing.get_origin(option) or option
             if container is float and type(value) is int:
                 return float(value)
@@ -358,6 +360,8 @@ def type_name(hint: Any) -> str:
         list: "a list",
         dict: "a mapping",
     }
+    if dataclasses.is_dataclass(hint):
+        return "a section"
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

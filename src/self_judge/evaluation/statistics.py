@@ -206,7 +206,7 @@ def evaluate_judge(
     """Computes a judge's agreement with the labels, which may apply to a single principle."""
     cases = list(labeled_comparisons(records))
     verdicts = judge.compare([comparison for comparison, _ in cases], progress=progress)
-    principles = judge.templates.principles
+    principles = judge.principles
     return judge_quality(
         [
             verdict if principle is None else under_principle(verdict, principles.index(principle))

@@ -25,7 +25,7 @@ from self_judge.runtime import (
     without_cudnn_attention,
 )
 
-Prompts = Sequence[Sequence[int]]  # token ids
+Prompts = Sequence[Sequence[Any]]  # token ids, or the messages of chats for an endpoint
 Done = Callable[[int], object]  # called with the number of newly finished prompts or responses
 
 
@@ -44,7 +44,7 @@ class LetterScorer(Protocol):
         """Returns p(A) and p(B) as the next token of each prompt (softmax over the vocabulary).
 
         Args:
-            prompts: the token ids of the prompts, without duplicates.
+            prompts: the prompts as the judge's encoder encodes them, without duplicates.
             letter_ids: the ids of A and B.
             done: a callback that receives the number of prompts computed since its last call.
 

@@ -15,18 +15,28 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from self_judge.config.self_training import PackingChoice
+from self_judge.config.self_training import PackingChoice, SamplingSettings
 from self_judge.datatypes import Comparison, Verdict
 from self_judge.errors import require_type, suggesting
 from self_judge.inference.letter_scoring import LetterScorer, TransformersScorer
+from self_judge.inference.remote.endpoint import EndpointScorer
+from self_judge.inference.sampling import Sampler, TransformersSampler
+from self_judge.inference.thinking import ThinkingScorer
+from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.judging.voting import aggregate, undecidable
 from self_judge.models import check_vocabulary, load_model, load_tokenizer
 from self_judge.packing.packing import Packing
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_json import encoder_as_taught, resolve_judge
-from self_judge.prompting.judge_prompt import encode_orders
+from self_judge.prompting.judge_json import encoder_as_taught, resolve_settings
+from self_judge.prompting.judge_prompt import (
+    AsMessages,
+    PromptEncoder,
+    WithThought,
+    encode_orders,
+)
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompting.thoughts import NO_ANSWER, answers_of
+from self_judge.runtime import unwrapped
 
 # The arguments that `from_pretrained` passes to both the tokenizer and the model.
 _ALSO_TOKENIZER = ("revision", "trust_remote_code")
@@ -46,7 +56,8 @@ class Judge:
         model: a causal language model (or `PeftModel`), which is used in evaluation mode and is not
             changed; or a `LetterScorer`. With a `LetterScorer`, `batch_size`, `packing` and
             `batch_tokens` are ignored.
-        encoder: a `ChatEncoder`, or a tokenizer whose own chat template is used.
+        encoder: a `ChatEncoder`, or a tokenizer whose own chat template is used; `None` for an
+            endpoint, which encodes chats itself.
         templates: the judge templates, or a mapping `{principle: {system, user, assistant}}`.
         token_id_a, token_id_b: expected token ids of the letters, which are checked against the ids
             derived from the tokenizer.
@@ -57,6 +68,11 @@ class Judge:
         packing: the packing mode (see `Packing`). `auto` selects an exact mode.
         batch_tokens: the maximum number of tokens in a packed forward pass (default:
             `tokens_per_pass`).
+        thought_tokens: the judge thinks before it names a letter, with at most this number of
+            tokens. By default, it does not think.
+
+    Attributes:
+        identity: what identifies this judge in files and cards, as plain data.
 
     Raises:
         ValueError: a template or letter is invalid (see `JudgeTemplates`, `ChatEncoder`), the
@@ -76,7 +92,7 @@ class Judge:
     def __init__(
         self,
         model: torch.nn.Module | LetterScorer,
-        encoder: ChatEncoder | PreTrainedTokenizerBase,
+        encoder: ChatEncoder | PreTrainedTokenizerBase | None,
         templates: JudgeTemplates | Mapping[str, Any],
         *,
         token_id_a: int | None = None,
@@ -85,6 +101,7 @@ class Judge:
         max_length: int | None = None,
         packing: PackingChoice = "auto",
         batch_tokens: int | None = None,
+        thought_tokens: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"judge batch size must be at least 1, got {batch_size}")
@@ -92,12 +109,20 @@ class Judge:
             raise ValueError(f"the judge's max_length must be at least 1, got {max_length}")
         if isinstance(model, str | os.PathLike):
             raise TypeError(f"Judge takes a model: use Judge.from_pretrained({str(model)!r:.80})")
-        self.encoder = ChatEncoder.of(encoder)
         self.templates = JudgeTemplates.of(templates)
-        self.letter_ids = self.encoder.letter_ids(self.templates, token_id_a, token_id_b)
+        self._encoder = None if isinstance(model, EndpointScorer) else _chat_encoder(encoder)
+        self._prompts: PromptEncoder = self._encoder or AsMessages()
+        self.letter_ids = self._prompts.letter_ids(self.templates, token_id_a, token_id_b)
         if isinstance(model, torch.nn.Module):
             check_vocabulary(model, self.encoder.tokenizer)
             model = TransformersScorer(model, batch_size, packing, batch_tokens)
+        self.identity: dict[str, Any] = {
+            "model": _name_of(model),
+            "principles": list(self.principles),
+        }
+        if thought_tokens is not None:
+            self.identity["thought_tokens"] = thought_tokens
+            model = self._thinking(model, thought_tokens)
         self.scorer: LetterScorer = model
         limits = [n for n in (max_length, self.scorer.max_length) if n is not None]
         self.max_length: int | None = min(limits, default=None)
@@ -110,12 +135,58 @@ class Judge:
             return
         nothing = Comparison("", "", "")
         for principle in self.templates:
-            ids = self.encoder.encode_open(self.templates.render(principle, nothing))
+            ids = self._prompts.encode_open(self.templates.render(principle, nothing))
             if len(ids) >= self.max_length:
                 raise ValueError(
                     f"max_length {self.max_length} leaves no room for responses: judge template "
                     f"{principle!r} alone has {len(ids)} tokens; raise max_length"
                 )
+
+    def _thinking(self, scorer: LetterScorer, tokens: int) -> LetterScorer:
+        if isinstance(scorer, EndpointScorer):
+            scorer.thought_tokens = tokens
+            return scorer
+        greedy = SamplingSettings(max_new_tokens=tokens, temperature=0.0)
+        sampler: Sampler
+        if isinstance(scorer, TransformersScorer):
+            model: Any = scorer.model
+            sampler = TransformersSampler(model, self.encoder, greedy)
+        elif isinstance(scorer, VLLMScorer):
+            sampler = VLLMSampler(scorer.engine, self.encoder, greedy, scorer.adapter)
+        else:
+            raise ValueError(
+                f"a {type(scorer).__name__} cannot think, because it does not sample: pass a "
+                "model, a VLLMScorer or an EndpointScorer"
+            )
+        self._prompts = WithThought(self.encoder)
+        return ThinkingScorer(scorer, sampler, self.encoder, tokens)
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        """The encoder of this judge.
+
+        Raises:
+            ValueError: the judge is an endpoint, which encodes chats itself.
+        """
+        if self._encoder is None:
+            raise ValueError("this judge is an endpoint, which has no tokenizer here")
+        return self._encoder
+
+    @property
+    def principles(self) -> tuple[str, ...]:
+        """The names of the votes, in the order of the probabilities in a `Verdict`."""
+        return self.templates.principles
+
+    @property
+    def judges(self) -> tuple[Judge, ...]:
+        """This judge alone, as a `Panel` has several."""
+        return (self,)
+
+    @property
+    def thought_tokens(self) -> int:
+        """The number of tokens in all thoughts so far."""
+        thinks = isinstance(self.scorer, ThinkingScorer | EndpointScorer)
+        return self.scorer.sampled_tokens if thinks else 0  # type: ignore[attr-defined]
 
     @property
     def model(self) -> torch.nn.Module:
@@ -136,8 +207,9 @@ class Judge:
         return self._on_transformers("packing").packing
 
     def _on_transformers(self, wanted: str) -> TransformersScorer:
-        if isinstance(self.scorer, TransformersScorer):
-            return self.scorer
+        scorer = self.scorer.scorer if isinstance(self.scorer, ThinkingScorer) else self.scorer
+        if isinstance(scorer, TransformersScorer):
+            return scorer
         raise ValueError(f"this judge uses an engine, which has no {wanted}")
 
     @classmethod
@@ -171,7 +243,7 @@ class Judge:
             ValueError: the model or the templates are missing, or a letter's token differs from the
                 saved token.
         """
-        settings = resolve_judge(
+        settings = resolve_settings(
             name_or_path,
             templates,
             token_id_a,
@@ -217,12 +289,12 @@ class Judge:
                 )
             for part in ("context", "response_a", "response_b"):
                 require_type(f"{part} of comparison {i}", getattr(given, part), str, "text")
-        prompts: list[list[int]] = []
+        prompts: list[list[Any]] = []
         fits: list[bool] = []
         shown = [answers_of(comparison) for comparison in comparisons]
         for comparison in shown:
             encoded = [
-                encode_orders(self.encoder, self.templates, p, comparison, self.max_length)
+                encode_orders(self._prompts, self.templates, p, comparison, self.max_length)
                 if comparison is not None
                 else None
                 for p in self.templates
@@ -254,12 +326,13 @@ class Judge:
         verdicts do not change. For an engine, this has no effect, because engines cache prefixes
         themselves.
         """
-        if isinstance(self.scorer, TransformersScorer):
-            return self.packing.prefix_cache()
+        scorer = self.scorer.scorer if isinstance(self.scorer, ThinkingScorer) else self.scorer
+        if isinstance(scorer, TransformersScorer):
+            return scorer.packing.prefix_cache()
         return nullcontext()
 
     def letter_probabilities(
-        self, prompts: Sequence[Sequence[int]], *, progress: bool = False
+        self, prompts: Sequence[Sequence[Any]], *, progress: bool = False
     ) -> torch.Tensor:
         """Returns p(A) and p(B) as the next token of each prompt (softmax over the vocabulary).
 
@@ -279,3 +352,18 @@ class Judge:
 
 def _in_twos(rows: list[list[float]]) -> Iterable[tuple[list[float], list[float]]]:
     return zip(rows[::2], rows[1::2], strict=True)
+
+
+def _chat_encoder(encoder: ChatEncoder | PreTrainedTokenizerBase | None) -> ChatEncoder:
+    if encoder is None:
+        raise TypeError("Judge needs an encoder: only an endpoint judges without one")
+    return ChatEncoder.of(encoder)
+
+
+def _name_of(scorer: LetterScorer) -> str:
+    if isinstance(scorer, EndpointScorer):
+        return scorer.model
+    if isinstance(scorer, TransformersScorer):
+        config: Any = unwrapped(scorer.model).config
+        return str(config.name_or_path or type(unwrapped(scorer.model)).__name__)
+    return type(scorer).__name__

@@ -29,7 +29,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -40,7 +40,9 @@ from peft import PeftModel
 from self_judge.datatypes import Comparison, Message, Verdict, stable_seed
 from self_judge.errors import require_type
 from self_judge.inference.letter_scoring import TransformersScorer
+from self_judge.inference.thinking import ThinkingScorer
 from self_judge.judging.judge import Judge
+from self_judge.judging.panel import AnyJudge, Panel
 from self_judge.judging.tournament import Compare, knockouts
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.prompting.messages import content_of
@@ -82,14 +84,19 @@ class PairwiseReward:
     """
 
     def __init__(
-        self, judge: Judge | str | os.PathLike[str], scheme: Scheme = "all_pairs", *, seed: int = 0
+        self,
+        judge: AnyJudge | str | os.PathLike[str],
+        scheme: Scheme = "all_pairs",
+        *,
+        seed: int = 0,
     ) -> None:
         if scheme not in get_args(Scheme):
             known = ", ".join(get_args(Scheme))
             raise ValueError(f"scheme must be one of {known}, got {scheme!r}")
         if isinstance(judge, str | os.PathLike):
             judge = Judge.from_pretrained(judge)
-        require_type("judge", judge, Judge, "a Judge or a model folder with judge.json")
+        types = "a Judge, a Panel or a model folder with judge.json"
+        require_type("judge", judge, (Judge, Panel), types)
         self.judge, self.scheme, self.seed = judge, scheme, seed
         self.__name__ = f"self_judge/{scheme}"  # the name in TRL's logs
 
@@ -169,12 +176,17 @@ class PairwiseReward:
 
     def _initial_model(self) -> AbstractContextManager[Any]:
         """Disables the adapter of a policy in training, which then judges as the initial model."""
-        scorer = self.judge.scorer
-        if not isinstance(scorer, TransformersScorer):
-            return nullcontext()
-        model = extract_model_from_parallel(scorer.model)
-        trained = isinstance(model, PeftModel) and any(p.requires_grad for p in model.parameters())
-        return model.disable_adapter() if trained else nullcontext()
+        stack = ExitStack()
+        for judge in self.judge.judges:
+            scorer = judge.scorer
+            scorer = scorer.scorer if isinstance(scorer, ThinkingScorer) else scorer
+            if not isinstance(scorer, TransformersScorer):
+                continue
+            model = extract_model_from_parallel(scorer.model)
+            trained = any(p.requires_grad for p in model.parameters())
+            if isinstance(model, PeftModel) and trained:
+                stack.enter_context(model.disable_adapter())
+        return stack
 
 
 class _Matches:

@@ -38,6 +38,7 @@ from transformers import PreTrainedTokenizerBase
 from self_judge.datatypes import Comparison, Verdict, stable_seed
 from self_judge.errors import require_type, suggesting
 from self_judge.judging.judge import Judge
+from self_judge.judging.panel import AnyJudge
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompting.thoughts import with_answers
@@ -239,7 +240,7 @@ def _check(
 
 
 def judged_knockouts(
-    judge: Judge,
+    judge: AnyJudge,
     contexts: Sequence[str],
     responses: Sequence[Sequence[str]],
     *,
@@ -333,7 +334,7 @@ def tournament_rejection_sampling(
     judge_batch_size: int = 8,
     *,
     seed: int = 0,
-    judge: Judge | None = None,
+    judge: AnyJudge | None = None,
     prior: Sequence[Sequence[float]] | None = None,
     return_brackets: bool = False,
     progress: bool = False,

@@ -1,6 +1,6 @@
 """The settings of a judge, and the file judge.json that stores them with a model.
 
-`resolve_judge` selects the templates, letters and chat template. Values that the caller passes
+`resolve_settings` selects the templates, letters and chat template. Values that the caller passes
 override those that the model was trained with.
 """
 
@@ -44,10 +44,15 @@ def save_judge_settings(
     encoder: ChatEncoder | PreTrainedTokenizerBase,
     templates: JudgeTemplates | Mapping[str, Any],
     letter_ids: Sequence[int],
+    judged_by: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the judge's templates, letter ids and chat template to `directory/judge.json`.
 
     The file is written atomically.
+
+    Args:
+        judged_by: the judge in the self-training of this model, if it was another one than the
+            initial model.
     """
     encoder = ChatEncoder.of(encoder)
     content = {
@@ -56,10 +61,26 @@ def save_judge_settings(
         "token_id_b": int(letter_ids[1]),
         "chat_template": encoder.chat_template,
         "chat_template_kwargs": encoder.chat_template_kwargs,
+        **({} if judged_by is None else {"judged_by": judged_by}),
     }
     path = Path(directory) / JUDGE_FILE
     write_json(path, content)
     return path
+
+
+def save_judged_by(directory: str | os.PathLike[str], judged_by: Mapping[str, Any]) -> None:
+    """Writes who judged in self-training to the `judge.json` of a model that has no templates."""
+    write_json(Path(directory) / JUDGE_FILE, {"judge": None, "judged_by": judged_by})
+
+
+def load_judged_by(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Returns who judged in the self-training of a model in a folder; `None`: its initial model."""
+    path = Path(directory) / JUDGE_FILE
+    try:
+        found = loads(path.read_bytes()).get("judged_by")
+    except (AttributeError, FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def load_judge_settings(
@@ -71,6 +92,8 @@ def load_judge_settings(
         return None
     try:
         saved = loads(path.read_bytes())
+        if saved.get("judge") is None and saved.get("judged_by"):
+            return None  # another judge judged, and this model was not trained to judge
         return JudgeSettings(
             JudgeTemplates.from_dict(saved),
             int(saved["token_id_a"]),
@@ -85,10 +108,10 @@ def load_judge_settings(
 
 def has_judge_settings(name_or_path: str | os.PathLike[str], revision: str | None = None) -> bool:
     """Returns whether a model in a folder or on the Hub has a `judge.json`."""
-    return bool(name_or_path) and repository_file(name_or_path, JUDGE_FILE, revision) is not None
+    return bool(name_or_path) and load_judge_settings(name_or_path, revision) is not None
 
 
-def resolve_judge(
+def resolve_settings(
     name_or_path: str | os.PathLike[str] | None,
     templates: JudgeTemplates | Mapping[str, Any] | None = None,
     token_id_a: int | None = None,

@@ -5,18 +5,70 @@ This module renders the judge templates and passes the chats to `ChatEncoder`.
 
 from __future__ import annotations
 
-from self_judge.datatypes import Comparison
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from self_judge.datatypes import Comparison, Message
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_templates import JudgeTemplates, turns_of
 
+THOUGHT = -1  # stands in a prompt where the judge thinks; see `WithThought`
+
+
+class PromptEncoder(Protocol):
+    """Encodes judge prompts as a letter scorer takes them; see `ChatEncoder`."""
+
+    def encode_open(self, messages: Sequence[Message]) -> list[Any]:
+        """Encodes a chat whose last message is continued by the letter."""
+        ...
+
+    def letter_ids(
+        self,
+        templates: JudgeTemplates,
+        token_id_a: int | None = None,
+        token_id_b: int | None = None,
+    ) -> tuple[int, int]:
+        """Returns the ids of the letters A and B."""
+        ...
+
+
+class AsMessages:
+    """Leaves chats as (role, text) pairs, for endpoints that encode messages themselves."""
+
+    def encode_open(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
+        """See `PromptEncoder`."""
+        return [(message["role"], message["content"]) for message in messages]
+
+    def letter_ids(self, templates: JudgeTemplates, *token_ids: int | None) -> tuple[int, int]:
+        """Returns the indices of the letters, because endpoints name tokens by their texts."""
+        return 0, 1
+
+
+class WithThought:
+    """Encodes judge prompts with a place for a thought before the lead-in.
+
+    The ids before `THOUGHT` ask the judge for its thought. The ids after it are the lead-in.
+    """
+
+    # question ... <|im_start|> assistant ↵   THOUGHT   ↵↵ The better one is Response
+
+    def __init__(self, encoder: ChatEncoder) -> None:
+        self.encoder = encoder
+        self.letter_ids = encoder.letter_ids
+
+    def encode_open(self, messages: Sequence[Message]) -> list[int]:
+        """See `PromptEncoder`."""
+        lead_in = self.encoder.encode_content(f"\n\n{messages[-1]['content']}")
+        return [*self.encoder.encode_prompt(messages[:-1]), THOUGHT, *lead_in]
+
 
 def encode_orders(
-    encoder: ChatEncoder,
+    encoder: PromptEncoder,
     templates: JudgeTemplates,
     principle: str,
     comparison: Comparison,
     max_length: int | None = None,
-) -> tuple[list[int], list[int]] | None:
+) -> tuple[list[Any], list[Any]] | None:
     """Encodes the two judge prompts for a comparison: with response `a` first, then with `b` first.
 
     If a prompt is longer than `max_length` tokens, the oldest turns of the context are dropped.
@@ -26,7 +78,7 @@ def encode_orders(
         The two lists of ids, or `None` if the pair does not fit even without older turns.
     """
 
-    def orders_of(context: str) -> tuple[list[int], list[int]] | None:
+    def orders_of(context: str) -> tuple[list[Any], list[Any]] | None:
         given = Comparison(context, comparison.response_a, comparison.response_b)
         orders = (
             encoder.encode_open(templates.render(principle, given)),

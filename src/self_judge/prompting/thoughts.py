@@ -147,6 +147,18 @@ def opened_by(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str 
     return next((closing for opening, closing in _MARKERS if end.endswith(opening)), None)
 
 
+def closing_of(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int]
+) -> str | None:
+    """Returns the marker that closes the thought in which `ids` end, or `None` if there is none."""
+    close = opened_by(tokenizer, prompt)
+    text = _decoded(tokenizer, ids)
+    if split_thought(text, close).answer is not None:
+        return None
+    head = text.lstrip()
+    return close or next((c for o, c in _MARKERS if head.startswith(o)), None)
+
+
 def sampled(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int], ended: bool
 ) -> Response:

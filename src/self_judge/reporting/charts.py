@@ -87,18 +87,28 @@ CHARTS = (  # in the order on the page
           "The share of decided pairs for which both orders prefer the same response. In the "
           "other pairs, the preference depends on the position.",
           PERCENT, 0.5),
+    Chart(JUDGE, "letter-mass", "Letter mass", {"judge/letter_mass": "p(A) + p(B)"},
+          "How probable the two letters are together, as the judge's next token.", PERCENT),
     Chart(JUDGE, "undecidable", "Undecidable pairs", {"judge/undecidable": "undecidable"},
           "The share of pairs that have no gradient because the texts are equal or too long, the "
           "scores are tied, or a thought has no answer.",
           PERCENT),
     Chart(JUDGE, "principles", "Win rate by principle", {"judge/win_rate/": ""},
-          "The share of decided pairs in which a principle agrees with the verdict.", PERCENT),
+          "The share of decided pairs in which a principle, or a judge of a panel, agrees with the "
+          "verdict.",
+          PERCENT),
+    Chart(JUDGE, "principle-orders", "Order agreement by principle",
+          {"judge/order_agreement/": ""},
+          "The share of decided pairs for which a principle, or a judge of a panel, prefers the "
+          "same response in both orders.",
+          PERCENT, 0.5),
     Chart(RESPONSES, "length", "Response length",
           {"completions/mean_length": "all", "completions/chosen_length": "chosen",
            "completions/rejected_length": "rejected"},
           "The mean number of tokens in an answer. If the chosen length stays above the "
           "rejected length, the policy learns to write longer answers.",
-          maybe={"completions/thought_length": "thought"}),
+          maybe={"completions/thought_length": "thought",
+                 "judge/thought_tokens": "the judge's thoughts, per pair"}),
     Chart(RESPONSES, "drift", "Length against the reference",
           {"completions/length_drift": "ratio"},
           "The mean length divided by its value in the first step, in which the policy equals the "

@@ -53,6 +53,9 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
         say(console, f"undecidable, {reason}: {count:,}")
     for reason, count in results["skipped"].items():
         say(console, f"skipped, {reason}: {count:,}")
+    for judged in (results, results.get("compared_with", {})):
+        if tokens := judged.get("thought_tokens_per_pair"):
+            say(console, f"{judged['judge']['model']} thinks {tokens:,.1f} tokens per pair")
     if results["pairs_per_second"]:
         say(console, f"{results['pairs_per_second']:.2f} pairs per second")
     print_conclusions(console, results["conclusions"])

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from self_judge.adapters import adapter_config
-from self_judge.commands.judge_choice import JudgeChoice, encoder_of, fingerprint
+from self_judge.adapters import adapter_config, fingerprint
+from self_judge.commands.policies import encoder_of
 from self_judge.console import say
 from self_judge.errors import ConfigError
+from self_judge.judging.choice import JudgeChoice
+from self_judge.judging.judge import Judge
 from self_judge.models import load_model
 
 if TYPE_CHECKING:
@@ -137,7 +139,7 @@ def application(choice: JudgeChoice, job: ServeJob) -> Starlette:
 
 def served_name(choice: JudgeChoice, job: ServeJob) -> str:
     """Returns the name that requests give as `model`: the policy's, as given."""
-    return (job.policy or choice.model).rstrip("/")
+    return (job.policy or str(choice.model)).rstrip("/")
 
 
 def _backend(choice: JudgeChoice, job: ServeJob, on_batch: Callable[[str, int], object]) -> Backend:
@@ -145,7 +147,7 @@ def _backend(choice: JudgeChoice, job: ServeJob, on_batch: Callable[[str, int], 
         return _replicas(choice, job)
     from self_judge.serving.in_process import InProcess
 
-    judge = choice.load()
+    judge = _judge(choice)
     if job.policy is None:
         return InProcess(judge, judge.model, judge.encoder, on_batch=on_batch)
     policy = load_model(job.policy, device="auto", dtype=choice.dtype)
@@ -165,9 +167,19 @@ def _replicas(choice: JudgeChoice, job: ServeJob) -> Backend:
         name = f"self-judge-{fingerprint(job.policy)}"  # other weights have another name
         adapter = {"adapter": Path(job.policy), "adapter_name": name}
     engine: Any = VLLMReplicas(choice.servers, request_timeout=job.deadline, **adapter)
-    judge = choice.load(engine)
+    judge = _judge(choice, engine)
     encoder = judge.encoder if job.policy is None else encoder_of(job.policy)
     return Replicas(engine, judge, encoder, job.max_concurrency)
+
+
+def _judge(choice: JudgeChoice, engine: Any = None) -> Judge:
+    judge = choice.load(engine)
+    if not isinstance(judge, Judge) or choice.endpoint:
+        raise ConfigError(
+            f"serve cannot use the judge {choice.name!r}: name one model, which judges in this "
+            "process or on --vllm-server"
+        )
+    return judge
 
 
 def is_loopback(host: str) -> bool:

@@ -23,16 +23,10 @@ from self_judge.console import masked, neutral
 from self_judge.datatypes import Verdict
 from self_judge.errors import EngineError, in_a_line
 from self_judge.inference.letter_scoring import Done, Prompts
+from self_judge.inference.remote.server import UnusableError, choices_of, error_message
 from self_judge.inference.sampling import rows_to_sample, sampled_response, stop_tokens
+from self_judge.inference.vllm.answers import base_model, letter_logprobs, sampled_ids
 from self_judge.inference.vllm.protocol import request_parameters, scoring_parameters
-from self_judge.inference.vllm.server import (
-    UnusableError,
-    base_model,
-    choices_of,
-    error_message,
-    letter_logprobs,
-    sampled_ids,
-)
 from self_judge.judging.judge import Judge
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.serving.work import Game, Sampling, TokenLogprob

@@ -110,6 +110,7 @@ class FaultToleranceMixin(HubMixin):
     stopped_early = False
     nothing_judged = False
     on_saved: Callable[[Path], object] | None = None
+    on_resume: Callable[[Path], object] | None = None
     reference: ReferenceCheck | None = None
     _data: str | None = None
     _staging: Path | None = None
@@ -165,6 +166,8 @@ class FaultToleranceMixin(HubMixin):
         model: Any = self.model
         check_start(self.args, model)
         self._data = data_fingerprint(self.train_dataset)
+        if checkpoint is not None and self.on_resume is not None:
+            self.on_resume(checkpoint)
         if is_sharded(self.args):
             return
         if self.optimizer is not None:

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
 from self_judge.console import masked
-from self_judge.prompting.judge_json import JUDGE_FILE, load_judge_settings
+from self_judge.prompting.judge_json import JUDGE_FILE, load_judge_settings, load_judged_by
 from self_judge.runtime import unwrapped
 from self_judge.storage.atomic import loads
 from self_judge.storage.repository import same_path
@@ -98,6 +98,7 @@ def model_card(
         "## Data",
         _data(output, dataset_name, sources),
         "## Judge",
+        *_judged_by(folder),
         *_judge(folder, hub_id or str(saved_as), trainer.judge_folder or str(saved_as)),
         *_measured(output),
         "## Versions",
@@ -118,13 +119,28 @@ def pairs_card(trainer: Any) -> str:
     parts = [
         f"# Pairs sampled by {trainer.hub_model_id}",
         "Each line is a pair of responses that the policy sampled in self-training "
-        "([paper](https://arxiv.org/abs/2402.11253)) and that the initial model judged in both "
-        f"orders: `context`, `chosen`, `rejected`, and the judge's `probabilities`. The policy is "
+        f"([paper](https://arxiv.org/abs/2402.11253)) and that {_judge_of(trainer)} judged in both "
+        "orders: `context`, `chosen`, `rejected`, and the judge's `probabilities`. The policy is "
         f"{_linked(str(trainer.hub_model_id))}.",
         "## Citations",
         _CITATIONS,
     ]
     return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _judge_of(trainer: Any) -> str:
+    """Returns who judges in self-training."""
+    if trainer.given_judge is None:
+        return "the initial model"
+    return _code(trainer.judge.identity["model"])
+
+
+def _judged_by(folder: Path) -> Iterator[str]:
+    """Yields who judged in self-training, if it was another judge than the initial model."""
+    if judge := load_judged_by(folder):
+        where = f" at {_code(judge['endpoint'])}" if judge.get("endpoint") else ""
+        votes = ", ".join(map(str, judge.get("principles", ())))
+        yield f"{_code(judge['model'])}{where} judged in self-training, by {votes}."
 
 
 def _judge(folder: Path, name: str, judge_folder: str) -> Iterator[str]:

@@ -28,14 +28,16 @@ from self_judge.config.trainer_keys import accumulation_steps, check_training_va
 from self_judge.data.sources import PreferenceData, Subset, load_preferences, to_self_judge_rows
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ConfigError
+from self_judge.judging.choice import JudgeChoice
 from self_judge.models import load_tokenizer
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import (
     JUDGE_FILE,
     JudgeSettings,
     encoder_as_taught,
+    has_judge_settings,
     load_judge_settings,
-    resolve_judge,
+    resolve_settings,
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompting.template_source import CLOCK
@@ -89,7 +91,7 @@ def self_judge_config(run: SelfJudgeRun, processes: int | None = None) -> SelfJu
     """
     own = dataclasses.asdict(run.self_judge_args)
     # Arguments of the trainer and the command, not of the trainer's config.
-    for name in ("token_id_a", "token_id_b", "judge_accuracy"):
+    for name in ("token_id_a", "token_id_b", "judge_accuracy", "judge"):
         del own[name]
     global_batch_size = own.pop("global_batch_size")
     config: SelfJudgeConfig = _training_config(
@@ -163,21 +165,53 @@ def jsft_chat_setup(run: JSFTRun) -> tuple[ChatEncoder, JudgeSettings]:
     return _encoder(run, None), JudgeSettings(templates)
 
 
-def self_judge_chat_setup(run: SelfJudgeRun) -> tuple[ChatEncoder, JudgeSettings]:
-    """Returns the encoder for a self-training run and the settings of its judge.
+def self_judge_chat_setup(run: SelfJudgeRun) -> tuple[ChatEncoder, JudgeSettings | None]:
+    """Returns the encoder for a self-training run and the settings of its initial model as a judge.
+
+    The settings are `None` if another judge judges and the model has no templates.
 
     Raises:
         ValueError: neither the run file nor the model folder has judge templates.
     """
-    settings = resolve_judge(
-        run.model.model_name_or_path,
-        run.templates.judge_templates(),
+    name, templates = run.model.model_name_or_path, run.templates.judge_templates()
+    judge = run.self_judge_args.judge
+    taught = templates is not None or has_judge_settings(name, run.model.revision)
+    if judge is not None and not judge.needs_initial and not taught:
+        return _encoder(run, None), None
+    settings = resolve_settings(
+        name,
+        templates,
         run.self_judge_args.token_id_a,
         run.self_judge_args.token_id_b,
         revision=run.model.revision,
         remedy=JSFT_FIRST,
     )
     return _encoder(run, settings), settings
+
+
+def judge_choice(run: SelfJudgeRun, own: JudgeSettings | None) -> JudgeChoice | None:
+    """Returns the judge of a self-training run, or `None` for the frozen initial model.
+
+    Args:
+        own: the settings of the initial model as a judge, whose templates are those of a judge
+            without templates.
+
+    Raises:
+        ValueError: a judge has no templates.
+    """
+    args = run.self_judge_args
+    if args.judge is None:
+        return None
+    try:
+        return JudgeChoice.from_args(
+            args.judge,
+            batch_size=args.judge_batch_size,
+            max_length=args.max_length,
+            packing=args.packing,
+            fallback=own and own.templates,
+        )
+    except ValueError as error:
+        raise ConfigError(f"self_judge_args.judge: {error}") from error
 
 
 def _encoder(run: JSFTRun | SelfJudgeRun, saved: JudgeSettings | None) -> ChatEncoder:

@@ -186,7 +186,7 @@ def test_without_any_server_left_the_error_names_them_all() -> None:
     with serving(FakeVLLM()) as one, serving(FakeVLLM()) as two:
         engine = client(one, two)
         one.broken = two.broken = True
-        with pytest.raises(EngineError, match="all vLLM servers have stopped answering") as error:
+        with pytest.raises(EngineError, match="all servers have stopped answering") as error:
             draw(engine, [[1], [2]])
         assert one.url in str(error.value)
         assert two.url in str(error.value)

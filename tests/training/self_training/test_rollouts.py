@@ -247,6 +247,9 @@ def test_metrics_are_those_computed_by_hand() -> None:
         {
             "judge/margin": (0.25 + 0.3) / 2,
             "judge/order_agreement": 1.0,
+            "judge/order_agreement/helpful": 1.0,
+            "judge/order_agreement/honest": 1.0,
+            "judge/letter_mass": 0.7,
             "judge/undecidable": 0.5,
             "judge/broken": 0.25,
             "judge/win_rate/helpful": 0.5,

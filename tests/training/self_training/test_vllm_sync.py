@@ -327,7 +327,7 @@ def test_ahead_an_error_of_the_servers_ends_the_run(make: Make, served: ServedMo
     trainer = make(peft_config=LoraConfig(**LORA), rollouts_ahead=True)
     trainer.vllm.engine.servers[0].retry_wait = 0.001  # type: ignore[union-attr]
     trainer.add_callback(Breaks())
-    with pytest.raises(EngineError, match="all vLLM servers have stopped answering"):
+    with pytest.raises(EngineError, match="all servers have stopped answering"):
         trainer.train()
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
+from self_judge.adapters import fingerprint
 from self_judge.commands.align.outcome import print_outcome
 from self_judge.commands.align.stages import (
     FILES,
@@ -33,7 +34,6 @@ from self_judge.commands.align.stages import (
     stages,
 )
 from self_judge.commands.init import InitJob, run_init
-from self_judge.commands.judge_choice import fingerprint
 from self_judge.commands.train import changed_settings, settings_json
 from self_judge.config.hardware import fit_to_machine
 from self_judge.config.schema import load_run

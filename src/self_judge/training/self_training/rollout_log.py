@@ -21,6 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from self_judge.console import masked, neutral
+from self_judge.datatypes import Verdict
+from self_judge.judging.voting import under_principle
 from self_judge.prompting.thoughts import NO_ANSWER
 from self_judge.storage.atomic import atomic_write
 from self_judge.storage.run_dir import rollout_file, thin_rollouts
@@ -38,6 +40,7 @@ def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> di
         "decided": float(len(judged)),
         "margin": math.fsum(v.margin for v in judged),
         "orders_agree": float(sum(v.orders_agree for v in judged)),
+        "mass": math.fsum(_letter_mass(v) for v in judged),
         "broken": float(sum(is_broken(r) for r in rollouts)),
         "responses": float(len(both)),
         "tokens": float(sum(x.answer_length for x in both)),
@@ -55,7 +58,15 @@ def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> di
             difference = (aa + bb) - (ab + ba)
             wins += 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
         totals[f"wins/{principle}"] = wins
+        own = (under_principle(verdict, p) for verdict in judged)
+        totals[f"orders/{principle}"] = float(sum(verdict.orders_agree for verdict in own))
     return totals
+
+
+def _letter_mass(verdict: Verdict) -> float:
+    """Returns p(A) + p(B), the mean over all prompts of a pair."""
+    masses = [sum(letters) for orders in verdict.probabilities for letters in orders]
+    return math.fsum(masses) / len(masses)
 
 
 def is_broken(rollout: Rollout) -> bool:
@@ -69,9 +80,10 @@ def is_broken(rollout: Rollout) -> bool:
 def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     """Computes the logged means from the sums of `rollout_totals`.
 
-    Margin, order agreement and win rates are means over decided pairs. The win rate of a principle
-    is the share of pairs in which it agrees with the verdict. Lengths count only answers. If there
-    are thoughts, the metrics also include their mean length and the share of responses without an
+    Margin, order agreement, letter mass and win rates are means over decided pairs. The win rate of
+    a principle or a member of a panel is the share of pairs in which it agrees with the verdict,
+    and its order agreement is that of its own verdicts. Lengths count only answers. If there are
+    thoughts, the metrics also include their mean length and the share of responses without an
     answer.
     """
     decided, responses = max(totals["decided"], 1.0), max(totals["responses"], 1.0)
@@ -79,6 +91,7 @@ def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     metrics = {
         "judge/margin": totals["margin"] / decided,
         "judge/order_agreement": totals["orders_agree"] / decided,
+        "judge/letter_mass": totals["mass"] / decided,
         "judge/undecidable": 1.0 - totals["decided"] / pairs,
         "judge/broken": totals["broken"] / pairs,
         "completions/mean_length": totals["tokens"] / responses,
@@ -89,9 +102,12 @@ def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     if totals["thoughts"]:
         metrics["completions/thought_length"] = totals["thought_tokens"] / totals["thoughts"]
         metrics["completions/unanswered"] = totals["unanswered"] / responses
-    for name, value in totals.items():
-        if name.startswith("wins/"):
-            metrics[f"judge/win_rate/{name.removeprefix('wins/')}"] = value / decided
+    if totals.get("judge_thoughts"):
+        metrics["judge/thought_tokens"] = totals["judge_thoughts"] / pairs
+    votes = [name.removeprefix("wins/") for name in totals if name.startswith("wins/")]
+    for name in votes:
+        metrics[f"judge/win_rate/{name}"] = totals[f"wins/{name}"] / decided
+        metrics[f"judge/order_agreement/{name}"] = totals[f"orders/{name}"] / decided
     return metrics
 
 
@@ -221,13 +237,19 @@ def keep_rollouts(
 
 
 def metrics_over_processes(
-    rollouts: Sequence[Rollout], principles: Sequence[str], accelerator: Accelerator
+    rollouts: Sequence[Rollout],
+    principles: Sequence[str],
+    accelerator: Accelerator,
+    thought_tokens: int = 0,
 ) -> tuple[dict[str, float], bool]:
     """Returns a step's metrics over all processes, and whether all rollouts are unusable.
 
     Every process must call this function.
+
+    Args:
+        thought_tokens: the number of tokens in this process's judge's thoughts.
     """
-    totals = rollout_totals(rollouts, principles)
+    totals = rollout_totals(rollouts, principles) | {"judge_thoughts": float(thought_tokens)}
     lengths = [float(x.answer_length) for r in rollouts for x in (r.chosen, r.rejected)]
     device = accelerator.device
     summed = accelerator.reduce(

@@ -19,7 +19,7 @@ from self_judge.config.self_training import PairSelection
 from self_judge.datatypes import Comparison, Response, Verdict, stable_seed
 from self_judge.inference.lockstep import LockstepPacking
 from self_judge.inference.sampling import Sampler, TransformersSampler
-from self_judge.judging.judge import Judge
+from self_judge.judging.panel import AnyJudge
 from self_judge.judging.tournament import Bracket, Compare, knockouts
 from self_judge.training.callbacks import StepClock
 from self_judge.training.self_training.config import SelfJudgeConfig
@@ -311,7 +311,7 @@ class RolloutPipeline:
 
     def __init__(
         self,
-        judge: Judge,
+        judge: AnyJudge,
         settings: SelfJudgeConfig,
         clock: StepClock,
         *,
@@ -321,7 +321,7 @@ class RolloutPipeline:
     ) -> None:
         self.judge, self.settings, self.clock = judge, settings, clock
         self.sampler, self.reference, self.lockstep = sampler, reference, lockstep
-        self.sampled_tokens = 0
+        self.sampled_tokens = self.thought_tokens = 0
         self._batches, self._samples = BatchesAhead(), SamplesAhead()
         self._next: list[Any] = []
 
@@ -362,6 +362,7 @@ class RolloutPipeline:
         with self.clock.phase("judging"), self.reference(), rounds:
             if self.lockstep is not None:
                 self.lockstep.decision  # noqa: B018  all processes must run this trial together
+            before = self.judge.thought_tokens
             rollouts = judged_rollouts(
                 self.judge.compare,
                 [records[i] for i, _ in each],
@@ -371,6 +372,7 @@ class RolloutPipeline:
                 [stable_seed(seeds[i], "again", t) if t else seeds[i] for i, t in each],
                 self.settings.pair_selection,
             )
+            self.thought_tokens = self.judge.thought_tokens - before
             if self.lockstep is not None:
                 self.lockstep.finish()
         if self.settings.rollouts_ahead and not last:

@@ -33,20 +33,16 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOTrainer
 
 from self_judge.errors import require_type
-from self_judge.inference.letter_scoring import TransformersScorer
-from self_judge.inference.lockstep import LockstepPacking, check_processes, max_over_ranks
+from self_judge.inference.letter_scoring import LetterScorer
+from self_judge.inference.lockstep import check_processes, max_over_ranks
 from self_judge.judging.judge import Judge
+from self_judge.judging.panel import InitialModel, Panel
 from self_judge.models import load_tokenizer
 from self_judge.packing.fused_head import FUSED_HEAD, pack_fused_head
 from self_judge.packing.packing import Packing, needs_one_pass
 from self_judge.packing.pass_size import pinned_tokens_per_pass
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_json import (
-    encoder_as_taught,
-    has_judge_settings,
-    resolve_judge,
-    save_judge_settings,
-)
+from self_judge.prompting.judge_json import encoder_as_taught, has_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.storage.run_dir import ROLLOUTS
@@ -75,6 +71,15 @@ from self_judge.training.self_training.config import (
     for_model,
     hub_options,
     with_values,
+)
+from self_judge.training.self_training.judges import (
+    check_judge_type,
+    check_same_judge,
+    judge_in_training,
+    judged_by,
+    needs_initial,
+    own_settings,
+    save_judge,
 )
 from self_judge.training.self_training.logprob_averaging import LogProbAveraging
 from self_judge.training.self_training.policy import policy_sampler
@@ -117,8 +122,9 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         judge_templates: `{principle: {system, user, assistant}}`; default: the `judge.json` that
             JSFT saved with the model.
         token_id_a, token_id_b: expected letter ids, which are compared with the tokenizer's ids.
-        ref_model: the judge and reference; default: a frozen copy of the given model, or the model
-            with its new adapter disabled.
+        judge: who judges; default: the frozen initial model. The reference stays the same.
+        ref_model: the reference, and the judge if `judge` is unset; default: a frozen copy of the
+            given model, or the model with its new adapter disabled.
         encoder: a `ChatEncoder`, for a chat template other than the tokenizer's or the saved one.
 
     Raises:
@@ -143,6 +149,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         encoder: ChatEncoder | None = None,
+        judge: Judge | Panel | InitialModel | LetterScorer | None = None,
         judge_templates: JudgeTemplates | Mapping[str, Any] | None = None,
         token_id_a: int | None = None,
         token_id_b: int | None = None,
@@ -164,6 +171,7 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
             raise ValueError("pass either tokenizer or processing_class, not both")
         check_names(type(self).__name__, DPOTrainer, SelfJudgeConfig, trainer_arguments)
         model = model_or_name("model", model)
+        check_judge_type(judge)
         if ref_model is not None:
             ref_model = model_or_name("ref_model", ref_model)
         name, judge_name = name_of(model), name_of(model if ref_model is None else ref_model)
@@ -194,18 +202,16 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         check_tokenizer(processing_class)
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
-        settings = resolve_judge(
-            judge_name if has_judge_settings(judge_name) else name,
-            judge_templates,
-            token_id_a,
-            token_id_b,
-            revision=hub["revision"],
-            remedy="pass judge_templates, or start from a model trained with JSFT",
+        taught = judge_name if has_judge_settings(judge_name) else name
+        settings = own_settings(
+            judge, taught, judge_templates, token_id_a, token_id_b, hub["revision"]
         )
-        self.judge_templates = settings.templates
+        self.judge_templates = settings.templates if settings else None
+        self.given_judge = judge
         # TRL's constructor prepares the dataset, which needs these attributes.
         self.encoder = ChatEncoder.of(encoder or encoder_as_taught(processing_class, settings))
-        letters = self.encoder.letter_ids(
+        # The letters of the initial model as a judge, if it has templates
+        self.letters = settings and self.encoder.letter_ids(
             settings.templates, settings.token_id_a, settings.token_id_b
         )
         given = given_logits(model, ref_model, config, peft_config)
@@ -228,9 +234,9 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         if given is not None:
             self.reference = ReferenceCheck(given, self.model, partial(reference_logits, self))
         self.judge_folder = judge_name
-        self._set_up(config, letters)
+        self._set_up(config)
 
-    def _set_up(self, config: SelfJudgeConfig, letters: tuple[int, int]) -> None:
+    def _set_up(self, config: SelfJudgeConfig) -> None:
         """Sets up the judge, packing and rollouts after TRL has placed the models."""
         check_processes(self.accelerator)
         lighten(self.model)
@@ -245,7 +251,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         self.output_dir = str(config.output_dir)
         self.pairs_folder = Path(self.output_dir) / ROLLOUTS if config.push_pairs else None
         self.max_skipped_steps = config.max_skipped_steps
-        self.on_saved = self._save_judge_settings
+        self.on_saved = partial(save_judge, self)
+        self.on_resume = partial(check_same_judge, self)
         tokens = None
         if config.packing != "off":
             tokens = pinned_tokens_per_pass(unwrapped(self.model), self.output_dir)
@@ -258,22 +265,10 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
                 self.accelerator,
                 self.encoder,
                 probe=probe_prompt(self.encoder, self.judge_templates),
-                separate_judge=self.ref_model is not None,
+                separate_judge=self.ref_model is not None or not needs_initial(self.given_judge),
             )
-        # The judge is the frozen reference: a separate model, or the policy's own base. In the
-        # latter case, `active_reference` disables the adapter while the judge runs.
-        here = self.ref_model if self.ref_model is not None else self.model
-        self.judge = Judge(
-            self.vllm.scorer() if self.vllm is not None and self.vllm.judges else here,
-            self.encoder,
-            self.judge_templates,
-            token_id_a=letters[0],
-            token_id_b=letters[1],
-            batch_size=config.judge_batch_size,
-            max_length=config.max_length,
-            packing=config.packing,
-            batch_tokens=tokens,
-        )
+        self.max_over_ranks = max_over_ranks(self.accelerator)
+        self.judge, lockstep = judge_in_training(self, self.given_judge, tokens)
         # Both models use packing. The policy's packing, which is set last, determines whether a
         # whole step can be computed at once.
         self.packing: Packing | None = None
@@ -282,17 +277,6 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
                 self.packing = pack_fused_head(
                     own, config.packing, one_pass=one_pass, batch_tokens=tokens
                 )
-        self.max_over_ranks = max_over_ranks(self.accelerator)
-        # If the judge is sharded, all processes must run the same number of passes.
-        scorer, lockstep = self.judge.scorer, None
-        if self.max_over_ranks is not None and isinstance(scorer, TransformersScorer):
-            scorer.packing = lockstep = LockstepPacking(
-                scorer.model,
-                config.packing,
-                batch_rows=config.judge_batch_size,
-                max_over_ranks=self.max_over_ranks,
-                batch_tokens=tokens,
-            )
         self.clock = StepClock(self.accelerator, self._metrics["train"])
         self.add_callback(self.clock)
         self.pipeline = RolloutPipeline(
@@ -307,7 +291,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         self._step_inputs: list[dict[str, torch.Tensor]] | None = None
         self._shown: list[Rollout] = []
         self._log_prob_hooks = LogProbAveraging.attach(self)
-        self.run_log = RunLog("self_judge", {"judge_templates": dict(self.judge_templates)})
+        about = {"judge_templates": dict(self.judge_templates or {}), "judge": judged_by(self)}
+        self.run_log = RunLog("self_judge", about)
         self.add_callback(self.run_log)
 
     # -- data ------------------------------------------------------------------------------------
@@ -409,14 +394,14 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
 
     def _record(self, rollouts: list[Rollout]) -> None:
         metrics, self.nothing_judged = metrics_over_processes(
-            rollouts, self.judge_templates.principles, self.accelerator
+            rollouts, self.judge.principles, self.accelerator, self.pipeline.thought_tokens
         )
         for key, value in metrics.items():
             self._metrics["train"][key].append(value)
         self._shown = rollouts
         if self.args.save_rollouts and self.accelerator.is_main_process:
             step, decode = self.state.global_step + 1, self._tokenizer.decode
-            keep_rollouts(rollouts, step, self.judge_templates.principles, self.args, decode)
+            keep_rollouts(rollouts, step, self.judge.principles, self.args, decode)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.log_completions and self._shown and self.model.training:
@@ -430,9 +415,6 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
 
     def _averages(self) -> bool:
         return self._log_prob_hooks is not None and self._log_prob_hooks.average
-
-    def _save_judge_settings(self, folder: Path) -> None:
-        save_judge_settings(folder, self.encoder, self.judge_templates, self.judge.letter_ids)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         self.precompute_ref_logps = "ref_chosen_logps" in inputs  # otherwise computed below

@@ -138,8 +138,10 @@ _POLICY, _REFERENCE = "default", "ref"
 _CHECKS = 2  # check the first rollout, and the first rollout after an update
 
 
-def probe_prompt(encoder: ChatEncoder, templates: JudgeTemplates) -> list[int]:
-    """Returns a judge prompt whose logits show whether an engine has the trained weights."""
+def probe_prompt(encoder: ChatEncoder, templates: JudgeTemplates | None) -> list[int]:
+    """Returns a prompt whose logits show whether an engine has the trained weights."""
+    if templates is None:
+        return encoder.encode_prompt([{"role": "user", "content": "Where does the otter live?"}])
     asked = Comparison("Where does the otter live?", "In the river.", "In the sky.")
     orders = encode_orders(encoder, templates, templates.principles[0], asked, None)
     assert orders is not None  # without a limit, every prompt fits

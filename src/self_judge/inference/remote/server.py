@@ -1,4 +1,4 @@
-"""One `vllm serve` process: its requests, its answers and its state.
+"""One server behind a URL: its requests, its answers and its state.
 
 This module does not depend on the meaning of prompts or choices.
 """
@@ -6,14 +6,14 @@ This module does not depend on the meaning of prompts or choices.
 from __future__ import annotations
 
 import logging
-import math
-import operator
+import os
 import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any, NoReturn, TypeVar
 
 from self_judge.console import masked, neutral
 from self_judge.errors import EngineError, in_a_line
@@ -32,14 +32,51 @@ class ServerDownError(EngineError):
     """Raised when a server does not answer, or its answers cannot be used."""
 
 
+class RejectedError(EngineError):
+    """Raised when a server rejects a request.
+
+    Attributes:
+        status: the HTTP status.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class UnusableError(Exception):
     """Raised when a server's answer cannot be used."""
 
 
 class Server:
-    """A `vllm serve` process: its address, its model and its state."""
+    """A server and its state.
 
-    def __init__(self, url: str, connections: int, timeout: float, retry_wait: float) -> None:
+    Args:
+        url: the address, to which the paths of requests are appended.
+        connections: the number of concurrent requests.
+        timeout: the maximum number of seconds for a request, with its retries, until its answer is
+            complete.
+        retry_wait: the number of seconds before the first retry. The wait doubles with each retry.
+        key: a secret for the `Authorization` header.
+        proxies: whether to use the proxies in the environment. Local servers need none.
+
+    Raises:
+        EngineError: the requests package is missing, or the URL is not that of a server.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        connections: int,
+        timeout: float,
+        retry_wait: float,
+        *,
+        key: str | None = None,
+        proxies: bool = False,
+    ) -> None:
+        if find_spec("requests") is None:
+            raise EngineError("servers require the requests package: pip install requests")
+
         import requests
         from requests.adapters import HTTPAdapter
 
@@ -51,42 +88,41 @@ class Server:
         self.retry_wait = retry_wait
         self.down: str | None = None
         self._lock = threading.Lock()
-        self.model = self.root = ""
-        self.max_model_length = 0
         self._session = requests.Session()
-        self._session.trust_env = False  # do not use a proxy for local servers
+        # `requests` would also send passwords from a .netrc file, in place of the key.
+        self._session.trust_env = False
+        if proxies:
+            self._session.proxies.update(requests.utils.get_environ_proxies(url))
+            self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        if key is not None:
+            self._session.headers["Authorization"] = f"Bearer {key}"
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
 
-    def wait_until_up(self, deadline: float) -> None:
-        """Waits until the server answers, and reads the name of its model."""
+    def get(self, path: str, seconds: float) -> tuple[int, bytes, str]:
+        """Returns the status and the content of an answer, and why it cannot be used, if so.
+
+        Raises:
+            RejectedError: the server redirects.
+        """
         import requests
 
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                status, content = self._ask("GET", "/v1/models", min(10.0, max(0.1, left)))
-                if status == 200:
-                    break
-                why = f"HTTP {status}: {error_message(content)}"
-                if 300 <= status < 400:
-                    raise EngineError(f"{self.shown} cannot be used: {why}")
-            except (requests.RequestException, TimeoutError) as error:
-                why = _reason(error)
-            if time.monotonic() >= deadline:
-                raise ServerDownError(
-                    f"no vLLM server answers at {self.shown} ({why}): start `vllm serve` there, or "
-                    "correct vllm_server_base_url"
-                )
-            time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
-        self.model, self.root, self.max_model_length = base_model(content, self.shown)
+        try:
+            status, content, _ = self._ask("GET", path, seconds)
+        except (requests.RequestException, TimeoutError) as error:
+            return 0, b"", _reason(error)
+        why = "" if status == 200 else f"HTTP {status}: {error_message(content)}"
+        if 300 <= status < 400:
+            raise RejectedError(f"{self.shown} cannot be used: {why}", status)
+        return status, content, why
 
-    def complete(
+    def choices(
         self,
+        path: str,
         body: dict[str, Any],
-        adapter: str | None,
         count: int,
         read: Callable[[Mapping[str, Any], str], ChoicesT],
+        absent: str | None = None,
     ) -> list[ChoicesT]:
         """Returns the result of `read` for each of the `count` choices in the answer, in order.
 
@@ -98,7 +134,7 @@ class Server:
         def parsed(content: bytes) -> list[ChoicesT]:
             return choices_of(content, count, read, self.shown)
 
-        return self.post("/v1/completions", {**body, "model": adapter or self.model}, read=parsed)
+        return self.post(path, body, absent, parsed)
 
     def post(
         self,
@@ -109,39 +145,52 @@ class Server:
     ) -> Any:
         """Sends a POST request and returns the result of `read` for the content of the answer.
 
-        It tries again if the server is busy, the connection breaks or the answer cannot be read.
+        It tries again if the server is busy, the connection breaks or the answer cannot be read. A
+        server that names a time (`Retry-After`, as for a rate limit) is asked again at that time.
 
         Raises:
-            ServerDownError: there was no usable answer after several attempts.
-            EngineError: the server rejected the request. `absent` tells how to enable a missing
+            ServerDownError: there was no usable answer after several attempts or by the deadline.
+            RejectedError: the server rejected the request. `absent` tells how to enable a missing
                 endpoint.
         """
         import requests
+        from urllib3.exceptions import InvalidHeader
+        from urllib3.util import Retry
 
-        why = ""
-        for attempt in range(_TRIES):
-            if attempt:
-                time.sleep(self.retry_wait * 2 ** (attempt - 1))
+        deadline = time.monotonic() + self.timeout
+        tries, why = 0, ""
+        while tries < _TRIES:
+            after: str | None = None
             try:
-                status, content = self._ask("POST", path, self.timeout, body)
+                status, content, after = self._ask("POST", path, deadline - time.monotonic(), body)
                 if status == 200:
                     return read(content)
+                why = f"HTTP {status}: {error_message(content)}"
+                if status not in _BUSY:
+                    self._reject(path, status, why, absent)
             except (requests.RequestException, TimeoutError, UnusableError) as error:
                 why = _reason(error)
-                continue
-            why = f"HTTP {status}: {error_message(content)}"
-            if status not in _BUSY:
-                break
-        else:
-            raise ServerDownError(f"{path} failed {_TRIES} times; last error: {why}")
+            wait = self.retry_wait * 2**tries
+            try:
+                named = Retry().parse_retry_after(after) if after else 0.0
+            except InvalidHeader:
+                named = 0.0
+            tries += not named
+            if time.monotonic() + max(wait, named) >= deadline:
+                raise ServerDownError(f"{path} failed within {self.timeout:g} s; last error: {why}")
+            if tries < _TRIES:
+                time.sleep(max(wait, named))
+        raise ServerDownError(f"{path} failed {_TRIES} times; last error: {why}")
+
+    def _reject(self, path: str, status: int, why: str, absent: str | None) -> NoReturn:
         if status in (404, 405) and absent and "does not exist" not in why:
-            raise EngineError(f"{self.shown} has no {path}: {absent}")
-        raise EngineError(f"{self.shown} rejected a request to {path}: {why}")
+            raise RejectedError(f"{self.shown} has no {path}: {absent}", status)
+        raise RejectedError(f"{self.shown} rejected a request to {path}: {why}", status)
 
     def _ask(
         self, verb: str, path: str, seconds: float, body: dict[str, Any] | None = None
-    ) -> tuple[int, bytes]:
-        """Returns the status and the content of an answer. Redirects are not followed.
+    ) -> tuple[int, bytes, str | None]:
+        """Returns the status, the content and `Retry-After`. Redirects are not followed.
 
         Raises:
             TimeoutError: the answer is not complete after `seconds`. The time limits of `requests`
@@ -149,7 +198,8 @@ class Server:
         """
         import requests
 
-        answers: queue.SimpleQueue[tuple[int, bytes] | Exception] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[tuple[int, bytes, str | None] | Exception] = queue.SimpleQueue()
+        seconds = max(seconds, 0.001)
 
         def ask() -> None:
             try:
@@ -169,7 +219,8 @@ class Server:
                     if 300 <= answer.status_code < 400:
                         target = answer.headers.get("Location")
                         content[:] = f"redirects to {target}: use the final URL".encode()
-                    answers.put((answer.status_code, bytes(content)))
+                    after = answer.headers.get("Retry-After")
+                    answers.put((answer.status_code, bytes(content), after))
             except Exception as error:
                 answers.put(error)
 
@@ -177,7 +228,7 @@ class Server:
         try:
             answer = answers.get(timeout=seconds)
         except queue.Empty:
-            raise TimeoutError(f"no complete answer within {seconds:g} s") from None
+            raise TimeoutError(f"no complete answer within {seconds:.3g} s") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -188,23 +239,7 @@ class Server:
             if self.down is None:
                 self.down = str(error)
                 told = neutral(f"{self.shown} gets no more requests: {error}")
-                logger.warning("vLLM server %s", told)
-
-
-def base_model(content: bytes, shown: str) -> tuple[str, str, int]:
-    """Returns the name, the source and the maximum length of the model in `/v1/models`.
-
-    Raises:
-        EngineError: there is no such model.
-    """
-    try:
-        base = next(card for card in loads(content)["data"] if not card.get("parent"))
-        root = str(base.get("root") or base["id"])
-        return str(base["id"]), root, operator.index(base["max_model_len"])
-    except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
-        raise EngineError(
-            f"{shown} lists no base model at /v1/models: is it a vLLM server?"
-        ) from error
+                logger.warning("server %s", told)
 
 
 def choices_of(
@@ -227,49 +262,8 @@ def choices_of(
         raise UnusableError(f"the answer cannot be used ({in_a_line(error)})") from None
 
 
-def sampled_ids(
-    choice: Mapping[str, Any], url: str, longest: int, vocabulary: int | None = None
-) -> list[int]:
-    """Returns the token ids of a sampled choice.
-
-    Raises:
-        EngineError: the server is too old.
-        ValueError: these are no token ids, or more than `longest`.
-    """
-    if choice.get("token_ids") is None:
-        raise EngineError(f"{url} returns no token ids: it needs vLLM 0.28 or newer")
-    ids = list(choice["token_ids"])
-    most = vocabulary or 1 << 31
-    wrong = [i for i in ids if type(i) is not int or not 0 <= i < most]
-    if wrong:
-        raise ValueError(f"{wrong[0]!r:.60} is not a token id of the model")
-    if len(ids) > longest:
-        raise ValueError(f"a response has {len(ids)} of {longest} tokens")
-    return ids
-
-
-def letter_logprobs(choice: Mapping[str, Any], token_ids: Sequence[int], url: str) -> list[float]:
-    """Returns the log-probabilities of the given tokens at the first position in a choice.
-
-    Raises:
-        EngineError: the server is too old.
-        ValueError: these are no log-probabilities.
-    """
-    top = choice["logprobs"]["top_logprobs"][0]
-    missing = next((t for t in token_ids if f"token_id:{t}" not in top), None)
-    if missing is not None:
-        raise EngineError(
-            f"{url} does not return the log-probability of token {missing}: it needs vLLM 0.28 or "
-            "newer (logprob_token_ids)"
-        )
-    found = [float(top[f"token_id:{token}"]) for token in token_ids]
-    if not all(map(math.isfinite, found)):
-        raise ValueError(f"log-probabilities {found}")
-    return found
-
-
 def error_message(content: bytes) -> str:
-    """Returns vLLM's reason for an error: its `error.message`, or the text of the answer."""
+    """Returns the server's reason for an error: its `error.message`, or the text of the answer."""
     try:
         body = loads(content)
     except ValueError:
