@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import select
 import threading
 import time
@@ -77,8 +78,10 @@ def test_a_killed_replica_loses_no_request_and_is_used_again_when_it_answers(
     saved_judge: Path,
 ) -> None:
     class Dying(FakeVLLM):
+        lives: float = 20  # requests
+
         def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
-            self.broken = self.broken or len(self.requests) == 30
+            self.broken = self.broken or len(self.requests) >= self.lives
             return super().complete(body)
 
     with serving(Dying()) as dying, serving(FakeVLLM()) as other:
@@ -91,7 +94,7 @@ def test_a_killed_replica_loses_no_request_and_is_used_again_when_it_answers(
             alone = [create(**asked(here.name, i)) for i in range(24)]
             assert [a.choices[0].message for a in answers] == [a.choices[0].message for a in alone]
             assert httpx.get(f"{here.url}/health").status_code == 200
-            dying.broken = False
+            dying.broken, dying.lives = False, math.inf
             before = len(dying.requests)
             eventually(lambda: create(**asked(here.name)) and len(dying.requests) > before)
 
