@@ -34,6 +34,7 @@ class Scored:
     """A judge who reads a response's score from its first word, and may favor the first place."""
 
     bias = 0.0
+    thought_tokens = 0
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         return [aggregate([self.orders(c)] * len(TEMPLATES)) for c in comparisons]

@@ -7,7 +7,6 @@ results.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -142,7 +141,6 @@ def _results(
         "data": [asdict(replace(source, path=source.label)) for source in evaluation.sources],
         "skipped": dict(skipped),
         "pairs_per_second": rate,
-        "thought_tokens_per_pair": _thought_tokens(output / VERDICTS),
         **_tallied(output / VERDICTS, choice.principles),
     }
     results["conclusions"] = as_json(judge_conclusions(results["overall"]))
@@ -212,6 +210,7 @@ def _judged_pair(line: Mapping[str, Any], principles: Sequence[str]) -> JudgedPa
 def _tallied(verdicts: Path, principles: Sequence[str]) -> dict[str, Any]:
     tallies = {_ALL: JudgeTally(principles)}
     own = BenchmarkTally()
+    thoughts, count = 0.0, 0  # tokens of the judge's thoughts, and pairs
     with entries_of(verdicts, remedy=_ANEW):
         for _, found in itertools.groupby(
             read_journal(verdicts), lambda line: (line["source"], line["index"])
@@ -219,18 +218,14 @@ def _tallied(verdicts: Path, principles: Sequence[str]) -> dict[str, Any]:
             lines = list(found)
             pairs = [_judged_pair(line, principles) for line in lines]
             for line, pair in zip(lines, pairs, strict=True):
+                thoughts, count = thoughts + line["verdict"].get("thought_tokens", 0.0), count + 1
                 for name in dict.fromkeys((_ALL, line["subset"] or _ALL)):
                     tallies.setdefault(name, JudgeTally(principles)).add(pair)
             # Earlier versions did not write the benchmark.
             parts = [line.get("part", "") for line in lines]
             own.add(lines[0].get("benchmark", ""), lines[0]["subset"], parts, pairs)
-    return {**_reports(tallies), "benchmarks": own.report()}
-
-
-def _thought_tokens(verdicts: Path) -> float | None:
-    """Returns the mean number of tokens that the judge's thoughts about a pair have."""
-    given = [line["verdict"].get("thought_tokens", 0.0) for line in read_journal(verdicts)]
-    return math.fsum(given) / len(given) if any(given) else None
+    mean = thoughts / count if thoughts else None
+    return {"thought_tokens_per_pair": mean, **_reports(tallies), "benchmarks": own.report()}
 
 
 def _reports(tallies: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +261,6 @@ def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
             paired.setdefault(name, PairedTally()).add(credits[0], credits[1])
     return {
         "judge": settings,
-        "thought_tokens_per_pair": _thought_tokens(theirs),
         **_tallied(theirs, principles),
         "paired": _reports(paired),
     }
