@@ -96,10 +96,12 @@ def test_a_second_call_skips_what_is_complete_and_prints_what_came_out(
     assert re.search(r"judge accuracy before JSFT \(\d+ pairs\)", said.out)
     assert "Accuracy of the judge `my/jsft` on `" in (copied / "policy/README.md").read_text()
     best = list(read_lines(copied / "best.jsonl"))
-    assert said.out.count("  self-trained, best of 8: ") == len(best) == 2  # prompts are held out
-    assert "amber self-training: 58 training prompts: the policy may memorize them" in said.out
-    assert "amber self-trained (a) against JSFT (b): with 2 prompts" in said.out
-    assert "red   judge: the model rarely answers with a letter" in said.out
+    held_out = len(best)
+    assert held_out > 1
+    assert said.out.count("  self-trained, best of 8: ") == min(3, held_out)  # the first ones
+    assert re.search(r"amber self-training: \d+ training prompts: the policy may", said.out)
+    assert f"amber self-trained (a) against JSFT (b): with {held_out} prompts" in said.out
+    assert "red   judge: position decides 100% of the pairs" in said.out
     commands = said.out.split("each stage alone:\n")[1].splitlines()
     parsed = [command_parser().parse(line.split()[1:]) for line in commands]
     assert [p.command for p in parsed] == [
