@@ -207,10 +207,15 @@ class Judge:
         return self._on_transformers("packing").packing
 
     def _on_transformers(self, wanted: str) -> TransformersScorer:
+        if self.in_process is None:
+            raise ValueError(f"this judge uses an engine, which has no {wanted}")
+        return self.in_process
+
+    @property
+    def in_process(self) -> TransformersScorer | None:
+        """The scorer of the model in this process; `None` for an engine or an endpoint."""
         scorer = self.scorer.scorer if isinstance(self.scorer, ThinkingScorer) else self.scorer
-        if isinstance(scorer, TransformersScorer):
-            return scorer
-        raise ValueError(f"this judge uses an engine, which has no {wanted}")
+        return scorer if isinstance(scorer, TransformersScorer) else None
 
     @classmethod
     @suggesting(**_NAMES)
@@ -326,10 +331,7 @@ class Judge:
         verdicts do not change. For an engine, this has no effect, because engines cache prefixes
         themselves.
         """
-        scorer = self.scorer.scorer if isinstance(self.scorer, ThinkingScorer) else self.scorer
-        if isinstance(scorer, TransformersScorer):
-            return scorer.packing.prefix_cache()
-        return nullcontext()
+        return nullcontext() if self.in_process is None else self.packing.prefix_cache()
 
     def letter_probabilities(
         self, prompts: Sequence[Sequence[Any]], *, progress: bool = False

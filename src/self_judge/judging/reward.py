@@ -39,8 +39,6 @@ from peft import PeftModel
 
 from self_judge.datatypes import Comparison, Message, Verdict, stable_seed
 from self_judge.errors import require_type
-from self_judge.inference.letter_scoring import TransformersScorer
-from self_judge.inference.thinking import ThinkingScorer
 from self_judge.judging.judge import Judge
 from self_judge.judging.panel import AnyJudge, Panel
 from self_judge.judging.tournament import Compare, knockouts
@@ -178,11 +176,9 @@ class PairwiseReward:
         """Disables the adapter of a policy in training, which then judges as the initial model."""
         stack = ExitStack()
         for judge in self.judge.judges:
-            scorer = judge.scorer
-            scorer = scorer.scorer if isinstance(scorer, ThinkingScorer) else scorer
-            if not isinstance(scorer, TransformersScorer):
+            if judge.in_process is None:
                 continue
-            model = extract_model_from_parallel(scorer.model)
+            model = extract_model_from_parallel(judge.model)
             trained = any(p.requires_grad for p in model.parameters())
             if isinstance(model, PeftModel) and trained:
                 stack.enter_context(model.disable_adapter())
