@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +18,18 @@ from typing import Any
 
 import httpx
 
-from self_judge.console import masked, neutral
+from self_judge.console import neutral
 from self_judge.datatypes import Verdict
 from self_judge.errors import EngineError, in_a_line
 from self_judge.inference.letter_scoring import Done, Prompts
-from self_judge.inference.remote.server import UnusableError, choices_of, error_message
+from self_judge.inference.remote.server import (
+    BUSY,
+    TRIES,
+    UnusableError,
+    choices_of,
+    error_message,
+    shown_url,
+)
 from self_judge.inference.sampling import rows_to_sample, sampled_response, stop_tokens
 from self_judge.inference.vllm.answers import base_model, letter_logprobs, sampled_ids
 from self_judge.inference.vllm.protocol import request_parameters, scoring_parameters
@@ -33,8 +39,6 @@ from self_judge.serving.work import Game, Sampling, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
-_TRIES = 4
-_BUSY = (429, 502, 503, 504)
 _LARGEST = 1 << 28  # bytes in an answer
 _PROMPTS_PER_REQUEST = 32  # prompts in one request can share prefixes
 
@@ -49,9 +53,7 @@ class Replica:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self.shown = str(masked(self.url))
-        if not re.match(r"https?://[^/]", url):
-            raise EngineError(f"{self.shown} is not the URL of a server (http://host:port)")
+        self.shown = shown_url(self.url)
         self.down: str | None = None
         self.busy = 0
         self.model = ""
@@ -217,7 +219,7 @@ class VLLMReplicas:
         """
         why = ""
         failed: set[Replica] = set()
-        for attempt in range(_TRIES * len(self.replicas)):
+        for attempt in range(TRIES * len(self.replicas)):
             up = preferred is not None and preferred.down is None
             replica = preferred if up and preferred is not None else self.least_busy()
             replica.busy += 1
@@ -237,9 +239,9 @@ class VLLMReplicas:
             finally:
                 replica.busy -= 1
             why = f"HTTP {status}: {error_message(content)}"
-            if status not in _BUSY and status < 500:
+            if status not in BUSY and status < 500:
                 raise EngineError(f"{replica.shown} rejected a request: {why}")
-            if status not in _BUSY:  # vLLM answers so while its engine dies
+            if status not in BUSY:  # vLLM answers so while its engine dies
                 replica.leave_out(why)
                 continue
             preferred = None

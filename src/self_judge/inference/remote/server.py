@@ -21,8 +21,8 @@ from self_judge.storage.atomic import loads
 
 logger = logging.getLogger(__name__)
 
-_TRIES = 4
-_BUSY = (429, 502, 503, 504)  # temporary failures; all others are permanent
+TRIES = 4
+BUSY = (429, 502, 503, 504)  # temporary failures; all others are permanent
 _LARGEST = 1 << 30  # bytes in an answer
 
 ChoicesT = TypeVar("ChoicesT")
@@ -81,9 +81,7 @@ class Server:
         from requests.adapters import HTTPAdapter
 
         self.url = url
-        self.shown = str(masked(url))
-        if not re.match(r"https?://[^/]", url):
-            raise EngineError(f"{self.shown} is not the URL of a server (http://host:port)")
+        self.shown = shown_url(url)
         self.timeout = timeout
         self.retry_wait = retry_wait
         self.down: str | None = None
@@ -159,14 +157,14 @@ class Server:
 
         deadline = time.monotonic() + self.timeout
         tries, why = 0, ""
-        while tries < _TRIES:
+        while tries < TRIES:
             after: str | None = None
             try:
                 status, content, after = self._ask("POST", path, deadline - time.monotonic(), body)
                 if status == 200:
                     return read(content)
                 why = f"HTTP {status}: {error_message(content)}"
-                if status not in _BUSY:
+                if status not in BUSY:
                     self._reject(path, status, why, absent)
             except (requests.RequestException, TimeoutError, UnusableError) as error:
                 why = _reason(error)
@@ -178,9 +176,9 @@ class Server:
             tries += not named
             if time.monotonic() + max(wait, named) >= deadline:
                 raise ServerDownError(f"{path} failed within {self.timeout:g} s; last error: {why}")
-            if tries < _TRIES:
+            if tries < TRIES:
                 time.sleep(max(wait, named))
-        raise ServerDownError(f"{path} failed {_TRIES} times; last error: {why}")
+        raise ServerDownError(f"{path} failed {TRIES} times; last error: {why}")
 
     def _reject(self, path: str, status: int, why: str, absent: str | None) -> NoReturn:
         if status in (404, 405) and absent and "does not exist" not in why:
@@ -240,6 +238,18 @@ class Server:
                 self.down = str(error)
                 told = neutral(f"{self.shown} gets no more requests: {error}")
                 logger.warning("server %s", told)
+
+
+def shown_url(url: str) -> str:
+    """Returns the URL of a server without its secrets, for messages.
+
+    Raises:
+        EngineError: it is not the URL of a server.
+    """
+    shown = str(masked(url))
+    if not re.match(r"https?://[^/]", url):
+        raise EngineError(f"{shown} is not the URL of a server (http://host:port)")
+    return shown
 
 
 def choices_of(
