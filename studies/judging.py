@@ -9,13 +9,13 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import LlamaForSequenceClassification, PrinterCallback
+from transformers import LlamaForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from self_judge.data import synthetic
 from self_judge.evaluation.statistics import judge_quality
 from study import Study
-from world import World, preference_dataset, right
+from world import World, preference_dataset, right, train
 
 
 def jsft(world: World) -> dict[str, Any]:
@@ -78,8 +78,7 @@ def reward_model(world: World) -> dict[str, Any]:
         model, args=args, train_dataset=preference_dataset(pairs),
         processing_class=demo.encoder.tokenizer,
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    train(trainer)
     model.eval()
     rewards = []
     for pair in demo.held_out_pairs():

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from self_judge.config.self_training import SamplingSettings
@@ -20,7 +19,7 @@ from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.reward import PairwiseReward, Scheme
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from study import Study
-from world import World, preference_dataset, right
+from world import World, preference_dataset, right, train
 
 
 class JudgedByThePolicy(SelfJudgeTrainer):
@@ -126,8 +125,7 @@ def grpo(scheme: Scheme) -> Callable[[World], dict[str, Any]]:
             processing_class=demo.encoder.tokenizer,
             train_dataset=demo.prompts(),
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        train(trainer)
         logs = [log for log in trainer.state.log_history if "completions/mean_length" in log]
         return {
             **world.measured(trainer.model),
@@ -154,8 +152,7 @@ def _trained_on(world: World, model: Any, pairs: list[tuple[Any, str, str]]) -> 
         model, args=args, train_dataset=preference_dataset(pairs),
         processing_class=demo.encoder.tokenizer,
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    train(trainer)
     return {**world.measured(trainer.model), **_judging(world, trainer.model), "pairs": len(pairs)}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from rich.console import Console
+from transformers import PrinterCallback
 
 from self_judge.commands.demo import steps
 from self_judge.config.self_training import SamplingSettings
@@ -54,6 +55,12 @@ def preference_dataset(pairs: Iterable[tuple[Any, str, str]]) -> Dataset:
             for prompt, chosen, rejected in pairs
         ]
     )
+
+
+def train(trainer: Any) -> None:
+    """Trains without printing every log."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 class World:
