@@ -259,8 +259,4 @@ def _compared(verdicts: Path, theirs: Path) -> dict[str, Any]:
             ]
         for name in dict.fromkeys((_ALL, ours["subset"] or _ALL)):
             paired.setdefault(name, PairedTally()).add(credits[0], credits[1])
-    return {
-        "judge": settings,
-        **_tallied(theirs, principles),
-        "paired": _reports(paired),
-    }
+    return {"judge": settings, **_tallied(theirs, principles), "paired": _reports(paired)}

@@ -141,8 +141,8 @@ def seeded_gumbel(seeds_B: torch.Tensor, step: int | torch.Tensor, size: int) ->
     """
     # seed, step, token  ->  64 mixed bits  ->  uniform u in (0, 1)  ->  -log(-log(1 - u))
     # The step remains a CPU scalar, which avoids a synchronization with the device.
-    steps = step if isinstance(step, torch.Tensor) else torch.tensor(step)
-    rows_B1 = _mix_(seeds_B[:, None] + _mix_(steps.clone()))
+    steps = step.clone() if isinstance(step, torch.Tensor) else torch.tensor(step)
+    rows_B1 = _mix_(seeds_B[:, None] + _mix_(steps))
     index_V = torch.arange(size, device=seeds_B.device)
     bits_BV = _mix_(rows_B1 + index_V * -7046029254386353131)  # 2^64 / golden ratio, as int64
     # Adding 0.5 centers the 32-bit integer in its interval, so u is never 0 and the noise is

@@ -48,15 +48,12 @@ class ThinkingScorer:
             return torch.empty(0, 2)
         places = [list(prompt).index(THOUGHT) for prompt in prompts]
         questions = [list(prompt[:at]) for prompt, at in zip(prompts, places, strict=True)]
-        thoughts = [self._thought(q, own) for q, own in zip(questions, self._sampled(questions))]  # noqa: B905
         whole = [
-            (*question, *thought, *prompt[at + 1 :])
-            for question, thought, prompt, at in zip(
-                questions, thoughts, prompts, places, strict=True
+            (*question, *self._thought(question, ids), *prompt[at + 1 :])
+            for question, ids, prompt, at in zip(
+                questions, self._sampled(questions), prompts, places, strict=True
             )
         ]
-        # Two questions that differ may have the same whole prompt only if they are equal, so no
-        # prompt is scored twice.
         return self.scorer.letter_probabilities(whole, letter_ids, done)
 
     def _sampled(self, questions: list[list[int]]) -> list[tuple[int, ...]]:

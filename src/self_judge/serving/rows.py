@@ -34,8 +34,7 @@ from self_judge.runtime import in_evaluation_mode, to_device
 from self_judge.serving.work import Sampling, TokenLogprob
 
 # On a GPU, reading the tokens waits for the device.
-_READ_EVERY = {"cpu": 1}
-_READ_EVERY_ELSEWHERE = 8
+_READ_EVERY = 8  # steps
 _PAUSE_AFTER = 8  # times the seconds that the batch's prompts took
 
 
@@ -127,7 +126,7 @@ class _MixedRows:
         self.over, self.pause = over, pause
         self.step = 0
         self.started, self.first_read, self.paused = time.monotonic(), 0.0, False
-        self.every = _READ_EVERY.get(device.type, _READ_EVERY_ELSEWHERE)
+        self.every = 1 if device.type == "cpu" else _READ_EVERY
         self.unread: list[torch.Tensor] = []  # the tokens of the last steps
         self.unread_logprobs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.left = [row.left for row in rows]

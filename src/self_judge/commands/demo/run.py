@@ -123,7 +123,7 @@ def _gold_scores(demo: Demo, judge: Judge, policy: Any) -> _Gold:
             brackets = judged_knockouts(judge, instructions, own, seeds=seeds, priors=prior)
         return brackets, [texts[b.winner] for texts, b in zip(own, brackets, strict=True)]
 
-    by_judge = {size: scores(knockouts(size, weighed=False)[1]) for size in SIZES}
+    by_judge = {size: scores(knockouts(size, weighed=False)[1]) for size in SIZES if size > 1}
     by_size = {}
     for size in SIZES:
         brackets, best = knockouts(size, weighed=True)
@@ -173,7 +173,7 @@ def _summary(seed: int, seconds: float, quality: JudgeQuality, gold: _Gold) -> d
             "jsft": mean(gold.jsft),
             "self_judge": mean(gold.self_judge),
             "self_judge_rejection": {str(n): mean(v) for n, v in gold.by_size.items()},
-            "without_prior": {str(n): mean(v) for n, v in gold.by_judge.items() if n > 1},
+            "without_prior": {str(n): mean(v) for n, v in gold.by_judge.items()},
         },
         "prior_weight": PRIOR_WEIGHT,
         "win_rate_vs_jsft": _interval(win_rate(gold.self_judge, gold.jsft, seed), "value"),

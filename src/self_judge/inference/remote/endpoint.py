@@ -84,7 +84,7 @@ class EndpointScorer:
         )
         self._replicas = Replicas([self.server], concurrency)
         self.model = model or self._only_model()
-        self.continues, self._body = self._agreed()
+        self._agree()
         if not self.continues:
             logger.warning(
                 "%s does not continue an unfinished answer, so it is asked to complete the lead-in",
@@ -165,7 +165,7 @@ class EndpointScorer:
 
     # -- what the endpoint can do ---------------------------------------------------------------
 
-    def _agreed(self) -> tuple[bool, dict[str, Any]]:
+    def _agree(self) -> None:
         """Finds the parameters of requests that the endpoint accepts, with a short chat."""
         chat = [("user", "Which letter comes first, A or B?"), ("assistant", "The letter is")]
         # The raw distribution: some endpoints return the one after temperature and top_p.
@@ -186,7 +186,7 @@ class EndpointScorer:
                 except ServerDownError as error:
                     raise EngineError(f"{self.server.shown}: {error}") from None
                 else:
-                    return self.continues, self._body
+                    return
         raise EngineError(f"{last}: letters need logprobs and top_logprobs") from refused
 
     def _only_model(self) -> str:
