@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import rewards
 import self_rejection
 from study import RESULTS, Study, interval, lines
 
@@ -110,11 +112,38 @@ def rejection() -> str:
     sizes = [str(n) for n in self_rejection.SIZES]
     rows = []
     for arm, own in arms.items():
-        for way in own[0]["gold_by_n"] if own else ():
+        for way in own[0].get("gold_by_n", ()):
             values = [x["gold_by_n"][way] for x in own]
             cells = (_interval([v[n] for v in values]) if n in values[0] else "" for n in sizes)
             rows.append((f"{way} ({arm})", *cells))
-    return _table(("", *(f"N = {n}" for n in sizes)), rows, _seeds(arms))
+    table = _table(("", *(f"N = {n}" for n in sizes)), rows, _seeds(arms))
+    return "\n\n".join([table, *ranking(arms.get("reward schemes", []))])
+
+
+def ranking(own: Sequence[Line]) -> list[str]:
+    """Returns what the schemes of rewards cost, and how well they rank groups of each size."""
+    budgets = (rewards.OWN, *rewards.BUDGETS)
+    rows = []
+    for n in own[0]["ranking"] if own else ():
+        found = [line["ranking"][n] for line in own]
+        chance = _interval([x["chance"] for x in found])
+        rows.append((n, "chance", *[""] * 3, *["0.5"] * len(budgets), *[chance] * len(budgets)))
+        for scheme in rewards.SCHEMES:
+            each = [x["schemes"][scheme] for x in found]
+            costs = (_mean(each, key, ".1f") for key in ("matches", "tokens", "shared"))
+            measured = (
+                _interval([x[what][budget] for x in each])
+                for what, budget in itertools.product(("right", "best"), budgets)
+            )
+            rows.append((n, scheme, *costs, *measured))
+    at = ("", *(f", tokens of {budget}" for budget in rewards.BUDGETS))
+    reached = (f"{what}{tokens}" for what in ("pairs right", "best found") for tokens in at)
+    head = ("responses", "scheme", "matches", "judge tokens", "with shared prefixes", *reached)
+    note = (
+        "Rewards of groups against gold scores. At the tokens of another scheme, a scheme has as "
+        "many matches or draws as these tokens allow, with shared prefixes."
+    )
+    return [_table(head, rows, note)] if rows else []
 
 
 def _seeds(arms: Mapping[str, Sequence[Line]]) -> str:

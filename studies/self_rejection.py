@@ -1,7 +1,8 @@
 """How to choose among N samples: formats of tournaments, and a prior on what the policy believes.
 
 The judge compares all distinct responses to a prompt once. Every way of choosing then reads its
-matches from these verdicts, so all of them choose among the same samples with the same judge.
+matches from these verdicts, so all of them choose among the same samples with the same judge. The
+schemes of rewards rank the same samples in groups.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+import rewards
 from self_judge.data import synthetic
 from self_judge.datatypes import Comparison, Verdict, stable_seed
 from self_judge.judging.judge import Judge
@@ -30,7 +33,7 @@ class Samples:
     """The samples of a policy, with verdicts on all pairs of distinct responses to a prompt."""
 
     def __init__(self, world: World, policy: Any, judge: Judge) -> None:
-        self.world = world
+        self.world, self.judge = world, judge
         largest = 4 if world.settings.held_out_prompts < 50 else max(SIZES)
         self.sizes = [n for n in SIZES if n <= largest]
         own = world.answers(policy, largest)
@@ -116,6 +119,7 @@ class Samples:
         }
 
 
+@lru_cache(maxsize=1)  # two arms use the same samples
 def _samples(world: World, principles: bool = False) -> Samples:
     folder = world.folder / "on-policy" / "self_judge"
     if not (folder / "config.json").exists():
@@ -159,6 +163,21 @@ def paper(world: World) -> dict[str, Any]:
     return {"gold_by_n": s.table(ways), "distinct": distinct, "pairs": len(s.verdicts) // 2}
 
 
+def reward_schemes(world: World) -> dict[str, Any]:
+    """The rewards of the same samples in groups, by scheme and at equal judge tokens."""
+    s = _samples(world)
+    return {
+        "ranking": {
+            str(n): rewards.ranking(
+                world.instructions, [t[:n] for t in s.texts], s.gold[:, :n].tolist(), s.judge,
+                s.verdicts,
+            )
+            for n in rewards.GROUPS
+            if n in s.sizes
+        }
+    }  # fmt: skip
+
+
 def by_principles(world: World) -> dict[str, Any]:
     """The same knockout under four principles that vote."""
     s = _samples(world, principles=True)
@@ -168,6 +187,11 @@ def by_principles(world: World) -> dict[str, Any]:
 
 STUDY = Study(
     "self_rejection",
-    "Does choosing among more of the policy's own samples help, and which way of choosing is best?",
-    {"overall question": paper, "four principles": by_principles},
+    "Does choosing among more of the policy's own samples help, which way of choosing is best, and "
+    "which scheme of rewards ranks a group best for its judge tokens?",
+    {
+        "overall question": paper,
+        "reward schemes": reward_schemes,
+        "four principles": by_principles,
+    },
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,12 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "studies"))  # the studies are scripts, not a package
 
+import evidence
+import rewards
 import study
+from self_judge import Comparison, PairwiseReward
 from study import Study, interval, lines, run
+from value_judges import value_judge
 
 
 def counted(made: list[tuple[int, str]]) -> Study:
@@ -77,6 +82,66 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     assert inside / resamples > 0.8
 
 
+def ranked(numbers: list[int]) -> dict[str, Any]:
+    """What the schemes reach with one group of responses, whose numbers are their gold scores."""
+    judge, texts = value_judge(), [str(n) for n in numbers]
+    pairs = [Comparison("Q?", a, b) for a in texts for b in texts]
+    verdicts = dict(zip(((c.context, c.response_a, c.response_b) for c in pairs),
+                        judge.compare(pairs), strict=True))  # fmt: skip
+    return rewards.ranking(["Q?"], [texts], [list(map(float, numbers))], judge, verdicts)
+
+
+def test_schemes_are_measured_with_the_rewards_and_matches_of_the_product() -> None:
+    numbers = [3, 9, 4, 20, 6, 1, 7, 15]
+    found = ranked(numbers)["schemes"]
+    matches = {scheme: own["matches"] for scheme, own in found.items()}
+    assert matches == {"all_pairs": [28], "knockout": [7], "swiss": [12], "bradley_terry": [12]}
+    for scheme, own in found.items():
+        given = PairwiseReward(value_judge(), scheme)(["Q?"] * 8, [str(n) for n in numbers])
+        assert own["right"]["own"] == [round(rewards.pairs_right(given, numbers), 4)]
+        assert own["best"]["own"] == [1.0]
+        assert own["shared"][0] < own["tokens"][0]
+    assert found["all_pairs"]["right"]["own"] == [1.0]
+    assert ranked([5, 5, 5])["chance"] == []  # nothing to rank
+
+
+def test_equal_tokens_buy_draws_of_a_cheap_scheme_and_a_part_of_an_expensive_one() -> None:
+    found = [ranked(random.Random(i).sample(range(100), 8))["schemes"] for i in range(8)]
+
+    def right(scheme: str, budget: str) -> float:
+        return float(np.mean([x[scheme]["right"][budget] for x in found]))
+
+    assert right("knockout", "swiss") > right("knockout", "own") == right("knockout", "knockout")
+    assert right("all_pairs", "knockout") < right("all_pairs", "swiss") < 1
+
+
+def test_a_match_beyond_the_budget_is_not_played_and_a_known_one_is_free() -> None:
+    judge = value_judge()
+    free = rewards.Matches(judge)
+    first, second = Comparison("Q?", "1", "2"), Comparison("Q?", "3", "4")
+    assert free.play(first)
+    matches = rewards.Matches(judge, budget=free.shared)
+    assert matches.play(first)
+    assert not matches.play(second)
+    assert matches.play(first.swapped())
+    assert (matches.shared, matches.tokens) == (free.shared, free.tokens)
+
+
+def test_rewards_that_tie_count_half() -> None:
+    assert rewards.pairs_right([0.5, 0.5, 1], [1, 2, 3]) == pytest.approx(2.5 / 3)
+    assert rewards.best_found([1, 1, 0], [3, 2, 1]) == 0.5
+
+
+def test_the_page_shows_each_scheme_with_its_cost() -> None:
+    line = {"ranking": {"8": ranked([3, 9, 4, 20, 6, 1, 7, 15])}}
+    (table,) = evidence.ranking([line, line])
+    shown = [row.split(" | ") for row in table.splitlines() if row.startswith("| 8")]
+    assert [row[1] for row in shown] == ["chance", *rewards.SCHEMES]
+    assert {row[2] for row in shown[1:]} == {"28.0", "7.0", "12.0"}
+    assert len({len(row) for row in shown}) == 1
+    assert evidence.ranking([]) == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_all_arms_of_all_studies_run_in_a_small_world(tmp_path: Path) -> None:
@@ -91,4 +156,8 @@ def test_all_arms_of_all_studies_run_in_a_small_world(tmp_path: Path) -> None:
     for name in ("learning", "judging", "self_rejection", "judges"):
         found = lines(tmp_path / f"{name}.jsonl")
         assert {line["seed"] for line in found} == {0, 1}
+        if name == "self_rejection":
+            measured = [x["ranking"]["4"] for x in found if x["arm"] == "reward schemes"]
+            assert len(measured) == 2
+            assert all(len(x["chance"]) > 4 for x in measured)
     assert results() == before  # a check of the arms is no result
