@@ -19,6 +19,7 @@ from self_judge.judging.reward import Scheme
 from value_judges import ValueScorer, value_judge
 
 SCHEMES = get_args(Scheme)
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
 def rewards(scheme: Any, *groups: list[str], knows: bool = True, **named: Any) -> list[list[float]]:
@@ -200,6 +201,30 @@ def test_metrics_and_foreign_columns_are_those_of_trl() -> None:
             ["1", [{"role": "assistant", "content": "2"}, {"role": "tool", "content": "3"}]],
             ValueError,
             "completion 1 has turns assistant, tool",
+        ),
+        (
+            ["x", "x"],
+            ["1", [{"role": "assistant", "content": "2", "tool_calls": [CALL]}]],
+            ValueError,
+            "completion 1 has a message with tool_calls: only text can be judged",
+        ),
+        (
+            ["x", [{"role": "assistant", "content": None, "tool_calls": [CALL]}]],
+            ["1", "2"],
+            ValueError,
+            "prompt 1 has a message with tool_calls: only text can be judged",
+        ),
+        (
+            ["x", "x"],
+            ["1", [{"role": "assistant", "content": [{"type": "image"}]}]],
+            ValueError,
+            "completion 1 has a message with content of type 'image'",
+        ),
+        (
+            ["x", [{"role": "user", "content": None}]],
+            ["1", "2"],
+            ValueError,
+            "prompt 1 has a message with content of type NoneType",
         ),
     ],
 )

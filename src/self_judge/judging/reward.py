@@ -43,7 +43,7 @@ from self_judge.judging.judge import Judge
 from self_judge.judging.panel import AnyJudge, Panel
 from self_judge.judging.tournament import Compare, knockouts
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.prompting.messages import content_of
+from self_judge.prompting.messages import content_of, lost
 from self_judge.prompting.thoughts import answer_of
 
 Scheme = Literal["all_pairs", "knockout", "swiss", "bradley_terry"]
@@ -117,8 +117,8 @@ class PairwiseReward:
             log_metric: receives the means of order agreement and of undecidable matches.
 
         Raises:
-            ValueError: the lists differ in length, no prompt has two completions, or a completion
-                has several turns. The message contains the index.
+            ValueError: the lists differ in length, no prompt has two completions, a message has
+                more than text, or a completion has several turns. The message contains the index.
             TypeError: an entry is neither a text nor messages. The message contains the index.
         """
         if len(prompts) != len(completions):
@@ -408,13 +408,12 @@ def _response(completion: Any, i: int) -> str:
         return completion
     _check_messages(f"completion {i}", completion)
     roles = [message["role"] for message in completion]
-    content = content_of(completion[0])
-    if roles != ["assistant"] or not isinstance(content, str):
+    if roles != ["assistant"]:
         raise ValueError(
             f"completion {i} has turns {', '.join(roles)}: a pairwise reward compares single "
-            "assistant messages with text"
+            "assistant messages"
         )
-    return content
+    return str(content_of(completion[0]))
 
 
 def _check_messages(what: str, messages: Any) -> None:
@@ -423,3 +422,9 @@ def _check_messages(what: str, messages: Any) -> None:
     )
     if not good or not messages:
         raise TypeError(f"{what} must be a text or a list of messages, got {messages!r:.60}")
+    for message in messages:
+        part = lost(message)
+        if part is None and not isinstance(content_of(message), str):
+            part = f"content of type {type(message['content']).__name__}"
+        if part is not None:
+            raise ValueError(f"{what} has a message with {part}: only text can be judged")
