@@ -45,8 +45,8 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import load_judge_settings, save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.training.fault_tolerance import NotFiniteError
+from self_judge.training.identity.reference import active_reference
 from self_judge.training.jsft.trainer import JSFTTrainer
-from self_judge.training.reference import active_reference
 
 IDS = torch.tensor([[5, 60, 70, 80, 90]])
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

@@ -24,7 +24,7 @@ from self_judge.runtime import (
     unwrapped,
     without_cudnn_attention,
 )
-from self_judge.training.reference import frozen_reference
+from self_judge.training.identity.reference import frozen_reference
 
 IDS = torch.tensor([[5, 60, 70, 80, 90]])
 

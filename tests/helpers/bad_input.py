@@ -20,7 +20,7 @@ from self_judge import ChatEncoder, Judge, JudgeTemplates, SelfJudgeConfig
 from self_judge import tournament_rejection_sampling as play
 from self_judge.inference.sampling import stop_tokens
 from self_judge.models import load_model, load_tokenizer
-from self_judge.training.saved_weights import rehearse_saving
+from self_judge.training.identity.saved_weights import rehearse_saving
 
 JSFT = str(ROOT / "configs" / "hh_jsft.yaml")
 TRAIN = str(ROOT / "configs" / "hh_self_judge.yaml")

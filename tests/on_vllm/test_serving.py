@@ -36,7 +36,7 @@ from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
 from self_judge.judging.choice import JudgeChoice
-from self_judge.training.reference import active_reference
+from self_judge.training.identity.reference import active_reference
 from served import served, streamed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]

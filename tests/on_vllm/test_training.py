@@ -20,7 +20,7 @@ from self_judge import ChatEncoder, Judge, SelfJudgeConfig, SelfJudgeTrainer
 from self_judge.config.self_training import SamplingSettings
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
-from self_judge.training.reference import active_reference
+from self_judge.training.identity.reference import active_reference
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

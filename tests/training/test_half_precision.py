@@ -23,7 +23,7 @@ from self_judge.models import load_model
 from self_judge.packing import exactness
 from self_judge.packing.fused_head import pack_fused_head
 from self_judge.packing.packing import _LAYOUTS, Packing
-from self_judge.training.reference import active_reference, frozen_reference
+from self_judge.training.identity.reference import active_reference, frozen_reference
 
 BF16 = torch.bfloat16
 AUTOCAST = {"bf16": True, "use_cpu": DEVICE == "cpu", "max_steps": 1}

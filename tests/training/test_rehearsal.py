@@ -21,8 +21,8 @@ from conftest import Make, same, tiny_llama, weights
 from self_judge.errors import ModelError
 from self_judge.models import load_model
 from self_judge.training import fault_tolerance
+from self_judge.training.identity.saved_weights import check_saved
 from self_judge.training.jsft.trainer import JSFTTrainer
-from self_judge.training.saved_weights import check_saved
 
 IDS = torch.tensor([[5, 60, 70, 80, 90]])
 

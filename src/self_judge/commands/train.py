@@ -49,16 +49,16 @@ from self_judge.runtime import unwrapped
 from self_judge.storage.atomic import LAST, atomic_files, latest_complete, loads, write_json
 from self_judge.storage.run_dir import DATA, RUN, only_training
 from self_judge.training.callbacks import LiveProgress
-from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
-from self_judge.training.jsft.trainer import JSFTTrainer
-from self_judge.training.reference import probe_logits
-from self_judge.training.saved_weights import (
+from self_judge.training.identity.reference import probe_logits
+from self_judge.training.identity.saved_weights import (
     check_configuration,
     check_loading,
     check_merged,
     check_saved,
     not_finite,
 )
+from self_judge.training.jsft.examples import JudgeAugmentedSFTCollator, jsft_dataset
+from self_judge.training.jsft.trainer import JSFTTrainer
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from self_judge.training.setup import (
     Say,

@@ -62,22 +62,24 @@ from self_judge.storage.run_dir import only_training
 from self_judge.training.arguments import without_secrets
 from self_judge.training.callbacks import stopping
 from self_judge.training.hub import HubMixin
-from self_judge.training.reference import ReferenceCheck, is_sharded, probe_logits
-from self_judge.training.saved_weights import (
-    check_loading,
-    check_optimizer,
+from self_judge.training.identity.reference import ReferenceCheck, is_sharded, probe_logits
+from self_judge.training.identity.resuming import (
     check_same_adapter,
     check_same_optimizer,
-    check_saved,
-    check_start,
     check_state,
     data_fingerprint,
-    not_finite,
-    rehearse_saving,
-    remove_old_adapter,
     resuming,
     same_data,
     save_fingerprints,
+)
+from self_judge.training.identity.saved_weights import (
+    check_loading,
+    check_optimizer,
+    check_saved,
+    check_start,
+    not_finite,
+    rehearse_saving,
+    remove_old_adapter,
 )
 
 logger = logging.getLogger(__name__)

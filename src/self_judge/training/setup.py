@@ -44,7 +44,7 @@ from self_judge.prompting.template_source import CLOCK
 from self_judge.storage.atomic import LAST, latest_complete
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import DATA, METRICS, RUN
-from self_judge.training.reference import own_models
+from self_judge.training.identity.reference import own_models
 from self_judge.training.self_training.config import SelfJudgeConfig
 
 Say = Callable[[str], None]

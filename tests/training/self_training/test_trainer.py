@@ -35,7 +35,7 @@ from self_judge.adapters import merged
 from self_judge.models import load_model
 from self_judge.packing.fused_head import FUSED_HEAD
 from self_judge.prompting.judge_json import load_judge_settings
-from self_judge.training.reference import active_reference
+from self_judge.training.identity.reference import active_reference
 from self_judge.training.self_training.prompts import COLUMNS
 from self_judge.training.self_training.rollouts import preference_batch
 
@@ -641,7 +641,7 @@ def test_the_frozen_copy_is_made_where_the_model_is_trained(
         events.append("copied")
         raise KeyboardInterrupt  # what comes after is not looked at
 
-    monkeypatch.setattr("self_judge.training.reference.frozen_reference", copied)
+    monkeypatch.setattr("self_judge.training.identity.reference.frozen_reference", copied)
     if kind is not None:  # as the launcher says it; these place the weights themselves
         monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     with pytest.raises(KeyboardInterrupt):

@@ -35,7 +35,7 @@ from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.storage.jsonl import read_lines, write_lines
 from self_judge.storage.run_dir import JUDGED, rollout_files
 from self_judge.training.callbacks import LiveProgress
-from self_judge.training.reference import frozen_reference
+from self_judge.training.identity.reference import frozen_reference
 from self_judge.training.self_training.config import SelfJudgeConfig
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 

@@ -25,8 +25,8 @@ from self_judge.runtime import keep_freed_memory, unwrapped
 from self_judge.training.arguments import check_args, check_has_rows, check_names, model_or_name
 from self_judge.training.callbacks import RunLog
 from self_judge.training.fault_tolerance import FaultToleranceMixin
+from self_judge.training.identity.reference import load_by_name
 from self_judge.training.lora_layers import lighten
-from self_judge.training.reference import load_by_name
 
 
 class PairSampler(Sampler[int]):

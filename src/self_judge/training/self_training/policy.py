@@ -13,7 +13,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from self_judge.inference.sampling import Sampler, TransformersSampler
 from self_judge.packing.fused_head import FUSED_HEAD
-from self_judge.training.reference import active_reference
+from self_judge.training.identity.reference import active_reference
 
 
 @contextmanager

@@ -55,9 +55,7 @@ from self_judge.training.arguments import (
 )
 from self_judge.training.callbacks import RunLog, StepClock
 from self_judge.training.fault_tolerance import FaultToleranceMixin
-from self_judge.training.lora_layers import lighten
-from self_judge.training.oom_retry import MICRO_BATCH, OOMRetryMixin
-from self_judge.training.reference import (
+from self_judge.training.identity.reference import (
     ReferenceCheck,
     active_reference,
     given_logits,
@@ -65,6 +63,8 @@ from self_judge.training.reference import (
     reference_in_memory,
     reference_logits,
 )
+from self_judge.training.lora_layers import lighten
+from self_judge.training.oom_retry import MICRO_BATCH, OOMRetryMixin
 from self_judge.training.self_training.config import (
     SelfJudgeConfig,
     as_self_judge_config,
