@@ -451,14 +451,6 @@ def test_an_adapter_whose_biases_stay_when_it_is_off_is_refused_by_name(
         assert torch.equal(after[f"base_model.model.{name}"], value)
 
 
-def test_biases_of_a_sharded_model_are_refused_from_the_configuration(
-    make: Make, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ModelError, match=r"peft_config\.bias is all"):
-        make(model=model, peft_config=LoraConfig(**LORA, bias="all"))
-
-
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_model_that_was_trained_before_is_trained_again_against_what_it_is_now(
     adapter: bool, make: Make, model: Any

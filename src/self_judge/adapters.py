@@ -195,8 +195,14 @@ def _untie_adapted(model: PeftModel) -> None:
                 setattr(base, name, own)
 
 
-def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the weights of a model without its adapters, under the names of the plain model."""
+def base_weights(
+    model: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Returns the weights of a model without its adapters, under the names of the plain model.
+
+    Args:
+        state: the model's state, if it is not `model.state_dict()`.
+    """
     # model.layers.0.q_proj.base_layer.weight      -> model.layers.0.q_proj.weight
     # model.layers.0.q_proj.lora_A.default.weight  -> (left out)
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -205,7 +211,7 @@ def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     own = re.compile(rf"(?:{'|'.join(adapted)})\.(?!{inside})" if adapted else "(?!)")
     return {
         re.sub(rf"(?<=\.){inside}", "", name): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in (model.state_dict() if state is None else state).items()
         if not own.match(name)
     }
 

@@ -20,7 +20,7 @@ from self_judge import ChatEncoder, Judge, JudgeTemplates, SelfJudgeConfig
 from self_judge import tournament_rejection_sampling as play
 from self_judge.inference.sampling import stop_tokens
 from self_judge.models import load_model, load_tokenizer
-from self_judge.training.identity.saved_weights import rehearse_saving
+from self_judge.training.identity.saved_weights import check_adapter
 
 JSFT = str(ROOT / "configs" / "hh_jsft.yaml")
 TRAIN = str(ROOT / "configs" / "hh_self_judge.yaml")
@@ -392,7 +392,7 @@ MODELS = [
          ("another one after it is saved and loaded",),
          ""),
     Case("an adapter beside other trained weights",
-         lambda p: rehearse_saving(_unfrozen(tiny_llama(441))),
+         lambda p: check_adapter(_unfrozen(tiny_llama(441))),
          ("and would not be saved",), ""),
     Case("a frozen model",
          lambda p: p.make(model=tiny_llama(441).requires_grad_(False)),

@@ -10,9 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_processes import ONE, TWO, column, launch, result, same_weights
+from test_processes import (
+    BIASED,
+    ONE,
+    TWO,
+    USED,
+    WRONG,
+    column,
+    launch,
+    refused,
+    result,
+    same_weights,
+)
 
 from conftest import byte_bpe, tiny_llama, wrap
+from self_judge.models import load_tokenizer
 from self_judge.storage.atomic import integrity_error
 
 pytestmark = [
@@ -59,6 +71,22 @@ def test_a_run_is_resumed_from_its_checkpoint(file: str, folder: str, tmp_path: 
     )
     assert column(resumed, "loss") == pytest.approx(column(whole, "loss"), abs=1e-6)
     same_weights(tmp_path / "whole", tmp_path / "resumed", tolerance=1e-6)
+
+
+@pytest.mark.parametrize("file", ["zero2", "zero3"])
+def test_a_judge_that_uses_a_trained_weight_is_refused_by_its_name(
+    file: str, folder: str, tmp_path: Path
+) -> None:
+    biased = tiny_llama(len(load_tokenizer(folder)), attention_bias=True)
+    biased.save_pretrained(folder)
+    refused(tmp_path, USED, file=file, model=folder, **BIASED)
+
+
+@pytest.mark.parametrize(("asked", "told"), WRONG)
+def test_a_sharded_run_ends_in_all_processes(
+    asked: dict[str, Any], told: str, folder: str, tmp_path: Path
+) -> None:
+    refused(tmp_path, told, file="zero3", model=folder, **asked)
 
 
 def test_a_process_that_dies_ends_the_job_with_an_error(folder: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -108,6 +109,64 @@ def test_two_processes_learn_what_one_learns_from_a_batch_twice_as_large(
     assert len(set(column(one, "loss"))) == 4
     if not asked.get("lora"):
         same_weights(tmp_path / "one", tmp_path / "two")
+
+
+# -- the checks of judge and weights, where no process has whole weights ---------------------------
+
+LORA = {"lora": True}
+BIASED = {**LORA, "peft": {"bias": "all"}}
+USED = r"the judge would change during training: it uses base_model\.\S+\.bias, which is trained"
+MOVED = r"step 4: the judge has changed during training"
+SPOILED = r"\.unfinished/{} was not saved correctly: \S+ differs from the trained weights"
+WRONG = [
+    pytest.param({"moves": 1}, MOVED, id="a judge that one process changes"),
+    pytest.param({"moves": 0, **LORA}, MOVED, id="a base that one process changes"),
+    pytest.param({"spoils": True}, SPOILED.format("model"), id="a file with other weights"),
+    pytest.param({"spoils": True, **LORA}, SPOILED.format("rehearsal"), id="an adapter's file"),
+]
+
+
+def refused(out: Path, told: str, **asked: Any) -> None:
+    """All processes end with the same error, and nothing is saved."""
+    done = launch(out, processes=2, args=TWO, **asked)
+    assert done.returncode != 0
+    assert "Timeout (" not in done.stderr, done.stderr[-12000:]
+    errors = {file.name: file.read_text() for file in out.glob("refused_*")}
+    assert sorted(errors) == ["refused_0", "refused_1"], done.stderr[-4000:]
+    assert len(set(errors.values())) == 1
+    assert re.search(told, errors["refused_0"]), errors
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_a_sharded_judge_that_uses_a_trained_weight_is_refused_by_its_name(tmp_path: Path) -> None:
+    refused(tmp_path, USED, file="fsdp2", sharded=True, **BIASED, changes={"attention_bias": True})
+    assert not (tmp_path / "metrics.jsonl").exists()  # before the first step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "told"), WRONG)
+def test_a_sharded_run_ends_in_all_processes(
+    asked: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    refused(tmp_path, told, file="fsdp2", sharded=True, **asked)
+
+
+@pytest.mark.slow
+def test_a_judge_that_changes_in_one_process_ends_all(tmp_path: Path) -> None:
+    refused(tmp_path, MOVED, file="ddp", moves=1)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_not_resumed_with_another_adapter(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"file": "fsdp2", "sharded": True, "lora": True}
+    saving = {**TWO, "save_strategy": "steps", "save_steps": 2}
+    whole = result(tmp_path / "whole", processes=2, **asked, args=saving)
+    at = {"resume": str(tmp_path / "whole" / "checkpoint-2")}
+    resumed = result(tmp_path / "resumed", processes=2, **asked, args=TWO, **at)
+    assert column(resumed, "loss") == pytest.approx(column(whole, "loss"), abs=1e-6)
+    refused(
+        tmp_path / "other", "its adapter has lora_alpha=8", **asked, **at, peft={"lora_alpha": 4}
+    )
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from conftest import SMALL, TEMPLATES, byte_bpe, tiny_llama, wrap
 from self_judge import SelfJudgeConfig, SelfJudgeTrainer
+from self_judge.training.identity.shards import reshard, shard
 
 
 def train(asked: dict[str, Any], out: Path) -> None:
@@ -40,13 +44,15 @@ def train(asked: dict[str, Any], out: Path) -> None:
         # On a CPU Accelerate makes DDP of FSDP; the sharding itself works there.
         assert args.device.type == "cpu"  # asking for it sets the processes up
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    start = asked.get("model") or tiny_llama(len(tokenizer), **asked.get("changes", {}))
+    lora = {"task_type": "CAUSAL_LM", "r": 4, **asked.get("peft", {})}
     trainer = SelfJudgeTrainer(
-        model=asked.get("model") or tiny_llama(len(tokenizer)),
+        model=start,
         args=args,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows),
         judge_templates=TEMPLATES,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4) if asked.get("lora") else None,
+        peft_config=LoraConfig(**lora) if asked.get("lora") else None,
     )
     state = PartialState()
     if asked.get("dies") and state.process_index == 1:
@@ -60,6 +66,10 @@ def train(asked: dict[str, Any], out: Path) -> None:
             return compare(comparisons)
 
         trainer.judge.compare = told
+    if asked.get("moves") is not None:
+        trainer.add_callback(Moving(trainer, asked["moves"]))
+    if asked.get("spoils"):
+        trainer._save = partial(spoiled, trainer._save)
     trainer.stop_on_sigterm = bool(asked.get("told"))
     trainer.train(resume_from_checkpoint=asked.get("resume"))
     trainer.save_model()
@@ -76,8 +86,37 @@ def train(asked: dict[str, Any], out: Path) -> None:
     state.wait_for_everyone()
 
 
+class Moving(TrainerCallback):
+    """Changes the judge in one process, after the first step."""
+
+    def __init__(self, trainer: SelfJudgeTrainer, process: int) -> None:
+        self.trainer, self.process = trainer, process
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        judge = self.trainer.ref_model or self.trainer.model
+        reshard(judge)
+        if state.global_step == 1 and args.process_index == self.process:
+            for parameter in judge.parameters():
+                if not parameter.requires_grad:
+                    shard(parameter).mul_(-2)
+
+
+def spoiled(save: Any, output_dir: str, *args: Any, **kwargs: Any) -> None:
+    """Saves, and changes one weight in the file."""
+    save(output_dir, *args, **kwargs)
+    for file in Path(output_dir).glob("*.safetensors"):
+        state = load_file(file)
+        state[sorted(state)[0]] += 1
+        save_file(state, file, {"format": "pt"})
+
+
 def main(asked: dict[str, Any], out: Path) -> None:
-    train(asked, out)
+    try:
+        train(asked, out)
+    except ValueError as error:  # ModelError, CheckpointError
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"refused_{os.environ['RANK']}").write_text(str(error))
+        raise
     # The trainer goes first: were DDP's reducer the last to hold the group, the group's end would
     # wait, with the interpreter's lock, for a gloo thread that wants this lock to let go of a hook.
     gc.collect()

@@ -20,7 +20,7 @@ from trl import SFTConfig
 from conftest import Make, same, tiny_llama, weights
 from self_judge.errors import ModelError
 from self_judge.models import load_model
-from self_judge.training import fault_tolerance
+from self_judge.training.identity import mixin
 from self_judge.training.identity.saved_weights import check_saved
 from self_judge.training.jsft.trainer import JSFTTrainer
 
@@ -188,7 +188,7 @@ def test_a_run_is_the_same_to_the_bit_without_its_rehearsal(
         return weights(trainer.model)
 
     rehearsed = trained()
-    monkeypatch.setattr(fault_tolerance, "rehearse_saving", lambda model: None)
+    monkeypatch.setattr(mixin, "rehearse_saving", lambda model: None)
     assert same(trained(), rehearsed)
 
 

@@ -34,7 +34,7 @@ from self_judge.storage.atomic import loads, write_json
 from self_judge.storage.jsonl import read_lines
 from self_judge.storage.run_dir import METRICS, SUMMARY
 from self_judge.training.callbacks import shown_metrics
-from self_judge.training.identity.reference import is_sharded
+from self_judge.training.identity.shards import is_sharded
 from self_judge.training.setup import Say
 
 MAX_PAIRS = 200

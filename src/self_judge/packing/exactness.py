@@ -64,7 +64,10 @@ def as_called(model: nn.Module) -> Any:
 
 def trial_tokens(model: nn.Module, count: int) -> list[int]:
     """Returns random token ids from the middle half of the vocabulary, with a fixed seed."""
-    size: int = unwrapped(model).get_input_embeddings().weight.shape[0]  # type: ignore
+    table: Any = unwrapped(model).get_input_embeddings()  # type: ignore[operator]
+    table = getattr(table, "base_layer", table)  # of LoRA
+    # A sharded weight can have another shape in each process.
+    size: int = getattr(table, "num_embeddings", None) or table.weight.shape[0]
     first, stop = size // 4, max(size // 4 + 1, 3 * size // 4)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(first, stop, (count,), generator=generator).tolist()

@@ -13,7 +13,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -369,3 +369,22 @@ def stopping(trainer: Any) -> Iterator[None]:
         trainer.remove_callback(stop)
         signal.signal(signal.SIGTERM, before)
         trainer.stopped_early = stop.stopped
+
+
+class _AtStart(TrainerCallback):
+    def __init__(self, then: Callable[[], object]) -> None:
+        self.then = then
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.then()
+
+
+@contextmanager
+def at_the_start(trainer: Any, then: Callable[[], object]) -> Iterator[None]:
+    """Calls a function when the training loop begins, with the weights in place and unchanged."""
+    start = _AtStart(then)
+    trainer.add_callback(start)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(start)

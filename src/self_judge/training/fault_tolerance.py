@@ -33,6 +33,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,28 +60,21 @@ from self_judge.storage.atomic import (
 )
 from self_judge.storage.repository import same_path
 from self_judge.storage.run_dir import only_training
-from self_judge.training.arguments import without_secrets
-from self_judge.training.callbacks import stopping
+from self_judge.training.callbacks import at_the_start, stopping
 from self_judge.training.hub import HubMixin
-from self_judge.training.identity.reference import ReferenceCheck, is_sharded, probe_logits
+from self_judge.training.identity.mixin import IdentityMixin
 from self_judge.training.identity.resuming import (
-    check_same_adapter,
     check_same_optimizer,
     check_state,
-    data_fingerprint,
     resuming,
-    same_data,
     save_fingerprints,
 )
 from self_judge.training.identity.saved_weights import (
     check_loading,
-    check_optimizer,
-    check_saved,
-    check_start,
     not_finite,
-    rehearse_saving,
     remove_old_adapter,
 )
+from self_judge.training.identity.shards import from_all, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +85,7 @@ class NotFiniteError(FloatingPointError):
     """Raised when gradients or weights contain NaN or infinity. The message names the step."""
 
 
-class FaultToleranceMixin(HubMixin):
+class FaultToleranceMixin(IdentityMixin, HubMixin):
     """Adds fault tolerance to a Transformers trainer. List the mixin before the trainer class.
 
     Attributes:
@@ -112,9 +106,6 @@ class FaultToleranceMixin(HubMixin):
     stopped_early = False
     nothing_judged = False
     on_saved: Callable[[Path], object] | None = None
-    on_resume: Callable[[Path], object] | None = None
-    reference: ReferenceCheck | None = None
-    _data: str | None = None
     _staging: Path | None = None
     _final_folder: Path | None = None
     _unsent: str | None = None
@@ -158,36 +149,16 @@ class FaultToleranceMixin(HubMixin):
             # Transformers sets the seed only in the constructor. Random numbers drawn since then
             # would change the run.
             set_seed(self.args.seed)
-            with stopping(self), without_cudnn_attention():
+            begins = partial(self._check_identity, Path(found) if found else None)
+            sharded = is_sharded(self.args)
+            with (
+                stopping(self),
+                without_cudnn_attention(),
+                at_the_start(self, begins) if sharded else nullcontext(),
+            ):
                 result = super().train(found, *args, **kwargs)
             self._check_weights()
             return result
-
-    def _before_training(self, checkpoint: Path | None) -> None:
-        """Finds errors that would otherwise appear only at the first save, or not at all."""
-        model: Any = self.model
-        check_start(self.args, model)
-        self._data = data_fingerprint(self.train_dataset)
-        if checkpoint is not None and self.on_resume is not None:
-            self.on_resume(checkpoint)
-        if is_sharded(self.args):
-            return
-        if self.optimizer is not None:
-            check_optimizer(self.optimizer, model)
-        if self.reference is None and isinstance(model, PeftModel):
-            with model.disable_adapter():
-                self.reference = ReferenceCheck(probe_logits(model), model)
-        if self.reference is not None:
-            self.reference.before_training()
-        rehearse_saving(model)
-        if checkpoint is None:
-            return
-        with resuming(checkpoint):
-            check_same_adapter(model, checkpoint)
-            if self.reference is not None:
-                self.reference.check_saved(checkpoint)
-            if not same_data(checkpoint, self._data):
-                logger.warning("the training data has changed since %s was saved", checkpoint)
 
     def _checked(self, asked: str | bool) -> Path:
         if asked is True:
@@ -302,13 +273,10 @@ class FaultToleranceMixin(HubMixin):
 
     def _write_model(self, output_dir: str | None) -> None:
         self._check_weights()
-        with without_secrets(self.args):
-            super().save_model(output_dir, _internal_call=True)
+        folder = Path(output_dir or str(self.args.output_dir))
+        self._write_weights(folder)
         if not self.args.should_save:
             return
-        folder = Path(output_dir or str(self.args.output_dir))
-        if not is_sharded(self.args):
-            check_saved(self.accelerator.unwrap_model(self.model), folder)
         apply_umask(folder)
         if self.on_saved is not None:
             self.on_saved(folder)
@@ -389,7 +357,7 @@ class FaultToleranceMixin(HubMixin):
         )
         logger.warning("step %d is skipped: %s", step, what)
         if self._skipped >= self.max_skipped_steps:
-            broken = not_finite(model)
+            broken = from_all(not_finite(model))
             weights = (
                 f"{len(broken)} trained weights also contain NaN or infinity (first: {broken[0]}): "
                 "do not use these weights"
@@ -409,7 +377,7 @@ class FaultToleranceMixin(HubMixin):
     def _check_weights(self) -> None:
         """Raises an error if weights contain NaN or infinity, or the reference has changed."""
         model: Any = self.model
-        broken = not_finite(model)
+        broken = from_all(not_finite(model))
         if broken:
             raise NotFiniteError(
                 f"step {self.state.global_step}: {len(broken)} trained weights contain NaN or "

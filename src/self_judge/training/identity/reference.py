@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +25,7 @@ from self_judge.packing.exactness import IN_LESS, as_called, relative_difference
 from self_judge.runtime import device_of, in_evaluation_mode, unwrapped
 from self_judge.storage.atomic import loads, write_json
 from self_judge.storage.repository import refuse_overwriting
+from self_judge.training.identity.shards import is_fsdp, is_sharded, largest, reshard, shard
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +73,6 @@ def reference_in_memory(model: Any, args: TrainingArguments) -> Any:
         logger.warning("ZeRO-3: loading the judge from %s instead of copying the model", name)
         return None
     return frozen_reference(model)
-
-
-def is_sharded(args: TrainingArguments) -> bool:
-    """Returns whether FSDP or DeepSpeed shards the model across processes."""
-    launched = (os.environ.get(f"ACCELERATE_USE_{kind}", "") for kind in ("FSDP", "DEEPSPEED"))
-    return bool(args.fsdp or args.deepspeed or any(a.lower() in ("1", "true") for a in launched))
 
 
 def place(model: Any, args: TrainingArguments) -> None:
@@ -131,38 +126,49 @@ def probe_logits(model: Any) -> torch.Tensor:
     device = device_of(unwrapped(model))
     ids = torch.tensor([trial_tokens(model, _TOKENS)], device=device)
     # Accelerate wraps the `forward` of a prepared model in autocast.
-    forward = getattr(as_called(model), "_original_forward", None) or model
+    plain = None if is_fsdp(model) else getattr(as_called(model), "_original_forward", None)
+    forward = plain or model
     with in_evaluation_mode(model), torch.autocast(device.type, enabled=False):
         return forward(input_ids=ids, use_cache=False).logits[0].float().cpu()
 
 
-def given_logits(
-    model: Any, ref_model: Any, args: TrainingArguments, peft_config: Any = None
-) -> torch.Tensor | None:
+def given_logits(model: Any, ref_model: Any, args: TrainingArguments) -> torch.Tensor | None:
     """Computes the logits that the reference must reproduce, or returns `None` for a sharded model.
 
-    This function moves the models to the training device.
+    This function moves the models to the training device. FSDP and DeepSpeed do that themselves,
+    and a sharded model cannot be run before (see `start_logits`).
 
     Args:
         model: the model that was passed to the trainer.
         ref_model: the reference that was passed to the trainer, if any.
-        peft_config: the configuration of a new adapter, if any.
-
-    Raises:
-        ModelError: the model is sharded, and the adapter trains biases, which remain active when
-            the adapter is disabled.
     """
     if is_sharded(args):
-        if ref_model is None and getattr(peft_config, "bias", "none") != "none":
-            raise ModelError(
-                f"the judge would change during training: peft_config.bias is {peft_config.bias}, "
-                "and biases remain active when the adapter is disabled. Set peft_config.bias: none"
-            )
         return None
     place(model, args)
     if ref_model is not None:
         place(ref_model, args)
     return probe_logits(model if ref_model is None else ref_model)
+
+
+def start_logits(trainer: Any, *, other: bool) -> torch.Tensor:
+    """Computes the logits that the reference of a sharded model must reproduce.
+
+    At the start, the policy is the given model: a new adapter changes nothing, and TRL copies a
+    given adapter. In three cases, the policy starts as another model, and the reference is only
+    compared with itself, later: after resuming, with a `ref_model`, and with an adapter that is
+    drawn at random.
+
+    Args:
+        other: whether the run is resumed, or the reference was passed to the trainer.
+    """
+    inner: Any = as_called(trainer.model)
+    config: Any = inner.active_peft_config if isinstance(inner, PeftModel) else None
+    start = getattr(config, "init_lora_weights", getattr(config, "init_weights", True))
+    drawn = config is not None and (config.is_prompt_learning or start in (False, "orthogonal"))
+    continued = config is not None and "ref" in inner.peft_config
+    if other or (drawn and not continued):
+        return reference_logits(trainer)
+    return probe_logits(trainer.model)
 
 
 def _usual(logits: torch.Tensor) -> torch.Tensor:
@@ -182,6 +188,7 @@ class ReferenceCheck:
         model: the trained model.
         logits: a function that computes the current logits of the reference, or `None` if training
             is allowed to change them.
+        rounds: whether the models compute in less than float32, whatever their weights are.
     """
 
     def __init__(
@@ -189,20 +196,32 @@ class ReferenceCheck:
         given: torch.Tensor,
         model: torch.nn.Module,
         logits: Callable[[], torch.Tensor] | None = None,
+        *,
+        rounds: bool = False,
     ) -> None:
         self.expected = given
         self.model = model
         self.logits = logits
         inner: Any = unwrapped(model)
-        self.tolerance = _TOLERANCE.get(inner.dtype, IN_LESS)
+        self.tolerance = IN_LESS if rounds else _TOLERANCE.get(inner.dtype, IN_LESS)
 
     def moved(self, logits: torch.Tensor) -> float | None:
         """Returns the difference relative to the largest logit, or `None` if it is tolerated."""
+        off = self._difference(logits)
+        return None if off <= self.tolerance else off
+
+    def _difference(self, logits: torch.Tensor) -> float:
         # Masked logits are infinite or have huge magnitudes. Both models must mask the same tokens.
         usual, own = _usual(self.expected), _usual(logits)
         if not torch.equal(usual, own):
             return math.inf
-        off = relative_difference(logits[own], self.expected[own])
+        return relative_difference(logits[own], self.expected[own])
+
+    def _moved_anywhere(self) -> float | None:
+        """Returns what `moved` does for the current logits, and the same in all processes."""
+        if self.logits is None:
+            return None
+        off = largest(self._difference(self.logits()))
         return None if off <= self.tolerance else off
 
     def before_training(self) -> None:
@@ -215,32 +234,34 @@ class ReferenceCheck:
         if self.logits is None:
             return
         start = self.logits()
-        off = self.moved(start)
-        if off is not None:
+        off = largest(self._difference(start))
+        if not off <= self.tolerance:
             raise ModelError(
                 "the reference differs from the initial model: the relative difference of their "
                 f"logits is {off:.1e}. Pass the initial model as ref_model, or a peft_config whose "
                 "adapter can be disabled"
             )
         self.expected = start
+        reshard(self.model)  # only then do the names lead to the shards
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         if not self._follows(trained):
             return
         used = next(filter(self._follows, _by_kind(trained)), trained)
+        # FSDP and gradient checkpointing insert the names of their wrappers.
+        name = re.sub(r"_(fsdp|checkpoint)_wrapped_module\.", "", used[0][0])
         raise ModelError(
-            f"the judge would change during training: it uses {used[0][0]}, which is "
+            f"the judge would change during training: it uses {name}, which is "
             "trained. Set peft_config.bias: none, choose an adapter that can be disabled, or train "
             "without peft_config"
         )
 
     def _follows(self, named: Sequence[tuple[str, torch.nn.Parameter]]) -> bool:
-        assert self.logits is not None
-        with _changed([p for _, p in named]):
-            return self.moved(self.logits()) is not None
+        with _changed(self.model, [p for _, p in named]):
+            return self._moved_anywhere() is not None
 
     def check(self, step: int) -> None:
         """Raises `ModelError` if the reference has changed since training began."""
-        off = None if self.logits is None else self.moved(self.logits())
+        off = self._moved_anywhere()
         if off is not None:
             raise ModelError(
                 f"step {step}: the judge has changed during training: the relative difference of "
@@ -282,41 +303,46 @@ def _by_kind(
 
 
 @contextmanager
-def _changed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+def _changed(model: torch.nn.Module, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     """Changes all values within the `with` block and restores the exact values afterwards."""
+    reshard(model)
+    _flip(parameters)
+    try:
+        yield
+    finally:
+        reshard(model)
+        _flip(parameters)
+
+
+def _flip(parameters: Sequence[torch.nn.Parameter]) -> None:
     # Flipping a bit twice restores it, so no copy of the weights is needed. Float32 examples:
     #   0.0 -> 0.0625       -0.03 -> 3.5e-39       5.0 -> 3.7e+37
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flips = []
     for parameter in parameters:
         if parameter.is_floating_point() and parameter.element_size() in bits:
-            values = parameter.detach()
+            values = shard(parameter)
             pattern = torch.tensor(0.0625, dtype=values.dtype, device=values.device)
             kind = bits[values.element_size()]
-            flips.append((values.view(kind), pattern.view(kind)))
-    try:
-        for values, pattern in flips:
-            values.bitwise_xor_(pattern)
-        yield
-    finally:
-        for values, pattern in flips:
-            values.bitwise_xor_(pattern)
+            values.view(kind).bitwise_xor_(pattern.view(kind))
 
 
 @contextmanager
-def perturbed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+def perturbed(model: torch.nn.Module, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     """Adds noise within the `with` block and restores the exact values afterwards.
 
     Unlike the values of `_changed`, these values have usual magnitudes. They need a copy.
     """
-    kept = [parameter.detach().clone() for parameter in parameters]
+    reshard(model)
+    shards = [shard(parameter) for parameter in parameters]
+    kept = [values.clone() for values in shards]
     try:
-        for seed, (parameter, values) in enumerate(zip(parameters, kept, strict=True)):
+        for seed, (values, before) in enumerate(zip(shards, kept, strict=True)):
             generator = torch.Generator(values.device).manual_seed(seed)
-            noise = torch.empty_like(values, dtype=torch.float32).normal_(generator=generator)
-            size = values.float().square().mean().sqrt().item() / 10 or 0.02
-            parameter.data.add_((size * noise).to(values.dtype))
+            noise = torch.empty_like(before, dtype=torch.float32).normal_(generator=generator)
+            size = before.float().square().mean().sqrt().item() / 10 or 0.02
+            values.add_((size * noise).to(values.dtype))
         yield
     finally:
-        for parameter, values in zip(parameters, kept, strict=True):
-            parameter.data.copy_(values)
+        reshard(model)
+        for values, before in zip(shards, kept, strict=True):
+            values.copy_(before)

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from self_judge.adapters import FILES, saved_shapes
 from self_judge.errors import CheckpointError, in_a_line
 from self_judge.storage.atomic import loads, write_json
+from self_judge.training.identity.shards import full_shape, weights
 
 # Settings that change the meaning of an adapter's weights, but not their names or shapes.
 _SCALES = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out",
@@ -97,8 +98,8 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
                 f"cannot resume from {checkpoint}: its adapter has {name}={before}, but this run "
                 f"uses {now}. Use the same peft_config, or another output_dir"
             )
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    own = get_peft_model_state_dict(model, weights(model), save_embedding_layers=False)
+    shapes = {name: full_shape(tensor) for name, tensor in own.items()}
     file = checkpoint / FILES[1]
     found = saved_shapes(file) if file.is_file() else {}
     stored = {name: tuple(shape) for name, shape in found.items()}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from self_judge.adapters import (
@@ -32,12 +30,8 @@ from self_judge.errors import ModelError
 from self_judge.models import built_again
 from self_judge.runtime import unwrapped
 from self_judge.storage.repository import refuse_overwriting, repository_file
-from self_judge.training.identity.reference import (
-    ReferenceCheck,
-    is_sharded,
-    perturbed,
-    probe_logits,
-)
+from self_judge.training.identity.reference import ReferenceCheck, perturbed, probe_logits
+from self_judge.training.identity.shards import from_all, full_shape, gathered, shard, weights
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +40,7 @@ _REPEATABLE = ("pissa", "olora")
 
 
 def not_finite(model: nn.Module, *, trained_only: bool = True) -> list[str]:
-    """Returns the names of the weights that contain NaN or infinity."""
+    """Returns the names of the weights of which this process holds NaN or infinity."""
     return [
         name
         for name, parameter in model.named_parameters()
@@ -57,18 +51,17 @@ def not_finite(model: nn.Module, *, trained_only: bool = True) -> list[str]:
 
 
 def _is_finite(parameter: torch.Tensor) -> bool:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     # The sum is not finite if any weight is not finite. Computing the sum needs less memory than a
     # mask of all weights.
-    return bool(torch.isfinite(local.detach().sum(dtype=torch.float64)))
+    return bool(torch.isfinite(shard(parameter).sum(dtype=torch.float64)))
 
 
 def check_start(args: TrainingArguments, model: nn.Module) -> None:
-    """Finds errors in the settings and the model that would otherwise appear only on saving.
+    """Finds errors in settings and configurations that would otherwise appear only on saving.
 
     Raises:
         ValueError: a setting is NaN or infinite, or the output folder is the folder of the model.
-        ModelError: see `check_configuration` and `check_base`.
+        ModelError: see `check_configuration` and `check_adapter`.
     """
     for name, value in vars(args).items():
         allowed = name == "max_grad_norm" and value == math.inf  # no clipping
@@ -76,19 +69,18 @@ def check_start(args: TrainingArguments, model: nn.Module) -> None:
             raise ValueError(f"{name} is {value}: give a finite number")
     inner: Any = unwrapped(model)
     refuse_overwriting([str(args.output_dir)], filter(None, [inner.name_or_path]))
-    if is_sharded(args):
-        return
-    if broken := not_finite(model):
-        raise ModelError(f"the given model contains NaN or infinity (first: {broken[0]})")
     if isinstance(model, PeftModel):
-        if isinstance(inner.get_output_embeddings(), TrainableTokensWrapper):
-            raise ModelError(
-                "peft_config.trainable_token_indices would not reach the head of a model with tied "
-                "embeddings, whose weight TRL reads directly: use modules_to_save: [embed_tokens]"
-            )
-        check_base(model)
+        check_adapter(model)
     else:
         check_configuration(model)
+
+
+def check_given(model: nn.Module) -> None:
+    """Raises `ModelError` if the given weights are not finite, or see `check_base`."""
+    if broken := from_all(not_finite(model)):
+        raise ModelError(f"the given model contains NaN or infinity (first: {broken[0]})")
+    if isinstance(model, PeftModel):
+        check_base(model)
 
 
 def check_optimizer(optimizer: Any, model: nn.Module) -> None:
@@ -134,26 +126,34 @@ def check_base(model: PeftModel) -> None:
     if known or not name or adapter_config(name, config.revision) is not None:
         return
     found = repository_file(name, "config.json", config.revision)
-    memory = base_weights(base) if found else {}
     # Weights beside those in 4 bits may have been rounded twice.
     rounded = getattr(base, "quantization_method", None) is not None
-    for file in sorted(found.parent.glob("model*.safetensors")) if found else ():
-        with safe_open(file, "pt") as weights:
-            for weight in memory.keys() & set(weights.keys()):
-                own, saved = memory[weight], weights.get_slice(weight)
-                if saved.get_shape() != list(own.shape) or not own.is_floating_point():
-                    continue
-                last = len(own) - 1 if own.dim() > 1 else 0
-                for row in {0, last // 2, last} if last > 0 else (slice(None),):
-                    there, here = saved[row].to(own.dtype), own[row].detach().cpu()
-                    if torch.equal(there, here) or (rounded and torch.allclose(there, here, 1e-2)):
-                        continue
-                    raise ModelError(
-                        f"the adapter would name {name} as its base model, but the base model in "
-                        f"memory differs from the weights saved there (in {weight}): save the "
-                        "model and load it from the new folder first, or choose another "
-                        "init_lora_weights"
-                    )
+    differing = []
+    with ExitStack() as opened:
+        saved = _saved(found.parent, "model*", opened) if found else {}
+        memory = base_weights(base, weights(base)) if found else {}
+        for weight in sorted(memory.keys() & saved.keys()):
+            with gathered(memory[weight]) as own:
+                if not _same_rows(own, saved[weight].get_slice(weight), rounded):
+                    differing.append(weight)
+    if differing := from_all(differing):
+        raise ModelError(
+            f"the adapter would name {name} as its base model, but the base model in "
+            f"memory differs from the weights saved there (in {differing[0]}): save the "
+            "model and load it from the new folder first, or choose another "
+            "init_lora_weights"
+        )
+
+
+def _same_rows(own: torch.Tensor, saved: Any, rounded: bool) -> bool:
+    if saved.get_shape() != list(own.shape) or not own.is_floating_point():
+        return True
+    last = len(own) - 1 if own.dim() > 1 else 0
+    for row in {0, last // 2, last} if last > 0 else (slice(None),):
+        there, here = saved[row].to(own.dtype), own[row].cpu()
+        if not (torch.equal(there, here) or (rounded and torch.allclose(there, here, 1e-2))):
+            return False
+    return True
 
 
 def remove_old_adapter(model: nn.Module, folder: Path) -> None:
@@ -163,39 +163,51 @@ def remove_old_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def check_saved(model: nn.Module, folder: Path) -> None:
+    """Raises `ModelError` if saved weights are not those in memory; see `saved_wrongly`."""
+    if problem := saved_wrongly(model, folder):
+        raise ModelError(problem)
+
+
+def saved_wrongly(model: nn.Module, folder: Path, *, reads: bool = True) -> str | None:
     """Compares saved weights with those in memory, one tensor at a time.
 
     Weights that Transformers stores in other pieces (experts) have the same sum of squares.
 
     Args:
-        model: a plain model or a `PeftModel` that is not sharded.
+        model: a plain model or a `PeftModel`.
         folder: the folder to which `save_pretrained` wrote the model.
+        reads: whether this process compares. The others only help to gather sharded weights.
 
-    Raises:
-        ModelError: a weight is missing or differs; the message names it.
+    Returns:
+        What is wrong; it names a weight that is missing or differs. `None` if nothing is.
     """
-    adapter = isinstance(model, PeftModel)
-    memory: Mapping[str, torch.Tensor]
-    memory = get_peft_model_state_dict(model) if adapter else unwrapped(model).state_dict()
-    found, renamed = set[str](), 0.0
-    for name, tensor in _saved(folder, "adapter_model*" if adapter else "model*"):
-        if name not in memory:
-            renamed += _squares(tensor)
-            continue
-        found.add(name)
-        own = memory[name].detach()
-        if own.is_floating_point() and not torch.equal(own.cpu(), tensor):
-            raise ModelError(
-                f"{folder} was not saved correctly: {name} differs from the trained weights"
-            )
-    stored = {memory[name].data_ptr() for name in found}
-    lacking = [n for n, t in memory.items() if n not in found and t.data_ptr() not in stored]
-    size = sum(_squares(memory[name]) for name in lacking)
-    if not math.isclose(size, renamed, rel_tol=1e-6):
-        raise ModelError(
-            f"{folder} was not saved correctly: {len(lacking)} trained weights are missing or "
+    adapter, memory = isinstance(model, PeftModel), weights(model)
+    if isinstance(model, PeftModel):
+        memory = get_peft_model_state_dict(model, memory)
+    problem, size, renamed = None, 0.0, 0.0
+    with ExitStack() as opened:
+        saved = _saved(folder, "adapter_model*" if adapter else "model*", opened) if reads else {}
+        renamed = sum(_squares(file.get_tensor(n)) for n, file in saved.items() if n not in memory)
+        stored = {shard(memory[name]).data_ptr() for name in memory.keys() & saved.keys()}
+        lacking = [
+            name
+            for name, tensor in memory.items()
+            if name not in saved and shard(tensor).data_ptr() not in stored
+        ]
+        for name, tensor in memory.items():
+            with gathered(tensor) as own:
+                if name in saved and own.is_floating_point() and problem is None:
+                    there = saved[name].get_tensor(name)
+                    if not torch.equal(own.cpu().to(there.dtype), there):
+                        problem = f"{name} differs from the trained weights"
+                elif reads and name in lacking:
+                    size += _squares(own)
+    if problem is None and reads and not math.isclose(size, renamed, rel_tol=1e-6):
+        problem = (
+            f"{len(lacking)} trained weights are missing or "
             f"differ (first: {lacking[0] if lacking else 'a weight that is not trained'})"
         )
+    return problem and f"{folder} was not saved correctly: {problem}"
 
 
 def _squares(tensor: torch.Tensor) -> float:
@@ -225,34 +237,51 @@ def check_merged(merged: nn.Module, expected: torch.Tensor | None) -> None:
         )
 
 
-def rehearse_saving(model: nn.Module) -> None:
-    """Checks, before training, that the trained model can be saved, and loaded unchanged.
-
-    Noise is added to the weights of an adapter meanwhile, because a new adapter changes nothing.
-
-    Raises:
-        ModelError: a trained weight would not be saved, or see `check_loading`.
-    """
-    if not isinstance(model, PeftModel):
-        check_loading(model)
-        return
+def check_adapter(model: PeftModel) -> None:
+    """Raises `ModelError` if a trained weight would not be saved with the adapter, or not read."""
+    inner: Any = unwrapped(model)
+    if isinstance(inner.get_output_embeddings(), TrainableTokensWrapper):
+        raise ModelError(
+            "peft_config.trainable_token_indices would not reach the head of a model with tied "
+            "embeddings, whose weight TRL reads directly: use modules_to_save: [embed_tokens]"
+        )
     if model.active_adapters != ["default"]:
         raise ModelError(
             f"the active adapters are {', '.join(model.active_adapters)}, but only the adapter "
             "'default' would be saved: load the adapter to train under this name, and no other"
         )
     config: Any = model.active_peft_config
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    saved = {t.data_ptr() for t in get_peft_model_state_dict(model).values()}
-    lost = [name for name, p in trained.items() if p.numel() and p.data_ptr() not in saved]
+    saved = set(map(id, get_peft_model_state_dict(model, weights(model)).values()))
+    lost = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and 0 not in full_shape(p) and id(p) not in saved
+    ]
     if lost and not config.is_prompt_learning:  # prompts are computed from the trained weights
         raise ModelError(
             f"{lost[0]} is trained, but it is not part of the adapter and would not be saved: "
             "freeze it, or add its module to peft_config.modules_to_save"
         )
-    with perturbed(list(trained.values())), tempfile.TemporaryDirectory() as folder:
+
+
+def rehearse_saving(model: nn.Module) -> None:
+    """Checks, before training, that the trained model can be saved, and loaded unchanged.
+
+    Noise is added to the weights of an adapter meanwhile, because a new adapter changes nothing.
+
+    Raises:
+        ModelError: see `check_loading`.
+    """
+    if not isinstance(model, PeftModel):
+        check_loading(model)
+        return
+    with perturbed(model, trained(model)), tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         check_loading(model, Path(folder))
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
@@ -304,8 +333,8 @@ def check_loading(model: nn.Module, folder: Path | None = None) -> None:
         )
 
 
-def _saved(folder: Path, pattern: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in sorted(folder.glob(f"{pattern}.safetensors")):
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                yield name, weights.get_tensor(name)
+def _saved(folder: Path, pattern: str, opened: ExitStack) -> dict[str, Any]:
+    """Opens the files of a saved model, and returns them by the names of their tensors."""
+    files = sorted(folder.glob(f"{pattern}.safetensors"))
+    readers: list[Any] = [opened.enter_context(safe_open(file, "pt")) for file in files]
+    return {name: reader for reader in readers for name in reader.keys()}  # noqa: SIM118

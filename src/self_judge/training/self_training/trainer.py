@@ -62,6 +62,7 @@ from self_judge.training.identity.reference import (
     load_by_name,
     reference_in_memory,
     reference_logits,
+    start_logits,
 )
 from self_judge.training.lora_layers import lighten
 from self_judge.training.oom_retry import MICRO_BATCH, OOMRetryMixin
@@ -214,7 +215,8 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         self.letters = settings and self.encoder.letter_ids(
             settings.templates, settings.token_id_a, settings.token_id_b
         )
-        given = given_logits(model, ref_model, config, peft_config)
+        given = given_logits(model, ref_model, config)
+        self._own_reference = ref_model is None
         if ref_model is None and peft_config is None and not isinstance(model, PeftModel):
             ref_model = reference_in_memory(model, config)
         data_collator = data_collator or SelfJudgeCollator()
@@ -294,6 +296,12 @@ class SelfJudgeTrainer(FaultToleranceMixin, OOMRetryMixin, DPOTrainer):
         about = {"judge_templates": dict(self.judge_templates or {}), "judge": judged_by(self)}
         self.run_log = RunLog("self_judge", about)
         self.add_callback(self.run_log)
+
+    def _reference(self, resumed: bool) -> ReferenceCheck | None:
+        # Only for a sharded model, whose weights are in place by now
+        given = start_logits(self, other=resumed or not self._own_reference)
+        rounds = self.accelerator.mixed_precision != "no"
+        return ReferenceCheck(given, self.model, partial(reference_logits, self), rounds=rounds)
 
     # -- data ------------------------------------------------------------------------------------
 

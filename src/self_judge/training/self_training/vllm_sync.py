@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from self_judge.console import masked
@@ -34,6 +33,7 @@ from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.runtime import in_evaluation_mode
+from self_judge.training.identity.shards import gathered
 from self_judge.training.self_training.config import SelfJudgeConfig
 
 
@@ -114,21 +114,9 @@ def _is_lora(name: str) -> bool:
 def _whole(model: torch.nn.Module, names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         if name in names:
-            with _gathered(parameter) as whole:
-                yield name, whole
-
-
-@contextmanager
-def _gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
-    if isinstance(parameter, DTensor):
-        yield parameter.full_tensor().detach()
-    elif is_deepspeed_zero3_enabled():
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield parameter.detach().clone()
-    else:
-        yield parameter.detach()
+            with gathered(parameter) as whole:
+                # ZeRO-3 frees the weight afterwards.
+                yield name, whole.clone() if is_deepspeed_zero3_enabled() else whole
 
 
 logger = logging.getLogger(__name__)

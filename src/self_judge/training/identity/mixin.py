@@ -1,0 +1,124 @@
+"""The checks of judge and weights in a trainer, in all processes together.
+
+This module does not decide when checkpoints are written or where a run continues.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+
+from self_judge.errors import ModelError
+from self_judge.packing.exactness import as_called
+from self_judge.storage.atomic import UNFINISHED, clear_unfinished
+from self_judge.training.arguments import without_secrets
+from self_judge.training.identity.reference import ReferenceCheck, perturbed, probe_logits
+from self_judge.training.identity.resuming import (
+    check_same_adapter,
+    data_fingerprint,
+    resuming,
+    same_data,
+)
+from self_judge.training.identity.saved_weights import (
+    check_given,
+    check_optimizer,
+    check_start,
+    rehearse_saving,
+    saved_wrongly,
+    trained,
+)
+from self_judge.training.identity.shards import from_all, gathers_weights, is_sharded
+
+if TYPE_CHECKING:
+    from transformers import Trainer as Base
+else:
+    Base = object
+
+logger = logging.getLogger(__name__)
+
+
+class IdentityMixin(Base):
+    """Checks the given model before training, and what is saved.
+
+    Attributes:
+        reference: compares the reference; `None` before a sharded model is in place, and in a full
+            JSFT.
+        on_resume: a function that is called with the checkpoint from which the run resumes.
+    """
+
+    on_resume: Callable[[Path], object] | None = None
+    reference: ReferenceCheck | None = None
+    _data: str | None = None
+
+    def _before_training(self, checkpoint: Path | None) -> None:
+        """Finds errors that would otherwise appear only at the first save, or not at all."""
+        model: Any = self.model
+        check_start(self.args, model)
+        self._data = data_fingerprint(self.train_dataset)
+        if checkpoint is not None and self.on_resume is not None:
+            self.on_resume(checkpoint)
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer, model)
+        if checkpoint is not None:
+            with resuming(checkpoint):
+                check_same_adapter(model, checkpoint)
+                if not same_data(checkpoint, self._data):
+                    logger.warning("the training data has changed since %s was saved", checkpoint)
+        if not is_sharded(self.args):
+            self._check_identity(checkpoint)
+
+    def _check_identity(self, checkpoint: Path | None) -> None:
+        """Checks the given weights and the reference, and rehearses saving.
+
+        Sharded weights are in place only when the training loop begins.
+        """
+        model: Any = self.model
+        check_given(model)
+        self.reference = self.reference or self._reference(resumed=checkpoint is not None)
+        if self.reference is not None:
+            self.reference.before_training()
+        if not is_sharded(self.args):
+            rehearse_saving(model)
+        elif isinstance(model, PeftModel):
+            self._rehearse_adapter(model)
+        if checkpoint is not None and self.reference is not None:
+            with resuming(checkpoint):
+                self.reference.check_saved(checkpoint)
+
+    def _reference(self, resumed: bool) -> ReferenceCheck | None:
+        model: Any = self.model
+        called = as_called(model)
+        if not isinstance(called, PeftModel):
+            return None
+        with called.disable_adapter():
+            return ReferenceCheck(probe_logits(model), model)
+
+    def _rehearse_adapter(self, model: Any) -> None:
+        """Saves a sharded adapter with noise in it. Its base is too large to load it again."""
+        folder = Path(str(self.args.output_dir))
+        with perturbed(model, trained(model)):
+            self._write_weights(folder / UNFINISHED / "rehearsal")
+        if self.args.should_save:
+            clear_unfinished(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _write_weights(self, folder: Path) -> None:
+        """Writes the weights and compares them with those in memory.
+
+        Raises:
+            ModelError: they differ. All processes raise it.
+        """
+        with without_secrets(self.args):
+            super().save_model(str(folder), _internal_call=True)
+        written = from_all([str(path) for path in folder.glob("*.safetensors")])
+        model: Any = self.model
+        if is_sharded(self.args) and not (written and gathers_weights(model)):
+            return  # FSDP1, or other files with shards
+        model = self.accelerator.unwrap_model(model)
+        problem = saved_wrongly(model, folder, reads=self.args.should_save)
+        for told in from_all([problem] if problem else []):
+            raise ModelError(told)
