@@ -60,7 +60,7 @@ def ids_of(encoder: ChatEncoder, text: str) -> list[int]:
 def in_one_call(text: ContentTokenizer) -> ContentTokenizer:
     """The same, but every text is one call of the tokenizer, and nothing is remembered."""
     whole = copy.copy(text)
-    whole.__dict__["_cuts_are_exact"] = False
+    whole.__dict__["_exact_cuts"] = ()
     return whole
 
 
@@ -989,6 +989,8 @@ def test_smollm2_masks_answers_and_tells_letters_apart() -> None:
         AddedToken("was", special=False, lstrip=True),
         AddedToken("is", special=False, single_word=True),
         AddedToken("is", special=False),
+        AddedToken("it.", special=False),
+        AddedToken(",", special=False, lstrip=True),
     ],
     ids=repr,
 )
@@ -998,7 +1000,11 @@ def test_a_token_that_reaches_over_a_space_is_still_found(kind: str, added: Adde
     tokenizer.add_tokens([added])
     text = ChatEncoder(tokenizer)._text
     whole = in_one_call(text)
-    for content in ("yes it was", "[it] was it was this is", "it is\n\nwas it\nit was is"):
+    for content in (
+        "yes it was",
+        "[it] was it was this is",
+        "it is\n\nwas it. it, was\nit was is.",
+    ):
         for _ in range(2):  # the second time, the ids are known
             assert text.encode(content) == whole.encode(content)
 
@@ -1007,9 +1013,9 @@ def test_what_is_remembered_of_texts_is_bounded(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("self_judge.prompting.content_tokenizer._KNOWN_CHARACTERS", 500)
     monkeypatch.setattr("self_judge.prompting.content_tokenizer._KNOWN_PIECE_CHARACTERS", 500)
     text = ChatEncoder(wrap(byte_bpe()))._text
-    assert text._cuts_are_exact
+    assert len(text._exact_cuts) == 2
     for i in range(300):
         given = f"is it word{i} yes? number{i} it\nwas other{i} x"
         assert text.encode(given) == text.encode_after(text.anchor, given)
-        assert sum(len(word) for known in text._known.values() for word in known) <= 600
-        assert sum(map(len, text._known_pieces)) <= 500
+        for known in (text._words, text._words_after(text.anchor), text._pieces):
+            assert sum(map(len, (*known, *known._older))) <= 1100

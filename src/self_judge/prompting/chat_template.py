@@ -193,7 +193,8 @@ class ChatLayouts:
         A layout has the template's branch for plain words. Another branch needs one of the texts
         in the template itself ("/no_think"), or an empty message.
         """
-        found = next(filter(None, map(self._inspecting.search, contents)), None)
+        search = self._inspecting and self._inspecting.search
+        found = next(filter(None, map(search, contents)), None) if search else None
         if found is None and all(map(str.strip, contents)):
             return None
         with contextlib.suppress(ContentChangedError):
@@ -202,9 +203,9 @@ class ChatLayouts:
         return repr(found[0]) if found else "no text"
 
     @functools.cached_property
-    def _inspecting(self) -> re.Pattern[str]:
-        found = filter(self._is_inspected, self._literals)
-        return re.compile("|".join(map(re.escape, found)) or "(?!)")
+    def _inspecting(self) -> re.Pattern[str] | None:
+        found = "|".join(map(re.escape, filter(self._is_inspected, self._literals)))
+        return re.compile(found) if found else None
 
     def _is_inspected(self, literal: str) -> bool:
         for roles, generation in _INSPECTED_SHAPES:

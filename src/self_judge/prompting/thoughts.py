@@ -45,6 +45,7 @@ _MARKERS = (
     ("<|channel|>commentary<|message|>", "<|channel|>final<|message|>"),  # gpt-oss, with a preamble
 )
 THOUGHT_MARKERS = frozenset(marker for pair in _MARKERS for marker in pair)
+_BRACKETS = frozenset(marker[0] for marker in THOUGHT_MARKERS)
 # A closing marker on its own line or at the end of a paragraph.
 _END = r"(?m)(?:^[ \t]*{0}[ \t]*$|{0}(?=[ \t]*\n[ \t]*\n))"
 # The assistant's turns in a dialogue as text (see `judge_templates.dialogue_text`).
@@ -89,6 +90,8 @@ def split_thought(text: str, close: str | None = None) -> Parts:
 
 
 def _first_thought(text: str, close: str | None) -> Parts | None:
+    if close is None and not _may_think(text):
+        return None
     head = text.lstrip()
     for opening, closing in _MARKERS:
         if closing == close or (close is None and head.startswith((opening, closing))):
@@ -100,6 +103,11 @@ def _first_thought(text: str, close: str | None) -> Parts | None:
             if end and opening not in text[: end.start()]:
                 return Parts(text[: end.start()].strip(), text[end.end() :].lstrip())
     return None
+
+
+def _may_think(text: str) -> bool:
+    """Returns whether a text may contain a marker. This is fast, and few texts have brackets."""
+    return any(bracket in text for bracket in _BRACKETS)
 
 
 def before_thought(text: str, *whole: str) -> str:
@@ -131,7 +139,7 @@ def answers_of(comparison: Comparison) -> Comparison | None:
     if a is None or b is None:
         return None
     context = comparison.context
-    if any(marker in context for markers in _MARKERS for marker in markers):
+    if _may_think(context):
         context = _ASSISTANT_TURN.sub(lambda turn: turn[1] + (answer_of(turn[2]) or ""), context)
     return Comparison(context, a, b)
 
