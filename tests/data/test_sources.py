@@ -416,10 +416,10 @@ def test_jsft_answers_under_the_system_prompt_and_judges_without_it(
     raw = ultrafeedback(completion("good", "Be good.", h="5"), completion("bad", h="1"))
     stored = record_to_json(only(select_ultrafeedback(raw, 0).record))
     sft, *judged = ExampleEncoder(encoder, templates, (1, 2)).examples(record_from_json(stored))
-    assert "Be good." in encoder.tokenizer.decode(sft.input_ids)
+    assert "Be good." in encoder.tokenizer.decode(list(sft.input_ids))
     assert len(judged) == 4
     for example in judged:
-        text = encoder.tokenizer.decode(example.input_ids)
+        text = encoder.tokenizer.decode(list(example.input_ids))
         assert "Do it." in text
         assert "Be good." not in text
 

@@ -57,7 +57,7 @@ def test_its_examples_are_those_of_jsft(taught: tuple[Any, Any]) -> None:
     for record in synthetic.records(20, random.SystemRandom().randrange(10**6), writers=2):
         general = copy.copy(record)
         object.__setattr__(general, "pairs", record.pairs[:1])
-        expected = [(e.input_ids, e.labels) for e in encode.examples(general)]
+        expected = [(list(e.input_ids), list(e.labels)) for e in encode.examples(general)]
         assert minimal.jsft_examples(tokenizer, [record]) == expected
 
 

@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,12 +49,22 @@ class EncodedChat:
     """Token ids with their loss mask.
 
     Attributes:
-        ids: token ids, length T.
-        mask: 1 for tokens that the loss covers, else 0; length T.
+        array: token ids, length T.
+        trained: 1 for tokens that the loss covers, else 0; length T.
     """
 
-    ids: list[int]
-    mask: list[int]
+    array: array[int]
+    trained: bytes
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids as a list."""
+        return self.array.tolist()
+
+    @property
+    def mask(self) -> list[int]:
+        """The loss mask as a list."""
+        return list(self.trained)
 
 
 class ChatEncoder:
@@ -131,15 +142,15 @@ class ChatEncoder:
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Encodes a dialogue and the start of the assistant turn that the model generates next."""
-        return self._encode(messages, "prompt").ids
+        return self.encode_chat(messages, "prompt").ids
 
     def encode_open(self, messages: Sequence[Message]) -> list[int]:
         """Encodes a chat whose last message is unfinished and is continued by the next token."""
-        return self._encode(messages, "open").ids
+        return self.encode_chat(messages, "open").ids
 
     def encode_dialogue(self, messages: Sequence[Message]) -> EncodedChat:
         """Encodes a whole dialogue; the loss covers assistant turns and their end tokens."""
-        return self._encode(messages, "closed")
+        return self.encode_chat(messages, "closed")
 
     def encode_query(self, query: str) -> list[int]:
         """Encodes a prompt that is already rendered as a string.
@@ -212,7 +223,8 @@ class ChatEncoder:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _encode(self, messages: Sequence[Message], ending: Ending) -> EncodedChat:
+    def encode_chat(self, messages: Sequence[Message], ending: Ending) -> EncodedChat:
+        """Encodes a chat with one of the endings of a layout; see `chat_template`."""
         messages, turns = list(messages), list[Message]()
         if not messages:
             raise EncodingError("a dialogue needs at least one message, got none")
@@ -240,23 +252,21 @@ class ChatEncoder:
         contents = [turn["content"] for turn in turns]
         if what := self._layouts.inspected(roles, contents, ending == "prompt"):
             _say_inspected(what)
-        ids: list[int] = []
-        mask: list[int] = []
+        ids, mask = array("i"), bytearray()
         ends_turn = False
         for part in layout:
             if isinstance(part, Slot):
                 turn = turns[part.message]
                 content = turn["content"].lstrip(part.strip_left).rstrip(part.strip_right)
-                of_content = self._text.encode(part.lead + content, part.anchor)
+                ids.frombytes(self._text.pack(part.lead + content, part.anchor))
                 ends_turn = turn["role"] == "assistant"
-                ids += of_content
-                mask += [int(ends_turn)] * len(of_content)
+                mask += bytes([ends_turn]) * (len(ids) - len(mask))
             else:
                 trained = self._end_of_turn(part) if ends_turn else 0
-                ids += part
-                mask += [1] * trained + [0] * (len(part) - trained)
+                ids.extend(part)
+                mask += bytes([1]) * trained + bytes(len(part) - trained)
                 ends_turn = False
-        return EncodedChat(ids, mask)
+        return EncodedChat(ids, bytes(mask))
 
     def _end_of_turn(self, structure: tuple[int, ...]) -> int:
         """Counts the ids up to and including the first control token; 0 if there is none."""

@@ -44,6 +44,18 @@ class AsMessages:
         return 0, 1
 
 
+class AsArrays:
+    """Encodes judge prompts as arrays, which need less memory and time than lists."""
+
+    def __init__(self, encoder: ChatEncoder) -> None:
+        self.encoder = encoder
+        self.letter_ids = encoder.letter_ids
+
+    def encode_open(self, messages: Sequence[Message]) -> Any:
+        """See `PromptEncoder`."""
+        return self.encoder.encode_chat(messages, "open").array
+
+
 class WithThought:
     """Encodes judge prompts with a place for a thought before the lead-in.
 

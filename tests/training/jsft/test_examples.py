@@ -47,7 +47,8 @@ def letters(encoder: ChatEncoder, templates: JudgeTemplates) -> tuple[int, int]:
 
 
 def jsft_examples(record: PreferenceRecord, *settings: Any, **more: Any) -> list[JSFTExample]:
-    return ExampleEncoder(*settings, **more).examples(record)
+    examples = ExampleEncoder(*settings, **more).examples(record)
+    return [replace(e, input_ids=list(e.input_ids), labels=list(e.labels)) for e in examples]
 
 
 def trained_text(encoder: ChatEncoder, example: JSFTExample) -> str:

@@ -7,6 +7,7 @@ trainer.
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +19,7 @@ from self_judge.data.workers import workers_end_with_parent
 from self_judge.datatypes import Comparison, LabeledPair, Message, PreferenceRecord
 from self_judge.errors import require_type, suggesting
 from self_judge.prompting.chat_encoder import ChatEncoder
-from self_judge.prompting.judge_prompt import encode_orders
+from self_judge.prompting.judge_prompt import AsArrays, encode_orders
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompting.thoughts import NO_ANSWER, answers_of
 
@@ -62,8 +63,8 @@ class JSFTExample:
     # are two judge examples for each principle.
 
     kind: str
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: array[int]
+    labels: array[int]
     note: str | None = None
     swapped: bool = False
     principle: str = ""
@@ -102,9 +103,10 @@ class ExampleEncoder:
         if record.demonstration is not None:
             answer = Message(role="assistant", content=record.demonstration)
             chat = self.encoder.encode_dialogue([*record.prompt, answer])
-            ignored = self.ignore_index
-            labels = [i if m else ignored for i, m in zip(chat.ids, chat.mask, strict=True)]
-            examples.append(self._example("sft", chat.ids, labels))
+            labels = self._ignored(len(chat.array))
+            for trained in map(re.Match.span, re.finditer(b"\1+", chat.trained)):
+                labels[slice(*trained)] = chat.array[slice(*trained)]
+            examples.append(self._example("sft", chat.array, labels))
         for pair in record.pairs:
             if pair.principle is not None and pair.principle not in self.templates:
                 raise ValueError(
@@ -123,10 +125,12 @@ class ExampleEncoder:
     ) -> list[JSFTExample]:
         room = None if self.max_length is None else self.max_length - 1  # for the letter
         shown = answers_of(comparison)  # without thoughts, as at inference
-        orders = shown and encode_orders(self.encoder, self.templates, principle, shown, room)
+        prompts = AsArrays(self.encoder)
+        orders: Any = shown and encode_orders(prompts, self.templates, principle, shown, room)
         if not orders:
             note = NO_ANSWER if shown is None else NO_FIT
-            return [JSFTExample("judge", [], [], note, principle=principle)] * 2
+            nothing = array("i")
+            return [JSFTExample("judge", nothing, nothing, note, principle=principle)] * 2
         rationales: list[list[int]] = [[], []]
         if self.templates.has_rationales and pair.rationale_chosen and pair.rationale_rejected:
             given = (pair.rationale_chosen, pair.rationale_rejected)
@@ -137,8 +141,8 @@ class ExampleEncoder:
         examples = []
         # If the chosen response comes first, the letter is A. Otherwise, it is B.
         for prompt, letter, rationale in zip(orders, self.letter_ids, rationales, strict=True):
-            trained = [letter, *rationale]
-            labels = [self.ignore_index] * len(prompt) + trained
+            trained = array("i", [letter, *rationale])
+            labels = self._ignored(len(prompt)) + trained
             swapped = letter == self.letter_ids[1]
             examples.append(self._example("judge", prompt + trained, labels, swapped, principle))
         return examples
@@ -146,8 +150,8 @@ class ExampleEncoder:
     def _example(
         self,
         kind: str,
-        ids: list[int],
-        labels: list[int],
+        ids: array[int],
+        labels: array[int],
         swapped: bool = False,
         principle: str = "",
     ) -> JSFTExample:
@@ -155,9 +159,12 @@ class ExampleEncoder:
         if self.max_length is not None and len(ids) > self.max_length:
             ids, labels, note = ids[: self.max_length], labels[: self.max_length], CUT
         # The first token of a sequence is never predicted.
-        if labels[1:].count(self.ignore_index) == max(0, len(labels) - 1):
-            return JSFTExample(kind, [], [], NO_ROOM, principle=principle)
+        if labels[1:] == self._ignored(len(labels) - 1):
+            return JSFTExample(kind, array("i"), array("i"), NO_ROOM, principle=principle)
         return JSFTExample(kind, ids, labels, note, swapped, principle)
+
+    def _ignored(self, length: int) -> array[int]:
+        return array("i", [self.ignore_index]) * length
 
     def __call__(self, batch: Mapping[str, Sequence[str]]) -> pa.Table:
         """Returns the columns of `jsft_dataset` for a batch of JSON records."""
@@ -172,20 +179,12 @@ class ExampleEncoder:
         return pa.table(columns, schema=_features().arrow_schema)
 
 
-def _arrow_lists(lists: Sequence[list[int]]) -> pa.ListArray:
+def _arrow_lists(arrays: Sequence[array[int]]) -> pa.ListArray:
     import pyarrow as pa
 
-    # `pa.array(lists)` takes twice as long.
-    values = array("i")
-    for numbers in lists:
-        values.fromlist(numbers)
-    ends = array("i", accumulate(map(len, lists), initial=0))
-    return pa.ListArray.from_buffers(
-        pa.list_(pa.int32()),
-        len(lists),
-        [None, pa.py_buffer(ends)],
-        children=[pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])],
-    )
+    ends = array("i", accumulate(map(len, arrays), initial=0))
+    values = pa.Array.from_buffers(pa.int32(), ends[-1], [None, pa.py_buffer(b"".join(arrays))])
+    return pa.ListArray.from_arrays(pa.array(ends), values)
 
 
 def _features() -> Features:

@@ -143,12 +143,8 @@ class PromptPreparer:
             # template, including its end-of-turn token.
             answered = [*messages, Message(role="assistant", content=response)]
             encoded = self.encoder.encode_dialogue(answered)
-            last = len(encoded.mask) - 1
-            while last >= 0 and not encoded.mask[last]:
-                last -= 1
-            first = last
-            while first > 0 and encoded.mask[first - 1]:
-                first -= 1
+            last = encoded.trained.rfind(1)
+            first = encoded.trained.rfind(0, 0, last) + 1
             return encoded.ids[first : last + 1]
         return [*self.encoder.encode_content(response), *end]
 
