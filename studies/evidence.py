@@ -13,6 +13,7 @@ from study import RESULTS, Study, interval, lines
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 Line = Mapping[str, Any]
+PAPER = "on-policy, frozen judge"  # the arm with the method of the paper
 
 
 def write(studies: Iterable[Study]) -> None:
@@ -38,13 +39,38 @@ def by_arm(study: str) -> dict[str, list[Line]]:
     return found
 
 
+def demo() -> str:
+    rows = []
+    for line in by_arm("demo")["demo"]:
+        gold, win = line["gold"], line["win_rate_vs_jsft"]
+        best = [
+            f"{gold[way][n]['mean']:.3f}"
+            for way in ("self_judge_rejection", "without_prior")
+            for n in ("4", "16")
+        ]
+        rows.append(
+            (
+                str(line["seed"]),
+                f"{line['judge']['accuracy']:.3f}",
+                _known(gold["jsft"], "mean"),
+                _known(gold["self_judge"], "mean"),
+                *best,
+                _known(win, "value"),
+            )
+        )
+    head = ("seed", "judge accuracy", "gold, JSFT", "gold, self-trained", "best of 4", "best of 16",
+            "best of 4, judge alone", "best of 16, judge alone", "win rate")  # fmt: skip
+    note = "Each row is one run; its intervals cover prompts, not seeds."
+    return _table(head, rows, note)
+
+
 def learning() -> str:
     arms = by_arm("learning")
-    paper = {line["seed"]: line["gold"] for line in arms.get("on-policy, frozen judge", [])}
+    paper = {line["seed"]: line["gold"] for line in arms.get(PAPER, [])}
     rows = []
     for arm, own in arms.items():
         paired = [_minus(x["gold"], paper[x["seed"]]) for x in own if x["seed"] in paper]
-        same = arm == "on-policy, frozen judge"
+        same = arm == PAPER
         rows.append(
             (
                 arm,
@@ -80,6 +106,27 @@ def judging() -> str:
             )
         )
     head = ("", "accuracy", "minus JSFT", "orders agree", "gold score of answers")
+    return _table(head, rows, _seeds(arms))
+
+
+def improvements() -> str:
+    paper = {line["seed"]: line for line in by_arm("learning").get(PAPER, [])}
+    arms = {PAPER: list(paper.values()), **by_arm("improvements")}
+    rows = []
+    for arm, own in arms.items():
+        paired = [_minus(x["gold"], paper[x["seed"]]["gold"]) for x in own if x["seed"] in paper]
+        rows.append(
+            (
+                arm,
+                _interval([x["gold"] for x in own]),
+                "" if arm == PAPER or not paired else _interval(paired, "+.3f"),
+                _mean(own, "length", ".1f"),
+                _mean(own, "kl", ".2f"),
+                _mean(own, "sampled_tokens", ",.0f"),
+                f"{sum(x['seconds'] for x in own) / len(own):.0f}",
+            )
+        )
+    head = ("", "gold score", "minus on-policy, frozen", "tokens", "KL", "tokens sampled", "s")
     return _table(head, rows, _seeds(arms))
 
 
@@ -160,6 +207,11 @@ def _interval(values: Sequence[Sequence[float]], form: str = ".3f") -> str:
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
+def _known(estimate: Line, key: str) -> str:
+    low, high = estimate["ci95"]
+    return f"{estimate[key]:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def _mean(own: Sequence[Line], key: str, form: str = ".3f") -> str:
     values = [x[key] for x in own if key in x]
     flat = [v for x in values for v in (x if isinstance(x, list) else [x])]
@@ -172,8 +224,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str
 
 
 _TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
     "learning": learning,
     "judging": judging,
     "self_rejection": rejection,
+    "improvements": improvements,
     "judges": judges,
 }

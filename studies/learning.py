@@ -92,12 +92,22 @@ def offline(world: World) -> dict[str, Any]:
 
 def self_trained(world: World, arm: str, trainer_class: type[SelfJudgeTrainer]) -> dict[str, Any]:
     trainer = world.demo(arm).self_training(world.jsft(), trainer_class)
-    logs = [log for log in trainer.state.log_history if "judge/margin" in log]
-    pairs = 2 * world.settings.prompts_per_step
     return {
         **world.measured(trainer.model),
         **_judging(world, trainer.model),
-        "sampled_tokens": round(sum(pairs * log["completions/mean_length"] for log in logs)),
+        **what_was_sampled(trainer, 2 * world.settings.prompts_per_step),
+    }
+
+
+def what_was_sampled(trainer: SelfJudgeTrainer, responses: int) -> dict[str, Any]:
+    """Returns the cost of sampling, and per step the agreement of orders and the mean length.
+
+    Args:
+        responses: the number of responses per step.
+    """
+    logs = [log for log in trainer.state.log_history if "judge/margin" in log]
+    return {
+        "sampled_tokens": round(sum(responses * log["completions/mean_length"] for log in logs)),
         "order_agreement": [round(log["judge/order_agreement"], 4) for log in logs],
         "mean_length": [round(log["completions/mean_length"], 2) for log in logs],
     }
