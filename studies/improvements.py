@@ -111,7 +111,7 @@ def soft_labels(world: World) -> dict[str, Any]:
 
 
 def prior(world: World) -> dict[str, Any]:
-    """The response with the higher log odds + 0.3 log π of the initial model is chosen."""
+    """The response with the higher log odds + 0.5 log π of the initial model is chosen."""
 
     def change(rollouts: Sequence[Rollout]) -> list[Rollout]:
         prompts = [r.prompt_ids for r in rollouts]
@@ -146,7 +146,7 @@ STUDY = Study(
     "improvements",
     "Which changes to self-training help at equal cost of sampling?",
     {
-        "labels with a prior, judge + 0.3 log π": prior,
+        "labels with a prior, judge + 0.5 log π": prior,
         "4 responses, best and worst, half the prompts": partial(
             _with_settings, arm="best-worst", prompts=0.5, num_generations=4
         ),
