@@ -14,19 +14,18 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from learning import self_trained, what_was_sampled
+from learning import CountingTrainer, self_trained, what_was_sampled
 from self_judge.commands.demo.run import PRIOR_WEIGHT
 from self_judge.datatypes import stable_seed
 from self_judge.training.self_training.config import SelfJudgeConfig
 from self_judge.training.self_training.rollouts import Rollout
-from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from study import Study
 from world import World
 
 Change = Callable[[Sequence[Rollout]], Sequence[Rollout]]
 
 
-class Changed(SelfJudgeTrainer):
+class Changed(CountingTrainer):
     """Self-training that changes the judged pairs of a step before the policy learns from them."""
 
     def __init__(self, *arguments: Any, change: Change, **named: Any) -> None:
@@ -48,11 +47,11 @@ def _with_settings(world: World, arm: str, prompts: float = 1, **values: Any) ->
         world.settings, prompts_per_step=round(prompts * world.settings.prompts_per_step)
     )
 
-    def trainer(*, args: SelfJudgeConfig, **named: Any) -> SelfJudgeTrainer:
+    def trainer(*, args: SelfJudgeConfig, **named: Any) -> CountingTrainer:
         for name, value in values.items():
             setattr(args, name, value)
         args.check()
-        return SelfJudgeTrainer(args=args, **named)
+        return CountingTrainer(args=args, **named)
 
     demo = dataclasses.replace(world.demo(arm), settings=settings)
     trained = demo.self_training(world.jsft(), trainer)  # type: ignore[arg-type]
@@ -135,11 +134,11 @@ def rounds(world: World) -> dict[str, Any]:
         demo = dataclasses.replace(
             world.demo(f"round-{number}"), settings=settings, seed=world.seed + number - 1
         )
-        trained = demo.self_training(model, SelfJudgeTrainer)
+        trained = demo.self_training(model, CountingTrainer)
         found.append(what_was_sampled(trained, 2 * settings.prompts_per_step))
         model = trained.model
-    tokens = sum(own["sampled_tokens"] for own in found)
-    return {**world.measured(model), "sampled_tokens": tokens}
+    cost = ("sampled_tokens", "matches", "judge_tokens", "trained_tokens")
+    return {**world.measured(model), **{k: sum(own[k] for own in found) for k in cost}}
 
 
 STUDY = Study(
