@@ -40,11 +40,13 @@ class Study:
         question: what the study asks, as a sentence.
         arms: names and functions. A function receives the `World` of a seed and returns plain data:
             lists of values per prompt or pair, and single numbers.
+        lesson: what the results mean for users, in one or two sentences.
     """
 
     name: str
     question: str
     arms: Mapping[str, Callable[[Any], dict[str, Any]]]
+    lesson: str = ""
 
     @property
     def results(self) -> Path:
