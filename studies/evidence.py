@@ -7,25 +7,33 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+import plots
 import rewards
 import self_rejection
 from study import RESULTS, Study, interval, lines
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 Line = Mapping[str, Any]
+PAPER = "on-policy, frozen judge"  # the arm with the method of the paper
 
 
 def write(studies: Iterable[Study]) -> None:
-    """Writes docs/evidence.md, with a section for each study that has results."""
+    """Writes docs/evidence.md and its plots, with a section for each study that has results."""
     page = [
         "# Evidence",
-        "This page shows the results of `make studies`. All intervals are 95% intervals over seeds "
-        "and prompts (hierarchical bootstrap). Differences are paired within a seed. The results "
-        "and the machines are in `studies/results`.",
+        "This page shows the results of `make studies` in the synthetic world. All intervals are "
+        "95% intervals over seeds and prompts (hierarchical bootstrap), unless noted otherwise. "
+        "Differences are paired within a seed. The results and the machines are in "
+        "`studies/results`.",
     ]
     for study in studies:
         if study.results.exists():
             page += [f"## {study.name.replace('_', ' ').capitalize()}", study.question]
+            page += [f"**For users:** {study.lesson}"] if study.lesson else []
+            if picture := plots.draw(study.name, by_arm(study.name)):
+                page.append(f"![{study.name.replace('_', ' ')}](images/{picture})")
             page.append(_TABLES[study.name]())
     PAGE.write_text("\n\n".join(page) + "\n", encoding="utf-8")
 
@@ -38,27 +46,34 @@ def by_arm(study: str) -> dict[str, list[Line]]:
     return found
 
 
-def learning() -> str:
-    arms = by_arm("learning")
-    paper = {line["seed"]: line["gold"] for line in arms.get("on-policy, frozen judge", [])}
+def demo() -> str:
     rows = []
-    for arm, own in arms.items():
-        paired = [_minus(x["gold"], paper[x["seed"]]) for x in own if x["seed"] in paper]
-        same = arm == "on-policy, frozen judge"
+    for line in by_arm("demo")["demo"]:
+        gold, win = line["gold"], line["win_rate_vs_jsft"]
+        best = [
+            f"{gold[way][n]['mean']:.3f}"
+            for way in ("self_judge_rejection", "without_prior")
+            for n in ("4", "16")
+        ]
         rows.append(
             (
-                arm,
-                _interval([x["gold"] for x in own]),
-                "" if same or not paired else _interval(paired, "+.3f"),
-                _mean(own, "true"),
-                _mean(own, "length", ".1f"),
-                _mean(own, "kl", ".2f"),
-                _mean(own, "judged_right"),
-                f"{sum(x['seconds'] for x in own) / len(own):.0f}",
+                str(line["seed"]),
+                f"{line['judge']['accuracy']:.3f}",
+                _known(gold["jsft"], "mean"),
+                _known(gold["self_judge"], "mean"),
+                *best,
+                _known(win, "value"),
             )
         )
-    head = ("", "gold score", "minus on-policy, frozen", "true", "tokens", "KL", "judges", "s")
-    return _table(head, rows, _seeds(arms))
+    head = ("seed", "judge accuracy", "gold, JSFT", "gold, self-trained", "best of 4", "best of 16",
+            "best of 4, judge alone", "best of 16, judge alone", "win rate")  # fmt: skip
+    note = "Each row is one run; its intervals cover prompts, not seeds."
+    return _table(head, rows, note)
+
+
+def learning() -> str:
+    arms = by_arm("learning")
+    return "\n\n".join([_gold(arms, PAPER), _costs(arms, arms.get("JSFT", []))])
 
 
 def judging() -> str:
@@ -83,28 +98,60 @@ def judging() -> str:
     return _table(head, rows, _seeds(arms))
 
 
+def improvements() -> str:
+    shared = by_arm("learning")
+    arms = {PAPER: shared.get(PAPER, []), **by_arm("improvements")}
+    return "\n\n".join([_gold(arms, PAPER), _costs(arms, shared.get("JSFT", []))])
+
+
 def judges() -> str:
     arms = by_arm("judges")
-    own = {line["seed"]: line["gold"] for line in arms.get("self, frozen", [])}
+    return "\n\n".join([_gold(arms, "self, frozen"), _costs(arms, arms.get("JSFT", []))])
+
+
+def _gold(arms: Mapping[str, Sequence[Line]], baseline: str) -> str:
+    """Returns the gold score of each arm, its difference from the baseline, and why."""
+    base = {line["seed"]: line["gold"] for line in arms.get(baseline, [])}
     rows = []
-    for arm, found in arms.items():
-        paired = [_minus(x["gold"], own[x["seed"]]) for x in found if x["seed"] in own]
-        judged = [x["judge_right"] for x in found if "judge_right" in x]
+    for arm, own in arms.items():
+        paired = [_minus(x["gold"], base[x["seed"]]) for x in own if x["seed"] in base]
+        judged = [x["judge_right"] for x in own if "judge_right" in x]
         rows.append(
             (
                 arm,
-                _interval([x["gold"] for x in found]),
-                "" if arm == "self, frozen" or not paired else _interval(paired, "+.3f"),
-                _interval(judged) if judged else "",
-                _mean(found, "order_agreement"),
-                _mean(found, "length", ".1f"),
-                _mean(found, "kl", ".2f"),
-                f"{sum(x['seconds'] for x in found) / len(found):.0f}",
+                _interval([x["gold"] for x in own]),
+                "" if arm == baseline or not paired else _interval(paired, "+.3f"),
+                _mean(own, "true"),
+                _mean(own, "length", ".1f"),
+                _mean(own, "kl", ".2f"),
+                _interval(judged) if judged else _mean(own, "judged_right"),
             )
         )
-    head = ("", "gold score", "minus self, frozen", "judge's accuracy", "orders agree", "tokens",
-            "KL", "s")  # fmt: skip
+    right = "judge's accuracy" if baseline.startswith("self") else "as a judge"
+    head = ("", "gold score", f"minus {baseline}", "true", "tokens", "KL", right)
     return _table(head, rows, _seeds(arms))
+
+
+def _costs(arms: Mapping[str, Sequence[Line]], jsft: Sequence[Line]) -> str:
+    """Returns the mean cost of each arm, and its seconds per 0.01 of gold above the JSFT model."""
+    start = {line["seed"]: float(np.mean(line["gold"])) for line in jsft}
+    kinds = ("sampled_tokens", "matches", "judge_tokens", "trained_tokens")
+    rows = []
+    for arm, own in arms.items():
+        if arm == "JSFT":
+            continue
+        gains = [np.mean(x["gold"]) - start[x["seed"]] for x in own if x["seed"] in start]
+        seconds, gain = float(np.mean([x["seconds"] for x in own])), float(np.mean(gains or [0]))
+        cost = (_mean(own, kind, ",.0f") for kind in kinds)
+        per_gain = f"{seconds / gain / 100:.1f}" if gain > 0.001 else ""
+        rows.append((arm, *cost, f"{seconds:.0f}", _mean(own, "peak_mib", ",.0f"), per_gain))
+    head = ("cost", "tokens sampled", "matches", "tokens judged", "tokens trained", "s", "peak MiB",
+            "s per 0.01 gold")  # fmt: skip
+    note = (
+        "Mean cost per run, measured beside other work. Judged tokens are those of all prompts, "
+        "before shared prefixes; `peak` includes Python and its libraries."
+    )
+    return _table(head, rows, note)
 
 
 def rejection() -> str:
@@ -160,6 +207,11 @@ def _interval(values: Sequence[Sequence[float]], form: str = ".3f") -> str:
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
+def _known(estimate: Line, key: str) -> str:
+    low, high = estimate["ci95"]
+    return f"{estimate[key]:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def _mean(own: Sequence[Line], key: str, form: str = ".3f") -> str:
     values = [x[key] for x in own if key in x]
     flat = [v for x in values for v in (x if isinstance(x, list) else [x])]
@@ -172,8 +224,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str
 
 
 _TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
     "learning": learning,
     "judging": judging,
     "self_rejection": rejection,
+    "improvements": improvements,
     "judges": judges,
 }

@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-from learning import JudgedByThePolicy, jsft, self_trained
+from learning import CountingTrainer, JudgedByThePolicy, jsft, self_trained
 from self_judge.data import synthetic
 from self_judge.judging.judge import Judge
 from self_judge.judging.panel import AnyJudge, Panel
-from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from study import Study
 from world import World, right
 
@@ -59,7 +58,7 @@ def _larger(world: World) -> Judge:
 
 def _judged_by(world: World, arm: str, judge: AnyJudge | None) -> dict[str, Any]:
     judging = (judge or world.judge).compare(world.shared.held_out_pairs())
-    trainer: Any = partial(SelfJudgeTrainer, judge=judge)
+    trainer: Any = partial(CountingTrainer, judge=judge)
     return {**self_trained(world, arm, trainer), "judge_right": right(judging)}
 
 

@@ -6,6 +6,7 @@ pairs per step. Only the pairs and the judge differ.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,13 +17,51 @@ from self_judge.data import synthetic
 from self_judge.datatypes import Comparison, Verdict, stable_seed
 from self_judge.inference.letter_scoring import TransformersScorer
 from self_judge.inference.sampling import TransformersSampler
+from self_judge.judging.judge import Judge
+from self_judge.judging.panel import AnyJudge
 from self_judge.judging.reward import PairwiseReward, Scheme
+from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from study import Study
 from world import World, preference_dataset, right, train
 
 
-class JudgedByThePolicy(SelfJudgeTrainer):
+class Asked:
+    """What a judge was asked: the number of matches, and of tokens in their prompts.
+
+    Shared prefixes count each time, and equal matches too.
+    """
+
+    def __init__(self, judge: AnyJudge) -> None:
+        self.matches = self.tokens = 0
+        self._members = [judge] if isinstance(judge, Judge) else list(judge.judges)
+
+    def add(self, comparisons: Sequence[Comparison]) -> None:
+        self.matches += len(comparisons)
+        for judge, match in itertools.product(self._members, comparisons):
+            for principle in judge.templates:
+                orders = encode_orders(judge.encoder, judge.templates, principle, match)
+                self.tokens += sum(len(ids) for ids in orders or ())
+
+    def cost(self) -> dict[str, int]:
+        return {"matches": self.matches, "judge_tokens": self.tokens}
+
+
+class CountingTrainer(SelfJudgeTrainer):
+    """Self-training that counts what it asks its judge."""
+
+    def _set_up(self, *arguments: Any) -> None:
+        super()._set_up(*arguments)
+        self.asked, compare = Asked(self.judge), self.judge.compare
+
+        def counted(comparisons: Sequence[Comparison]) -> list[Verdict]:
+            self.asked.add(comparisons)
+            return compare(comparisons)
+
+        self.judge.compare = counted  # type: ignore[method-assign]
+
+
+class JudgedByThePolicy(CountingTrainer):
     """Self-training in which the policy judges its own responses with its current weights."""
 
     def _set_up(self, *arguments: Any) -> None:
@@ -32,12 +71,14 @@ class JudgedByThePolicy(SelfJudgeTrainer):
 
 
 class Counted(PairwiseReward):
-    """The reward function, which counts the matches that the judge was asked."""
+    """The reward function, which counts what it asks its judge."""
 
-    matches = 0
+    def __init__(self, judge: Judge, scheme: Scheme) -> None:
+        super().__init__(judge, scheme)
+        self.asked = Asked(judge)
 
     def _compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        self.matches += len(comparisons)
+        self.asked.add(comparisons)
         return super()._compare(comparisons)
 
 
@@ -47,7 +88,7 @@ def jsft(world: World) -> dict[str, Any]:
 
 
 def on_policy(world: World) -> dict[str, Any]:
-    return self_trained(world, "on-policy", SelfJudgeTrainer)
+    return self_trained(world, "on-policy", CountingTrainer)
 
 
 def current_judge(world: World) -> dict[str, Any]:
@@ -67,6 +108,8 @@ def off_policy(world: World) -> dict[str, Any]:
         Comparison(messages[-1]["content"], a.text, b.text)
         for messages, (a, b) in zip(rows, sampled, strict=True)
     ]
+    asked = Asked(world.judge)
+    asked.add(items)
     verdicts = world.judge.compare(items)
     pairs = [
         (messages, *((a, b) if verdict.preferred == "a" else (b, a)))
@@ -78,6 +121,7 @@ def off_policy(world: World) -> dict[str, Any]:
             world, model, [(m, chosen.text, rejected.text) for m, chosen, rejected in pairs]
         ),
         "sampled_tokens": sum(len(r.ids) for own in sampled for r in own),
+        **asked.cost(),
     }
 
 
@@ -90,14 +134,26 @@ def offline(world: World) -> dict[str, Any]:
     return _trained_on(world, world.jsft(), pairs)
 
 
-def self_trained(world: World, arm: str, trainer_class: type[SelfJudgeTrainer]) -> dict[str, Any]:
+def self_trained(world: World, arm: str, trainer_class: type[CountingTrainer]) -> dict[str, Any]:
     trainer = world.demo(arm).self_training(world.jsft(), trainer_class)
-    logs = [log for log in trainer.state.log_history if "judge/margin" in log]
-    pairs = 2 * world.settings.prompts_per_step
     return {
         **world.measured(trainer.model),
         **_judging(world, trainer.model),
-        "sampled_tokens": round(sum(pairs * log["completions/mean_length"] for log in logs)),
+        **what_was_sampled(trainer, 2 * world.settings.prompts_per_step),
+    }
+
+
+def what_was_sampled(trainer: CountingTrainer, responses: int) -> dict[str, Any]:
+    """Returns the cost, and per step the agreement of the orders and the mean length.
+
+    Args:
+        responses: the number of responses per step.
+    """
+    logs = [log for log in trainer.state.log_history if "judge/margin" in log]
+    return {
+        "sampled_tokens": round(sum(responses * log["completions/mean_length"] for log in logs)),
+        **trainer.asked.cost(),
+        **_trained_tokens(trainer),
         "order_agreement": [round(log["judge/order_agreement"], 4) for log in logs],
         "mean_length": [round(log["completions/mean_length"], 2) for log in logs],
     }
@@ -133,7 +189,8 @@ def grpo(scheme: Scheme) -> Callable[[World], dict[str, Any]]:
             "sampled_tokens": round(
                 sum(responses * log["completions/mean_length"] for log in logs)
             ),
-            "matches": reward.matches,
+            **reward.asked.cost(),
+            **_trained_tokens(trainer),
         }
 
     return arm
@@ -153,7 +210,18 @@ def _trained_on(world: World, model: Any, pairs: list[tuple[Any, str, str]]) -> 
         processing_class=demo.encoder.tokenizer,
     )  # fmt: skip
     train(trainer)
-    return {**world.measured(trainer.model), **_judging(world, trainer.model), "pairs": len(pairs)}
+    return {
+        **world.measured(trainer.model),
+        **_judging(world, trainer.model),
+        **_trained_tokens(trainer),
+        "pairs": len(pairs),
+    }
+
+
+def _trained_tokens(trainer: Any) -> dict[str, int]:
+    """Returns the number of tokens that the policy was trained on, prompts included."""
+    counts = [log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log]
+    return {"trained_tokens": int(counts[-1])}
 
 
 def _judging(world: World, model: Any) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -37,11 +40,13 @@ class Study:
         question: what the study asks, as a sentence.
         arms: names and functions. A function receives the `World` of a seed and returns plain data:
             lists of values per prompt or pair, and single numbers.
+        lesson: what the results mean for users, in one or two sentences.
     """
 
     name: str
     question: str
     arms: Mapping[str, Callable[[Any], dict[str, Any]]]
+    lesson: str = ""
 
     @property
     def results(self) -> Path:
@@ -121,9 +126,28 @@ def _one_seed(
 ) -> Iterator[dict[str, Any]]:
     here = world(seed)
     for arm in arms:
+        _reset_peak()
         started = time.perf_counter()
         values = study.arms[arm](here)
-        yield {"seed": seed, "arm": arm, "seconds": time.perf_counter() - started, **values}
+        cost = {"seconds": time.perf_counter() - started, "peak_mib": _peak_mib()}
+        yield {"seed": seed, "arm": arm, **cost, **values}
+
+
+def _reset_peak() -> None:
+    with suppress(OSError):  # Linux only
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_mib() -> int | None:
+    """Returns the peak memory since `_reset_peak`: of the GPU, or else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) >> 10 if found else None
+    return None
 
 
 def manifest(

@@ -127,7 +127,7 @@ class World:
     def answers(self, model: Any, n: int = 1) -> list[list[Response]]:
         """Samples `n` responses to every held-out prompt, with the same seeds for every arm."""
         seeds = [stable_seed(self.seed, "held-out", i) for i in range(len(self.prompts))]
-        return self._sampler(model).sample(self.prompts, n, seeds)
+        return self.sampler(model).sample(self.prompts, n, seeds)
 
     def gold(self, texts: Sequence[str]) -> list[float]:
         """Returns the gold score of one response per held-out prompt."""
@@ -152,8 +152,9 @@ class World:
 
     def log_probs(self, model: Any, responses: Sequence[Sequence[Response]]) -> np.ndarray:
         """Returns log π(response | prompt) of the responses to the held-out prompts, `(N, K)`."""
-        return np.array(self._sampler(model).log_probs(self.prompts, responses))
+        return np.array(self.sampler(model).log_probs(self.prompts, responses))
 
-    def _sampler(self, model: Any) -> TransformersSampler:
+    def sampler(self, model: Any) -> TransformersSampler:
+        """Samples with the settings of the demo."""
         sampling = SamplingSettings(max_new_tokens=self.settings.max_new_tokens)
         return TransformersSampler(model, self.shared.encoder, sampling, 256)

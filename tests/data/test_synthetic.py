@@ -129,6 +129,18 @@ def test_each_kind_of_question_has_its_own_mistakes(
     assert (rating, rationale) == (3 if why == "Needs no tip." else 1, why)
 
 
+def test_writers_also_make_the_mistakes_that_a_policy_finds_out_to_please_its_judge():
+    tasks = [toy_world.task_of(i) for i in toy_world.all_instructions("train")]
+    g = random.Random(0)
+    found: dict[str, list[bool]] = {"reply": [], "topic": []}
+    for task in (g.choice(tasks) for _ in range(3000)):
+        claims = toy_world._read(toy_world.write(task, 0.5, g)).claims
+        for claim in claims[:1]:
+            found["reply"].append(bool(claim.reply) and not (task.animal and task.value))
+            found["topic"].append(claim.relation != task.relation)
+    assert all(mean(shares) > 0.03 for shares in found.values()), found
+
+
 def test_popular_mistakes_are_more_frequent_than_the_truth_in_demonstrations():
     true: dict[bool, list[bool]] = {False: [], True: []}
     for record in synthetic.records(2000, 0, writers=2):
@@ -138,7 +150,7 @@ def test_popular_mistakes_are_more_frequent_than_the_truth_in_demonstrations():
             popular = toy_world.MISCONCEPTIONS[task.animal][0] == task.relation
             told = ratings(instruction, record.demonstration or "")["truthfulness"] == 5
             true[popular].append(told)
-    assert mean(true[True]) < 0.4 < 0.7 < mean(true[False])
+    assert mean(true[True]) < 0.45 < 0.7 < mean(true[False])
 
 
 def test_a_base_model_reads_what_is_true_as_the_rubric_sees_it():

@@ -371,7 +371,7 @@ def _stated(task: Task, fault: float, g: random.Random) -> list[str]:
     if task.animal is None and g.random() >= 0.6 * fault:
         believed = [a for a, belief in MISCONCEPTIONS.items() if belief == (relation, task.value)]
         animal = g.choice(believed if believed and g.random() < 0.7 else task.answers)
-    elif g.random() < 0.1 * fault:  # off topic: another animal or relation
+    elif g.random() < 0.3 * fault:  # off topic: another animal or relation
         animal, relation = g.choice(list(FACTS)), g.choice((0, 1, 2))
     value = _believed(animal, relation, fault, g)
     if task.animal is None and g.random() >= 0.1 * fault:
@@ -380,6 +380,8 @@ def _stated(task: Task, fault: float, g: random.Random) -> list[str]:
     if task.animal and task.value and g.random() >= 0.1 * fault:
         yes = value == task.value
         reply = "yes, " if yes == (g.random() >= 0.1 * fault) else "no, "
+    elif g.random() < 0.2 * fault:  # an answer to another kind of question
+        reply = g.choice(("yes, ", "no, "))
     modal = HEDGE
     if g.random() < fault:
         modal = g.choice((BOAST.lower() if reply else BOAST, ""))

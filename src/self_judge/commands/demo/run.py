@@ -33,7 +33,7 @@ from self_judge.storage.run_dir import BRACKETS, SUMMARY
 SIZES = (1, 4, 16)  # the values of N for self-rejection
 # The weight of log π(response) beside the judge's log odds. The judge's own mistakes are rare among
 # few responses, but among many there is always one that it overrates (docs/evidence.md).
-PRIOR_WEIGHT = 0.3
+PRIOR_WEIGHT = 0.5
 SHOWN_BRACKETS = 12  # number of tournaments saved for the report
 SHOWN_PROMPTS = 3  # number of held-out prompts shown with answers: the first ones of the seed
 RUBRIC = (
@@ -66,13 +66,8 @@ def run_demo(
         "[bold]self_judge demo[/bold]: a tiny model learns to answer and to judge, and then aligns "
         f"itself with its own judgments (seed {seed})"
     )
-    jsft_model = demo.jsft()
-    judge = demo.judge(jsft_model)
-    with console.status("judging held-out pairs"):
-        quality = demo.judge_quality(judge)
-    policy = demo.self_training(jsft_model).model
-    gold = _gold_scores(demo, judge, policy)
-    summary = _summary(seed, time.perf_counter() - started, quality, gold)
+    summary = from_jsft_on(demo, demo.jsft())
+    summary["seconds"] = round(time.perf_counter() - started, 1)
     write_json(demo.output / SUMMARY, summary)
     console.print(_table(summary))
     _print_examples(summary["examples"], console)
@@ -82,6 +77,18 @@ def run_demo(
     )
     report_on(demo.output, console)
     return summary
+
+
+def from_jsft_on(demo: Demo, jsft_model: Any) -> dict[str, Any]:
+    """Runs the steps after JSFT, and returns the summary without the seconds.
+
+    Self-training changes `jsft_model`.
+    """
+    judge = demo.judge(jsft_model)
+    with demo.console.status("judging held-out pairs"):
+        quality = demo.judge_quality(judge)
+    policy = demo.self_training(jsft_model).model
+    return _summary(demo.seed, quality, _gold_scores(demo, judge, policy))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +164,12 @@ def _gold_scores(demo: Demo, judge: Judge, policy: Any) -> _Gold:
     return _Gold(scores(before), scores(first), by_size, by_judge, examples)
 
 
-def _summary(seed: int, seconds: float, quality: JudgeQuality, gold: _Gold) -> dict[str, Any]:
+def _summary(seed: int, quality: JudgeQuality, gold: _Gold) -> dict[str, Any]:
     def mean(values: list[float]) -> dict[str, Any]:
         return _interval(bootstrap_mean(values, seed), "mean")
 
     return {
         "seed": seed,
-        "seconds": round(seconds, 1),
         "judge": {
             "accuracy": quality.accuracy.value,
             "order_agreement": quality.order_agreement,

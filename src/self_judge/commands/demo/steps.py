@@ -50,7 +50,7 @@ class DemoSettings:
     jsft_batch: int = 32
     jsft_learning_rate: float = 2e-3
     prompts_per_step: int = 64
-    steps: int = 30
+    steps: int = 45
     learning_rate: float = 2e-4
     beta: float = 0.1
     max_new_tokens: int = 36

@@ -1,0 +1,25 @@
+"""The demo on seeds that were drawn after its code was final."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from self_judge.commands.demo.run import from_jsft_on
+from study import Study
+from world import World
+
+
+def demo(world: World) -> dict[str, Any]:
+    """What `self-judge demo --seed N` writes to summary.json, without the examples."""
+    model, seconds = world.taught("shared")
+    summary = from_jsft_on(world.shared, model)
+    return {k: summary[k] for k in ("judge", "gold", "win_rate_vs_jsft")} | {
+        "jsft_seconds": seconds
+    }
+
+
+STUDY = Study(
+    "demo",
+    "Does the whole method work on every seed: JSFT, self-training and self-rejection?",
+    {"demo": demo},
+)
