@@ -44,6 +44,22 @@ def test_data_that_no_parser_can_hold_is_named(
         told(words, capsys, name)
 
 
+@pytest.mark.parametrize("kind", ["check", "judge"])
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_files_of_a_model_that_no_parser_can_hold_name_the_model(
+    name: str, kind: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(place.saved, place.folder / "odd"))
+    source = place.file("in.jsonl", '{"context": "c", "response_a": "a", "response_b": "b"}\n')
+    words = {
+        "check": ["check", *place.run()[1:], f"model.model_name_or_path={model}"],
+        "judge": ["judge", source, place.folder / "o.jsonl", "--model", model],
+    }[kind]
+    for content in ('{"a": ' * 50_000 + "1" + "}" * 50_000, '{"model_type": [{}], "peft_type": 3}'):
+        (model / name).write_text(content)
+        told(words, capsys, str(model))
+
+
 @pytest.mark.parametrize("digits", [310, 400, 4000])
 def test_a_rating_beyond_every_float_is_none(digits: int, place: Place) -> None:
     lines = place.data["preference"].read_text().splitlines()

@@ -45,7 +45,7 @@ def adapter_config(
         return None
     try:
         config = PeftConfig.from_pretrained(str(file.parent))
-    except (KeyError, OSError, TypeError, ValueError) as error:
+    except Exception as error:  # a damaged file can raise any error in the library
         raise ModelError(
             f"{name_or_path} is not a valid PEFT adapter: {in_a_line(error)}"
         ) from error

@@ -52,7 +52,7 @@ def empty_model(
                 config, dtype=wanted, trust_remote_code=trust_remote_code
             )
         model.tie_weights()  # moving the model to the meta device separated tied parameters
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file can raise any error in the library
         raise ModelError(
             f"cannot read the model configuration of {name_or_path}: {why(name_or_path, error)}"
         ) from None
