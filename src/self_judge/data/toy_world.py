@@ -421,10 +421,8 @@ def reading(g: random.Random) -> str:
     false = [v for v in (*VALUES[relation], *ABSURD) if v != facts[relation]]
     value = facts[relation] if g.random() < 0.6 else g.choice(false)
     statement = g.choice(STATEMENTS[relation]).format(animal=animal, value=value)
-    text, true = (
-        g.choice(("{}", f"{HEDGE} {{}}", f"{BOAST} {{}}")).format(statement),
-        value not in false,
-    )
+    text = g.choice(("{}", f"{HEDGE} {{}}", f"{BOAST} {{}}")).format(statement)
+    true = value not in false
     if g.random() < 0.5:
         asked, agrees = g.choice((value, g.choice(VALUES[relation]))), g.random() < 0.75
         reply = "yes" if (asked == value) == agrees else "no"
