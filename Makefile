@@ -133,6 +133,7 @@ gpu: $(READY)  ## check exactness, speed and SmolLM2 on a CUDA GPU (benchmarks/g
 	$(BIN)/python benchmarks/gpu $(ARGS)
 
 studies: $(READY)  ## run the missing seeds of all studies, and write docs/evidence.md (takes hours)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[benchmarks]'
 	$(BIN)/python studies $(ARGS)
 
 studies-quick: $(READY)  ## run all arms of all studies in a small world (takes minutes)
