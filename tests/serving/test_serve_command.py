@@ -132,3 +132,20 @@ def test_another_client_is_answered_as_well(
         with pytest.raises(Exception, match="temperature must be 0 or a positive number") as error:
             client.chat_completion(MESSAGES, **given, temperature=-1)
         assert json.loads(error.value.response.text)["error"]["param"] == "temperature"
+
+
+def test_a_judge_that_is_not_one_model_is_refused_by_name(
+    tmp_path: Path, saved_judge: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    member = {"model": str(saved_judge)}
+    judges = [
+        {"panel": [member, member]},
+        {"endpoint": "http://127.0.0.1:9/v1", "model": "m", "templates": "instructions"},
+    ]
+    for number, judge in enumerate(judges):
+        file = tmp_path / f"judge-{number}.yaml"
+        file.write_text(json.dumps(judge))
+        capsys.readouterr()
+        assert main(["serve", str(file)]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{file}: is a file; give a model's folder" in line

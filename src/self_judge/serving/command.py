@@ -174,11 +174,7 @@ def _replicas(choice: JudgeChoice, job: ServeJob) -> Backend:
 
 def _judge(choice: JudgeChoice, engine: Any = None) -> Judge:
     judge = choice.load(engine)
-    if not isinstance(judge, Judge) or choice.endpoint:
-        raise ConfigError(
-            f"serve cannot use the judge {choice.name!r}: name one model, which judges in this "
-            "process or on --vllm-server"
-        )
+    assert isinstance(judge, Judge), "the command takes one MODEL, and neither panels nor endpoints"
     return judge
 
 
