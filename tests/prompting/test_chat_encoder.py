@@ -18,7 +18,7 @@ import trl
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError as JinjaError
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from chat_templates import (
     DIALOGUE,
@@ -1007,6 +1007,63 @@ def test_a_token_that_reaches_over_a_space_is_still_found(kind: str, added: Adde
     ):
         for _ in range(2):  # the second time, the ids are known
             assert text.encode(content) == whole.encode(content)
+
+
+def of_characters(fuse: bool) -> Tokenizer:
+    """A vocabulary without some letters and marks."""
+    names = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "▁"]
+    known = "abcdefghijklmnopqrstuvwxyzADHINOST'.,!?;()<>-\"/=\\_0123456789"
+    vocabulary = {token: i for i, token in enumerate([*names, *known])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=fuse))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    tokenizer.add_special_tokens(names[:-1])
+    return tokenizer
+
+
+def changing(normalizer: Any, added: str = "") -> Tokenizer:
+    tokenizer = byte_bpe()
+    tokenizer.normalizer = normalizer
+    tokenizer.add_tokens([AddedToken(added, normalized=True)] if added else [])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        pytest.param(lambda: of_characters(fuse=True), id="unknown characters are joined"),
+        pytest.param(lambda: of_characters(fuse=False), id="unknown characters stand alone"),
+        pytest.param(lambda: changing(normalizers.Replace("etc.", "…")), id="a word is replaced"),
+        pytest.param(
+            lambda: changing(
+                normalizers.Sequence(
+                    [normalizers.NFC(), normalizers.Replace(Regex(r"[QR][:.]|. it"), "-")]
+                )
+            ),
+            id="an expression is replaced",
+        ),
+        pytest.param(lambda: changing(normalizers.NFKC(), "ﬁ."), id="an added token is normalized"),
+    ],
+)
+def test_what_a_tokenizer_does_across_a_mark_is_kept(tokenizer: Any) -> None:
+    text = ChatEncoder(wrap(tokenizer()))._text
+    whole = in_one_call(text)
+    for content in (
+        "QR: a",
+        "it is fi. R:",
+        "a, b etc. and R.",
+        "is it. it? Z:é",
+        "\ud800: é\udfff",
+    ):
+        assert text.encode(content) == whole.encode(content)
+
+
+def test_half_a_surrogate_is_no_control_token() -> None:
+    tokenizer = wrap(byte_bpe())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["\ufffd"]})
+    encoder = ChatEncoder(tokenizer)
+    ids = encoder.encode_content("a\ud800b")
+    assert not any(map(encoder.is_control, ids))
+    assert encoder.decode(ids) == "a\ufffdb"
 
 
 def test_what_is_remembered_of_texts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

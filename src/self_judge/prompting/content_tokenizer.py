@@ -28,13 +28,14 @@ words and lines are therefore remembered, if the tokenizer treats words independ
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import re
 import string
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from self_judge.prompting.thoughts import THOUGHT_MARKERS
 
@@ -200,6 +201,7 @@ class ContentTokenizer:
     def pack(self, text: str, anchor: str | None = None) -> bytes:
         """Returns the ids of `encode` as 32-bit numbers, which are fast to join."""
         anchor = self.anchor if anchor is None else anchor
+        text = _SURROGATE.sub("\ufffd", text)
         try:
             if self._unknown is None or self._unknown[1] not in text:
                 return self._pack_words(anchor, text)
@@ -265,8 +267,8 @@ class ContentTokenizer:
             return self.encode_after(anchor, word)
         backend.no_truncation()
         backend.no_padding()
-        whole = _SURROGATE.sub("\ufffd", anchor + word)
-        ids: list[int] = backend.encode_batch_fast([whole], add_special_tokens=False)[0].ids
+        whole = backend.encode_batch_fast([anchor + word], add_special_tokens=False)
+        ids: list[int] = whole[0].ids
         head = self._head(anchor) if anchor else []
         return ids[len(head) :] if ids[: len(head)] == head else self.encode_after(anchor, word)
 
@@ -275,8 +277,9 @@ class ContentTokenizer:
         """The cuts for which the ids of a text are the ids of its parts.
 
         If no token of the vocabulary contains the place of a cut, then no merge and no segmentation
-        crosses it. An added token must not contain it either, nor absorb the space beside it. The
-        samples show whether the tokenizer splits, changes or prepends text at a cut.
+        crosses it. An added token and a text that the normalizer replaces must not contain it
+        either, and an added token must not absorb the space beside it. The samples show whether the
+        tokenizer splits, changes or prepends text at a cut, or joins unknown characters.
         """
         added = self.tokenizer.added_tokens_decoder
         for token_id, token in added.items():
@@ -284,7 +287,14 @@ class ContentTokenizer:
             absorbs = (token.lstrip or token.rstrip) and token_id not in self.control
             if absorbs or token.single_word:
                 return ()
-        contents = "\0".join(f"a{token.content}a" for token in added.values())
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        normalizer = getattr(backend, "normalizer", None)
+        texts = [f"a{token.content}a" for token in added.values()]
+        if normalizer is not None:
+            own = [token.content for token in added.values() if token.normalized]
+            texts += [f"a{normalizer.normalize_str(content)}a" for content in own]
+            texts += [f"{text}a" for text in _replaced(json.loads(normalizer.__getstate__()))]
+        contents = "\0".join(texts)
         vocabulary = "\0".join(
             str(t) for t, i in self.tokenizer.get_vocab().items() if i not in added
         )
@@ -295,9 +305,11 @@ class ContentTokenizer:
             if not (cut.search(contents) or crossing.search(vocabulary)):
                 left = [self.encode_after(self.anchor, before) for before in befores]
                 right = [self.encode_after(self.anchor, after) for after in afters]
-                sums = [first + second for first, second in product(left, right)]
-                wholes = map("".join, product(befores, afters))
-                if [self._encode_word(self.anchor, whole) for whole in wholes] == sums:
+                sums = [first + second for first, second in itertools.product(left, right)]
+                wholes = map("".join, itertools.product(befores, afters))
+                # Unknown characters on both sides of a cut may be one token.
+                unknown = self._unknown is not None and [self._unknown[0]] in (r[:1] for r in right)
+                if not unknown and [self._encode_word(self.anchor, w) for w in wholes] == sums:
                     exact.append(cut)
         return tuple(exact)
 
@@ -395,6 +407,21 @@ class ContentTokenizer:
 def packed(ids: Sequence[int]) -> bytes:
     """Returns ids as 32-bit numbers."""
     return array("i", ids).tobytes()
+
+
+def _replaced(normalizer: Any) -> Iterator[str]:
+    """Yields texts that a normalizer replaces, from its JSON.
+
+    A regular expression may match any text, except one for whitespace.
+    """
+    if isinstance(normalizer, list):
+        yield from itertools.chain(*map(_replaced, normalizer))
+    elif isinstance(normalizer, dict):
+        yield from _replaced(normalizer.get("normalizers"))
+        pattern = normalizer.get("pattern") or {}
+        yield pattern.get("String", "")
+        if not re.fullmatch(r"(?:\s|\\[nrst]|[+*{},\d])*", pattern.get("Regex", "")):
+            yield "a b.c"
 
 
 def _is_text(token: str) -> bool:
