@@ -144,6 +144,20 @@ def test_a_sharded_judge_that_uses_a_trained_weight_is_refused_by_its_name(tmp_p
 
 
 @pytest.mark.slow
+def test_trained_tokens_of_a_sharded_model_are_learned(tmp_path: Path) -> None:
+    adapter = {"lora": True, "peft": {"trainable_token_indices": [60, 61]}}
+    run = result(tmp_path, file="fsdp2", processes=2, sharded=True, args=TWO, **adapter)
+    assert len(set(column(run, "loss"))) == 4
+
+
+@pytest.mark.slow
+def test_prompts_of_a_sharded_model_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    told = "PROMPT_TUNING cannot be saved under FSDP or ZeRO-3"
+    refused(tmp_path, told, file="fsdp2", sharded=True, prompts=True)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("asked", "told"), WRONG)
 def test_a_sharded_run_ends_in_all_processes(
     asked: dict[str, Any], told: str, tmp_path: Path

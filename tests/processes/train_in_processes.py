@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -46,13 +46,16 @@ def train(asked: dict[str, Any], out: Path) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     start = asked.get("model") or tiny_llama(len(tokenizer), **asked.get("changes", {}))
     lora = {"task_type": "CAUSAL_LM", "r": 4, **asked.get("peft", {})}
+    adapter: Any = LoraConfig(**lora) if asked.get("lora") else None
+    if asked.get("prompts"):
+        adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     trainer = SelfJudgeTrainer(
         model=start,
         args=args,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows),
         judge_templates=TEMPLATES,
-        peft_config=LoraConfig(**lora) if asked.get("lora") else None,
+        peft_config=adapter,
     )
     state = PartialState()
     if asked.get("dies") and state.process_index == 1:

@@ -65,7 +65,8 @@ def as_called(model: nn.Module) -> Any:
 def trial_tokens(model: nn.Module, count: int) -> list[int]:
     """Returns random token ids from the middle half of the vocabulary, with a fixed seed."""
     table: Any = unwrapped(model).get_input_embeddings()  # type: ignore[operator]
-    table = getattr(table, "base_layer", table)  # of LoRA
+    for wrapped in ("base_layer", "original_module"):  # of LoRA, of other adapters
+        table = getattr(table, wrapped, table)
     # A sharded weight can have another shape in each process.
     size: int = getattr(table, "num_embeddings", None) or table.weight.shape[0]
     first, stop = size // 4, max(size // 4 + 1, 3 * size // 4)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from self_judge.errors import ModelError
 from self_judge.packing.exactness import as_called
@@ -31,7 +32,7 @@ from self_judge.training.identity.saved_weights import (
     saved_wrongly,
     trained,
 )
-from self_judge.training.identity.shards import from_all, gathers_weights, is_sharded
+from self_judge.training.identity.shards import from_all, gathers_weights, is_fsdp, is_sharded
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base
@@ -99,6 +100,13 @@ class IdentityMixin(Base):
 
     def _rehearse_adapter(self, model: Any) -> None:
         """Saves a sharded adapter with noise in it. Its base is too large to load it again."""
+        config = model.active_peft_config
+        if config.is_prompt_learning and (is_fsdp(model) or is_deepspeed_zero3_enabled()):
+            raise ModelError(
+                f"{config.peft_type.value} cannot be saved under FSDP or ZeRO-3, because PEFT "
+                "computes the prompts from whole weights: use LoRA, or launch with "
+                "configs/accelerate/ddp.yaml"
+            )
         folder = Path(str(self.args.output_dir))
         with perturbed(model, trained(model)):
             self._write_weights(folder / UNFINISHED / "rehearsal")
