@@ -22,4 +22,7 @@ STUDY = Study(
     "demo",
     "Does the whole method work on every seed: JSFT, self-training and self-rejection?",
     {"demo": demo},
+    "The gold score rises with intervals apart on all five seeds, and the win rate is at least "
+    "0.65 on four. Even with the prior, the best of 16 is worse than the best of 4 on three "
+    "seeds: choose N by an evaluation.",
 )

@@ -194,4 +194,8 @@ STUDY = Study(
         "reward schemes": reward_schemes,
         "four principles": by_principles,
     },
+    "Among many samples, a judge alone picks its own mistakes, because the policy has learned "
+    "what it overrates. Add log π(response) with a weight of 0.5 to 1. Here, the most probable "
+    "sample is even better, so evaluate both. As rewards, `bradley_terry` and `all_pairs` rank "
+    "best at equal tokens.",
 )

@@ -182,11 +182,12 @@ def interval(values: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, f
     """
     generator = np.random.default_rng(seed)
     by_seed = [np.asarray(own, dtype=float) for own in values]
-    means = np.empty(4000)
-    for i in range(len(means)):
-        drawn = generator.integers(len(by_seed), size=len(by_seed))
-        means[i] = np.mean(
-            [generator.choice(by_seed[s], size=by_seed[s].size).mean() for s in drawn]
-        )
+    drawn = generator.integers(len(by_seed), size=(4000, len(by_seed)))
+    means = np.empty(drawn.shape)
+    for s, own in enumerate(by_seed):
+        places = drawn == s
+        of_values = generator.integers(own.size, size=(int(places.sum()), own.size))
+        means[places] = own[of_values].mean(1)
+    means = means.mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(np.mean([own.mean() for own in by_seed])), float(low), float(high)
