@@ -219,6 +219,8 @@ def test_metrics_and_foreign_columns_are_those_of_trl() -> None:
             r"prompt 1 must be a text or a list of messages, got \[\]",
         ),
         (["x", [{"role": "user"}]], ["1", "2"], TypeError, "prompt 1 must be a text"),
+        (["x", [{"role": None, "content": "x"}]], ["1", "2"], TypeError, "prompt 1 must be a text"),
+        (["x"] * 2, ["1", [{"role": 3, "content": "2"}]], TypeError, "completion 1 must be a text"),
         (
             ["x", "x"],
             ["1", [{"role": "assistant", "content": "2"}, {"role": "tool", "content": "3"}]],

@@ -420,7 +420,8 @@ def _response(completion: Any, i: int) -> str:
 
 def _check_messages(what: str, messages: Any) -> None:
     good = isinstance(messages, Sequence) and all(
-        isinstance(m, Mapping) and "role" in m and "content" in m for m in messages
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m
+        for m in messages
     )
     if not good or not messages:
         raise TypeError(f"{what} must be a text or a list of messages, got {messages!r:.60}")
