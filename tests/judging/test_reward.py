@@ -166,6 +166,29 @@ def test_a_thought_is_not_judged_and_one_without_an_answer_loses(scheme: Any) ->
         assert plain[0] < plain[2] < plain[1]
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_equal_answers_get_equal_rewards_whatever_their_thoughts(scheme: Any) -> None:
+    thoughts = ["", "<think>Hm.</think>", "<think>Ah.</think>\n\n", "Oh.\n</think>\n\n"]
+    for seed in range(5):
+        own = rewards(scheme, [*(f"{thought}5" for thought in thoughts), "7", "1"], seed=seed)[0]
+        assert len(set(own[:4])) == 1
+        assert own[5] < own[0] < own[4]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_responses_without_an_answer_are_equal_and_are_not_judged(scheme: Any) -> None:
+    judge = value_judge()
+    never = ["<think>One", "<think>Two</think>", "[THINK]"]
+    message = {"role": "assistant", "content": "", "reasoning_content": "Four"}  # as TRL parses it
+    own = PairwiseReward(judge, scheme)(["x"] * 5, [*never, [message], "3"])
+    assert len(set(own[:4])) == 1
+    assert own[4] > own[0]
+    assert PairwiseReward(judge, scheme)(["x"] * 3, never) == pytest.approx(
+        [sum(rewards(scheme, ["1", "2", "3"])[0]) / 3] * 3
+    )
+    assert judge.scorer.prompts == 0
+
+
 def test_metrics_and_foreign_columns_are_those_of_trl() -> None:
     logged: dict[str, float] = {}
     own = PairwiseReward(value_judge())(
@@ -196,6 +219,8 @@ def test_metrics_and_foreign_columns_are_those_of_trl() -> None:
             r"prompt 1 must be a text or a list of messages, got \[\]",
         ),
         (["x", [{"role": "user"}]], ["1", "2"], TypeError, "prompt 1 must be a text"),
+        (["x", [{"role": None, "content": "x"}]], ["1", "2"], TypeError, "prompt 1 must be a text"),
+        (["x"] * 2, ["1", [{"role": 3, "content": "2"}]], TypeError, "completion 1 must be a text"),
         (
             ["x", "x"],
             ["1", [{"role": "assistant", "content": "2"}, {"role": "tool", "content": "3"}]],

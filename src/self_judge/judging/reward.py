@@ -43,12 +43,13 @@ from self_judge.judging.judge import Judge
 from self_judge.judging.panel import AnyJudge, Panel
 from self_judge.judging.tournament import Compare, knockouts
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.prompting.messages import content_of, lost
+from self_judge.prompting.messages import content_of, lost, reasoning_key
 from self_judge.prompting.thoughts import answer_of
 
 Scheme = Literal["all_pairs", "knockout", "swiss", "bradley_terry"]
 Text = str | Sequence[Message]
 Pair = tuple[int, int]
+_NO_ANSWER = "<think>"  # stands for every response without an answer; no answer begins like this
 
 
 class PairwiseReward:
@@ -61,8 +62,8 @@ class PairwiseReward:
     Rewards are in [0, 1]. Their mean over a group depends only on the scheme and the size of the
     group: ½, except for `knockout`. A match that the judge cannot decide, including a match of
     equal responses, counts as half a win. If the judge can decide no match, all responses get the
-    mean. A response without an answer after its thought loses every match. Equal responses get
-    equal rewards.
+    mean. A response without an answer after its thought loses every match. Responses with equal
+    answers get equal rewards.
 
     Args:
         judge: a `Judge`, or a model folder with `judge.json`. If its model is a `PeftModel` with a
@@ -164,10 +165,7 @@ class PairwiseReward:
 
     def _compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """Judges comparisons; a response without an answer loses without being judged."""
-        answered = [
-            (answer_of(c.response_a) is not None, answer_of(c.response_b) is not None)
-            for c in comparisons
-        ]
+        answered = [(c.response_a != _NO_ANSWER, c.response_b != _NO_ANSWER) for c in comparisons]
         asked = [c for c, (a, b) in zip(comparisons, answered, strict=True) if a == b]
         judged = iter(self.judge.compare(asked) if asked else ())
         return [next(judged) if a == b else _by_answer(a) for a, b in answered]
@@ -404,8 +402,10 @@ def _context(prompt: Any, i: int) -> str:
 
 
 def _response(completion: Any, i: int) -> str:
+    """Returns what the judge sees of a completion, so that equal answers are equal responses."""
     if isinstance(completion, str):
-        return completion
+        answer = answer_of(completion)
+        return _NO_ANSWER if answer is None else answer
     _check_messages(f"completion {i}", completion)
     roles = [message["role"] for message in completion]
     if roles != ["assistant"]:
@@ -413,12 +413,15 @@ def _response(completion: Any, i: int) -> str:
             f"completion {i} has turns {', '.join(roles)}: a pairwise reward compares single "
             "assistant messages"
         )
-    return str(content_of(completion[0]))
+    if reasoning_key(completion[0]) and not content_of(completion[0]).strip():
+        return _NO_ANSWER  # TRL parses a thought that never ends into a message without content
+    return _response(content_of(completion[0]), i)
 
 
 def _check_messages(what: str, messages: Any) -> None:
     good = isinstance(messages, Sequence) and all(
-        isinstance(m, Mapping) and "role" in m and "content" in m for m in messages
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m
+        for m in messages
     )
     if not good or not messages:
         raise TypeError(f"{what} must be a text or a list of messages, got {messages!r:.60}")
