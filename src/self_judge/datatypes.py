@@ -184,5 +184,6 @@ class PreferenceRecord:
 
 def stable_seed(*parts: object) -> int:
     """Returns a 63-bit seed that depends only on the string forms of the given values."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    text = "\x1f".join(map(str, parts)).encode(errors="surrogatepass")
+    digest = hashlib.blake2b(text, digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
