@@ -1020,6 +1020,18 @@ def of_characters(fuse: bool) -> Tokenizer:
     return tokenizer
 
 
+def of_addresses() -> Tokenizer:
+    """It keeps addresses whole, and merges a slash with the letter behind it."""
+    names = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
+    characters = [chr(i) for i in range(10, 127)] + ["é", "日", "本", "…"]
+    vocabulary = {token: i for i, token in enumerate([*names, *characters, "/w"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("/", "w")], unk_token="<unk>"))
+    parts = Regex(r"https?://\S+|[A-Za-z]+|\s|[^A-Za-z\s]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(parts, "isolated")
+    tokenizer.add_special_tokens(names)
+    return tokenizer
+
+
 def changing(normalizer: Any, added: str = "") -> Tokenizer:
     tokenizer = byte_bpe()
     tokenizer.normalizer = normalizer
@@ -1042,6 +1054,7 @@ def changing(normalizer: Any, added: str = "") -> Tokenizer:
             id="an expression is replaced",
         ),
         pytest.param(lambda: changing(normalizers.NFKC(), "ﬁ."), id="an added token is normalized"),
+        pytest.param(of_addresses, id="addresses are kept whole"),
     ],
 )
 def test_what_a_tokenizer_does_across_a_mark_is_kept(tokenizer: Any) -> None:
@@ -1052,6 +1065,7 @@ def test_what_a_tokenizer_does_across_a_mark_is_kept(tokenizer: Any) -> None:
         "it is fi. R:",
         "a, b etc. and R.",
         "is it. it? Z:é",
+        "see http://w.org/w, or",
         "\ud800: é\udfff",
     ):
         assert text.encode(content) == whole.encode(content)

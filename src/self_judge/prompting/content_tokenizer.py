@@ -73,7 +73,10 @@ _AFTER = (
     *(" a", " I'm", " Hello, you", " then\n\nB: c", " x  y", " x 12", " é", " 日本", " iPhone's"),
     *(" S.A.", " ll", " WORLD!\n"),
 )
-_AFTER_LETTER = [m + after for m in ".,!?;:" for after in ("", " a", "a's", "1", ".", "\n\nB: c")]
+_ENDS = [m + after for m in ".,!?;:" for after in ("", " a", "a's", "1", ".", "\n\nB: c")]
+_BEFORE_MARK = (*(before for before in _BEFORE if re.search("[A-Za-z]$", before)), "at http", "www")
+# Some tokenizers keep addresses whole, and then merge what they separate elsewhere.
+_AFTER_MARK = (*_ENDS, "://www.wiki.org/wiki/a_b?c=d&e=f#g", ".wiki.org/w", ".com@a.co, b")
 # The maximum length of all recent words whose ids are remembered, and of all middles and joints.
 # Words recur in all texts, but most middles recur only in the prompts of one record.
 _KNOWN_CHARACTERS, _KNOWN_PIECE_CHARACTERS = 2**21, 2**17
@@ -298,8 +301,7 @@ class ContentTokenizer:
         vocabulary = "\0".join(
             str(t) for t, i in self.tokenizer.get_vocab().items() if i not in added
         )
-        letters = [before for before in _BEFORE if re.search("[A-Za-z]$", before)]
-        cuts = ((_CUT, _CROSSING, _BEFORE, _AFTER), (_MARK, _MARK, letters, _AFTER_LETTER))
+        cuts = ((_CUT, _CROSSING, _BEFORE, _AFTER), (_MARK, _MARK, _BEFORE_MARK, _AFTER_MARK))
         exact = []
         for cut, crossing, befores, afters in cuts:
             if not (cut.search(contents) or crossing.search(vocabulary)):
