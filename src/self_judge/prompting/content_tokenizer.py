@@ -298,12 +298,10 @@ class ContentTokenizer:
             texts += [f"a{normalizer.normalize_str(content)}a" for content in own]
             texts += [f"{text}a" for text in _replaced(json.loads(normalizer.__getstate__()))]
         contents = "\0".join(texts)
-        vocabulary = "\0".join(
-            str(t) for t, i in self.tokenizer.get_vocab().items() if i not in added
-        )
-        cuts = ((_CUT, _CROSSING, _BEFORE, _AFTER), (_MARK, _MARK, _BEFORE_MARK, _AFTER_MARK))
-        exact = []
-        for cut, crossing, befores, afters in cuts:
+        tokens = (str(t) for t, i in self.tokenizer.get_vocab().items() if i not in added)
+        vocabulary = "\0".join(tokens)
+        exact, at_marks = [], (_MARK, _MARK, _BEFORE_MARK, _AFTER_MARK)
+        for cut, crossing, befores, afters in ((_CUT, _CROSSING, _BEFORE, _AFTER), at_marks):
             if not (cut.search(contents) or crossing.search(vocabulary)):
                 left = [self.encode_after(self.anchor, before) for before in befores]
                 right = [self.encode_after(self.anchor, after) for after in afters]
