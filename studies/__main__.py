@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
         make = partial(world.World, settings=settings, folder=given.output)
         for name in given.studies or STUDIES:
             run(
-                STUDIES[name], make, SEEDS[: 2 if given.quick else given.seeds], jobs=given.jobs,
+                STUDIES[name], make, range(2) if given.quick else SEEDS[: given.seeds],
+                jobs=given.jobs,
                 results=given.output / f"{name}.jsonl" if given.quick else None,
             )  # fmt: skip
     if not given.quick:

@@ -153,7 +153,7 @@ def test_all_arms_of_all_studies_run_in_a_small_world(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "studies"), "--quick", "--output", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("learning", "judging", "self_rejection", "judges"):
+    for name in ("demo", "learning", "judging", "self_rejection", "improvements", "judges"):
         found = lines(tmp_path / f"{name}.jsonl")
         assert {line["seed"] for line in found} == {0, 1}
         if name == "self_rejection":
