@@ -97,14 +97,10 @@ def soft_labels(world: World) -> dict[str, Any]:
     g = random.Random(stable_seed(world.seed, "soft labels"))
 
     def change(rollouts: Sequence[Rollout]) -> list[Rollout]:
-        changed = []
-        for rollout in rollouts:
-            verdict = rollout.verdict
-            if rollout.decided and verdict is not None:
-                share = verdict.score_a / (verdict.score_a + verdict.score_b)
-                rollout = rollout if g.random() < share else _reversed(rollout)
-            changed.append(rollout)
-        return changed
+        return [
+            _reversed(r) if r.decided and r.verdict and g.random() >= r.verdict.share else r
+            for r in rollouts
+        ]
 
     return _changed(world, "soft-labels", change)
 

@@ -66,10 +66,7 @@ class Samples:
         """The share of the two scores that goes to response `a`: its soft win rate against `b`."""
         if a == b:
             return 0.5
-        verdict = self.verdicts[self.world.instructions[i], a, b]
-        if verdict.preferred is None:
-            return 0.5
-        return verdict.score_a / (verdict.score_a + verdict.score_b)
+        return self.verdicts[self.world.instructions[i], a, b].share
 
     # -- ways of choosing ------------------------------------------------------------------------
 

@@ -91,6 +91,13 @@ class Verdict:
             return 0.0
         return math.log(max(self.score_a, 1e-9) / max(self.score_b, 1e-9))
 
+    @property
+    def share(self) -> float:
+        """s(a) / (s(a) + s(b)), or 0.5 if the judge cannot decide."""
+        if self.preferred is None:
+            return 0.5
+        return self.score_a / (self.score_a + self.score_b)
+
     def swapped(self) -> Verdict:
         """Returns the verdict on the swapped comparison."""
         other: dict[Side | None, Side | None] = {"a": "b", "b": "a", None: None}

@@ -216,9 +216,7 @@ class _Matches:
         if i > j:
             return 1 - self.share(j, i)
         verdict = self.verdicts.get((i, j))
-        if verdict is None or verdict.preferred is None:
-            return 0.5
-        return verdict.score_a / (verdict.score_a + verdict.score_b)
+        return 0.5 if verdict is None else verdict.share
 
     def averaged(self, rewards: Sequence[float]) -> list[float]:
         """Gives equal responses their mean reward, because draws may treat them differently."""

@@ -152,11 +152,8 @@ def judgment(
     """
     shares: list[list[float]] = [[] for _ in range(responses)]
     for a, b, verdict in judged:
-        share = 0.5
-        if verdict.preferred is not None:
-            share = verdict.score_a / (verdict.score_a + verdict.score_b)
-        shares[a].append(share)
-        shares[b].append(1 - share)
+        shares[a].append(verdict.share)
+        shares[b].append(1 - verdict.share)
     scores = [sum(own) / len(own) for own in shares]
     return {
         "object": "judgment",
