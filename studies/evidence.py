@@ -16,6 +16,7 @@ from study import RESULTS, Study, interval, lines
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 Line = Mapping[str, Any]
+Arms = Mapping[str, Sequence[Line]]
 PAPER = "on-policy, frozen judge"  # the arm with the method of the paper
 
 
@@ -32,9 +33,10 @@ def write(studies: Iterable[Study]) -> None:
         if study.results.exists():
             page += [f"## {study.name.replace('_', ' ').capitalize()}", study.question]
             page += [f"**For users:** {study.lesson}"] if study.lesson else []
-            if picture := plots.draw(study.name, by_arm(study.name)):
+            arms = shown_arms(study.name)
+            if picture := plots.draw(study.name, arms):
                 page.append(f"![{study.name.replace('_', ' ')}](images/{picture})")
-            page.append(_TABLES[study.name]())
+            page.append(_TABLES[study.name](arms))
     PAGE.write_text("\n\n".join(page) + "\n", encoding="utf-8")
 
 
@@ -46,9 +48,15 @@ def by_arm(study: str) -> dict[str, list[Line]]:
     return found
 
 
-def demo() -> str:
+def shown_arms(study: str) -> dict[str, list[Line]]:
+    """Returns the lines of each arm, with the paper's method as the first of the improvements."""
+    paper = {PAPER: by_arm("learning").get(PAPER, [])} if study == "improvements" else {}
+    return {**paper, **by_arm(study)}
+
+
+def demo(arms: Arms) -> str:
     rows = []
-    for line in by_arm("demo")["demo"]:
+    for line in arms["demo"]:
         gold, win = line["gold"], line["win_rate_vs_jsft"]
         best = [
             f"{gold[way][n]['mean']:.3f}"
@@ -71,13 +79,11 @@ def demo() -> str:
     return _table(head, rows, note)
 
 
-def learning() -> str:
-    arms = by_arm("learning")
-    return "\n\n".join([_gold(arms, PAPER), _costs(arms, arms.get("JSFT", []))])
+def learning(arms: Arms) -> str:
+    return "\n\n".join([_gold(arms, PAPER), _costs(arms)])
 
 
-def judging() -> str:
-    arms = by_arm("judging")
+def judging(arms: Arms) -> str:
     shared = {line["seed"]: line["judged_right"] for line in arms.get("JSFT", [])}
     rows = []
     for arm, own in arms.items():
@@ -98,18 +104,11 @@ def judging() -> str:
     return _table(head, rows, _seeds(arms))
 
 
-def improvements() -> str:
-    shared = by_arm("learning")
-    arms = {PAPER: shared.get(PAPER, []), **by_arm("improvements")}
-    return "\n\n".join([_gold(arms, PAPER), _costs(arms, shared.get("JSFT", []))])
+def judges(arms: Arms) -> str:
+    return "\n\n".join([_gold(arms, "self, frozen"), _costs(arms)])
 
 
-def judges() -> str:
-    arms = by_arm("judges")
-    return "\n\n".join([_gold(arms, "self, frozen"), _costs(arms, arms.get("JSFT", []))])
-
-
-def _gold(arms: Mapping[str, Sequence[Line]], baseline: str) -> str:
+def _gold(arms: Arms, baseline: str) -> str:
     """Returns the gold score of each arm, its difference from the baseline, and why."""
     base = {line["seed"]: line["gold"] for line in arms.get(baseline, [])}
     rows = []
@@ -132,8 +131,9 @@ def _gold(arms: Mapping[str, Sequence[Line]], baseline: str) -> str:
     return _table(head, rows, _seeds(arms))
 
 
-def _costs(arms: Mapping[str, Sequence[Line]], jsft: Sequence[Line]) -> str:
+def _costs(arms: Arms) -> str:
     """Returns the mean cost of each arm, and its seconds per 0.01 of gold above the JSFT model."""
+    jsft = arms.get("JSFT") or by_arm("learning").get("JSFT", [])
     start = {line["seed"]: float(np.mean(line["gold"])) for line in jsft}
     kinds = ("sampled_tokens", "matches", "judge_tokens", "trained_tokens")
     rows = []
@@ -154,8 +154,7 @@ def _costs(arms: Mapping[str, Sequence[Line]], jsft: Sequence[Line]) -> str:
     return _table(head, rows, note)
 
 
-def rejection() -> str:
-    arms = by_arm("self_rejection")
+def rejection(arms: Arms) -> str:
     sizes = [str(n) for n in self_rejection.SIZES]
     rows = []
     for arm, own in arms.items():
@@ -193,7 +192,7 @@ def ranking(own: Sequence[Line]) -> list[str]:
     return [_table(head, rows, note)] if rows else []
 
 
-def _seeds(arms: Mapping[str, Sequence[Line]]) -> str:
+def _seeds(arms: Arms) -> str:
     counts = sorted({len(own) for own in arms.values()})
     return f"Seeds per arm: {', '.join(map(str, counts)) or 'none yet'}."
 
@@ -223,11 +222,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str
     return "\n".join([note, "", *("| " + " | ".join(row) + " |" for row in both)])
 
 
-_TABLES: dict[str, Callable[[], str]] = {
+_TABLES: dict[str, Callable[[Arms], str]] = {
     "demo": demo,
     "learning": learning,
     "judging": judging,
     "self_rejection": rejection,
-    "improvements": improvements,
+    "improvements": learning,
     "judges": judges,
 }

@@ -20,10 +20,9 @@ from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.judge import Judge
 from self_judge.judging.panel import AnyJudge
 from self_judge.judging.reward import PairwiseReward, Scheme
-from self_judge.prompting.judge_prompt import encode_orders
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from study import Study
-from world import World, preference_dataset, right, train
+from world import World, preference_dataset, prompts_of, right, train
 
 
 class Asked:
@@ -34,14 +33,12 @@ class Asked:
 
     def __init__(self, judge: AnyJudge) -> None:
         self.matches = self.tokens = 0
-        self._members = [judge] if isinstance(judge, Judge) else list(judge.judges)
+        self._judge = judge
 
     def add(self, comparisons: Sequence[Comparison]) -> None:
         self.matches += len(comparisons)
-        for judge, match in itertools.product(self._members, comparisons):
-            for principle in judge.templates:
-                orders = encode_orders(judge.encoder, judge.templates, principle, match)
-                self.tokens += sum(len(ids) for ids in orders or ())
+        for judge, match in itertools.product(self._judge.judges, comparisons):
+            self.tokens += sum(map(len, prompts_of(judge, match)))
 
     def cost(self) -> dict[str, int]:
         return {"matches": self.matches, "judge_tokens": self.tokens}

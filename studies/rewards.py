@@ -24,7 +24,7 @@ from self_judge.datatypes import Comparison, Verdict, stable_seed
 from self_judge.judging.judge import Judge
 from self_judge.judging.reward import PairwiseReward, Scheme
 from self_judge.judging.voting import undecidable
-from self_judge.prompting.judge_prompt import encode_orders
+from world import prompts_of
 
 GROUPS = (4, 8, 16)
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -61,13 +61,11 @@ class Matches:
         if pair in self.pairs:
             return True
         before, tokens = self.shared, 0
-        for principle in self.judge.templates:
-            orders = encode_orders(self.judge.encoder, self.judge.templates, principle, match)
-            for ids in orders or ():
-                tokens += len(ids)
-                node = -1
-                for token in ids:
-                    node = self._nodes.setdefault((node, token), len(self._nodes))
+        for ids in prompts_of(self.judge, match):
+            tokens += len(ids)
+            node = -1
+            for token in ids:
+                node = self._nodes.setdefault((node, token), len(self._nodes))
         if self.refused or self.shared > self.budget:
             while self.shared > before:
                 self._nodes.popitem()  # the newest

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import io
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from transformers import PrinterCallback
 from self_judge.commands.demo import steps
 from self_judge.config.self_training import SamplingSettings
 from self_judge.data import synthetic, toy_world
-from self_judge.datatypes import Response, Verdict, stable_seed
+from self_judge.datatypes import Comparison, Response, Verdict, stable_seed
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.judge import Judge
 from self_judge.models import load_model
+from self_judge.prompting.judge_prompt import encode_orders
 
 QUICK = steps.DemoSettings(
     base_steps=20,
@@ -41,6 +42,12 @@ QUICK = steps.DemoSettings(
 def right(verdicts: Iterable[Verdict]) -> list[float]:
     """Returns 1 for each verdict that prefers response `a`, 0.5 if it is undecidable, else 0."""
     return [{"a": 1.0, None: 0.5, "b": 0.0}[verdict.preferred] for verdict in verdicts]
+
+
+def prompts_of(judge: Judge, match: Comparison) -> Iterator[list[int]]:
+    """Yields the ids of all prompts that a judge scores for a match."""
+    for principle in judge.templates:
+        yield from encode_orders(judge.encoder, judge.templates, principle, match) or ()
 
 
 def preference_dataset(pairs: Iterable[tuple[Any, str, str]]) -> Dataset:
