@@ -287,7 +287,7 @@ def test_a_policy_in_training_judges_as_the_initial_model() -> None:
     assert PairwiseReward(judge)(prompts, texts) != pytest.approx(before, abs=1e-4)
 
 
-@pytest.mark.parametrize("scheme", get_args(Scheme))
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_half_a_surrogate_in_a_prompt_is_a_character_like_others(scheme: Any) -> None:
     reward = PairwiseReward(value_judge(), scheme)
     assert sum(reward(["p\ud800"] * 3, ["1", "2", "3"])) == pytest.approx(1.5)

@@ -152,6 +152,51 @@ class ChatEncoder:
         """Encodes a whole dialogue; the loss covers assistant turns and their end tokens."""
         return self.encode_chat(messages, "closed")
 
+    def encode_chat(self, messages: Sequence[Message], ending: Ending) -> EncodedChat:
+        """Encodes a chat with one of the endings of a layout; see `chat_template`."""
+        messages, turns = list(messages), list[Message]()
+        if not messages:
+            raise EncodingError("a dialogue needs at least one message, got none")
+        for message in messages:
+            role: Any = message["role"]
+            # The role becomes part of the structure, where control tokens remain control tokens.
+            if not isinstance(role, str) or not _ROLE.fullmatch(role):
+                raise EncodingError(
+                    f"the role {role!r:.80} is not a plain word such as 'user' or 'assistant'"
+                )
+            last = message is messages[-1] and ending != "prompt"
+            if what := lost(message) or (reasoning_key(message) if last else None):
+                raise EncodingError(f"a {role!r} message has {what}: only text can be encoded")
+            content = content_of(message)
+            if not isinstance(content, str):
+                raise EncodingError(
+                    f"the content of a {role!r} message is a "
+                    f"{type(message['content']).__name__}: only text can be encoded"
+                )
+            turns.append({"role": role, "content": content})
+        if not self._layouts.takes_system and turns[0]["role"] == "system":
+            turns = system_into_user(turns)
+        roles = tuple([turn["role"] for turn in turns])
+        layout = self._layouts.of(roles, ending)
+        contents = [turn["content"] for turn in turns]
+        if what := self._layouts.inspected(roles, contents, ending == "prompt"):
+            _say_inspected(what)
+        ids, mask = array("i"), bytearray()
+        ends_turn = False
+        for part in layout:
+            if isinstance(part, Slot):
+                turn = turns[part.message]
+                content = turn["content"].lstrip(part.strip_left).rstrip(part.strip_right)
+                ids.frombytes(self._text.pack(part.lead + content, part.anchor))
+                ends_turn = turn["role"] == "assistant"
+                mask += bytes([ends_turn]) * (len(ids) - len(mask))
+            else:
+                trained = self._end_of_turn(part) if ends_turn else 0
+                ids.extend(part)
+                mask += bytes([1]) * trained + bytes(len(part) - trained)
+                ends_turn = False
+        return EncodedChat(ids, bytes(mask))
+
     def encode_query(self, query: str) -> list[int]:
         """Encodes a prompt that is already rendered as a string.
 
@@ -222,51 +267,6 @@ class ChatEncoder:
         return letter_ids(self._text, templates, token_id_a, token_id_b)
 
     # -- inside --------------------------------------------------------------------------------
-
-    def encode_chat(self, messages: Sequence[Message], ending: Ending) -> EncodedChat:
-        """Encodes a chat with one of the endings of a layout; see `chat_template`."""
-        messages, turns = list(messages), list[Message]()
-        if not messages:
-            raise EncodingError("a dialogue needs at least one message, got none")
-        for message in messages:
-            role: Any = message["role"]
-            # The role becomes part of the structure, where control tokens remain control tokens.
-            if not isinstance(role, str) or not _ROLE.fullmatch(role):
-                raise EncodingError(
-                    f"the role {role!r:.80} is not a plain word such as 'user' or 'assistant'"
-                )
-            last = message is messages[-1] and ending != "prompt"
-            if what := lost(message) or (reasoning_key(message) if last else None):
-                raise EncodingError(f"a {role!r} message has {what}: only text can be encoded")
-            content = content_of(message)
-            if not isinstance(content, str):
-                raise EncodingError(
-                    f"the content of a {role!r} message is a "
-                    f"{type(message['content']).__name__}: only text can be encoded"
-                )
-            turns.append({"role": role, "content": content})
-        if not self._layouts.takes_system and turns[0]["role"] == "system":
-            turns = system_into_user(turns)
-        roles = tuple([turn["role"] for turn in turns])
-        layout = self._layouts.of(roles, ending)
-        contents = [turn["content"] for turn in turns]
-        if what := self._layouts.inspected(roles, contents, ending == "prompt"):
-            _say_inspected(what)
-        ids, mask = array("i"), bytearray()
-        ends_turn = False
-        for part in layout:
-            if isinstance(part, Slot):
-                turn = turns[part.message]
-                content = turn["content"].lstrip(part.strip_left).rstrip(part.strip_right)
-                ids.frombytes(self._text.pack(part.lead + content, part.anchor))
-                ends_turn = turn["role"] == "assistant"
-                mask += bytes([ends_turn]) * (len(ids) - len(mask))
-            else:
-                trained = self._end_of_turn(part) if ends_turn else 0
-                ids.extend(part)
-                mask += bytes([1]) * trained + bytes(len(part) - trained)
-                ends_turn = False
-        return EncodedChat(ids, bytes(mask))
 
     def _end_of_turn(self, structure: tuple[int, ...]) -> int:
         """Counts the ids up to and including the first control token; 0 if there is none."""

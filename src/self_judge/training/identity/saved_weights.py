@@ -184,7 +184,7 @@ def saved_wrongly(model: nn.Module, folder: Path, *, reads: bool = True) -> str 
     adapter, memory = isinstance(model, PeftModel), weights(model)
     if isinstance(model, PeftModel):
         memory = get_peft_model_state_dict(model, memory)
-    problem, size, renamed = None, 0.0, 0.0
+    problem, size = None, 0.0
     with ExitStack() as opened:
         saved = _saved(folder, "adapter_model*" if adapter else "model*", opened) if reads else {}
         renamed = sum(_squares(file.get_tensor(n)) for n, file in saved.items() if n not in memory)
