@@ -13,6 +13,7 @@ import pytest
 from test_processes import (
     BIASED,
     ONE,
+    SAVING,
     TWO,
     USED,
     WRONG,
@@ -22,6 +23,7 @@ from test_processes import (
     result,
     same_weights,
 )
+from train_in_processes import spoil
 
 from conftest import byte_bpe, tiny_llama, wrap
 from self_judge.models import load_tokenizer
@@ -87,6 +89,30 @@ def test_a_sharded_run_ends_in_all_processes(
     asked: dict[str, Any], told: str, folder: str, tmp_path: Path
 ) -> None:
     refused(tmp_path, told, file="zero3", model=folder, **asked)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_weights_that_zero3_would_not_gather_are_refused_before_the_first_step(
+    lora: bool, folder: str, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"file": "zero3", "model": folder, "lora": lora}
+    asked |= {"flags": ["--zero3_save_16bit_model", "false"]}
+    if lora:  # DeepSpeed always gathers an adapter
+        run = result(tmp_path / "run", processes=2, **asked, args=TWO)
+        assert len(set(column(run, "loss"))) == 4
+    else:
+        refused(tmp_path / "run", "ZeRO-3 would save shards instead of a model", **asked)
+
+
+def test_a_run_is_not_resumed_from_weights_that_differ_from_the_saved_model(
+    folder: str, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"file": "zero3", "processes": 2, "model": folder}
+    result(tmp_path / "whole", **asked, args=SAVING)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    spoil(checkpoint / "model.safetensors")  # DeepSpeed resumes from files of its own
+    told = rf"cannot resume from {checkpoint}: \S+ differs from the weights in memory"
+    refused(tmp_path / "resumed", told, **asked, resume=str(checkpoint))
 
 
 def test_a_process_that_dies_ends_the_job_with_an_error(folder: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,22 +16,25 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from train_in_processes import spoil
 
 from conftest import ROOT, tiny_llama
 from families import build, sharing
 from self_judge.inference.lockstep import LockstepPacking, check_processes
 from self_judge.models import load_model
 from self_judge.storage.atomic import integrity_error
+from self_judge.training.identity.shards import check_sharding
 
 pytestmark = pytest.mark.cpu
 
 
 def launch(
-    out: Path, file: str = "single", processes: int = 1, **asked: Any
+    out: Path, file: str = "single", processes: int = 1, *, flags: Sequence[str] = (), **asked: Any
 ) -> subprocess.CompletedProcess[str]:
-    """A training in `accelerate launch`."""
+    """A training in `accelerate launch`, with flags of its own."""
     script = ROOT / "tests" / "processes" / "train_in_processes.py"
-    return launched(file, processes, str(script), json.dumps(asked), str(out))
+    return launched(file, processes, *flags, str(script), json.dumps(asked), str(out))
 
 
 def launched(file: str, processes: int, *words: str) -> subprocess.CompletedProcess[str]:
@@ -117,7 +121,7 @@ LORA = {"lora": True}
 BIASED = {**LORA, "peft": {"bias": "all"}}
 USED = r"the judge would change during training: it uses base_model\.\S+\.bias, which is trained"
 MOVED = r"step 4: the judge has changed during training"
-SPOILED = r"\.unfinished/{} was not saved correctly: \S+ differs from the trained weights"
+SPOILED = r"\.unfinished/{} was not saved correctly: \S+ differs from the weights in memory"
 WRONG = [
     pytest.param({"moves": 1}, MOVED, id="a judge that one process changes"),
     pytest.param({"moves": 0, **LORA}, MOVED, id="a base that one process changes"),
@@ -128,7 +132,7 @@ WRONG = [
 
 def refused(out: Path, told: str, **asked: Any) -> None:
     """All processes end with the same error, and nothing is saved."""
-    done = launch(out, processes=2, args=TWO, **asked)
+    done = launch(out, **{"processes": 2, "args": TWO, **asked})
     assert done.returncode != 0
     assert "Timeout (" not in done.stderr, done.stderr[-12000:]
     errors = {file.name: file.read_text() for file in out.glob("refused_*")}
@@ -181,6 +185,58 @@ def test_a_sharded_run_is_not_resumed_with_another_adapter(tmp_path: Path) -> No
     refused(
         tmp_path / "other", "its adapter has lora_alpha=8", **asked, **at, peft={"lora_alpha": 4}
     )
+
+
+SHARDS: dict[str, Any] = {
+    "file": "fsdp2", "processes": 2, "sharded": True,
+    "flags": ["--fsdp_state_dict_type", "SHARDED_STATE_DICT"],
+}  # fmt: skip
+SAVING = {**TWO, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_checkpoints_in_shards_are_resumed_and_the_model_is_saved_whole(
+    lora: bool, tmp_path: Path
+) -> None:
+    whole = result(tmp_path / "whole", **SHARDS, lora=lora, args=SAVING)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert integrity_error(checkpoint) is None
+    assert not list(checkpoint.glob("*.safetensors"))
+    resumed = result(tmp_path / "resumed", **SHARDS, lora=lora, args=TWO, resume=str(checkpoint))
+    assert column(resumed, "loss") == pytest.approx(column(whole, "loss"), abs=1e-6)
+    if not lora:  # the base of the adapter is in memory only
+        same_weights(tmp_path / "whole", tmp_path / "resumed", tolerance=1e-6)
+    else:
+        saved = [
+            load_file(tmp_path / f / "adapter_model.safetensors") for f in ("whole", "resumed")
+        ]
+        assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_a_wrong_shard_is_not_sealed(tmp_path: Path) -> None:
+    told = r"checkpoint-2 was not saved correctly: \S+ differs from the weights in memory"
+    refused(tmp_path, told, **SHARDS, spoils="shards", args=SAVING)
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+@pytest.mark.slow
+def test_a_run_is_not_resumed_from_weights_that_differ_from_the_saved_model(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"file": "fsdp2", "processes": 2, "sharded": True}
+    result(tmp_path / "whole", **asked, args=SAVING)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    spoil(checkpoint / "model.safetensors")  # FSDP resumes from pytorch_model_fsdp.bin
+    told = rf"cannot resume from {checkpoint}: \S+ differs from the weights in memory"
+    refused(tmp_path / "resumed", told, **asked, resume=str(checkpoint))
+
+
+def test_the_first_version_of_fsdp_is_refused_with_the_way_to_the_second() -> None:
+    # On a CPU, Accelerate refuses it first.
+    plugin = SimpleNamespace(fsdp_version=1)
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match=r"FSDP1 is deprecated .* `accelerate to-fsdp2`"):
+        check_sharding(accelerator, adapter=True)
 
 
 @pytest.mark.slow

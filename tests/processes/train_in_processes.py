@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, save_fsdp_model
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
@@ -71,7 +72,9 @@ def train(asked: dict[str, Any], out: Path) -> None:
         trainer.judge.compare = told
     if asked.get("moves") is not None:
         trainer.add_callback(Moving(trainer, asked["moves"]))
-    if asked.get("spoils"):
+    if asked.get("spoils") == "shards":
+        transformers.trainer.save_fsdp_model = partial(spoiled_shards, save_fsdp_model)
+    elif asked.get("spoils"):
         trainer._save = partial(spoiled, trainer._save)
     trainer.stop_on_sigterm = bool(asked.get("told"))
     trainer.train(resume_from_checkpoint=asked.get("resume"))
@@ -108,9 +111,23 @@ def spoiled(save: Any, output_dir: str, *args: Any, **kwargs: Any) -> None:
     """Saves, and changes one weight in the file."""
     save(output_dir, *args, **kwargs)
     for file in Path(output_dir).glob("*.safetensors"):
-        state = load_file(file)
-        state[sorted(state)[0]] += 1
-        save_file(state, file, {"format": "pt"})
+        spoil(file)
+
+
+def spoil(file: Path) -> None:
+    state = load_file(file)
+    state[sorted(state)[0]] += 1
+    save_file(state, file, {"format": "pt"})
+
+
+def spoiled_shards(
+    save: Any, plugin: Any, accelerator: Any, model: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Saves while one process holds other values of one weight."""
+    changed = shard(next(p for p in model.parameters() if p.requires_grad))
+    changed += accelerator.process_index
+    save(plugin, accelerator, model, *args, **kwargs)
+    changed -= accelerator.process_index
 
 
 def main(asked: dict[str, Any], out: Path) -> None:

@@ -74,7 +74,7 @@ from self_judge.training.identity.saved_weights import (
     not_finite,
     remove_old_adapter,
 )
-from self_judge.training.identity.shards import from_all, is_sharded
+from self_judge.training.identity.shards import from_all, is_sharded, saving_whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -149,13 +149,8 @@ class FaultToleranceMixin(IdentityMixin, HubMixin):
             # Transformers sets the seed only in the constructor. Random numbers drawn since then
             # would change the run.
             set_seed(self.args.seed)
-            begins = partial(self._check_identity, Path(found) if found else None)
-            sharded = is_sharded(self.args)
-            with (
-                stopping(self),
-                without_cudnn_attention(),
-                at_the_start(self, begins) if sharded else nullcontext(),
-            ):
+            begins = partial(self._as_the_loop_begins, Path(found) if found else None)
+            with stopping(self), without_cudnn_attention(), at_the_start(self, begins):
                 result = super().train(found, *args, **kwargs)
             self._check_weights()
             return result
@@ -257,7 +252,7 @@ class FaultToleranceMixin(IdentityMixin, HubMixin):
         if self.args.should_save:
             clear_unfinished(target)
         self.accelerator.wait_for_everyone()
-        with _writing(target):
+        with _writing(target), saving_whole_weights(self.accelerator):
             self._final_folder = target
             self._write_model(str(staging))
         if self.args.should_save and not is_sharded(self.args):

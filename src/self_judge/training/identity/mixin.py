@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import FSDP_MODEL_NAME
 
-from self_judge.errors import ModelError
+from self_judge.errors import CheckpointError, ModelError
 from self_judge.packing.exactness import as_called
 from self_judge.storage.atomic import UNFINISHED, clear_unfinished
 from self_judge.training.arguments import without_secrets
@@ -28,11 +29,20 @@ from self_judge.training.identity.saved_weights import (
     check_given,
     check_optimizer,
     check_start,
+    difference,
     rehearse_saving,
-    saved_wrongly,
+    shard_difference,
     trained,
 )
-from self_judge.training.identity.shards import from_all, gathers_weights, is_fsdp, is_sharded
+from self_judge.training.identity.shards import (
+    check_sharding,
+    from_all,
+    is_fsdp,
+    is_sharded,
+    largest,
+    saves_shards,
+    saving_whole_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base
@@ -58,6 +68,7 @@ class IdentityMixin(Base):
     def _before_training(self, checkpoint: Path | None) -> None:
         """Finds errors that would otherwise appear only at the first save, or not at all."""
         model: Any = self.model
+        check_sharding(self.accelerator, adapter=isinstance(model, PeftModel))
         check_start(self.args, model)
         self._data = data_fingerprint(self.train_dataset)
         if checkpoint is not None and self.on_resume is not None:
@@ -72,11 +83,15 @@ class IdentityMixin(Base):
         if not is_sharded(self.args):
             self._check_identity(checkpoint)
 
-    def _check_identity(self, checkpoint: Path | None) -> None:
-        """Checks the given weights and the reference, and rehearses saving.
+    def _as_the_loop_begins(self, checkpoint: Path | None) -> None:
+        """Checks the weights that are in place only now: sharded, or from a checkpoint."""
+        if is_sharded(self.args):
+            self._check_identity(checkpoint)
+        if checkpoint is not None:
+            self._check_resumed(checkpoint)
 
-        Sharded weights are in place only when the training loop begins.
-        """
+    def _check_identity(self, checkpoint: Path | None) -> None:
+        """Checks the given weights and the reference, and rehearses saving."""
         model: Any = self.model
         check_given(model)
         self.reference = self.reference or self._reference(resumed=checkpoint is not None)
@@ -108,7 +123,7 @@ class IdentityMixin(Base):
                 "configs/accelerate/ddp.yaml"
             )
         folder = Path(str(self.args.output_dir))
-        with perturbed(model, trained(model)):
+        with perturbed(model, trained(model)), saving_whole_weights(self.accelerator):
             self._write_weights(folder / UNFINISHED / "rehearsal")
         if self.args.should_save:
             clear_unfinished(folder)
@@ -122,11 +137,34 @@ class IdentityMixin(Base):
         """
         with without_secrets(self.args):
             super().save_model(str(folder), _internal_call=True)
-        written = from_all([str(path) for path in folder.glob("*.safetensors")])
-        model: Any = self.model
-        if is_sharded(self.args) and not (written and gathers_weights(model)):
-            return  # FSDP1, or other files with shards
-        model = self.accelerator.unwrap_model(model)
-        problem = saved_wrongly(model, folder, reads=self.args.should_save)
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if not saves_shards(self.accelerator):
+            self._check_written(folder, difference(model, folder, reads=self.args.should_save))
+        elif isinstance(model, PeftModel) and self.args.should_save:
+            model.active_peft_config.save_pretrained(str(folder))  # for a run that resumes
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # and the shards of the weights
+        if saves_shards(self.accelerator):
+            model: Any = self.accelerator.unwrap_model(self.model)
+            shards = Path(output_dir) / f"{FSDP_MODEL_NAME}_0"
+            self._check_written(Path(output_dir), shard_difference(model, shards))
+
+    def _check_written(self, folder: Path, problem: str | None) -> None:
         for told in from_all([problem] if problem else []):
-            raise ModelError(told)
+            raise ModelError(f"{folder} was not saved correctly: {told}")
+
+    def _check_resumed(self, checkpoint: Path) -> None:
+        """Compares the weights in memory with those in the checkpoint.
+
+        FSDP and DeepSpeed resume from files of their own, which repeat the weights.
+
+        Raises:
+            CheckpointError: they differ. All processes raise it.
+        """
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if not largest(any(True for _ in checkpoint.glob("*.safetensors"))):
+            return  # shards, which were read back when they were written
+        problem = difference(model, checkpoint, reads=self.args.should_save)
+        for told in from_all([problem] if problem else []):
+            raise CheckpointError(f"cannot resume from {checkpoint}: {told}")

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader, load
 from transformers import TrainingArguments
 
 from self_judge.adapters import (
@@ -163,14 +164,15 @@ def remove_old_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def check_saved(model: nn.Module, folder: Path) -> None:
-    """Raises `ModelError` if saved weights are not those in memory; see `saved_wrongly`."""
-    if problem := saved_wrongly(model, folder):
-        raise ModelError(problem)
+    """Raises `ModelError` if saved weights are not those in memory; see `difference`."""
+    if problem := difference(model, folder):
+        raise ModelError(f"{folder} was not saved correctly: {problem}")
 
 
-def saved_wrongly(model: nn.Module, folder: Path, *, reads: bool = True) -> str | None:
+def difference(model: nn.Module, folder: Path, *, reads: bool = True) -> str | None:
     """Compares saved weights with those in memory, one tensor at a time.
 
+    Weights of different dtypes are equal if they round to the same values of the shorter one.
     Weights that Transformers stores in other pieces (experts) have the same sum of squares.
 
     Args:
@@ -181,9 +183,7 @@ def saved_wrongly(model: nn.Module, folder: Path, *, reads: bool = True) -> str 
     Returns:
         What is wrong; it names a weight that is missing or differs. `None` if nothing is.
     """
-    adapter, memory = isinstance(model, PeftModel), weights(model)
-    if isinstance(model, PeftModel):
-        memory = get_peft_model_state_dict(model, memory)
+    adapter, memory = isinstance(model, PeftModel), saved_part(model)
     problem, size = None, 0.0
     with ExitStack() as opened:
         saved = _saved(folder, "adapter_model*" if adapter else "model*", opened) if reads else {}
@@ -197,17 +197,40 @@ def saved_wrongly(model: nn.Module, folder: Path, *, reads: bool = True) -> str 
         for name, tensor in memory.items():
             with gathered(tensor) as own:
                 if name in saved and own.is_floating_point() and problem is None:
-                    there = saved[name].get_tensor(name)
-                    if not torch.equal(own.cpu().to(there.dtype), there):
-                        problem = f"{name} differs from the trained weights"
+                    if not _equal(own.cpu(), saved[name].get_tensor(name)):
+                        problem = f"{name} differs from the weights in memory"
                 elif reads and name in lacking:
                     size += _squares(own)
     if problem is None and reads and not math.isclose(size, renamed, rel_tol=1e-6):
         problem = (
-            f"{len(lacking)} trained weights are missing or "
+            f"{len(lacking)} weights in memory are missing or "
             f"differ (first: {lacking[0] if lacking else 'a weight that is not trained'})"
         )
-    return problem and f"{folder} was not saved correctly: {problem}"
+    return problem
+
+
+def shard_difference(model: nn.Module, folder: Path) -> str | None:
+    """Does the same for the shards of this process in a checkpoint of FSDP."""
+    stored, differing = FileSystemReader(folder).read_metadata().state_dict_metadata, []
+    for name, tensor in saved_part(model).items():
+        saved = torch.empty_like(tensor)
+        if f"model.{name}" in stored:
+            load({"model": {name: saved}}, checkpoint_id=folder)  # all processes together
+            if torch.equal(shard(saved), shard(tensor)):
+                continue
+        differing.append(name)
+    return f"{differing[0]} differs from the weights in memory" if differing else None
+
+
+def _equal(own: torch.Tensor, saved: torch.Tensor) -> bool:
+    dtype = min(own.dtype, saved.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(own.to(dtype), saved.to(dtype))
+
+
+def saved_part(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the weights in memory that a checkpoint contains, by their names there."""
+    state = weights(model)
+    return get_peft_model_state_dict(model, state) if isinstance(model, PeftModel) else state
 
 
 def _squares(tensor: torch.Tensor) -> float:

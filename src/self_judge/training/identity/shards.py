@@ -20,11 +20,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather, gather_object
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FirstFSDP
+from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
@@ -37,12 +36,52 @@ def is_sharded(args: TrainingArguments) -> bool:
 
 def is_fsdp(model: nn.Module) -> bool:
     """Returns whether FSDP wraps the model, so that only its own call gathers the weights."""
-    return isinstance(model, (FirstFSDP, FSDPModule))
+    return isinstance(model, FSDPModule)
 
 
-def gathers_weights(model: nn.Module) -> bool:
-    """Returns whether `gathered` works. FSDP1 flattens the weights of a layer into one tensor."""
-    return not isinstance(model, FirstFSDP)
+def check_sharding(accelerator: Accelerator, *, adapter: bool) -> None:
+    """Refuses ways of sharding that would not save whole weights, or would not compare them.
+
+    Args:
+        adapter: whether only an adapter is saved. DeepSpeed always gathers an adapter.
+
+    Raises:
+        ValueError: FSDP1, or ZeRO-3 that does not gather the weights on saving.
+    """
+    fsdp: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version == 1:
+        raise ValueError(
+            "FSDP1 is deprecated in Transformers and not supported here: convert the accelerate "
+            "file with `accelerate to-fsdp2`, or set fsdp_config.version to 2"
+        )
+    deepspeed: Any = getattr(accelerator.state, "deepspeed_plugin", None)
+    zero = deepspeed.deepspeed_config.get("zero_optimization", {}) if deepspeed else {}
+    gathers = zero.get("stage3_gather_16bit_weights_on_model_save") is True  # "auto" means False
+    if zero.get("stage") == 3 and not (gathers or adapter):
+        raise ValueError(
+            "ZeRO-3 would save shards instead of a model: set zero3_save_16bit_model: true in the "
+            "accelerate file, or stage3_gather_16bit_weights_on_model_save: true in DeepSpeed's"
+        )
+
+
+def saves_shards(accelerator: Accelerator) -> bool:
+    """Returns whether FSDP writes shards instead of whole weights (`SHARDED_STATE_DICT`)."""
+    fsdp: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    return fsdp is not None and fsdp.state_dict_type == StateDictType.SHARDED_STATE_DICT
+
+
+@contextmanager
+def saving_whole_weights(accelerator: Accelerator) -> Iterator[None]:
+    """Makes FSDP write whole weights within the `with` block."""
+    if not saves_shards(accelerator):
+        yield
+        return
+    fsdp: Any = accelerator.state.fsdp_plugin
+    fsdp.state_dict_type = StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        fsdp.state_dict_type = StateDictType.SHARDED_STATE_DICT
 
 
 def shard(parameter: torch.Tensor) -> torch.Tensor:
@@ -60,9 +99,6 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-        elif isinstance(module, FirstFSDP):
-            with FirstFSDP.summon_full_params(module, recurse=False, writeback=False):
-                pass
     with _gathered_by_zero([p for p in model.parameters() if p.numel()]):
         pass
 
