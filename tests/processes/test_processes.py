@@ -21,9 +21,11 @@ from train_in_processes import spoil
 
 from conftest import ROOT, tiny_llama
 from families import build, sharing
+from run_overrides import given, one_step
 from self_judge.inference.lockstep import LockstepPacking, check_processes
 from self_judge.models import load_model
 from self_judge.storage.atomic import integrity_error
+from self_judge.storage.run_dir import only_training
 from self_judge.training.identity.shards import check_sharding
 
 pytestmark = pytest.mark.cpu
@@ -285,6 +287,32 @@ def test_one_process_that_is_told_to_stop_ends_all_after_the_same_step(
         tmp_path / "undisturbed", file=file, processes=2, args=TWO, sharded=sharded
     )
     assert column(on, "loss") == pytest.approx(column(undisturbed, "loss"), abs=1e-6)
+
+
+def test_a_command_trains_in_two_processes_says_each_thing_once_and_locks_its_folder(
+    saved_judge: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+
+    def trained(kind: str, *more: str) -> subprocess.CompletedProcess[str]:
+        words = given(saved_judge, data[kind], *one_step(out, "self_judge_args", *more))
+        words += ["self_judge_args.max_new_tokens=4", "training_args.save_steps=1"]
+        words += ["training_args.per_device_train_batch_size=1", "training_args.eval_strategy=no"]
+        file = str(ROOT / "configs" / "hh_self_judge.yaml")
+        return launched("ddp", 2, "--module", "self_judge.cli", "train", file, *words)
+
+    with only_training(out):
+        refused = trained("hh")
+    assert refused.returncode != 0
+    assert f"another training writes to {out} (process {os.getpid()} on " in refused.stderr
+    assert "]: Traceback" not in refused.stderr  # none went on without the lock
+    assert trained("hh").returncode == 0
+    again = trained(
+        "preference", "training_args.max_steps=2", "training_args.resume_from_checkpoint=true"
+    )
+    assert again.returncode == 0, again.stderr[-4000:]
+    for line in ("resuming from", "the training data has changed since", "policy: "):
+        assert again.stderr.count(line) == 1, again.stderr
 
 
 def written_by_one_and_by_two(

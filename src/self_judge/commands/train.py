@@ -11,7 +11,7 @@ import logging
 import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from self_judge.console import masked, say
 from self_judge.data.workers import workers_end_with_parent
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ModelError
+from self_judge.inference.lockstep import check_connected
 from self_judge.judging.choice import resolve_judge
 from self_judge.models import (
     apply_umask,
@@ -45,10 +46,11 @@ from self_judge.models import (
 from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import save_judge_settings
 from self_judge.prompting.judge_templates import JudgeTemplates
-from self_judge.runtime import unwrapped
+from self_judge.runtime import own_device, unwrapped
 from self_judge.storage.atomic import LAST, atomic_files, latest_complete, loads, write_json
-from self_judge.storage.run_dir import DATA, RUN, only_training
+from self_judge.storage.run_dir import DATA, RUN
 from self_judge.training.callbacks import LiveProgress
+from self_judge.training.fault_tolerance import only_job
 from self_judge.training.identity.reference import probe_logits
 from self_judge.training.identity.saved_weights import (
     check_configuration,
@@ -328,12 +330,13 @@ def _speaker(console: Console | None) -> Say:
 
 @contextmanager
 def _started(run: Run, console: Console | None) -> Iterator[tuple[Run, Say]]:
-    """Locks the output folder and adapts the run to this machine."""
+    """Connects the processes, locks the output folder, and adapts the run to this machine."""
+    on_cpu = bool(run.training_args.get("use_cpu")) or own_device().type == "cpu"
+    check_connected(PartialState(cpu=on_cpu))
     say = _speaker(console)
     refuse_own_inputs(run)
     workers_end_with_parent()
-    alone = only_training(output_folder(run)) if PartialState().is_main_process else nullcontext()
-    with alone:
+    with only_job(output_folder(run)):
         yield _fitted(run, say), say
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from self_judge.config.self_training import PackingChoice
 from self_judge.inference.decoding import MaxOverRanks
@@ -37,16 +37,10 @@ def check_processes(accelerator: Accelerator) -> None:
     Without this check, the processes would train separately in the same folder, or a model would
     not be sharded although sharding was requested. The exit status would still be 0.
     """
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    kind = str(accelerator.distributed_type.value)
-    if accelerator.num_processes != launched or (launched > 1 and kind == "NO"):
-        raise ValueError(
-            f"the launcher started {launched} processes (WORLD_SIZE), but Accelerate uses "
-            f"{accelerator.num_processes} ({kind}): the processes would train separately in the "
-            "same folder. Launch with a file from configs/accelerate and --num_processes"
-        )
-    if launched == 1:
+    check_connected(accelerator)
+    if accelerator.num_processes == 1:
         return
+    kind = str(accelerator.distributed_type.value)
     for asked in ("FSDP", "DEEPSPEED"):
         wanted = os.environ.get(f"ACCELERATE_USE_{asked}", "false").lower() in ("1", "true")
         if wanted and kind != asked:
@@ -54,6 +48,18 @@ def check_processes(accelerator: Accelerator) -> None:
                 f"{asked} was requested, but Accelerate uses {kind} on this machine: the model "
                 "would not be sharded. Launch with configs/accelerate/ddp.yaml, or on GPUs"
             )
+
+
+def check_connected(state: Accelerator | PartialState) -> None:
+    """Raises `ValueError` if Accelerate ignores launched processes."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    kind = str(state.distributed_type.value)
+    if state.num_processes != launched or (launched > 1 and kind == "NO"):
+        raise ValueError(
+            f"the launcher started {launched} processes (WORLD_SIZE), but Accelerate uses "
+            f"{state.num_processes} ({kind}): the processes would train separately in the "
+            "same folder. Launch with a file from configs/accelerate and --num_processes"
+        )
 
 
 def max_over_ranks(accelerator: Accelerator) -> MaxOverRanks | None:

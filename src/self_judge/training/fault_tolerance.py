@@ -32,12 +32,13 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import DistributedType, set_seed
+from accelerate import PartialState
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
@@ -79,6 +80,26 @@ from self_judge.training.identity.shards import from_all, is_sharded, saving_who
 logger = logging.getLogger(__name__)
 
 SKIPPED = "skipped_steps"
+
+
+@contextmanager
+def only_job(folder: Path) -> Iterator[None]:
+    """Locks a run's folder for all processes of this job; see `only_training`.
+
+    All processes must call this function. The first one holds the lock. If it cannot, all raise its
+    error, so that none waits for it.
+    """
+    state = PartialState()
+    with ExitStack() as held:
+        problem: list[Any] = [None]
+        if state.is_main_process:
+            try:
+                held.enter_context(only_training(folder))
+            except (CheckpointError, OSError) as error:
+                problem = [error]
+        if broadcast_object_list(problem)[0] is not None:
+            raise problem[0]
+        yield
 
 
 class NotFiniteError(FloatingPointError):
@@ -137,7 +158,7 @@ class FaultToleranceMixin(IdentityMixin, HubMixin):
                 contain NaN or infinity.
         """
         folder = Path(str(self.args.output_dir))
-        with only_training(folder) if self.is_world_process_zero() else nullcontext():
+        with only_job(folder):
             found: str | None = None
             if resume_from_checkpoint:
                 found = str(self._checked(resume_from_checkpoint))
@@ -158,7 +179,7 @@ class FaultToleranceMixin(IdentityMixin, HubMixin):
     def _checked(self, asked: str | bool) -> Path:
         if asked is True:
             path, incomplete = latest_complete(Path(str(self.args.output_dir)))
-            for line in incomplete:
+            for line in incomplete if self.is_world_process_zero() else ():
                 logger.warning(line)
             if path is None:
                 raise CheckpointError(
@@ -350,7 +371,8 @@ class FaultToleranceMixin(IdentityMixin, HubMixin):
             if not math.isfinite(value)
             else "no pair could be judged: responses are empty, or scores are NaN or infinite"
         )
-        logger.warning("step %d is skipped: %s", step, what)
+        if self.is_world_process_zero():
+            logger.warning("step %d is skipped: %s", step, what)
         if self._skipped >= self.max_skipped_steps:
             broken = from_all(not_finite(model))
             weights = (

@@ -78,7 +78,7 @@ class IdentityMixin(Base):
         if checkpoint is not None:
             with resuming(checkpoint):
                 check_same_adapter(model, checkpoint)
-                if not same_data(checkpoint, self._data):
+                if not same_data(checkpoint, self._data) and self.accelerator.is_main_process:
                     logger.warning("the training data has changed since %s was saved", checkpoint)
         if not is_sharded(self.args):
             self._check_identity(checkpoint)

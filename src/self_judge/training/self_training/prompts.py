@@ -185,7 +185,8 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
         prepared = dataset.map(prepare, desc=f"Encoding {name} prompts", **mapped, **workers)
         kept = prepared.filter(has_prompt, **workers).remove_columns(_FOREIGN)
     foreign = sum(prepared[_FOREIGN])
-    if foreign:
+    first_process = PartialState().is_main_process
+    if foreign and first_process:
         logger.warning(
             "%s dataset: %d of %d queries do not have the format of the chat template. They are "
             "passed to the model unchanged, so their format differs from that of 'prompt' rows and "
@@ -197,7 +198,7 @@ def prepare_dataset(dataset: Any, encoder: ChatEncoder, args: Any, name: str) ->
             f"no prompt in the {name} dataset fits: max_length {args.max_length} minus "
             f"max_new_tokens {args.max_new_tokens} leaves too few tokens"
         )
-    if len(kept) < len(prepared):
+    if len(kept) < len(prepared) and first_process:
         logger.warning(
             "%s dataset: %d of %d prompts do not fit into max_length - max_new_tokens and are "
             "skipped",
