@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -277,3 +279,31 @@ def test_the_real_benchmarks_are_read_to_the_last_pair() -> None:
     assert sum(counted("llmbar/Processed/MT-Bench/dataset.json")[0].values()) == 200
     assert sum(counted("hh-rlhf/base_test_1000.jsonl.gz")[0].values()) > 980
     assert sum(counted("ultrafeedback/binarized_eval_200.jsonl.gz")[0].values()) > 150
+
+
+@pytest.mark.parametrize("write", [json.dumps, str], ids=["JSON", "Python"])
+@pytest.mark.parametrize(
+    ("column", "value", "rejected", "benchmark", "pairs"),
+    [
+        ("domain", "chat", 3, "RM-Bench", 9),
+        ("subset", "Focus", 4, "RewardBench 2", 4),
+        ("subset", "Focus", 0, "", 1),
+        ("note", "chat", 3, "", 1),
+    ],
+)
+def test_responses_in_a_table_are_lists_only_where_a_benchmark_has_lists(
+    write: Any, column: str, value: str, rejected: int, benchmark: str, pairs: int, tmp_path: Path
+) -> None:
+    better = [f'it\'s "good", {i}' for i in range(3 if column != "subset" else 1)]
+    worse = write([f"bad, {i}" for i in range(rejected)]) if rejected else "bad"
+    table = tmp_path / "t.csv"
+    with table.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["prompt", "chosen", "rejected", column])
+        rows.writerow(["q", write(better), worse, value])
+    found = list(read_comparisons(BenchmarkSource(str(table))))
+    assert {pair.benchmark for pair in found} == {benchmark}
+    assert len(found) == pairs
+    shown = [pair.comparison for pair in found]
+    texts = {text for pair in shown for text in (pair.response_a, pair.response_b)}
+    assert texts == ({*better, *ast.literal_eval(worse)} if benchmark else {write(better), worse})

@@ -19,6 +19,7 @@ from self_judge.data.records import (
     first_question,
     is_held_out,
     judge_context,
+    listed,
     pair_problem,
     question_columns,
     unused_text,
@@ -27,7 +28,6 @@ from self_judge.data.sources import PARSERS, kind_of, question_of
 from self_judge.datatypes import Comparison, Message
 from self_judge.errors import DataError, UnusableRecordError
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.storage.atomic import loads
 
 Label = Literal["a", "b", "tie"]
 _ANNOTATORS = ("annotator1", "annotator2", "annotator3")
@@ -105,9 +105,11 @@ def reader_of_columns(record: Mapping[str, Any], label: str, held_out: float = 0
         return _votes_on_responses
     if {"response_a", "response_b", "label"} <= columns:
         return _labeled
-    texts = record.get("chosen")
+    texts, rejected = listed(record.get("chosen")), listed(record.get("rejected"))
     of_texts = isinstance(texts, list) and set(map(type, texts)) == {str}
-    if of_texts and {"prompt", "rejected"} <= columns:
+    as_text = texts is not record.get("chosen")  # an answer may be a JSON list
+    known = isinstance(rejected, list) and bool({"domain", "subset"} & columns)
+    if of_texts and (known or not as_text) and {"prompt", "rejected"} <= columns:
         return _reader_of_lists(columns, label)
     if {"input", "targets"} <= columns:
         return _hhh_targets
@@ -273,13 +275,10 @@ def _votes_on_responses(record: Mapping[str, Any], where: RecordRef) -> Found:
 
 
 def _listed(record: Mapping[str, Any], name: str, where: RecordRef) -> list[Any]:
-    """Returns a list that may be stored as JSON text."""
-    value = record[name]
+    """Returns a list that may be stored as text."""
+    value = listed(where.value(record, name))
     if isinstance(value, str):
-        try:
-            value = loads(value, nan_is_null=True)
-        except ValueError:
-            raise where.error(name, f"expected a list, or one as JSON, got {value:.40}") from None
+        raise where.error(name, f"expected a list, or one as JSON, got {value:.40}")
     return where.items({name: value}, name)
 
 
@@ -364,7 +363,7 @@ def _reward_bench_2(record: Mapping[str, Any], where: RecordRef) -> Found:
 
 
 def _texts(record: Mapping[str, Any], name: str, where: RecordRef) -> list[str]:
-    given = {f"{name}[{i}]": value for i, value in enumerate(where.items(record, name))}
+    given = {f"{name}[{i}]": value for i, value in enumerate(_listed(record, name, where))}
     return [where.text(given, at).strip() for at in given]
 
 

@@ -11,8 +11,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from self_judge.config.yaml import unknown_key
@@ -105,6 +107,20 @@ def map_columns(
             raise where.error("label", f"is {value!r:.40}, expected one of {', '.join(labels)}")
         mapped["label"] = labels[value]
     return mapped
+
+
+def listed(value: Any) -> Any:
+    """Returns the list in a text; other values are unchanged.
+
+    Files without lists, such as CSV, contain them as JSON or as Python shows them.
+    """
+    if not (isinstance(value, str) and value.lstrip().startswith("[")):
+        return value
+    for parse in (partial(loads, nan_is_null=True), ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            if isinstance(parsed := parse(value), list):
+                return parsed
+    return value
 
 
 def prompt_columns(record: Mapping[str, Any]) -> list[str]:
