@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from conftest import CHATML
+from conftest import CHATML, ROOT
 from self_judge.cli import main
 
 Refused = Callable[[str, dict[str, Any]], str]
@@ -209,7 +209,11 @@ def test_a_file_that_cannot_be_read_is_named(
     assert not target.exists()
 
 
-@pytest.mark.parametrize("place", ["/dev/null", "folder", "file/out.jsonl", "pipe", "link", "note"])
+@pytest.mark.parametrize(
+    "place",
+    ["/dev/null", "folder", "file/out.jsonl", "pipe", "link", "note", "lost", "lost/out.jsonl",
+     "circle"],
+)  # fmt: skip
 def test_an_output_that_is_no_file_is_refused_before_work(
     place: str, command: str, saved_judge: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -219,6 +223,8 @@ def test_an_output_that_is_no_file_is_refused_before_work(
     (tmp_path / "file").touch()
     (tmp_path / "note.settings.json").mkdir()
     (tmp_path / "link").symlink_to("/dev/null")
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
     os.mkfifo(tmp_path / "pipe")
     assert main(commands(saved_judge, source, target)[command]) == 2
     (told,) = capsys.readouterr().err.splitlines()
@@ -226,16 +232,29 @@ def test_an_output_that_is_no_file_is_refused_before_work(
     assert (tmp_path / "link").is_symlink()
 
 
-@pytest.mark.parametrize("output", ["/dev/null", "file"])
+@pytest.mark.parametrize("output", ["/dev/null", "file", "file/in", "lost", "pipe"])
 def test_an_output_folder_that_is_none_is_refused_before_work(
     output: str, saved_judge: Path, tmp_path: Path, capsys: Any
 ) -> None:
     given = tmp_path / "a.jsonl"
     given.write_bytes(in_lines({"prompt": "x", "output": "y"}))
     (tmp_path / "file").touch()
-    words = ["compare", str(given), str(given), "--judge", str(saved_judge)]
-    assert main([*words, "--output", str(tmp_path / output)]) == 2
-    assert "is not a folder: choose another output" in capsys.readouterr().err
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    model, data = str(saved_judge), ["--data", str(given)]
+    config = [str(ROOT / "configs" / "hh_jsft.yaml"), f"model.model_name_or_path={model}"]
+    source = f"dataset.sources=[{{path: {given}}}]"
+    for words in (
+        ["compare", str(given), str(given), "--judge", model, "--output"],
+        ["eval", str(given), "--model", model, "--output"],
+        ["align", "--model", model, *data, "--output"],
+        ["demo", "--output"],
+        ["jsft", *config, source, "training_args.output_dir="],
+    ):
+        out = str(tmp_path / output)
+        assert main([*words[:-1], words[-1] + out] if "=" in words[-1] else [*words, out]) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert "is not a folder: choose another output" in told
 
 
 def test_a_prompt_that_the_chat_template_rejects_is_named_before_anything_is_sampled(

@@ -155,7 +155,7 @@ def test_a_folder_that_cannot_be_made_is_refused_at_once(
 ) -> None:
     data = table(tmp_path / "mine.csv", ("prompt", "chosen", "rejected"))
     assert start(data / "my", base, data) == 2
-    assert f"error: {data}: is not a folder: choose another one\n" in capsys.readouterr().err
+    assert f"error: {data}: is not a folder: choose another output\n" in capsys.readouterr().err
 
 
 def test_data_without_pairs_is_refused(
@@ -209,7 +209,7 @@ def test_what_cannot_become_a_run_is_refused_in_one_line(
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"prompt": "\\ud800", "chosen": "x is", "rejected": "y"}\n')
     cases = [
-        (data, base, data, f"{data}: is not a folder: choose another one"),
+        (data, base, data, f"{data}: is not a folder: choose another output"),
         (tmp_path / "a", short, data, "its context of 64 tokens is too short for the responses in"),
         (tmp_path / "b", base, long, f"{long}, with {base}: jsft_args.max_length: no training"),
         (tmp_path / "${c}", base, data, "'${' begins a reference in run files: rename it"),

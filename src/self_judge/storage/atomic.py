@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,6 +34,18 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def writable_to(folder: Path, error: Callable[[str], Exception] = ValueError) -> Path:
+    """Returns the folder, or the deepest of its parents that exists.
+
+    Raises:
+        error: a file, a device or a link to nothing stands in place of a folder.
+    """
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise error(f"{there}: is not a folder: choose another output")
+    return there
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[TextIO]:
     """Opens a temporary text file that replaces `path` when the block ends without an error.
@@ -43,10 +55,12 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
             ends, and is kept if the block raises an error.
 
     Raises:
-        ValueError: the path is a folder or a device, such as /dev/null, which must not be replaced.
+        ValueError: the path is a folder or a device, such as /dev/null, which must not be replaced,
+            or something else stands in place of its folder.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is not a regular file: choose another output")
+    writable_to(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(path.name + ".part")
     try:

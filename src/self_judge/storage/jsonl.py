@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from self_judge.console import masked
 from self_judge.errors import JournalError, in_a_line
-from self_judge.storage.atomic import atomic_write, loads, naming, write_json
+from self_judge.storage.atomic import atomic_write, loads, naming, writable_to, write_json
 from self_judge.storage.lock import only_writer
 
 
@@ -215,15 +215,13 @@ def refuse_special_files(path: Path) -> None:
     """Checks that a journal can be written to a path, before any work is done.
 
     Raises:
-        JournalError: the path or its settings file is a folder or a device, such as /dev/null, or
-            a file stands in place of its folder.
+        JournalError: the path or its settings file is a folder, a device, such as /dev/null, or a
+            link to nothing, or a file stands in place of its folder.
     """
     for own in (path, settings_path(path)):
-        if own.exists() and not own.is_file():
+        if os.path.lexists(own) and not own.is_file():
             raise JournalError(f"{own}: is not a regular file: choose another output")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise JournalError(f"{folder}: is not a folder: choose another output")
+    writable_to(path.parent, JournalError)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from self_judge.prompting.judge_json import (
 )
 from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.prompting.template_source import CLOCK
-from self_judge.storage.atomic import LAST, latest_complete
+from self_judge.storage.atomic import LAST, latest_complete, writable_to
 from self_judge.storage.repository import refuse_overwriting
 from self_judge.storage.run_dir import DATA, METRICS, RUN
 from self_judge.training.identity.reference import own_models
@@ -245,13 +245,12 @@ def output_folder(run: JSFTRun | SelfJudgeRun) -> Path:
     """Returns the run's output folder.
 
     Raises:
-        ConfigError: the run file does not name the folder.
+        ConfigError: the run file does not name a folder.
     """
     folder = run.training_args.get("output_dir")
     if not isinstance(folder, str) or not folder.strip():
         raise ConfigError(f"training_args.output_dir must be the path of a folder, got {folder!r}")
-    if Path(folder).is_file():
-        raise ConfigError(f"training_args.output_dir {folder} is a file: name a folder")
+    writable_to(Path(folder), lambda text: ConfigError(f"training_args.output_dir: {text}"))
     return Path(folder)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from self_judge.config.schema import JSFTRun, SelfJudgeRun, load_run
 from self_judge.errors import ConfigError
+from self_judge.storage.atomic import writable_to
 from self_judge.storage.run_dir import RESULTS
 
 TEMPLATES, JSFT, SELF_JUDGE, PROMPTS, PAIRS = (
@@ -150,9 +151,7 @@ def next_words(output: Path) -> list[str] | None:
 
 def refuse_existing(folder: Path) -> None:
     """Raises `ConfigError` if `init` cannot write to a folder, or would overwrite a file."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"{there}: is not a folder: choose another one")
+    there = writable_to(folder, ConfigError)
     if not os.access(there, os.W_OK):
         raise ConfigError(f"{there}: is not writable: choose another folder")
     for name in FILES:

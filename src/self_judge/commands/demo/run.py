@@ -26,7 +26,7 @@ from self_judge.inference.sampling import TransformersSampler
 from self_judge.judging.judge import Judge
 from self_judge.judging.tournament import Bracket, judged_knockouts
 from self_judge.reporting.page import report_on
-from self_judge.storage.atomic import write_json
+from self_judge.storage.atomic import writable_to, write_json
 from self_judge.storage.jsonl import write_lines
 from self_judge.storage.run_dir import BRACKETS, SUMMARY
 
@@ -57,10 +57,14 @@ def run_demo(
             pairs in `self_judge/rollouts/` also get gold scores.
         settings: sizes and hyperparameters that replace the defaults.
         console: the console for progress and the result table.
+
+    Raises:
+        ValueError: something else stands in place of the output folder.
     """
     started = time.perf_counter()
     console = console or Console()
     demo = Demo(seed, Path(output), settings or DemoSettings(), console)
+    writable_to(demo.output)
     quiet()
     console.print(
         "[bold]self_judge demo[/bold]: a tiny model learns to answer and to judge, and then aligns "
