@@ -67,6 +67,7 @@ def train_main(kind: RunKind, argv: Sequence[str] | None = None) -> int:
 def _guarded(
     run: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace, debug: bool
 ) -> int:
+    _open_closed_streams()
     try:
         status = run(arguments)
         sys.stdout.flush()
@@ -90,6 +91,17 @@ def _guarded(
         print(f"self-judge: stopped: {neutral(str(error))}", file=sys.stderr)
         return 1
     return status or 0
+
+
+def _open_closed_streams() -> None:
+    """Replaces standard streams that the caller closed, such as with `>&-`.
+
+    Otherwise, Python has `None` in their place, and the next file that is opened takes the number
+    of a stream, so that whatever libraries print would be written to it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open until the end
 
 
 def _argcomplete() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +178,17 @@ def test_only_what_is_missing_is_required(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         main(["jsft", "--debug"])
     assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it closes streams in a shell")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_ends_no_command(
+    closed: str, base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ["keys"]
+    if closed == "<&-":  # which asks whether it may ask
+        words = ["init", "my", "--model", str(base), "--data", str(data["hh"])]
+    command = shlex.join([sys.executable, "-m", "self_judge", *words]) + f" {closed}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my").is_dir() == (closed == "<&-")
