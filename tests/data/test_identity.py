@@ -390,6 +390,17 @@ def test_a_dataset_in_memory_is_a_source(tmp_path: Path) -> None:
     assert len(list(read_comparisons(BenchmarkSource(dataset)))) == 1
 
 
+@pytest.mark.parametrize("format", ["numpy", "torch", "pandas", "arrow"])
+def test_a_dataset_of_any_format_gives_plain_values(format: str) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2}
+    plain = datasets.Dataset.from_list([row])
+    streamed = datasets.IterableDatasetDict(train=plain.to_iterable_dataset())
+    for given in (plain.with_format(format), streamed):
+        (record,) = load_preferences(given).records
+        assert record.demonstration == "a"
+        assert not record.pairs  # its scores are read
+
+
 def test_what_is_no_source_is_refused_without_printing_it() -> None:
     secret = "do not print me" * 20
     for given in ([{"path": "x", "nope": secret}], [{"nope": secret}], 5, [5], [None]):

@@ -53,9 +53,8 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 def in_memory(source: Any) -> bool:
     """Returns whether a source is a dataset of the `datasets` library."""
     datasets = sys.modules.get("datasets")
-    return datasets is not None and isinstance(
-        source, (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict)
-    )
+    kinds = "Dataset", "DatasetDict", "IterableDataset", "IterableDatasetDict"
+    return datasets is not None and isinstance(source, tuple(getattr(datasets, k) for k in kinds))
 
 
 def read_raw(
@@ -403,14 +402,12 @@ def _read_saved(folder: Path, split: str) -> Iterator[Record]:
 
 
 def _read_dataset(dataset: InMemory, split: str, label: str) -> Iterator[Record]:
-    from datasets import DatasetDict
-
-    if isinstance(dataset, DatasetDict):
+    if isinstance(dataset, dict):
         if split not in dataset:
             raise DataError(f"{label}: no split {split!r}; it has {', '.join(map(str, dataset))}")
         dataset = dataset[split]
     empty = True
-    for record in dataset:
+    for record in dataset.with_format(None):  # plain values, also of a dataset of tensors
         empty = False
         yield dict(record)
     if empty:
