@@ -23,10 +23,14 @@ from datasets import Dataset
 from openai import APITimeoutError
 from peft import LoraConfig
 
+import judge_pairs
+from conftest import SMALL, byte_bpe, tiny_llama, wrap
+from judge_pairs import distance
 from on_vllm.conftest import ASKED, LORA, PAIRS, TEMPLATES
 from self_judge import (
     ChatEncoder,
     Judge,
+    PairwiseReward,
     SelfJudgeConfig,
     SelfJudgeTrainer,
     tournament_rejection_sampling,
@@ -35,7 +39,8 @@ from self_judge.config.self_training import SamplingSettings
 from self_judge.inference.sampling import TransformersSampler
 from self_judge.inference.vllm.client import VLLMServers
 from self_judge.inference.vllm.protocol import VLLMSampler, VLLMScorer
-from self_judge.judging.choice import JudgeChoice
+from self_judge.judging.choice import JudgeChoice, resolve_judge
+from self_judge.prompting.judge_templates import JudgeTemplates
 from self_judge.training.identity.reference import active_reference
 from served import served, streamed
 
@@ -113,6 +118,69 @@ def test_a_whole_self_training_step_goes_through_a_server(
     here = TransformersSampler(trainer.model, encoder, greedy).sample(prompts)
     assert there.sample(prompts) == here
     assert here != TransformersSampler(base, encoder, greedy).sample(prompts)
+
+
+def test_a_model_judges_on_a_server_and_at_an_endpoint_as_in_this_process(
+    url: str, smollm2: Path, tmp_path: Path
+) -> None:
+    fallback = JudgeTemplates(judge_pairs.ASKED)
+    asked: dict[str, dict[str, Any]] = {
+        "process": {"model": str(smollm2), "dtype": "float32"},
+        "server": {"model": str(smollm2), "server": [url]},
+        "endpoint": {"endpoint": f"{url}/v1", "timeout": 300},
+    }
+    choices = {name: JudgeChoice(**given, fallback=fallback) for name, given in asked.items()}
+    judges = {name: resolve_judge(choice) for name, choice in choices.items()}
+    verdicts = {name: judge.compare(judge_pairs.PAIRS) for name, judge in judges.items()}
+    for name in ("server", "endpoint"):
+        assert distance(verdicts["process"], verdicts[name]) < 1e-4, name
+        decided = [verdict.preferred for verdict in verdicts[name]]
+        assert decided == [verdict.preferred for verdict in verdicts["process"]], name
+    # The same judges reward the completions of a trainer ...
+    question, texts = judge_pairs.PAIRS[0].context, ["Paris.", "I cannot say.", "Lyon, I think."]
+    rewards = [
+        PairwiseReward(judge=judge)(prompts=[question] * 3, completions=texts)
+        for judge in judges.values()
+    ]
+    assert rewards[0] != [rewards[0][0]] * 3
+    assert rewards[1] == pytest.approx(rewards[0], abs=1e-3)
+    assert rewards[2] == pytest.approx(rewards[0], abs=1e-3)
+    # ... and judge the self-training of another, tiny model.
+    margins = [self_trained(judge, tmp_path / name) for name, judge in judges.items()]
+    assert margins[0] != [0.0, 0.0]
+    assert margins[1] == pytest.approx(margins[0], abs=1e-3)
+    assert margins[2] == pytest.approx(margins[0], abs=1e-3)
+
+
+def self_trained(judge: Any, folder: Path) -> list[float]:
+    """The judge's margins in two steps of a tiny policy with a tokenizer of its own."""
+    tokenizer = wrap(byte_bpe())
+    args = SelfJudgeConfig(str(folder), max_steps=2, **SMALL)
+    rows = [{"prompt": [{"role": "user", "content": asked}]} for asked in ASKED]
+    trainer = SelfJudgeTrainer(
+        model=tiny_llama(len(tokenizer)),
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+        judge=judge,
+    )
+    trainer.train()
+    return [log["judge/margin"] for log in trainer.state.log_history if "judge/margin" in log]
+
+
+def test_an_endpoint_thinks_before_it_decides(url: str) -> None:
+    fallback = JudgeTemplates(judge_pairs.ASKED)
+    choice = JudgeChoice(
+        endpoint=f"{url}/v1",
+        timeout=300,
+        fallback=fallback,
+        answer_after_thought=True,
+        thought_tokens=8,
+    )
+    judge = resolve_judge(choice)
+    (verdict,) = judge.compare(judge_pairs.PAIRS[:1])
+    assert verdict.probabilities
+    assert 4 <= judge.thought_tokens <= 4 * 8  # both orders of two principles
 
 
 def test_the_gateway_gives_the_winner_of_the_library_and_aborts_what_nobody_waits_for(
