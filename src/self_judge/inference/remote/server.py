@@ -48,6 +48,26 @@ class UnusableError(Exception):
     """Raised when a server's answer cannot be used."""
 
 
+class _BusyError(UnusableError):
+    """Raised when a server is busy. `after` is the time in its `Retry-After`."""
+
+    def __init__(self, message: str, after: str | None) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+def _named(state: Any) -> float:
+    """Returns for how many seconds the server of a failed attempt asks to wait, or 0."""
+    from urllib3.exceptions import InvalidHeader
+    from urllib3.util import Retry
+
+    after = getattr(state.outcome.exception(), "after", None)
+    try:
+        return Retry().parse_retry_after(after) if after else 0.0
+    except InvalidHeader:
+        return 0.0
+
+
 class Server:
     """A server and its state.
 
@@ -61,7 +81,7 @@ class Server:
         proxies: whether to use the proxies in the environment. Local servers need none.
 
     Raises:
-        EngineError: the requests package is missing, or the URL is not that of a server.
+        EngineError: a package is missing, or the URL is not that of a server.
     """
 
     def __init__(
@@ -74,8 +94,8 @@ class Server:
         key: str | None = None,
         proxies: bool = False,
     ) -> None:
-        if find_spec("requests") is None:
-            raise EngineError("servers require the requests package: pip install requests")
+        if not all(map(find_spec, ("requests", "tenacity"))):
+            raise EngineError("servers require packages: pip install 'self-judge[vllm-client]'")
 
         import requests
         from requests.adapters import HTTPAdapter
@@ -152,33 +172,39 @@ class Server:
                 endpoint.
         """
         import requests
-        from urllib3.exceptions import InvalidHeader
-        from urllib3.util import Retry
+        import tenacity as t
 
         deadline = time.monotonic() + self.timeout
-        tries, why = 0, ""
-        while tries < TRIES:
-            after: str | None = None
-            try:
-                status, content, after = self._ask("POST", path, deadline - time.monotonic(), body)
-                if status == 200:
-                    return read(content)
-                why = f"HTTP {status}: {error_message(content)}"
-                if status not in BUSY:
-                    self._reject(path, status, why, absent)
-            except (requests.RequestException, TimeoutError, UnusableError) as error:
-                why = _reason(error)
-            wait = self.retry_wait * 2**tries
-            try:
-                named = Retry().parse_retry_after(after) if after else 0.0
-            except InvalidHeader:
-                named = 0.0
-            tries += not named
-            if time.monotonic() + max(wait, named) >= deadline:
-                raise ServerDownError(f"{path} failed within {self.timeout:g} s; last error: {why}")
-            if tries < TRIES:
-                time.sleep(max(wait, named))
-        raise ServerDownError(f"{path} failed {TRIES} times; last error: {why}")
+        failed = 0  # attempts after which the server named no time
+
+        def ask() -> Any:
+            status, content, after = self._ask("POST", path, deadline - time.monotonic(), body)
+            if status == 200:
+                return read(content)
+            why = f"HTTP {status}: {error_message(content)}"
+            if status not in BUSY:
+                self._reject(path, status, why, absent)
+            raise _BusyError(why, after)
+
+        def stop(state: t.RetryCallState) -> bool:
+            nonlocal failed
+            failed += not _named(state)
+            return failed >= TRIES or t.stop_before_delay(self.timeout)(state)
+
+        doubled = t.wait_exponential(self.retry_wait)
+        passing = (UnusableError, requests.RequestException, TimeoutError)
+        attempts = t.Retrying(
+            retry=t.retry_if_exception_type(passing),
+            wait=lambda state: max(doubled(state), _named(state)),
+            stop=stop,
+            reraise=True,
+        )
+        try:
+            return attempts(ask)
+        except passing as error:
+            often = f"{TRIES} times" if failed >= TRIES else f"within {self.timeout:g} s"
+            told = f"{path} failed {often}; last error: {_reason(error)}"
+            raise ServerDownError(told) from None
 
     def _reject(self, path: str, status: int, why: str, absent: str | None) -> NoReturn:
         if status in (404, 405) and absent and "does not exist" not in why:

@@ -73,7 +73,7 @@ class VLLMServers(Replicas[VLLMServer]):
             doubles with each retry.
 
     Raises:
-        EngineError: the requests package is missing, no URL is given, a server does not answer in
+        EngineError: a package is missing, no URL is given, a server does not answer in
             time, or the servers serve different models.
     """
 
