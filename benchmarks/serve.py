@@ -33,9 +33,8 @@ from self_judge.judging.choice import JudgeChoice
 from self_judge.judging.judge import Judge
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.serving.app import App
-from self_judge.serving.engine import Limits, ServingEngine
+from self_judge.serving.engine import Limits, Metrics, ServingEngine
 from self_judge.serving.in_process import InProcess
-from self_judge.serving.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
 

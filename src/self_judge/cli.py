@@ -7,7 +7,6 @@ immediately.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import json
 import os
@@ -15,9 +14,9 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from self_judge.config.arguments import JUDGING, OVERRIDES, Parser, command_parser
+from self_judge.config.arguments import JUDGING, OVERRIDES, Parser, command_parser, filled
 from self_judge.config.inputs import check_inputs, check_names, check_run
 from self_judge.console import masked, neutral
 from self_judge.errors import ConfigError
@@ -25,8 +24,6 @@ from self_judge.errors import ConfigError
 if TYPE_CHECKING:
     from self_judge.commands.init import InitJob
     from self_judge.config.schema import RunKind
-
-FilledT = TypeVar("FilledT")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,7 +139,7 @@ def _init_job(arguments: argparse.Namespace) -> InitJob:
 
     ask = not arguments.yes and sys.stdin.isatty() and sys.stderr.isatty()
     columns = _columns(arguments)
-    return _filled(InitJob, arguments, folder=Path(arguments.folder), columns=columns, ask=ask)
+    return filled(InitJob, arguments, folder=Path(arguments.folder), columns=columns, ask=ask)
 
 
 def _init(arguments: argparse.Namespace) -> None:
@@ -305,12 +302,6 @@ def _report(arguments: argparse.Namespace) -> None:
     write_report(arguments.paths, arguments.output, Limits(pairs=arguments.pairs))
 
 
-def _filled(kind: type[FilledT], arguments: argparse.Namespace, **given: Any) -> FilledT:
-    """Creates a dataclass instance from command-line arguments. `given` takes precedence."""
-    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{k: v for k, v in {**vars(arguments), **given}.items() if k in names})
-
-
 def _columns(arguments: argparse.Namespace) -> dict[str, str]:
     from self_judge.data.records import parse_columns
 
@@ -332,8 +323,8 @@ def _tournament(arguments: argparse.Namespace) -> None:
     from self_judge.judging.choice import JudgeChoice
 
     judge = JudgeChoice.of(arguments.judge, **_judging(arguments))
-    sampling = _filled(SamplingSettings, arguments)
-    job = _filled(TournamentJob, arguments, judge=judge, sampling=sampling)
+    sampling = filled(SamplingSettings, arguments)
+    job = filled(TournamentJob, arguments, judge=judge, sampling=sampling)
     columns = _columns(arguments)
     run_tournament(arguments.input, arguments.output, job, columns=columns, **_bulk(arguments))
     _leave_process_group()
@@ -348,11 +339,11 @@ def _eval(arguments: argparse.Namespace) -> None:
     own = {
         "splits": splits, "revision": arguments.data_revision, "columns": _columns(arguments)
     }  # fmt: skip
-    sources = [_filled(BenchmarkSource, arguments, path=path, **own) for path in arguments.data]
+    sources = [filled(BenchmarkSource, arguments, path=path, **own) for path in arguments.data]
     asked = _judging(arguments)
     run_eval(
         JudgeChoice.of(arguments.judge, **asked),
-        _filled(JudgeEvaluation, arguments, sources=sources),
+        filled(JudgeEvaluation, arguments, sources=sources),
         arguments.output,
         compare=arguments.compare and compared_judge(arguments.compare, **asked),
         overwrite=arguments.overwrite,
@@ -365,12 +356,12 @@ def _compare(arguments: argparse.Namespace) -> None:
     from self_judge.config.self_training import SamplingSettings
     from self_judge.judging.choice import JudgeChoice
 
-    job = _filled(
+    job = filled(
         ComparisonJob,
         arguments,
         policies=(arguments.policy_a, arguments.policy_b),
         columns=_columns(arguments),
-        sampling=_filled(SamplingSettings, arguments),
+        sampling=filled(SamplingSettings, arguments),
     )
     judge = JudgeChoice.of(arguments.judge, **_judging(arguments))
     run_compare(job, judge, arguments.output, **_bulk(arguments))
@@ -391,7 +382,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from self_judge.judging.choice import JudgeChoice
     from self_judge.serving.command import ServeJob, run_serve
 
-    run_serve(_filled(JudgeChoice, arguments), _filled(ServeJob, arguments))
+    run_serve(filled(JudgeChoice, arguments), filled(ServeJob, arguments))
 
 
 _RUN: dict[str, Callable[[argparse.Namespace], int | None]] = {

@@ -36,6 +36,7 @@ class FakeVLLM:
         weights: names of the tensors of the last weights that were handed over.
         failures: HTTP statuses to answer next instead of doing what is asked; 0 drops the line.
         broken: every completion from now on drops the line.
+        key: the key that every request must have, or `None`.
     """
 
     def __init__(self, model: str = "policy", max_model_len: int = 512, lora: bool = True) -> None:
@@ -45,6 +46,7 @@ class FakeVLLM:
         self.weights: list[str] = []
         self.failures: list[int] = []
         self.broken = False
+        self.key: str | None = None
         self.url = ""
         self.current = threading.local()  # `connection`: that of the request in this thread
 
@@ -106,6 +108,8 @@ def _handler(fake: FakeVLLM) -> type[BaseHTTPRequestHandler]:
             pass
 
         def reply(self, status: int, body: Any) -> None:
+            if fake.key and self.headers["Authorization"] != f"Bearer {fake.key}":
+                status, body = 401, {"error": "Unauthorized"}
             payload = json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

@@ -43,8 +43,9 @@ def served(
     folder: Path, *, servers: Any = (), templates: str | None = None, **job: Any
 ) -> Iterator[SimpleNamespace]:
     """Serves a judge: `url`, `name`, and `client`, which validates strictly and never retries."""
-    app = application(JudgeChoice(str(folder), templates, list(servers)), ServeJob(**job))
-    with running(app) as url:
+    asked = ServeJob(**job)
+    app = application(JudgeChoice(str(folder), templates, list(servers)), asked, asked.keys)
+    with running(app.starlette()) as url:
         client = openai.OpenAI(
             base_url=f"{url}/v1",
             api_key=job.get("api_key", "none"),

@@ -20,7 +20,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 import httpx
 import torch
 from datasets import Dataset
-from openai import APITimeoutError
+from openai import APITimeoutError, OpenAI
 from peft import LoraConfig
 
 import judge_pairs
@@ -61,6 +61,8 @@ def url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         **os.environ,
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_PLUGINS": "self_judge",
+        "SELF_JUDGE_SERVE": "--templates instructions",
     }
     log = tmp_path_factory.mktemp("server") / "log"
     with open(log, "w") as output:
@@ -202,6 +204,10 @@ def test_the_gateway_gives_the_winner_of_the_library_and_aborts_what_nobody_wait
         assert whole.choices[0].message.content == best
         assert all(len(entry.top_logprobs) == 2 for entry in whole.choices[0].logprobs.content)
         assert streamed(create(**given, max_tokens=12, stream=True))[0] == {0: best}
+        # The plugin answers alike in the process of vLLM.
+        with OpenAI(base_url=f"{url}/self_judge/v1", api_key="none", timeout=300) as inside:
+            answer = inside.chat.completions.create(**given, max_tokens=12)
+        assert answer.choices[0].message.content == best
         with pytest.raises(APITimeoutError):
             here.client.with_options(timeout=3).chat.completions.create(
                 **given, max_tokens=400, temperature=1.5

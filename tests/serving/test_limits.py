@@ -22,9 +22,8 @@ from conftest import saved_as_judge
 from self_judge import Judge
 from self_judge.inference.decoding import decode
 from self_judge.serving.app import App
-from self_judge.serving.engine import Limits, ServingEngine
+from self_judge.serving.engine import Limits, Metrics, ServingEngine
 from self_judge.serving.in_process import InProcess
-from self_judge.serving.metrics import Metrics
 from served import MESSAGES, running, served, streamed
 
 

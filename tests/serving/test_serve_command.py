@@ -80,10 +80,10 @@ def test_a_server_for_other_machines_needs_a_key(
         assert main(["serve", str(saved_judge), "--host", host]) == 2
         assert "give a key in the environment variable" in capsys.readouterr().err
     for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
-        assert ServeJob(host=host).key is None
-    assert ServeJob(host="0.0.0.0", api_key="k").key == "k"
+        assert not ServeJob(host=host).keys
+    assert ServeJob(host="0.0.0.0", api_key="k").keys == ["k"]
     monkeypatch.setenv("SELF_JUDGE_API_KEY", "from the environment")
-    assert ServeJob(host="0.0.0.0").key == "from the environment"
+    assert ServeJob(host="0.0.0.0").keys == ["from the environment"]
 
 
 @pytest.mark.parametrize(

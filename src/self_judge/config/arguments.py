@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from self_judge import __version__
 from self_judge.console import neutral
 
+FilledT = TypeVar("FilledT")
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 PACKING = ("auto", "tree", "cache", "padding", "off")  # must equal PackingChoice
 CONFIG = "the run's YAML file, or the name of a shipped file, such as hh_jsft"
@@ -259,6 +261,12 @@ def _add_evaluation(commands: Commands) -> None:
     add("--field", default="verdict", help="key of the verdict in an output line")
     _add_columns(judge)
     _add_judge(judge)
+
+
+def filled(kind: type[FilledT], arguments: argparse.Namespace, **given: Any) -> FilledT:
+    """Creates a dataclass instance from command-line arguments. `given` takes precedence."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{k: v for k, v in {**vars(arguments), **given}.items() if k in names})
 
 
 def _add_serve(commands: Commands) -> None:

@@ -12,7 +12,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -54,7 +54,7 @@ class App:
     Args:
         engine: answers the requests.
         name: the name of the served model.
-        key: the key that requests must have, or `None` for none.
+        keys: requests must have one of these keys, if there are any.
         keep_alive: the number of seconds between comments in a stream.
     """
 
@@ -62,11 +62,11 @@ class App:
         self,
         engine: ServingEngine,
         name: str,
-        key: str | None = None,
+        keys: Sequence[str] = (),
         keep_alive: float = KEEP_ALIVE,
     ) -> None:
         self.engine, self.name, self.keep_alive = engine, name, keep_alive
-        self._key = None if key is None else _digest(key.encode())
+        self._keys = [_digest(key.encode()) for key in keys]
         self.started = int(time.time())
 
     def starlette(self) -> Starlette:
@@ -181,11 +181,12 @@ class App:
         return _json(shown.body(), shown.status, {**shown.headers, **closes})
 
     def _check_sender(self, request: Request) -> None:
-        if self._key is not None:
+        if self._keys:
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
             # Digests have one length, so the time of the comparison does not tell that of the key.
             digest = _digest(given.strip().encode("latin-1"))  # the bytes as they were sent
-            if not hmac.compare_digest(digest, self._key) or scheme.lower() != "bearer":
+            known = [hmac.compare_digest(digest, key) for key in self._keys]
+            if not any(known) or scheme.lower() != "bearer":
                 raise RequestError(
                     "the API key is missing or wrong: send Authorization: Bearer KEY",
                     status=401,

@@ -9,7 +9,7 @@ import ipaddress
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +26,7 @@ from self_judge.judging.judge import Judge
 from self_judge.models import load_model
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
-
+    from self_judge.serving.app import App
     from self_judge.serving.work import Backend
 
 _PACKAGES = ("starlette", "uvicorn", "httpx", "prometheus_client")
@@ -43,6 +42,7 @@ class ServeJob:
             judge, which they load.
         host, port: where the server listens. Port 0 is any free port.
         api_key: the key that requests must have; default: the environment's SELF_JUDGE_API_KEY.
+        server_key: the key that the servers of the judge require, if they do.
         max_n, max_concurrency, queue, deadline: see `engine.Limits`.
 
     Raises:
@@ -54,6 +54,7 @@ class ServeJob:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    server_key: str | None = None
     max_n: int = 16
     max_concurrency: int = 64
     queue: int = 256
@@ -70,15 +71,15 @@ class ServeJob:
                 raise ConfigError(f"{option} must be at least {least}, got {value}")
         if not 0 < self.deadline < float("inf"):
             raise ConfigError(f"--deadline must be a number of seconds, got {self.deadline}")
-        if not is_loopback(self.host) and self.key is None:
+        if not is_loopback(self.host) and not self.keys:
             raise ConfigError(
                 f"--host {self.host} opens the server to other machines: give a key in the "
                 f"environment variable {KEY_VARIABLE} (or --api-key), or leave --host out"
             )
 
     @property
-    def key(self) -> str | None:
-        return self.api_key or os.environ.get(KEY_VARIABLE) or None
+    def keys(self) -> list[str]:
+        return [key for key in (self.api_key or os.environ.get(KEY_VARIABLE),) if key]
 
 
 def run_serve(choice: JudgeChoice, job: ServeJob, console: Console | None = None) -> None:
@@ -95,9 +96,8 @@ def run_serve(choice: JudgeChoice, job: ServeJob, console: Console | None = None
         )
     import uvicorn
 
-    app = application(choice, job)
     config = uvicorn.Config(
-        app,
+        application(choice, job, job.keys).starlette(),
         host=job.host,
         port=job.port,
         log_level="warning",
@@ -121,11 +121,10 @@ def run_serve(choice: JudgeChoice, job: ServeJob, console: Console | None = None
     Server(config).run()
 
 
-def application(choice: JudgeChoice, job: ServeJob) -> Starlette:
-    """Loads the models and returns the ASGI application."""
+def application(choice: JudgeChoice, job: ServeJob, keys: Sequence[str]) -> App:
+    """Loads the models and returns the routes. Requests must have one of the keys, if any."""
     from self_judge.serving.app import App
-    from self_judge.serving.engine import Limits, ServingEngine
-    from self_judge.serving.metrics import Metrics
+    from self_judge.serving.engine import Limits, Metrics, ServingEngine
 
     metrics = Metrics()
     limits = Limits(job.max_n, job.max_concurrency, job.queue, job.deadline)
@@ -134,7 +133,7 @@ def application(choice: JudgeChoice, job: ServeJob) -> Starlette:
         metrics.batch.labels(kind).observe(size)
 
     engine = ServingEngine(_backend(choice, job, on_batch), limits, metrics)
-    return App(engine, served_name(choice, job), job.key).starlette()
+    return App(engine, served_name(choice, job), keys)
 
 
 def served_name(choice: JudgeChoice, job: ServeJob) -> str:
@@ -166,7 +165,8 @@ def _replicas(choice: JudgeChoice, job: ServeJob) -> Backend:
             )
         name = f"self-judge-{fingerprint(job.policy)}"  # other weights have another name
         adapter = {"adapter": Path(job.policy), "adapter_name": name}
-    engine: Any = VLLMReplicas(choice.servers, request_timeout=job.deadline, **adapter)
+    timeout, key = job.deadline, job.server_key
+    engine: Any = VLLMReplicas(choice.servers, request_timeout=timeout, key=key, **adapter)
     judge = _judge(choice, engine)
     encoder = judge.encoder if job.policy is None else encoder_of(job.policy)
     return Replicas(engine, judge, encoder, job.max_concurrency)

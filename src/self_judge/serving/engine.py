@@ -1,7 +1,7 @@
 """ServingEngine: answers requests by one sample or by a tournament, within its limits.
 
-This module admits requests, keeps their deadlines and builds the answers. It does not depend on
-HTTP, or on whether the backend runs the model or asks servers.
+This module admits requests, keeps their deadlines, builds the answers and counts. It does not
+depend on HTTP, or on whether the backend runs the model or asks servers.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
 from self_judge.config.self_training import SamplingSettings
 from self_judge.datatypes import Comparison, Verdict, stable_seed
 from self_judge.errors import EncodingError
 from self_judge.judging.tournament import Bracket, Steps, knockout_steps
 from self_judge.prompting.judge_templates import dialogue_text
-from self_judge.serving.metrics import Metrics
 from self_judge.serving.requests import ChatRequest, JudgeRequest, RequestError
 from self_judge.serving.work import TOO_LATE, Backend, Game, Sample, Sampling
 
 # The share of a deadline that sampling may use; the rest is for the judge.
 _SAMPLING_SHARE = 0.8
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -266,3 +269,61 @@ def _late(message: str) -> RequestError:
         kind="timeout_error",
         headers={"x-should-retry": "false"},  # OpenAI's clients would try again
     )
+
+
+class Metrics:
+    """All counters of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = own = CollectorRegistry()
+        self.requests = Counter(
+            "self_judge_requests", "Answered requests.", ["path", "status"], registry=own
+        )
+        self.refused = Counter(
+            "self_judge_requests_refused", "Requests refused with a full queue.", registry=own
+        )
+        self.gone = Counter(
+            "self_judge_clients_gone", "Requests whose client left first.", registry=own
+        )
+        self.present = Gauge(
+            "self_judge_requests_present", "Requests in work or in the queue.", registry=own
+        )
+        self.running = Gauge("self_judge_requests_running", "Requests in work.", registry=own)
+        self.seconds = Histogram(
+            "self_judge_request_seconds", "Seconds to a complete answer.", ["path"],
+            buckets=_SECONDS, registry=own,
+        )  # fmt: skip
+        self.first_token = Histogram(
+            "self_judge_time_to_first_token_seconds", "Seconds to the first text of an answer.",
+            buckets=_SECONDS, registry=own,
+        )  # fmt: skip
+        self.batch = Histogram(
+            "self_judge_batch", "Rows sampled, or comparisons judged, together.", ["kind"],
+            buckets=_SIZES, registry=own,
+        )  # fmt: skip
+        self.tokens = Counter("self_judge_sampled_tokens", "Sampled tokens.", registry=own)
+        self.responses = Counter("self_judge_sampled_responses", "Responses.", registry=own)
+        self.rounds = Counter("self_judge_rounds", "Rounds of tournaments.", registry=own)
+        self.comparisons = Counter("self_judge_comparisons", "Judged pairs.", registry=own)
+        self.agree = Counter(
+            "self_judge_comparisons_orders_agree", "Judged pairs whose orders agree.", registry=own
+        )
+        self.undecidable = Counter(
+            "self_judge_comparisons_undecidable", "Undecidable pairs.", registry=own
+        )
+
+    def sampled(self, samples: Sequence[Sample], tokens: int) -> None:
+        """Counts the responses of a request, and all its sampled tokens."""
+        self.responses.inc(len(samples))
+        self.tokens.inc(tokens)
+
+    def judged(self, game: Game) -> None:
+        """Counts the rounds and verdicts of a game."""
+        self.rounds.inc(game.rounds)
+        self.comparisons.inc(len(game.verdicts))
+        self.agree.inc(sum(verdict.orders_agree for verdict in game.verdicts))
+        self.undecidable.inc(sum(verdict.preferred is None for verdict in game.verdicts))
+
+    def page(self) -> bytes:
+        """Returns all counters in Prometheus' text format."""
+        return generate_latest(self.registry)

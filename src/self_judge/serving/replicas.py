@@ -74,6 +74,7 @@ class VLLMReplicas:
         urls: the URLs of the replicas.
         adapter: the folder of a LoRA adapter to sample with, which every replica loads.
         adapter_name: the name of this adapter on the replicas.
+        key: the key that the replicas require, if they do.
         start_timeout: the number of seconds in which the first replica must answer.
         request_timeout: the number of seconds in which a request must be answered.
         probe_every: the number of seconds between two attempts to reach a replica that is down.
@@ -89,6 +90,7 @@ class VLLMReplicas:
         *,
         adapter: Path | None = None,
         adapter_name: str | None = None,
+        key: str | None = None,
         start_timeout: float = 240.0,
         request_timeout: float = 600.0,
         probe_every: float = 2.0,
@@ -96,6 +98,7 @@ class VLLMReplicas:
     ) -> None:
         self.replicas = [Replica(url) for url in urls]
         self.adapter, self.adapter_name = adapter, adapter_name
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.request_timeout, self.probe_every = request_timeout, probe_every
         self.retry_wait = retry_wait
         self.root = ""
@@ -105,6 +108,7 @@ class VLLMReplicas:
 
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
+            headers=self._headers,
             timeout=httpx.Timeout(self.request_timeout, connect=5.0, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,  # no proxy for local servers
