@@ -168,7 +168,7 @@ def test_an_output_folder_that_is_a_file_is_refused(
     data = synthetic.write_dataset("preference", tmp_path / "pairs.jsonl", 20, seed=1)
     output = f"training_args.output_dir={data}"
     assert main(["jsft", "hh_jsft", *given(base, data), output]) == 2
-    assert f"error: training_args.output_dir {data} is a file" in capsys.readouterr().err
+    assert f"error: training_args.output_dir: {data}: is not a folder" in capsys.readouterr().err
 
 
 WRONG = """\

@@ -26,6 +26,7 @@ from self_judge.cli import main
 from self_judge.config.arguments import command_parser
 from self_judge.config.schema import RunKind, kind_of_run, load_run
 from self_judge.data import synthetic
+from self_judge.serving.vllm_plugin import VARIABLE
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -176,8 +177,13 @@ def test_every_command_is_understood(words: list[str], my: Path) -> None:
         named = set((extras[1] or "").split(",")) - {""}
         assert named <= set(re.findall(r"^([\w-]+) = \[", known, re.MULTILINE))
     elif "vllm" in words:
-        # Its options are vLLM's own, which is not installed here; these two adapters need.
+        # Its options are vLLM's own, which is not installed here.
         assert words[words.index("vllm") + 1] == "serve"
+        if "VLLM_PLUGINS=self_judge" in words:
+            options = dict(word.split("=", 1) for word in words[: words.index("vllm")])
+            command_parser().parse_args(["serve", "m", *shlex.split(options[VARIABLE])])
+            return
+        # Adapters need these two.
         assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in words
         assert "--enable-lora" in words
     else:
