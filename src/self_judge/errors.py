@@ -113,7 +113,10 @@ def _lines(error: BaseException) -> list[str]:
 
 
 # Endings of files, which names on the Hub do not have.
-_DATA = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".bz2", ".xz")
+_DATA = (
+    *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"),
+    *(".gz", ".bz2", ".xz", ".zst"),
+)
 _FILES = (*_DATA, ".yaml", ".yml", ".safetensors")
 
 

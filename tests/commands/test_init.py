@@ -213,7 +213,7 @@ def test_what_cannot_become_a_run_is_refused_in_one_line(
         (tmp_path / "a", short, data, "its context of 64 tokens is too short for the responses in"),
         (tmp_path / "b", base, long, f"{long}, with {base}: jsft_args.max_length: no training"),
         (tmp_path / "${c}", base, data, "'${' begins a reference in run files: rename it"),
-        (tmp_path / "d", base, odd, f"{odd}, record 0, field 'prompt': is not valid Unicode"),
+        (tmp_path / "d", base, odd, f"{odd}, line 1, field 'prompt': is not valid Unicode"),
     ]
     for folder, model, records, message in cases:
         assert start(folder, model, records) == 2

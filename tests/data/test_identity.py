@@ -64,7 +64,7 @@ def test_columns_of_any_names_are_mapped(seed: int, tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"promt": "q"}, r"x.jsonl: columns.promt: unknown; did you mean prompt\?"),
-        ({"prompt": "Q"}, r"x.jsonl, record 0, field 'Q': is missing \(columns.prompt\); found"),
+        ({"prompt": "Q"}, r"x.jsonl, line 1, field 'Q': is missing \(columns.prompt\); found"),
         ({"chosen": 3}, "columns.chosen: expected text, got a whole number 3"),
     ],
 )
@@ -161,7 +161,7 @@ def test_context_that_cannot_be_used_is_refused(
     path = write(tmp_path / "x.jsonl", {**PAIR, **more})
     with pytest.raises(DataError) as error:
         load_preferences(path)
-    assert f"record 0, field '{field}': " in str(error.value)
+    assert f"line 1, field '{field}': " in str(error.value)
 
 
 def test_an_instruction_is_joined_with_its_input(tmp_path: Path) -> None:

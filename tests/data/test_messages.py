@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from self_judge import ChatEncoder
 from self_judge.cli import main
 from self_judge.data.benchmarks import BenchmarkSource, read_comparisons
 from self_judge.data.dialogues import parse_dialogue
-from self_judge.data.sources import read_prompts, select_records
+from self_judge.data.files import placed
+from self_judge.data.sources import PreferenceData, read_prompts, select_records
 from self_judge.errors import DataError, EncodingError
 from self_judge.prompting.thoughts import answer_of
 
@@ -52,20 +54,25 @@ BAD = {
 }
 
 
+def selected(rows: Iterable[dict[str, Any]], label: str, **options: Any) -> PreferenceData:
+    """What is selected of records that come from no file."""
+    return select_records(placed(label, rows), label=label, **options)
+
+
 @pytest.mark.parametrize("reason", BAD)
 def test_a_message_that_is_more_than_text_is_skipped_and_counted(reason: str) -> None:
     why = f"a message with {reason.partition(' (')[0]}"
-    data = select_records([GOOD, BAD[reason], GOOD], label="x")
+    data = selected([GOOD, BAD[reason], GOOD], label="x")
     assert [record.index for record in data.records] == [0, 2]
     assert data.counts[f"skipped record: {why}"] == 1
     assert f"1  skipped record: {why}" in data.describe()
     with pytest.raises(DataError, match=f"skipped record: {why}: 1"):
-        select_records([BAD[reason]], label="x")
+        selected([BAD[reason]], label="x")
 
 
 def test_two_answers_that_differ_in_their_calls_are_not_identical() -> None:
     same = {**GOOD, "chosen": [message("assistant", "No.", tool_calls=[CALL])]}
-    data = select_records([GOOD, same], label="x")
+    data = selected([GOOD, same], label="x")
     assert "skipped pair: identical responses" not in data.counts
 
 
@@ -73,13 +80,13 @@ def test_empty_keys_as_arrow_writes_them_are_no_keys() -> None:
     rows = [GOOD, row(message("assistant", "Because.", tool_calls=None, name=None))]
     rows += [row(message("assistant", text("Be", "cause."), tool_calls=[], images=[]))]
     rows += [Dataset.from_list([row(message("assistant", "Because.", name=None))])[0]]
-    first, *others = select_records(rows, label="x").records
+    first, *others = selected(rows, label="x").records
     assert all((r.prompt, r.pairs) == (first.prompt, first.pairs) for r in others)
 
 
 def test_text_in_parts_is_the_text_as_templates_write_it() -> None:
     parts = row(message("assistant", text("Be", "cause.")), text("Wh", "y?"))
-    (whole,), (joined,) = (select_records([r], label="x").records for r in (GOOD, parts))
+    (whole,), (joined,) = (selected([r], label="x").records for r in (GOOD, parts))
     assert (joined.prompt, joined.demonstration) == (whole.prompt, whole.demonstration)
 
 
@@ -87,7 +94,7 @@ def test_text_in_parts_is_the_text_as_templates_write_it() -> None:
 def test_a_thought_beside_an_answer_is_left_out_and_counted(key: str) -> None:
     answer = message("assistant", "Because.", **{key: "secret"})
     earlier = [message("user", "Hi"), message("assistant", "Yes?", **{key: "old"})]
-    data = select_records([row(answer, "Why?", *earlier), GOOD], label="x")
+    data = selected([row(answer, "Why?", *earlier), GOOD], label="x")
     assert "secret" not in str(data.records)
     assert data.counts[f"removed {key}"] == 1
     assert data.counts["pairs"] == 2
@@ -103,7 +110,7 @@ def test_a_record_with_tools_or_images_beside_its_messages_is_skipped_and_counte
     plain = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
     for record in (GOOD, plain):
         bad = {**record, column: COLUMNS[column]}
-        data = select_records([record, bad, {**record, column: None}], label="x")
+        data = selected([record, bad, {**record, column: None}], label="x")
         assert [r.index for r in data.records] == [0, 2]
         assert data.counts[f"skipped record: a column '{column}'"] == 1
     path = tmp_path / "p.jsonl"
@@ -117,7 +124,7 @@ def test_a_record_with_tools_or_images_beside_its_messages_is_skipped_and_counte
 
 def test_columns_of_tools_without_tools_are_no_tools() -> None:
     rows = [{**GOOD, "tools": none, "images": []} for none in ([], "[]", "", None)]
-    assert len(select_records(rows, label="x").records) == 4
+    assert len(selected(rows, label="x").records) == 4
 
 
 def test_an_evaluation_skips_and_counts_them_as_well(tmp_path: Path) -> None:
@@ -165,17 +172,17 @@ def test_the_common_start_of_two_dialogues_ends_before_their_thoughts(opening: s
         "chosen": f"Why? {opening}The secret is one{closing}Because.",
         "rejected": f"Why? {opening}The secret is two{closing}No.",
     }
-    (record,) = select_records([pair], label="x").records
+    (record,) = selected([pair], label="x").records
     assert record.prompt == (message("user", "Why?"),)
     assert answer_of(record.pairs[0].chosen) == "Because."
     assert answer_of(record.pairs[0].rejected) == "No."
-    data = select_records([pair, {k: v.removeprefix("Why? ") for k, v in pair.items()}], label="x")
+    data = selected([pair, {k: v.removeprefix("Why? ") for k, v in pair.items()}], label="x")
     assert data.counts["skipped record: no common prompt"] == 1
     for between in ("", "\n\n"):  # a thought that both share
         same = {
             k: v.replace("two", "one").replace(closing, closing + between) for k, v in pair.items()
         }
-        (record,) = select_records([same], label="x").records
+        (record,) = selected([same], label="x").records
         assert record.prompt == (message("user", "Why?"),)
         assert answer_of(record.pairs[0].chosen) == "Because."
 
@@ -183,7 +190,7 @@ def test_the_common_start_of_two_dialogues_ends_before_their_thoughts(opening: s
 @pytest.mark.parametrize("asked", ["What does <think> mean?", "Is <think>a</think> a thought?"])
 def test_a_question_about_the_markers_of_thoughts_stays_whole(asked: str) -> None:
     pair = {"chosen": f"{asked} Yes.", "rejected": f"{asked} No."}
-    (record,) = select_records([pair], label="x").records
+    (record,) = selected([pair], label="x").records
     assert record.prompt == (message("user", asked),)
 
 
@@ -257,7 +264,7 @@ def test_removed_headers_are_counted_the_prompts_once() -> None:
         {"chosen": prompt + "Human: Because.", "rejected": prompt + "Assistant: No."},
         {"chosen": prompt + "Human: Same.", "rejected": prompt + "Same."},
     ]
-    data = select_records(rows, label="x")
+    data = selected(rows, label="x")
     assert data.counts["removed redundant header of a turn"] == 3 + 2
     assert data.counts["skipped pair: identical responses"] == 1
     assert data.records[0].pairs[0].chosen == "Because."

@@ -11,7 +11,8 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ import pytest
 from conftest import SHARED
 from self_judge import ChatEncoder, JudgeTemplates
 from self_judge.config.schema import Source
+from self_judge.data.benchmarks import BenchmarkSource, read_comparisons
 from self_judge.data.dialogues import parse_dialogue, select_hh, select_preference
-from self_judge.data.files import read_raw
+from self_judge.data.files import placed, read_raw
 from self_judge.data.records import is_held_out, judge_context
 from self_judge.data.sources import (
+    PreferenceData,
     load_preferences,
     read_prompts,
     select_records,
@@ -46,6 +49,11 @@ HH = {
     "rejected": "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant: No.",
 }
 PLAIN = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+
+
+def selected(rows: Iterable[dict[str, Any]], label: str, **options: Any) -> PreferenceData:
+    """What is selected of records that come from no file."""
+    return select_records(placed(label, rows), label=label, **options)
 
 
 def user(text: str) -> dict[str, str]:
@@ -238,7 +246,7 @@ def test_redundant_headers_of_turns_are_removed_and_counted_in_every_form(more: 
         {"chosen": f"{text}{more}yes", "rejected": f"{text}no"},
         {"prompt": text.rstrip(), "chosen": "yes", "rejected": "no"},
     ):
-        data = select_records([raw], label="x")
+        data = selected([raw], label="x")
         assert data.records[0].prompt == (user("q"),)
         assert [(p.chosen, p.rejected) for p in data.records[0].pairs] == [("yes", "no")]
         assert data.counts["removed redundant header of a turn"] == (1 if "prompt" in raw else 2)
@@ -433,7 +441,7 @@ def test_random_pairs_depend_on_the_seed_and_the_record_alone() -> None:
     ]
 
     def losers(records: list[dict[str, Any]], seed: int) -> dict[str, str]:
-        data = select_records(records, label="x", seed=seed)
+        data = selected(records, label="x", seed=seed)
         return {judge_context(r): r.pairs[0].rejected for r in data.records}
 
     assert losers(raw, 0) == losers(raw[::-1], 0)
@@ -639,7 +647,12 @@ def rows(n: int) -> list[dict[str, str]]:
 
 def write(path: Path, text: str) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix)
+    compress = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
+    }.get(path.suffix)
     if compress is not None:
         path.write_bytes(compress(text.encode()))
     else:
@@ -655,6 +668,7 @@ def lines(n: int) -> str:
     "kind",
     [
         *("x.json", "x.json.gz", "x.jsonl", "x.jsonl.gz", "x.jsonl.bz2", "x.json.xz"),
+        *("x.ndjson", "x.json.zst", "x.jsonl.zst"),
         *("x.parquet", "lines.json", "saved", "splits"),
     ],
 )
@@ -671,6 +685,58 @@ def test_every_local_kind_of_file_gives_the_same_records(tmp_path: Path, kind: s
         write(path, json.dumps(rows(3)) if kind.startswith("x.json.") else lines(3))
     assert list(read_raw(str(path))) == rows(3)
     assert load_preferences(str(path)).counts["pairs"] == 3
+
+
+@pytest.mark.parametrize("name", ["b.xlsx", "b.arrow", "b.jsonl.7z", "b.csv.lz4", "b.parquet.gz"])
+def test_data_in_a_form_that_cannot_be_read_is_named_and_not_left_out(
+    tmp_path: Path, name: str
+) -> None:
+    write(tmp_path / "a.jsonl", lines(2))
+    (tmp_path / name).write_bytes(b"PK")
+    (tmp_path / "notes.txt").write_text("not data")
+    with pytest.raises(DataError, match=rf"/{name}: unknown file type; .*move"):
+        load_preferences(str(tmp_path))
+    with pytest.raises(DataError, match=rf"/{name}: unknown file type; "):
+        list(read_comparisons(BenchmarkSource(str(tmp_path))))
+    write(tmp_path / "train.jsonl", lines(3))  # now no file without a split is read
+    assert load_preferences(str(tmp_path)).counts["read"] == 3
+
+
+def test_compressed_data_that_is_damaged_is_named(tmp_path: Path) -> None:
+    whole = Path(write(tmp_path / "x.jsonl.zst", lines(2))).read_bytes()
+    for content in (whole[:-9], b"not compressed"):
+        (tmp_path / "x.jsonl.zst").write_bytes(content)
+        with pytest.raises(DataError, match=r"x\.jsonl\.zst: not a valid zst file"):
+            load_preferences(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("b.jsonl", "line 3"),
+        ("b.json", "record 1"),
+        ("b.csv", "record 1"),
+        ("b.parquet", "record 1"),
+    ],
+)
+def test_a_bad_record_in_a_folder_is_named_by_its_file_and_place(
+    tmp_path: Path, name: str, place: str
+) -> None:
+    write(
+        tmp_path / "a.jsonl", json.dumps({"prompt": [user("Why?")], "chosen": "a", "rejected": "b"})
+    )
+    bad = '[{"role": "human", "content": "Why?"}]'
+    records = [PLAIN, {**PLAIN, "prompt": bad}]
+    if name == "b.jsonl":  # a blank line counts, too
+        write(tmp_path / name, "\n\n".join(map(json.dumps, records)))
+    elif name == "b.json":
+        write(tmp_path / name, json.dumps(records))
+    else:
+        frame = pandas.DataFrame(records)
+        (frame.to_csv if name == "b.csv" else frame.to_parquet)(tmp_path / name, index=False)
+    for read in (load_preferences, lambda path: list(read_comparisons(BenchmarkSource(path)))):
+        with pytest.raises(DataError, match=rf"/{name}, {place}, field 'prompt\[0\]"):
+            read(str(tmp_path))
 
 
 def test_ratings_of_mixed_types_and_annotations_of_mixed_fields_can_be_read(
@@ -700,7 +766,7 @@ def test_ultrafeedback_through_arrow_gives_the_same_selection(tmp_path: Path) ->
     ]
     datasets.Dataset.from_list(raw).save_to_disk(tmp_path / "uf")
     through_arrow = load_preferences(str(tmp_path / "uf"), principles=True, rationales=True)
-    direct = select_records(raw, label="x", principles=True, rationales=True)
+    direct = selected(raw, label="x", principles=True, rationales=True)
     assert through_arrow.counts == direct.counts
     assert [r.pairs for r in through_arrow.records] == [r.pairs for r in direct.records]
 
@@ -772,8 +838,8 @@ BROKEN = {
         lambda d: str((d / "x.csv.xz", (d / "x.csv.xz").write_text(lines(1)))[0]),
         "x.csv.xz: not a valid xz file",
     ),
-    "zstd": (
-        lambda d: write(d / "x.jsonl.zst", lines(1)),
+    "lz4": (
+        lambda d: write(d / "x.jsonl.lz4", lines(1)),
         "written by save_to_disk: convert or decompress the file",
     ),
     "a key twice": (
@@ -793,7 +859,10 @@ BROKEN = {
         "not UTF-8 text",
     ),
     "no parquet": (lambda d: write(d / "x.parquet", "PAR"), "not a valid parquet file"),
-    "empty folder": (lambda d: str(d), "no data file (.json, .jsonl, .csv, .tsv, .parquet (text"),
+    "empty folder": (
+        lambda d: str(d),
+        "no data file (.json, .jsonl, .ndjson, .csv, .tsv, .parquet (text",
+    ),
     "no such split": (
         lambda d: str((d, write(d / "test.jsonl", lines(1)))[0]),
         "no file for split 'train'; found splits: test",
@@ -858,7 +927,7 @@ def test_the_held_out_prompts_and_the_others_are_all_and_share_none() -> None:
     parts = {
         subset: {
             judge_context(r)
-            for r in select_records(raw, label="x", subset=subset, held_out=0.1, seed=seed).records
+            for r in selected(raw, label="x", subset=subset, held_out=0.1, seed=seed).records
         }
         for seed, subset in enumerate(("train", "held_out"))
     }
@@ -874,7 +943,7 @@ def test_dialogues_with_the_same_first_question_are_held_out_together() -> None:
         for i in range(50)
         for more in ((), ("x", f"second {i}"))
     ]
-    data = select_records(raw, label="x", subset="held_out", held_out=0.3)
+    data = selected(raw, label="x", subset="held_out", held_out=0.3)
     firsts = [record.prompt[0]["content"] for record in data.records]
     assert firsts
     assert all(firsts.count(first) == 2 for first in firsts)
@@ -882,14 +951,14 @@ def test_dialogues_with_the_same_first_question_are_held_out_together() -> None:
 
 def test_max_records_keeps_the_first_that_can_be_used() -> None:
     raw = [{**PLAIN, "chosen": ""}, *rows(5)]
-    data = select_records(raw, label="x", max_records=2)
+    data = selected(raw, label="x", max_records=2)
     assert [judge_context(r) for r in data.records] == ["Why 0?", "Why 1?"]
     assert data.counts["read"] == 3
 
 
 def test_pairs_alone_have_no_demonstration() -> None:
     raw = [*rows(1), {**PLAIN, "rejected": PLAIN["chosen"]}]
-    data = select_records(raw, label="x", sft=False)
+    data = selected(raw, label="x", sft=False)
     assert [r.demonstration for r in data.records] == [None]
     assert data.counts["skipped record: no pair is left"] == 1
 
@@ -908,12 +977,12 @@ def test_pairs_alone_have_no_demonstration() -> None:
 )
 def test_options_that_make_no_sense_are_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        select_records(rows(2), label="x", **options)
+        selected(rows(2), label="x", **options)
 
 
 def test_a_source_of_which_nothing_can_be_used_is_an_error_with_the_reasons() -> None:
     with pytest.raises(DataError, match=r"x: no record could be used .*empty response: 2"):
-        select_records([{**PLAIN, "chosen": ""}] * 2, label="x")
+        selected([{**PLAIN, "chosen": ""}] * 2, label="x")
 
 
 @pytest.mark.parametrize(
@@ -953,7 +1022,7 @@ def test_a_list_of_records_keeps_columns_that_the_first_record_lacks() -> None:
 
 
 def test_rows_for_self_training_have_prompt_context_and_the_given_pair() -> None:
-    records = select_records([HH, {**HH, "rejected": HH["chosen"]}], label="x").records
+    records = selected([HH, {**HH, "rejected": HH["chosen"]}], label="x").records
     prompt = [user("Hi?"), assistant("Hello."), user("Why?")]
     context = "Human: Hi?\n\nAssistant: Hello.\n\nHuman: Why?"
     shared = {"prompt": prompt, "context": context}

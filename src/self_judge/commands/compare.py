@@ -22,9 +22,9 @@ from self_judge.commands.policies import check_prompt, encoder_of, load_sampler
 from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
 from self_judge.console import NumberTable, ends, masked, number, print_conclusions, say, table
-from self_judge.data.files import reader_of
+from self_judge.data.files import read_records, reader_of
 from self_judge.data.records import UnusedText, map_columns, prompt_columns
-from self_judge.data.sources import prompt_of, read_prompts, read_records
+from self_judge.data.sources import prompt_of, read_prompts
 from self_judge.datatypes import Comparison, Message, Verdict, stable_seed
 from self_judge.evaluation.conclusions import as_json, comparison_conclusions
 from self_judge.evaluation.judge_metrics import estimate_json

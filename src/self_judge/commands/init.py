@@ -41,8 +41,9 @@ from self_judge.config.hardware import fit_to_machine
 from self_judge.config.schema import load_run
 from self_judge.config.yaml import read_yaml
 from self_judge.console import say
+from self_judge.data.files import read_records
 from self_judge.data.records import first_question, is_held_out, is_named
-from self_judge.data.sources import PreferenceData, load_preferences, read_records
+from self_judge.data.sources import PreferenceData, load_preferences
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ConfigError, DataError
 from self_judge.models import load_tokenizer

@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from self_judge.console import say
+from self_judge.data.files import read_records
 from self_judge.data.records import RecordRef, UnusedText
-from self_judge.data.sources import read_records
 from self_judge.errors import DataError, JournalError, check_file
 from self_judge.runtime import own_device
 from self_judge.storage.jsonl import (
@@ -96,7 +96,7 @@ def input_reader(
             tell(f"{where}: " + what.format(", ".join(sorted(name for name, _ in new))))
 
     def read() -> Iterator[tuple[RecordRef, dict[str, Any]]]:
-        records = itertools.islice(read_records(str(source), columns), max_records)
+        records = itertools.islice(read_records(str(source), columns=columns), max_records)
         for where, record in records:
             try:
                 line = as_json(record)

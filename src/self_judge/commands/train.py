@@ -31,7 +31,7 @@ from self_judge.config.hardware import Run, fit_to_machine, threads_for
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
 from self_judge.config.self_training import PackingChoice
 from self_judge.console import masked, say
-from self_judge.data.workers import workers_end_with_parent
+from self_judge.data.hub import workers_end_with_parent
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ModelError
 from self_judge.inference.lockstep import check_connected

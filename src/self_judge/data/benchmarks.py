@@ -16,17 +16,10 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from self_judge.data.files import (
-    InMemory,
-    in_memory,
-    is_data_file,
-    is_saved_dataset,
-    read_raw,
-    split_of,
-)
+from self_judge.data.files import is_data_file, known_reader, read_records, split_of
+from self_judge.data.hub import InMemory, in_memory, is_saved_dataset
 from self_judge.data.labeled_pairs import LabeledComparison, reader_of_columns, usable
 from self_judge.data.records import RecordRef
-from self_judge.data.sources import read_records
 from self_judge.errors import DataError
 
 _SHARD = re.compile(r"-\d+-of-\d+$")
@@ -37,12 +30,12 @@ class BenchmarkSource:
     """One source of labeled comparisons.
 
     Args:
-        path: a dataset ID on the Hub, a local file or a local folder, as in `files.read_raw`. If no
-            file directly in the folder has a split in its name, each file in the folder and its
-            subfolders is a subset (as in LLMBar).
+        path: a dataset ID on the Hub, a local file or a local folder, as in `files.read_records`.
+            If no file directly in the folder has a split in its name, each file in the folder and
+            its subfolders is a subset (as in LLMBar).
         splits: the splits to read, in the given order. If there are several splits, each is a
             subset. A single file is always read completely.
-        data_dir, name, revision: as in `files.read_raw`.
+        data_dir, name, revision: as in `files.read_records`.
         columns: the data's own column names; see `records.map_columns`. The columns `context` or
             `prompt`, `response_a`, `response_b` and `label` (`a`, `b` or `tie`) form a comparison.
         held_out: the fraction of preference data that training holds out (`dataset.held_out`), to
@@ -182,19 +175,19 @@ _Records: TypeAlias = Iterator[tuple[RecordRef, dict[str, Any]]]
 def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, _Records]]:
     """Yields (label for messages, subset, records with their places) for each file or split."""
     if in_memory(source.path):
-        yield source.label, "", read_records(source.path, source.columns)
+        yield source.label, "", read_records(source.path, columns=source.columns)
         return
     path = source.label
     local = Path(path).expanduser()
     root = local / source.data_dir if source.data_dir else local
     files = _files_without_splits(root, source.splits)
     for file, subset in files.items():
-        yield str(file), subset, read_records(str(file), source.columns)
+        yield str(file), subset, read_records(str(file), columns=source.columns)
     if files:
         return
     label = "/".join(part for part in (path, source.name, source.data_dir) if part)
     read = partial(
-        read_raw,
+        read_records,
         path,
         data_dir=source.data_dir,
         name=source.name,
@@ -202,16 +195,11 @@ def _parts(source: BenchmarkSource) -> Iterator[tuple[str, str, _Records]]:
         columns=source.columns,
     )
     if local.is_file():
-        unfit = label != path or source.revision  # options that `read_raw` refuses for a file
-        yield label, "", _placed(label, read()) if unfit else read_records(path, source.columns)
+        yield label, "", read()
         return
     for split in source.splits:
         part = f"{label}[{split}]"
-        yield part, split if len(source.splits) > 1 else "", _placed(part, read(split=split))
-
-
-def _placed(label: str, records: Iterator[dict[str, Any]]) -> _Records:
-    return ((RecordRef(label, index), record) for index, record in enumerate(records))
+        yield part, split if len(source.splits) > 1 else "", read(label=part, split=split)
 
 
 def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[Path, str]:
@@ -232,6 +220,8 @@ def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[Path, str
             f"{', '.join(sorted(filter(None, found)))}"
         )
     files = [f for f in files if split_of(f) in (None, *splits)]
+    for file in files:
+        known_reader(file)
     names = {f: _SHARD.sub("", f.name.partition(".")[0]) for f in files}
     subsets: dict[Path, str] = {}
     for file, name in names.items():

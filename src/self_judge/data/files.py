@@ -10,30 +10,35 @@ import gzip
 import json
 import lzma
 import re
-import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from csv import DictReader, field_size_limit
 from csv import Error as CSVError
 from functools import partial
+from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import yaml
 
+from self_judge.data.hub import (
+    InMemory,
+    Record,
+    first_line,
+    is_saved_dataset,
+    read_dataset,
+    read_hub,
+    read_saved,
+)
 from self_judge.data.records import RecordRef, map_columns
-from self_judge.data.workers import workers_end_with_parent
 from self_judge.errors import DataError
 from self_judge.storage.atomic import loads
 from self_judge.storage.jsonl import parse_lines
 
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDataset
-
-Record = dict[str, Any]
-InMemory: TypeAlias = "Dataset | DatasetDict | IterableDataset"
+Placed: TypeAlias = Iterator[tuple[RecordRef, Record]]
 
 # Words in file names that indicate a split, as on the Hub.
 _SPLIT_WORDS = {
@@ -50,24 +55,18 @@ _DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json", "data
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def in_memory(source: Any) -> bool:
-    """Returns whether a source is a dataset of the `datasets` library."""
-    datasets = sys.modules.get("datasets")
-    kinds = "Dataset", "DatasetDict", "IterableDataset", "IterableDatasetDict"
-    return datasets is not None and isinstance(source, tuple(getattr(datasets, k) for k in kinds))
-
-
-def read_raw(
+def read_records(
     path: str | InMemory,
     *,
+    label: str = "",
     split: str = "train",
     data_dir: str | None = None,
     name: str | None = None,
     revision: str | None = None,
     num_proc: int | None = None,
     columns: Mapping[str, str] | None = None,
-) -> Iterator[Record]:
-    """Yields the records of a source in order.
+) -> Placed:
+    """Yields the records of a source in order, each with its place for errors.
 
     Local JSON is parsed in plain Python, because Arrow cannot infer a schema if the type of a field
     varies (for example, a rating that is sometimes a number and sometimes "N/A").
@@ -76,6 +75,7 @@ def read_raw(
         path: a local file (see `FORMATS`), which is always read completely; a local folder that
             contains such files or was written by `save_to_disk`; the ID of a dataset on the Hub; or
             a dataset in memory.
+        label: the name of a source that is no file or folder in places; default: its path.
         split: the split to read. In a folder, the dataset card or file names determine the split
             ("train.jsonl", "base_test.jsonl", "train_prefs.parquet").
         data_dir: a folder inside `path`, which may be local or on the Hub.
@@ -88,29 +88,38 @@ def read_raw(
             where possible, the line.
     """
     if isinstance(path, str):
-        records = _read_path(path, split, data_dir, name, revision, num_proc)
+        records = _read_path(path, label or path, split, data_dir, name, revision, num_proc)
     else:
-        records = _read_dataset(path, split, "dataset in memory")
-    if not columns:
-        return records
-    label = path if isinstance(path, str) else "dataset in memory"
-    numbered = enumerate(records)
-    return (map_columns(record, columns, RecordRef(label, index)) for index, record in numbered)
+        label = label or "dataset in memory"
+        records = placed(label, read_dataset(path, split, label))
+    for where, record in records:
+        yield where, map_columns(record, columns, where) if columns else record
+
+
+def read_raw(path: str | InMemory, **options: Any) -> Iterator[Record]:
+    """Yields the records of a source in order; see `read_records`."""
+    return (record for _, record in read_records(path, **options))
+
+
+def placed(label: str, records: Iterable[Record]) -> Placed:
+    """Yields the records of a source that is no file, each with its place."""
+    return ((RecordRef(label, index), record) for index, record in enumerate(records))
 
 
 def _read_path(
     path: str,
+    label: str,
     split: str,
     data_dir: str | None,
     name: str | None,
     revision: str | None,
     num_proc: int | None,
-) -> Iterator[Record]:
+) -> Placed:
     local = Path(path).expanduser()
     if not local.exists():
         if _looks_local(path):
             raise DataError(f"{path}: no such file or folder (working folder: {Path.cwd()})")
-        yield from _read_hub(path, split, data_dir, name, revision, num_proc)
+        yield from placed(label, read_hub(path, split, data_dir, name, revision, num_proc))
         return
     if revision or (name and not has_card(local)):
         given = f"name {name!r}" if name else f"revision {revision!r}"
@@ -122,37 +131,25 @@ def _read_path(
         if not local.is_dir():
             raise DataError(f"{local}: no such folder (data_dir {data_dir!r} of {path})")
     if local.is_dir() and is_saved_dataset(local):
-        yield from _read_saved(local, split)
+        yield from placed(label, read_saved(local, split))
         return
     if not (local.is_dir() or local.is_file()):
         raise DataError(f"{path}: not a regular file: save the data to a file, which is read twice")
     for file in _files_of(local, split, name) if local.is_dir() else [local]:
-        for _, record in read_numbered(file):
-            yield record
+        yield from _read_file(file)
 
 
-def read_numbered(file: Path) -> Iterator[tuple[int | None, Record]]:
-    """Yields the records of a file, each with its line number, or `None` if it has no lines.
-
-    Raises:
-        DataError: as in `read_raw`.
-    """
-    read = reader_of(file)
-    if read is None:
-        raise DataError(
-            f"{file}: unknown file type; supported types are {_TYPES} and folders written by "
-            "save_to_disk: convert or decompress the file, or save a spreadsheet as CSV"
-        )
+def _read_file(file: Path) -> Placed:
+    read = known_reader(file)
     _refuse_pointer(file)
     numbered: Iterator[tuple[int | None, Record]] = (
         _numbered_lines(file) if read is _read_lines else ((None, one) for one in read(file))
     )
-    empty = True
+    index = -1
     with _named_errors(file):
-        for number, record in numbered:
-            empty = False
-            yield number, record
-    if empty:
+        for index, (line, record) in enumerate(numbered):
+            yield RecordRef(str(file), index, line), record
+    if index < 0:
         raise DataError(f"{file}: the file has no records")
 
 
@@ -190,6 +187,12 @@ def _open_text(file: Path, newline: str | None = None) -> IO[str]:
     opened: Any = _COMPRESSED.get(file.suffix.lower(), open)
     text: IO[str] = opened(file, "rt", encoding="utf-8-sig", newline=newline)
     return text
+
+
+def _open_zstd(file: Path, _: str, **options: Any) -> IO[str]:
+    from pyarrow import CompressedInputStream
+
+    return TextIOWrapper(CompressedInputStream(str(file), "zstd"), **options)
 
 
 def _numbered_lines(file: Path) -> Iterator[tuple[int, Record]]:
@@ -237,7 +240,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
             for batch in table.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file}: not a valid parquet file ({_first_line(error)})") from None
+        raise DataError(f"{file}: not a valid parquet file ({first_line(error)})") from None
 
 
 def _read_table(file: Path, delimiter: str) -> Iterator[Record]:
@@ -248,9 +251,8 @@ def _read_table(file: Path, delimiter: str) -> Iterator[Record]:
     field_size_limit(2**31 - 1)  # the default limit of 128 KiB is too small for some dialogues
     with _open_text(file, newline="") as text:
         names = text.readline()
-        text.seek(0)
         delimiter = ";" if delimiter == "," not in names and ";" in names else delimiter
-        rows = DictReader(text, delimiter=delimiter, strict=True)
+        rows = DictReader(chain([names], text), delimiter=delimiter, strict=True)
         line = 1
         try:
             header = list(rows.fieldnames or ())
@@ -273,12 +275,19 @@ def _read_table(file: Path, delimiter: str) -> Iterator[Record]:
 FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".json": _read_json,
     ".jsonl": _read_lines,
+    ".ndjson": _read_lines,
     ".csv": partial(_read_table, delimiter=","),
     ".tsv": partial(_read_table, delimiter="\t"),
     ".parquet": _read_parquet,
 }
 # The formats of text may be compressed: ".jsonl.gz".
-_COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+# Endings of files that contain data in a form that no reader has, beside those of text in
+# `_COMPRESSED`. A folder's reader names such a file instead of leaving out its records.
+_UNREADABLE = (
+    *(".arrow", ".feather", ".avro", ".orc", ".xlsx", ".xls", ".ods"),
+    *(".zip", ".7z", ".rar", ".tar", ".tgz", ".lz4", *_COMPRESSED),
+)
 _TYPES = f"{', '.join(FORMATS)} (text also with {', '.join(_COMPRESSED)})"
 
 
@@ -287,6 +296,21 @@ def reader_of(file: Path) -> Callable[[Path], Iterator[Record]] | None:
     inner, last = ("", "", *(suffix.lower() for suffix in file.suffixes))[-2:]
     compressed = last in _COMPRESSED and inner != ".parquet"
     return FORMATS.get(inner if compressed else last)
+
+
+def known_reader(file: Path) -> Callable[[Path], Iterator[Record]]:
+    """Returns the reader for a file name.
+
+    Raises:
+        DataError: the file type is unknown.
+    """
+    if read := reader_of(file):
+        return read
+    raise DataError(
+        f"{file}: unknown file type; supported types are {_TYPES} and folders written by "
+        "save_to_disk: convert or decompress the file, save a spreadsheet as CSV, or move a file "
+        "that is not to be read out of its folder"
+    )
 
 
 def _looks_local(path: str) -> bool:
@@ -299,11 +323,13 @@ def _looks_local(path: str) -> bool:
 
 
 def is_data_file(file: Path) -> bool:
-    """Returns whether a file in a folder contains data: not hidden, and not a description."""
-    hidden = file.name.startswith((".", "__"))
-    return (
-        bool(reader_of(file)) and not hidden and file.name not in _DESCRIPTIONS and file.is_file()
-    )
+    """Returns whether a file in a folder contains data: not hidden, and not a description.
+
+    The file may have a form that cannot be read; see `known_reader`.
+    """
+    hidden = file.name.startswith((".", "__")) or file.name in _DESCRIPTIONS
+    named = reader_of(file) or file.name.lower().endswith(_UNREADABLE)
+    return bool(named) and not hidden and file.is_file()
 
 
 def _files_of(folder: Path, split: str, name: str | None = None) -> list[Path]:
@@ -315,6 +341,8 @@ def _files_of(folder: Path, split: str, name: str | None = None) -> list[Path]:
     if not chosen:
         known = sorted({own for own in splits.values() if own})
         raise DataError(f"{folder}: no file for split {split!r}; found splits: {', '.join(known)}")
+    for file in chosen:
+        known_reader(file)
     return chosen
 
 
@@ -357,7 +385,7 @@ def _configurations(folder: Path) -> list[dict[str, Any]]:
     try:
         configs = (yaml.safe_load(header) or {}).get("configs")
     except (yaml.YAMLError, AttributeError) as error:
-        raise DataError(f"{card}: not a valid dataset card ({_first_line(error)})") from None
+        raise DataError(f"{card}: not a valid dataset card ({first_line(error)})") from None
     return [c for c in configs or [] if isinstance(c, dict) and c.get("data_files")]
 
 
@@ -380,68 +408,5 @@ def _card_splits(folder: Path, name: str | None) -> dict[Path, str | None]:
                 files = map(Path, resolve_pattern(pattern, base))
                 splits.update(dict.fromkeys(filter(is_data_file, files), str(split)))
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder / 'README.md'}: {_first_line(error)}") from None
+        raise DataError(f"{folder / 'README.md'}: {first_line(error)}") from None
     return splits
-
-
-def is_saved_dataset(folder: Path) -> bool:
-    """Returns whether a folder was written by the `save_to_disk` method of a dataset."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
-
-
-def _read_saved(folder: Path, split: str) -> Iterator[Record]:
-    from datasets import load_from_disk
-
-    try:
-        saved = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{folder}: not a valid save_to_disk folder ({_first_line(error)})"
-        ) from None
-    yield from _read_dataset(saved, split, str(folder))
-
-
-def _read_dataset(dataset: InMemory, split: str, label: str) -> Iterator[Record]:
-    if isinstance(dataset, dict):
-        if split not in dataset:
-            raise DataError(f"{label}: no split {split!r}; it has {', '.join(map(str, dataset))}")
-        dataset = dataset[split]
-    empty = True
-    for record in dataset.with_format(None):  # plain values, also of a dataset of tensors
-        empty = False
-        yield dict(record)
-    if empty:
-        raise DataError(f"{label}: the dataset has no records")
-
-
-def _read_hub(
-    path: str,
-    split: str,
-    data_dir: str | None,
-    name: str | None,
-    revision: str | None,
-    num_proc: int | None,
-) -> Iterator[Record]:
-    from self_judge.storage.repository import hub_problem
-
-    hub_problem()  # before the import of datasets, which reads whether there is a connection
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    workers_end_with_parent()
-    try:
-        dataset = load_dataset(
-            path, name, data_dir=data_dir, split=split, revision=revision, num_proc=num_proc
-        )
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        raise DataError(
-            f"{path}: not a local path, and cannot be loaded from the Hub ({_first_line(error)}); "
-            "check the name and the connection, or use the path of a local copy"
-        ) from error
-    if not len(dataset):
-        raise DataError(f"{path}: split {split!r} has no records")
-    yield from dataset
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

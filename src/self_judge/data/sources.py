@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeAlias, cast
 from self_judge.config.schema import Source, SourceKind
 from self_judge.config.yaml import build
 from self_judge.data.dialogues import is_openai, select_hh, select_preference, starts_with_human
-from self_judge.data.files import InMemory, in_memory, read_numbered, read_raw, reader_of
+from self_judge.data.files import read_records, reader_of
+from self_judge.data.hub import InMemory, in_memory
 from self_judge.data.records import (
     Parsed,
     RecordRef,
@@ -26,7 +27,6 @@ from self_judge.data.records import (
     first_question,
     is_held_out,
     judge_context,
-    map_columns,
     prompt_columns,
 )
 from self_judge.data.ultrafeedback import select_ultrafeedback
@@ -121,8 +121,11 @@ def load_preferences(
     data = PreferenceData([])
     for number, source in enumerate(map(_source_of, listed)):
         label = _label_of(source, number)
-        raw = read_raw(
+        if label in data.counts_by_source:
+            raise DataError(f"{label}: the source is listed twice")
+        placed = read_records(
             source.path,
+            label=label,
             split=source.split,
             data_dir=source.data_dir,
             name=source.name,
@@ -130,10 +133,8 @@ def load_preferences(
             num_proc=num_proc,
             columns=source.columns,
         )
-        if label in data.counts_by_source:
-            raise DataError(f"{label}: the source is listed twice")
         selected = select_records(
-            raw,
+            placed,
             label=label,
             kind=source.kind,
             sft=source.sft,
@@ -190,7 +191,7 @@ def _label_of(source: Source, number: int) -> str:
 
 
 def select_records(
-    raw: Iterable[Mapping[str, Any]],
+    placed: Iterable[tuple[RecordRef, Mapping[str, Any]]],
     *,
     label: str,
     kind: SourceKind = "auto",
@@ -203,7 +204,11 @@ def select_records(
     rationales: bool = False,
     max_records: int | None = None,
 ) -> PreferenceData:
-    """Parses and selects raw records as in `load_preferences`. Error messages start with `label`.
+    """Parses and selects raw records as in `load_preferences`.
+
+    Args:
+        placed: the raw records with their places.
+        label: the name of the source for messages.
 
     Raises:
         DataError: an option is invalid, a record is malformed, or no record can be used.
@@ -211,11 +216,11 @@ def select_records(
     if isinstance(principles, str):
         principles = (principles,)
     _check_options(kind, subset, held_out, principles, rationales, max_records)
-    records = iter(raw)
+    records = iter(placed)
     first = next(records, None)
     if first is None:
         raise DataError(f"{label}: there are no records")
-    known = kind_of(first, label) if kind == "auto" else kind
+    known = kind_of(first[1], label) if kind == "auto" else kind
     if principles and pairs and known != "ultrafeedback":
         raise DataError(
             f"{label}: pairs per principle need ratings per principle (kind ultrafeedback), but "
@@ -228,12 +233,14 @@ def select_records(
     if pairs and not isinstance(principles, bool):
         counts.update({f"pairs, {principle}": 0 for principle in principles})
     kept: list[PreferenceRecord] = []
-    for index, record in enumerate(chain([first], records)):
+    for where, record in chain([first], records):
         if len(kept) == max_records:
             break
         counts["read"] += 1
         try:
-            parsed = parse(record, index, with_pairs=pairs, source=label)
+            parsed = parse(
+                record, where.index, with_pairs=pairs, source=where.source, line=where.line
+            )
         except UnusableRecordError as error:
             parsed = Parsed(None, (f"record: {error.reason}",))
         chosen = _in_subset(parsed.record, subset, held_out)
@@ -341,29 +348,6 @@ def to_self_judge_rows(records: Iterable[PreferenceRecord]) -> list[dict[str, An
     return rows
 
 
-def read_records(
-    path: str | InMemory, columns: Mapping[str, str] | None = None
-) -> Iterator[tuple[RecordRef, dict[str, Any]]]:
-    """Yields the raw records of any source (see `files.read_raw`), each with its place for errors.
-
-    Args:
-        columns: see `map_columns`.
-
-    Raises:
-        DataError: the source cannot be read.
-    """
-    label = "dataset in memory" if in_memory(path) else str(path)
-    file = None if in_memory(path) else Path(str(path)).expanduser()
-    numbered = (
-        read_numbered(file)
-        if file is not None and file.is_file()
-        else ((None, one) for one in read_raw(path))
-    )
-    for index, (line, record) in enumerate(numbered):
-        where = RecordRef(label, index, line)
-        yield where, map_columns(record, columns, where) if columns else record
-
-
 def read_prompts(
     path: str | InMemory,
     *,
@@ -386,7 +370,7 @@ def read_prompts(
         DataError: the file cannot be read, or a record has no prompt or an empty prompt.
     """
     prompts: list[list[Message]] = []
-    for where, record in itertools.islice(read_records(path, columns), max_records):
+    for where, record in itertools.islice(read_records(path, columns=columns), max_records):
         if unused is not None:
             unused.add(record)
         messages = prompt_of(record, where)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from self_judge.data.hub import workers_end_with_parent
 from self_judge.data.records import judge_context
-from self_judge.data.workers import workers_end_with_parent
 from self_judge.datatypes import Comparison, LabeledPair, Message, PreferenceRecord
 from self_judge.errors import require_type, suggesting
 from self_judge.prompting.chat_encoder import ChatEncoder

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
-from self_judge.data.workers import workers_end_with_parent
+from self_judge.data.hub import workers_end_with_parent
 from self_judge.datatypes import Message
 from self_judge.errors import require_type
 from self_judge.prompting.chat_encoder import ChatEncoder
