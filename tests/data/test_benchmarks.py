@@ -263,6 +263,22 @@ def test_a_malformed_record_is_named(record: dict[str, Any], message: str, file:
         read(file, record)
 
 
+def test_subsets_of_a_benchmark_have_one_spelling(file: Path) -> None:
+    three = {"prompt": "q", "chosen": ["x"] * 3, "rejected": ["y"] * 3}
+    domains = ["safety", "Safety", " SAFETY-Refuse", "safety-response", "Chat", "Law"]
+    pairs = read(file, *({**three, "domain": domain} for domain in domains))
+    assert [p.subset for p in pairs[::9]] == ["safety"] * 4 + ["chat", "Law"]
+    one = {"prompt": "q", "chosen": ["x"], "rejected": ["y"], "id": "ref:1"}
+    subsets = ["Precise IF", "precise if", "MATH", "ties", "Mathematics"]
+    pairs = read(file, *({**one, "subset": subset} for subset in subsets))
+    assert [p.subset for p in pairs] == ["Precise IF"] * 2 + ["Math", "Ties", "Mathematics"]
+    assert pairs[3].part == "ref:1"
+    two = {"question": "q", "response_A": "x", "response_B": "y", "label": "A>B"}
+    sources = ["MMLU-Pro-law", "livebench-math", "LiveCodeBench"]
+    pairs = read(file, *({**two, "source": source} for source in sources))
+    assert [p.subset for p in pairs] == ["mmlu-pro", "livebench-math", "livecodebench"]
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not beside this checkout")
 def test_the_real_benchmarks_are_read_to_the_last_pair() -> None:
     def counted(path: str) -> tuple[Counter[str], Counter[str]]:

@@ -31,8 +31,10 @@ from self_judge.prompting.judge_templates import dialogue_text
 
 Label = Literal["a", "b", "tie"]
 _ANNOTATORS = ("annotator1", "annotator2", "annotator3")
-# JudgeBench reports these parts, to which `source` belongs by its prefix.
+# The subsets that benchmarks report. A subset in the data belongs to one by its prefix.
 _JUDGE_BENCH = ("mmlu-pro", "livebench-reasoning", "livebench-math", "livecodebench")
+_RM_BENCH = ("chat", "code", "math", "safety")
+_REWARD_BENCH_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 _VOTES = ("winner_model_a", "winner_model_b", "winner_tie")
 
 
@@ -207,8 +209,7 @@ def _judge_bench(record: Mapping[str, Any], where: RecordRef) -> Found:
     label = labels.get(where.text(record, "label"))
     if label is None:
         raise where.error("label", f"expected 'A>B' or 'B>A', got {record['label']!r}")
-    source = where.text(record, "source") if "source" in record else ""
-    subset = next((name for name in _JUDGE_BENCH if source.startswith(name)), source)
+    subset = where.one_of(record, "source", _JUDGE_BENCH) if "source" in record else ""
     a, b = where.text(record, "response_A").strip(), where.text(record, "response_B").strip()
     question = where.text(record, "question").strip()
     yield _pair(where, question, a, b, label, subset, "JudgeBench")
@@ -315,8 +316,7 @@ def _rm_bench(record: Mapping[str, Any], where: RecordRef) -> Found:
     """Parses a record of RM-Bench (arXiv 2410.16184): three styles, from concise to formatted.
 
     Each chosen response is compared with each rejected one. A pair is hard if the rejected response
-    has the more elaborate style, and easy if the chosen one has. The subset is the domain, in which
-    `safety-refuse` and `safety-response` both belong to `safety`.
+    has the more elaborate style, and easy if the chosen one has. The subset is the domain.
     """
     chosen, rejected = _texts(record, "chosen", where), _texts(record, "rejected", where)
     for name, texts in (("chosen", chosen), ("rejected", rejected)):
@@ -326,7 +326,7 @@ def _rm_bench(record: Mapping[str, Any], where: RecordRef) -> Found:
     if problem := _problem(chosen, rejected):
         yield problem
         return
-    subset = where.text(record, "domain").partition("-")[0]
+    subset = where.one_of(record, "domain", _RM_BENCH)
     for (i, better), (j, worse) in product(enumerate(chosen), enumerate(rejected)):
         part = "hard" if i < j else "easy" if i > j else "normal"
         yield replace(
@@ -343,7 +343,8 @@ def _reward_bench_2(record: Mapping[str, Any], where: RecordRef) -> Found:
     `ref:N` or `tied:N`, for two prompts that belong together.
     """
     chosen, rejected = _texts(record, "chosen", where), _texts(record, "rejected", where)
-    question, subset = where.text(record, "prompt").strip(), where.text(record, "subset")
+    question = where.text(record, "prompt").strip()
+    subset = where.one_of(record, "subset", _REWARD_BENCH_2)
     part = where.text(record, "id") if subset == "Ties" else ""
     if part and not re.fullmatch(r"(ref|tied):\d+", part):
         raise where.error("id", f"expected ref:N or tied:N in the subset Ties, got {part!r}")

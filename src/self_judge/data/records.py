@@ -292,6 +292,15 @@ class RecordRef:
             raise self.error(field, problem) from None
         return value
 
+    def one_of(self, holder: Mapping[str, Any], name: str, known: Sequence[str]) -> str:
+        """Returns the string `holder[name]`, or the known name that it is or begins with.
+
+        Upper and lower case are the same, so that "Safety" and "safety-refuse" both are `safety`.
+        """
+        text = self.text(holder, name).strip()
+        begun = (own for own in known if f"{text}-".lower().startswith(f"{own}-".lower()))
+        return next(begun, text)
+
     def number(self, value: Any, field: str) -> float | None:
         """Converts a number or numeric string to a float.
 
