@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from self_judge.config.arguments import JUDGING, OVERRIDES, Parser, command_parser, filled
 from self_judge.config.inputs import check_inputs, check_names, check_run
-from self_judge.console import masked, neutral
+from self_judge.console import StandardOutput, Terminal, masked, neutral, with_streams
 from self_judge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     For bad input, this function prints one line for each problem and returns 2.
     """
+    return with_streams(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = command_parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
         _argcomplete().autocomplete(parser)
@@ -56,26 +60,27 @@ def train_main(kind: RunKind, argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDES
     )
-    arguments = parser.parse_args(argv)
-    arguments.kind = kind
-    return _guarded(_train, arguments, arguments.debug)
+
+    def run() -> int:
+        arguments = parser.parse_args(argv)
+        arguments.kind = kind
+        return _guarded(_train, arguments, arguments.debug)
+
+    return with_streams(run)
 
 
 def _guarded(
     run: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace, debug: bool
 ) -> int:
-    _open_closed_streams()
     try:
         status = run(arguments)
-        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if debug:
+        if debug or error is StandardOutput.problem:
             raise
         for problem in error.args if isinstance(error, ConfigError) else [error]:
             # Messages often quote text from a file, so escape them.
@@ -88,17 +93,6 @@ def _guarded(
         print(f"self-judge: stopped: {neutral(str(error))}", file=sys.stderr)
         return 1
     return status or 0
-
-
-def _open_closed_streams() -> None:
-    """Replaces standard streams that the caller closed, such as with `>&-`.
-
-    Otherwise, Python has `None` in their place, and the next file that is opened takes the number
-    of a stream, so that whatever libraries print would be written to it.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open until the end
 
 
 def _argcomplete() -> Any:
@@ -256,7 +250,6 @@ def _check(arguments: argparse.Namespace) -> int:
 
     import logging
 
-    from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
     from self_judge.check.check import check
@@ -264,7 +257,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     transformers_logging.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    with Console(stderr=True).status("checking"):
+    with Terminal(stderr=True).status("checking"):
         report = check(
             arguments.config,
             arguments.overrides,
@@ -277,9 +270,9 @@ def _check(arguments: argparse.Namespace) -> int:
         # `json` escapes all non-ASCII characters and all control characters except DEL.
         print(json.dumps(masked(report.to_dict()), indent=2).replace("\x7f", "\\u007f"))
     elif arguments.plain:
-        show(report, Console(color_system=None, highlight=False, width=100), plain=True)
+        show(report, Terminal(color_system=None, highlight=False, width=100), plain=True)
     else:
-        show(report, Console(highlight=False))
+        show(report, Terminal(highlight=False))
     return 1 if report.problems else 0
 
 

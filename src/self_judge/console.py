@@ -1,4 +1,4 @@
-"""Terminal output: masked secrets, escaped text, lines, tables and intervals.
+"""Terminal output: masked secrets, escaped text, lines, tables, intervals and streams.
 
 This module defines how text and tables look. Other modules define their contents.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedWriter, FileIO, TextIOWrapper
 from itertools import zip_longest
 from typing import Any
 
@@ -112,6 +114,16 @@ def neutral(text: str) -> str:
 def say(console: Console, line: str) -> None:
     """Prints a line without markup. The line wraps in a terminal but not in a log file."""
     console.print(neutral(line), markup=False, highlight=False, soft_wrap=True)
+
+
+class Terminal(Console):
+    """A console that leaves it to the caller that the reader of its output has ended.
+
+    Rich would exit with status 1.
+    """
+
+    def on_broken_pipe(self) -> None:
+        raise
 
 
 class _Column:
@@ -270,3 +282,66 @@ def interval(estimate: Mapping[str, Any] | None) -> str:
         return "–"
     low, high = estimate["ci95"]
     return f"{estimate['value']:.3f} [dim]{low:.3f}–{high:.3f}[/dim]"
+
+
+def with_streams(run: Callable[[], int]) -> int:
+    """Returns the status of a command, or of its output if it cannot be written."""
+    _open_closed_streams()
+    _watch_output()
+    try:
+        try:
+            return run()
+        finally:
+            sys.stdout.flush()
+            if StandardOutput.problem:  # argparse ignores it
+                raise StandardOutput.problem
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        status = 141
+    except OSError as error:
+        if error is not StandardOutput.problem:
+            raise
+        why = f"standard output cannot be written: {error.strerror}"
+        sys.stderr.write(f"self-judge: error: {why}\n")
+        status = 2
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
+def _watch_output() -> None:
+    """Writes standard output through `StandardOutput`."""
+    StandardOutput.problem = None
+    old = sys.stdout
+    known = isinstance(old, TextIOWrapper) and old is sys.__stdout__
+    buffer = old.buffer if known else None
+    if not isinstance(getattr(buffer, "raw", buffer), FileIO):  # replaced, or a Windows terminal
+        return
+    raw = StandardOutput(old.fileno(), "w", closefd=False)
+    sys.stdout = TextIOWrapper(
+        BufferedWriter(raw) if isinstance(buffer, BufferedWriter) else raw,  # PYTHONUNBUFFERED
+        **{name: getattr(old, name) for name in ("encoding", "errors")},
+        **{name: getattr(old, name) for name in ("line_buffering", "write_through")},
+    )
+
+
+class StandardOutput(FileIO):
+    """Standard output that remembers why it could not be written."""
+
+    problem: OSError | None = None
+
+    def write(self, content: Any, /) -> Any:
+        try:
+            return super().write(content)
+        except OSError as error:
+            StandardOutput.problem = error
+            raise
+
+
+def _open_closed_streams() -> None:
+    """Replaces standard streams that the caller closed, such as with `>&-`.
+
+    Otherwise, Python has `None` in their place, and the next file that is opened takes the number
+    of a stream, so that whatever libraries print would be written to it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open until the end

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,3 +193,31 @@ def test_a_closed_stream_ends_no_command(
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my").is_dir() == (closed == "<&-")
+
+
+def told_of_output(words: list[str], output: int, stream: str = "stdout") -> tuple[int, list[str]]:
+    """The exit status and the errors of a command whose output goes to an open file."""
+    other = {"stdout": "stderr", "stderr": "stdout"}[stream]
+    command = [sys.executable, "-m", "self_judge", *words]
+    streams: Any = {stream: output, other: subprocess.PIPE}
+    done = subprocess.run(command, text=True, **streams)
+    return done.returncode, (done.stderr or "").splitlines()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
+def test_output_that_cannot_be_written_is_named_and_an_ended_reader_is_none(
+    saved_judge: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    reader, ended = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    # A table, which rich prints, of an evaluation that is done already at the second call.
+    options = ["--judge", str(saved_judge), "--max-pairs", "4", "--output", str(tmp_path / "out")]
+    evaluation = ["eval", str(data["preference"]), *options]
+    for words in (["keys"], ["--help"], evaluation):
+        assert told_of_output(words, ended)[0] == 141
+        status, errors = told_of_output(words, full)
+        assert status == 2
+        problem = "standard output cannot be written: No space left on device"
+        assert errors[-1] == f"self-judge: error: {problem}"
+    assert told_of_output([*evaluation, "--overwrite"], ended, "stderr") == (141, [])

@@ -21,7 +21,16 @@ from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
 from self_judge.commands.policies import check_prompt, encoder_of, load_sampler
 from self_judge.commands.resumable import RankShards, ResumableJob, Work
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import NumberTable, ends, masked, number, print_conclusions, say, table
+from self_judge.console import (
+    NumberTable,
+    Terminal,
+    ends,
+    masked,
+    number,
+    print_conclusions,
+    say,
+    table,
+)
 from self_judge.data.files import read_records, reader_of
 from self_judge.data.records import UnusedText, map_columns, prompt_columns
 from self_judge.data.sources import prompt_of, read_prompts
@@ -129,7 +138,7 @@ def run_compare(
         ValueError: a model, the prompts or the responses cannot be used, or `output` contains
             another comparison.
     """
-    output, console = Path(output), console or Console()
+    output, console = Path(output), console or Terminal()
     prompts = job.read(console)
     files = [
         Path(policy) if is_responses(policy) else output / f"responses_{side}.jsonl"

@@ -19,7 +19,7 @@ from rich.console import Console
 from self_judge import __version__
 from self_judge.commands.judge import CHUNK, Item, judge_in_bulk
 from self_judge.commands.resumable import RankShards
-from self_judge.console import masked, say
+from self_judge.console import Terminal, masked, say
 from self_judge.data.benchmarks import BenchmarkSource, Share, read_comparisons, share_of
 from self_judge.data.labeled_pairs import LabeledComparison
 from self_judge.evaluation.benchmark_metrics import BenchmarkTally
@@ -103,7 +103,7 @@ def run_eval(
         ValueError: the data, the model or the templates cannot be used, or `output` contains
             another evaluation.
     """
-    output, console = Path(output), console or Console()
+    output, console = Path(output), console or Terminal()
     compared = output / "compared" / VERDICTS
     files = [output / RESULTS, output / VERDICTS, compared]
     refuse_overwriting(files, [source.label for source in evaluation.sources])

@@ -40,7 +40,7 @@ from self_judge.commands.align.stages import (
 from self_judge.config.hardware import fit_to_machine
 from self_judge.config.schema import load_run
 from self_judge.config.yaml import read_yaml
-from self_judge.console import say
+from self_judge.console import Terminal, say
 from self_judge.data.files import read_records
 from self_judge.data.records import first_question, is_held_out, is_named
 from self_judge.data.sources import PreferenceData, load_preferences
@@ -97,7 +97,7 @@ def run_init(job: InitJob, console: Console | None = None) -> None:
     Raises:
         ValueError: the model, the data or the principles cannot be used, or a file exists.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     for name in (str(job.folder.resolve()), job.model, job.data, *job.columns.values()):
         if "${" in name:
             raise ConfigError(f"{name}: '${{' begins a reference in run files: rename it")
@@ -134,7 +134,7 @@ def run_init(job: InitJob, console: Console | None = None) -> None:
 
 def print_next(folder: Path, console: Console | None = None) -> None:
     """Prints the commands that continue in a folder of run files."""
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     say(console, "next:")
     for words in (["check", str(folder / JSFT)], *(stage.words for stage in stages(folder))):
         say(console, f"  {shlex.join(['self-judge', *words])}")

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from self_judge.commands.resumable import ResumableJob, Work, input_and_output, input_reader
-from self_judge.console import print_conclusions, say
+from self_judge.console import Terminal, print_conclusions, say
 from self_judge.data.records import RecordRef, question_columns
 from self_judge.data.sources import question_of
 from self_judge.datatypes import Comparison
@@ -136,7 +136,7 @@ def run_judge(
         for where, line in read():
             yield Item(_comparison(line, where, field), line)
 
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     total, rate = judge_in_bulk(
         items,
         target,

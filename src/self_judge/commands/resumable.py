@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from self_judge.console import say
+from self_judge.console import Terminal, say
 from self_judge.data.files import read_records
 from self_judge.data.records import RecordRef, UnusedText
 from self_judge.errors import DataError, JournalError, check_file
@@ -86,7 +86,7 @@ def input_reader(
         DataError: the file cannot be read, or a record cannot be written as JSON.
     """
     told: set[tuple[str, str]] = set()
-    tell = partial(say, console or Console(stderr=True))
+    tell = partial(say, console or Terminal(stderr=True))
     unused = UnusedText(str(source), used, tell)
 
     def tell_once(names: Collection[str], where: RecordRef, what: str) -> None:
@@ -249,7 +249,7 @@ class ResumableJob(Generic[ItemT]):
         if self.chunk < 1:
             raise ValueError(f"--chunk must be at least 1, got {self.chunk}")
         refuse_special_files(self.target)  # other processes may write to shards of the target
-        console = console or Console(stderr=True)
+        console = console or Terminal(stderr=True)
         shards = RankShards.here(self.target, self.chunk)
         if shards.world_size > 1 and not overwrite:
             joined = shards.agreed(self._joined)

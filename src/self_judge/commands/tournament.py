@@ -25,7 +25,7 @@ from self_judge.commands.resumable import (
     input_reader,
 )
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import say
+from self_judge.console import Terminal, say
 from self_judge.data.records import RecordRef, prompt_columns, question_columns
 from self_judge.data.sources import question_of
 from self_judge.datatypes import Message, Response, stable_seed
@@ -196,7 +196,7 @@ def run_tournament(
         chunk=chunk,
         may_be_longer=job.max_prompts is not None,  # a line does not depend on the number of lines
     )
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     total, rate = lines.run(job.load, overwrite=overwrite, console=console)
     if PartialState().is_main_process and target.is_file():
         _summarize(target, rate, console)

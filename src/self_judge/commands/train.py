@@ -30,7 +30,7 @@ from self_judge.commands.run_summary import RunSummary, judge_accuracy
 from self_judge.config.hardware import Run, fit_to_machine, threads_for
 from self_judge.config.schema import JSFTRun, SelfJudgeRun
 from self_judge.config.self_training import PackingChoice
-from self_judge.console import masked, say
+from self_judge.console import Terminal, masked, say
 from self_judge.data.hub import workers_end_with_parent
 from self_judge.datatypes import PreferenceRecord
 from self_judge.errors import ModelError
@@ -318,7 +318,7 @@ def _summarize(
 
 
 def _console(console: Console | None) -> Console:
-    return console or Console(stderr=True)
+    return console or Terminal(stderr=True)
 
 
 def _speaker(console: Console | None) -> Say:

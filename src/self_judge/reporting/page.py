@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from self_judge import __version__
-from self_judge.console import masked, say
+from self_judge.console import Terminal, masked, say
 from self_judge.reporting.charts import charts_json
 from self_judge.reporting.collect import Limits, ReportData, collect
 from self_judge.storage.atomic import atomic_write
@@ -57,7 +57,7 @@ def write_report(
     refuse_overwriting([target], [*inputs, *sources])
     with atomic_write(target) as file:
         file.write(page(data))
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     shown = [
         f"{len(items):,} {noun}{'' if len(items) == 1 else 's'}"
         for items, noun in (

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from self_judge.adapters import adapter_config, fingerprint
 from self_judge.commands.policies import encoder_of
-from self_judge.console import say
+from self_judge.console import Terminal, say
 from self_judge.errors import ConfigError
 from self_judge.judging.choice import JudgeChoice
 from self_judge.judging.judge import Judge
@@ -105,7 +105,7 @@ def run_serve(choice: JudgeChoice, job: ServeJob, console: Console | None = None
         server_header=False,
         timeout_keep_alive=75,  # longer than that of proxies, so that they close first
     )
-    shown = console or Console(stderr=True)
+    shown = console or Terminal(stderr=True)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:

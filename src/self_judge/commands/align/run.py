@@ -37,7 +37,7 @@ from self_judge.commands.init import InitJob, run_init
 from self_judge.commands.train import changed_settings, settings_json
 from self_judge.config.hardware import fit_to_machine
 from self_judge.config.schema import load_run
-from self_judge.console import say
+from self_judge.console import Terminal, say
 from self_judge.errors import ConfigError, DataError
 from self_judge.reporting.page import plotly_is_there
 from self_judge.storage.atomic import loads, write_json
@@ -65,7 +65,7 @@ def run_align(job: InitJob, overrides: Sequence[str] = (), console: Console | No
         ValueError: the folder belongs to another model or other data, these have changed, or a
             complete stage had other settings or inputs.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     tell = partial(say, console)
     folder = job.folder
     if any((folder / name).exists() for name in FILES):
@@ -101,7 +101,7 @@ def run_align(job: InitJob, overrides: Sequence[str] = (), console: Console | No
             if runner.asked:
                 tell(f"stopped after {title}: run the same command again to continue from here")
                 return 0
-    print_outcome(folder, todo, Console())
+    print_outcome(folder, todo, Terminal())
     return 0
 
 

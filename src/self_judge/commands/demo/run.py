@@ -13,7 +13,7 @@ from rich.console import Console
 from self_judge.commands.demo.steps import Demo, DemoSettings, quiet, rated
 from self_judge.commands.tournament import played_line
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import Facts, NumberTable, ends, number, say, table
+from self_judge.console import Facts, NumberTable, Terminal, ends, number, say, table
 from self_judge.data import synthetic, toy_world
 from self_judge.datatypes import stable_seed
 from self_judge.evaluation.statistics import (
@@ -62,7 +62,7 @@ def run_demo(
         ValueError: something else stands in place of the output folder.
     """
     started = time.perf_counter()
-    console = console or Console()
+    console = console or Terminal()
     demo = Demo(seed, Path(output), settings or DemoSettings(), console)
     writable_to(demo.output)
     quiet()

@@ -16,11 +16,10 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from self_judge.console import masked, neutral
+from self_judge.console import Terminal, masked, neutral
 from self_judge.datatypes import Verdict
 from self_judge.judging.voting import under_principle
 from self_judge.prompting.thoughts import NO_ANSWER
@@ -265,7 +264,7 @@ def metrics_over_processes(
 
 def show_pairs(rollouts: Sequence[Rollout], step: int, report_to: Sequence[str]) -> None:
     """Prints sampled pairs, and logs them as a table to W&B and Trackio, as TRL does."""
-    Console().print(pairs_table(rollouts[:4], step))
+    Terminal().print(pairs_table(rollouts[:4], step))
     rows = [
         {
             "step": step,
