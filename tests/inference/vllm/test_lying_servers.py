@@ -178,8 +178,13 @@ GOOD = json.dumps({"choices": [{"index": 0, "token_ids": [3, 7]}]}).encode()
         http(GOOD, more="Content-Encoding: gzip\r\n"),
         b"no HTTP at all\r\n\r\n",
         b"",
+        http(b"", "204 No Content"),
+        *(
+            http(b"", "503 Busy", more=f"Retry-After: {after}\r\n")
+            for after in ("Fri, 31 Dec 99999 23:59:59 GMT", "9" * 400, "9" * 5000, "-5", "soon")
+        ),
     ],
-    ids=range(9),
+    ids=range(15),
 )
 def test_an_answer_that_is_cut_or_no_json_is_one_line_with_the_url(said: bytes) -> None:
     with speaking(said, first=MODELS) as url:

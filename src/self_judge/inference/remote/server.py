@@ -63,8 +63,8 @@ def _named(state: Any) -> float:
 
     after = getattr(state.outcome.exception(), "after", None)
     try:
-        return Retry().parse_retry_after(after) if after else 0.0
-    except InvalidHeader:
+        return float(Retry().parse_retry_after(after)) if after else 0.0
+    except (InvalidHeader, ValueError, OverflowError):  # no time, or not one that a clock has
         return 0.0
 
 
