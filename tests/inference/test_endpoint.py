@@ -132,6 +132,11 @@ def test_the_key_comes_from_the_environment_and_is_masked(
     with pytest.raises(EngineError, match="JUDGES_WORD has no key"):
         scorer(fake, api_key_env="JUDGES_WORD")
     assert "Authorization" not in scorer(fake).server._session.headers
+    for odd in ("first line\nsecond line", "sesam\u00e9", "\u2603"):
+        monkeypatch.setenv("JUDGES_WORD", odd)
+        with pytest.raises(EngineError, match="JUDGES_WORD has a key with characters") as error:
+            scorer(fake, api_key_env="JUDGES_WORD", model="served")
+        assert odd[:5] not in str(error.value)
     word = "open sesame of the day"  # neither its variable nor its form looks like a secret
     monkeypatch.setenv("JUDGES_WORD", word)
     asked = scorer(fake, api_key_env="JUDGES_WORD", model="served")

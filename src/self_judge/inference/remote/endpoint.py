@@ -217,6 +217,9 @@ def _key(variable: str) -> str:
     if not key:
         raise EngineError(f"the environment variable {variable} has no key: set it, or correct "
                           "api_key_env")  # fmt: skip
+    if not (key.isascii() and key.isprintable()):
+        raise EngineError(f"the environment variable {variable} has a key with characters that no "
+                          "header may have, such as a line break: correct it")  # fmt: skip
     masked(key, secret=True)  # from here on, it is masked in all output
     return key
 
