@@ -70,6 +70,11 @@ class Verdict:
     probabilities: tuple[tuple[tuple[float, float], tuple[float, float]], ...] = ()
     undecidable_because: str | None = None
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether both orders were judged with finite scores, even if they are exactly tied."""
+        return bool(self.probabilities) and math.isfinite(self.margin)
+
     def order_margins(self) -> tuple[float, float]:
         """Returns the margins of the two orders: response `a` first, then response `b` first.
 

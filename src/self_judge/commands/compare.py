@@ -312,7 +312,7 @@ def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
     lengths: list[tuple[int, int]] = []
     finished: tuple[list[bool], list[bool]] = ([], [])
     reasons: Counter[str] = Counter()
-    agree = 0
+    agree = judged = 0
     for line in read_journal(pairs):
         with entries_of(pairs, remedy=": the file was changed or damaged: pass --overwrite"):
             verdict, ends_of = verdict_from_json(line["verdict"]), line["finished"]
@@ -321,6 +321,7 @@ def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
         consistent[_win(verdict) if verdict.orders_agree else 0.5] += 1
         lengths.append((a, b))
         agree += verdict.orders_agree
+        judged += verdict.is_judged
         reasons.update(filter(None, [verdict.undecidable_because]))
         for kept, ended in zip(finished, ends_of, strict=True):
             if ended is not None:
@@ -346,7 +347,7 @@ def outcome(pairs: Path, seed: int = 0) -> dict[str, Any]:
             "losses": consistent[0.0],
         },
         "longer_wins_all": estimate_json(proportion(longer, len(plain))),
-        "order_agreement": estimate_json(proportion(agree, len(plain))),
+        "order_agreement": estimate_json(proportion(agree, judged or len(plain))),
         "undecidable": reasons.total() / len(plain),
         "undecidable_because": dict(reasons),
         "characters": {

@@ -121,7 +121,6 @@ class JudgeTally:
         self.pairs += 1
         if verdict.undecidable_because is not None:
             self.reasons[verdict.undecidable_because] += 1
-        finite = bool(verdict.probabilities) and math.isfinite(verdict.margin)
         first, second = winners(verdict)
         consistent = first if first == second else "tie"
         means["with_ties"].add(float(consistent == label))
@@ -130,7 +129,7 @@ class JudgeTally:
             means["ties_undecided"].add(float(said is None))
         else:
             self._add_decided(said, label, first, second, pair.characters)
-        if finite:
+        if verdict.is_judged:
             self._add_judged(verdict, label, first, second)
             means["margin of ties" if label == "tie" else "margin of others"].add(
                 abs(verdict.margin)

@@ -19,7 +19,7 @@ from scipy.stats import binomtest, bootstrap
 
 from self_judge.data.records import judge_context
 from self_judge.datatypes import Comparison, PreferenceRecord, Verdict
-from self_judge.judging.voting import under_principle
+from self_judge.judging.voting import order_agreement, under_principle
 
 if TYPE_CHECKING:
     from self_judge.judging.judge import Judge
@@ -159,7 +159,7 @@ class JudgeQuality:
         accuracy: the fraction of pairs in which the judge prefers the better response. An undecided
             pair counts as half a success.
         single_order: the accuracy of each order alone, averaged over the two orders.
-        order_agreement: the fraction of pairs on which both orders agree.
+        order_agreement: see `voting.order_agreement`.
         undecidable: the fraction of undecided pairs.
     """
 
@@ -185,7 +185,7 @@ def judge_quality(verdicts: Sequence[Verdict]) -> JudgeQuality:
     return JudgeQuality(
         accuracy=proportion(correct, len(verdicts)),
         single_order=statistics.fmean(alone) if alone else float("nan"),
-        order_agreement=sum(v.orders_agree for v in verdicts) / len(verdicts),
+        order_agreement=order_agreement(verdicts),
         undecidable=sum(v.preferred is None for v in verdicts) / len(verdicts),
     )
 

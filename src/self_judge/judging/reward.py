@@ -42,6 +42,7 @@ from self_judge.errors import require_type
 from self_judge.judging.judge import Judge
 from self_judge.judging.panel import AnyJudge, Panel
 from self_judge.judging.tournament import Compare, knockouts
+from self_judge.judging.voting import order_agreement
 from self_judge.prompting.judge_templates import dialogue_text
 from self_judge.prompting.messages import content_of, lost, reasoning_key
 from self_judge.prompting.thoughts import answer_of
@@ -157,10 +158,8 @@ class PairwiseReward:
         if log_metric is not None and verdicts:
             decided = [v for v in verdicts if v.preferred is not None]
             log_metric("judge/undecidable", 1 - len(decided) / len(verdicts))
-            if decided:
-                log_metric(
-                    "judge/order_agreement", sum(v.orders_agree for v in decided) / len(decided)
-                )
+            if any(verdict.is_judged for verdict in verdicts):
+                log_metric("judge/order_agreement", order_agreement(verdicts))
         return rewards
 
     def _compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:

@@ -6,7 +6,7 @@ This module does not use torch. It does not depend on how the probabilities are 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -73,6 +73,12 @@ def aggregate(probabilities: Sequence[Orders]) -> Verdict:
     )
     first, second = verdict.order_margins()
     return replace(verdict, orders_agree=first * second > 0)
+
+
+def order_agreement(verdicts: Iterable[Verdict]) -> float:
+    """Returns the fraction of judged pairs on which both orders agree; NaN without such pairs."""
+    agree = [verdict.orders_agree for verdict in verdicts if verdict.is_judged]
+    return sum(agree) / len(agree) if agree else math.nan
 
 
 def undecidable(probabilities: tuple[Orders, ...], because: str) -> Verdict:

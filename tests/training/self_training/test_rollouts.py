@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from self_judge import Comparison, Verdict
 from self_judge.datatypes import Response
-from self_judge.judging.voting import aggregate
+from self_judge.evaluation.judge_metrics import JudgedPair, JudgeTally
+from self_judge.evaluation.statistics import judge_quality
+from self_judge.judging.voting import aggregate, undecidable
 from self_judge.training.self_training.rollout_log import (
     rollout_metrics,
     rollout_totals,
@@ -260,6 +262,20 @@ def test_metrics_are_those_computed_by_hand() -> None:
             "completions/rejected_length": 14 / 4,
         }
     )
+
+
+def test_order_agreement_is_the_same_in_training_and_in_evaluation() -> None:
+    """Exact ties have two orders; pairs without finite scores have none."""
+    tie, broken = verdict(((0.4, 0.2), (0.4, 0.2))), verdict(((math.nan, 0), (0, 0)))
+    unfit = undecidable((), "the pair does not fit into max_length")
+    verdicts = [AGREE, AGREE, tie, broken, unfit]
+    totals = rollout_totals([rollout(v, 1, 1) for v in verdicts], ["helpful"])
+    tally = JudgeTally(["helpful"])
+    for own in verdicts:
+        tally.add(JudgedPair("a", own, None, (1, 1)))
+    assert rollout_metrics(totals)["judge/order_agreement"] == pytest.approx(2 / 3)
+    assert judge_quality(verdicts).order_agreement == pytest.approx(2 / 3)
+    assert tally.report()["order_agreement"]["value"] == pytest.approx(2 / 3)
 
 
 def test_a_principle_with_an_exact_tie_counts_half() -> None:

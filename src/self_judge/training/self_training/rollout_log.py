@@ -31,15 +31,17 @@ from self_judge.training.self_training.rollouts import Rollout
 
 def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> dict[str, float]:
     """Returns sums over rollouts, from which `rollout_metrics` computes the means."""
-    judged = [r.verdict for r in rollouts if r.decided and r.verdict is not None]
+    decided = [r.verdict for r in rollouts if r.decided and r.verdict is not None]
+    judged = [r.verdict for r in rollouts if r.verdict is not None and r.verdict.is_judged]
     both = [x for r in rollouts for x in (r.chosen, r.rejected)]
     thoughts = [x.thought_length for x in both if x.thought is not None]
     totals = {
         "pairs": float(len(rollouts)),
-        "decided": float(len(judged)),
-        "margin": math.fsum(v.margin for v in judged),
+        "decided": float(len(decided)),
+        "judged": float(len(judged)),
+        "margin": math.fsum(v.margin for v in decided),
         "orders_agree": float(sum(v.orders_agree for v in judged)),
-        "mass": math.fsum(_letter_mass(v) for v in judged),
+        "mass": math.fsum(_letter_mass(v) for v in decided),
         "broken": float(sum(is_broken(r) for r in rollouts)),
         "responses": float(len(both)),
         "tokens": float(sum(x.answer_length for x in both)),
@@ -52,7 +54,7 @@ def rollout_totals(rollouts: Sequence[Rollout], principles: Sequence[str]) -> di
     }
     for p, principle in enumerate(principles):
         wins = 0.0
-        for verdict in judged:
+        for verdict in decided:
             (aa, ab), (ba, bb) = verdict.probabilities[p]
             difference = (aa + bb) - (ab + ba)
             wins += 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
@@ -79,17 +81,18 @@ def is_broken(rollout: Rollout) -> bool:
 def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     """Computes the logged means from the sums of `rollout_totals`.
 
-    Margin, order agreement, letter mass and win rates are means over decided pairs. The win rate of
-    a principle or a member of a panel is the share of pairs in which it agrees with the verdict,
-    and its order agreement is that of its own verdicts. Lengths count only answers. If there are
+    Margin, letter mass and win rates are means over decided pairs, and the order agreement is one
+    over judged pairs (see `voting.order_agreement`). The win rate of a principle or a member of a
+    panel is the share of pairs in which it agrees with the verdict, and its order agreement is that
+    of its own verdicts. Lengths count only answers. If there are
     thoughts, the metrics also include their mean length and the share of responses without an
     answer.
     """
     decided, responses = max(totals["decided"], 1.0), max(totals["responses"], 1.0)
-    pairs = max(totals["pairs"], 1.0)
+    pairs, judged = max(totals["pairs"], 1.0), max(totals["judged"], 1.0)
     metrics = {
         "judge/margin": totals["margin"] / decided,
-        "judge/order_agreement": totals["orders_agree"] / decided,
+        "judge/order_agreement": totals["orders_agree"] / judged,
         "judge/letter_mass": totals["mass"] / decided,
         "judge/undecidable": 1.0 - totals["decided"] / pairs,
         "judge/broken": totals["broken"] / pairs,
@@ -106,7 +109,7 @@ def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     votes = [name.removeprefix("wins/") for name in totals if name.startswith("wins/")]
     for name in votes:
         metrics[f"judge/win_rate/{name}"] = totals[f"wins/{name}"] / decided
-        metrics[f"judge/order_agreement/{name}"] = totals[f"orders/{name}"] / decided
+        metrics[f"judge/order_agreement/{name}"] = totals[f"orders/{name}"] / judged
     return metrics
 
 
