@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name in given.studies or STUDIES:
             run(
                 STUDIES[name], make, range(2) if given.quick else SEEDS[: given.seeds],
-                jobs=given.jobs,
+                version=world.version(settings), jobs=given.jobs,
                 results=given.output / f"{name}.jsonl" if given.quick else None,
             )  # fmt: skip
     if not given.quick:

@@ -13,10 +13,15 @@ import plots
 import rewards
 import self_rejection
 from study import RESULTS, Study, interval, lines
+from world import version
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 Line = Mapping[str, Any]
 Arms = Mapping[str, Sequence[Line]]
+_FORMER = (
+    "**These figures are from a former version of the synthetic world.** They cannot be compared "
+    "with those of the current one."
+)
 PAPER = "on-policy, frozen judge"  # the arm with the method of the paper
 
 
@@ -34,6 +39,8 @@ def write(studies: Iterable[Study]) -> None:
             page += [f"## {study.name.replace('_', ' ').capitalize()}", study.question]
             page += [f"**For users:** {study.lesson}"] if study.lesson else []
             arms = shown_arms(study.name)
+            if {line.get("world") for own in arms.values() for line in own} != {version()}:
+                page.append(_FORMER)
             if picture := plots.draw(study.name, arms):
                 page.append(f"![{study.name.replace('_', ' ')}](images/{picture})")
             page.append(_TABLES[study.name](arms))
@@ -50,8 +57,12 @@ def by_arm(study: str) -> dict[str, list[Line]]:
 
 def shown_arms(study: str) -> dict[str, list[Line]]:
     """Returns the lines of each arm, with the paper's method as the first of the improvements."""
-    paper = {PAPER: by_arm("learning").get(PAPER, [])} if study == "improvements" else {}
-    return {**paper, **by_arm(study)}
+    arms = by_arm(study)
+    if study != "improvements":
+        return arms
+    worlds = {line.get("world") for own in arms.values() for line in own}
+    paper = [line for line in by_arm("learning").get(PAPER, []) if line.get("world") in worlds]
+    return {PAPER: paper, **arms} if paper else arms
 
 
 def demo(arms: Arms) -> str:

@@ -61,6 +61,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in complete]
 
 
+def _drop_other_versions(path: Path, version: str) -> None:
+    """Removes the lines of other versions of the world, which no table may mix with new ones."""
+    found = lines(path)
+    kept = [line for line in found if line.get("world") == version]
+    if len(kept) < len(found):
+        print(f"{path.name}: {len(found) - len(kept)} lines of a former world are removed")
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
 def _append(path: Path, line: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -75,6 +84,7 @@ def run(
     world: Callable[[int], Any],
     seeds: Sequence[int],
     *,
+    version: str,
     jobs: int = 1,
     results: Path | None = None,
 ) -> None:
@@ -82,14 +92,19 @@ def run(
 
     Args:
         world: creates the `World` of a seed in the process that runs the seed.
+        version: identifies the world. Lines of another version do not count, and the first new line
+            replaces them.
         results: the file with the results; default: the study's own.
     """
     path = results or study.results
-    done = {(line["seed"], line["arm"]) for line in lines(path)}
+    known = [line for line in lines(path) if line.get("world") == version]
+    done = {(line["seed"], line["arm"]) for line in known}
     missing = {s: [arm for arm in study.arms if (s, arm) not in done] for s in seeds}
     started, wrote = time.perf_counter(), 0
     for line in _computed(study, world, {s: arms for s, arms in missing.items() if arms}, jobs):
-        _append(path, line)
+        if not wrote:
+            _drop_other_versions(path, version)
+        _append(path, {"world": version, **line})
         wrote += 1
         print(
             f"{study.name}: seed {line['seed']}, {line['arm']}: {line['seconds']:.0f} s", flush=True

@@ -70,6 +70,16 @@ def train(trainer: Any) -> None:
     trainer.train()
 
 
+def version(settings: steps.DemoSettings | None = None) -> str:
+    """Returns a hash of everything that determines a JSFT model.
+
+    Neither models nor results of another version are used.
+    """
+    sources = "".join(inspect.getsource(module) for module in (toy_world, synthetic, steps))
+    described = sources + repr(settings or steps.DemoSettings())
+    return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+
 class World:
     """The world of one seed.
 
@@ -83,14 +93,9 @@ class World:
         self, seed: int, settings: steps.DemoSettings | None = None, folder: Path | None = None
     ) -> None:
         self.seed, self.settings = seed, settings or steps.DemoSettings()
-        self.folder = (folder or Path("outputs/studies")) / self._version() / str(seed)
+        self.folder = (folder or Path("outputs/studies")) / version(self.settings) / str(seed)
         self.console = Console(file=io.StringIO())
         steps.quiet()
-
-    def _version(self) -> str:
-        """A hash of everything that determines the JSFT model, so that no old model is used."""
-        sources = "".join(inspect.getsource(module) for module in (toy_world, synthetic, steps))
-        return hashlib.sha256((sources + repr(self.settings)).encode()).hexdigest()[:12]
 
     def demo(self, arm: str, **fields: Any) -> steps.Demo:
         """Returns the steps of the demo, with a folder for this arm."""

@@ -39,8 +39,8 @@ def counted(made: list[tuple[int, str]]) -> Study:
 def test_arms_that_have_a_line_are_not_run_again(tmp_path: Path) -> None:
     made: list[tuple[int, str]] = []
     path = tmp_path / "counted.jsonl"
-    run(counted(made), int, [0, 1], results=path)
-    run(counted(made), int, [0, 1, 2], results=path)
+    run(counted(made), int, [0, 1], version="v", results=path)
+    run(counted(made), int, [0, 1, 2], version="v", results=path)
     assert made == [(0, "one"), (0, "two"), (1, "one"), (1, "two"), (2, "one"), (2, "two")]
     assert [(x["seed"], x["arm"]) for x in lines(path)] == made
     manifest = [json.loads(x) for x in (tmp_path / "manifest.jsonl").read_text().splitlines()]
@@ -48,12 +48,23 @@ def test_arms_that_have_a_line_are_not_run_again(tmp_path: Path) -> None:
     assert manifest[0]["versions"]["torch"]
 
 
+def test_the_first_line_of_another_world_replaces_those_of_the_former(tmp_path: Path) -> None:
+    made: list[tuple[int, str]] = []
+    path = tmp_path / "counted.jsonl"
+    run(counted(made), int, [0, 1], version="old", results=path)
+    run(counted(made), int, [0], version="new", results=path)
+    assert made[4:] == [(0, "one"), (0, "two")]
+    assert [(x["world"], x["seed"], x["arm"]) for x in lines(path)] == [
+        ("new", 0, "one"), ("new", 0, "two")
+    ]  # fmt: skip
+
+
 def test_a_line_that_a_kill_cut_off_is_computed_again(tmp_path: Path) -> None:
     made: list[tuple[int, str]] = []
     path = tmp_path / "counted.jsonl"
-    run(counted(made), int, [0], results=path)
+    run(counted(made), int, [0], version="v", results=path)
     path.write_text(path.read_text()[:-9])
-    run(counted(made), int, [0], results=path)
+    run(counted(made), int, [0], version="v", results=path)
     assert made == [(0, "one"), (0, "two"), (0, "two")]
     assert [x["arm"] for x in lines(path)] == ["one", "two"]
 
@@ -140,6 +151,23 @@ def test_the_page_shows_each_scheme_with_its_cost() -> None:
     assert {row[2] for row in shown[1:]} == {"28.0", "7.0", "12.0"}
     assert len({len(row) for row in shown}) == 1
     assert evidence.ranking([]) == []
+
+
+@pytest.mark.parametrize(("current", "marked"), [("5f", 0), ("another", 1)])
+def test_the_page_marks_figures_of_a_former_world(
+    current: str, marked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    monkeypatch.setattr(evidence, "PAGE", tmp_path / "evidence.md")
+    monkeypatch.setattr(evidence, "version", lambda: current)
+    monkeypatch.setattr(evidence.plots, "draw", lambda *arguments: None)
+    own = {"world": "5f", "seed": 1, "arm": "JSFT", "gold": [0.5, 0.7], "seconds": 1.0}
+    (tmp_path / "judges.jsonl").write_text(json.dumps(own) + "\n")
+    evidence.write([Study("judges", "Who?", {})])
+    page = evidence.PAGE.read_text()
+    assert page.count("a former version of the synthetic world") == marked
+    assert "0.600" in page
 
 
 @pytest.mark.slow
