@@ -710,6 +710,16 @@ def test_compressed_data_that_is_damaged_is_named(tmp_path: Path) -> None:
             load_preferences(str(tmp_path))
 
 
+@pytest.mark.parametrize("second", ["train.jsonl.gz", "train.csv"])
+def test_one_file_in_two_forms_is_not_read_twice(second: str, tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n"
+    (tmp_path / "train.jsonl").write_text(row)
+    assert load_preferences(str(tmp_path)).counts["read"] == 1
+    (tmp_path / second).write_bytes(gzip.compress(row.encode()))
+    with pytest.raises(DataError, match="look like one file in two forms"):
+        load_preferences(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "place"),
     [

@@ -341,9 +341,24 @@ def _files_of(folder: Path, split: str, name: str | None = None) -> list[Path]:
     if not chosen:
         known = sorted({own for own in splits.values() if own})
         raise DataError(f"{folder}: no file for split {split!r}; found splits: {', '.join(known)}")
+    forms: dict[Path, Path] = {}
     for file in chosen:
         known_reader(file)
+        other = forms.setdefault(_without_form(file), file)
+        if other is not file:
+            raise DataError(
+                f"{folder}: {other.name} and {file.name} look like one file in two forms, and both "
+                "would be read: move one of them out of the folder"
+            )
     return chosen
+
+
+def _without_form(file: Path) -> Path:
+    """Returns the path without the endings of a compression and a format."""
+    for known in (_COMPRESSED, FORMATS):
+        if file.suffix.lower() in known:
+            file = file.with_suffix("")
+    return file
 
 
 def _named_splits(folder: Path) -> dict[Path, str | None]:
