@@ -116,7 +116,7 @@ class VLLMReplicas:
 
     async def _first_contact(self, deadline: float) -> None:
         async with self._client() as client:
-            self.client = client
+            self.client, told = client, False
             while True:
                 reasons = await asyncio.gather(*(self._greet(r) for r in self.replicas))
                 if None in reasons:
@@ -125,6 +125,14 @@ class VLLMReplicas:
                     raise EngineError(
                         f"no vLLM server answers at {self.replicas[0].shown} ({reasons[0]}): start "
                         "`vllm serve` there, or correct --vllm-server"
+                    )
+                if not told:
+                    told = True
+                    logger.warning(
+                        "no vLLM server answers at %s yet (%s): waiting for up to %.0f s",
+                        self.replicas[0].shown,
+                        neutral(str(reasons[0])),
+                        deadline - time.monotonic(),
                     )
                 await asyncio.sleep(1.0)
         for replica, reason in zip(self.replicas, reasons, strict=True):

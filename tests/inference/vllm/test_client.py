@@ -193,10 +193,13 @@ def test_without_any_server_left_the_error_names_them_all() -> None:
         assert "last checkpoint" in str(error.value)
 
 
-def test_a_server_that_is_not_there_is_one_line_with_what_to_do() -> None:
+def test_a_server_that_is_not_there_is_one_line_with_what_to_do(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     url = unused_url()
     with pytest.raises(EngineError, match=r"no vLLM server answers at .*vllm serve") as error:
-        VLLMServers([url], timeout=0.01)
+        VLLMServers([url], timeout=0.2)
+    assert f"no vLLM server answers at {url} yet" in caplog.text  # while it waits
     assert url in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(EngineError, match="vllm_server_base_url"):

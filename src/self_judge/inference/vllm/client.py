@@ -6,6 +6,7 @@ on the meaning of the prompts.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import time
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from self_judge.config.self_training import SamplingSettings
+from self_judge.console import neutral
 from self_judge.errors import EngineError
 from self_judge.inference.letter_scoring import Done, Prompts
 from self_judge.inference.remote.replicas import Replicas
@@ -27,6 +29,8 @@ from self_judge.inference.vllm.protocol import (
     request_parameters,
     scoring_parameters,
 )
+
+logger = logging.getLogger(__name__)
 
 _PATH = "/v1/completions"
 _SHARD_BYTES = 4 << 30
@@ -40,6 +44,7 @@ class VLLMServer(Server):
 
     def wait_until_up(self, deadline: float) -> None:
         """Waits until the server answers, and reads the name of its model."""
+        told = False
         while True:
             left = deadline - time.monotonic()
             status, content, why = self.get("/v1/models", min(10.0, max(0.1, left)))
@@ -49,6 +54,14 @@ class VLLMServer(Server):
                 raise ServerDownError(
                     f"no vLLM server answers at {self.shown} ({why}): start `vllm serve` there, or "
                     "correct vllm_server_base_url"
+                )
+            if not told:
+                told = True
+                logger.warning(
+                    "no vLLM server answers at %s yet (%s): waiting for up to %.0f s",
+                    self.shown,
+                    neutral(why),
+                    deadline - time.monotonic(),
                 )
             time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
         self.model, self.root, self.max_model_length = base_model(content, self.shown)
