@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub.constants as hub
 import pytest
 import torch
+import transformers as hf
 from datasets import Dataset
 from peft import (
     BOFTConfig,
@@ -597,6 +598,71 @@ def test_a_resume_on_another_base_is_refused(make: Make, tokenizer: Any, tmp_pat
     )  # fmt: skip
     with pytest.raises(CheckpointError, match="the weights of the initial model have changed"):
         other.train(resume_from_checkpoint=True)
+
+
+STORED_OTHERWISE = ["mixtral", "qwen3-moe", "gpt-neox"]  # experts in pieces; other names
+
+
+def kept_otherwise(name: str, vocabulary: int) -> Any:
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4,
+    }  # fmt: skip
+    config: Any = {
+        "mixtral": lambda: hf.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4),
+        "qwen3-moe": lambda: hf.Qwen3MoeConfig(
+            **sizes,
+            num_key_value_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            head_dim=8,
+        ),
+        "gpt-neox": lambda: hf.GPTNeoXConfig(**sizes),
+    }[name]()
+    torch.manual_seed(0)
+    return hf.AutoModelForCausalLM.from_config(config)
+
+
+def same_run(make: Make, model: Any, folder: Path, **changes: Any) -> None:
+    """A run and one that resumes from its middle end with the same weights."""
+    ends = []
+    for i, resume in enumerate([None, str(folder / "0" / "checkpoint-1")]):
+        trainer = make(model=copy.deepcopy(model), output_dir=str(folder / str(i)),
+                       save_strategy="steps", save_steps=1, **changes)  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append(weights(trainer.model))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("name", STORED_OTHERWISE)
+def test_a_model_that_is_stored_under_other_names_is_resumed(
+    name: str, make: Make, tokenizer: Any, tmp_path: Path
+) -> None:
+    same_run(make, kept_otherwise(name, len(tokenizer)), tmp_path)
+
+
+class Worsening(TrainerCallback):
+    """Makes the first evaluation the best one."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["metrics"]["eval_loss"] = float(state.global_step)
+
+
+@pytest.mark.parametrize("name", STORED_OTHERWISE)
+def test_the_best_model_is_loaded_with_all_its_weights(
+    name: str, make: Make, tokenizer: Any, queries: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    trainer = make(
+        model=kept_otherwise(name, len(tokenizer)), eval_dataset=Dataset.from_list(queries),
+        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        callbacks=[Worsening()],
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-1"
+    assert torch.equal(logits(trainer.model.eval()), logits(load_model(best)))
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_a_run_is_not_resumed_from_weights_that_differ_from_the_saved_model(
     result(tmp_path / "whole", **asked, args=SAVING)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     spoil(checkpoint / "model.safetensors")  # DeepSpeed resumes from files of its own
-    told = rf"cannot resume from {checkpoint}: \S+ differs from the weights in memory"
+    told = rf"cannot load {checkpoint}: \S+ differs from the weights in memory"
     refused(tmp_path / "resumed", told, **asked, resume=str(checkpoint))
 
 

@@ -30,6 +30,7 @@ from self_judge.training.identity.saved_weights import (
     check_optimizer,
     check_start,
     difference,
+    load_renamed,
     rehearse_saving,
     shard_difference,
     trained,
@@ -88,7 +89,7 @@ class IdentityMixin(Base):
         if is_sharded(self.args):
             self._check_identity(checkpoint)
         if checkpoint is not None:
-            self._check_resumed(checkpoint)
+            self._check_loaded(checkpoint)
 
     def _check_identity(self, checkpoint: Path | None) -> None:
         """Checks the given weights and the reference, and rehearses saving."""
@@ -154,10 +155,24 @@ class IdentityMixin(Base):
         for told in from_all([problem] if problem else []):
             raise ModelError(f"{folder} was not saved correctly: {told}")
 
-    def _check_resumed(self, checkpoint: Path) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._load_renamed(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if not self._load_renamed(best):
+            super()._load_best_model()
+        self._check_loaded(best)
+
+    def _load_renamed(self, checkpoint: Path) -> bool:
+        model: Any = self.model
+        return not is_sharded(self.args) and load_renamed(model, checkpoint)
+
+    def _check_loaded(self, checkpoint: Path) -> None:
         """Compares the weights in memory with those in the checkpoint.
 
-        FSDP and DeepSpeed resume from files of their own, which repeat the weights.
+        FSDP and DeepSpeed load files of their own, which repeat the weights.
 
         Raises:
             CheckpointError: they differ. All processes raise it.
@@ -167,4 +182,4 @@ class IdentityMixin(Base):
             return  # shards, which were read back when they were written
         problem = difference(model, checkpoint, reads=self.args.should_save)
         for told in from_all([problem] if problem else []):
-            raise CheckpointError(f"cannot resume from {checkpoint}: {told}")
+            raise CheckpointError(f"cannot load {checkpoint}: {told}")

@@ -209,6 +209,24 @@ def difference(model: nn.Module, folder: Path, *, reads: bool = True) -> str | N
     return problem
 
 
+def load_renamed(model: nn.Module, folder: Path) -> bool:
+    """Loads a checkpoint in which some weights have other names, or are in other pieces (experts).
+
+    Transformers' trainer would leave these weights unchanged.
+
+    Returns:
+        Whether the weights were loaded.
+    """
+    inner: Any = unwrapped(model)
+    with ExitStack() as opened:
+        saved = _saved(folder, "model*", opened).keys()
+    if isinstance(model, PeftModel) or not saved - weights(inner).keys():
+        return False
+    loaded = type(inner).from_pretrained(folder, config=inner.config, dtype=inner.dtype)
+    inner.load_state_dict(loaded.state_dict())
+    return True
+
+
 def shard_difference(model: nn.Module, folder: Path) -> str | None:
     """Does the same for the shards of this process in a checkpoint of FSDP."""
     stored, differing = FileSystemReader(folder).read_metadata().state_dict_metadata, []
