@@ -624,6 +624,14 @@ def kept_otherwise(name: str, vocabulary: int) -> Any:
     return hf.AutoModelForCausalLM.from_config(config)
 
 
+def wider(model: Any, tokenizer: Any, folder: Path) -> Any:
+    """The model with rows for more tokens than its base has, to which it leads by its name."""
+    model.save_pretrained(folder)
+    loaded = load_model(folder)
+    loaded.resize_token_embeddings(len(tokenizer) + 8)
+    return loaded
+
+
 def same_run(make: Make, model: Any, folder: Path, **changes: Any) -> None:
     """A run and one that resumes from its middle end with the same weights."""
     ends = []
@@ -663,6 +671,15 @@ def test_the_best_model_is_loaded_with_all_its_weights(
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name == "checkpoint-1"
     assert torch.equal(logits(trainer.model.eval()), logits(load_model(best)))
+
+
+def test_adapters_whose_checkpoints_hold_embeddings_are_resumed(
+    make: Make, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    embeddings = LoraConfig(**{**LORA, "target_modules": ["embed_tokens", "q_proj"]})
+    same_run(make, model, tmp_path / "adapted", peft_config=embeddings)
+    added = wider(model, tokenizer, tmp_path / "base")
+    same_run(make, added, tmp_path / "added", peft_config=LoraConfig(**LORA))
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
                 f"cannot resume from {checkpoint}: its adapter has {name}={before}, but this run "
                 f"uses {now}. Use the same peft_config, or another output_dir"
             )
-    own = get_peft_model_state_dict(model, weights(model), save_embedding_layers=False)
+    own = get_peft_model_state_dict(model, weights(model))
     shapes = {name: full_shape(tensor) for name, tensor in own.items()}
     file = checkpoint / FILES[1]
     found = saved_shapes(file) if file.is_file() else {}
