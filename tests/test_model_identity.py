@@ -682,6 +682,17 @@ def test_adapters_whose_checkpoints_hold_embeddings_are_resumed(
     same_run(make, added, tmp_path / "added", peft_config=LoraConfig(**LORA))
 
 
+@pytest.mark.parametrize("file", ["pytorch_model_fsdp.bin", "pytorch_model_fsdp_0", "global_step2"])
+def test_a_checkpoint_of_fsdp_or_deepspeed_is_not_resumed_without_it(
+    file: str, make: Make, tmp_path: Path
+) -> None:
+    make(save_strategy="steps", save_steps=1).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    (checkpoint / file).mkdir()
+    with pytest.raises(CheckpointError, match=r"saved with .*, but this run uses one process"):
+        make(output_dir=str(tmp_path / "on")).train(resume_from_checkpoint=str(checkpoint))
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -21,6 +21,7 @@ from self_judge.training.arguments import without_secrets
 from self_judge.training.identity.reference import ReferenceCheck, perturbed, probe_logits
 from self_judge.training.identity.resuming import (
     check_same_adapter,
+    check_same_launch,
     data_fingerprint,
     resuming,
     same_data,
@@ -77,6 +78,7 @@ class IdentityMixin(Base):
         if self.optimizer is not None:
             check_optimizer(self.optimizer, model)
         if checkpoint is not None:
+            check_same_launch(checkpoint, self.accelerator)
             with resuming(checkpoint):
                 check_same_adapter(model, checkpoint)
                 if not same_data(checkpoint, self._data) and self.accelerator.is_main_process:

@@ -14,16 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 
 from self_judge.adapters import FILES, saved_shapes
 from self_judge.errors import CheckpointError, in_a_line
 from self_judge.storage.atomic import loads, write_json
-from self_judge.training.identity.shards import full_shape, weights
+from self_judge.training.identity.shards import (
+    DEEPSPEED,
+    FSDP_SHARDS,
+    FSDP_WHOLE,
+    PLAIN,
+    full_shape,
+    kind_of_launch,
+    weights,
+)
 
 # Settings that change the meaning of an adapter's weights, but not their names or shapes.
 _SCALES = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out",
@@ -68,6 +77,19 @@ def check_state(checkpoint: Path) -> Path:
         f"cannot resume from {checkpoint}: it has no optimizer state (save_only_model). To start a "
         "new run from it, set model.model_name_or_path to its path and choose another output_dir"
     )
+
+
+def check_same_launch(checkpoint: Path, accelerator: Accelerator) -> None:
+    """Raises `CheckpointError` if FSDP or DeepSpeed wrote a checkpoint for another kind of run."""
+    files = {f"{FSDP_MODEL_NAME}_0": FSDP_SHARDS, f"{FSDP_MODEL_NAME}.bin": FSDP_WHOLE}
+    saved = next((kind for name, kind in files.items() if (checkpoint / name).exists()), PLAIN)
+    if any(True for _ in checkpoint.glob("global_step*")):
+        saved = DEEPSPEED
+    if saved != (now := kind_of_launch(accelerator)):
+        raise CheckpointError(
+            f"cannot resume from {checkpoint}: it was saved with {saved}, but this run uses {now}."
+            " Launch it with the same accelerate file, or use another output_dir"
+        )
 
 
 def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:

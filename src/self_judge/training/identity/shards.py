@@ -27,6 +27,9 @@ from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
+PLAIN, DEEPSPEED = "one process or DDP", "DeepSpeed"
+FSDP_WHOLE, FSDP_SHARDS = "FSDP with FULL_STATE_DICT", "FSDP with SHARDED_STATE_DICT"
+
 
 def is_sharded(args: TrainingArguments) -> bool:
     """Returns whether FSDP or DeepSpeed shards the model across processes."""
@@ -68,6 +71,15 @@ def saves_shards(accelerator: Accelerator) -> bool:
     """Returns whether FSDP writes shards instead of whole weights (`SHARDED_STATE_DICT`)."""
     fsdp: Any = getattr(accelerator.state, "fsdp_plugin", None)
     return fsdp is not None and fsdp.state_dict_type == StateDictType.SHARDED_STATE_DICT
+
+
+def kind_of_launch(accelerator: Accelerator) -> str:
+    """Returns what decides the files of a checkpoint."""
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        return DEEPSPEED
+    if getattr(accelerator.state, "fsdp_plugin", None) is None:
+        return PLAIN
+    return FSDP_SHARDS if saves_shards(accelerator) else FSDP_WHOLE
 
 
 @contextmanager
