@@ -24,8 +24,8 @@ setup: $(READY) $(TOKENIZERS)  ## create .venv with the tested versions
 
 # torch is installed first, so that pip does not install a CUDA build for a later requirement.
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 13); \
-	sys.exit(None if ok else "needs Python 3.10 to 3.13, found " + sys.version.split()[0] + \
+	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 14); \
+	sys.exit(None if ok else "needs Python 3.10 to 3.14, found " + sys.version.split()[0] + \
 	"; run: make PYTHON=python3.12 setup")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip

@@ -68,13 +68,9 @@ def main() -> None:
     records = load_preferences(path, max_records=20 * given.prompts).records
     short = [r for r in records if len(dialogue_text(r.prompt)) < 300][: given.prompts]
     asked = [[dict(message) for message in record.prompt] for record in short]
-    job = TournamentJob(
-        given.model,
-        SamplingSettings(given.tokens, top_p=0.9),
-        n=given.n,
-        templates=given.templates,
-    )
-    judge = JudgeChoice(given.model, given.templates).load()
+    choice = JudgeChoice(given.model, given.templates)
+    job = TournamentJob(choice, SamplingSettings(given.tokens, top_p=0.9), n=given.n)
+    judge: Any = choice.load()
     play = job.load()
     entries = [
         Entry({}, number + 1, dialogue_text(prompt), None, prompt)  # type: ignore[arg-type]

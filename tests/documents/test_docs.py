@@ -196,7 +196,7 @@ def test_a_test_run_replaces_its_own_row_of_the_compatible_versions() -> None:
     assert len(rows(compatibility.PAGE.read_text(encoding="utf-8"))) == 2
 
 
-@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
 def test_the_tested_versions_are_within_the_bounds(python: str) -> None:
     def wanted(lines: Iterable[str]) -> list[Requirement]:
         found = [Requirement(line) for line in lines]
