@@ -425,7 +425,7 @@ def test_one_process_may_train_again_in_its_folder(tmp_path: Path) -> None:
 def test_workers_that_prepare_data_end_with_their_parent(tmp_path: Path) -> None:
     program = (
         "import time; from datasets import Dataset\n"
-        "from self_judge.data.workers import workers_end_with_parent\n"
+        "from self_judge.data.hub import workers_end_with_parent\n"
         "workers_end_with_parent()\n"
         "def wait(row):\n    open(row['to'], 'w').close(); time.sleep(60); return row\n"
         f"rows = [{{'to': {str(tmp_path)!r} + f'/{{i}}'}} for i in range(3)]\n"

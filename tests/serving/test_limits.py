@@ -228,7 +228,7 @@ def test_a_key_is_needed_where_there_is_one_and_never_logged(
 ) -> None:
     caplog.set_level("DEBUG")
     key = "sk-" + "7" * 20 + "é"
-    with gated(judge, Limits(), key=key) as here:
+    with gated(judge, Limits(), keys=[key]) as here:
         sent = {"Authorization": f"Bearer {key}".encode()}
         assert post(here.url, body(), headers=sent).status_code == 200
         for wrong in ({}, {"Authorization": "Bearer"}, {"Authorization": f"Bearer {key[:-1]}"},

@@ -279,7 +279,7 @@ def test_experts_that_are_stored_in_pieces_are_compared_too(
     if lost is None:
         check_saved(experts, tmp_path)
     else:
-        with pytest.raises(ModelError, match=r"not saved correctly: \d trained weights .*mlp"):
+        with pytest.raises(ModelError, match=r"not saved correctly: \d weights in memory .*mlp"):
             check_saved(experts, tmp_path)
 
 
