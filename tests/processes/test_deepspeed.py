@@ -104,6 +104,17 @@ def test_weights_that_zero3_would_not_gather_are_refused_before_the_first_step(
         refused(tmp_path / "run", "ZeRO-3 would save shards instead of a model", **asked)
 
 
+def test_an_adapter_of_embeddings_is_saved_without_them_and_resumed(
+    folder: str, tmp_path: Path
+) -> None:
+    peft = {"target_modules": ["embed_tokens", "q_proj"]}
+    asked: dict[str, Any] = {"file": "zero3", "model": folder, "lora": True, "peft": peft}
+    whole = result(tmp_path / "whole", processes=2, **asked, args=SAVING)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    resumed = result(tmp_path / "resumed", processes=2, **asked, args=TWO, resume=str(checkpoint))
+    assert column(resumed, "loss") == pytest.approx(column(whole, "loss"), abs=1e-6)
+
+
 def test_a_run_is_not_resumed_from_weights_that_differ_from_the_saved_model(
     folder: str, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from self_judge.adapters import FILES, saved_shapes
 from self_judge.errors import CheckpointError, in_a_line
 from self_judge.storage.atomic import loads, write_json
+from self_judge.training.identity.saved_weights import in_base
 from self_judge.training.identity.shards import (
     DEEPSPEED,
     FSDP_SHARDS,
@@ -121,10 +122,11 @@ def check_same_adapter(model: nn.Module, checkpoint: Path) -> None:
                 f"uses {now}. Use the same peft_config, or another output_dir"
             )
     own = get_peft_model_state_dict(model, weights(model))
-    shapes = {name: full_shape(tensor) for name, tensor in own.items()}
     file = checkpoint / FILES[1]
     found = saved_shapes(file) if file.is_file() else {}
     stored = {name: tuple(shape) for name, shape in found.items()}
+    loaded = set() if stored.keys() >= own.keys() else in_base(model)  # ZeRO-3 leaves them out
+    shapes = {n: full_shape(t) for n, t in own.items() if n in stored or id(t) not in loaded}
     differing = sorted(n for n in {*shapes, *stored} if shapes.get(n) != stored.get(n))
     if differing and stored:
         name = differing[0]

@@ -194,6 +194,9 @@ def difference(model: nn.Module, folder: Path, *, reads: bool = True) -> str | N
             for name, tensor in memory.items()
             if name not in saved and shard(tensor).data_ptr() not in stored
         ]
+        if lacking and isinstance(model, PeftModel):  # ZeRO-3 leaves out frozen weights
+            loaded = in_base(model)
+            lacking = [name for name in lacking if id(memory[name]) not in loaded]
         for name, tensor in memory.items():
             with gathered(tensor) as own:
                 if name in saved and own.is_floating_point() and problem is None:
@@ -207,6 +210,25 @@ def difference(model: nn.Module, folder: Path, *, reads: bool = True) -> str | N
             f"differ (first: {lacking[0] if lacking else 'a weight that is not trained'})"
         )
     return problem
+
+
+def in_base(model: PeftModel) -> set[int]:
+    """Returns the ids of the frozen weights that are loaded with the base model's files.
+
+    Weights of another shape, such as resized embeddings, are not.
+    """
+    config: Any = model.active_peft_config
+    name, base = str(config.base_model_name_or_path or ""), unwrapped(model)
+    found = repository_file(name, "config.json", config.revision) if name else None
+    with ExitStack() as opened:
+        saved = _saved(found.parent, "model*", opened) if found else {}
+        return {
+            id(tensor)
+            for own, tensor in base_weights(base, weights(base)).items()
+            if own in saved
+            and not tensor.requires_grad
+            and saved[own].get_slice(own).get_shape() == list(full_shape(tensor))
+        }
 
 
 def load_renamed(model: nn.Module, folder: Path) -> bool:
