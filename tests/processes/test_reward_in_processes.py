@@ -35,7 +35,12 @@ def test_two_processes_give_the_rewards_of_one_and_judge_each_group_once(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("processes", "per_device", "rloo"), [(1, 4, False), (1, 4, True), (2, 3, False)]
+    ("processes", "per_device", "rloo"),
+    [
+        pytest.param(1, 4, False, marks=pytest.mark.slow),
+        pytest.param(1, 4, True, marks=pytest.mark.slow),
+        (2, 3, False),
+    ],
 )
 def test_trl_trains_and_evaluates_with_groups_that_a_batch_splits(
     tmp_path: Path, processes: int, per_device: int, rloo: bool
