@@ -168,6 +168,15 @@ def test_a_folder_of_folders_has_a_subset_each(tmp_path: Path) -> None:
     assert pairs[1].source.endswith("test.jsonl")
 
 
+def test_one_file_in_two_forms_is_not_read_twice(tmp_path: Path) -> None:
+    pair = {"response_a": "a", "response_b": "b", "label": "a", "prompt": "q"}
+    (tmp_path / "easy").mkdir()
+    assert len(read(tmp_path / "easy" / "pairs.jsonl", pair)) == 1
+    (tmp_path / "easy" / "pairs.json").write_text(json.dumps([pair]))
+    with pytest.raises(DataError, match=r"pairs\.json and pairs\.jsonl look like one file in two"):
+        read(tmp_path)
+
+
 def test_parts_of_a_file_in_a_folder_data_are_one_subset(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for i in range(3):

@@ -16,7 +16,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from self_judge.data.files import is_data_file, known_reader, read_records, split_of
+from self_judge.data.files import check_files, is_data_file, read_records, split_of
 from self_judge.data.hub import InMemory, in_memory, is_saved_dataset
 from self_judge.data.labeled_pairs import LabeledComparison, reader_of_columns, usable
 from self_judge.data.records import RecordRef
@@ -220,8 +220,7 @@ def _files_without_splits(root: Path, splits: tuple[str, ...]) -> dict[Path, str
             f"{', '.join(sorted(filter(None, found)))}"
         )
     files = [f for f in files if split_of(f) in (None, *splits)]
-    for file in files:
-        known_reader(file)
+    check_files(files)
     names = {f: _SHARD.sub("", f.name.partition(".")[0]) for f in files}
     subsets: dict[Path, str] = {}
     for file, name in names.items():

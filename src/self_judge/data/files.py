@@ -341,16 +341,25 @@ def _files_of(folder: Path, split: str, name: str | None = None) -> list[Path]:
     if not chosen:
         known = sorted({own for own in splits.values() if own})
         raise DataError(f"{folder}: no file for split {split!r}; found splits: {', '.join(known)}")
+    check_files(chosen)
+    return chosen
+
+
+def check_files(files: Iterable[Path]) -> None:
+    """Checks that files in a folder can all be read together.
+
+    Raises:
+        DataError: the type of a file is unknown, or two of them are one file in two forms.
+    """
     forms: dict[Path, Path] = {}
-    for file in chosen:
+    for file in files:
         known_reader(file)
         other = forms.setdefault(_without_form(file), file)
         if other is not file:
             raise DataError(
-                f"{folder}: {other.name} and {file.name} look like one file in two forms, and both "
-                "would be read: move one of them out of the folder"
+                f"{file.parent}: {other.name} and {file.name} look like one file in two forms, and "
+                "both would be read: move one of them out of the folder"
             )
-    return chosen
 
 
 def _without_form(file: Path) -> Path:
