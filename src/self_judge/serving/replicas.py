@@ -28,6 +28,7 @@ from self_judge.inference.remote.server import (
     UnusableError,
     choices_of,
     error_message,
+    say_waiting,
     shown_url,
 )
 from self_judge.inference.sampling import rows_to_sample, sampled_response, stop_tokens
@@ -128,12 +129,7 @@ class VLLMReplicas:
                     )
                 if not told:
                     told = True
-                    logger.warning(
-                        "no vLLM server answers at %s yet (%s): waiting for up to %.0f s",
-                        self.replicas[0].shown,
-                        neutral(str(reasons[0])),
-                        deadline - time.monotonic(),
-                    )
+                    say_waiting(self.replicas[0].shown, str(reasons[0]), deadline)
                 await asyncio.sleep(1.0)
         for replica, reason in zip(self.replicas, reasons, strict=True):
             if reason is not None:

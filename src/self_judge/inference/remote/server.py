@@ -49,19 +49,18 @@ class UnusableError(Exception):
 
 
 class _BusyError(UnusableError):
-    """Raised when a server is busy. `after` is the time in its `Retry-After`."""
+    """Raised when a server is busy. `seconds` is the time in its `Retry-After`, or 0."""
 
     def __init__(self, message: str, after: str | None) -> None:
         super().__init__(message)
-        self.after = after
+        self.seconds = _seconds(after)
 
 
-def _named(state: Any) -> float:
-    """Returns for how many seconds the server of a failed attempt asks to wait, or 0."""
+def _seconds(after: str | None) -> float:
+    """Returns the number of seconds in the header `Retry-After`, or 0."""
     from urllib3.exceptions import InvalidHeader
     from urllib3.util import Retry
 
-    after = getattr(state.outcome.exception(), "after", None)
     try:
         return float(Retry().parse_retry_after(after)) if after else 0.0
     except (InvalidHeader, ValueError, OverflowError):  # no time, or not one that a clock has
@@ -177,6 +176,9 @@ class Server:
         deadline = time.monotonic() + self.timeout
         failed = 0  # attempts after which the server named no time
 
+        def named(state: t.RetryCallState) -> float:
+            return getattr(state.outcome and state.outcome.exception(), "seconds", 0.0)
+
         def ask() -> Any:
             status, content, after = self._ask("POST", path, deadline - time.monotonic(), body)
             if status == 200:
@@ -188,14 +190,14 @@ class Server:
 
         def stop(state: t.RetryCallState) -> bool:
             nonlocal failed
-            failed += not _named(state)
+            failed += not named(state)
             return failed >= TRIES or t.stop_before_delay(self.timeout)(state)
 
         doubled = t.wait_exponential(self.retry_wait)
         passing = (UnusableError, requests.RequestException, TimeoutError)
         attempts = t.Retrying(
             retry=t.retry_if_exception_type(passing),
-            wait=lambda state: max(doubled(state), _named(state)),
+            wait=lambda state: max(doubled(state), named(state)),
             stop=stop,
             reraise=True,
         )
@@ -264,6 +266,14 @@ class Server:
                 self.down = str(error)
                 told = neutral(f"{self.shown} gets no more requests: {error}")
                 logger.warning("server %s", told)
+
+
+def say_waiting(shown: str, why: str, deadline: float) -> None:
+    """Says that a vLLM server does not answer yet, and how long it is waited for."""
+    left = deadline - time.monotonic()
+    logger.warning(
+        "no vLLM server answers at %s yet (%s): waiting for up to %.0f s", shown, neutral(why), left
+    )
 
 
 def shown_url(url: str) -> str:

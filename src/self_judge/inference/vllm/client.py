@@ -6,7 +6,6 @@ on the meaning of the prompts.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 import time
@@ -18,19 +17,16 @@ import torch
 from safetensors.torch import save_file
 
 from self_judge.config.self_training import SamplingSettings
-from self_judge.console import neutral
 from self_judge.errors import EngineError
 from self_judge.inference.letter_scoring import Done, Prompts
 from self_judge.inference.remote.replicas import Replicas
-from self_judge.inference.remote.server import Server, ServerDownError
+from self_judge.inference.remote.server import Server, ServerDownError, say_waiting
 from self_judge.inference.vllm.answers import base_model, letter_logprobs, sampled_ids
 from self_judge.inference.vllm.protocol import (
     SamplingRequest,
     request_parameters,
     scoring_parameters,
 )
-
-logger = logging.getLogger(__name__)
 
 _PATH = "/v1/completions"
 _SHARD_BYTES = 4 << 30
@@ -57,12 +53,7 @@ class VLLMServer(Server):
                 )
             if not told:
                 told = True
-                logger.warning(
-                    "no vLLM server answers at %s yet (%s): waiting for up to %.0f s",
-                    self.shown,
-                    neutral(why),
-                    deadline - time.monotonic(),
-                )
+                say_waiting(self.shown, why, deadline)
             time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
         self.model, self.root, self.max_model_length = base_model(content, self.shown)
 
@@ -86,8 +77,8 @@ class VLLMServers(Replicas[VLLMServer]):
             doubles with each retry.
 
     Raises:
-        EngineError: a package is missing, no URL is given, a server does not answer in
-            time, or the servers serve different models.
+        EngineError: a package is missing, no URL is given, a server does not answer in time, or the
+            servers serve different models.
     """
 
     def __init__(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import FSDP_MODEL_NAME
 
 from self_judge.errors import CheckpointError, ModelError
 from self_judge.packing.exactness import as_called
@@ -37,6 +36,7 @@ from self_judge.training.identity.saved_weights import (
     trained,
 )
 from self_judge.training.identity.shards import (
+    SHARDS,
     check_sharding,
     from_all,
     is_fsdp,
@@ -150,8 +150,8 @@ class IdentityMixin(Base):
         super()._save_optimizer_and_scheduler(output_dir)  # and the shards of the weights
         if saves_shards(self.accelerator):
             model: Any = self.accelerator.unwrap_model(self.model)
-            shards = Path(output_dir) / f"{FSDP_MODEL_NAME}_0"
-            self._check_written(Path(output_dir), shard_difference(model, shards))
+            folder = Path(output_dir)
+            self._check_written(folder, shard_difference(model, folder / SHARDS))
 
     def _check_written(self, folder: Path, problem: str | None) -> None:
         for told in from_all([problem] if problem else []):

@@ -30,6 +30,7 @@ from self_judge.training.identity.shards import (
     FSDP_SHARDS,
     FSDP_WHOLE,
     PLAIN,
+    SHARDS,
     full_shape,
     kind_of_launch,
     weights,
@@ -71,7 +72,7 @@ def check_state(checkpoint: Path) -> Path:
         state = loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
         for name in ("global_step", "train_batch_size"):
             operator.index(state[name])
-    kinds = ("optimizer*", "global_step*", "pytorch_model_fsdp*")  # Transformers, DeepSpeed, FSDP
+    kinds = ("optimizer*", "global_step*", f"{FSDP_MODEL_NAME}*")  # Transformers, DeepSpeed, FSDP
     if any(True for kind in kinds for _ in checkpoint.glob(kind)):
         return checkpoint
     raise CheckpointError(
@@ -82,7 +83,7 @@ def check_state(checkpoint: Path) -> Path:
 
 def check_same_launch(checkpoint: Path, accelerator: Accelerator) -> None:
     """Raises `CheckpointError` if FSDP or DeepSpeed wrote a checkpoint for another kind of run."""
-    files = {f"{FSDP_MODEL_NAME}_0": FSDP_SHARDS, f"{FSDP_MODEL_NAME}.bin": FSDP_WHOLE}
+    files = {SHARDS: FSDP_SHARDS, f"{FSDP_MODEL_NAME}.bin": FSDP_WHOLE}
     saved = next((kind for name, kind in files.items() if (checkpoint / name).exists()), PLAIN)
     if any(True for _ in checkpoint.glob("global_step*")):
         saved = DEEPSPEED

@@ -122,17 +122,15 @@ def check_base(model: PeftModel) -> None:
         ModelError: the weights differ, so the saved adapter would not fit its base model.
     """
     config: Any = model.active_peft_config
-    name, base = str(config.base_model_name_or_path or ""), unwrapped(model)
+    name = str(config.base_model_name_or_path or "")
     known = getattr(config, "init_lora_weights", None) in _REPEATABLE
     if known or not name or adapter_config(name, config.revision) is not None:
         return
-    found = repository_file(name, "config.json", config.revision)
     # Weights beside those in 4 bits may have been rounded twice.
-    rounded = getattr(base, "quantization_method", None) is not None
+    rounded = getattr(unwrapped(model), "quantization_method", None) is not None
     differing = []
     with ExitStack() as opened:
-        saved = _saved(found.parent, "model*", opened) if found else {}
-        memory = base_weights(base, weights(base)) if found else {}
+        memory, saved = _base(model, opened)
         for weight in sorted(memory.keys() & saved.keys()):
             with gathered(memory[weight]) as own:
                 if not _same_rows(own, saved[weight].get_slice(weight), rounded):
@@ -217,18 +215,24 @@ def in_base(model: PeftModel) -> set[int]:
 
     Weights of another shape, such as resized embeddings, are not.
     """
+    with ExitStack() as opened:
+        memory, saved = _base(model, opened)
+        return {
+            id(memory[name])
+            for name in memory.keys() & saved.keys()
+            if not memory[name].requires_grad
+            and saved[name].get_slice(name).get_shape() == list(full_shape(memory[name]))
+        }
+
+
+def _base(model: PeftModel, opened: ExitStack) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Returns the weights of an adapter's base in memory, and in its files if there are any."""
     config: Any = model.active_peft_config
     name, base = str(config.base_model_name_or_path or ""), unwrapped(model)
     found = repository_file(name, "config.json", config.revision) if name else None
-    with ExitStack() as opened:
-        saved = _saved(found.parent, "model*", opened) if found else {}
-        return {
-            id(tensor)
-            for own, tensor in base_weights(base, weights(base)).items()
-            if own in saved
-            and not tensor.requires_grad
-            and saved[own].get_slice(own).get_shape() == list(full_shape(tensor))
-        }
+    if found is None:
+        return {}, {}
+    return base_weights(base, weights(base)), _saved(found.parent, "model*", opened)
 
 
 def load_renamed(model: nn.Module, folder: Path) -> bool:
@@ -239,11 +243,12 @@ def load_renamed(model: nn.Module, folder: Path) -> bool:
     Returns:
         Whether the weights were loaded.
     """
+    if isinstance(model, PeftModel):
+        return False
     inner: Any = unwrapped(model)
     with ExitStack() as opened:
-        saved = _saved(folder, "model*", opened).keys()
-    if isinstance(model, PeftModel) or not saved - weights(inner).keys():
-        return False
+        if not _saved(folder, "model*", opened).keys() - weights(inner).keys():
+            return False
     loaded = type(inner).from_pretrained(folder, config=inner.config, dtype=inner.dtype)
     inner.load_state_dict(loaded.state_dict())
     return True

@@ -26,9 +26,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
+from transformers.trainer import FSDP_MODEL_NAME
 
 PLAIN, DEEPSPEED = "one process or DDP", "DeepSpeed"
 FSDP_WHOLE, FSDP_SHARDS = "FSDP with FULL_STATE_DICT", "FSDP with SHARDED_STATE_DICT"
+SHARDS = f"{FSDP_MODEL_NAME}_0"  # the folder of a checkpoint with the shards of FSDP
 
 
 def is_sharded(args: TrainingArguments) -> bool:
@@ -67,19 +69,20 @@ def check_sharding(accelerator: Accelerator, *, adapter: bool) -> None:
         )
 
 
-def saves_shards(accelerator: Accelerator) -> bool:
-    """Returns whether FSDP writes shards instead of whole weights (`SHARDED_STATE_DICT`)."""
-    fsdp: Any = getattr(accelerator.state, "fsdp_plugin", None)
-    return fsdp is not None and fsdp.state_dict_type == StateDictType.SHARDED_STATE_DICT
-
-
 def kind_of_launch(accelerator: Accelerator) -> str:
     """Returns what decides the files of a checkpoint."""
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         return DEEPSPEED
-    if getattr(accelerator.state, "fsdp_plugin", None) is None:
+    fsdp: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is None:
         return PLAIN
-    return FSDP_SHARDS if saves_shards(accelerator) else FSDP_WHOLE
+    sharded = fsdp.state_dict_type == StateDictType.SHARDED_STATE_DICT
+    return FSDP_SHARDS if sharded else FSDP_WHOLE
+
+
+def saves_shards(accelerator: Accelerator) -> bool:
+    """Returns whether FSDP writes shards instead of whole weights."""
+    return kind_of_launch(accelerator) == FSDP_SHARDS
 
 
 @contextmanager

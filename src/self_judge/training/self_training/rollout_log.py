@@ -84,9 +84,8 @@ def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     Margin, letter mass and win rates are means over decided pairs, and the order agreement is one
     over judged pairs (see `voting.order_agreement`). The win rate of a principle or a member of a
     panel is the share of pairs in which it agrees with the verdict, and its order agreement is that
-    of its own verdicts. Lengths count only answers. If there are
-    thoughts, the metrics also include their mean length and the share of responses without an
-    answer.
+    of its own verdicts. Lengths count only answers. If there are thoughts, the metrics also include
+    their mean length and the share of responses without an answer.
     """
     decided, responses = max(totals["decided"], 1.0), max(totals["responses"], 1.0)
     pairs, judged = max(totals["pairs"], 1.0), max(totals["judged"], 1.0)
