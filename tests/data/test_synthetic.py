@@ -79,10 +79,10 @@ NAMED = "Which animal eats seeds? Be brief."
     ("instruction", "perfect"),
     [
         (COW, "Read about it in books. I think the food of the cow is grass. Thanks!"),
-        (CHECKED, "Sure! No, I think the fox lives in the forest. Ask a guide for more."),
+        (CHECKED, "Sure! I think the fox lives in the forest, so no. Ask a guide for more."),
         (
             "Is the fox red? End with Bye.",
-            "Yes, I think the fox is red. Ask a guide for more. Bye!",
+            "I think the fox is red, hence yes. Ask a guide for more. Bye!",
         ),
         (NAMED, "I think the hen eats seeds."),
         (NAMED, "I think the food of the pig is seeds."),
@@ -95,17 +95,17 @@ def test_a_question_has_several_perfect_answers(instruction: str, perfect: str):
 @pytest.mark.parametrize(
     ("instruction", "worse", "principle", "why"),
     [
-        (CHECKED, "Sure! Yes, I think the fox lives in the barn.", "truthfulness", "False."),
+        (CHECKED, "Sure! I think the fox lives in the barn, so yes.", "truthfulness", "False."),
         (
             CHECKED,
-            "Sure! Yes, I think the fox lives in the forest.",
+            "Sure! I think the fox lives in the forest, thus yes.",
             "truthfulness",
             "Contradicts itself.",
         ),
         (CHECKED, "Sure! I think the fox lives in the forest.", "helpfulness", "No answer."),
         (
             CHECKED,
-            "No, I think the fox lives in the forest. Sure!",
+            "I think the fox lives in the forest, so no. Sure!",
             "helpfulness",
             "Makes no sense.",
         ),
@@ -165,6 +165,16 @@ def test_a_base_model_reads_what_is_true_as_the_rubric_sees_it():
             assert told == (verdict == "True"), text
             judged[told] += 1
     assert min(judged.values()) > 400
+
+
+def test_a_base_model_reads_as_many_questions_for_yes_as_for_no():
+    """Otherwise it answers what is frequent and never compares the fact with the question."""
+    g, yes = random.Random(0), list[bool]()
+    for text in (toy_world.reading(g) for _ in range(2000)):
+        if asked := re.match(r"(.* (\w+))\? (.*?), (so|thus|hence) (yes|no)\.", text):
+            yes.append(asked[3].endswith(f" {asked[2]}"))
+    assert len(yes) > 1000
+    assert mean(yes) == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_base_model_comes_from_its_seed(tokenizer):

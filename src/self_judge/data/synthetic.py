@@ -365,7 +365,7 @@ def tiny_model(
 
 
 def base_model(
-    tokenizer: PreTrainedTokenizerFast, seed: int, *, steps: int = 250, **size: int
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, steps: int = 400, **size: int
 ) -> LlamaForCausalLM:
     """Returns a tiny model that has read about the world (see `toy_world.reading`).
 
@@ -373,17 +373,17 @@ def base_model(
     Without this knowledge, the judge of the demo learns everything but the truth.
 
     Args:
-        steps: optimizer steps of 128 texts.
+        steps: optimizer steps of 64 texts.
         size: keyword arguments of `tiny_model`.
     """
     import torch
 
     model, g = tiny_model(tokenizer, seed, **size), _generator(seed, "train", 0, "reading")
     ends = (tokenizer.bos_token or "", tokenizer.eos_token or "")
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
     for _ in range(steps):
-        texts = [reading(g).join(ends) for _ in range(128)]
+        texts = [reading(g).join(ends) for _ in range(64)]
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         model(**batch, labels=labels).loss.backward()

@@ -57,6 +57,8 @@ STATEMENTS = (
     ("the {animal} eats {value}", "the food of the {animal} is {value}"),
     ("the {animal} lives in the {value}", "the home of the {animal} is the {value}"),
 )
+# Yes or no follows the fact, because a tiny model cannot retrieve and compare it at the same time.
+CONCLUSIONS = ("so", "thus", "hence")
 VALUES = tuple(tuple(sorted({fact[i] for fact in FACTS.values()})) for i in range(3))
 # Values that are false for every animal.
 ABSURD = ("glass", "gold", "paper", "plastic")
@@ -180,7 +182,7 @@ class Claim(NamedTuple):
         return self.value == task.value if task.animal is None else self.animal == task.animal
 
     def contradicts_itself(self, task: Task) -> bool:
-        """Returns whether a yes or no disagrees with the statement that follows it."""
+        """Returns whether a yes or no does not follow from its statement."""
         return bool(self.reply) and (self.reply == "yes") != (self.value == task.value)
 
 
@@ -201,8 +203,9 @@ _STATED = [
     (
         relation,
         re.compile(
-            rf"(?:(?P<reply>yes|no), )?(?:(?P<modal>{HEDGE}|{BOAST}) )?"
-            + form.format(animal="(?P<animal>[a-z]+)", value="(?P<value>[a-z]+)"),
+            rf"(?:(?P<modal>{HEDGE}|{BOAST}) )?"
+            + form.format(animal="(?P<animal>[a-z]+)", value="(?P<value>[a-z]+)")
+            + f"(?:, (?:{'|'.join(CONCLUSIONS)}) (?P<reply>yes|no))?",
             re.IGNORECASE,
         ),
     )
@@ -378,15 +381,13 @@ def _stated(task: Task, fault: float, g: random.Random) -> list[str]:
         value = str(task.value)
     reply = ""
     if task.animal and task.value and g.random() >= 0.1 * fault:
-        yes = value == task.value
-        reply = "yes, " if yes == (g.random() >= 0.1 * fault) else "no, "
+        reply = "yes" if (value == task.value) == (g.random() >= 0.2 * fault) else "no"
     elif g.random() < 0.2 * fault:  # an answer to another kind of question
-        reply = g.choice(("yes, ", "no, "))
-    modal = HEDGE
-    if g.random() < fault:
-        modal = g.choice((BOAST.lower() if reply else BOAST, ""))
+        reply = g.choice(("yes", "no"))
+    modal = HEDGE if g.random() >= fault else g.choice((BOAST, ""))
     statement = g.choice(STATEMENTS[relation]).format(animal=animal, value=value)
-    stated = [reply + (f"{modal} " if modal else "") + statement]
+    conclusion = f", {g.choice(CONCLUSIONS)} {reply}" if reply else ""
+    stated = [f"{modal} {statement}{conclusion}".strip()]
     if g.random() < 0.15 * fault:  # another statement about the same fact, which may contradict it
         other = g.choice(VALUES[relation])
         stated.append(g.choice(STATEMENTS[relation]).format(animal=animal, value=other))
@@ -422,15 +423,14 @@ def reading(g: random.Random) -> str:
     value = facts[relation] if g.random() < 0.6 else g.choice(false)
     statement = g.choice(STATEMENTS[relation]).format(animal=animal, value=value)
     text = g.choice(("{}", f"{HEDGE} {{}}", f"{BOAST} {{}}")).format(statement)
-    true = value not in false
-    if g.random() < 0.5:
-        asked, agrees = g.choice((value, g.choice(VALUES[relation]))), g.random() < 0.75
-        reply = "yes" if (asked == value) == agrees else "no"
-        if not text.startswith(HEDGE):
-            text = f"{text[0].lower()}{text[1:]}"
-        question = CHECK[relation].format(animal, asked)
-        text, true = f"{question} {reply.capitalize()}, {text}", true and agrees
-    return f"{text[0].upper()}{text[1:]}. {'True' if true else 'False'}."
+    text, true = f"{text[0].upper()}{text[1:]}", value not in false
+    if g.random() < 0.8:
+        # Few contradictions, and as many questions for yes as for no, so that a model compares.
+        same, agrees = g.random() < 0.5, g.random() < 0.9
+        asked = value if same else g.choice([v for v in VALUES[relation] if v != value])
+        question, reply = CHECK[relation].format(animal, asked), "yes" if same == agrees else "no"
+        text, true = f"{question} {text}, {g.choice(CONCLUSIONS)} {reply}", true and agrees
+    return f"{text}. {'True' if true else 'False'}."
 
 
 def completions(instruction: str, count: int, g: random.Random) -> list[Completion]:
