@@ -31,9 +31,9 @@ from self_judge.storage.jsonl import write_lines
 from self_judge.storage.run_dir import BRACKETS, SUMMARY
 
 SIZES = (1, 4, 16)  # the values of N for self-rejection
-# The weight of log π(response) beside the judge's log odds. The judge's own mistakes are rare among
-# few responses, but among many there is always one that it overrates (docs/evidence.md).
-PRIOR_WEIGHT = 0.5
+# The weight of log π(response) beside the judge's log odds. π is the initial model: the policy has
+# learned what the judge overrates, and the initial model has not (docs/evidence.md).
+PRIOR_WEIGHT = 1.0
 SHOWN_BRACKETS = 12  # number of tournaments saved for the report
 SHOWN_PROMPTS = 3  # number of held-out prompts shown with answers: the first ones of the seed
 RUBRIC = (
@@ -122,9 +122,11 @@ def _gold_scores(demo: Demo, judge: Judge, policy: Any) -> _Gold:
         sampler = TransformersSampler(jsft_model, encoder, sampling, 256)
         before = [own[0].text for own in sampler.sample(prompts, 1, seeds)]
     with console.status(f"the policy answers held-out prompts {max(SIZES)} times"):
-        sampler = TransformersSampler(policy, encoder, sampling, 512)
-        sampled = sampler.sample(prompts, max(SIZES), seeds)
-        priors = [[PRIOR_WEIGHT * p for p in own] for own in sampler.log_probs(prompts, sampled)]
+        sampled = TransformersSampler(policy, encoder, sampling, 512).sample(
+            prompts, max(SIZES), seeds
+        )
+        initial = sampler.log_probs(prompts, sampled)
+        priors = [[PRIOR_WEIGHT * p for p in own] for own in initial]
     samples = [[r.text for r in own] for own in sampled]
 
     def knockouts(size: int, weighed: bool) -> tuple[list[Bracket], list[str]]:
