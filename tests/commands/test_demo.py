@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from self_judge.commands.demo.run import run_demo
+from self_judge.commands.demo.run import PRIOR_WEIGHT, run_demo
 from self_judge.commands.demo.steps import DemoSettings
+from self_judge.config.self_training import SamplingSettings
 from self_judge.data import synthetic
 from self_judge.data.toy_world import gold_reasons, gold_score
+from self_judge.datatypes import stable_seed
+from self_judge.inference.sampling import TransformersSampler
+from self_judge.models import load_model
+from self_judge.prompting.chat_encoder import ChatEncoder
 from self_judge.prompting.judge_json import load_judge_settings
 from self_judge.storage.jsonl import read_lines
 from self_judge.storage.run_dir import BRACKETS, rollout_files
@@ -85,6 +90,27 @@ def test_sampled_pairs_and_brackets_have_gold_scores(output: Path) -> None:
     for line in read_lines(output / BRACKETS):
         told = [gold_reasons(line["context"], text) for text in line["responses"]]
         assert line["gold_reasons"] == told
+
+
+def test_the_prior_of_the_tournaments_is_that_of_the_model_before_self_training(
+    output: Path,
+) -> None:
+    encoder = ChatEncoder(synthetic.tiny_tokenizer())
+    settings = SamplingSettings(max_new_tokens=TINY.max_new_tokens)
+    jsft, policy = (
+        TransformersSampler(load_model(output / name), encoder, settings)
+        for name in ("jsft", "self_judge")
+    )
+    lines = list(read_lines(output / BRACKETS))
+    prompts = [encoder.encode_prompt([{"role": "user", "content": x["context"]}]) for x in lines]
+    seeds = [stable_seed(3, "held-out", i) for i in range(len(lines))]
+    sampled = policy.sample(prompts, 16, seeds)
+    assert [[r.text for r in own] for own in sampled] == [x["responses"] for x in lines]
+    for line, own, other in zip(
+        lines, jsft.log_probs(prompts, sampled), policy.log_probs(prompts, sampled), strict=True
+    ):
+        assert line["prior"] == pytest.approx([PRIOR_WEIGHT * p for p in own], abs=1e-4)
+        assert line["prior"] != pytest.approx([PRIOR_WEIGHT * p for p in other], abs=1e-4)
 
 
 def test_both_models_are_kept_with_what_they_judge_by(output: Path) -> None:
