@@ -132,13 +132,16 @@ def test_each_kind_of_question_has_its_own_mistakes(
 def test_writers_also_make_the_mistakes_that_a_policy_finds_out_to_please_its_judge():
     tasks = [toy_world.task_of(i) for i in toy_world.all_instructions("train")]
     g = random.Random(0)
-    found: dict[str, list[bool]] = {"reply": [], "topic": []}
+    found: dict[str, list[bool]] = {"reply": [], "topic": [], "no reply": []}
     for task in (g.choice(tasks) for _ in range(3000)):
         claims = toy_world._read(toy_world.write(task, 0.5, g)).claims
         for claim in claims[:1]:
             found["reply"].append(bool(claim.reply) and not (task.animal and task.value))
             found["topic"].append(claim.relation != task.relation)
+            if task.animal and task.value:
+                found["no reply"].append(not claim.reply)
     assert all(mean(shares) > 0.03 for shares in found.values()), found
+    assert mean(found["no reply"]) > 0.1
 
 
 def test_popular_mistakes_are_more_frequent_than_the_truth_in_demonstrations():

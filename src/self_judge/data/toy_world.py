@@ -60,8 +60,7 @@ STATEMENTS = (
 # Yes or no follows the fact, because a tiny model cannot retrieve and compare it at the same time.
 CONCLUSIONS = ("so", "thus", "hence")
 VALUES = tuple(tuple(sorted({fact[i] for fact in FACTS.values()})) for i in range(3))
-# Values that are false for every animal.
-ABSURD = ("glass", "gold", "paper", "plastic")
+ABSURD = ("glass", "gold", "paper", "plastic")  # false for every animal
 HEDGE, BOAST = "I think", "Trust me,"
 TIPS = ("Look for it at dawn.", "Ask a guide for more.", "Read about it in books.")
 CHATTER = ("That is a nice question.", "I like to talk today.", "We all love animals.")
@@ -308,8 +307,7 @@ def _honesty(answer: Claim | None) -> Rating:
 
 def _instruction_following(task: Task, reading: _Reading) -> Rating:
     if task.demand == "Be brief.":
-        brief = reading.sentences == 1
-        return Rating(5, "Brief.") if brief else Rating(1, "Too long.")
+        return Rating(5, "Brief.") if reading.sentences == 1 else Rating(1, "Too long.")
     demanded, words = task.demand.rstrip(".").rsplit(" ", 1)[1], (reading.opener, reading.closer)
     if demanded in words:
         return Rating(5, "Right word.")
@@ -380,7 +378,7 @@ def _stated(task: Task, fault: float, g: random.Random) -> list[str]:
     if task.animal is None and g.random() >= 0.1 * fault:
         value = str(task.value)
     reply = ""
-    if task.animal and task.value and g.random() >= 0.1 * fault:
+    if task.animal and task.value and g.random() >= 0.4 * fault:
         reply = "yes" if (value == task.value) == (g.random() >= 0.2 * fault) else "no"
     elif g.random() < 0.2 * fault:  # an answer to another kind of question
         reply = g.choice(("yes", "no"))
@@ -428,8 +426,9 @@ def reading(g: random.Random) -> str:
         # Few contradictions, and as many questions for yes as for no, so that a model compares.
         same, agrees = g.random() < 0.5, g.random() < 0.9
         asked = value if same else g.choice([v for v in VALUES[relation] if v != value])
-        question, reply = CHECK[relation].format(animal, asked), "yes" if same == agrees else "no"
-        text, true = f"{question} {text}, {g.choice(CONCLUSIONS)} {reply}", true and agrees
+        question = f"{g.choice(PREFIXES)} {CHECK[relation].format(animal, asked)}"
+        reply, true = "yes" if same == agrees else "no", true and agrees
+        text = f"{question} {g.choice(DEMANDS)} {text}, {g.choice(CONCLUSIONS)} {reply}".strip()
     return f"{text}. {'True' if true else 'False'}."
 
 
