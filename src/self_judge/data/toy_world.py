@@ -378,8 +378,8 @@ def _stated(task: Task, fault: float, g: random.Random) -> list[str]:
     if task.animal is None and g.random() >= 0.1 * fault:
         value = str(task.value)
     reply = ""
-    if task.animal and task.value and g.random() >= 0.4 * fault:
-        reply = "yes" if (value == task.value) == (g.random() >= 0.2 * fault) else "no"
+    if task.animal and task.value and g.random() >= 0.5 * fault:
+        reply = "yes" if (value == task.value) == (g.random() >= 0.1 * fault) else "no"
     elif g.random() < 0.2 * fault:  # an answer to another kind of question
         reply = g.choice(("yes", "no"))
     modal = HEDGE if g.random() >= fault else g.choice((BOAST, ""))
