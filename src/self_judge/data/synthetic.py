@@ -365,7 +365,7 @@ def tiny_model(
 
 
 def base_model(
-    tokenizer: PreTrainedTokenizerFast, seed: int, *, steps: int = 400, **size: int
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, steps: int = 600, **size: int
 ) -> LlamaForCausalLM:
     """Returns a tiny model that has read about the world (see `toy_world.reading`).
 

@@ -33,7 +33,7 @@ from self_judge.storage.run_dir import BRACKETS, SUMMARY
 SIZES = (1, 4, 16)  # the values of N for self-rejection
 # The weight of log π(response) beside the judge's log odds. π is the initial model: the policy has
 # learned what the judge overrates, and the initial model has not (docs/evidence.md).
-PRIOR_WEIGHT = 1.0
+PRIOR_WEIGHT = 0.5
 SHOWN_BRACKETS = 12  # number of tournaments saved for the report
 SHOWN_PROMPTS = 3  # number of held-out prompts shown with answers: the first ones of the seed
 RUBRIC = (

@@ -44,7 +44,7 @@ from self_judge.training.self_training.trainer import SelfJudgeTrainer
 class DemoSettings:
     """Sizes and hyperparameters of the demo. The results are in benchmarks/RESULTS.md."""
 
-    base_steps: int = 400
+    base_steps: int = 600
     jsft_records: int = 6000
     pairs_per_record: int = 2
     jsft_batch: int = 32
