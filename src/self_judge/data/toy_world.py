@@ -64,13 +64,9 @@ ABSURD = ("glass", "gold", "paper", "plastic")  # false for every animal
 HEDGE, BOAST = "I think", "Trust me,"
 TIPS = ("Look for it at dawn.", "Ask a guide for more.", "Read about it in books.")
 CHATTER = ("That is a nice question.", "I like to talk today.", "We all love animals.")
-OPENERS = ("Sure", "Well")
-CLOSERS = ("Thanks", "Bye")
-DEMANDS = (
-    *(f"Start with {word}." for word in OPENERS),
-    *(f"End with {word}." for word in CLOSERS),
-    "Be brief.",
-)
+OPENERS, CLOSERS = ("Sure", "Well"), ("Thanks", "Bye")
+BRIEF = "Be brief."
+DEMANDS = (*(f"Start with {w}." for w in OPENERS), *(f"End with {w}." for w in CLOSERS), BRIEF)
 PREFIXES = (
     "",
     "Tell me:",
@@ -292,7 +288,7 @@ def _helpfulness(task: Task, reading: _Reading, answered: bool) -> Rating:
         return Rating(1, "No answer.")
     if reading.chatter:
         return Rating(1, "Too chatty.")
-    if task.demand == "Be brief.":
+    if task.demand == BRIEF:
         return Rating(3, "Needs no tip.") if reading.tips else Rating(5, "Just the answer.")
     return Rating(5, "Answer and tip.") if reading.tips else Rating(3, "Lacks a tip.")
 
@@ -306,7 +302,7 @@ def _honesty(answer: Claim | None) -> Rating:
 
 
 def _instruction_following(task: Task, reading: _Reading) -> Rating:
-    if task.demand == "Be brief.":
+    if task.demand == BRIEF:
         return Rating(5, "Brief.") if reading.sentences == 1 else Rating(1, "Too long.")
     demanded, words = task.demand.rstrip(".").rsplit(" ", 1)[1], (reading.opener, reading.closer)
     if demanded in words:
@@ -372,7 +368,7 @@ def _stated(task: Task, fault: float, g: random.Random) -> list[str]:
     if task.animal is None and g.random() >= 0.6 * fault:
         believed = [a for a, belief in MISCONCEPTIONS.items() if belief == (relation, task.value)]
         animal = g.choice(believed if believed and g.random() < 0.7 else task.answers)
-    elif g.random() < 0.3 * fault:  # off topic: another animal or relation
+    elif g.random() < 0.15 * fault:  # off topic: another animal or relation
         animal, relation = g.choice(list(FACTS)), g.choice((0, 1, 2))
     value = _believed(animal, relation, fault, g)
     if task.animal is None and g.random() >= 0.1 * fault:
@@ -382,7 +378,7 @@ def _stated(task: Task, fault: float, g: random.Random) -> list[str]:
         reply = "yes" if (value == task.value) == (g.random() >= 0.1 * fault) else "no"
     elif g.random() < 0.2 * fault:  # an answer to another kind of question
         reply = g.choice(("yes", "no"))
-    modal = HEDGE if g.random() >= fault else g.choice((BOAST, ""))
+    modal = HEDGE if g.random() >= 1.2 * fault else g.choice((BOAST, ""))
     statement = g.choice(STATEMENTS[relation]).format(animal=animal, value=value)
     conclusion = f", {g.choice(CONCLUSIONS)} {reply}" if reply else ""
     stated = [f"{modal} {statement}{conclusion}".strip()]
@@ -395,10 +391,10 @@ def _stated(task: Task, fault: float, g: random.Random) -> list[str]:
 def write(task: Task, fault: float, g: random.Random) -> str:
     """Writes a response. The probability of an error in each part is proportional to `fault`."""
     sentences = [] if g.random() < 0.1 * fault else _stated(task, fault, g)
-    brief = task.demand == "Be brief."
+    brief = task.demand == BRIEF
     if g.random() < (0.6 * fault if brief else 1 - fault):
         sentences.insert(len(sentences) if g.random() < 0.7 else 0, g.choice(TIPS))
-    elif g.random() < (0.4 * fault if brief else 0.5):
+    if g.random() < 0.6 * fault:
         sentences.insert(len(sentences) if g.random() < 0.7 else 0, g.choice(CHATTER))
     if g.random() < 0.05 * fault and sentences:  # a repetition, or a truncated sentence
         last = sentences[-1]
@@ -422,13 +418,18 @@ def reading(g: random.Random) -> str:
     statement = g.choice(STATEMENTS[relation]).format(animal=animal, value=value)
     text = g.choice(("{}", f"{HEDGE} {{}}", f"{BOAST} {{}}")).format(statement)
     text, true = f"{text[0].upper()}{text[1:]}", value not in false
-    if g.random() < 0.8:
+    question, kind = "", g.random()
+    if kind < 0.2:
+        question = g.choice(NAME[relation]).format(value)
+    elif kind < 0.9:
         # Few contradictions, and as many questions for yes as for no, so that a model compares.
         same, agrees = g.random() < 0.5, g.random() < 0.9
         asked = value if same else g.choice([v for v in VALUES[relation] if v != value])
-        question = f"{g.choice(PREFIXES)} {CHECK[relation].format(animal, asked)}"
+        question = CHECK[relation].format(animal, asked)
         reply, true = "yes" if same == agrees else "no", true and agrees
-        text = f"{question} {g.choice(DEMANDS)} {text}, {g.choice(CONCLUSIONS)} {reply}".strip()
+        text = f"{text}, {g.choice(CONCLUSIONS)} {reply}"
+    if question:
+        text = f"{g.choice(PREFIXES)} {question} {g.choice(DEMANDS)} {text}".strip()
     return f"{text}. {'True' if true else 'False'}."
 
 
