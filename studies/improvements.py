@@ -106,14 +106,16 @@ def soft_labels(world: World) -> dict[str, Any]:
 
 
 def prior(world: World) -> dict[str, Any]:
-    """The response with the higher log odds + 0.5 log π of the initial model is chosen."""
+    """The response with the higher log odds + 5 × mean log π of the initial model is chosen."""
 
     def change(rollouts: Sequence[Rollout]) -> list[Rollout]:
         prompts = [r.prompt_ids for r in rollouts]
         sampler = world.sampler(world.judge.model)
         log_probs = sampler.log_probs(prompts, [[r.chosen, r.rejected] for r in rollouts])
         changed = []
-        for rollout, (chosen, rejected) in zip(rollouts, log_probs, strict=True):
+        for rollout, sums in zip(rollouts, log_probs, strict=True):
+            pair = rollout.chosen, rollout.rejected
+            chosen, rejected = (p / len(r.ids) for p, r in zip(sums, pair, strict=True))
             odds = rollout.verdict.log_odds if rollout.decided and rollout.verdict else 0.0
             worse = rollout.decided and odds + PRIOR_WEIGHT * (chosen - rejected) < 0
             changed.append(_reversed(rollout) if worse else rollout)
@@ -141,7 +143,7 @@ STUDY = Study(
     "improvements",
     "Which changes to self-training help at equal cost of sampling?",
     {
-        "labels with a prior, judge + 0.5 log π": prior,
+        "labels with a prior, judge + 5 log π per token": prior,
         "4 responses, best and worst, half the prompts": partial(
             _with_settings, arm="best-worst", prompts=0.5, num_generations=4
         ),

@@ -11,8 +11,8 @@ from study import interval
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images"
 # The ways of choosing that the plot of self-rejection shows; the table has all.
-WAYS = ("best by gold", "knockout + 0.5 log π", "most probable text", "knockout",
-        "round robin, soft wins", "scalar reward by the letter")  # fmt: skip
+WAYS = ("best by gold", "knockout + 5 log π of JSFT per token", "most probable text",
+        "knockout", "round robin, soft wins", "scalar reward by the letter")  # fmt: skip
 Arms = Mapping[str, Sequence[Mapping[str, Any]]]
 
 

@@ -25,7 +25,7 @@ from study import Study
 from world import World
 
 SIZES = (1, 2, 4, 8, 16, 32)
-WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+WEIGHTS = (0.1, 0.3, 0.5, 1.0)
 Scores = Callable[[int, int], np.ndarray]  # (prompt, N) -> a score for each of the first N samples
 
 
@@ -143,19 +143,17 @@ def paper(world: World) -> dict[str, Any]:
         "scalar reward by the letter": by(s.scalar),
         "most frequent text": by(s.frequency),
         "most probable text": by(lambda i, n: s.log_prob[i, :n]),
+        "most probable text per token of JSFT": by(
+            lambda i, n: s.jsft_log_prob[i, :n] / s.length[i, :n]
+        ),
         "best by gold": by(lambda i, n: s.gold[i, :n]),
     }
-    per_token = 10 * s.log_prob / s.length
-    for name, prior in (("", s.log_prob), (" of JSFT", s.jsft_log_prob), (" per token", per_token)):
-        for weight in WEIGHTS:
-            shown = 10 * weight if prior is per_token else weight
-            ways[f"knockout + {shown:g} log π{name}"] = lambda n, prior=weight * prior: s.knockout(
-                n, prior
-            )
-    for weight in WEIGHTS:
-        ways[f"soft wins + {weight / 10:g} log π"] = by(
-            lambda i, n, w=weight / 10: s.soft_wins(i, n) + w * s.log_prob[i, :n]
-        )
+    for model, log_prob in (("", s.log_prob), (" of JSFT", s.jsft_log_prob)):
+        for scale, of, values in ((1, "", log_prob), (10, " per token", log_prob / s.length)):
+            for weight in (scale * w for w in WEIGHTS):
+                ways[f"knockout + {weight:g} log π{model}{of}"] = lambda n, prior=weight * values: (
+                    s.knockout(n, prior)
+                )
     distinct = float(np.mean([len(set(texts)) for texts in s.texts]))
     return {"gold_by_n": s.table(ways), "distinct": distinct, "pairs": len(s.verdicts) // 2}
 

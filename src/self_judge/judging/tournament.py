@@ -357,11 +357,10 @@ def tournament_rejection_sampling(
         judge: a `Judge` to use instead of `model`, `tokenizer` and `judge_templates`.
         prior: for each response to each context, prior log odds, which are added to the judge's
             log odds in every match. The larger N, the more often the judge overrates one of the
-            responses. The prior λ log π(response) then favors what a model considers likely, best
-            the model before self-training, because the policy has learned what the judge overrates;
-            `TransformersSampler.log_probs` returns log π. For answers of one to three sentences,
-            λ from 0.5 to 1 was best; log π of longer responses differs by more, so they need a
-            smaller λ. By default, as in the paper, only the judge decides.
+            responses. A prior of λ × the mean log π per token then favors what a model considers
+            likely, best the model before self-training, because the policy has learned what the
+            judge overrates. `TransformersSampler.log_probs` returns sums, which favor short
+            responses. By default, as in the paper, only the judge decides.
         return_brackets: whether to also return one `Bracket` per context.
         progress: whether to show a progress bar for each round.
 

@@ -31,9 +31,10 @@ from self_judge.storage.jsonl import write_lines
 from self_judge.storage.run_dir import BRACKETS, SUMMARY
 
 SIZES = (1, 4, 16)  # the values of N for self-rejection
-# The weight of log π(response) beside the judge's log odds. π is the initial model: the policy has
-# learned what the judge overrates, and the initial model has not (docs/evidence.md).
-PRIOR_WEIGHT = 0.5
+# The weight of the mean log π per token beside the judge's log odds. π is the initial model: the
+# policy has learned what the judge overrates, and the initial model has not. A sum over tokens
+# would prefer short responses (docs/evidence.md).
+PRIOR_WEIGHT = 5.0
 SHOWN_BRACKETS = 12  # number of tournaments saved for the report
 SHOWN_PROMPTS = 3  # number of held-out prompts shown with answers: the first ones of the seed
 RUBRIC = (
@@ -125,8 +126,10 @@ def _gold_scores(demo: Demo, judge: Judge, policy: Any) -> _Gold:
         sampled = TransformersSampler(policy, encoder, sampling, 512).sample(
             prompts, max(SIZES), seeds
         )
-        initial = sampler.log_probs(prompts, sampled)
-        priors = [[PRIOR_WEIGHT * p for p in own] for own in initial]
+        priors = [
+            [PRIOR_WEIGHT * p / len(r.ids) for p, r in zip(log_probs, own, strict=True)]
+            for log_probs, own in zip(sampler.log_probs(prompts, sampled), sampled, strict=True)
+        ]
     samples = [[r.text for r in own] for own in sampled]
 
     def knockouts(size: int, weighed: bool) -> tuple[list[Bracket], list[str]]:
