@@ -82,7 +82,7 @@ NAMED = "Which animal eats seeds? Be brief."
         (CHECKED, "Sure! I think the fox lives in the forest, so no. Ask a guide for more."),
         (
             "Is the fox red? End with Bye.",
-            "I think the fox is red, hence yes. Ask a guide for more. Bye!",
+            "I think the fox is red, so yes. Ask a guide for more. Bye!",
         ),
         (NAMED, "I think the hen eats seeds."),
         (NAMED, "I think the food of the pig is seeds."),
@@ -98,7 +98,7 @@ def test_a_question_has_several_perfect_answers(instruction: str, perfect: str):
         (CHECKED, "Sure! I think the fox lives in the barn, so yes.", "truthfulness", "False."),
         (
             CHECKED,
-            "Sure! I think the fox lives in the forest, thus yes.",
+            "Sure! I think the fox lives in the forest, so yes.",
             "truthfulness",
             "Contradicts itself.",
         ),
@@ -174,7 +174,7 @@ def test_a_base_model_reads_as_many_questions_for_yes_as_for_no():
     """Otherwise it answers what is frequent and never compares the fact with the question."""
     g, yes = random.Random(0), list[bool]()
     for text in (toy_world.reading(g) for _ in range(2000)):
-        if asked := re.match(r"(.* (\w+))\? (.*?), (so|thus|hence) (yes|no)\.", text):
+        if asked := re.match(r"(.* (\w+))\? (.*?), so (yes|no)\.", text):
             yes.append(asked[3].endswith(f" {asked[2]}"))
     assert len(yes) > 1000
     assert mean(yes) == pytest.approx(0.5, abs=0.05)

@@ -364,6 +364,13 @@ def tiny_model(
     return model
 
 
+def _batches_to_read(g: random.Random, ends: tuple[str, str]) -> Iterator[list[str]]:
+    """Yields batches of 64 texts of similar length, which need a fifth less computing."""
+    while True:
+        texts = sorted((reading(g).join(ends) for _ in range(8 * 64)), key=len)
+        yield from g.sample([texts[i : i + 64] for i in range(0, len(texts), 64)], 8)
+
+
 def base_model(
     tokenizer: PreTrainedTokenizerFast, seed: int, *, steps: int = 600, **size: int
 ) -> LlamaForCausalLM:
@@ -382,8 +389,7 @@ def base_model(
     ends = (tokenizer.bos_token or "", tokenizer.eos_token or "")
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
-    for _ in range(steps):
-        texts = [reading(g).join(ends) for _ in range(64)]
+    for texts in itertools.islice(_batches_to_read(g, ends), steps):
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         model(**batch, labels=labels).loss.backward()

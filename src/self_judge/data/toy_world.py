@@ -57,8 +57,9 @@ STATEMENTS = (
     ("the {animal} eats {value}", "the food of the {animal} is {value}"),
     ("the {animal} lives in the {value}", "the home of the {animal} is the {value}"),
 )
-# Yes or no follows the fact, because a tiny model cannot retrieve and compare it at the same time.
-CONCLUSIONS = ("so", "thus", "hence")
+# Yes or no follows the fact, because a tiny model cannot retrieve and compare it at the same time,
+# and always the same word, because it otherwise learns to compare too late on some seeds.
+CONCLUSION = ", so {}"
 VALUES = tuple(tuple(sorted({fact[i] for fact in FACTS.values()})) for i in range(3))
 ABSURD = ("glass", "gold", "paper", "plastic")  # false for every animal
 HEDGE, BOAST = "I think", "Trust me,"
@@ -200,7 +201,7 @@ _STATED = [
         re.compile(
             rf"(?:(?P<modal>{HEDGE}|{BOAST}) )?"
             + form.format(animal="(?P<animal>[a-z]+)", value="(?P<value>[a-z]+)")
-            + f"(?:, (?:{'|'.join(CONCLUSIONS)}) (?P<reply>yes|no))?",
+            + f"(?:{CONCLUSION.format('(?P<reply>yes|no)')})?",
             re.IGNORECASE,
         ),
     )
@@ -380,7 +381,7 @@ def _stated(task: Task, fault: float, g: random.Random) -> list[str]:
         reply = g.choice(("yes", "no"))
     modal = HEDGE if g.random() >= 1.2 * fault else g.choice((BOAST, ""))
     statement = g.choice(STATEMENTS[relation]).format(animal=animal, value=value)
-    conclusion = f", {g.choice(CONCLUSIONS)} {reply}" if reply else ""
+    conclusion = CONCLUSION.format(reply) if reply else ""
     stated = [f"{modal} {statement}{conclusion}".strip()]
     if g.random() < 0.15 * fault:  # another statement about the same fact, which may contradict it
         other = g.choice(VALUES[relation])
@@ -419,15 +420,17 @@ def reading(g: random.Random) -> str:
     text = g.choice(("{}", f"{HEDGE} {{}}", f"{BOAST} {{}}")).format(statement)
     text, true = f"{text[0].upper()}{text[1:]}", value not in false
     question, kind = "", g.random()
-    if kind < 0.2:
+    if kind < 0.15:
         question = g.choice(NAME[relation]).format(value)
-    elif kind < 0.9:
+    elif kind < 0.35:
+        question = g.choice(ASK[relation]).format(animal)
+    elif kind < 0.95:
         # Few contradictions, and as many questions for yes as for no, so that a model compares.
         same, agrees = g.random() < 0.5, g.random() < 0.9
         asked = value if same else g.choice([v for v in VALUES[relation] if v != value])
         question = CHECK[relation].format(animal, asked)
         reply, true = "yes" if same == agrees else "no", true and agrees
-        text = f"{text}, {g.choice(CONCLUSIONS)} {reply}"
+        text += CONCLUSION.format(reply)
     if question:
         text = f"{g.choice(PREFIXES)} {question} {g.choice(DEMANDS)} {text}".strip()
     return f"{text}. {'True' if true else 'False'}."

@@ -45,16 +45,16 @@ class DemoSettings:
     """Sizes and hyperparameters of the demo. The results are in benchmarks/RESULTS.md."""
 
     base_steps: int = 600
-    jsft_records: int = 6000
-    pairs_per_record: int = 2
+    jsft_records: int = 7000
+    pairs_per_record: int = 1
     jsft_batch: int = 32
     jsft_learning_rate: float = 2e-3
     prompts_per_step: int = 64
     steps: int = 45
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     beta: float = 0.1
     max_new_tokens: int = 36
-    held_out_pairs: int = 400
+    held_out_pairs: int = 1000
     held_out_prompts: int = 256
     judge_batch: int = 128
 
