@@ -19,13 +19,13 @@ import improvements
 import judges
 import judging
 import learning
+import real
 import self_rejection
-import world
 from study import run
 
 STUDIES = {
     module.STUDY.name: module.STUDY
-    for module in (demo, learning, judging, self_rejection, improvements, judges)
+    for module in (demo, learning, judging, self_rejection, improvements, judges, real)
 }
 # Drawn at random after the code of the synthetic world was final. All studies use the first ones.
 SEEDS = (5000, 9827, 19838, 48106, 67456, 77343, 81454, 85283, 94795, 97097)
@@ -50,11 +50,15 @@ def main(arguments: list[str] | None = None) -> None:
             f"unknown study {', '.join(sorted(unknown))}: choose from {', '.join(STUDIES)}"
         )
     if not given.report:
-        settings = world.QUICK if given.quick else None
-        make = partial(world.World, settings=settings, folder=given.output)
         for name in given.studies or STUDIES:
+            world = STUDIES[name].world
+            settings = world.QUICK if given.quick else None
+            if not given.quick and (why := world.missing()):
+                print(f"{name} is left out: {why}")
+                continue
             run(
-                STUDIES[name], make, range(2) if given.quick else SEEDS[: given.seeds],
+                STUDIES[name], partial(world, settings=settings, folder=given.output),
+                range(2) if given.quick else SEEDS[: given.seeds],
                 version=world.version(settings), jobs=given.jobs,
                 results=given.output / f"{name}.jsonl" if given.quick else None,
             )  # fmt: skip

@@ -12,16 +12,17 @@ import numpy as np
 import plots
 import rewards
 import self_rejection
+from self_judge.evaluation.statistics import length_controlled_win_rate
 from study import RESULTS, Study, interval, lines
-from world import version
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 Line = Mapping[str, Any]
 Arms = Mapping[str, Sequence[Line]]
 _FORMER = (
-    "**These figures are from a former version of the synthetic world.** They cannot be compared "
-    "with those of the current one."
+    "**These figures are from a former version of this study's model and data.** They cannot be "
+    "compared with those of the current one."
 )
+_WON = ("wins", "longer")  # per prompt
 PAPER = "on-policy, frozen judge"  # the arm with the method of the paper
 
 
@@ -29,17 +30,19 @@ def write(studies: Iterable[Study]) -> None:
     """Writes docs/evidence.md and its plots, with a section for each study that has results."""
     page = [
         "# Evidence",
-        "This page shows the results of `make studies` in the synthetic world. All intervals are "
-        "95% intervals over seeds and prompts (hierarchical bootstrap), unless noted otherwise. "
-        "Differences are paired within a seed. The results and the machines are in "
-        "`studies/results`.",
+        "This page shows the results of `make studies`, in the synthetic world unless noted "
+        "otherwise. All intervals are 95% intervals over seeds and prompts (hierarchical "
+        "bootstrap), unless noted otherwise. Differences are paired within a seed. The results and "
+        "the machines are in `studies/results`.",
     ]
     for study in studies:
         if study.results.exists():
             page += [f"## {study.name.replace('_', ' ').capitalize()}", study.question]
             page += [f"**For users:** {study.lesson}"] if study.lesson else []
             arms = shown_arms(study.name)
-            if {line.get("world") for own in arms.values() for line in own} != {version()}:
+            if {line.get("world") for own in arms.values() for line in own} != {
+                study.world.version()
+            }:
                 page.append(_FORMER)
             if picture := plots.draw(study.name, arms):
                 page.append(f"![{study.name.replace('_', ' ')}](images/{picture})")
@@ -165,6 +168,50 @@ def _costs(arms: Arms) -> str:
     return _table(head, rows, note)
 
 
+def real(arms: Arms) -> str:
+    """Returns how well each judge decides held-out pairs, and what policies win by them."""
+    longer = {line["seed"]: line["right"] for line in arms.get("longer response", [])}
+    rows = []
+    for arm, own in arms.items():
+        if judged := [x for x in own if "right" in x]:
+            paired = [_minus(x["right"], longer[x["seed"]]) for x in judged if x["seed"] in longer]
+            rows.append(
+                (
+                    arm,
+                    str(judged[0]["records"] or ""),
+                    _interval([x["right"] for x in judged]),
+                    _interval(paired, "+.3f") if paired and arm != "longer response" else "",
+                    *(_mean(judged, key) for key in ("one_order", "order_agreement")),
+                    f"{np.mean([x['seconds'] for x in judged]):,.0f}",
+                )
+            )
+    head = ("judge", "records", "accuracy", "minus longer response", "one order", "orders agree",
+            "s")  # fmt: skip
+    pairs = {len(x["right"]) for own in arms.values() for x in own if "right" in x}
+    note = f"{_seeds(arms)} {max(pairs, default=0):,} held-out pairs."
+    return "\n\n".join([_table(head, rows, note), *_wins(arms)])
+
+
+def _wins(arms: Arms) -> list[str]:
+    """Returns win rates of policies and of the best of N, by the independent judge."""
+    found: dict[str, list[Line]] = {}
+    for line in arms.get("self-training", []):
+        found.setdefault("self-trained, against JSFT", []).append(line)
+        found.setdefault("the same, by its own judge", []).append(line["own_judge"])
+    for line in arms.get("self-rejection", []):
+        for way, won in line["ways"].items():
+            found.setdefault(f"{way}, against one sample", []).append(won)
+    rows = []
+    for way, own in found.items():
+        wins, longer = ([value for line in own for value in line[key]] for key in _WON)
+        equal = length_controlled_win_rate(wins, longer).win_rate
+        rate = _interval([line["wins"] for line in own])
+        rows.append((way, rate, str(equal), _mean(own, "longer", "+.0f")))
+    head = ("by the independent judge", "win rate", "at equal length", "characters longer")
+    note = "Win rates on held-out prompts. The intervals at equal length cover prompts, not seeds."
+    return [_table(head, rows, note)] if rows else []
+
+
 def rejection(arms: Arms) -> str:
     sizes = [str(n) for n in self_rejection.SIZES]
     rows = []
@@ -240,4 +287,5 @@ _TABLES: dict[str, Callable[[Arms], str]] = {
     "self_rejection": rejection,
     "improvements": learning,
     "judges": judges,
+    "real": real,
 }

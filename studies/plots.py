@@ -41,9 +41,10 @@ def _forest(study: str, arms: Arms) -> Any:
     """The mean of each arm, with its interval."""
     from matplotlib import pyplot
 
-    key, label = (
-        ("judged_right", "judge accuracy") if study == "judging" else ("gold", "gold score")
-    )
+    key, label = {
+        "judging": ("judged_right", "judge accuracy"),
+        "real": ("right", "judge accuracy on held-out pairs"),
+    }.get(study, ("gold", "gold score"))
     found = {arm: [x[key] for x in own if key in x] for arm, own in arms.items()}
     found = {arm: values for arm, values in found.items() if values}
     figure, ax = pyplot.subplots(figsize=(6, 0.6 + 0.28 * len(found)))

@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from world import World
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -41,12 +43,14 @@ class Study:
         arms: names and functions. A function receives the `World` of a seed and returns plain data:
             lists of values per prompt or pair, and single numbers.
         lesson: what the results mean for users, in one or two sentences.
+        world: the class that the arms receive: its model and data, of one seed.
     """
 
     name: str
     question: str
     arms: Mapping[str, Callable[[Any], dict[str, Any]]]
     lesson: str = ""
+    world: Any = World
 
     @property
     def results(self) -> Path:

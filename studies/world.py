@@ -29,15 +29,6 @@ from self_judge.judging.judge import Judge
 from self_judge.models import load_model
 from self_judge.prompting.judge_prompt import encode_orders
 
-QUICK = steps.DemoSettings(
-    base_steps=20,
-    jsft_records=300,
-    steps=2,
-    prompts_per_step=16,
-    held_out_pairs=40,
-    held_out_prompts=24,
-)
-
 
 def right(verdicts: Iterable[Verdict]) -> list[float]:
     """Returns 1 for each verdict that prefers response `a`, 0.5 if it is undecidable, else 0."""
@@ -64,20 +55,10 @@ def preference_dataset(pairs: Iterable[tuple[Any, str, str]]) -> Dataset:
     )
 
 
-def train(trainer: Any) -> None:
+def train(trainer: Any, checkpoint: str | None = None) -> None:
     """Trains without printing every log."""
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
-
-
-def version(settings: steps.DemoSettings | None = None) -> str:
-    """Returns a hash of everything that determines a JSFT model.
-
-    Neither models nor results of another version are used.
-    """
-    sources = "".join(inspect.getsource(module) for module in (toy_world, synthetic, steps))
-    described = sources + repr(settings or steps.DemoSettings())
-    return hashlib.sha256(described.encode()).hexdigest()[:12]
+    trainer.train(checkpoint)
 
 
 class World:
@@ -89,13 +70,37 @@ class World:
         folder: where models are kept.
     """
 
+    QUICK = steps.DemoSettings(
+        base_steps=20,
+        jsft_records=300,
+        steps=2,
+        prompts_per_step=16,
+        held_out_pairs=40,
+        held_out_prompts=24,
+    )
+
     def __init__(
         self, seed: int, settings: steps.DemoSettings | None = None, folder: Path | None = None
     ) -> None:
         self.seed, self.settings = seed, settings or steps.DemoSettings()
-        self.folder = (folder or Path("outputs/studies")) / version(self.settings) / str(seed)
+        self.folder = (folder or Path("outputs/studies")) / self.version(self.settings) / str(seed)
         self.console = Console(file=io.StringIO())
         steps.quiet()
+
+    @staticmethod
+    def version(settings: steps.DemoSettings | None = None) -> str:
+        """Returns a hash of everything that determines a JSFT model.
+
+        Neither models nor results of another version are used.
+        """
+        sources = "".join(inspect.getsource(module) for module in (toy_world, synthetic, steps))
+        described = sources + repr(settings or steps.DemoSettings())
+        return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+    @staticmethod
+    def missing() -> str | None:
+        """Returns why a study in this world cannot run here."""
+        return None
 
     def demo(self, arm: str, **fields: Any) -> steps.Demo:
         """Returns the steps of the demo, with a folder for this arm."""
