@@ -68,7 +68,7 @@ class Settings:
 
     model: Path | None = SHARED / "tools" / "smollm2.py"  # `None`: a tiny model and synthetic data
     data: Path = SHARED / "data" / "hh-rlhf"
-    records: int = 1280
+    records: int = 1024
     moved: int = 40
     batch: int = 16
     rows: int = 8
