@@ -3,6 +3,7 @@
 python studies                       all studies, five seeds
 python studies demo --seeds 10       the demo on all ten seeds
 python studies learning --seeds 3    one study
+python studies real --seeds 1        SmolLM2 on HH-helpful: about 7 hours on two cores, in parts
 python studies --quick               two seeds of a small world, to check that all arms run
 python studies --report              only write docs/evidence.md
 """

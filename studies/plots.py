@@ -64,7 +64,8 @@ def _by_n(arms: Arms) -> Any:
     from matplotlib import pyplot
 
     figure, ax = pyplot.subplots(figsize=(6, 3.4))
-    shown = [(way, arms["overall question"], way) for way in WAYS]
+    overall = arms["overall question"]
+    shown = [(way, overall, way) for way in WAYS if way in overall[0]["gold_by_n"]]
     if principles := arms.get("four principles"):
         shown.append(("knockout", principles, "knockout, four principles"))
     for way, own, label in shown:

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import ROOT
 
-SIZES = "BASE, ROWS, STEPS, HELD_OUT = 250, 7500, 20, 200"
+SIZES = "BASE, ROWS, STEPS, HELD_OUT = 600, 7500, 20, 200"
 SMALL = "BASE, ROWS, STEPS, HELD_OUT = 2, 40, 1, 8"
 
 
