@@ -7,8 +7,6 @@ learns from as many of the last ones. The policy never sees this judge, which de
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import inspect
 import random
 import subprocess
 import sys
@@ -47,7 +45,7 @@ from self_judge.training.self_training.config import SelfJudgeConfig
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from self_judge.training.setup import prompt_rows
 from study import Study
-from world import preference_dataset, right, train
+from world import code_hash, preference_dataset, right, train
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -100,9 +98,8 @@ class Real:
     @staticmethod
     def version(settings: Settings | None = None) -> str:
         """Returns a hash of everything that determines the results."""
-        described = inspect.getsource(sys.modules[__name__])
         shown = {k: v for k, v in vars(settings or Settings()).items() if not isinstance(v, Path)}
-        return hashlib.sha256(f"{described}{shown}".encode()).hexdigest()[:12]
+        return code_hash(sys.modules[__name__], said=str(shown))
 
     @staticmethod
     def missing() -> str | None:
@@ -374,11 +371,7 @@ def self_rejection(real: Real) -> dict[str, Any]:
     """The best of N against the first sample, by the independent judge."""
     folder, n = real.policy()[0], real.settings.samples
     sampled = real.answers(folder, n)
-    sums = real.sampler(real.taught()).log_probs(real.prompts, sampled)
-    means = [
-        [p / len(r.ids) for p, r in zip(own, responses, strict=True)]
-        for own, responses in zip(sums, sampled, strict=True)
-    ]
+    means = real.sampler(real.taught()).mean_log_probs(real.prompts, sampled)
     texts = [[r.text for r in own] for own in sampled]
     own, other = real.judge(real.taught()), real.judge(real.independent())
     found = {}

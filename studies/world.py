@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import io
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,13 @@ def train(trainer: Any, checkpoint: str | None = None) -> None:
     trainer.train(checkpoint)
 
 
+def code_hash(*modules: ModuleType, said: str) -> str:
+    """Returns a hash of the modules' code, without comments, and of a text."""
+    lines = itertools.chain(*(inspect.getsource(module).splitlines() for module in modules))
+    code = [line for line in lines if not line.lstrip().startswith("#")]
+    return hashlib.sha256("\n".join([*code, said]).encode()).hexdigest()[:12]
+
+
 class World:
     """The world of one seed.
 
@@ -89,13 +98,11 @@ class World:
 
     @staticmethod
     def version(settings: steps.DemoSettings | None = None) -> str:
-        """Returns a hash of everything that determines a JSFT model.
+        """Returns a hash of everything that determines a JSFT model, comments aside.
 
         Neither models nor results of another version are used.
         """
-        sources = "".join(inspect.getsource(module) for module in (toy_world, synthetic, steps))
-        described = sources + repr(settings or steps.DemoSettings())
-        return hashlib.sha256(described.encode()).hexdigest()[:12]
+        return code_hash(toy_world, synthetic, steps, said=repr(settings or steps.DemoSettings()))
 
     @staticmethod
     def missing() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -23,7 +24,7 @@ import study
 from self_judge import Comparison, PairwiseReward
 from study import Study, interval, lines, run
 from value_judges import value_judge
-from world import World
+from world import World, code_hash
 
 
 def counted(made: list[tuple[int, str]]) -> Study:
@@ -58,6 +59,19 @@ def test_the_first_line_of_another_world_replaces_those_of_the_former(tmp_path: 
     assert [(x["world"], x["seed"], x["arm"]) for x in lines(path)] == [
         ("new", 0, "one"), ("new", 0, "two")
     ]  # fmt: skip
+
+
+def test_a_comment_makes_no_new_world(tmp_path: Path) -> None:
+    def hash_of(name: str, code: str) -> str:
+        path = tmp_path / f"{name}.py"
+        path.write_text(code)
+        spec: Any = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return code_hash(module, said="settings")
+
+    assert hash_of("one", "# old\nx = 1\n") == hash_of("two", "x = 1\n    # new\n")
+    assert hash_of("three", "x = 2\n") != hash_of("four", "x = 1\n")
 
 
 def test_a_line_that_a_kill_cut_off_is_computed_again(tmp_path: Path) -> None:

@@ -28,8 +28,7 @@ FACTS: dict[str, tuple[str, str, str]] = {
     "cow": ("black", "grass", "barn"),
     "swan": ("white", "grass", "river"),
 }
-# One popular mistake for each animal, by relation. Most writers believe it, so the most frequent
-# statement about these facts is false.
+# For each animal, a relation and a popular mistake, which most writers believe.
 MISCONCEPTIONS: dict[str, tuple[int, str]] = {
     "fox": (2, "barn"),
     "owl": (1, "seeds"),
@@ -38,8 +37,7 @@ MISCONCEPTIONS: dict[str, tuple[int, str]] = {
     "cow": (0, "red"),
     "swan": (1, "seeds"),
 }
-# Two ways to ask for a fact, one to ask whether a statement is true, and two to ask for an animal,
-# by relation.
+# By relation: two ways to ask for a fact, one to check a statement, and two to ask for an animal.
 ASK = (
     ("What color is the {}?", "Say the color of the {}."),
     ("What does the {} eat?", "Say the food of the {}."),
@@ -57,8 +55,7 @@ STATEMENTS = (
     ("the {animal} eats {value}", "the food of the {animal} is {value}"),
     ("the {animal} lives in the {value}", "the home of the {animal} is the {value}"),
 )
-# Yes or no follows the fact, because a tiny model cannot retrieve and compare it at the same time,
-# and always the same word, because it otherwise learns to compare too late on some seeds.
+# Yes or no follows the fact: a tiny model cannot retrieve and compare it at the same time.
 CONCLUSION = ", so {}"
 VALUES = tuple(tuple(sorted({fact[i] for fact in FACTS.values()})) for i in range(3))
 ABSURD = ("glass", "gold", "paper", "plastic")  # false for every animal
