@@ -111,11 +111,9 @@ def prior(world: World) -> dict[str, Any]:
     def change(rollouts: Sequence[Rollout]) -> list[Rollout]:
         prompts = [r.prompt_ids for r in rollouts]
         sampler = world.sampler(world.judge.model)
-        log_probs = sampler.log_probs(prompts, [[r.chosen, r.rejected] for r in rollouts])
+        means = sampler.mean_log_probs(prompts, [[r.chosen, r.rejected] for r in rollouts])
         changed = []
-        for rollout, sums in zip(rollouts, log_probs, strict=True):
-            pair = rollout.chosen, rollout.rejected
-            chosen, rejected = (p / len(r.ids) for p, r in zip(sums, pair, strict=True))
+        for rollout, (chosen, rejected) in zip(rollouts, means, strict=True):
             odds = rollout.verdict.log_odds if rollout.decided and rollout.verdict else 0.0
             worse = rollout.decided and odds + PRIOR_WEIGHT * (chosen - rejected) < 0
             changed.append(_reversed(rollout) if worse else rollout)

@@ -107,10 +107,7 @@ def test_the_prior_of_the_tournaments_is_that_of_the_model_before_self_training(
     sampled = policy.sample(prompts, 16, seeds)
     assert [[r.text for r in own] for own in sampled] == [x["responses"] for x in lines]
     for model, matches in ((jsft, True), (policy, False)):
-        for line, own, log_probs in zip(
-            lines, sampled, model.log_probs(prompts, sampled), strict=True
-        ):
-            means = [p / len(r.ids) for p, r in zip(log_probs, own, strict=True)]
+        for line, means in zip(lines, model.mean_log_probs(prompts, sampled), strict=True):
             prior = pytest.approx([PRIOR_WEIGHT * mean for mean in means], abs=1e-4)
             assert (line["prior"] == prior) == matches
 

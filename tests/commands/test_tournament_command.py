@@ -11,6 +11,10 @@ import yaml
 
 from conftest import TEMPLATES
 from self_judge.cli import main
+from self_judge.config.self_training import SamplingSettings
+from self_judge.datatypes import stable_seed
+from self_judge.inference.sampling import TransformersSampler
+from self_judge.judging.judge import Judge
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -61,6 +65,65 @@ def test_prompts_without_responses_are_answered_first(saved_judge: Path, tmp_pat
             for match in matches
             if match["probabilities"]
         )
+
+
+def test_a_prior_weighs_the_mean_log_probability_of_each_sample(
+    saved_judge: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(json.dumps({"prompt": f"what is {i}?"}) for i in range(6)))
+    command = ["tournament", str(source), "--model", str(saved_judge), "--n", "4", "--brackets"]
+    command += ["--max-new-tokens", "6", "--prior"]
+
+    def played(weight: str) -> list[dict[str, Any]]:
+        target = tmp_path / f"{weight}.jsonl"
+        assert main([command[0], command[1], str(target), *command[2:], weight]) == 0
+        return lines(target)
+
+    judge = Judge.from_pretrained(saved_judge)
+    settings = SamplingSettings(max_new_tokens=6, top_p=0.9)
+    sampler = TransformersSampler(judge.model, judge.encoder, settings)
+    prompts = [
+        judge.encoder.encode_prompt([{"role": "user", "content": f"what is {i}?"}])
+        for i in range(6)
+    ]
+    sampled = sampler.sample(prompts, 4, [stable_seed(0, "sample", i + 1) for i in range(6)])
+    sums = sampler.log_probs(prompts, sampled)
+    judged, weighed, ruled = played("0"), played("2"), played("1000")
+    for line, own, log_probs in zip(weighed, sampled, sums, strict=True):
+        assert line["responses"] == [r.text for r in own]
+        means = [p / len(r.ids) for p, r in zip(log_probs, own, strict=True)]
+        assert line["prior"] == pytest.approx([2 * mean for mean in means], rel=1e-4)
+    assert [line["responses"] for line in judged] == [line["responses"] for line in weighed]
+    assert not any("prior" in line for line in judged)
+    for line in ruled:  # so large a weight leaves the judge no say
+        assert line["prior"][line["winner"]] == max(line["prior"])
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "message"),
+    [
+        ({"context": "x", "responses": ["a", "b"]}, ["--prior", "5"],
+         "line 1, field 'responses': must be absent: with --prior, responses are sampled here"),
+        ({"prompt": "x", "prior": 1}, ["--prior", "5"], "line 1, field 'prior': must be absent"),
+        ({"prompt": "x"}, ["--prior", "-1"], "--prior must be 0 or a positive number, got -1.0"),
+        ({"prompt": "x"}, ["--prior", "nan"], "--prior must be 0 or a positive number, got nan"),
+        ({"prompt": "x"}, ["--prior", "5", "--judge", "PANEL", "--policy", "JUDGE"],
+         "--prior needs the log probabilities of the judge's model"),
+    ],
+)  # fmt: skip
+def test_a_prior_that_cannot_be_computed_is_refused(
+    line: dict[str, Any], options: list[str], message: str, saved_judge: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(line))
+    panel = f"{{panel: [{{model: {saved_judge}}}, {{model: {saved_judge}}}]}}"
+    named = {"PANEL": panel, "JUDGE": str(saved_judge)}
+    given = ["--judge", str(saved_judge), *(named.get(option, option) for option in options)]
+    assert main(["tournament", str(source), str(target), *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not target.exists()
 
 
 def test_the_first_prompts_are_a_start_of_all(saved_judge: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,9 +56,11 @@ class TournamentJob:
         seed: seed for sampling, brackets and random winners.
         brackets: whether to write the principles, the matches and the judge's probabilities.
         max_prompts: the number of records to use, from the start of the file; default: all.
+        prior: the weight of the mean log probability per token that the judge's model gives to a
+            sampled response. With 0, only the judge decides.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: a number is below 1, or the weight is negative or not finite.
     """
 
     judge: JudgeChoice
@@ -67,11 +70,14 @@ class TournamentJob:
     seed: int = 0
     brackets: bool = False
     max_prompts: int | None = None
+    prior: float = 0.0
 
     def __post_init__(self) -> None:
         for option, value in (("--n", self.n), ("--max-prompts", self.max_prompts)):
             if value is not None and value < 1:
                 raise ValueError(f"{option} must be at least 1, got {value}")
+        if not 0 <= self.prior < math.inf:
+            raise ValueError(f"--prior must be 0 or a positive number, got {self.prior}")
 
     @functools.cached_property
     def policy_encoder(self) -> ChatEncoder | None:
@@ -88,6 +94,8 @@ class TournamentJob:
             "seed": self.seed,
             "brackets": self.brackets,
         }
+        if self.prior:
+            settings["prior"] = self.prior
         if self.policy_encoder is not None:
             dates = date_of(self.policy_encoder)
             settings |= {f"policy_{name}": date for name, date in dates.items()}
@@ -97,19 +105,21 @@ class TournamentJob:
         """Loads the judge and returns a function that runs a chunk of tournaments."""
         judge = self.judge.load()
         sampler = functools.cache(lambda: self._sampler(judge))  # loaded on first use
+        initial = self._initial(judge) if self.prior else None
 
         def played(entries: list[Entry]) -> list[dict[str, Any]]:
-            responses = self._with_samples(entries, sampler)
+            responses, priors = self._with_samples(entries, sampler, initial)
             knockouts = judged_knockouts(
                 judge,
                 [entry.context for entry in entries],
                 responses,
                 seeds=[stable_seed(self.seed, entry.number) for entry in entries],
+                priors=priors if self.prior else None,
             )
             principles = judge.principles if self.brackets else None
             return [
-                played_line(entry.line, texts, bracket, principles)
-                for entry, texts, bracket in zip(entries, responses, knockouts, strict=True)
+                played_line(e.line, responses[i], knockouts[i], principles, priors[i])
+                for i, e in enumerate(entries)
             ]
 
         return played
@@ -124,21 +134,47 @@ class TournamentJob:
         model: Any = judge.model
         return TransformersSampler(model, encoder, self.sampling)
 
+    def _initial(self, judge: AnyJudge) -> TransformersSampler:
+        """Returns what computes the log probabilities of the prior."""
+        if isinstance(judge, Panel) or judge.in_process is None:
+            raise ValueError(
+                "--prior needs the log probabilities of the judge's model, and so one judge in "
+                "this process: it does not work with a panel, a server or an endpoint"
+            )
+        if self.policy_encoder is not None:
+            own, other = (e.tokenizer.get_vocab() for e in (judge.encoder, self.policy_encoder))
+            if own != other:
+                raise ValueError("--prior needs a judge and a policy with the same tokenizer")
+        model: Any = judge.model
+        return TransformersSampler(model, judge.encoder, self.sampling)
+
     def _with_samples(
-        self, entries: list[Entry], sampler: Callable[[], TransformersSampler | VLLMSampler]
-    ) -> list[list[str]]:
-        """Returns each entry's responses. If an entry has none, they are sampled."""
+        self,
+        entries: list[Entry],
+        sampler: Callable[[], TransformersSampler | VLLMSampler],
+        initial: TransformersSampler | None,
+    ) -> tuple[list[list[str]], list[list[float]]]:
+        """Returns each entry's responses and their prior. If an entry has none, they are sampled.
+
+        The prior is empty without `initial`. With it, no entry has responses.
+        """
         missing = [entry for entry in entries if entry.responses is None]
-        sampled: Iterator[list[Response]] = iter(())
+        sampled: list[list[Response]] = []
+        priors: list[list[float]] = [[] for _ in entries]
         if missing:
             prompts = [sampler().encoder.encode_prompt(entry.prompt or []) for entry in missing]
             seeds = [stable_seed(self.seed, "sample", entry.number) for entry in missing]
-            sampled = iter(sampler().sample(prompts, self.n, seeds))
-        return [
-            [response.judged for response in next(sampled)] if entry.responses is None
+            sampled = sampler().sample(prompts, self.n, seeds)
+            if initial is not None:
+                means = initial.mean_log_probs(prompts, sampled)
+                priors = [[self.prior * mean for mean in own] for own in means]
+        rest = iter(sampled)
+        responses = [
+            [response.judged for response in next(rest)] if entry.responses is None
             else entry.responses
             for entry in entries
         ]  # fmt: skip
+        return responses, priors
 
 
 class Entry(NamedTuple):
@@ -184,9 +220,10 @@ def run_tournament(
     source, target = input_and_output(source, target, [*job.judge.models, job.policy])
     read = input_reader(source, console, _used, columns, job.max_prompts, ADDED)
     encoder = functools.cache(lambda: job.policy_encoder or job.judge.encoder)
+    sampled_only = job.prior > 0
     world_size = RankShards.here(target, chunk).world_size
     lines = ResumableJob(
-        lambda: (_entry(line, where, encoder) for where, line in read()),
+        lambda: (_entry(line, where, encoder, sampled_only) for where, line in read()),
         target,
         {**job.settings(), "chunk": chunk, "processes": world_size},
         _is_line_of,
@@ -232,8 +269,9 @@ def played_line(
     responses: Sequence[str],
     bracket: Bracket,
     principles: Sequence[str] | None,
+    prior: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """Returns the line plus the winner and, if `principles` is given, the bracket.
+    """Returns the line plus the winner and, if `principles` is given, the bracket and its prior.
 
     The line's own values of these keys are left out. The key `unanswered` lists the indices of
     responses without an answer, if there are any.
@@ -250,6 +288,8 @@ def played_line(
     if principles is not None:
         written["principles"] = list(principles)
         written["bracket"] = bracket_json(bracket)
+        if prior:
+            written["prior"] = list(prior)
     return written
 
 
@@ -285,8 +325,16 @@ def bracket_json(bracket: Bracket) -> list[list[dict[str, Any]]]:
     ]
 
 
-def _entry(line: dict[str, Any], where: RecordRef, encoder: Callable[[], ChatEncoder]) -> Entry:
+def _entry(
+    line: dict[str, Any],
+    where: RecordRef,
+    encoder: Callable[[], ChatEncoder],
+    sampled_only: bool,
+) -> Entry:
     context, messages = question_of(line, where)
+    for name in ("responses", "prior") if sampled_only else ():
+        if line.get(name) is not None:
+            raise where.error(name, "must be absent: with --prior, responses are sampled here")
     if line.get("responses") is not None:
         return Entry(line, where.index + 1, context, where.texts(line, "responses"), messages)
     if messages is None:

@@ -211,6 +211,9 @@ def _add_tournament(commands: Commands) -> None:
     add("--policy", metavar="DIR", help="model that samples responses (default: the judge)")
     add("--n", type=int, default=16, help="number of responses to sample per prompt (default: 16)")
     add("--max-prompts", type=int, metavar="N", help="use the first N prompts")
+    add("--prior", type=float, default=0.0, metavar="WEIGHT",
+        help="add WEIGHT times the judge model's mean log probability per token to its log odds, "
+        "which keeps its mistakes from winning among many responses (default: 0; the demo: 5)")
     _add_sampling(tournament)
     _add_columns(tournament)
     add("--brackets", action="store_true", help="also write each tournament's bracket")

@@ -257,6 +257,16 @@ class TransformersSampler:
         rest = iter(sums)
         return [[next(rest) for _ in own] for own in responses]
 
+    def mean_log_probs(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Response]]
+    ) -> list[list[float]]:
+        """Returns `log_probs` divided by the number of sampled ids, the mean log π per token."""
+        sums = self.log_probs(prompts, responses)
+        return [
+            [log_prob / len(response.ids) for log_prob, response in zip(of, own, strict=True)]
+            for of, own in zip(sums, responses, strict=True)
+        ]
+
     def _check_context(self, longest: int) -> None:
         """Logs once if a response may become longer than the model's context allows."""
         if self._context is not None and longest + self.settings.max_new_tokens > self._context:

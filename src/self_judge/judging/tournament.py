@@ -359,8 +359,8 @@ def tournament_rejection_sampling(
             log odds in every match. The larger N, the more often the judge overrates one of the
             responses. A prior of λ × the mean log π per token then favors what a model considers
             likely, best the model before self-training, because the policy has learned what the
-            judge overrates. `TransformersSampler.log_probs` returns sums, which favor short
-            responses. By default, as in the paper, only the judge decides.
+            judge overrates (`TransformersSampler.mean_log_probs`). A sum over tokens would favor
+            short responses. By default, as in the paper, only the judge decides.
         return_brackets: whether to also return one `Bracket` per context.
         progress: whether to show a progress bar for each round.
 

@@ -126,10 +126,8 @@ def _gold_scores(demo: Demo, judge: Judge, policy: Any) -> _Gold:
         sampled = TransformersSampler(policy, encoder, sampling, 512).sample(
             prompts, max(SIZES), seeds
         )
-        priors = [
-            [PRIOR_WEIGHT * p / len(r.ids) for p, r in zip(log_probs, own, strict=True)]
-            for log_probs, own in zip(sampler.log_probs(prompts, sampled), sampled, strict=True)
-        ]
+        means = sampler.mean_log_probs(prompts, sampled)
+        priors = [[PRIOR_WEIGHT * mean for mean in own] for own in means]
     samples = [[r.text for r in own] for own in sampled]
 
     def knockouts(size: int, weighed: bool) -> tuple[list[Bracket], list[str]]:
