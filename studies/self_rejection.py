@@ -189,8 +189,9 @@ STUDY = Study(
         "reward schemes": reward_schemes,
         "four principles": by_principles,
     },
-    "Among many samples, a judge alone picks its own mistakes, because the policy has learned "
-    "what it overrates. Add log π(response) with a weight of 0.5 to 1. Here, the most probable "
-    "sample is even better, so evaluate both. As rewards, `bradley_terry` and `all_pairs` rank "
+    "Among many samples, a judge alone picks its own mistakes, because the policy has learned what "
+    "it overrates: beyond N = 4, the gold score falls. Add 3 to 10 times the mean log π per token "
+    "of the JSFT model (`--prior 5`), and it rises up to N = 16. A sum over tokens favors short "
+    "responses. Principles do not help. As rewards, `bradley_terry` and `all_pairs` rank pairs "
     "best at equal tokens.",
 )
