@@ -101,7 +101,8 @@ def test_a_second_call_skips_what_is_complete_and_prints_what_came_out(
     assert said.out.count("  self-trained, best of 8: ") == min(3, held_out)  # the first ones
     assert re.search(r"amber self-training: \d+ training prompts: the policy may", said.out)
     assert f"amber self-trained (a) against JSFT (b): with {held_out} prompts" in said.out
-    assert "red   judge: position decides 100% of the pairs" in said.out
+    for conclusion in json.loads((copied / "evaluated/results.json").read_text())["conclusions"]:
+        assert f"{conclusion['level']:5} judge: {conclusion['text']}" in said.out
     commands = said.out.split("each stage alone:\n")[1].splitlines()
     parsed = [command_parser().parse(line.split()[1:]) for line in commands]
     assert [p.command for p in parsed] == [
