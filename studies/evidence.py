@@ -40,9 +40,8 @@ def write(studies: Iterable[Study]) -> None:
             page += [f"## {study.name.replace('_', ' ').capitalize()}", study.question]
             page += [f"**For users:** {study.lesson}"] if study.lesson else []
             arms = shown_arms(study.name)
-            if {line.get("world") for own in arms.values() for line in own} != {
-                study.world.version()
-            }:
+            worlds = {line.get("world") for own in arms.values() for line in own}
+            if worlds != {study.world.version()}:
                 page.append(_FORMER)
             if picture := plots.draw(study.name, arms):
                 page.append(f"![{study.name.replace('_', ' ')}](images/{picture})")

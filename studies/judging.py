@@ -15,7 +15,7 @@ from trl import RewardConfig, RewardTrainer
 from self_judge.data import synthetic
 from self_judge.evaluation.statistics import judge_quality
 from study import Study
-from world import World, preference_dataset, right, train
+from world import World, preference_dataset, rewarded, right, train
 
 
 def jsft(world: World) -> dict[str, Any]:
@@ -79,22 +79,11 @@ def reward_model(world: World) -> dict[str, Any]:
         processing_class=demo.encoder.tokenizer,
     )  # fmt: skip
     train(trainer)
-    model.eval()
-    rewards = []
-    for pair in demo.held_out_pairs():
-        ids = [
-            demo.encoder.tokenizer.apply_chat_template(
-                [
-                    {"role": "user", "content": pair.context},
-                    {"role": "assistant", "content": response},
-                ],
-                return_dict=False,
-            )
-            for response in (pair.response_a, pair.response_b)
-        ]
-        with torch.no_grad():
-            rewards.append([model(torch.tensor([own])).logits.item() for own in ids])
-    return {"judged_right": [0.5 if a == b else float(a > b) for a, b in rewards]}
+    pairs = (
+        ([{"role": "user", "content": pair.context}], pair.response_a, pair.response_b)
+        for pair in demo.held_out_pairs()
+    )
+    return {"judged_right": rewarded(model, demo.encoder.tokenizer, pairs)}
 
 
 def _with_rationales(world: World) -> Any:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from self_judge.training.self_training.config import SelfJudgeConfig
 from self_judge.training.self_training.trainer import SelfJudgeTrainer
 from self_judge.training.setup import prompt_rows
 from study import Study
-from world import code_hash, preference_dataset, right, train
+from world import code_hash, larger, preference_dataset, rewarded, right, train
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -170,12 +170,14 @@ class Real:
         output = self.folder / name
         if (output / "seconds").exists():
             return output
-        args = SFTConfig(**self._training(output, self.settings.learning_rate))
+        args = SFTConfig(**self.arguments(output, self.settings.learning_rate))
         trainer = jsft_trainer(
             load_model(self.base, dtype="float32", device="auto"), self.encoder, self.templates,
             records, None, args, max_length=self.settings.max_length, peft_config=_lora(),
         )  # fmt: skip
-        self._train(trainer, output, partial(save_jsft, trainer, self.encoder, self.templates))
+        self.train(
+            trainer, output, lambda: save_jsft(trainer, self.encoder, self.templates, merge=True)
+        )
         return output
 
     def taught(self, part: float = 1) -> Path:
@@ -199,7 +201,7 @@ class Real:
         settings = self.settings
         prompts = self.records[0][: settings.steps * settings.batch]
         args = SelfJudgeConfig(
-            **self._training(output, settings.policy_learning_rate),
+            **self.arguments(output, settings.policy_learning_rate),
             max_steps=settings.steps,
             max_new_tokens=settings.max_new_tokens,
             max_length=2 * settings.max_length,
@@ -214,9 +216,9 @@ class Real:
             train_dataset=Dataset.from_list(prompt_rows(prompts)),
             peft_config=_lora(),
         )
-        self._train(trainer, output, lambda merge: trainer.save_model(str(output)))
+        self.train(trainer, output, lambda: trainer.save_model(str(output)))
 
-    def _training(self, output: Path, learning_rate: float) -> dict[str, Any]:
+    def arguments(self, output: Path, learning_rate: float) -> dict[str, Any]:
         settings = self.settings
         return {
             "output_dir": str(output),
@@ -239,12 +241,12 @@ class Real:
             "use_cpu": not torch.cuda.is_available(),
         }
 
-    def _train(self, trainer: Any, output: Path, save: Any) -> None:
+    def train(self, trainer: Any, output: Path, save: Callable[[], Any]) -> None:
         """Trains from the last checkpoint. The file `seconds` marks a folder as complete."""
         started = time.perf_counter()
         last = get_last_checkpoint(str(output)) if output.exists() else None
         train(trainer, last)
-        save(merge=True)
+        save()
         (output / "seconds").write_text(str(time.perf_counter() - started))
 
     # -- measuring ---------------------------------------------------------------------------------
@@ -296,8 +298,8 @@ def _lora() -> LoraConfig:
 
 def longer(real: Real) -> dict[str, Any]:
     """The longer response is said to be the better one."""
-    lengths = [(len(p.response_a), len(p.response_b)) for p in real.pairs]
-    return {"right": [0.5 if a == b else float(a > b) for a, b in lengths], "records": 0}
+    lengths = ((len(p.response_a), len(p.response_b)) for p in real.pairs)
+    return {"right": larger(lengths), "records": 0}
 
 
 def untaught(real: Real) -> dict[str, Any]:
@@ -320,7 +322,7 @@ def reward_model(real: Real) -> dict[str, Any]:
     pairs = ((list(r.prompt), r.pairs[0].chosen, r.pairs[0].rejected) for r in records)
     model = AutoModelForSequenceClassification.from_pretrained(real.base, num_labels=1)
     model.config.pad_token_id = real.encoder.tokenizer.pad_token_id
-    arguments = real._training(output, settings.learning_rate)
+    arguments = real.arguments(output, settings.learning_rate)
     lora = dataclasses.replace(_lora(), task_type="SEQ_CLS", modules_to_save=["score"])
     trainer = RewardTrainer(
         model,
@@ -329,28 +331,14 @@ def reward_model(real: Real) -> dict[str, Any]:
         processing_class=real.encoder.tokenizer,
         peft_config=lora,
     )
-    real._train(trainer, output, lambda merge: trainer.save_model(str(output)))
-    trainer.model.eval()
-    rewards = [
-        [_reward(trainer.model, real, messages, text) for text in (p.response_a, p.response_b)]
-        for messages, p in zip(_prompts_of_pairs(real), real.pairs, strict=True)
-    ]
-    return {
-        "right": [0.5 if a == b else float(a > b) for a, b in rewards],
-        "records": settings.records,
-    }
-
-
-def _prompts_of_pairs(real: Real) -> list[Any]:
-    return [list(record.prompt) for record in real.records[1] for _ in record.pairs]
-
-
-@torch.no_grad()
-def _reward(model: Any, real: Real, messages: Any, text: str) -> float:
-    answer = {"role": "assistant", "content": text}
-    ids = real.encoder.tokenizer.apply_chat_template([*messages, answer], return_dict=False)
-    ids = ids[-2 * real.settings.max_length :]
-    return model(torch.tensor([ids], device=model.device)).logits.item()
+    real.train(trainer, output, lambda: trainer.save_model(str(output)))
+    prompts = [list(record.prompt) for record in real.records[1] for _ in record.pairs]
+    pairs = (
+        (prompt, pair.response_a, pair.response_b)
+        for prompt, pair in zip(prompts, real.pairs, strict=True)
+    )
+    decided = rewarded(trainer.model, real.encoder.tokenizer, pairs, 2 * settings.max_length)
+    return {"right": decided, "records": settings.records}
 
 
 def self_training(real: Real) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import PrinterCallback
@@ -35,6 +36,27 @@ from self_judge.prompting.judge_prompt import encode_orders
 def right(verdicts: Iterable[Verdict]) -> list[float]:
     """Returns 1 for each verdict that prefers response `a`, 0.5 if it is undecidable, else 0."""
     return [{"a": 1.0, None: 0.5, "b": 0.0}[verdict.preferred] for verdict in verdicts]
+
+
+def larger(pairs: Iterable[Sequence[float]]) -> list[float]:
+    """Returns 1 for each pair whose first value is the larger one, 0.5 for equal values, else 0."""
+    return [0.5 if a == b else float(a > b) for a, b in pairs]
+
+
+@torch.no_grad()
+def rewarded(
+    model: Any, tokenizer: Any, pairs: Iterable[tuple[Any, str, str]], max_length: int | None = None
+) -> list[float]:
+    """Judges pairs (prompt as messages, chosen, rejected) by the rewards of a reward model."""
+
+    def reward(messages: Any, text: str) -> float:
+        answer = {"role": "assistant", "content": text}
+        ids = tokenizer.apply_chat_template([*messages, answer], return_dict=False)
+        ids = ids if max_length is None else ids[-max_length:]
+        return float(model(torch.tensor([ids], device=model.device)).logits.item())
+
+    model.eval()
+    return larger([reward(prompt, own) for own in responses] for prompt, *responses in pairs)
 
 
 def prompts_of(judge: Judge, match: Comparison) -> Iterator[list[int]]:
